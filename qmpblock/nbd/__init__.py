@@ -1,0 +1,1 @@
+"""NBD client: a sans-I/O protocol core and an asyncio connection."""

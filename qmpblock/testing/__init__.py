@@ -1,0 +1,1 @@
+"""The public test harness: tiny guests on real QEMU, images from YAML, faults."""
