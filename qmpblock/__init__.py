@@ -1,0 +1,41 @@
+"""Disks of running QEMU virtual machines: live maps, allocation, jobs.
+
+Start with `connect`. Names are imported when they are first used, so that
+`import qmpblock` alone costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qmpblock._version import __version__
+
+if TYPE_CHECKING:
+    from qmpblock.disk import Disk, Layer
+    from qmpblock.errors import Error
+    from qmpblock.extents import AllocationMap
+    from qmpblock.monitor import Monitor
+    from qmpblock.vm import VM, connect
+
+__all__ = ["VM", "AllocationMap", "Disk", "Error", "Layer", "Monitor", "__version__", "connect"]
+
+_HOMES = {
+    "AllocationMap": "extents",
+    "Disk": "disk",
+    "Error": "errors",
+    "Layer": "disk",
+    "Monitor": "monitor",
+    "VM": "vm",
+    "connect": "vm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"qmpblock.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
