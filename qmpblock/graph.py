@@ -1,0 +1,575 @@
+"""BlockGraph: who is stacked on whom inside a running QEMU.
+
+Pure: built from the monitor's replies, it asks nothing itself. For each guest device::
+
+    device -> root node -> filters -> format node -> backing -> backing ...   (the chain)
+                                          |             |
+                                        storage       storage                 (protocol nodes)
+
+Where the edges come from (qemu-facts, section 3):
+
+- QEMU 10.1 and newer: `children` in query-named-block-nodes;
+- older: query-blockstats, whose nested `parent` (the file child) and `backing` name nodes;
+  it leaves out the filters that jobs put on top, and calls a data file the file child;
+- x-debug-query-block-graph, where there is one, names what blockstats leaves out, and is
+  the only reply that tells which nodes a job works on.
+
+The nested form of query-named-block-nodes is never used: 14 s at 150 layers.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from qmpblock.errors import AmbiguousError, GraphError, NotFoundError, RequestError, printable
+
+__all__ = ["FILTERS", "BlockGraph", "Chain", "Device", "Edge", "Job", "Layer", "Node", "Replies"]
+
+#: Drivers that pass data through unchanged, and the child that they pass it from.
+FILTERS: Mapping[str, str] = {
+    "blkdebug": "image",
+    "blklogwrites": "file",
+    "blkreplay": "image",
+    "blkverify": "image",
+    "commit_top": "backing",
+    "compress": "file",
+    "copy-before-write": "file",
+    "copy-on-read": "file",
+    "mirror_top": "backing",
+    "preallocate": "file",
+    "snapshot-access": "file",
+    "throttle": "file",
+}
+# What jobs insert above the node they work on, unseen by query-block.
+_JOB_FILTERS = frozenset({"commit_top", "copy-before-write", "copy-on-read", "mirror_top"})
+_PERIPHERAL = "/machine/peripheral/"
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What `BlockGraph` is built from: one monitor's replies, as they came.
+
+    :ivar debug_graph: of x-debug-query-block-graph, or None where QEMU has none.
+    """
+
+    block: Any
+    nodes: Any
+    stats: Any
+    jobs: Any
+    exports: Any
+    debug_graph: Any = None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A child of a node: `name` is QEMU's (`file`, `backing`, `data-file`, ...)."""
+
+    name: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A vertex of the block graph.
+
+    :ivar size: the virtual size that its parents see, in bytes.
+    :ivar filename: as QEMU reports it; may be a `json:` text.
+    :ivar backing_filename: what the image's header records, or None.
+    :ivar cluster_size: in bytes, or None where the format has none.
+    :ivar encrypted: whether the image's data is encrypted.
+    """
+
+    name: str
+    driver: str
+    filename: str
+    size: int
+    read_only: bool
+    backing_filename: str | None = None
+    cluster_size: int | None = None
+    encrypted: bool = False
+    children: tuple[Edge, ...] = ()
+
+    @property
+    def is_filter(self) -> bool:
+        """Whether it passes data through unchanged."""
+        return self.driver in FILTERS
+
+    def child(self, *names: str) -> str | None:
+        """Return the node name of the first child that has one of these edge names."""
+        for name in names:
+            for edge in self.children:
+                if edge.name == name:
+                    return edge.node
+        return None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One image of a chain.
+
+    :ivar depth: 0 is the active layer (the numbering of `qemu-img map`).
+    :ivar node: the format node.
+    :ivar storage: the protocol node under it; None where the format node is itself one.
+    :ivar data_file: the protocol node of a separate data file, if there is one.
+    """
+
+    depth: int
+    node: Node
+    storage: Node | None
+    data_file: Node | None = None
+
+    @property
+    def file(self) -> str:
+        """The image's file name (or URI), as its protocol node has it."""
+        return self.storage.filename if self.storage is not None else self.node.filename
+
+    @property
+    def format(self) -> str:
+        """The name of the format driver."""
+        return self.node.driver
+
+    @property
+    def size(self) -> int:
+        """Virtual size in bytes."""
+        return self.node.size
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The layers under one root node, the active one first.
+
+    :ivar filters: the filter nodes above the active layer, topmost first.
+    :ivar levels: for each node from the active layer down its backing links, filters
+        between layers included, the depth of the layer whose data it shows. QEMU's
+        allocation depth counts these nodes: depth d names `levels[d - 1]`.
+    """
+
+    filters: tuple[Node, ...]
+    layers: tuple[Layer, ...]
+    levels: tuple[int, ...]
+
+    @property
+    def active(self) -> Layer:
+        """The layer that guest writes land in."""
+        return self.layers[0]
+
+    @property
+    def root(self) -> Node:
+        """The node that the device uses."""
+        return self.filters[0] if self.filters else self.active.node
+
+    def layer(self, text: str) -> Layer:
+        """Find one layer by node name, file name or `@N`.
+
+        :raise NotFoundError: none matches.
+        :raise AmbiguousError: several do.
+        """
+        if text.startswith("@"):
+            try:
+                depth = int(text[1:])
+            except ValueError:
+                raise RequestError(f"{printable(text)} is not @N with N a depth") from None
+            found = [layer for layer in self.layers if layer.depth == depth]
+        else:
+            found = [
+                layer
+                for layer in self.layers
+                if layer.node.name == text
+                or (layer.storage is not None and layer.storage.name == text)
+                or _same_file(text, layer.file)
+            ]
+        candidates = [f"@{x.depth} {x.node.name} {x.file}" for x in (found or self.layers)]
+        if not found:
+            raise NotFoundError(f"no layer is called {printable(text)}; there are:", candidates)
+        if len(found) > 1:
+            raise AmbiguousError(f"{printable(text)} names several layers:", candidates)
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A background job, with the nodes that it works on where QEMU tells them."""
+
+    id: str
+    type: str
+    status: str
+    current: int = 0
+    total: int = 0
+    error: str | None = None
+    nodes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Device:
+    """A guest device that holds, or could hold, a disk.
+
+    :ivar id: its qdev id, or None.
+    :ivar drive: the id of the legacy -drive, or None.
+    :ivar qom_path: of the object that holds the block backend.
+    :ivar chain: None when the tray is empty.
+    """
+
+    id: str | None
+    drive: str | None
+    qom_path: str
+    removable: bool
+    read_only: bool
+    chain: Chain | None
+    jobs: tuple[Job, ...] = ()
+    exports: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, and DISK accepts: qdev id, drive id or QOM path."""
+        return self.id or self.drive or self.qom_path
+
+    def names(self) -> Iterator[str]:
+        """Yield every name, except file names, that selects this device."""
+        if self.id:
+            yield self.id
+        if self.drive:
+            yield self.drive
+        yield self.qom_path
+        yield self.qom_path.removesuffix("/virtio-backend")
+        if self.chain is not None:
+            yield from (node.name for node in self.chain.filters)
+            yield self.chain.active.node.name
+            if self.chain.active.storage is not None:
+                yield self.chain.active.storage.name
+
+    def describe(self) -> str:
+        """One line for a list of candidates."""
+        if self.chain is None:
+            return f"{self.name} (empty)"
+        active = self.chain.active
+        return f"{self.name} (node {active.node.name}, file {active.file})"
+
+    def node_names(self) -> frozenset[str]:
+        """Every node in this device's chain: filters, layers, storage."""
+        if self.chain is None:
+            return frozenset()
+        names = {node.name for node in self.chain.filters}
+        for layer in self.chain.layers:
+            names.update(node.name for node in (layer.node, layer.storage, layer.data_file) if node)
+        return frozenset(names)
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """All nodes, the guest's devices, and the jobs, of one VM at one moment."""
+
+    nodes: Mapping[str, Node]
+    devices: tuple[Device, ...]
+    jobs: tuple[Job, ...] = ()
+    exports: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_replies(cls, replies: Replies) -> BlockGraph:
+        """Build the graph.
+
+        :raise GraphError: the replies are malformed, or do not fit together (the graph may
+            have changed between two of them: ask again).
+        """
+        try:
+            return _Builder(replies).build()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GraphError(
+                f"QEMU's description of its block graph makes no sense: {printable(repr(error))}"
+            ) from error
+
+    def device(self, text: str) -> Device:
+        """Find the one device that DISK names (design.md, contracts).
+
+        :raise NotFoundError: none matches; lists those that there are.
+        :raise AmbiguousError: several match; lists them.
+        :raise RequestError: it matches a device with an empty tray.
+        """
+        found = [device for device in self.devices if text in device.names()]
+        if not found:
+            found = [
+                device
+                for device in self.devices
+                if device.chain is not None and _same_file(text, device.chain.active.file)
+            ]
+        if not found:
+            every = [device.describe() for device in self.devices]
+            raise NotFoundError(
+                f"this VM has no disk called {printable(text)}"
+                + ("; it has:" if every else ", nor any other"),
+                every,
+            )
+        if len(found) > 1:
+            raise AmbiguousError(
+                f"{printable(text)} names several disks:",
+                [device.describe() for device in found],
+                remedy="name one by its device",
+            )
+        if found[0].chain is None:
+            raise RequestError(f"{printable(text)} is an empty drive: it holds no disk")
+        return found[0]
+
+
+def _same_file(asked: str, recorded: str) -> bool:
+    return asked == recorded or (
+        asked.startswith("/")
+        and recorded.startswith("/")
+        and posixpath.normpath(asked) == posixpath.normpath(recorded)
+    )
+
+
+class _Builder:
+    """The state while a graph is built; its methods are steps of `build`."""
+
+    def __init__(self, replies: Replies) -> None:
+        self.replies = replies
+        self.infos: dict[str, Mapping[str, Any]] = {}
+        for info in _records(replies.nodes):
+            self.infos[_text(info, "node-name")] = info
+        self.edges: dict[str, tuple[Edge, ...]] = {}
+        self.job_nodes: dict[str, frozenset[str]] = {}
+
+    def build(self) -> BlockGraph:
+        self._collect_edges()
+        self.nodes = {name: self._node(name, info) for name, info in self.infos.items()}
+        self.parents: dict[str, list[str]] = {}
+        for node in self.nodes.values():
+            for edge in node.children:
+                self.parents.setdefault(edge.node, []).append(node.name)
+        jobs = tuple(self._job(job) for job in _records(self.replies.jobs))
+        exports = {
+            _text(export, "id"): _text(export, "node-name")
+            for export in _records(self.replies.exports)
+        }
+        devices = []
+        for info in _records(self.replies.block):
+            if isinstance(info.get("qdev"), str):
+                devices.append(self._device(info, jobs, exports))
+        return BlockGraph(self.nodes, tuple(devices), jobs, exports)
+
+    # edges
+
+    def _collect_edges(self) -> None:
+        if all("children" in info for info in self.infos.values()):
+            for name, info in self.infos.items():
+                self.edges[name] = tuple(
+                    Edge(_text(child, "child"), _text(child, "node-name"))
+                    for child in _records(info["children"])
+                    if "node-name" in child
+                )
+        else:
+            self._edges_from_stats()
+        self._edges_from_debug_graph()
+
+    def _edges_from_stats(self) -> None:
+        # Not recursive: a peer decides how deep this is nested. Shared parts of the tree
+        # come once per path to them, twice for each filter above: skip what is known.
+        todo = list(_records(self.replies.stats))
+        while todo:
+            stat = todo.pop()
+            name = stat.get("node-name")
+            file, backing = stat.get("parent"), stat.get("backing")
+            if name in self.edges:
+                continue
+            if isinstance(name, str):
+                edges = []
+                driver = str(self.infos[name]["drv"]) if name in self.infos else ""
+                if driver in FILTERS:
+                    # `parent` and `backing` both hold the one child of a filter.
+                    only = _mapping(file if file is not None else backing)
+                    edges.append(Edge(FILTERS[driver], _text(only, "node-name")))
+                else:
+                    for label, child in (("file", file), ("backing", backing)):
+                        if child is not None:
+                            edges.append(Edge(label, _text(_mapping(child), "node-name")))
+                self.edges[name] = tuple(edges)
+            todo += [_mapping(child) for child in (file, backing) if child is not None]
+
+    def _edges_from_debug_graph(self) -> None:
+        if self.replies.debug_graph is None:
+            return
+        graph = _mapping(self.replies.debug_graph)
+        vertices = {int(v["id"]): v for v in _records(graph["nodes"])}
+        edges: dict[str, list[Edge]] = {}
+        job_nodes: dict[str, set[str]] = {}
+        for edge in _records(graph["edges"]):
+            parent, child = vertices[int(edge["parent"])], vertices[int(edge["child"])]
+            if child.get("type") != "block-driver":
+                continue
+            target = _text(child, "name")
+            if parent.get("type") == "block-job":
+                job_nodes.setdefault(_text(parent, "name"), set()).add(target)
+            elif parent.get("type") == "block-driver":
+                edges.setdefault(_text(parent, "name"), []).append(
+                    Edge(_text(edge, "name"), target)
+                )
+        for name, found in edges.items():
+            if name in self.infos and not self._has_children(name):
+                self.edges[name] = tuple(found)
+        self.job_nodes = {job: frozenset(nodes) for job, nodes in job_nodes.items()}
+
+    def _has_children(self, name: str) -> bool:
+        return "children" in self.infos[name]
+
+    # vertices
+
+    def _node(self, name: str, info: Mapping[str, Any]) -> Node:
+        image = _mapping(info["image"])
+        size = image["virtual-size"]
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 63:
+            raise GraphError(f"node {printable(name)} has the size {printable(size)}")
+        for edge in self.edges.get(name, ()):
+            if edge.node not in self.infos:
+                raise GraphError(
+                    f"node {printable(name)} has the child {printable(edge.node)}, "
+                    "which QEMU does not list",
+                    remedy="the graph changed while it was read; try again",
+                )
+        backing = image.get("backing-filename")
+        cluster = image.get("cluster-size")
+        return Node(
+            name=name,
+            driver=_text(info, "drv"),
+            filename=_text(info, "file"),
+            size=size,
+            read_only=info.get("ro") is True,
+            backing_filename=backing if isinstance(backing, str) else None,
+            cluster_size=cluster if isinstance(cluster, int) and cluster > 0 else None,
+            encrypted=info.get("encrypted") is True or image.get("encrypted") is True,
+            children=self.edges.get(name, ()),
+        )
+
+    def _job(self, info: Mapping[str, Any]) -> Job:
+        job_id = _text(info, "id")
+        error = info.get("error")
+        return Job(
+            id=job_id,
+            type=_text(info, "type"),
+            status=_text(info, "status"),
+            current=int(info.get("current-progress", 0)),
+            total=int(info.get("total-progress", 0)),
+            error=None if error is None else str(error),
+            nodes=self.job_nodes.get(job_id, frozenset()),
+        )
+
+    def _device(
+        self, info: Mapping[str, Any], jobs: Iterable[Job], exports: Mapping[str, str]
+    ) -> Device:
+        qdev = _text(info, "qdev")
+        path = qdev if qdev.startswith("/") else _PERIPHERAL + qdev
+        inserted = info.get("inserted")
+        chain = None
+        if inserted is not None:
+            shown = _text(_mapping(inserted), "node-name")
+            chain = self._chain(self._topmost(shown))
+        device = Device(
+            id=path.removeprefix(_PERIPHERAL).split("/")[0]
+            if path.startswith(_PERIPHERAL)
+            else None,
+            drive=str(info.get("device") or "") or None,
+            qom_path=path,
+            removable=info.get("removable") is True,
+            read_only=inserted is not None and _mapping(inserted).get("ro") is True,
+            chain=chain,
+        )
+        members = device.node_names()
+        return Device(
+            device.id,
+            device.drive,
+            device.qom_path,
+            device.removable,
+            device.read_only,
+            chain,
+            tuple(job for job in jobs if job.nodes & members),
+            tuple(sorted(export for export, node in exports.items() if node in members)),
+        )
+
+    def _topmost(self, name: str) -> str:
+        """Climb from the node that query-block shows to the one that the device really has."""
+        seen = {name}
+        while True:
+            above = [
+                parent
+                for parent in self.parents.get(name, ())
+                if self.nodes[parent].driver in _JOB_FILTERS
+                and self.nodes[parent].child(FILTERS[self.nodes[parent].driver]) == name
+            ]
+            if len(above) != 1 or above[0] in seen:
+                return name
+            name = above[0]
+            seen.add(name)
+
+    def _chain(self, root: str) -> Chain:
+        filters: list[Node] = []
+        layers: list[Layer] = []
+        levels: list[int] = []
+        seen: set[str] = set()
+        name: str | None = root
+        while name is not None:
+            if name in seen:
+                raise GraphError(f"the block graph has a cycle at {printable(name)}")
+            seen.add(name)
+            node = self._known(name)
+            if node.is_filter:
+                if layers:
+                    levels.append(len(layers))
+                else:
+                    filters.append(node)
+                name = node.child(FILTERS[node.driver], "file", "backing", "image")
+                if name is None:
+                    raise GraphError(f"the filter node {printable(node.name)} has no child")
+                continue
+            levels.append(len(layers))
+            layers.append(
+                Layer(
+                    depth=len(layers),
+                    node=node,
+                    storage=self._storage(node.child("file", "data-file")),
+                    data_file=self._storage(node.child("data-file")),
+                )
+            )
+            name = node.child("backing")
+        return Chain(tuple(filters), tuple(layers), tuple(levels))
+
+    def _storage(self, name: str | None) -> Node | None:
+        """Return the protocol node at the end of a `file` edge, through any filters."""
+        seen: set[str] = set()
+        while name is not None:
+            if name in seen:
+                raise GraphError(f"the block graph has a cycle at {printable(name)}")
+            seen.add(name)
+            node = self._known(name)
+            below = node.child(FILTERS.get(node.driver, "file"), "file")
+            if below is None:
+                return node
+            name = below
+        return None
+
+    def _known(self, name: str) -> Node:
+        if name not in self.nodes:
+            raise GraphError(
+                f"QEMU names the node {printable(name)} but does not list it",
+                remedy="the graph changed while it was read; try again",
+            )
+        return self.nodes[name]
+
+
+def _records(reply: Any) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(reply, list):
+        raise GraphError(f"QEMU sent {printable(type(reply).__name__)} where a list belongs")
+    return [_mapping(item) for item in reply]
+
+
+def _mapping(item: Any) -> Mapping[str, Any]:
+    if not isinstance(item, dict):
+        raise GraphError(f"QEMU sent {printable(type(item).__name__)} where an object belongs")
+    return cast("Mapping[str, Any]", item)
+
+
+def _text(item: Mapping[str, Any], key: str) -> str:
+    value = item[key]
+    if not isinstance(value, str):
+        raise GraphError(f"QEMU sent {printable(repr(value))} as {key}")
+    return value
