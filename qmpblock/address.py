@@ -1,4 +1,4 @@
-"""Addresses of monitors and NBD servers (design.md, contracts).
+"""Addresses of monitors and NBD servers, and how to connect to one.
 
 ::
 
@@ -10,13 +10,17 @@ Without a prefix, a text with a slash, or without a `:PORT` at its end, is a pat
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ipaddress
 import re
+import socket
 from dataclasses import dataclass
+from typing import Any
 
 from qmpblock.errors import RequestError, printable
 
-__all__ = ["Address", "TCPAddress", "UnixAddress", "parse_address"]
+__all__ = ["Address", "TCPAddress", "UnixAddress", "open_socket", "parse_address"]
 
 _HOST_PORT = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:/\[\]]+)):(?P<port>\d+)")
 _SUN_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
@@ -85,3 +89,30 @@ def _unix(text: str, path: str) -> UnixAddress:
             remedy="use a relative path from a directory nearer to it, or a symbolic link",
         )
     return UnixAddress(path)
+
+
+async def open_socket(address: Address) -> socket.socket:
+    """Connect a non-blocking stream socket. Cancelling closes it.
+
+    :raise OSError: nothing listens there, or the host is unknown.
+    """
+    if isinstance(address, UnixAddress):
+        return await _connect(socket.AF_UNIX, address.path)
+    found = await asyncio.get_running_loop().getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+    )
+    for family, _, _, _, target in found[:-1]:
+        with contextlib.suppress(OSError):
+            return await _connect(family, target)
+    return await _connect(found[-1][0], found[-1][4])
+
+
+async def _connect(family: int, target: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, target)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

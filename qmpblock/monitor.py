@@ -27,7 +27,7 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import ConnectError as _QMPConnectError
 from qemu.qmp.protocol import StateError
 
-from qmpblock.address import Address, UnixAddress, parse_address
+from qmpblock.address import Address, UnixAddress, open_socket, parse_address
 from qmpblock.errors import (
     CommandError,
     ConnectError,
@@ -344,16 +344,7 @@ class Monitor:
 async def _connect_socket(address: Address, timeout: float) -> socket.socket:
     try:
         async with asyncio.timeout(timeout):
-            if isinstance(address, UnixAddress):
-                return await _open(socket.AF_UNIX, address.path)
-            loop = asyncio.get_running_loop()
-            found = await loop.getaddrinfo(
-                address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-            )
-            for family, _, _, _, target in found[:-1]:
-                with contextlib.suppress(OSError):
-                    return await _open(family, target)
-            return await _open(found[-1][0], found[-1][4])
+            return await open_socket(address)
     except TimeoutError:
         raise ConnectError(f"{address} did not accept a connection within {timeout:g} s") from None
     except OSError as error:
@@ -362,17 +353,6 @@ async def _connect_socket(address: Address, timeout: float) -> socket.socket:
             remedy="look whether the VM runs, and whether this is the path or port of its "
             "-qmp option and this user may use it",
         ) from None
-
-
-async def _open(family: int, target: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    try:
-        await asyncio.get_running_loop().sock_connect(sock, target)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 async def _await_greeting(sock: socket.socket, address: Address, timeout: float) -> None:

@@ -1,0 +1,545 @@
+"""Export: read-only NBD exports of nodes inside QEMU, entered and left safely.
+
+What makes this hard is in qemu-facts, K1: on QEMU before 10.0, when an NBD client of a node
+in an iothread goes away, QEMU aborts. So our end of the connection must never go away before
+the export does, not even when this process is killed. It cannot, because QEMU itself holds a
+duplicate of it ("custody"). The order, measured there:
+
+    entering                                     leaving
+    1. lock (an object in QEMU)                  1. block-export-del mode=hard, each
+    2. listen on a socket of ours, connect       2. blockdev-del of what we added (K4)
+    3. getfd: the client's ends                  3. nbd-server-stop, if the server is ours
+    4. getfd: the listening socket               4. closefd: the client's ends
+    5. nbd-server-start on it, unlink its path   5. unlock
+    6. block-export-add, each
+    7. NBD handshake
+
+The listening socket is handed over too, so QEMU needs no path that it could not reach. A VM
+has one NBD server. Where a foreign one runs, the caller must know its address (`NBDAccess`),
+and only steps 3, 6 and 7 happen there.
+
+A controller that is killed leaves all this behind, and the lock tells the next one what to
+undo. Nothing here depends on the guest: the exports survive its reset, the unplugging of
+its disk, and any job on the chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qmpblock import lock
+from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
+from qmpblock.capabilities import Capabilities
+from qmpblock.errors import (
+    BusyError,
+    CommandError,
+    DisconnectedError,
+    NBDConnectError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph import Device
+from qmpblock.lock import Holder
+from qmpblock.monitor import Monitor
+from qmpblock.nbd import Client
+
+__all__ = ["LOCK", "NBDAccess", "Request", "exports"]
+
+#: The id of the lock object around our NBD server.
+LOCK = "qmpblock-nbd"
+
+_log = logging.getLogger(__name__)
+_PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
+_TRIES = 16
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class NBDAccess:
+    """How this controller reaches an NBD server in the VM.
+
+    :ivar address: of a foreign NBD server that already listens in this VM; None has us
+        start our own.
+    :ivar tls_creds: a directory laid out for QEMU's tls-creds-x509. Where we start a TCP
+        server, QEMU must find the same directory on its host.
+    :ivar insecure: allow NBD over TCP without TLS.
+    """
+
+    address: str | None = None
+    tls_creds: str | None = None
+    insecure: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One export to make.
+
+    :ivar node: the node to export.
+    :ivar contexts: NBD metadata contexts that the client will ask for.
+    :ivar hold_writer: whether NBD_CMD_CACHE will be used on a node with a data file: QEMU
+        aborts where no writer is attached (K4), and an unplug can make it so; a node of
+        ours then holds the write permission.
+    """
+
+    node: str
+    contexts: tuple[str, ...] = ("base:allocation", "qemu:allocation-depth")
+    hold_writer: bool = False
+
+
+@asynccontextmanager
+async def exports(
+    monitor: Monitor,
+    device: Device,
+    requests: Sequence[Request],
+    *,
+    access: NBDAccess | None = None,
+    stall: float = 60.0,
+) -> AsyncIterator[list[Client]]:
+    """Export nodes of one device's graph, and yield a connected NBD client for each.
+
+    On leaving, by whatever way, all that was added to QEMU is removed again. Cancelling
+    waits for that; it takes milliseconds.
+
+    :raise UnsupportedError: not safe, or not possible, over this monitor.
+    :raise BusyError: a foreign NBD server listens in this VM, or another controller of
+        ours does not let go.
+    :raise CommandError: QEMU refused an export.
+    :raise NBDError: the connection failed.
+    """
+    session = _Session(monitor, access or NBDAccess(), stall)
+    await session.check(device)
+    try:
+        try:
+            await session.reach(requests)
+            await _undisturbed(session.enter())
+            clients = [await session.connect(slot) for slot in session.slots]
+        except CommandError as error:
+            if error.standing is None:
+                error.standing = "nothing of ours is left in the VM"
+            raise
+        yield clients
+    finally:
+        await _undisturbed(session.leave())
+
+
+async def _undisturbed(work: Awaitable[_T]) -> _T:
+    """Finish `work` even when cancelled meanwhile, then be cancelled."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # seen: being cancelled is the greater news
+        raise cancelled
+    return task.result()
+
+
+@dataclass
+class _Slot:
+    """One export and the socket of its client."""
+
+    request: Request
+    name: str
+    sock: socket.socket | None = None
+    in_custody: bool = False
+    exported: bool = False
+    holder: bool = False
+    client: Client | None = None
+
+
+class _Session:
+    """All that one use of `exports` adds to QEMU, and how to remove it."""
+
+    def __init__(self, monitor: Monitor, access: NBDAccess, stall: float) -> None:
+        self.monitor = monitor
+        self.access = access
+        self.stall = stall
+        self.run = secrets.token_hex(4)
+        self.prefix = f"qmpblock-{self.run}"
+        self.slots: list[_Slot] = []
+        self.folder: Path | None = None
+        self.locked = False
+        self.server = False
+        self.tls_object = False
+        self.path = ""
+        self.where: Address | None = None
+
+    # before anything is touched
+
+    async def check(self, device: Device) -> None:
+        """Refuse what this QEMU or this transport cannot do safely."""
+        address = self.monitor.address
+        if isinstance(address, UnixAddress):
+            return
+        capabilities = Capabilities(self.monitor.version)
+        if capabilities.nbd_disconnect_aborts_iothread and await _in_iothread(self.monitor, device):
+            raise UnsupportedError(
+                f"{device.name} runs in an iothread, and QEMU {capabilities} aborts when an NBD "
+                "client of such a disk goes away; only a UNIX monitor can prevent it",
+                standing="nothing was touched",
+                remedy="use a UNIX socket monitor (-qmp unix:PATH,server=on,wait=off) on the "
+                "VM's host, or QEMU 10.0 or newer",
+            )
+        if not self.access.address and not self._over_tcp() and not address.loopback:
+            raise UnsupportedError(
+                f"the monitor {address} is on another host, and a map needs an NBD connection "
+                "to it, which would be neither encrypted nor authenticated",
+                standing="nothing was touched",
+                remedy="give --tls-creds DIR, or --nbd ADDRESS of a server of your own, or "
+                "--insecure on a network that you trust; or run qmpblock on the VM's host",
+            )
+
+    def _over_tcp(self) -> bool:
+        return isinstance(self.monitor.address, TCPAddress) and bool(
+            self.access.tls_creds or self.access.insecure
+        )
+
+    # entering
+
+    async def reach(self, requests: Sequence[Request]) -> None:
+        """Connect to the foreign server, if that is the way. May be cancelled."""
+        self.slots = [_Slot(r, f"{self.prefix}-{i}") for i, r in enumerate(requests)]
+        if self.access.address is None:
+            return
+        for slot in self.slots:
+            try:
+                async with asyncio.timeout(self.stall):
+                    slot.sock = await open_socket(parse_address(self.access.address))
+            except TimeoutError:
+                raise _no_server(self.access.address, f"no answer in {self.stall:g} s") from None
+            except OSError as error:
+                raise _no_server(self.access.address, error.strerror or str(error)) from None
+
+    async def enter(self) -> None:
+        """Do all that must not be interrupted half-way."""
+        if self.access.address is None:
+            await self._enter_own()
+        elif self.monitor.can_pass_fds:
+            for slot in self.slots:
+                await self._take_custody(slot)
+        for slot in self.slots:
+            await self._add_export(slot)
+
+    async def _enter_own(self) -> None:
+        # Made before the lock, because the lock's record names the path.
+        self.folder = Path(tempfile.mkdtemp(prefix="qmpblock-"))  # 0700
+        path = self.path = str(self.folder / f"{self.run}.nbd")
+        me = Holder.me(self.run, path=path, exports=[slot.name for slot in self.slots])
+        await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
+        self.locked = True
+        if self.monitor.can_pass_fds:
+            await self._listen_and_hand_over(path)
+        elif self._over_tcp():
+            await self._listen_on_tcp()
+        else:
+            try:
+                await self._start_server({"type": "unix", "data": {"path": path}})
+            except CommandError as error:
+                error.remedy = (
+                    "QEMU may run as another user or in another container; use its UNIX "
+                    "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
+                )
+                raise
+            self.where = UnixAddress(path)
+
+    async def _listen_and_hand_over(self, path: str) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(path)
+            listener.listen(len(self.slots))
+            for slot in self.slots:
+                slot.sock = await open_socket(UnixAddress(path))
+                await self._take_custody(slot)
+            name = f"{self.prefix}-listen"
+            await self.monitor.pass_fd(name, listener.fileno())
+            try:
+                await self._start_server({"type": "fd", "data": {"str": name}})
+            except CommandError:
+                # The server takes the descriptor only where it starts.
+                await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
+                raise
+        self._remove_folder()
+
+    async def _listen_on_tcp(self) -> None:
+        assert isinstance(self.monitor.address, TCPAddress)  # _over_tcp()
+        host = self.monitor.address.host
+        tls: dict[str, object] = {}
+        if self.access.tls_creds:
+            tls = {"tls-creds": f"{self.prefix}-tls"}
+            await self.monitor.execute(
+                "object-add",
+                {
+                    "qom-type": "tls-creds-x509",
+                    "id": tls["tls-creds"],
+                    "endpoint": "server",
+                    "dir": self.access.tls_creds,
+                    "verify-peer": True,
+                },
+            )
+            self.tls_object = True
+        for attempt in range(_TRIES):
+            port = secrets.choice(_PORTS)
+            try:
+                await self._start_server(
+                    {"type": "inet", "data": {"host": host, "port": str(port)}}, **tls
+                )
+            except CommandError as error:
+                if "in use" in error.description and attempt + 1 < _TRIES:
+                    continue
+                raise
+            self.where = TCPAddress(host, port)
+            return
+
+    async def _start_server(self, address: dict[str, object], **more: object) -> None:
+        try:
+            await self.monitor.execute("nbd-server-start", {"addr": address, **more})
+        except CommandError as error:
+            if "already running" in error.description:
+                raise BusyError(
+                    "an NBD server that is not ours already runs in this VM, and QEMU has "
+                    "room for one only",
+                    standing="it was not touched, and nothing of ours is left in the VM",
+                    remedy="give its address with --nbd ADDRESS (QEMU cannot tell it; whoever "
+                    "started it can, or: ss -xlp), and we add and remove our own export there",
+                ) from error
+            raise
+        self.server = True
+
+    async def _take_custody(self, slot: _Slot) -> None:
+        assert slot.sock is not None
+        slot.in_custody = True  # as intent: leave() copes with a name that is not there
+        await self.monitor.pass_fd(slot.name, slot.sock.fileno())
+
+    async def _add_export(self, slot: _Slot) -> None:
+        if slot.request.hold_writer:
+            await self.monitor.execute(
+                "blockdev-add",
+                {
+                    "driver": "copy-on-read",
+                    "node-name": f"{slot.name}-w",
+                    "file": slot.request.node,
+                },
+            )
+            slot.holder = True
+        await self.monitor.execute(
+            "block-export-add",
+            {
+                "type": "nbd",
+                "id": slot.name,
+                "name": slot.name,
+                "node-name": slot.request.node,
+                "writable": False,
+                "allocation-depth": True,
+            },
+        )
+        slot.exported = True
+
+    async def connect(self, slot: _Slot) -> Client:
+        """Negotiate on the slot's connection. May be cancelled."""
+        target = slot.sock if slot.sock is not None else self.where
+        assert target is not None  # enter() went through
+        tls, host = None, None
+        if self.access.tls_creds and (self.access.address or self._over_tcp()):
+            from qmpblock.nbd import tls_context
+
+            tls = tls_context(self.access.tls_creds)
+            reached = parse_address(self.access.address) if self.access.address else self.where
+            host = reached.host if isinstance(reached, TCPAddress) else None
+        slot.client = await Client.connect(
+            target,
+            export=slot.name,
+            contexts=slot.request.contexts,
+            tls=tls,
+            tls_hostname=host,
+            # Without custody an ordinary good-bye is right; under it, it would be K1.
+            polite=not slot.in_custody,
+            stall=self.stall,
+        )
+        return slot.client
+
+    # leaving
+
+    async def leave(self) -> None:
+        """Remove all that was added, as far as it was. Continues after each failure."""
+        async with AsyncExitStack() as stack:  # runs last-pushed first
+            stack.callback(self._remove_folder)
+            if self.locked:
+                stack.push_async_callback(self._gone_is_fine, lock.release, self.monitor, LOCK)
+            if self.tls_object:
+                stack.push_async_callback(self._gone_is_fine, self._delete_tls_object)
+            for slot in self.slots:
+                stack.push_async_callback(self._gone_is_fine, self._end_connection, slot)
+            stack.push_async_callback(self._gone_is_fine, self._remove_exports)
+
+    async def _gone_is_fine(self, step: Callable[..., Awaitable[None]], *args: object) -> None:
+        try:
+            await step(*args)
+        except DisconnectedError:
+            # With QEMU itself gone (powered off, quit, killed), so is all that was to be
+            # removed. If only this connection was cut, the next controller removes it, and
+            # that may be this very process.
+            lock.abandon(self.run)
+
+    async def _remove_exports(self) -> None:
+        lost = False
+        try:
+            for slot in self.slots:
+                if slot.exported:
+                    lost |= not await _delete_export(self.monitor, slot.name, self.stall)
+                    slot.exported = False
+                if slot.holder:
+                    await self.monitor.execute("blockdev-del", {"node-name": f"{slot.name}-w"})
+        finally:
+            # An export that went away by itself means that somebody stopped our server, and
+            # may have started one of their own since.
+            if self.server and (not lost or await self._server_is_ours()):
+                await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
+                for slot in self.slots:
+                    slot.exported = False  # stopping the server removes its exports
+
+    async def _server_is_ours(self) -> bool:
+        if not isinstance(self.where, TCPAddress):
+            return _is_listening(self.path)
+        try:
+            (await open_socket(self.where)).close()
+        except OSError:
+            return False
+        return True
+
+    async def _end_connection(self, slot: _Slot) -> None:
+        try:
+            if slot.client is not None:
+                await slot.client.close()
+            elif slot.sock is not None:
+                slot.sock.close()
+        finally:
+            # With the export still there, QEMU's duplicate is all that keeps it alive (K1).
+            if slot.in_custody and not slot.exported:
+                await _tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
+
+    async def _delete_tls_object(self) -> None:
+        await _tolerate(
+            "not found", self.monitor.execute("object-del", {"id": f"{self.prefix}-tls"})
+        )
+
+    def _remove_folder(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+    # what a dead controller left
+
+    async def _undo(self, dead: Holder) -> None:
+        """Remove everything that the controller `dead` added to QEMU."""
+        prefix = f"qmpblock-{dead.run}-"
+        names = [str(n) for n in dead.details.get("exports", ()) if str(n).startswith(prefix)]
+        path = str(dead.details.get("path", ""))
+        _log.warning("undoing what a controller that died left in the VM: %s", dead)
+        found = False
+        for name in names:
+            found |= await _delete_export(self.monitor, name, self.stall)
+        nodes = await self.monitor.execute("query-named-block-nodes", {"flat": True})
+        for node in nodes:
+            if str(node.get("node-name", "")).startswith(prefix):
+                await self.monitor.execute("blockdev-del", {"node-name": node["node-name"]})
+        await _tolerate("not found", self.monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
+        # With an export of the dead run there, the server is that run's. Without, it died
+        # between two commands; then its listening socket tells.
+        if found or _is_listening(path):
+            await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
+        for name in names:
+            if (
+                not await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
+                and self.monitor.can_pass_fds
+            ):
+                _log.info(
+                    "the socket %s of the dead controller is not on this monitor; QEMU keeps "
+                    "it until the monitor that it was passed over goes away",
+                    name,
+                )
+        await _tolerate("not found", self.monitor.execute("object-del", {"id": f"{prefix}tls"}))
+        folder = Path(path).parent
+        if folder.name.startswith("qmpblock-") and Path(path).name == f"{dead.run}.nbd":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _delete_export(monitor: Monitor, name: str, stall: float) -> bool:
+    """Delete an export and wait until it is gone; False if it was not there.
+
+    The event comes before the reply or after it (qemu-facts 1.5), and after the reply the
+    export may still be shutting down, during which its node counts as used.
+    """
+    with monitor.subscribe(
+        "BLOCK_EXPORT_DELETED", match=lambda event: event["data"].get("id") == name
+    ) as deleted:
+        try:
+            await monitor.execute("block-export-del", {"id": name, "mode": "hard"})
+        except CommandError as error:
+            if "not found" in error.description:
+                return False
+            if "already shutting down" not in error.description:
+                raise
+        await deleted.get(stall)
+    return True
+
+
+async def _tolerate(words: str, command: Awaitable[Any]) -> bool:
+    """Await a command; False if QEMU refused it with these words."""
+    try:
+        await command
+    except CommandError as error:
+        if words not in error.description:
+            raise
+        return False
+    return True
+
+
+def _no_server(address: str, why: str) -> NBDConnectError:
+    return NBDConnectError(
+        f"no NBD server answers at {printable(address)}: {why}",
+        standing="nothing was touched",
+        remedy="look whether --nbd names the server that runs in this VM",
+    )
+
+
+def _is_listening(path: str) -> bool:
+    """Whether a listening socket that was bound to `path` is still open, unlinked or not."""
+    accepts = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == path and int(fields[3], 16) & accepts:
+            return True
+    return False
+
+
+async def _in_iothread(monitor: Monitor, device: Device) -> bool:
+    """Whether the device, or the controller that it hangs on, has an iothread."""
+    if not await monitor.execute("query-iothreads"):
+        return False
+    path = device.qom_path.removesuffix("/virtio-backend")
+    for _ in range(8):  # device, bus, controller; QEMU's trees are not deeper
+        try:
+            if await monitor.execute("qom-get", {"path": path, "property": "iothread"}):
+                return True
+        except CommandError:
+            pass  # this kind of device has no such property; look further up
+        try:
+            bus = await monitor.execute("qom-get", {"path": path, "property": "parent_bus"})
+        except CommandError:
+            return False
+        path = str(bus).rpartition("/")[0].removesuffix("/virtio-backend")
+        if not path.startswith("/machine/") or "/" not in path.removeprefix("/machine/"):
+            return False
+    return True

@@ -1,0 +1,208 @@
+"""Locks that live inside QEMU, so that they outlive a controller that is killed.
+
+A lock is a `secret` object: `object-add` is atomic across all monitors of a VM, and `qom-get`
+tells every other controller who holds it (design.md, safety rule 9). A holder is dead when
+it ran in this boot and this process namespace and its process is gone; then, and only then,
+the next controller undoes what it left and takes the lock over.
+
+Taking over is itself raced for, with an object named after the dead holder's run::
+
+    lock held by dead run R
+      add lock-undo-R            only one controller can
+      read lock again            still R? (an earlier winner may have finished meanwhile)
+      undo what R left
+      delete lock, delete lock-undo-R
+
+A winner that is killed on the way is a dead holder of `lock-undo-R`, and is treated the
+same, one name further: undoing is idempotent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qmpblock.errors import BusyError, CommandError, printable
+from qmpblock.monitor import Monitor
+
+__all__ = ["Holder", "abandon", "acquire", "release"]
+
+_POLL = 0.05  # seconds between looks at a lock that a live controller holds
+
+# Runs of this process that lost their monitor before they could clean up: the process is
+# alive, the run is not.
+_abandoned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The controller that holds a lock.
+
+    :ivar run: the run id in the names of all that it makes.
+    :ivar start: the process's start time in clock ticks since boot (proc(5)): with the
+        pid, it names one process and never another.
+    :ivar boot: the boot id of its machine; with `pids`, the namespace its pid counts in.
+    :ivar details: what whoever undoes its work needs to know.
+    """
+
+    run: str
+    host: str
+    pid: int
+    start: int
+    boot: str
+    pids: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def me(cls, run: str, **details: Any) -> Holder:
+        """Describe this process."""
+        pid = os.getpid()
+        return cls(
+            run=run,
+            host=socket.gethostname(),
+            pid=pid,
+            start=_start_time(pid) or 0,
+            boot=_boot_id(),
+            pids=_pid_namespace(),
+            details=details,
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Holder | None:
+        """Read what `text` wrote; None if it is not one of ours."""
+        try:
+            holder = cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+        strings = (holder.run, holder.host, holder.boot, holder.pids)
+        numbers = (holder.pid, holder.start)
+        if not (
+            all(isinstance(s, str) for s in strings)
+            and all(isinstance(n, int) for n in numbers)
+            and isinstance(holder.details, dict)
+        ):
+            return None
+        return holder
+
+    def text(self) -> str:
+        """Return the lock object's data."""
+        return json.dumps(asdict(self))
+
+    def is_dead(self) -> bool:
+        """Whether the controller is certainly gone; False also where that cannot be told."""
+        if self.boot != _boot_id() or self.pids != _pid_namespace():
+            return False
+        if self.pid == os.getpid() and self.run in _abandoned:
+            return True
+        return _start_time(self.pid) != self.start
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {printable(self.host)} (run {printable(self.run)})"
+
+
+Undo = Callable[[Holder], Awaitable[None]]
+
+
+async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall: float) -> None:
+    """Take the lock, waiting while a live controller holds it.
+
+    :param name: the object's id.
+    :param undo: removes everything that a dead holder left; must be idempotent.
+    :param stall: seconds to wait for a holder that does not go away.
+    :raise BusyError: it did not; the message names the holder.
+    """
+    deadline = asyncio.get_running_loop().time() + stall
+    while True:
+        if await _add(monitor, name, me):
+            return
+        holder = await _read(monitor, name)
+        if isinstance(holder, Holder) and holder.is_dead():
+            await _take_over(monitor, name, holder, me, undo, stall)
+            continue
+        if holder is not None and asyncio.get_running_loop().time() >= deadline:
+            raise BusyError(
+                f"another controller holds {name} in this VM: {holder}",
+                standing="nothing was changed",
+                remedy="wait for it; if it is certainly dead, remove its exports "
+                "(query-block-exports, block-export-del), then its lock: "
+                f'object-del {{"id": "{name}"}}',
+            )
+        if holder is not None:
+            await asyncio.sleep(_POLL)
+
+
+def abandon(run: str) -> None:
+    """Declare a run of this process dead: it cannot reach QEMU to release what it holds."""
+    _abandoned.add(run)
+
+
+async def release(monitor: Monitor, name: str) -> None:
+    """Give the lock back. Idempotent."""
+    try:
+        await monitor.execute("object-del", {"id": name})
+    except CommandError as error:
+        if "not found" not in error.description:
+            raise
+
+
+async def _take_over(
+    monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo, stall: float
+) -> None:
+    turn = f"{name}-undo-{dead.run}"
+    await acquire(monitor, turn, me, undo, stall=stall)
+    try:
+        now = await _read(monitor, name)
+        if isinstance(now, Holder) and now.run == dead.run:
+            await undo(dead)
+            await release(monitor, name)
+    finally:
+        await release(monitor, turn)
+
+
+async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
+    try:
+        await monitor.execute("object-add", {"qom-type": "secret", "id": name, "data": me.text()})
+    except CommandError as error:
+        if "duplicate" in error.description:
+            return False
+        raise
+    return True
+
+
+async def _read(monitor: Monitor, name: str) -> Holder | str | None:
+    """Return the holder, a text that is none of ours, or None if the lock is free by now."""
+    try:
+        text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
+    except CommandError as error:
+        if error.error_class == "DeviceNotFound":
+            return None
+        raise
+    return Holder.from_text(str(text)) or f"an object not of ours: {printable(text)}"
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _pid_namespace() -> str:
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def _start_time(pid: int) -> int | None:
+    """Return field 22 of /proc/PID/stat, or None if there is no such process.
+
+    A zombie counts as gone: it holds nothing any more.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the command in parentheses and may hold spaces and parentheses.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
