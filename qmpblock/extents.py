@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -271,8 +271,7 @@ class AllocationMap:
         stop = offset + length
         if length < 0 or not self.start <= offset <= stop <= self.stop:
             raise RangeError(
-                f"offset {offset}, length {length} is outside the map, "
-                f"{self.start} to {self.stop}"
+                f"offset {offset}, length {length} is outside the map, {self.start} to {self.stop}"
             )
         if not length:
             return AllocationMap.uniform(offset, 0, layers=self.layers)
@@ -347,7 +346,7 @@ class AllocationMap:
         maps = list(parts)
         if not maps:
             raise RequestError("there is no map to concatenate")
-        for left, right in zip(maps, maps[1:], strict=False):
+        for left, right in pairwise(maps):
             if left.stop != right.start:
                 raise RequestError(
                     f"maps must follow each other: one stops at {left.stop}, "
@@ -401,7 +400,8 @@ class AllocationMap:
 
     def _mask(self, bits: int) -> _Mask:
         """Tell which extents have all of these flags."""
-        return (self.flags & np.uint8(bits)) == bits
+        mask: _Mask = (self.flags & np.uint8(bits)) == bits
+        return mask
 
     def where(
         self,
@@ -611,7 +611,7 @@ def _preallocated(
     """Find the records that are zero clusters with a host offset."""
     zeros = np.flatnonzero((flags & _QEMU_IMG) == PRESENT | ZERO).tolist()
     if formats is None:
-        return [i for i in zeros if records[i].get("offset", i := i) != records[i]["start"]]
+        return [i for i in zeros if "offset" in (r := records[i]) and r["offset"] != r["start"]]
     explicit = {d for d, name in enumerate(formats) if name == "qcow2"}
     return [i for i in zeros if int(depth[i]) in explicit and "offset" in records[i]]
 
@@ -733,7 +733,8 @@ class NBDMapBuilder:
         if extents[:, 0].min() <= 0:
             raise NBDProtocolError(f"the NBD server sent an extent of {name} without length")
         # Cut first, so that a sum that overflows is negative at once, never plausible.
-        reach = np.cumsum(np.minimum(extents[:, 0], self.remaining).astype(np.int64))
+        lengths = np.minimum(extents[:, 0].astype(np.uint64), np.uint64(self.remaining))
+        reach = np.cumsum(lengths.astype(np.int64))
         past = np.flatnonzero((reach >= self.remaining) | (reach < 0))
         if len(past):
             reach = reach[: past[0] + 1]
@@ -761,8 +762,9 @@ class NBDMapBuilder:
         keep = np.empty(len(starts), np.bool_)
         keep[0] = self._last != (depth[0], flags[0])
         keep[1:] = (depth[1:] != depth[:-1]) | (flags[1:] != flags[:-1])
-        for column, values in zip(self._columns, (starts, depth, flags), strict=True):
-            column += memoryview(np.ascontiguousarray(values[keep])).cast("B")
+        values: tuple[npt.NDArray[Any], ...] = starts, depth, flags
+        for column, added in zip(self._columns, values, strict=True):
+            column += added[keep].tobytes()
         self._last = int(depth[-1]), int(flags[-1])
 
     def finish(self) -> AllocationMap:
