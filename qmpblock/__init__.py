@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from qmpblock._version import __version__
 
 if TYPE_CHECKING:
-    from qmpblock.disk import Disk, Layer
+    from qmpblock.disk import Disk, LayerMap
     from qmpblock.errors import Error
     from qmpblock.extents import AllocationMap
     from qmpblock.monitor import Monitor
     from qmpblock.vm import VM, connect
 
-__all__ = ["VM", "AllocationMap", "Disk", "Error", "Layer", "Monitor", "__version__", "connect"]
+__all__ = ["VM", "AllocationMap", "Disk", "Error", "LayerMap", "Monitor", "__version__", "connect"]
 
 _HOMES = {
     "AllocationMap": "extents",
     "Disk": "disk",
     "Error": "errors",
-    "Layer": "disk",
+    "LayerMap": "disk",
     "Monitor": "monitor",
     "VM": "vm",
     "connect": "vm",

@@ -123,8 +123,14 @@ class Layer:
 
     @property
     def file(self) -> str:
-        """The image's file name (or URI), as its protocol node has it."""
-        return self.storage.filename if self.storage is not None else self.node.filename
+        """The image's file name (or URI), as QEMU has it.
+
+        Options make QEMU describe the format node by a `json:` text; its protocol node then
+        has the plain name.
+        """
+        if self.storage is not None and self.node.filename.startswith("json:"):
+            return self.storage.filename
+        return self.node.filename
 
     @property
     def format(self) -> str:
@@ -145,11 +151,13 @@ class Chain:
     :ivar levels: for each node from the active layer down its backing links, filters
         between layers included, the depth of the layer whose data it shows. QEMU's
         allocation depth counts these nodes: depth d names `levels[d - 1]`.
+    :ivar level_sizes: the virtual size of each of those nodes, in bytes.
     """
 
     filters: tuple[Node, ...]
     layers: tuple[Layer, ...]
     levels: tuple[int, ...]
+    level_sizes: tuple[int, ...]
 
     @property
     def active(self) -> Layer:
@@ -504,7 +512,7 @@ class _Builder:
     def _chain(self, root: str) -> Chain:
         filters: list[Node] = []
         layers: list[Layer] = []
-        levels: list[int] = []
+        levels: list[tuple[int, int]] = []
         seen: set[str] = set()
         name: str | None = root
         while name is not None:
@@ -514,14 +522,14 @@ class _Builder:
             node = self._known(name)
             if node.is_filter:
                 if layers:
-                    levels.append(len(layers))
+                    levels.append((len(layers), node.size))
                 else:
                     filters.append(node)
                 name = node.child(FILTERS[node.driver], "file", "backing", "image")
                 if name is None:
                     raise GraphError(f"the filter node {printable(node.name)} has no child")
                 continue
-            levels.append(len(layers))
+            levels.append((len(layers), node.size))
             layers.append(
                 Layer(
                     depth=len(layers),
@@ -531,7 +539,12 @@ class _Builder:
                 )
             )
             name = node.child("backing")
-        return Chain(tuple(filters), tuple(layers), tuple(levels))
+        return Chain(
+            tuple(filters),
+            tuple(layers),
+            tuple(depth for depth, _ in levels),
+            tuple(size for _, size in levels),
+        )
 
     def _storage(self, name: str | None) -> Node | None:
         """Return the protocol node at the end of a `file` edge, through any filters."""

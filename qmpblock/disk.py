@@ -1,0 +1,224 @@
+"""Disk: what a user holds of one guest disk."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qmpblock import hostfiles
+from qmpblock.errors import GraphError, RangeError, ToolError
+from qmpblock.graph import Chain, Device, Layer
+
+if TYPE_CHECKING:
+    from qmpblock.extents import AllocationMap
+    from qmpblock.nbd import Client
+    from qmpblock.ranges import Ranges
+    from qmpblock.vm import VM
+
+__all__ = ["Disk", "LayerMap", "check_range"]
+
+_CONTEXTS = ("base:allocation", "qemu:allocation-depth")
+_ATTEMPTS = 4  # maps of a chain that another controller keeps changing
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """What one layer itself holds, whatever lies above it.
+
+    :ivar map: depth is 0 throughout; present says whether this layer holds the range.
+    :ivar source: how it was read: `nbd` (an export of the live node) or `qemu-img` (the
+        frozen image on this host, which also tells preallocated zeros).
+    """
+
+    layer: Layer
+    map: AllocationMap
+    source: str
+
+
+class Disk:
+    """One guest disk of a `VM`. Get it from `VM.disk` or `VM.disks`.
+
+    Its attributes say what was true when it was looked up; its methods look again.
+    """
+
+    def __init__(self, vm: VM, device: Device) -> None:
+        self.vm = vm
+        self.device = device
+
+    def __repr__(self) -> str:
+        return f"<Disk {self.device.describe()}>"
+
+    @property
+    def name(self) -> str:
+        """The qdev id, else the drive id, else the QOM path."""
+        return self.device.name
+
+    @property
+    def chain(self) -> Chain:
+        """Filters and layers, when the disk was looked up."""
+        assert self.device.chain is not None  # VM.disk refuses empty drives
+        return self.device.chain
+
+    @property
+    def size(self) -> int:
+        """Virtual size in bytes, when the disk was looked up."""
+        return self.chain.active.size
+
+    async def refresh(self) -> None:
+        """Look the device up again: its chain, jobs and exports.
+
+        :raise NotFoundError: it has been unplugged.
+        """
+        graph = await self.vm.graph()
+        self.device = graph.device(self.device.qom_path)
+
+    async def map(
+        self, offset: int = 0, length: int | None = None, *, reserved: bool = False
+    ) -> AllocationMap:
+        """Map what the guest sees: for every byte, which layer supplies it, and how.
+
+        Taken from the running QEMU through one read-only export, without disturbing the
+        guest. Cancelling removes the export first.
+
+        :param offset: first byte, at any alignment.
+        :param length: in bytes; by default up to the end.
+        :param reserved: also mark what raw layers on this host have fallocated but not
+            written (by FIEMAP).
+        :raise RangeError: the range is not inside the disk; nothing was touched.
+        :raise GraphError: another controller keeps changing the chain.
+        :raise Error: see `qmpblock.export.exports`.
+        """
+        for _ in range(_ATTEMPTS):
+            await self.refresh()
+            chain = self.chain
+            start, count = check_range(self.size, offset, length)
+            async with self._export([chain.active]) as [client]:
+                found = await _read_map(client, chain.level_sizes, chain.levels, start, count)
+                # A foreign snapshot silently redirects an export to the overlay
+                # (qemu-facts 1.6), and the map is of neither chain then.
+                await self.refresh()
+            if self.chain == chain:
+                return self._mark_reserved(found, chain) if reserved else found
+        raise GraphError(
+            f"the chain of {self.name} changed during each of {_ATTEMPTS} maps",
+            standing="nothing of ours is left in the VM",
+            remedy="another controller is at work on this disk; wait for it",
+        )
+
+    async def layers(self, *, local: bool = True) -> tuple[LayerMap, ...]:
+        """Map what each layer itself holds, the active one first.
+
+        :param local: read frozen layers that are on this host with qemu-img, which tells
+            preallocated zeros, rather than through exports.
+        :raise Error: as `map`.
+        """
+        for _ in range(_ATTEMPTS):
+            await self.refresh()
+            chain, busy = self.chain, bool(self.device.jobs)
+            # A job may be writing to a layer that only looks frozen.
+            found = await self._frozen_layers(chain) if local and not busy else {}
+            through_qemu = [layer for layer in chain.layers if layer.depth not in found]
+            async with self._export(through_qemu) as clients:
+                for layer, client in zip(through_qemu, clients, strict=True):
+                    first = chain.levels.index(layer.depth)
+                    sizes = chain.level_sizes[first:]
+                    levels = [level - layer.depth for level in chain.levels[first:]]
+                    seen = await _read_map(client, sizes, levels, 0, layer.size)
+                    found[layer.depth] = LayerMap(layer, seen.own(), "nbd")
+                await self.refresh()
+            if self.chain == chain and (busy or not self.device.jobs):
+                return tuple(
+                    self._layer_reserved(found[depth]) for depth in range(len(chain.layers))
+                )
+        raise GraphError(f"the chain of {self.name} changed during each of {_ATTEMPTS} maps")
+
+    @asynccontextmanager
+    async def _export(self, layers: Sequence[Layer]) -> AsyncIterator[list[Client]]:
+        from qmpblock.export import Request, exports
+
+        requests = [Request(layer.node.name, _CONTEXTS) for layer in layers]
+        async with exports(
+            self.vm.monitor, self.device, requests, access=self.vm.nbd, stall=self.vm.stall
+        ) as clients:
+            for layer, client in zip(layers, clients, strict=True):
+                if client.size != layer.size:
+                    raise GraphError(
+                        f"the node {layer.node.name} has {layer.size} bytes, but its export "
+                        f"{client.size}",
+                        remedy="the disk was resized meanwhile; try again",
+                    )
+            yield clients
+
+    async def _frozen_layers(self, chain: Chain) -> dict[int, LayerMap]:
+        from qmpblock.qemuimg import QemuImg, blockdev
+
+        found = {}
+        for layer in chain.layers[1:]:
+            path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
+            if path is None or layer.node.encrypted or layer.node.filename.startswith("json:"):
+                continue
+            try:
+                seen = await QemuImg().map(blockdev(layer.format, path), shared=True)
+            except ToolError:
+                continue  # no qemu-img here, or one that cannot: QEMU itself is asked
+            if seen.stop == layer.size:
+                found[layer.depth] = LayerMap(layer, seen.own(), "qemu-img")
+        return found
+
+    def _layer_reserved(self, found: LayerMap) -> LayerMap:
+        ranges = self._fallocated(found.layer)
+        if ranges is None:
+            return found
+        return LayerMap(found.layer, found.map.with_reserved(ranges), found.source)
+
+    def _mark_reserved(self, found: AllocationMap, chain: Chain) -> AllocationMap:
+        for layer in chain.layers:
+            ranges = self._fallocated(layer)
+            if ranges is not None:
+                supplied = found.where(depth=layer.depth, present=True)
+                found = found.with_reserved(ranges.intersection(supplied))
+        return found
+
+    def _fallocated(self, layer: Layer) -> Ranges | None:
+        if layer.format != "raw" or layer.node.filename.startswith("json:"):
+            return None  # json: has an offset into the file, or another oddity
+        path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
+        return hostfiles.reserved_ranges(path, layer.size) if path is not None else None
+
+
+def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
+    """Return the range asked for, its length filled in.
+
+    :raise RangeError: it is not inside a disk of `size` bytes.
+    """
+    if not 0 <= offset <= size:
+        raise RangeError(f"offset {offset} is not inside the disk of {size} bytes")
+    if length is None:
+        length = size - offset
+    if length < 0 or offset + length > size:
+        raise RangeError(
+            f"offset {offset} and length {length} reach to {offset + length}, "
+            f"but the disk has {size} bytes"
+        )
+    return offset, length
+
+
+async def _read_map(
+    client: Client, sizes: Sequence[int], levels: Sequence[int], offset: int, length: int
+) -> AllocationMap:
+    """Read both contexts of a range in lock-step."""
+    from qmpblock.extents import NBDMapBuilder
+
+    # Requests start and end on the server's block size; the extra is clipped off again.
+    block = client.block_size.minimum
+    start = offset - offset % block
+    stop = min(-(-(offset + length) // block) * block, client.size)
+    builder = NBDMapBuilder(sizes, start, stop - start, levels=levels)
+    while builder.remaining:
+        status = await client.block_status(
+            builder.next_offset, min(builder.remaining, client.max_status_length)
+        )
+        builder.feed(*(status[context] for context in _CONTEXTS))
+    return builder.finish().clip(offset, length)
