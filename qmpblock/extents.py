@@ -22,19 +22,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qmpblock.errors import (
-    NBDError,
-    NBDProtocolError,
-    RangeError,
-    RequestError,
-    UnsupportedError,
-    printable,
+from qmpblock.errors import NBDError, NBDProtocolError, RangeError, RequestError
+from qmpblock.maprecords import (
+    DATA,
+    PRESENT,
+    RESERVED,
+    ZERO,
+    Columns,
+    parse_records,
+    record,
+    text,
 )
 from qmpblock.ranges import Ranges
 
@@ -51,11 +53,8 @@ __all__ = [
     "Totals",
 ]
 
-#: Bits of `AllocationMap.flags`.
-PRESENT, ZERO, DATA, RESERVED = 1, 2, 4, 8
-
 _QEMU_IMG = PRESENT | ZERO | DATA  # what qemu-img's JSON can say
-_CHUNK = 1 << 16  # extents turned into Python objects at a time
+_CHUNK = 1 << 14  # extents turned into Python objects at a time
 
 _Offsets = npt.NDArray[np.int64]
 _Depths = npt.NDArray[np.int32]
@@ -234,9 +233,8 @@ class AllocationMap:
         )
 
     def __iter__(self) -> Iterator[Extent]:
-        for first in range(0, len(self), _CHUNK):
-            for offset, length, depth, flags in self._rows(first, first + _CHUNK):
-                yield _extent(offset, length, depth, flags)
+        for columns in self._chunks():
+            yield from map(_extent, *(column.tolist() for column in columns))
 
     def at(self, offset: int) -> Extent:
         """Return the extent that holds the byte at `offset`.
@@ -246,20 +244,19 @@ class AllocationMap:
         if not self.start <= offset < self.stop:
             raise RangeError(f"offset {offset} is outside the map, {self.start} to {self.stop}")
         i = int(np.searchsorted(self.offsets, offset, side="right")) - 1
-        return _extent(*next(self._rows(i, i + 1)))
+        return _extent(*(column.item() for column in self._columns(i, i + 1)))
 
-    def _rows(self, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield (offset, length, depth, flags) of extents [first, last)."""
-        bounds = self.offsets[first : last + 1].tolist()
+    def _chunks(self) -> Iterator[Columns]:
+        """Yield the columns, so many extents at a time that they stay in the CPU's cache."""
+        for first in range(0, len(self), _CHUNK):
+            yield self._columns(first, first + _CHUNK)
+
+    def _columns(self, first: int, last: int) -> Columns:
+        bounds = self.offsets[first : last + 1]
         if last >= len(self):
-            bounds.append(self.stop)
-        return zip(
-            bounds[:-1],
-            map(int.__sub__, bounds[1:], bounds[:-1]),
-            self.depth[first:last].tolist(),
-            self.flags[first:last].tolist(),
-            strict=True,
-        )
+            bounds = np.append(bounds, np.int64(self.stop))
+        here = slice(first, last)
+        return Columns(bounds[:-1], np.diff(bounds), self.depth[here], self.flags[here])
 
     # Maps from maps
 
@@ -482,86 +479,36 @@ class AllocationMap:
         """Read the parsed output of `qemu-img map --output=json`.
 
         :param layers: how many layers the chain has; by default as many as are named.
-        :param formats: of each layer, depth 0 first. A zero range with a host offset is
-            a preallocated zero cluster in qcow2, but QEMU gives raw holes an offset too
-            (their own position). Without formats, an offset that is the range's own
-            position is taken for raw.
+        :param formats: of each layer, depth 0 first; they tell preallocated zero clusters
+            (see `maprecords.parse_records`).
         :raise UnsupportedError: QEMU older than 6.1, whose records do not say `present`.
         :raise RequestError: the records are not what qemu-img prints.
         """
-        if not isinstance(records, Sequence) or not all(isinstance(r, Mapping) for r in records):
-            raise RequestError("qemu-img's map is not a list of records")
-        if any("present" not in record for record in records):
-            raise UnsupportedError(
-                "the map does not say which ranges are present: it is from QEMU before 6.1",
-                remedy="use the qemu-img of QEMU 6.1 or newer",
-            )
-        start = _column(records, "start", int)
-        length = _column(records, "length", int)
-        depth = _column(records, "depth", int)
-        if len(records) == 1 and not length[0]:  # how qemu-img describes an empty image
-            return cls.uniform(int(start[0]), 0, layers=layers or 1)
-        if not len(records):
-            return cls.uniform(0, 0, layers=layers or 1)
-        if start[0] < 0 or np.any(length <= 0) or np.any(length > np.iinfo(np.int64).max - start):
-            raise RequestError("qemu-img's map has a negative offset or an empty record")
-        stops = start + length
-        gap = np.flatnonzero(start[1:] != stops[:-1])
-        if len(gap):
-            i = int(gap[0])
-            raise RequestError(
-                f"qemu-img's map is not contiguous: record {i} stops at {stops[i]}, "
-                f"the next starts at {start[i + 1]}"
-            )
-        count = int(depth.max()) + 1 if layers is None else layers
-        if depth.min() < 0 or depth.max() >= count:
-            raise RequestError(
-                f"qemu-img's map names depth {int(depth.max())} of a chain of {count}"
-            )
-        flags = np.zeros(len(records), np.uint8)
-        for key, bit in (("present", PRESENT), ("zero", ZERO), ("data", DATA)):
-            flags |= _column(records, key, bool) * np.uint8(bit)
-        flags[_preallocated(records, depth, flags, formats)] |= RESERVED
-        return cls(
-            int(start[0]), int(stops[-1]), start, depth.astype(np.int32), flags, count
-        ).coalesce()
+        found = parse_records(records, formats)
+        start = int(records[0]["start"]) if records else 0
+        count = int(found.depth.max(initial=0)) + 1 if layers is None else layers
+        stop = start + int(found.lengths.sum())
+        return cls(start, stop, found.offsets, found.depth, found.flags, count).coalesce()
 
     def to_qemu_img(self) -> list[dict[str, Any]]:
         """Return the records that `qemu-img map --output=json` prints, without `offset`."""
-        if not len(self):
-            return [_record(self.start, 0, 0, 0)]
-        plain = self.without_reserved()
-        return [_record(*row) for row in plain._rows(0, len(plain))]
+        return [
+            record(*row)
+            for columns in self._plain_chunks()
+            for row in zip(*(column.tolist() for column in columns), strict=True)
+        ]
 
     def to_qemu_img_json(self) -> Iterator[str]:
-        r"""Yield the text of `to_qemu_img`, laid out as qemu-img does, in pieces.
+        """Yield the text of `to_qemu_img` in pieces: together one document, a record a line."""
+        return text(self._plain_chunks())
 
-        Together they are one JSON document: a record a line, `\n` at the end.
-        """
-        plain = self.without_reserved()
-        first = "["
-        for at in range(0, max(1, len(plain)), _CHUNK):
-            rows = plain._rows(at, at + _CHUNK) if len(plain) else iter([(self.start, 0, 0, 0)])
-            tails = _Tails()
-            lines = [
-                f'{{ "start": {offset}, "length": {length}{tails[depth << 8 | flags]}'
-                for offset, length, depth, flags in rows
-            ]
-            yield first + ",\n".join(lines)
-            first = ",\n"
-        yield "]\n"
-
-
-class _Tails(dict[int, str]):
-    """The text of a record after its length, made once for each (depth << 8 | flags)."""
-
-    def __missing__(self, key: int) -> str:
-        words = [
-            f'"{name}": {"true" if key & bit else "false"}'
-            for name, bit in (("present", PRESENT), ("zero", ZERO), ("data", DATA))
-        ]
-        self[key] = f', "depth": {key >> 8}, {", ".join(words)}}}'
-        return self[key]
+    def _plain_chunks(self) -> Iterator[Columns]:
+        if not len(self):  # qemu-img describes an empty image by one empty record
+            start, nothing = np.array([self.start]), np.zeros(1, np.int64)
+            return iter(
+                [Columns(start, nothing, nothing.astype(np.int32), nothing.astype(np.uint8))]
+            )
+        return self.without_reserved()._chunks()
 
 
 def _extent(offset: int, length: int, depth: int, flags: int) -> Extent:
@@ -574,46 +521,6 @@ def _extent(offset: int, length: int, depth: int, flags: int) -> Extent:
         bool(flags & DATA),
         bool(flags & RESERVED),
     )
-
-
-def _record(offset: int, length: int, depth: int, flags: int) -> dict[str, Any]:
-    return {
-        "start": offset,
-        "length": length,
-        "depth": depth,
-        "present": bool(flags & PRESENT),
-        "zero": bool(flags & ZERO),
-        "data": bool(flags & DATA),
-    }
-
-
-def _column(records: Sequence[Mapping[str, Any]], key: str, kind: type) -> npt.NDArray[Any]:
-    """Gather one key of every record, checked to be of exactly this type."""
-    try:
-        values = list(map(itemgetter(key), records))
-    except KeyError:
-        raise RequestError(f"a record of qemu-img's map has no {key!r}") from None
-    if not set(map(type, values)) <= {kind}:
-        odd = next(v for v in values if type(v) is not kind)
-        raise RequestError(f"a record of qemu-img's map has {key} {printable(repr(odd), 60)}")
-    try:
-        return np.array(values, np.int64 if kind is int else np.bool_)
-    except OverflowError:
-        raise RequestError(f"a record of qemu-img's map has a {key} past 2**63") from None
-
-
-def _preallocated(
-    records: Sequence[Mapping[str, Any]],
-    depth: npt.NDArray[Any],
-    flags: _Flags,
-    formats: Sequence[str] | None,
-) -> list[int]:
-    """Find the records that are zero clusters with a host offset."""
-    zeros = np.flatnonzero((flags & _QEMU_IMG) == PRESENT | ZERO).tolist()
-    if formats is None:
-        return [i for i in zeros if "offset" in (r := records[i]) and r["offset"] != r["start"]]
-    explicit = {d for d, name in enumerate(formats) if name == "qcow2"}
-    return [i for i in zeros if int(depth[i]) in explicit and "offset" in records[i]]
 
 
 @dataclass(slots=True)
