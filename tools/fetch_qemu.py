@@ -60,9 +60,10 @@ FIRMWARE = (
 )
 """What an x86 guest may need of the data files; the rest is for other machines."""
 
-MODULES = "usr/lib/*/qemu/accel-tcg-*.so"
-"""The only modules kept: QEMU passes over an absent module in silence, but complains of one
-whose libraries are missing (sound, terminals), which are most of the download."""
+BUNDLE = Path("usr/bin/qemu-bundle")
+"""QEMU takes every path it was built with (firmware, modules) to lie under this folder, where
+it exists beside /proc/self/exe; without it, it would load the machine's own QEMU's modules.
+Modules (sound, screens) are left out: QEMU passes over an absent one in silence."""
 
 
 class FetchError(Exception):
@@ -262,8 +263,8 @@ def wrapper(program: str, library_path: str) -> str:
     """Return a shell script that becomes `program` of the root beside its folder.
 
     It execs, so that the process id is QEMU's own, and finds the root from its own path, so
-    that the folder may be moved. The loader is a copy beside the programs: QEMU looks for
-    its firmware and modules relative to /proc/self/exe, which is the loader.
+    that the folder may be moved. The loader is a copy beside the programs, because it is
+    what /proc/self/exe then names (see BUNDLE).
     """
     return f"""\
 #!/bin/sh
@@ -293,27 +294,25 @@ def build(whole: Path, target: Path) -> None:
 
     root = target / "root"
     programs = [whole / "usr/bin" / program for program in PROGRAMS]
-    modules = sorted(whole.glob(MODULES))
-    wanted = [*programs, *modules]
-    for pattern in FIRMWARE:
-        wanted += sorted(whole.glob(pattern))
+    wanted = [*programs, *(path for each in FIRMWARE for path in sorted(whole.glob(each)))]
     copies = {path.relative_to(whole): path for path in wanted}
     copies[Path("usr/bin/ld.so")] = loader
-    for binary in [*programs, *modules]:
-        if not binary.is_file():
-            raise FetchError(f"the packages hold no {binary.name}")
-        for library in libraries(run([loader, "--library-path", search, "--list", binary])):
+    for program in programs:
+        if not program.is_file():
+            raise FetchError(f"the packages hold no {program.name}")
+        for library in libraries(run([loader, "--library-path", search, "--list", program])):
             if not library.is_relative_to(whole):
                 raise FetchError(f"the packages lack the library {library.name}")
             copies[Path(library_path) / library.name] = library
     for relative, source in copies.items():
         (root / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, root / relative)
+    (root / BUNDLE).symlink_to("../..")
 
     (target / "bin").mkdir()
-    for program in PROGRAMS:
-        script = target / "bin" / program
-        script.write_text(wrapper(program, library_path))
+    for name in PROGRAMS:
+        script = target / "bin" / name
+        script.write_text(wrapper(name, library_path))
         script.chmod(0o755)
 
 
@@ -325,20 +324,26 @@ def check(binaries: Path, version: str, scratch: Path) -> None:
     image = scratch / "check.qcow2"
     run([binaries / "qemu-img", "create", "-q", "-f", "qcow2", image, "1M"])
     run([binaries / "qemu-img", "map", "--output=json", "-f", "qcow2", image])
+    disk = {"driver": "file", "node-name": "f"}
     machine = subprocess.run(  # the monitor is its standard input and output
         [
             *(binaries / "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-S"),
             *("-display", "none", "-accel", "tcg", "-m", "16", "-M", "pc", "-qmp", "stdio"),
-            *("-blockdev", f"driver=qcow2,node-name=d0,file.driver=file,file.filename={image}"),
+            *("-blockdev", json.dumps({**disk, "filename": str(image)})),
+            *("-blockdev", '{"driver": "qcow2", "node-name": "d0", "file": "f"}'),
             *("-device", "virtio-blk-pci,drive=d0"),
         ],
-        input='{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n',
+        # Listing the types loads every module that can be found: there must be none.
+        input="".join(
+            f'{{"execute": "{command}"}}\n'
+            for command in ("qmp_capabilities", "qom-list-types", "quit")
+        ),
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    if machine.returncode or '"SHUTDOWN"' not in machine.stdout:
+    if machine.returncode or '"SHUTDOWN"' not in machine.stdout or "module" in machine.stderr:
         raise FetchError(f"it does not start a machine:\n{machine.stderr.strip()[-2000:]}")
 
 
@@ -469,10 +474,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for wanted in options.wanted:
         try:
             found = (find if options.print_path else fetch)(options.cache, wanted)
-            if found is None:
-                raise FetchError("not in the cache")
         except (FetchError, OSError) as error:
             print(f"cannot have QEMU {wanted}: {error}", file=sys.stderr)
+            return 1
+        if found is None:
+            print(f"QEMU {wanted} is not in the cache {options.cache}", file=sys.stderr)
             return 1
         print(found.qemu)
     return 0
