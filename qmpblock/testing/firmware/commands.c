@@ -11,8 +11,7 @@ static u32 tag;
 
 static int fail(const char *why)
 {
-    put("ER");
-    put_char(' ');
+    put("ER ");
     put_number(tag);
     put_char(' ');
     put(why);
@@ -148,6 +147,16 @@ static int report(void)
 static int do_progress(void)
 {
     return disk->run ? report() : fail("no stress run was started on this disk");
+}
+
+static int do_latency(void)
+{
+    if (!disk->run)
+        return fail("no stress run was started on this disk");
+    ok();
+    stress_latency(disk);
+    put_char('\n');
+    return 0;
 }
 
 static int do_stop(void)
@@ -301,6 +310,7 @@ static const struct command {
     {"zero", 3, 1, do_zero},
     {"stress", 10, 1, do_stress},
     {"progress", 1, 1, do_progress},
+    {"latency", 1, 1, do_latency},
     {"stop", 1, 1, do_stop},
     {"check", 1, 1, do_check},
     {"dirty", 1, 0, do_dirty},

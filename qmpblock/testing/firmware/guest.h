@@ -181,7 +181,8 @@ int stress_running(struct disk *disk);
 int stress_step(void);              /* advances every run; 0: nothing to do now */
 void stress_complete(struct request *request);
 void stress_stop(struct disk *disk);
-void stress_progress(struct disk *disk);            /* fields of the reply; resets latencies */
+void stress_progress(struct disk *disk);            /* fields of the reply */
+void stress_latency(struct disk *disk);             /* the same; begins to measure anew */
 u32 stress_check(struct disk *disk, u32 *checked, u32 *bad);    /* the status of a failed read */
 
 /* ---- commands.c, main.c ---------------------------------------------------------------- */

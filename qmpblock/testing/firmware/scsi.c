@@ -2,7 +2,7 @@
 #include "cpu.h"
 
 enum { INQUIRY = 0x12, UNMAP = 0x42, READ_16 = 0x88, WRITE_16 = 0x8a,
-       SYNCHRONIZE_CACHE_16 = 0x91, WRITE_SAME_16 = 0x93, SERVICE_ACTION_IN_16 = 0x9e,
+       SYNCHRONIZE_CACHE_10 = 0x35, WRITE_SAME_16 = 0x93, SERVICE_ACTION_IN_16 = 0x9e,
        REPORT_LUNS = 0xa0 };
 #define READ_CAPACITY_16 0x10
 #define TARGETS 256u
@@ -42,13 +42,13 @@ static u8 *header(struct request *request)
 u32 scsi_prepare(struct request *request, enum operation operation, u64 lba, u32 sectors)
 {
     static const u8 opcodes[] = {
-        [READ] = READ_16, [WRITE] = WRITE_16, [FLUSH] = SYNCHRONIZE_CACHE_16,
+        [READ] = READ_16, [WRITE] = WRITE_16, [FLUSH] = SYNCHRONIZE_CACHE_10,
         [DISCARD] = UNMAP, [ZEROES] = WRITE_SAME_16,
     };
     u8 *cdb = header(request), *data = (u8 *)request_buffer(request);
 
     cdb[0] = opcodes[operation];
-    if (operation == FLUSH)         /* the whole disk */
+    if (operation == FLUSH)         /* the whole disk; QEMU has the 10-byte command only */
         return 0;
     if (operation == DISCARD) {
         put_be(cdb + 7, 24, 2);

@@ -304,13 +304,17 @@ void stress_stop(struct disk *disk)
         work(0);
 }
 
+static u64 waiting(struct run *run)
+{
+    u64 now = clock_now();
+
+    return clock_microseconds(now - requests_oldest(run, now));
+}
+
 void stress_progress(struct disk *disk)
 {
     struct run *run = disk->run;
-    u64 oldest = 0, now = clock_now();
 
-    if (run->in_flight)
-        oldest = clock_microseconds(now - requests_oldest(run, now));
     put_field("running", run->on);
     put_field("issued", run->issued);
     put_field("acked", run->acked);
@@ -318,17 +322,24 @@ void stress_progress(struct disk *disk)
     put_field("reads", run->reads);
     put_field("bad", run->bad);
     put_field("errors", run->errors);
-    put_field("completed", run->latency_count);
-    put_field("mean_us", run->latency_count ? divide(run->latency_sum, run->latency_count, 0) : 0);
-    put_field("longest_us", run->latency_longest);
-    put_field("waiting_us", oldest);
+    put_field("waiting_us", waiting(run));
     if (run->errors)
-        put_field("error", run->first_error);
+        put_field("status", run->first_error);
     if (run->bad) {
         put_field("bad_lba", run->bad_lba);
         put_field("bad_found", run->bad_found);
         put_field("bad_expected", run->bad_expected);
     }
+}
+
+void stress_latency(struct disk *disk)
+{
+    struct run *run = disk->run;
+
+    put_field("requests", run->latency_count);
+    put_field("mean_us", run->latency_count ? divide(run->latency_sum, run->latency_count, 0) : 0);
+    put_field("longest_us", run->latency_longest);
+    put_field("waiting_us", waiting(run));
     run->latency_sum = run->latency_longest = 0;
     run->latency_count = 0;
 }
