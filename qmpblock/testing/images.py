@@ -237,12 +237,21 @@ class BuiltDisk:
     active: BuiltImage
 
     async def replay(self, tools: Tools) -> None:
-        """Do the guest's later writes to the closed image, with the disk's own options."""
+        """Do to the closed image what happens to the attached one: the guest's later writes.
+
+        With copy-on-read also what QEMU's own look for a partition table at start copies
+        (hd_geometry_guess reads sector 0; nvme has no geometry).
+        """
+        attach = self.spec.attach
+        if "copy-on-read" in attach.filters and attach.device != "nvme":
+            wrapped = {"driver": "copy-on-read", "file": self.active.describe()}
+            secrets = _secret_arguments(self.active.secrets())
+            await tools.run(tools.io, *secrets, "-c", "read 0 512", "json:" + json.dumps(wrapped))
         await self.active.apply(
             self.spec.guest,
             tools,
-            discard=self.spec.attach.discard,
-            detect_zeroes=self.spec.attach.detect_zeroes,
+            discard=attach.discard,
+            detect_zeroes=attach.detect_zeroes,
         )
 
 

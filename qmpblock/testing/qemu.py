@@ -1,0 +1,520 @@
+"""QemuProcess: one real QEMU, started for a test, whose every failure carries its evidence.
+
+QEMU never outlives the test run: it is asked to quit or killed when its context ends, an
+atexit handler kills what is left, and the kernel kills it if the test run itself is killed
+(PR_SET_PDEATHSIG; it acts when the *thread* that started QEMU ends, so start it from the
+main thread).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import ctypes
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from qmpblock.errors import (
+    CommandError,
+    ConnectError,
+    Error,
+    GreetingError,
+    MonitorError,
+    RequestError,
+    StalledError,
+    ToolError,
+    printable,
+)
+from qmpblock.monitor import Monitor
+from qmpblock.testing.commandline import disk_arguments
+from qmpblock.testing.images import (
+    BuiltDisk,
+    BuiltScenario,
+    find_qemu,
+    qemu_io_command,
+)
+
+if TYPE_CHECKING:
+    from qmpblock.testing.scenario import Operation
+
+__all__ = ["QemuFailure", "QemuProcess", "private_directory"]
+
+_PATH_LIMIT = 107  # bytes of a UNIX socket's path (unix(7))
+_OUTPUT_LIMIT = 64 << 10  # bytes of stdout and of stderr that are shown, from the end
+_START_LIMIT = 30.0  # seconds until the monitor answers; a loaded machine needs one
+_IO_LIMIT = 60.0  # seconds for one request of qemu-io
+_POLL = 0.003  # seconds
+_PR_SET_PDEATHSIG = 1
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+@atexit.register
+def _kill_rest() -> None:
+    for process in list(_running):
+        if process.poll() is None:  # not reaped, so the pid is still this process
+            process.kill()
+            process.wait()
+
+
+class QemuFailure(ToolError):  # noqa: N818 - the name is part of the API
+    """QEMU could not be started, died, or did not end as it should.
+
+    :param what: what failed.
+    :param returncode: its exit code, negative for a signal; None if it still runs (the
+        attribute, as in ToolError, is then 0).
+    :param stdout: what it printed there; also `stderr`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        command: Iterable[str],
+        returncode: int | None,
+        stdout: str,
+        stderr: str,
+    ) -> None:
+        super().__init__(command, returncode or 0, stderr)
+        self.stdout = stdout
+        self.message = f"{what}\n{_evidence(self.command, returncode, stdout, stderr)}"
+        self.args = (self.message,)
+
+
+def _evidence(command: Iterable[str], returncode: int | None, stdout: str, stderr: str) -> str:
+    ended = "still running"
+    if returncode is not None:
+        ended = str(returncode)
+        if returncode < 0:
+            ended += f" ({signal.Signals(-returncode).name})"
+    lines = [f"exit code: {ended}", f"command: {shlex.join(command)}"]
+    for name, text in (("stderr", stderr), ("stdout", stdout)):
+        shown = "\n".join(f"  {printable(line, 2000)}" for line in text.strip().splitlines())
+        lines.append(f"{name}:\n{shown}" if shown else f"{name}: empty")
+    return "\n".join(lines)
+
+
+def private_directory() -> Path:
+    """Make a directory (0700) whose path is short enough for UNIX sockets in it."""
+    path = Path(tempfile.mkdtemp(prefix="qt-"))
+    if len(os.fsencode(path)) <= _PATH_LIMIT - 32:
+        return path
+    path.rmdir()
+    return Path(tempfile.mkdtemp(prefix="qt-", dir="/tmp"))
+
+
+class QemuProcess:
+    """A QEMU with disks, three QMP monitors and an idle CPU (or a tiny guest).
+
+    `async with QemuProcess(...) as vm:` starts it, and at the end asks it to quit. An
+    exception inside gets the evidence as a note; a QEMU that died by itself is a
+    QemuFailure.
+
+    The harness holds one monitor (`control`); `monitor_path` and `second_monitor_path` are
+    free for what is tested: one QMP monitor serves one client at a time.
+
+    :param disks: attached in this order.
+    :param machine: `pc`, `q35` or `microvm`.
+    :param empty_tray: adds a CD-ROM drive without a medium.
+    :param guest: run the tiny guest (`vm.guest`); otherwise the CPU halts at once, and
+        nothing reads the disks (a BIOS would: copy-on-read would show it).
+    :param qemu: the program; None for the QEMU under test.
+    :param directory: for sockets and output; None makes one, removed at the end.
+    :param extra: more command line options.
+    """
+
+    def __init__(
+        self,
+        disks: Sequence[BuiltDisk] = (),
+        *,
+        machine: str = "pc",
+        empty_tray: bool = False,
+        guest: bool = False,
+        qemu: str | None = None,
+        directory: Path | None = None,
+        extra: Sequence[str] = (),
+    ) -> None:
+        self.disks = tuple(disks)
+        self.machine = machine
+        self.directory = directory or private_directory()
+        self.monitor_path = str(self.directory / "qmp")
+        self.second_monitor_path = str(self.directory / "qmp2")
+        self.guest: Any = None
+        self._own_directory = directory is None
+        self._control_path = str(self.directory / "control")
+        self._control: Monitor | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._expected_end = False
+        self._io_turn = asyncio.Lock()
+        self._printed: tuple[str, str] | None = None  # kept when the directory goes
+        if len(os.fsencode(self._control_path)) > _PATH_LIMIT:
+            raise RequestError(
+                f"the directory {self.directory} is too long for a UNIX socket in it",
+                remedy="use a shorter one, such as private_directory() makes",
+            )
+        self.command = (
+            qemu or find_qemu(),
+            *self._arguments(guest),
+            *disk_arguments(self.disks, machine, empty_tray=empty_tray),
+            *extra,
+        )
+
+    @classmethod
+    def of(cls, built: BuiltScenario, **options: Any) -> Self:
+        """Make the QEMU of a scenario; `options` are those of the class."""
+        scenario = built.scenario
+        defaults = {"machine": scenario.machine, "empty_tray": scenario.empty_tray}
+        return cls(built.disks, **{**defaults, **options})
+
+    def _arguments(self, guest: bool) -> list[str]:
+        accel = os.environ.get("QMPBLOCK_ACCEL") or "tcg"
+        arguments = ["-nodefaults", "-no-user-config", "-display", "none"]
+        arguments += ["-accel", accel, "-m", "16", "-machine", self.machine]
+        for name, path in (
+            ("control", self._control_path),
+            ("qmp", self.monitor_path),
+            ("qmp2", self.second_monitor_path),
+        ):
+            arguments += ["-chardev", f"socket,id={name},path={path},server=on,wait=off"]
+            arguments += ["-mon", f"chardev={name},mode=control"]
+        rom = self.directory / "idle.rom"
+        arguments += ["-bios", str(rom)]
+        return arguments
+
+    # -- life
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if value is not None:
+            if isinstance(value, MonitorError):
+                await self._ended_within(1.0)  # it may be about to end: then say how
+            value.add_note(self.evidence())
+        try:
+            if value is None:
+                await self.quit()
+        finally:
+            await self.close()
+
+    async def start(self) -> None:
+        """Start QEMU and wait until its monitor answers.
+
+        Cancelling kills it.
+
+        :raise QemuFailure: it ended, or its monitor did not answer.
+        """
+        write_idle_rom(self.directory / "idle.rom")
+        with (
+            (self.directory / "stdout").open("wb") as out,
+            (self.directory / "stderr").open("wb") as err,
+        ):
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - its pid and pidfd outlive the loop
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=self.directory,
+                process_group=0,  # Ctrl-C is for the test run, which then ends QEMU in order
+                preexec_fn=_die_with_parent(),
+            )
+        _running.add(self._process)
+        try:
+            self._control = await self._connect_control()
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _connect_control(self) -> Monitor:
+        assert self._process is not None  # start() made it
+        deadline = asyncio.get_running_loop().time() + _START_LIMIT
+        while True:
+            if self._process.poll() is not None:
+                raise self.failure("QEMU ended before its monitor answered")
+            if Path(self._control_path).exists():
+                try:
+                    return await Monitor.connect(self._control_path, greeting_timeout=_START_LIMIT)
+                except ConnectError:
+                    pass  # bound, not yet listening; or gone: the next round knows
+                except GreetingError as error:
+                    if await self._ended_within(1.0):
+                        continue  # it ended while it greeted: its own words say more
+                    await self.kill()
+                    raise self.failure(f"QEMU's monitor does not work: {error}") from error
+            if asyncio.get_running_loop().time() > deadline:
+                await self.kill()
+                raise self.failure(f"QEMU's monitor did not answer for {_START_LIMIT:g} s; killed")
+            await asyncio.sleep(_POLL)
+
+    async def wait(self, timeout: float | None = None) -> int:
+        """Wait until QEMU has ended; return its exit code (negative for a signal).
+
+        :raise TimeoutError: it still runs after `timeout` seconds.
+        """
+        assert self._process is not None, "not started"
+        if self._process.poll() is None:
+            loop = asyncio.get_running_loop()
+            ended = asyncio.Event()
+            fd = os.pidfd_open(self._process.pid)
+            loop.add_reader(fd, ended.set)
+            try:
+                async with asyncio.timeout(timeout):
+                    await ended.wait()
+            finally:
+                loop.remove_reader(fd)
+                os.close(fd)
+        code = self._process.wait()
+        _running.discard(self._process)
+        return code
+
+    async def _ended_within(self, seconds: float) -> bool:
+        try:
+            await self.wait(seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def quit(self, timeout: float = 30.0) -> None:
+        """End QEMU in order, unless it was killed or `expect_exit` was called.
+
+        :raise QemuFailure: it had ended before, did not end within `timeout` seconds (it is
+            killed then), or its exit code was not 0.
+        """
+        if self._process is None or (self._expected_end and self._process.poll() is not None):
+            return
+        if self._process.poll() is not None:
+            raise self.failure("QEMU had ended by itself")
+        assert self._control is not None  # it was started
+        self._expected_end = True
+        try:
+            await self._control.execute("quit")
+        except Error as error:
+            if not await self._ended_within(1.0):
+                await self.kill()
+            raise self.failure(f"QEMU did not quit: {error}") from error
+        try:
+            code = await self.wait(timeout)
+        except TimeoutError:
+            await self.kill()
+            raise self.failure(f"QEMU did not quit within {timeout:g} s; killed") from None
+        if code != 0:
+            raise self.failure("QEMU did not end cleanly")
+
+    async def kill(self) -> int:
+        """End QEMU with SIGKILL, as a crash of the host would; return its exit code."""
+        assert self._process is not None, "not started"
+        self._expected_end = True
+        if self._process.poll() is None:
+            self._process.kill()
+        return await self.wait()
+
+    def expect_exit(self) -> None:
+        """Say that QEMU ending by itself is part of the test."""
+        self._expected_end = True
+
+    async def close(self) -> None:
+        """Give everything back, killing QEMU if it runs. Idempotent."""
+        if self.guest is not None:
+            guest, self.guest = self.guest, None
+            await guest.close()
+        if self._control is not None:
+            await self._control.close()
+        if self._process is not None:
+            await self.kill()
+        self._printed = self._printed or (self.stdout, self.stderr)
+        if self._own_directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    # -- what it is
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process id."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process exists."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def version(self) -> tuple[int, int, int]:
+        """QEMU's version."""
+        return self.control.version
+
+    @property
+    def control(self) -> Monitor:
+        """The harness's own monitor."""
+        assert self._control is not None, "not started"
+        return self._control
+
+    @property
+    def stdout(self) -> str:
+        """What QEMU has printed so far (its end, if it is long)."""
+        return self._printed[0] if self._printed else _read_end(self.directory / "stdout")
+
+    @property
+    def stderr(self) -> str:
+        """What QEMU has printed on stderr so far (its end, if it is long)."""
+        return self._printed[1] if self._printed else _read_end(self.directory / "stderr")
+
+    def evidence(self) -> str:
+        """Return exit code, command line, stderr and stdout, for people."""
+        return _evidence(self.command, self.returncode, self.stdout, self.stderr)
+
+    def failure(self, what: str) -> QemuFailure:
+        """Make a failure of this QEMU that carries the evidence."""
+        return QemuFailure(what, self.command, self.returncode, self.stdout, self.stderr)
+
+    # -- what it does
+
+    async def execute(self, command: str, **arguments: object) -> Any:
+        """Run a QMP command on the harness's monitor; `_` in names stands for `-`.
+
+        :raise CommandError: QEMU refused it.
+        """
+        given = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return await self.control.execute(command, given or None)
+
+    async def hmp(self, command: str) -> str:
+        """Run a command of the human monitor and return what it printed."""
+        printed = await self.execute("human-monitor-command", command_line=command)
+        return str(printed)
+
+    async def qemu_io(self, disk: BuiltDisk | str, command: str) -> str:
+        """Do I/O through the guest device's own backend, as the guest would.
+
+        :param command: qemu-io's (`write -P 1 0 64k`), with offsets in bytes.
+        :return: what it printed. `aio_...` commands are waited for, too.
+        :raise CommandError: the I/O failed.
+        :raise StalledError: an `aio_...` command did not end.
+        """
+        path = await self.qom_path(disk)
+        async with self._io_turn:
+            # qemu-io prints on QEMU's own stdout, a line at a time; only a wrong PATH is told
+            # on the monitor.
+            before = (self.directory / "stdout").stat().st_size
+            refused = await self.hmp(f'qemu-io -d "{path}" "{command}"')
+            printed = self._stdout_from(before)
+            deadline = asyncio.get_running_loop().time() + _IO_LIMIT
+            while command.startswith("aio_") and not (refused or printed.endswith("\n")):
+                if asyncio.get_running_loop().time() > deadline:
+                    raise StalledError(f"{command} on {path} did not end for {_IO_LIMIT:g} s")
+                await asyncio.sleep(_POLL)
+                printed = self._stdout_from(before)
+        done = re.search(r"^(?:wrote|read|discard) (\d+)/(\d+) bytes", printed, re.MULTILINE)
+        failed = done is None or done[1] != done[2] or "verification failed" in printed
+        if refused or (failed and (command != "flush" or printed)):
+            said = (refused + printed).strip()
+            raise CommandError("qemu-io", {"path": path, "command": command}, "I/O error", said)
+        return printed
+
+    def _stdout_from(self, position: int) -> str:
+        with (self.directory / "stdout").open("rb") as file:
+            file.seek(position)
+            return file.read().decode(errors="replace")
+
+    async def guest_writes(
+        self, disk: BuiltDisk | str, operations: Iterable[Operation] | None = None
+    ) -> None:
+        """Do what the scenario says the guest does later (or `operations`), in order.
+
+        :raise CommandError: one of them failed.
+        """
+        found = self.disk(disk) if isinstance(disk, str) else disk
+        for operation in found.spec.guest if operations is None else operations:
+            command = qemu_io_command(operation)
+            if operation.verb == "zero":
+                # QEMU 7.2's `write -z` polls the wrong context on a device in an iothread, and
+                # aborts (aio_poll: in_aio_context_home_thread).
+                command = f"aio_{command}"
+            await self.qemu_io(found, command)
+
+    def disk(self, name: str) -> BuiltDisk:
+        """Return the disk of that name in the scenario.
+
+        :raise KeyError: there is none.
+        """
+        return {disk.spec.name: disk for disk in self.disks}[name]
+
+    async def qom_path(self, disk: BuiltDisk | str) -> str:
+        """Return the QOM path of the guest device's block backend.
+
+        A device with an id is found by it; those without follow in the order of attachment.
+        """
+        wanted = disk if isinstance(disk, str) else disk.spec.name
+        # A tray that is empty has no `inserted`.
+        blocks = [entry for entry in await self.execute("query-block") if entry.get("inserted")]
+        rest = []
+        for candidate in self.disks:
+            name = candidate.spec.attach.id
+            own = [entry for entry in blocks if name is not None and _belongs(entry, name)]
+            if not own:
+                rest.append(candidate.spec.name)
+                continue
+            blocks.remove(own[0])
+            if candidate.spec.name == wanted:
+                return _absolute(own[0]["qdev"])
+        return _absolute(blocks[rest.index(wanted)]["qdev"])
+
+
+def _belongs(entry: dict[str, Any], device_id: str) -> bool:
+    qdev = str(entry.get("qdev", ""))
+    return (
+        qdev == device_id
+        or qdev.startswith(f"/machine/peripheral/{device_id}/")
+        or entry.get("device") == device_id
+    )
+
+
+def _absolute(qdev: str) -> str:
+    return qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+
+
+def _read_end(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _OUTPUT_LIMIT))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:  # not started, or its directory is gone
+        return ""
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """Make what the child runs before QEMU: be killed when the parent dies."""
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: the child may not allocate
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it died before prctl
+            os._exit(1)
+
+    return ask
+
+
+def write_idle_rom(path: Path) -> None:
+    """Write a firmware that halts the CPU at the reset vector: cli; hlt; jmp to the hlt."""
+    rom = bytearray(64 << 10)
+    rom[0xFFF0:0xFFF4] = b"\xfa\xf4\xeb\xfd"
+    path.write_bytes(rom)
