@@ -283,14 +283,10 @@ def build(whole: Path, target: Path) -> None:
     :param target: gets `root/` (the same tree, pruned) and `bin/` (the wrappers).
     :raise FetchError: a program, library or the loader is not there.
     """
-    loaders = sorted(whole.glob("usr/lib/*/ld-linux*.so.*")) or sorted(
-        whole.glob("lib/*/ld-linux*.so.*")
-    )
-    if not loaders:
+    loader = next(whole.glob("usr/lib/*/ld-linux*.so.*"), None)
+    if loader is None:
         raise FetchError("the packages hold no dynamic loader")
-    loader = loaders[0]
-    library_path = "usr/lib/" + loader.parent.name
-    search = f"{whole / library_path}:{whole / 'lib' / loader.parent.name}"
+    library_path = f"usr/lib/{loader.parent.name}"
 
     root = target / "root"
     programs = [whole / "usr/bin" / program for program in PROGRAMS]
@@ -300,7 +296,7 @@ def build(whole: Path, target: Path) -> None:
     for program in programs:
         if not program.is_file():
             raise FetchError(f"the packages hold no {program.name}")
-        for library in libraries(run([loader, "--library-path", search, "--list", program])):
+        for library in libraries(run([loader, "--library-path", loader.parent, "--list", program])):
             if not library.is_relative_to(whole):
                 raise FetchError(f"the packages lack the library {library.name}")
             copies[Path(library_path) / library.name] = library
