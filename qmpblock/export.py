@@ -35,7 +35,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpblock import lock
 from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
@@ -51,7 +51,9 @@ from qmpblock.errors import (
 from qmpblock.graph import Device
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
-from qmpblock.nbd import Client
+
+if TYPE_CHECKING:
+    from qmpblock.nbd import Client
 
 __all__ = ["LOCK", "NBDAccess", "Request", "exports"]
 
@@ -348,12 +350,12 @@ class _Session:
 
     async def connect(self, slot: _Slot) -> Client:
         """Negotiate on the slot's connection. May be cancelled."""
+        from qmpblock.nbd import Client, tls_context
+
         target = slot.sock if slot.sock is not None else self.where
         assert target is not None  # enter() went through
         tls, host = None, None
         if self.access.tls_creds and (self.access.address or self._over_tcp()):
-            from qmpblock.nbd import tls_context
-
             tls = tls_context(self.access.tls_creds)
             reached = parse_address(self.access.address) if self.access.address else self.where
             host = reached.host if isinstance(reached, TCPAddress) else None

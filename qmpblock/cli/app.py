@@ -1,0 +1,191 @@
+"""The command group.
+
+It imports a command's module only when that is run, and turns errors into messages and exit
+codes (design.md, contracts).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpblock._version import __version__
+from qmpblock.errors import Error
+
+if TYPE_CHECKING:
+    from qmpblock.vm import VM
+
+__all__ = ["Options", "command", "emit", "run"]
+
+_COMMANDS = {
+    "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
+    "disks": "List a VM's disks: their layers, filters, jobs and exports.",
+    "map": "Show which layer holds every byte of a running disk, or of a closed image.",
+}
+INTERRUPTED = 130
+
+
+class _Lazy(click.Group):
+    """A group whose commands are modules of this package, imported when asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = import_module(f"qmpblock.cli.{cmd_name}_command")
+        loaded: click.Command = module.command
+        return loaded
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):  # without importing any of them
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qmpblock", message="%(prog)s %(version)s")
+def _group() -> None:
+    """Disks of running QEMU virtual machines: maps, allocation, jobs.
+
+    ADDRESS is a QMP monitor: a UNIX socket path, unix:PATH, HOST:PORT or tcp:HOST:PORT.
+    DISK is a qdev id, QOM path, drive id, node name, or the active image's file name.
+
+    Exit codes: 0 done, 1 failed, 2 wrong request and nothing touched, 3 no monitor,
+    4 done with a warning, 130 interrupted and undone.
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code."""
+    logging.basicConfig(format="qmpblock: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        _group.main(list(arguments), prog_name="qmpblock", standalone_mode=False)
+    except Error as error:
+        _complain(str(error))
+        return error.exit_code
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted; nothing of ours is left in the VM")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain once more when it
+        # flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _complain(text: str) -> None:
+    first, *rest = text.splitlines()
+    click.echo(click.style("qmpblock: ", fg="red", bold=True) + first, err=True)
+    for line in rest:
+        click.echo(f"  {line}", err=True)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that every command has."""
+
+    json: bool
+    stall: float
+    nbd: str | None
+    tls_creds: str | None
+    insecure: bool
+
+    @asynccontextmanager
+    async def connect(self, address: str) -> AsyncIterator[VM]:
+        """Connect to a VM with these options."""
+        from qmpblock.vm import connect
+
+        async with connect(
+            address,
+            nbd=self.nbd,
+            tls_creds=self.tls_creds,
+            insecure=self.insecure,
+            stall=self.stall,
+        ) as vm:
+            yield vm
+
+
+_SHARED = (
+    click.option("--json", "json", is_flag=True, help="Print one JSON document on stdout."),
+    click.option(
+        "--stall",
+        type=click.FloatRange(min=0, min_open=True),
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="No progress for so long is a failure.",
+    ),
+    click.option(
+        "--nbd", metavar="ADDRESS", help="A foreign NBD server that already runs in this VM."
+    ),
+    click.option(
+        "--tls-creds",
+        metavar="DIR",
+        help="TLS credentials for NBD over TCP, laid out as for QEMU's tls-creds-x509.",
+    ),
+    click.option("--insecure", is_flag=True, help="Allow NBD over TCP without TLS."),
+)
+
+
+def command(work: Callable[..., Coroutine[Any, Any, None]]) -> click.Command:
+    """Make a click command of a coroutine function `work(options, **parameters)`."""
+
+    @functools.wraps(work)
+    def call(
+        json: bool,
+        stall: float,
+        nbd: str | None,
+        tls_creds: str | None,
+        insecure: bool,
+        **parameters: Any,
+    ) -> None:
+        import asyncio
+
+        options = Options(json, stall, nbd, tls_creds, insecure)
+        try:
+            asyncio.run(_interruptible(work(options, **parameters)))
+        except asyncio.CancelledError:  # by SIGTERM or SIGHUP
+            raise click.Abort from None
+
+    for option in reversed(_SHARED):
+        call = option(call)
+    name = work.__name__.removesuffix("_command").strip("_")
+    return click.command(name=name)(call)
+
+
+async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
+    """Have SIGTERM and SIGHUP cancel and undo, as asyncio.run has SIGINT."""
+    import asyncio
+
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(ValueError):  # not the main thread: an embedder's business
+            loop.add_signal_handler(number, task.cancel)
+    await work
+
+
+def emit(text: str) -> None:
+    """Write to stdout."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
