@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qmpblock.errors import NBDError, NBDProtocolError, RangeError, RequestError
+from qmpblock.lockstep import Nodes, merge
 from qmpblock.maprecords import (
     DATA,
     PRESENT,
@@ -300,11 +301,8 @@ class AllocationMap:
 
     def with_reserved(self, ranges: Ranges) -> AllocationMap:
         """Return this map with its present zero extents inside `ranges` marked reserved."""
-        edges = np.concatenate([ranges.starts, ranges.stops])
-        cut = self.cut(edges)
-        inside = np.searchsorted(ranges.starts, cut.offsets, side="right") > np.searchsorted(
-            ranges.stops, cut.offsets, side="right"
-        )
+        cut = self.cut(ranges.edges)
+        inside = (np.searchsorted(ranges.edges, cut.offsets, side="right") & 1).astype(np.bool_)
         marked = inside & cut._mask(PRESENT | ZERO)
         return cut._merged(cut.flags | (marked * np.uint8(RESERVED)))
 
@@ -525,7 +523,9 @@ def _extent(offset: int, length: int, depth: int, flags: int) -> Extent:
 
 @dataclass(slots=True)
 class NBDMapBuilder:
-    """Builds a map from the two contexts of an NBD export, in lock-step.
+    """Builds a map from the two contexts of an NBD export, reply by reply.
+
+    Memory: 13 bytes an extent and an eighth more while it grows; no copy at the end.
 
     :param layer_sizes: the virtual size of each node that NBD counts, the exported one
         first (NBD depth 1). QEMU counts filters inside the chain too.
@@ -533,31 +533,7 @@ class NBDMapBuilder:
     :param length: how much it covers; inside the first layer.
     :param levels: for each of those nodes the depth it goes by in the map, where they
         are not simply 0, 1, 2, ...: a filter goes by that of the layer under it.
-    :param limit: how many extents of the server to read at most.
-
-    A reply holds at most 131072 extents a context, so the two may stop at different
-    offsets; what the longer one says beyond the shorter is dropped and asked again::
-
-        base:allocation        |--------|-----|------|
-        qemu:allocation-depth  |----|-------|
-        next_offset         before          after
-
-    With d the NBD depth (0 absent, 1 the exported node), and one extent split where the
-    node that it names ends:
-
-    ====================================  ============  =======  =====  ========
-    what NBD says                         depth         present  zero   data
-    ====================================  ============  =======  =====  ========
-    d = 0                                 the last one  no       yes    no
-    d >= 1, at or past that node's end    of d - 1      no       yes    no
-    d >= 1                                of d          yes      ZERO   not HOLE
-    ====================================  ============  =======  =====  ========
-
-    (The middle row: QEMU says that a short layer itself holds the zeros past its end;
-    qemu-img, that the overlay does not hold them and nothing below can.)
-
-    Memory: 13 bytes an extent and an eighth more while it grows, no copy at the end.
-
+    :param limit: how many extents to take from the server at most.
     :raise RangeError: the range is not inside the first layer.
     """
 
@@ -567,27 +543,19 @@ class NBDMapBuilder:
     levels: Sequence[int] | None = None
     limit: int = 200_000_000
     next_offset: int = field(init=False)
+    _nodes: Nodes = field(init=False)
     _seen: int = field(init=False, default=0)
-    _sizes: _Offsets = field(init=False)
-    _levels: _Depths = field(init=False)
-    _columns: tuple[bytearray, bytearray, bytearray] = field(init=False)
     _last: tuple[int, int] | None = field(init=False, default=None)
+    _columns: tuple[bytearray, bytearray, bytearray] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.layer_sizes:
-            raise RangeError("a chain has at least one layer")
+        self._nodes = Nodes.of(self.layer_sizes, self.levels)
         stop = self.offset + self.length
         if not 0 <= self.offset <= stop <= self.layer_sizes[0]:
             raise RangeError(
                 f"offset {self.offset}, length {self.length} is outside the disk "
                 f"of {self.layer_sizes[0]} bytes"
             )
-        count = len(self.layer_sizes)
-        levels = range(count) if self.levels is None else self.levels
-        self._levels = np.array(levels, np.int32)
-        if len(self._levels) != count or any(self._levels[1:] < self._levels[:-1]):
-            raise RangeError("each node of the chain needs a level, ascending")
-        self._sizes = np.array(self.layer_sizes, np.int64)
         self.next_offset = self.offset
         self._columns = bytearray(), bytearray(), bytearray()
 
@@ -613,66 +581,17 @@ class NBDMapBuilder:
                 f"it was stopped at offset {self.next_offset}",
                 remedy="map a part at a time, with --offset and --length",
             )
-        base_stops = self._stops("base:allocation", base)
-        depth_stops = self._stops("qemu:allocation-depth", depth)
-        named = depth[: len(depth_stops), 1]
-        if named.min() < 0 or named.max() > len(self._sizes):
-            raise NBDProtocolError(
-                f"the NBD server names allocation depth {int(named.max())} at offset "
-                f"{self.next_offset} or later, but the chain has {len(self._sizes)} layers"
-            )
-        stop = min(int(base_stops[-1]), int(depth_stops[-1]))
-        ends = self._sizes[(self._sizes > self.next_offset) & (self._sizes < stop)]
-        stops = np.concatenate([base_stops, depth_stops, ends])
-        stops.sort(kind="stable")  # sorted runs: merged in linear time
-        stops = stops[: np.searchsorted(stops, stop, side="right")]
-        stops = stops[np.append(stops[1:] != stops[:-1], True)]
-        starts = np.concatenate([[np.int64(self.next_offset)], stops[:-1]])
-        status = base[np.searchsorted(base_stops, starts, side="right"), 1]
-        level = named[np.searchsorted(depth_stops, starts, side="right")].astype(np.int64)
-        self._append(starts, *self._rules(starts, status, level))
-        self.next_offset = stop
-
-    def _stops(self, name: str, extents: npt.NDArray[Any]) -> _Offsets:
-        """Return where each extent stops, up to the first that reaches the map's end."""
-        if not len(extents):
-            raise NBDProtocolError(f"the NBD server sent no extent of {name}")
-        if extents[:, 0].min() <= 0:
-            raise NBDProtocolError(f"the NBD server sent an extent of {name} without length")
-        # Cut first, so that a sum that overflows is negative at once, never plausible.
-        lengths = np.minimum(extents[:, 0].astype(np.uint64), np.uint64(self.remaining))
-        reach = np.cumsum(lengths.astype(np.int64))
-        past = np.flatnonzero((reach >= self.remaining) | (reach < 0))
-        if len(past):
-            reach = reach[: past[0] + 1]
-            reach[-1] = self.remaining
-        return reach + self.next_offset
-
-    def _rules(
-        self, starts: _Offsets, status: npt.NDArray[Any], level: npt.NDArray[np.int64]
-    ) -> tuple[_Depths, _Flags]:
-        """Apply the table above to extents that lie wholly before or past each end."""
-        node = np.maximum(level - 1, 0)
-        absent = level == 0
-        past = ~absent & (starts >= self._sizes[node])
-        depth = self._levels[node]
-        depth[absent] = self._levels[-1]
-        depth[past] -= 1
-        zero = (status & 2) != 0  # NBD_STATE_ZERO
-        data = (status & 1) == 0  # not NBD_STATE_HOLE
-        flags = np.uint8(PRESENT) | zero * np.uint8(ZERO) | data * np.uint8(DATA)
-        flags[absent | past] = ZERO
-        return depth, flags
-
-    def _append(self, starts: _Offsets, depth: _Depths, flags: _Flags) -> None:
-        """Keep the extents that differ from the one before them."""
-        keep = np.empty(len(starts), np.bool_)
-        keep[0] = self._last != (depth[0], flags[0])
-        keep[1:] = (depth[1:] != depth[:-1]) | (flags[1:] != flags[:-1])
-        values: tuple[npt.NDArray[Any], ...] = starts, depth, flags
-        for column, added in zip(self._columns, values, strict=True):
-            column += added[keep].tobytes()
-        self._last = int(depth[-1]), int(flags[-1])
+        found = merge(base, depth, self.next_offset, self.remaining, self._nodes)
+        keep = np.empty(len(found.starts), np.bool_)  # what differs from the extent before it
+        keep[0] = self._last != (found.depth[0], found.flags[0])
+        keep[1:] = found.depth[1:] != found.depth[:-1]
+        keep[1:] |= found.flags[1:] != found.flags[:-1]
+        offsets, depths, flags = self._columns
+        offsets += found.starts[keep].tobytes()
+        depths += found.depth[keep].tobytes()
+        flags += found.flags[keep].tobytes()
+        self._last = int(found.depth[-1]), int(found.flags[-1])
+        self.next_offset = found.stop
 
     def finish(self) -> AllocationMap:
         """Return the map; the builder is used up.
@@ -691,5 +610,5 @@ class NBDMapBuilder:
             np.frombuffer(offsets, np.int64),
             np.frombuffer(depth, np.int32),
             np.frombuffer(flags, np.uint8),
-            int(self._levels[-1]) + 1,
+            self._nodes.layers,
         )

@@ -53,6 +53,11 @@ class Ranges:
         return made
 
     @property
+    def edges(self) -> _Edges:
+        """Return start, stop, start, stop, ...: strictly ascending, read-only."""
+        return self._edges
+
+    @property
     def starts(self) -> _Edges:
         """Where each range starts, ascending."""
         return self._edges[0::2]
