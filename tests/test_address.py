@@ -1,0 +1,83 @@
+"""Addresses (design.md, contracts)."""
+
+import asyncio
+import contextlib
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmpblock.address import TCPAddress, UnixAddress, open_socket, parse_address
+from qmpblock.errors import RequestError
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("/run/vm.qmp", UnixAddress("/run/vm.qmp")),
+        ("vm.qmp", UnixAddress("vm.qmp")),
+        ("unix:vm:4444", UnixAddress("vm:4444")),
+        ("unix:/run/vm.qmp", UnixAddress("/run/vm.qmp")),
+        ("/run/odd:4444", UnixAddress("/run/odd:4444")),
+        ("host:4444", TCPAddress("host", 4444)),
+        ("tcp:host:4444", TCPAddress("host", 4444)),
+        ("127.0.0.1:1", TCPAddress("127.0.0.1", 1)),
+        ("[::1]:4444", TCPAddress("::1", 4444)),
+        ("tcp:[fe80::1%eth0]:4444", TCPAddress("fe80::1%eth0", 4444)),
+    ],
+)
+def test_forms(text, address):
+    assert parse_address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "unix:", "tcp:", "tcp:/run/x", "tcp:host", "host:0", "host:65536", "a\0b", "x" * 108],
+)
+def test_refused(text):
+    with pytest.raises(RequestError) as caught:
+        parse_address(text)
+    assert caught.value.exit_code == 2
+    assert "\0" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", [UnixAddress("/a/b"), TCPAddress("h", 1), TCPAddress("::1", 2)])
+def test_text_form_reads_back(address):
+    assert parse_address(str(address)) == address
+
+
+@given(st.text(max_size=150))
+def test_any_text_is_an_address_or_a_request_error(text):
+    with contextlib.suppress(RequestError):
+        parse_address(text)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("10.0.0.1", False),
+        ("vm-host", False),
+    ],
+)
+def test_loopback(host, loopback):
+    assert TCPAddress(host, 1).loopback is loopback
+
+
+async def test_open_socket_reaches_both_kinds(tmp_path):
+    path = str(tmp_path / "s")
+    server = await asyncio.start_unix_server(lambda r, w: w.close(), path)
+    async with server:
+        with await open_socket(UnixAddress(path)) as sock:
+            assert sock.family == socket.AF_UNIX
+    server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with await open_socket(TCPAddress("127.0.0.1", port)) as sock:
+            assert sock.family == socket.AF_INET
+    with pytest.raises(OSError, match=r"."):
+        await open_socket(UnixAddress(path + "-gone"))

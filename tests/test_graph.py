@@ -1,0 +1,326 @@
+"""The block graph, from replies recorded of three QEMUs (tests/data/graph/record.py)."""
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmpblock.errors import AmbiguousError, Error, GraphError, NotFoundError, RequestError
+from qmpblock.graph import BlockGraph, Replies
+
+RECORDINGS = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "data" / "graph").glob("*.json"))
+}
+
+
+def build(version, moment, **changes):
+    return BlockGraph.from_replies(Replies(**{**RECORDINGS[version][moment], **changes}))
+
+
+@pytest.fixture(params=sorted(RECORDINGS))
+def version(request):
+    return request.param
+
+
+def test_recordings_cover_both_sources_of_edges():
+    """Both must stay recorded: with `children` (QEMU 10.1 and newer) and without."""
+    have = {"children" in r["quiet"]["nodes"][0] for r in RECORDINGS.values()}
+    assert have == {True, False}
+
+
+def test_chain_under_two_filters(version):
+    chain = build(version, "quiet").device("vd0").chain
+    assert [(node.name, node.driver) for node in chain.filters] == [
+        ("cor", "copy-on-read"),
+        ("thr", "throttle"),
+    ]
+    assert [(x.depth, x.format, x.file, x.size) for x in chain.layers] == [
+        (0, "qcow2", "active.qcow2", 8 << 20),
+        (1, "qcow2", "middle.qcow2", 8 << 20),
+        (2, "raw", "base.raw", 8 << 20),
+    ]
+    assert chain.root.name == "cor"
+    assert chain.active.node.name == "d0"
+    assert [x.storage.driver for x in chain.layers] == ["file"] * 3
+    assert chain.levels == (0, 1, 2)
+    assert chain.level_sizes == (8 << 20,) * 3
+    assert chain.layers[0].node.cluster_size == 65536
+    assert chain.layers[1].node.backing_filename == "base.raw"
+
+
+def test_devices_of_every_kind(version):
+    graph = build(version, "quiet")
+    by_name = {device.name: device for device in graph.devices}
+    assert by_name["sd0"].drive == "drv1"
+    assert by_name["sd0"].qom_path == "/machine/peripheral/sd0"
+    assert by_name["ide0-hd0"].id is None
+    assert by_name["ide0-hd0"].qom_path.startswith("/machine/unattached/device[")
+    assert by_name["nv0"].chain.layers[1].file == "other.raw"
+    anonymous = graph.device("df")
+    assert anonymous.id is None
+    assert anonymous.name.startswith("/machine/peripheral-anon/device[")
+    assert by_name["cdx"].chain is None
+    assert "unused" not in by_name  # a -drive that no guest device uses is no disk
+
+
+def test_data_file(version):
+    layer = build(version, "quiet").device("df").chain.active
+    assert layer.file == "withdata.qcow2"
+    assert layer.data_file.filename == "data.raw"
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("vd0", "vd0"),
+        ("/machine/peripheral/vd0", "vd0"),
+        ("/machine/peripheral/vd0/virtio-backend", "vd0"),
+        ("cor", "vd0"),
+        ("thr", "vd0"),
+        ("d0", "vd0"),
+        ("active.qcow2", "vd0"),
+        ("drv1", "sd0"),
+        ("legacy.raw", "sd0"),
+        ("nv", "nv0"),
+    ],
+)
+def test_a_disk_goes_by_each_of_its_names(version, name, device):
+    assert build(version, "quiet").device(name).name == device
+
+
+def test_unknown_disk_lists_those_that_there_are(version):
+    with pytest.raises(NotFoundError) as caught:
+        build(version, "quiet").device("vda")
+    assert caught.value.exit_code == 2
+    assert any(line.startswith("vd0 (node d0") for line in caught.value.candidates)
+    assert "cdx (empty)" in caught.value.candidates
+
+
+def test_a_backing_file_is_not_a_disks_name(version):
+    """Two disks may share it: writing to the one it happens to name would be a mistake."""
+    with pytest.raises(NotFoundError):
+        build(version, "quiet").device("base.raw")
+
+
+def test_ambiguous_file_lists_the_disks(version):
+    nodes = copy.deepcopy(RECORDINGS[version]["quiet"]["nodes"])
+    for node in nodes:
+        if node["file"] == "legacy.raw":
+            node["file"] = "active.qcow2"
+    with pytest.raises(AmbiguousError) as caught:
+        build(version, "quiet", nodes=nodes).device("active.qcow2")
+    assert len(caught.value.candidates) == 2
+
+
+def test_empty_tray_is_refused(version):
+    with pytest.raises(RequestError, match="empty"):
+        build(version, "quiet").device("cdx")
+
+
+def test_absolute_names_match_in_normal_form(version):
+    nodes = copy.deepcopy(RECORDINGS[version]["quiet"]["nodes"])
+    for node in nodes:
+        if node["file"] == "legacy.raw":
+            node["file"] = "/images/legacy.raw"
+    graph = build(version, "quiet", nodes=nodes)
+    assert graph.device("/images/../images/legacy.raw").name == "sd0"
+
+
+@pytest.mark.parametrize("text", ["@1", "middle.qcow2"])
+def test_layer_by_depth_and_by_file(version, text):
+    assert build(version, "quiet").device("vd0").chain.layer(text).depth == 1
+
+
+@pytest.mark.parametrize("text", ["@3", "@-1", "nosuch"])
+def test_unknown_layer_lists_the_chain(version, text):
+    with pytest.raises(NotFoundError) as caught:
+        build(version, "quiet").device("vd0").chain.layer(text)
+    assert len(caught.value.candidates) == 3
+
+
+def test_layer_depth_must_be_a_number(version):
+    with pytest.raises(RequestError, match="@N"):
+        build(version, "quiet").device("vd0").chain.layer("@top")
+
+
+def test_job_filters_on_top_are_found(version):
+    """query-block skips them; a backup's is named even there (qemu-facts 3.3)."""
+    graph = build(version, "jobs")
+    assert [n.driver for n in graph.device("sd0").chain.filters] == ["mirror_top"]
+    assert [n.driver for n in graph.device("df").chain.filters] == ["copy-before-write"]
+    # An active commit is a mirror inside QEMU; its filter is under the user's own.
+    drivers = [n.driver for n in graph.device("vd0").chain.filters]
+    assert drivers[:2] == ["copy-on-read", "throttle"]
+    assert drivers[2] in ("mirror_top", "commit_top")
+    assert graph.device("vd0").chain.active.node.name == "d0"
+
+
+def test_jobs_are_told_by_disk(version):
+    graph = build(version, "jobs")
+    ids = {device.name: [job.id for job in device.jobs] for device in graph.devices}
+    assert ids["sd0"] == ["m"]
+    assert ids["vd0"] == ["c"]
+    assert ids["nv0"] == []
+    assert {job.type for job in graph.jobs} == {"mirror", "backup", "commit"}
+
+
+def test_without_the_debug_graph_chains_are_the_same(version):
+    """x-debug-query-block-graph is unstable; what lies below the root must not need it."""
+    whole = build(version, "quiet")
+    stable = build(version, "quiet", debug_graph=None)
+    for one, other in zip(whole.devices, stable.devices, strict=True):
+        assert one.qom_path == other.qom_path
+        if one.chain is not None:
+            assert [x.node.name for x in one.chain.layers] == [
+                x.node.name for x in other.chain.layers
+            ]
+            assert one.chain.root.name == other.chain.root.name
+            assert [x.file for x in one.chain.layers] == [x.file for x in other.chain.layers]
+
+
+def test_exports_are_told_by_disk(version):
+    exports = [{"id": "e", "node-name": "d0", "type": "nbd", "shutting-down": False}]
+    graph = build(version, "quiet", exports=exports)
+    assert graph.device("vd0").exports == ("e",)
+    assert graph.device("sd0").exports == ()
+
+
+def node(name, driver, size=1 << 20, *children, **more):
+    return {
+        "node-name": name,
+        "drv": driver,
+        "file": f"/i/{name}",
+        "ro": False,
+        "image": {"virtual-size": size, "filename": f"/i/{name}", **more},
+        "children": [{"child": c, "node-name": n} for c, n in children],
+    }
+
+
+def device(shown, **more):
+    return {
+        "device": "",
+        "qdev": "vd0",
+        "removable": False,
+        "inserted": {"node-name": shown},
+    } | more
+
+
+def made(nodes, shown="n0", **changes):
+    whole = {"block": [device(shown)], "nodes": nodes, "stats": [], "jobs": [], "exports": []}
+    return BlockGraph.from_replies(Replies(**(whole | changes)))
+
+
+def test_a_filter_inside_the_chain_counts_as_a_level():
+    """Allocation depth counts it: depth 2 is the filter, and shows what n1 holds."""
+    graph = made(
+        [
+            node("n0", "qcow2", 4096, ("backing", "c")),
+            node("c", "commit_top", 4096, ("backing", "n1")),
+            node("n1", "qcow2", 4096, ("backing", "n2")),
+            node("n2", "raw", 2048),
+        ]
+    )
+    chain = graph.device("vd0").chain
+    assert chain.levels == (0, 1, 1, 2)
+    assert chain.level_sizes == (4096, 4096, 4096, 2048)
+
+
+def test_a_chain_of_150_layers_is_linear():
+    nodes = [node(f"n{i}", "qcow2", 1 << 20, ("backing", f"n{i + 1}")) for i in range(2000)]
+    chain = made([*nodes, node("n2000", "raw")]).device("vd0").chain
+    assert len(chain.layers) == 2001
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ([node("n0", "qcow2", 1, ("backing", "n0"))], "cycle"),
+        (
+            [node("n0", "throttle", 1, ("file", "n1")), node("n1", "throttle", 1, ("file", "n0"))],
+            "cycle",
+        ),
+        (
+            [node("n0", "qcow2", 1, ("file", "n1")), node("n1", "throttle", 1, ("file", "n1"))],
+            "cycle",
+        ),
+        ([node("n0", "qcow2", 1, ("backing", "gone"))], "does not list"),
+        ([node("other", "qcow2")], "does not list"),
+        ([node("n0", "throttle")], "no child"),
+        ([node("n0", "qcow2", -1)], "size"),
+        ([node("n0", "qcow2", True)], "size"),
+        ([node("n0", "qcow2", 1 << 63)], "size"),
+        ([{"node-name": "n0"}], "no sense"),
+        ("nonsense", "list"),
+        ([5], "object"),
+        ([node(7, "qcow2")], "node-name"),
+    ],
+)
+def test_nonsense_is_one_clear_error(nodes, words):
+    with pytest.raises(GraphError, match=words):
+        made(nodes)
+
+
+def test_a_hostile_name_is_escaped():
+    graph = made([node("n0", "qcow2")])
+    with pytest.raises(NotFoundError) as caught:
+        graph.device("\x1b[2J")
+    assert "\x1b" not in str(caught.value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def mutate(data, value):
+    """Replace one value somewhere in a reply by another."""
+    spots = []
+
+    def walk(container):
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        for key, item in items:
+            spots.append((container, key))
+            if isinstance(item, dict | list):
+                walk(item)
+
+    walk(value)
+    container, key = spots[data.draw(st.integers(0, len(spots) - 1))]
+    container[key] = data.draw(json_values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    version=st.sampled_from(sorted(RECORDINGS)),
+    moment=st.sampled_from(["quiet", "jobs"]),
+)
+def test_mutated_replies_give_a_graph_or_an_error_of_ours(data, version, moment):
+    replies = copy.deepcopy(RECORDINGS[version][moment])
+    for _ in range(data.draw(st.integers(1, 3))):
+        mutate(data, replies)
+    try:
+        graph = BlockGraph.from_replies(
+            Replies(**{k: replies[k] for k in RECORDINGS[version][moment]})
+        )
+        graph.device("vd0")
+    except Error:
+        pass
+
+
+@given(
+    st.fixed_dictionaries(
+        dict.fromkeys(("block", "nodes", "stats", "jobs", "exports", "debug_graph"), json_values)
+    )
+)
+def test_arbitrary_replies_give_a_graph_or_an_error_of_ours(replies):
+    with contextlib.suppress(GraphError):
+        BlockGraph.from_replies(Replies(**replies))
