@@ -1,0 +1,209 @@
+"""The listening end of a guest's serial line: lines in, lines out, and the evidence.
+
+It knows the form of the protocol's lines (an answer carries its command's number, a line that
+begins with `*` comes unasked), not their meaning: that is `guest_protocol.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Self, TypeVar
+
+from qmpblock.errors import Error, RequestError, StalledError, printable
+
+__all__ = ["GuestConsole", "GuestError", "evidence"]
+
+T = TypeVar("T")
+
+_LINE_LIMIT = 8192
+_TRANSCRIPT = 30
+"""Lines kept as evidence."""
+
+
+class GuestError(Error):
+    """The tiny guest refused or failed a command, or its line is closed.
+
+    :param transcript: the last lines on the serial line, `>` ours and `<` the guest's.
+    :param status: where its disk failed a request, the device's status (virtio-blk: 1 I/O
+        error, 2 unsupported; SCSI: response, status and sense key, a byte each); else None.
+    """
+
+    def __init__(
+        self, message: str, transcript: tuple[str, ...] = (), *, status: int | None = None
+    ) -> None:
+        self.transcript = transcript
+        self.status = status
+        super().__init__(message, standing=evidence(transcript))
+
+
+def evidence(transcript: tuple[str, ...]) -> str:
+    """Word the last lines of a console for an error's `standing`."""
+    lines = "".join(f"\n  {printable(line)}" for line in transcript[-10:])
+    return f"The last lines of the guest's serial port:{lines or ' none'}"
+
+
+class GuestConsole:
+    """The listening end of a serial line: lines in, lines out, and the evidence.
+
+    A QEMU that connects after another one went away takes its place, so a killed VM can be
+    started again on the same socket.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.connected = False
+        self._writer: asyncio.StreamWriter | None = None
+        self._server: asyncio.Server | None = None
+        self._lines: deque[str] = deque(maxlen=_TRANSCRIPT)
+        self._news = asyncio.Event()
+        self._heard = 0.0
+        self._ready: str | None = None
+        self._done: dict[int, str] = {}
+        self._answer: tuple[int, bool, str] | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def listen(cls, path: str | os.PathLike[str]) -> AsyncIterator[Self]:
+        """Listen on a UNIX socket at `path` (made, and removed at the end).
+
+        :raises RequestError: the path is too long for a UNIX socket, or cannot be used.
+        """
+        console = cls(os.fspath(path))
+        await console.open()
+        try:
+            yield console
+        finally:
+            await console.close()
+
+    async def open(self) -> None:
+        """Begin to listen; `listen` does this, and `close` at the end.
+
+        :raises RequestError: as `listen`.
+        """
+        try:
+            self._server = await asyncio.start_unix_server(
+                self._serve, self.path, limit=_LINE_LIMIT
+            )
+        except OSError as error:
+            raise RequestError(
+                f"cannot listen at {printable(self.path)} for a guest's serial line: {error}",
+                remedy="use a path of fewer than 108 bytes in a directory of your own",
+            ) from error
+        Path(self.path).chmod(0o600)
+
+    async def close(self) -> None:
+        """Close the line and remove the socket. Idempotent."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        self._hang_up()
+        await server.wait_closed()
+        Path(self.path).unlink(missing_ok=True)
+
+    def _hang_up(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        self.connected = False
+        self._news.set()
+
+    @property
+    def transcript(self) -> tuple[str, ...]:
+        """The last lines, `>` ours and `<` the guest's, oldest first."""
+        return tuple(self._lines)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._hang_up()
+        self._writer, self.connected = writer, True
+        self._ready = None
+        self._done.clear()
+        try:
+            while line := await reader.readline():
+                if self._writer is not writer:
+                    return  # another QEMU has taken the line
+                self._take(line.decode("ascii", "backslashreplace").rstrip("\r\n"))
+        except (ConnectionError, ValueError):
+            pass  # killed in the middle; or a line beyond the limit: no guest of ours sends it
+        finally:
+            if self._writer is writer:
+                self._hang_up()
+            writer.close()
+
+    def _take(self, line: str) -> None:
+        self._lines.append(f"< {line}")
+        self._heard = asyncio.get_running_loop().time()
+        word, _, rest = line.partition(" ")
+        if word == "*READY":
+            self._ready = rest
+        elif word == "*DONE" and (found := re.match(r"disk=(\d{1,3}) ", rest)):
+            self._done[int(found[1])] = rest
+        elif word in ("OK", "ER") and (found := re.match(r"(\d{1,9})(?: (.*))?$", rest)):
+            self._answer = (int(found[1]), word == "OK", found[2] or "")
+        self._news.set()
+
+    async def send(self, line: str) -> None:
+        """Send one line.
+
+        :raises GuestError: nobody is connected.
+        """
+        if self._writer is None:
+            raise GuestError(f"cannot send {line!r}: the guest's line is closed", self.transcript)
+        self._lines.append(f"> {line}")
+        self._writer.write(line.encode("ascii") + b"\n")
+        try:
+            await self._writer.drain()
+        except ConnectionError as error:
+            raise GuestError(f"the guest's line closed at {line!r}", self.transcript) from error
+
+    def take_ready(self) -> str | None:
+        """Return the greeting that came since the last call."""
+        ready, self._ready = self._ready, None
+        return ready
+
+    def take_done(self, disk: int) -> str | None:
+        """Return the end of a stress run on `disk`, if it came since the last call."""
+        return self._done.pop(disk, None)
+
+    def take_answer(self, number: int) -> tuple[bool, str] | None:
+        """Return the answer to that command, (whether OK, the rest), if it has come."""
+        if self._answer is None or self._answer[0] != number:
+            return None
+        _, ok, rest = self._answer
+        return ok, rest
+
+    async def wait(self, what: str, find: Callable[[], T | None], stall: float) -> T:
+        """Wait until `find` finds something.
+
+        :param stall: so many seconds without a line from the guest fail it.
+        :raises StalledError: that happened.
+        :raises GuestError: the line was open and closed.
+        """
+        loop = asyncio.get_running_loop()
+        self._heard = loop.time()
+        was_connected = self.connected
+        while (found := find()) is None:
+            was_connected = was_connected or self.connected
+            if was_connected and not self.connected:
+                raise GuestError(
+                    f"the guest's line closed while waiting for {what}", self.transcript
+                )
+            left = self._heard + stall - loop.time()
+            if left <= 0:
+                raise StalledError(
+                    f"the guest was silent for {stall:g} s while waiting for {what}",
+                    standing=evidence(self.transcript),
+                )
+            self._news.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._news.wait()
+            except TimeoutError:
+                continue  # a line may have come meanwhile: `left` says
+        return found
