@@ -1,0 +1,177 @@
+"""Run the checks and the tests, phase by phase, and sum them up: `make test`, `make matrix`.
+
+`test` (the default): ruff, mypy, the unit tests, the live tests on this machine's QEMU, and
+the live tests again on a newer one. With --qemu, the live tests on that one only.
+`matrix`: the live tests on this machine's QEMU and on each newer one.
+`check`: ruff and mypy only.
+
+A phase that fails does not stop the next ones. Exit code 1 if any failed, 130 when
+interrupted. Words after `--` go to pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+QEMU = "qemu-system-x86_64"
+NEWER = ("11",)
+MATRIX = ("10", "11")
+NO_TESTS = 5  # pytest's exit code for "nothing collected"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a phase went: for tests, how many; for all, whether it passed and how long it took."""
+
+    title: str
+    good: bool
+    seconds: float = 0.0
+    passed: int | None = None
+    failed: int = 0
+    skipped: int = 0
+    note: str = ""
+
+
+def count(report: Path) -> tuple[int, int, int]:
+    """Read how many tests passed, failed (errors among them) and were skipped, from JUnit XML."""
+    passed = failed = skipped = 0
+    for suite in ET.parse(report).getroot().iter("testsuite"):
+        bad = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        left = int(suite.get("skipped", 0))
+        passed += int(suite.get("tests", 0)) - bad - left
+        failed += bad
+        skipped += left
+    return passed, failed, skipped
+
+
+def table(results: Sequence[Result]) -> str:
+    """Draw the results as text, a line each."""
+    width = max(len(result.title) for result in results)
+    lines = [f"{'':{width}}  passed  failed  skipped  seconds"]
+    for result in results:
+        counts = f"{'ok' if result.good else 'FAILED':>6}  {'':6}  {'':7}"
+        if result.passed is not None:
+            counts = f"{result.passed:6}  {result.failed:6}  {result.skipped:7}"
+        note = f"  {result.note}" if result.note else ""
+        lines.append(f"{result.title:{width}}  {counts}  {result.seconds:7.1f}{note}")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Print at once, so that it stands before what the phase prints itself."""
+    print(text, flush=True)
+
+
+def run_check(title: str, *command: str) -> Result:
+    """Run one of the checkers."""
+    say(f"\n== {title}")
+    start = time.monotonic()
+    code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False).returncode
+    return Result(title, code == 0, time.monotonic() - start)
+
+
+def run_pytest(title: str, marks: str, words: Sequence[str], qemu: str | None = None) -> Result:
+    """Run the tests with these marks.
+
+    :param words: more for pytest; with some, a phase in which no test is left is no failure.
+    :param qemu: the QEMU under test; None leaves it to the environment.
+    """
+    say(f"\n== {title}" + (f" ({qemu})" if qemu else ""))
+    environment = dict(os.environ)
+    if qemu is not None:
+        environment["QMPBLOCK_QEMU"] = qemu
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", marks, f"--junitxml={report}"]
+        start = time.monotonic()
+        code = subprocess.run([*command, *words], cwd=ROOT, env=environment, check=False).returncode
+        seconds = time.monotonic() - start
+        if not report.exists():
+            return Result(title, False, seconds, note=f"pytest ended with exit code {code}")
+        passed, failed, skipped = count(report)
+    if code == NO_TESTS:
+        note = "no tests" if words else "no tests: that is a failure"
+        return Result(title, bool(words), seconds, 0, note=note)
+    note = "" if code == 0 or failed else f"pytest ended with exit code {code}"
+    return Result(title, code == 0, seconds, passed, failed, skipped, note)
+
+
+def version_of(qemu: str) -> str:
+    """Return a QEMU's version, for people; raises OSError or CalledProcessError."""
+    printed = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
+    return printed.partition("version ")[2].split()[0]
+
+
+def run_live(qemu: str, words: Sequence[str]) -> Result:
+    """Run the live tests on one QEMU, a path or a name."""
+    found = shutil.which(qemu)
+    try:
+        title = f"live tests on QEMU {version_of(found or qemu)}"
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        say(f"\n== live tests: {qemu} does not start: {error}")
+        return Result(f"live tests on {qemu}", False, note="it does not start")
+    return run_pytest(title, "live and not soak", words, str(Path(found or qemu).absolute()))
+
+
+def run_newer(wanted: str, words: Sequence[str], *, needed: bool) -> Result:
+    """Run the live tests on a newer QEMU, fetching it where it is not cached.
+
+    :param needed: whether not having it is a failure.
+    """
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "fetch_qemu.py", wanted],
+        stdout=subprocess.PIPE,
+        stderr=None,  # what it does, or why it cannot, is for the reader
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        say(f"\n== live tests on QEMU {wanted}.x: not run; it cannot be had (the reason is above)")
+        return Result(f"live tests on QEMU {wanted}.x", not needed, note="not run: cannot be had")
+    return run_live(done.stdout.strip(), words)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    cut = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(description="Run the checks and the tests.")
+    parser.add_argument("what", nargs="?", choices=("test", "matrix", "check"), default="test")
+    parser.add_argument("--qemu", default="", help="run the live tests on this one only")
+    options = parser.parse_args(given[:cut])
+    words = given[cut + 1 :]
+
+    results: list[Result] = []
+    try:
+        if options.what in ("test", "check"):
+            results.append(run_check("ruff check", "ruff", "check"))
+            results.append(run_check("ruff format", "ruff", "format", "--check"))
+            results.append(run_check("mypy", "mypy"))
+        if options.what == "test":
+            results.append(run_pytest("unit tests", "not live and not soak", words))
+        if options.what in ("test", "matrix"):
+            results.append(run_live(options.qemu or QEMU, words))
+        if options.what == "test" and not options.qemu:
+            results += [run_newer(wanted, words, needed=False) for wanted in NEWER]
+        if options.what == "matrix":
+            results += [run_newer(wanted, words, needed=True) for wanted in MATRIX]
+    except KeyboardInterrupt:  # the phase under way got it too, and has ended
+        say("\ninterrupted")
+        return 130
+    say(f"\n{table(results)}")
+    return 0 if all(result.good for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
