@@ -20,7 +20,7 @@ from qmpblock.address import Address, TCPAddress, parse_address
 from qmpblock.errors import Error, NBDDisconnectedError
 from qmpblock.nbd.link import Link, connect
 from qmpblock.nbd.protocol import Event, Finished, Listed, Opened, Protocol, Wanted
-from qmpblock.nbd.session import Limits, Session
+from qmpblock.nbd.session import Session
 from qmpblock.nbd.wire import (
     BlockSizes,
     Command,
@@ -55,7 +55,7 @@ class Client:
     a cancelled write may be carried out, now or later. Its late reply is checked and dropped.
     Until then it keeps its place among the requests in flight (and a read its buffer), so
     cancelling cannot make memory grow: at most `in_flight` requests of at most
-    `limits.payload` bytes are held.
+    32 MiB are held.
 
     A request that is empty, unaligned to `block_size.minimum`, past the end, too long or not
     offered by the server raises RequestError (RangeError, UnsupportedError) and is not sent.
@@ -220,9 +220,19 @@ class Client:
         return self.session.block_sizes
 
     @property
-    def limits(self) -> Limits:
-        """The longest CACHE, WRITE_ZEROES, TRIM and BLOCK_STATUS; reads and writes are split."""
-        return self.session.limits
+    def max_status_length(self) -> int:
+        """The longest BLOCK_STATUS, in bytes."""
+        return self.session.limits.block_status
+
+    @property
+    def max_cache_length(self) -> int:
+        """The longest CACHE, in bytes: at most 32 MiB."""
+        return self.session.limits.cache
+
+    @property
+    def max_effect_length(self) -> int:
+        """The longest WRITE_ZEROES and TRIM, in bytes."""
+        return self.session.limits.effect
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -294,7 +304,7 @@ class Client:
         :return: by context, an (n, 2) array of length in bytes and flags, n at least 1, every
             length at least 1, their sum at most `length`.
         :raise UnsupportedError: no context was negotiated.
-        :raise RangeError: see the class; the limit is `limits.block_status`.
+        :raise RangeError: see the class; the limit is `max_status_length`.
         :raise NBDError: see the class.
         """
         flags = CommandFlag.REQ_ONE if one else CommandFlag.NONE
@@ -305,7 +315,7 @@ class Client:
         return extents
 
     async def read(self, offset: int, length: int, *, unfragmented: bool = False) -> bytearray:
-        """Read; a length beyond `limits.payload` is read in pieces, several in flight.
+        """Read; a length beyond `block_size.maximum` (and 32 MiB) is read in pieces, several in flight.
 
         :param unfragmented: make the server take each piece in one go (the DF flag); it may
             fail with EOVERFLOW if that is too much for it.
@@ -313,7 +323,7 @@ class Client:
         """
         flags = CommandFlag.DF if unfragmented else CommandFlag.NONE
         self.session.check_bounds(Command.READ, offset, length)
-        self.session.check(Command.READ, offset, min(length, self.limits.payload), flags)
+        self.session.check(Command.READ, offset, min(length, self.session.limits.payload), flags)
         data = bytearray(length)
         view = memoryview(data)
         await self._pieces(
@@ -325,7 +335,7 @@ class Client:
     async def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
     ) -> None:
-        """Write; data beyond `limits.payload` are written in pieces, several in flight.
+        """Write; data beyond `block_size.maximum` (and 32 MiB) are written in pieces, several in flight.
 
         A mutable buffer is copied first, so it may be changed at once, and a cancelled write
         sends only what it held when it was called. If this fails or is cancelled, any part
@@ -338,7 +348,7 @@ class Client:
         view = memoryview(data if isinstance(data, bytes) else bytes(data))
         length = len(view)
         self.session.check_bounds(Command.WRITE, offset, length)
-        self.session.check(Command.WRITE, offset, min(length, self.limits.payload), flags)
+        self.session.check(Command.WRITE, offset, min(length, self.session.limits.payload), flags)
         await self._pieces(
             partial(self._protocol.send_write, offset + at, view[at:end], flags)
             for at, end in self._cut(length)
@@ -358,7 +368,7 @@ class Client:
         :param no_hole: keep or make it allocated.
         :param fast: fail with ENOTSUP unless this is faster than writing the zeros.
         :param fua: return only when that is on stable storage.
-        :raise RangeError: see the class; the limit is `limits.effect`.
+        :raise RangeError: see the class; the limit is `max_effect_length`.
         :raise RequestError, NBDError: see the class.
         """
         flags = CommandFlag.FUA if fua else CommandFlag.NONE
@@ -369,7 +379,7 @@ class Client:
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Tell the server that a range's contents are not needed; it then reads as anything.
 
-        :raise RangeError: see the class; the limit is `limits.effect`.
+        :raise RangeError: see the class; the limit is `max_effect_length`.
         :raise RequestError, NBDError: see the class.
         """
         flags = CommandFlag.FUA if fua else CommandFlag.NONE
@@ -380,7 +390,7 @@ class Client:
 
         On a QEMU export with copy-on-read this copies the range into the active layer.
 
-        :raise RangeError: see the class; the limit is `limits.cache`.
+        :raise RangeError: see the class; the limit is `max_cache_length`.
         :raise RequestError, NBDError: see the class.
         """
         await self._command(Command.CACHE, offset, length, CommandFlag.NONE)
@@ -420,7 +430,7 @@ class Client:
 
     def _cut(self, length: int) -> Iterator[tuple[int, int]]:
         """Cut a payload to what one request may carry: begin and end of each piece."""
-        step = self.limits.payload
+        step = self.session.limits.payload
         return ((at, min(at + step, length)) for at in range(0, length, step))
 
     async def _pieces(self, sends: Iterator[Callable[[], int]]) -> None:
