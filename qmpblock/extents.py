@@ -500,6 +500,16 @@ class AllocationMap:
         """Yield the text of `to_qemu_img` in pieces: together one document, a record a line."""
         return text(self._plain_chunks())
 
+    def to_layer_json(self) -> list[dict[str, Any]]:
+        """Return a layer's own extents as docs/schema/layers.schema.json has them."""
+        keys = ("start", "length", "present", "zero", "data", "reserved")
+        return [
+            dict(
+                zip(keys, (e.offset, e.length, e.present, e.zero, e.data, e.reserved), strict=True)
+            )
+            for e in self.coalesce()
+        ]
+
     def _plain_chunks(self) -> Iterator[Columns]:
         if not len(self):  # qemu-img describes an empty image by one empty record
             start, nothing = np.array([self.start]), np.zeros(1, np.int64)

@@ -38,6 +38,7 @@ class Ranges:
         """
         pairs = np.array([*ranges], dtype=np.int64).reshape(-1, 2)
         self._edges = _canonical(pairs[:, 0], pairs[:, 1])
+        self._edges.flags.writeable = False
 
     @classmethod
     def from_arrays(cls, starts: npt.ArrayLike, stops: npt.ArrayLike) -> Ranges:
@@ -48,8 +49,8 @@ class Ranges:
     def _of(cls, edges: _Edges) -> Ranges:
         """Wrap edges that are known to be canonical; takes them over."""
         made = cls.__new__(cls)
-        edges.flags.writeable = False
         made._edges = edges
+        made._edges.flags.writeable = False
         return made
 
     @property
