@@ -12,7 +12,6 @@ import asyncio
 import atexit
 import ctypes
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,7 +23,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from qmpblock.errors import (
-    CommandError,
     ConnectError,
     Error,
     GreetingError,
@@ -36,14 +34,11 @@ from qmpblock.errors import (
 )
 from qmpblock.monitor import Monitor
 from qmpblock.testing.commandline import disk_arguments
-from qmpblock.testing.images import (
-    BuiltDisk,
-    BuiltScenario,
-    find_qemu,
-    qemu_io_command,
-)
+from qmpblock.testing.diskio import DiskIO
+from qmpblock.testing.images import BuiltDisk, BuiltScenario, find_qemu
 
 if TYPE_CHECKING:
+    from qmpblock.testing.guest import GuestConsole, TinyGuest
     from qmpblock.testing.scenario import Operation
 
 __all__ = ["QemuFailure", "QemuProcess", "private_directory"]
@@ -51,7 +46,6 @@ __all__ = ["QemuFailure", "QemuProcess", "private_directory"]
 _PATH_LIMIT = 107  # bytes of a UNIX socket's path (unix(7))
 _OUTPUT_LIMIT = 64 << 10  # bytes of stdout and of stderr that are shown, from the end
 _START_LIMIT = 30.0  # seconds until the monitor answers; a loaded machine needs one
-_IO_LIMIT = 60.0  # seconds for one request of qemu-io
 _POLL = 0.003  # seconds
 _PR_SET_PDEATHSIG = 1
 
@@ -147,13 +141,14 @@ class QemuProcess:
         self.directory = directory or private_directory()
         self.monitor_path = str(self.directory / "qmp")
         self.second_monitor_path = str(self.directory / "qmp2")
-        self.guest: Any = None
+        self.guest: TinyGuest | None = None
+        self._console: GuestConsole | None = None
+        self._io: DiskIO | None = None
         self._own_directory = directory is None
         self._control_path = str(self.directory / "control")
         self._control: Monitor | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._expected_end = False
-        self._io_turn = asyncio.Lock()
         self._printed: tuple[str, str] | None = None  # kept when the directory goes
         if len(os.fsencode(self._control_path)) > _PATH_LIMIT:
             raise RequestError(
@@ -175,9 +170,16 @@ class QemuProcess:
         return cls(built.disks, **{**defaults, **options})
 
     def _arguments(self, guest: bool) -> list[str]:
-        accel = os.environ.get("QMPBLOCK_ACCEL") or "tcg"
-        arguments = ["-nodefaults", "-no-user-config", "-display", "none"]
-        arguments += ["-accel", accel, "-m", "16", "-machine", self.machine]
+        if guest:
+            from qmpblock.testing.guest import GuestConsole, guest_arguments
+
+            self._console = GuestConsole(str(self.directory / "serial"))
+            arguments = guest_arguments(self._console.path, machine=self.machine)
+        else:
+            accel = os.environ.get("QMPBLOCK_ACCEL") or "tcg"
+            arguments = ["-nodefaults", "-no-user-config", "-display", "none"]
+            arguments += ["-accel", accel, "-m", "16", "-machine", self.machine]
+            arguments += ["-bios", str(self.directory / "idle.rom")]
         for name, path in (
             ("control", self._control_path),
             ("qmp", self.monitor_path),
@@ -185,8 +187,6 @@ class QemuProcess:
         ):
             arguments += ["-chardev", f"socket,id={name},path={path},server=on,wait=off"]
             arguments += ["-mon", f"chardev={name},mode=control"]
-        rom = self.directory / "idle.rom"
-        arguments += ["-bios", str(rom)]
         return arguments
 
     # -- life
@@ -218,7 +218,10 @@ class QemuProcess:
 
         :raise QemuFailure: it ended, or its monitor did not answer.
         """
-        write_idle_rom(self.directory / "idle.rom")
+        if self._console is None:
+            write_idle_rom(self.directory / "idle.rom")
+        else:
+            await self._console.open()
         with (
             (self.directory / "stdout").open("wb") as out,
             (self.directory / "stderr").open("wb") as err,
@@ -235,6 +238,9 @@ class QemuProcess:
         _running.add(self._process)
         try:
             self._control = await self._connect_control()
+            if self._console is not None:
+                self.guest = await self._wait_for_guest(self._console)
+            self._io = DiskIO(self._control, self.disks, self.directory / "stdout", self.guest)
         except BaseException:
             await self.close()
             raise
@@ -259,6 +265,15 @@ class QemuProcess:
                 await self.kill()
                 raise self.failure(f"QEMU's monitor did not answer for {_START_LIMIT:g} s; killed")
             await asyncio.sleep(_POLL)
+
+    async def _wait_for_guest(self, console: GuestConsole) -> TinyGuest:
+        from qmpblock.testing.guest import GuestError, TinyGuest
+
+        try:
+            return await TinyGuest.ready(console)
+        except (GuestError, StalledError) as error:
+            await self.kill()
+            raise self.failure(f"the tiny guest did not start: {error}") from error
 
     async def wait(self, timeout: float | None = None) -> int:
         """Wait until QEMU has ended; return its exit code (negative for a signal).
@@ -328,9 +343,8 @@ class QemuProcess:
 
     async def close(self) -> None:
         """Give everything back, killing QEMU if it runs. Idempotent."""
-        if self.guest is not None:
-            guest, self.guest = self.guest, None
-            await guest.close()
+        if self._console is not None:
+            await self._console.close()
         if self._control is not None:
             await self._control.close()
         if self._process is not None:
@@ -368,6 +382,17 @@ class QemuProcess:
         assert self._control is not None, "not started"
         return self._control
 
+    def image_directories(self) -> list[Path]:
+        """Return the directories that the images lie in."""
+        layers = (layer for disk in self.disks for layer in disk.active.chain())
+        return sorted({layer.path.parent for layer in layers})
+
+    @property
+    def io(self) -> DiskIO:
+        """I/O on the disks, as the guest would do it."""
+        assert self._io is not None, "not started"
+        return self._io
+
     @property
     def stdout(self) -> str:
         """What QEMU has printed so far (its end, if it is long)."""
@@ -402,93 +427,24 @@ class QemuProcess:
         return str(printed)
 
     async def qemu_io(self, disk: BuiltDisk | str, command: str) -> str:
-        """Do I/O through the guest device's own backend, as the guest would.
-
-        :param command: qemu-io's (`write -P 1 0 64k`), with offsets in bytes.
-        :return: what it printed. `aio_...` commands are waited for, too.
-        :raise CommandError: the I/O failed.
-        :raise StalledError: an `aio_...` command did not end.
-        """
-        path = await self.qom_path(disk)
-        async with self._io_turn:
-            # qemu-io prints on QEMU's own stdout, a line at a time; only a wrong PATH is told
-            # on the monitor.
-            before = (self.directory / "stdout").stat().st_size
-            refused = await self.hmp(f'qemu-io -d "{path}" "{command}"')
-            printed = self._stdout_from(before)
-            deadline = asyncio.get_running_loop().time() + _IO_LIMIT
-            while command.startswith("aio_") and not (refused or printed.endswith("\n")):
-                if asyncio.get_running_loop().time() > deadline:
-                    raise StalledError(f"{command} on {path} did not end for {_IO_LIMIT:g} s")
-                await asyncio.sleep(_POLL)
-                printed = self._stdout_from(before)
-        done = re.search(r"^(?:wrote|read|discard) (\d+)/(\d+) bytes", printed, re.MULTILINE)
-        failed = done is None or done[1] != done[2] or "verification failed" in printed
-        if refused or (failed and (command != "flush" or printed)):
-            said = (refused + printed).strip()
-            raise CommandError("qemu-io", {"path": path, "command": command}, "I/O error", said)
-        return printed
-
-    def _stdout_from(self, position: int) -> str:
-        with (self.directory / "stdout").open("rb") as file:
-            file.seek(position)
-            return file.read().decode(errors="replace")
+        """Do I/O through the guest device's own backend; see `diskio.DiskIO.qemu_io`."""
+        return await self.io.qemu_io(self.disk(disk), command)
 
     async def guest_writes(
         self, disk: BuiltDisk | str, operations: Iterable[Operation] | None = None
     ) -> None:
-        """Do what the scenario says the guest does later (or `operations`), in order.
+        """Do what the guest does later; see `diskio.DiskIO.perform`."""
+        found = self.disk(disk)
+        await self.io.perform(found, found.spec.guest if operations is None else operations)
 
-        :raise CommandError: one of them failed.
-        """
-        found = self.disk(disk) if isinstance(disk, str) else disk
-        for operation in found.spec.guest if operations is None else operations:
-            command = qemu_io_command(operation)
-            if operation.verb == "zero":
-                # QEMU 7.2's `write -z` polls the wrong context on a device in an iothread, and
-                # aborts (aio_poll: in_aio_context_home_thread).
-                command = f"aio_{command}"
-            await self.qemu_io(found, command)
-
-    def disk(self, name: str) -> BuiltDisk:
-        """Return the disk of that name in the scenario.
+    def disk(self, disk: BuiltDisk | str) -> BuiltDisk:
+        """Return the disk of that name in the scenario (or the one that is given).
 
         :raise KeyError: there is none.
         """
-        return {disk.spec.name: disk for disk in self.disks}[name]
-
-    async def qom_path(self, disk: BuiltDisk | str) -> str:
-        """Return the QOM path of the guest device's block backend.
-
-        A device with an id is found by it; those without follow in the order of attachment.
-        """
-        wanted = disk if isinstance(disk, str) else disk.spec.name
-        # A tray that is empty has no `inserted`.
-        blocks = [entry for entry in await self.execute("query-block") if entry.get("inserted")]
-        rest = []
-        for candidate in self.disks:
-            name = candidate.spec.attach.id
-            own = [entry for entry in blocks if name is not None and _belongs(entry, name)]
-            if not own:
-                rest.append(candidate.spec.name)
-                continue
-            blocks.remove(own[0])
-            if candidate.spec.name == wanted:
-                return _absolute(own[0]["qdev"])
-        return _absolute(blocks[rest.index(wanted)]["qdev"])
-
-
-def _belongs(entry: dict[str, Any], device_id: str) -> bool:
-    qdev = str(entry.get("qdev", ""))
-    return (
-        qdev == device_id
-        or qdev.startswith(f"/machine/peripheral/{device_id}/")
-        or entry.get("device") == device_id
-    )
-
-
-def _absolute(qdev: str) -> str:
-    return qdev if qdev.startswith("/") else f"/machine/peripheral/{qdev}"
+        if isinstance(disk, BuiltDisk):
+            return disk
+        return {known.spec.name: known for known in self.disks}[disk]
 
 
 def _read_end(path: Path) -> str:

@@ -1,0 +1,242 @@
+"""The pytest plugin of qmpblock[testing]; docs/testing.md tells how to use it.
+
+pytest loads it at every start, in every project of the environment. So it imports nothing
+but pytest until a test asks for one of its fixtures.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from shutil import rmtree, which
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+try:
+    from pytest_asyncio import fixture as _async_fixture
+except ImportError:  # installed without the extra: other projects' pytest must still start
+    _async_fixture = pytest.fixture  # type: ignore[assignment]  # used the same way
+
+if TYPE_CHECKING:
+    from qmpblock.testing.images import BuiltDisk, BuiltScenario
+    from qmpblock.testing.invariant import Invariant
+    from qmpblock.testing.qemu import QemuProcess
+    from qmpblock.testing.scenario import Scenario
+
+_INVARIANT: pytest.StashKey[Invariant] = pytest.StashKey()
+_STARTED: pytest.StashKey[list[QemuProcess]] = pytest.StashKey()
+_FAILED: pytest.StashKey[bool] = pytest.StashKey()
+_VERSION: pytest.StashKey[tuple[int, int, int]] = pytest.StashKey()
+
+
+class StartQemu(Protocol):
+    """What the fixture `start_qemu` is."""
+
+    def __call__(
+        self, what: Scenario | BuiltScenario | Sequence[BuiltDisk] = (), **options: Any
+    ) -> Awaitable[QemuProcess]:
+        """Start a QEMU; `options` are those of QemuProcess."""
+        ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the ini option that says where scenarios are."""
+    parser.addini(
+        "qmpblock_scenarios",
+        "directory of the scenarios (YAML) that the fixture `scenario` runs over",
+        default="fixtures",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marks."""
+    for line in (
+        'needs_qemu(versions, reason): skip unless the tested QEMU is such, as in ">= 8.0"',
+        "scenarios(pattern, directory=None): the scenarios that the fixture `scenario` runs over",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Name the QEMU under test."""
+    accel = os.environ.get("QMPBLOCK_ACCEL") or "tcg"
+    try:
+        version = ".".join(map(str, _version(config)))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return f"QEMU: none to test with ({error})"
+    return f"QEMU: {version} ({_binary()}), accel {accel}"
+
+
+def _binary() -> str:
+    wanted = os.environ.get("QMPBLOCK_QEMU") or "qemu-system-x86_64"
+    found = which(wanted)
+    if found is None:
+        raise FileNotFoundError(f"no program {wanted}; install QEMU, or set QMPBLOCK_QEMU")
+    return found
+
+
+def _version(config: pytest.Config) -> tuple[int, int, int]:
+    """Return the version of the tested QEMU; asked once a run."""
+    if _VERSION not in config.stash:
+        done = subprocess.run(
+            [_binary(), "--version"], capture_output=True, text=True, check=True, timeout=60
+        )
+        match = re.search(r"version (\d+)\.(\d+)\.(\d+)", done.stdout)
+        if match is None:
+            raise ValueError(f"{_binary()} tells no version: {done.stdout[:200]!r}")
+        config.stash[_VERSION] = (int(match[1]), int(match[2]), int(match[3]))
+    return config.stash[_VERSION]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes `scenario` once for each."""
+    if "scenario" not in metafunc.fixturenames:
+        return
+    if any("scenario" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
+        return
+    from qmpblock.testing.scenario import load_scenarios
+
+    mark = metafunc.definition.get_closest_marker("scenarios")
+    given: dict[str, Any] = dict(mark.kwargs) if mark else {}
+    pattern = (mark.args[0] if mark and mark.args else given.get("pattern")) or "*.yaml"
+    directory = given.get("directory") or metafunc.config.getini("qmpblock_scenarios")
+    found = load_scenarios(metafunc.config.rootpath / directory, pattern)
+    params = []
+    for scenario in found:
+        marks = []
+        if scenario.requires is not None:
+            needs = scenario.requires
+            marks.append(pytest.mark.needs_qemu(needs.text, reason=needs.reason))
+        params.append(pytest.param(scenario, id=scenario.name, marks=marks))
+    metafunc.parametrize("scenario", params)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what the tested QEMU is not for."""
+    for mark in item.iter_markers("needs_qemu"):
+        from qmpblock.testing.scenario import Requirement
+
+        needs = Requirement(mark.args[0], mark.kwargs.get("reason", ""))
+        version = _version(item.config)
+        if not needs.allows(version):
+            found = ".".join(map(str, version))
+            pytest.skip(f"needs QEMU {needs.text}, this is {found}: {needs.reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the evidence of every QEMU that the test started to a failure."""
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+        started = item.stash.get(_STARTED, None) or []
+        for number, vm in enumerate(started):
+            report.sections.append((f"QEMU {number}", vm.evidence()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def qemu_binary() -> str:
+    """Return the QEMU under test: $QMPBLOCK_QEMU, else qemu-system-x86_64 of the path."""
+    from qmpblock.testing.images import find_qemu
+
+    return find_qemu()
+
+
+@pytest.fixture(scope="session")
+def qemu_version(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+    """Return the version of the QEMU under test."""
+    return _version(request.config)
+
+
+@pytest.fixture
+def vm_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Make a private directory for this test, short enough for sockets; it is removed after.
+
+    What the test, and programs that it starts, put into the temporary directory or keep as
+    qmpblock's state lands there too: runs beside it do not disturb it.
+    """
+    from qmpblock.testing.qemu import private_directory
+
+    directory = private_directory()
+    for variable, name in (("TMPDIR", "t"), ("QMPBLOCK_STATE", "state")):
+        (directory / name).mkdir(mode=0o700)
+        monkeypatch.setenv(variable, str(directory / name))
+    monkeypatch.setattr(tempfile, "tempdir", str(directory / "t"))
+    yield directory
+    rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def invariant(request: pytest.FixtureRequest) -> Invariant:
+    """Check that every VM of `start_qemu` ends as it began; `expect` declares the rest."""
+    from qmpblock.testing.invariant import Invariant
+
+    request.node.stash[_INVARIANT] = Invariant()
+    return request.node.stash[_INVARIANT]  # type: ignore[no-any-return]  # node is an Item
+
+
+@_async_fixture
+async def start_qemu(
+    request: pytest.FixtureRequest, qemu_binary: str, vm_dir: Path
+) -> AsyncIterator[StartQemu]:
+    """Give a function that starts QEMUs, which quit at the test's end.
+
+    `vm = await start_qemu(scenario)`. It takes a Scenario (whose images it makes), a
+    BuiltScenario or a list of BuiltDisk.
+    """
+    from qmpblock.testing.images import BuiltScenario, Tools, build
+    from qmpblock.testing.qemu import QemuProcess
+    from qmpblock.testing.scenario import Scenario
+
+    started: list[QemuProcess] = []
+    request.node.stash[_STARTED] = started
+
+    async def start(
+        what: Scenario | BuiltScenario | Sequence[BuiltDisk] = (), **options: Any
+    ) -> QemuProcess:
+        number = len(started)
+        if isinstance(what, Scenario):
+            what = await build(what, vm_dir / f"images{number}", Tools.of(qemu_binary))
+        if "directory" not in options:
+            options["directory"] = vm_dir / f"vm{number}"
+            options["directory"].mkdir(mode=0o700)
+        options.setdefault("qemu", qemu_binary)
+        make: Callable[..., QemuProcess] = (
+            QemuProcess.of if isinstance(what, BuiltScenario) else QemuProcess
+        )
+        vm = make(what, **options)
+        started.append(vm)
+        await vm.start()
+        if _INVARIANT in request.node.stash:
+            await request.node.stash[_INVARIANT].begin(vm)
+        return vm
+
+    yield start
+    await _end_all(started, request.node.stash)
+
+
+async def _end_all(started: Sequence[QemuProcess], stash: pytest.Stash) -> None:
+    """Check and end every VM; a failure of one does not keep another alive."""
+    failures: list[Exception] = []
+    for vm in reversed(started):
+        try:
+            # After a failed test the leftovers are no news.
+            if _INVARIANT in stash and not stash.get(_FAILED, False):
+                await stash[_INVARIANT].verify(vm)
+            await vm.quit()
+        except Exception as error:
+            failures.append(error)
+        finally:
+            await vm.close()
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ExceptionGroup("several QEMUs did not end well", failures)
