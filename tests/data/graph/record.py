@@ -67,14 +67,28 @@ async def record(binary, folder):
             for name, file, fmt in (("t1", "target.raw", "raw"), ("t2", "target.qcow2", "qcow2")):
                 await monitor.execute(
                     "blockdev-add",
-                    {"driver": fmt, "node-name": name, "file": {"driver": "file", "filename": file}},
+                    {
+                        "driver": fmt,
+                        "node-name": name,
+                        "file": {"driver": "file", "filename": file},
+                    },
                 )
             slow = {"sync": "full", "speed": 1, "auto-dismiss": False}
-            await monitor.execute("blockdev-mirror", {"job-id": "m", "device": "drv1", "target": "t1", **slow})
-            await monitor.execute("blockdev-backup", {"job-id": "b", "device": "df", "target": "t2", **slow})
+            await monitor.execute(
+                "blockdev-mirror", {"job-id": "m", "device": "drv1", "target": "t1", **slow}
+            )
+            await monitor.execute(
+                "blockdev-backup", {"job-id": "b", "device": "df", "target": "t2", **slow}
+            )
             await monitor.execute(
                 "block-commit",
-                {"job-id": "c", "device": "cor", "top-node": "d0", "speed": 1, "auto-dismiss": False},
+                {
+                    "job-id": "c",
+                    "device": "cor",
+                    "top-node": "d0",
+                    "speed": 1,
+                    "auto-dismiss": False,
+                },
             )
             return {"version": monitor.version, "quiet": quiet, "jobs": await replies()}
     finally:
