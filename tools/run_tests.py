@@ -158,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(run_check("ruff check", "ruff", "check"))
             results.append(run_check("ruff format", "ruff", "format", "--check"))
             results.append(run_check("mypy", "mypy"))
+            results.append(run_check("mypy tools", "mypy", "tools"))
         if options.what == "test":
             results.append(run_pytest("unit tests", "not live and not soak", words))
         if options.what in ("test", "matrix"):

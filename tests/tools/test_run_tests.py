@@ -1,0 +1,115 @@
+"""tools/run_tests.py: how results are counted and shown, and what counts as a failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "run_tests.py"
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_tests", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_tests"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+run_tests = load()
+
+TESTS = """\
+import pytest
+
+def test_good():
+    pass
+
+def test_bad():
+    assert SEEN
+
+@pytest.mark.skip(reason="not here")
+def test_left():
+    pass
+
+@pytest.fixture
+def broken():
+    raise OSError
+
+def test_error(broken):
+    pass
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make an empty project in place of this one, for pytest to run in."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  live\n  soak\n")
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    return tmp_path
+
+
+def test_pytest_is_counted(project: Path) -> None:
+    (project / "test_it.py").write_text(TESTS.replace("SEEN", "False"))
+    result = run_tests.run_pytest("unit tests", "not live", [])
+    assert not result.good
+    assert (result.passed, result.failed, result.skipped) == (1, 2, 1)
+
+
+def test_the_qemu_under_test_is_told(project: Path) -> None:
+    (project / "test_it.py").write_text(
+        "import os\ndef test_it():\n    assert os.environ['QMPBLOCK_QEMU'] == '/a b/qemu'\n"
+    )
+    assert run_tests.run_pytest("live tests", "not live", [], "/a b/qemu").good
+    assert not run_tests.run_pytest("live tests", "not live", [], "/other").good
+
+
+def test_no_tests_is_a_failure_unless_they_were_chosen(project: Path) -> None:
+    (project / "test_it.py").write_text("def test_it(): pass\n")
+    assert not run_tests.run_pytest("live tests", "live", []).good
+    chosen = run_tests.run_pytest("live tests", "live", ["-k", "it"])
+    assert (chosen.good, chosen.passed, chosen.note) == (True, 0, "no tests")
+
+
+def test_a_pytest_that_does_not_start_is_a_failure(project: Path) -> None:
+    result = run_tests.run_pytest("unit tests", "not live", ["--no-such-option"])
+    assert (result.good, result.passed) == (False, None)
+    assert "exit code 4" in result.note
+
+
+def test_a_qemu_that_does_not_start_is_a_failure(tmp_path: Path) -> None:
+    result = run_tests.run_live(str(tmp_path / "qemu"), [])
+    assert (result.good, result.note) == (False, "it does not start")
+
+
+def test_table() -> None:
+    results = [
+        run_tests.Result("mypy", False, 7.25),
+        run_tests.Result("live tests", True, 100.0, 120, 0, 3),
+        run_tests.Result("others", True, note="not run"),
+    ]
+    assert run_tests.table(results).splitlines() == [
+        "            passed  failed  skipped  seconds",
+        "mypy        FAILED                       7.2",
+        "live tests     120       0        3    100.0",
+        "others          ok                       0.0  not run",
+    ]
+
+
+def test_words_after_the_dashes_are_pytests(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def live(qemu: str, words: list[str]) -> object:
+        seen.append((qemu, words))
+        return run_tests.Result("live", True)
+
+    monkeypatch.setattr(run_tests, "run_live", live)
+    monkeypatch.setattr(run_tests, "run_newer", lambda wanted, words, needed: live(wanted, words))
+    assert run_tests.main(["matrix", "--qemu", "", "--", "-k", "a b"]) == 0
+    assert seen == [(name, ["-k", "a b"]) for name in ("qemu-system-x86_64", "10", "11")]
