@@ -69,7 +69,7 @@ class StressProgress:
     """How far a stress run is; `acked` and `flushed` are the bounds that `stamps` checks.
 
     :param issued: writes issued; 1..`acked` are acknowledged, 1..`flushed` also flushed.
-    :param reads: verifying reads done; `bad`: those that found something wrong.
+    :param reads: verifying reads done; `bad`: those, and blocks of a `check`, that were wrong.
     :param errors: failed requests; the first ends the run. `status`: that of the first.
     :param waiting_us: how long the oldest request has been in flight, microseconds.
     :param bad_lba: the first wrong sector that a read found, and the write it had and should

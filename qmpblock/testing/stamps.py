@@ -217,7 +217,7 @@ def mix(values: Words) -> Words:
 
 def checksum(data: Bytes) -> int:
     """Return the checksum that `TinyGuest.read` returns for these bytes (CRC-32, as zlib's)."""
-    return zlib.crc32(memoryview(data))
+    return zlib.crc32(np.frombuffer(data, np.uint8).data)
 
 
 def _stamps(seed: int, sectors: npt.NDArray[np.uint64], sequences: Words) -> Words:

@@ -28,6 +28,14 @@ HANDLER static void on_serial(struct frame *frame)
     outb(PIC1, 0x20);
 }
 
+HANDLER static void on_power(struct frame *frame)
+{
+    (void)frame;
+    power_interrupt();
+    outb(PIC2, 0x20);
+    outb(PIC1, 0x20);
+}
+
 HANDLER static void on_device(struct frame *frame)
 {
     (void)frame;
@@ -82,6 +90,7 @@ void interrupts_init(void)
         gate(VECTOR_PIC + i, on_device);
     gate(VECTOR_PIC + 0, on_tick);
     gate(VECTOR_PIC + 4, on_serial);
+    gate(VECTOR_PIC + 9, on_power);
     gate(VECTOR_APIC, on_apic);
     __asm__ volatile("lidt %0" ::"m"(table));
 

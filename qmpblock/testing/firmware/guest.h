@@ -56,7 +56,8 @@ u32 pci_eject(void);                /* grants every pending unplug; how many */
 void power_off(void);
 void power_reset(void);
 void power_init(void);
-int power_button(void);             /* pressed since the last call? */
+void power_interrupt(void);
+int power_button(void);             /* was it pressed? */
 
 /* ---- virtio.c, virtio_pci.c, virtio_mmio.c --------------------------------------------- */
 struct descriptor { u64 address; u32 length; u16 flags, next; };

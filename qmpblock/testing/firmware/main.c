@@ -13,7 +13,7 @@ void work(int listening)
     if (disks_poll() | stress_step())
         return;
     interrupts_off();
-    if (virtio_pending() || ticks != seen || (listening && console_pending()))
+    if (virtio_pending() || ticks != seen || (listening && (console_pending() || power_button())))
         interrupts_on();
     else
         interrupts_on_and_halt();

@@ -16,6 +16,7 @@
 #define GED_RESET 0xfea00202u
 
 static int power_management;
+static volatile int button_pressed;
 
 /* Wires the interrupts of PCI devices and maps power management, as firmware would. */
 static void south_bridge(u16 function, u32 id)
@@ -43,12 +44,19 @@ void power_init(void)
         outw(PM_ENABLE, POWER_BUTTON);
 }
 
+/* The chip holds its interrupt line up until the status is cleared, so here and not later. */
+void power_interrupt(void)
+{
+    u16 status = inw(PM_STATUS);
+
+    outw(PM_STATUS, status);
+    if (status & POWER_BUTTON)
+        button_pressed = 1;
+}
+
 int power_button(void)
 {
-    if (!power_management || !(inw(PM_STATUS) & POWER_BUTTON))
-        return 0;
-    outw(PM_STATUS, POWER_BUTTON);
-    return 1;
+    return button_pressed;
 }
 
 void power_off(void)

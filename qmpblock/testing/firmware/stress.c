@@ -358,8 +358,10 @@ u32 stress_check(struct disk *disk, u32 *checked, u32 *bad)
         request = request_await(disk);
         request_submit(request, READ, lba_of(run, block), run->area.block_sectors);
         status = request_wait(request);
-        if (!status && !block_right(run, block, expected, request_buffer(request)))
+        if (!status && !block_right(run, block, expected, request_buffer(request))) {
             ++*bad;
+            run->bad++;             /* so that `progress` tells the first */
+        }
         request_release(request);
         if (status)
             return status;
