@@ -29,17 +29,19 @@ def disk_arguments(
     for disk in disks:
         for name, data in disk.active.secrets().items():
             arguments += _object({"qom-type": "secret", "id": name, "data": data})
+    ide = 0  # devices on IDE buses so far
     for disk in disks:
         arguments += _objects(disk)
         if disk.spec.attach.style == "blockdev":
             arguments += _blockdev(disk)
-            arguments += _devices(disk.spec.name, disk.spec.attach, machine)
+            arguments += _devices(disk.spec.name, disk.spec.attach, machine, ide)
         else:
             arguments += ["-drive", _drive(disk)]
             if disk.spec.attach.style == "drive":
-                arguments += _devices(disk.spec.name, disk.spec.attach, machine)
+                arguments += _devices(disk.spec.name, disk.spec.attach, machine, ide)
+        ide += disk.spec.attach.device == "ide"
     if empty_tray:
-        arguments += _device({"driver": "ide-cd", "id": "tray0"})
+        arguments += _device({"driver": "ide-cd", "id": "tray0", **_ide_bus(machine, ide)})
     return arguments
 
 
@@ -120,8 +122,16 @@ def _drive(disk: BuiltDisk) -> str:
     return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
 
 
-def _devices(name: str, attach: Attachment, machine: str) -> list[str]:
-    """Return the guest device of a disk, and its controller where it needs one of its own."""
+def _ide_bus(machine: str, number: int) -> dict[str, Any]:
+    """Return the place of an IDE device: q35 has one on each bus, pc two (QEMU finds them)."""
+    return {"bus": f"ide.{number}"} if machine == "q35" else {}
+
+
+def _devices(name: str, attach: Attachment, machine: str, ide: int) -> list[str]:
+    """Return the guest device of a disk, and its controller where it needs one of its own.
+
+    :param ide: how many IDE devices there are before it.
+    """
     iothreads = _iothreads(name, attach)
     device: dict[str, Any] = {"drive": _root(name, attach)}
     if attach.id is not None:
@@ -144,6 +154,8 @@ def _devices(name: str, attach: Attachment, machine: str) -> list[str]:
         )
     drivers = {"ide": "ide-hd", "nvme": "nvme", "usb-storage": "usb-storage"}
     device = {"driver": drivers[attach.device], **device}
+    if attach.device == "ide":
+        device |= _ide_bus(machine, ide)
     if attach.device == "nvme":
         device["serial"] = name
     if attach.device == "usb-storage":

@@ -13,8 +13,9 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from qmpblock.testing.scenario import Disk, Image, Operation, Scenario
 
 __all__ = ["BuiltDisk", "BuiltImage", "BuiltScenario", "Tools", "build", "find_qemu"]
 
+_QCOW2_BACKING_FORMAT = 0xE2792ACA  # type of a header extension
 _DIGEST_BLOCK = 64 << 10  # bytes; finer than any hole that matters, coarse enough to be quick
 
 
@@ -115,7 +117,7 @@ class BuiltImage:
             layer = layer.backing
 
     def describe(
-        self, *, node: str | None = None, discard: str = "unmap", detect_zeroes: str = "off"
+        self, *, node: str | None = None, discard: str | None = "unmap", detect_zeroes: str = "off"
     ) -> dict[str, Any]:
         """Return the blockdev description of the whole chain, for `-blockdev` or `json:`.
 
@@ -128,19 +130,20 @@ class BuiltImage:
         chain = self.chain()
         for depth in range(len(chain) - 1, -1, -1):
             name = node if node is None or depth == 0 else f"{node}-{depth}"
-            below = chain[depth]._describe_layer(name, below, discard if depth == 0 else "ignore")
+            below = chain[depth]._describe_layer(name, below, discard if depth == 0 else None)
         assert below is not None  # a chain has at least one layer
         if detect_zeroes != "off":
             below["detect-zeroes"] = detect_zeroes
         return below
 
     def _describe_layer(
-        self, node: str | None, backing: dict[str, Any] | None, discard: str
+        self, node: str | None, backing: dict[str, Any] | None, discard: str | None
     ) -> dict[str, Any]:
         def named(suffix: str) -> dict[str, Any]:
             return {} if node is None else {"node-name": node + suffix}
 
-        unmap = {"discard": "unmap"} if discard == "unmap" else {}
+        # Said even where it is -blockdev's default: qemu-io's is the other one.
+        unmap = {} if discard is None else {"discard": discard}
         layer: dict[str, Any] = {"driver": self.spec.format, **named(""), **unmap}
         layer["file"] = {"driver": "file", **named("-file"), "filename": str(self.path), **unmap}
         if self.data_file is not None:
@@ -226,7 +229,10 @@ class BuiltImage:
     ) -> None:
         if commands:
             arguments = self._arguments(discard=discard, detect_zeroes=detect_zeroes)
-            await tools.run(tools.io, *arguments, stdin="\n".join([*commands, "quit", ""]))
+            # Unsafe: qemu-io's own default flushes after every write.
+            await tools.run(
+                tools.io, "-t", "unsafe", *arguments, stdin="\n".join([*commands, "quit", ""])
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,8 +334,13 @@ async def _build_image(
         command += ["-o", ",".join(f"{key}={_escape(value)}" for key, value in options.items())]
     if built.backing is not None:
         command += _backing_arguments(image, built.backing)
-    size = image.size - image.size % 512
-    await tools.run(*command, str(built.path), str(max(size, 512)))
+    size = max(512, image.size - image.size % 512)
+    if image.secret is None:
+        await tools.run(*command, str(built.path), str(size))
+    else:
+        await _create_encrypted((*command, str(size)), built.path, tools)
+    if image.backing is not None and not image.backing_format and image.format == "qcow2":
+        _forget_backing_format(built.path)
     if size != image.size:
         os.truncate(built.path, image.size)
     await built.apply(image.content, tools)
@@ -343,14 +354,68 @@ def _backing_arguments(image: Image, backing: BuiltImage) -> list[str]:
     elif image.backing_name == "absolute":
         arguments += ["-b", str(backing.path)]
     else:
-        arguments += ["-b", "json:" + json.dumps(backing.describe(discard="ignore"))]
-    if image.backing_format:
-        arguments += ["-F", backing.spec.format]
+        arguments += ["-b", "json:" + json.dumps(backing.describe(discard=None))]
+    arguments += ["-F", backing.spec.format]
     if image.format == "qcow2":
         # The scenario gives the size, and an encrypted or oddly named backing image need not
         # be opened by what the header says.
         arguments.append("-u")
     return arguments
+
+
+_encrypted: dict[tuple[str, ...], list[tuple[int, bytes]]] = {}
+
+
+async def _create_encrypted(command: tuple[str, ...], path: Path, tools: Tools) -> None:
+    """Create an encrypted image, or copy one that this process created with the same command.
+
+    Creating one takes two seconds (the key derivation is timed), and each has a new key: what
+    was never written reads differently in each, so that no two could be compared.
+    """
+    if command not in _encrypted:
+        *options, size = command
+        await tools.run(*options, str(path), size)
+        _encrypted[command] = list(_data(path))
+        return
+    with path.open("wb") as file:
+        for offset, data in _encrypted[command]:
+            file.seek(offset)
+            file.write(data)
+            file.truncate(offset + len(data))
+
+
+def _data(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of the data in a sparse file; the last one ends where it ends."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        done = 0
+        while done < size:
+            try:
+                start = os.lseek(file.fileno(), done, os.SEEK_DATA)
+            except OSError:  # ENXIO: no data after `done`
+                break
+            done = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            file.seek(start)
+            yield start, file.read(done - start)
+        if done < size:
+            yield size, b""
+
+
+def _forget_backing_format(path: Path) -> None:
+    """Remove the backing format from a new qcow2 header, as images of old times lack it.
+
+    qemu-img has refused to make such images since 6.1. The record is the first of the header
+    extensions (QEMU docs/interop/qcow2.txt), so an end mark in its place removes it.
+    """
+    with path.open("r+b") as file:
+        version, length = struct.unpack(">4xI92xI", file.read(104))
+        start = 72 if version == 2 else length
+        file.seek(start)
+        (kind,) = struct.unpack(">I", file.read(4))
+        if kind != _QCOW2_BACKING_FORMAT:
+            raise ToolError([str(path)], 1, "its first header extension is no backing format")
+        file.seek(start)
+        file.write(bytes(8))
 
 
 def _secret_arguments(secrets: Mapping[str, str]) -> list[str]:
