@@ -315,7 +315,7 @@ class Client:
         return extents
 
     async def read(self, offset: int, length: int, *, unfragmented: bool = False) -> bytearray:
-        """Read; a length beyond `block_size.maximum` (and 32 MiB) is read in pieces, several in flight.
+        """Read; beyond `block_size.maximum` (or 32 MiB) in pieces, several in flight.
 
         :param unfragmented: make the server take each piece in one go (the DF flag); it may
             fail with EOVERFLOW if that is too much for it.
@@ -335,7 +335,7 @@ class Client:
     async def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
     ) -> None:
-        """Write; data beyond `block_size.maximum` (and 32 MiB) are written in pieces, several in flight.
+        """Write; beyond `block_size.maximum` (or 32 MiB) in pieces, several in flight.
 
         A mutable buffer is copied first, so it may be changed at once, and a cancelled write
         sends only what it held when it was called. If this fails or is cancelled, any part
