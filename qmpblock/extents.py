@@ -314,13 +314,16 @@ class AllocationMap:
         """Return the same map with an extent starting at each of `points` inside it."""
         wanted = np.unique(np.asarray(points, np.int64))
         wanted = wanted[(wanted > self.start) & (wanted < self.stop)]
-        offsets = np.concatenate([self.offsets, wanted])
-        offsets.sort(kind="stable")
-        offsets = offsets[np.concatenate([offsets[:1] >= 0, offsets[1:] != offsets[:-1]])]
-        if len(offsets) == len(self):
+        at = np.searchsorted(self.offsets, wanted)
+        fresh = self.offsets[np.minimum(at, len(self) - 1)] != wanted if len(wanted) else at > 0
+        at, wanted = at[fresh], wanted[fresh]
+        if not len(wanted):
             return self
-        source = np.searchsorted(self.offsets, offsets, side="right") - 1
-        return self._with(offsets=offsets, depth=self.depth[source], flags=self.flags[source])
+        return self._with(
+            offsets=np.insert(self.offsets, at, wanted),
+            depth=np.insert(self.depth, at, self.depth[at - 1]),
+            flags=np.insert(self.flags, at, self.flags[at - 1]),
+        )
 
     def own(self, depth: int = 0) -> AllocationMap:
         """Return what the layer at `depth` supplies, as a map of that layer alone.
