@@ -182,6 +182,8 @@ class Handshake:
         yield from self._greeting()
         self._advance(_Outcome.DONE)
         while self.state not in (State.READY, State.LISTED):
+            if self.state is State.TLS:
+                yield 0  # nothing is read before tls_started(): rule 3
             refusal = yield from self._replies(_OPTIONS[self.state])
             if refusal is None:
                 self._granted()
@@ -376,6 +378,6 @@ def not_nbd(said: bytes) -> NBDConnectError:
     """Say that what greeted us is no NBD server, and what it looks like."""
     looks = next((f" ({who})" for prefix, who in _SPEAKERS if said.startswith(prefix)), "")
     return NBDConnectError(
-        f"what listens there is not an NBD server{looks}: it said {printable(said)}",
+        f"what listens there is not an NBD server{looks}: it said {printable(said.decode(errors='backslashreplace'))}",
         remedy="check the address",
     )

@@ -40,16 +40,20 @@ _FLAG_NEEDS: Mapping[CommandFlag, TransmissionFlag] = MappingProxyType(
         CommandFlag.FAST_ZERO: TransmissionFlag.SEND_FAST_ZERO,
     }
 )
+# Long requests end on its multiples, so that those cut at the limit stay aligned to what
+# lies below: 2 MiB, the largest cluster of qcow2, and more than any minimum block size.
+LARGEST_CLUSTER = 2 << 20
 _CHANGES = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The longest request of each kind, in bytes, each a multiple of the minimum block size.
+    """The longest request of each kind, in bytes, a multiple of the minimum block size.
 
     :param payload: one READ or WRITE on the wire; at most 32 MiB whatever the server says.
     :param cache: one CACHE. QEMU refuses more than 32 MiB, as if the data crossed the wire.
-    :param effect: one WRITE_ZEROES or TRIM: what 32 bits hold, unless headers are extended.
+    :param effect: one WRITE_ZEROES or TRIM: 2 MiB below 2^32, or 2^63 with extended
+        headers.
     :param block_status: one BLOCK_STATUS, likewise.
     """
 
@@ -83,7 +87,8 @@ class Session:
         """The longest request of each kind."""
         block = self.block_sizes.minimum
         payload = min(self.block_sizes.maximum, MAX_PAYLOAD) // block * block
-        widest = (1 << 63) - block if self.style is HeaderStyle.EXTENDED else (1 << 32) - block
+        bits = 63 if self.style is HeaderStyle.EXTENDED else 32
+        widest = (1 << bits) - LARGEST_CLUSTER
         return Limits(payload=payload, cache=payload, effect=widest, block_status=widest)
 
     def can(self, flag: TransmissionFlag) -> bool:

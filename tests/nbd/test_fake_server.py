@@ -87,13 +87,12 @@ def test_messages_have_the_bytes_of_the_specification():
     assert fake.simple(5, 22).hex() == "67446698" + "00000016" + "0000000000000005"
     structured = fake.chunk(fake.STRUCTURED, 5, fake.HOLE, fake.hole_payload(1, 2), done=True)
     assert structured.hex() == (
-        "668e33ef" + "0001" + "0002" + "0000000000000005" + "0000000c"
-        "0000000000000001" + "00000002"
+        "668e33ef" + "0001" + "0002" + "0000000000000005" + "0000000c0000000000000001" + "00000002"
     )
     extended = fake.chunk(fake.EXTENDED, 5, fake.NONE, done=True, offset=9)
     assert extended.hex() == (
         "6e8a278c" + "0001" + "0000" + "0000000000000005" + "0000000000000009" + "00" * 8
     )
     assert fake.error_payload(5, b"no", 8).hex() == "00000005" + "0002" + "6e6f" + "00" * 7 + "08"
-    assert fake.status_payload(fake.STRUCTURED, 1, [(2, 3)]).hex() == "0000000100000002" "00000003"
+    assert fake.status_payload(fake.STRUCTURED, 1, [(2, 3)]).hex() == "000000010000000200000003"
     assert len(fake.status_payload(fake.EXTENDED, 1, [(2, 3)] * 2)) == 8 + 32

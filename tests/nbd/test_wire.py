@@ -18,13 +18,14 @@ U64 = st.integers(0, 2**64 - 1)
 
 
 def test_an_option():
-    assert wire.encode_option(Option.GO, b"xy") == b"IHAVEOPT" + bytes.fromhex(
-        "00000007" "00000002"
-    ) + b"xy"
+    assert (
+        wire.encode_option(Option.GO, b"xy")
+        == b"IHAVEOPT" + bytes.fromhex("0000000700000002") + b"xy"
+    )
 
 
 def test_the_data_of_go():
-    assert wire.encode_go("é".encode(), [Info.BLOCK_SIZE]).hex() == "00000002c3a9" "0001" "0003"
+    assert wire.encode_go("é".encode(), [Info.BLOCK_SIZE]).hex() == "00000002c3a900010003"
 
 
 def test_the_data_of_set_meta_context():
@@ -35,15 +36,27 @@ def test_the_data_of_set_meta_context():
 
 
 def test_a_compact_request():
-    assert wire.encode_request(
-        HeaderStyle.STRUCTURED, 8, Command.BLOCK_STATUS, 3, 4, 5
-    ).hex() == "25609513" "0008" "0007" "0000000000000003" "0000000000000004" "00000005"
+    assert (
+        wire.encode_request(HeaderStyle.STRUCTURED, 8, Command.BLOCK_STATUS, 3, 4, 5).hex()
+        == "25609513"
+        "0008"
+        "0007"
+        "0000000000000003"
+        "0000000000000004"
+        "00000005"
+    )
 
 
 def test_an_extended_request():
-    assert wire.encode_request(
-        HeaderStyle.EXTENDED, 32, Command.WRITE, 3, 4, 1 << 32
-    ).hex() == "21e41c71" "0020" "0001" "0000000000000003" "0000000000000004" "0000000100000000"
+    assert (
+        wire.encode_request(HeaderStyle.EXTENDED, 32, Command.WRITE, 3, 4, 1 << 32).hex()
+        == "21e41c71"
+        "0020"
+        "0001"
+        "0000000000000003"
+        "0000000000000004"
+        "0000000100000000"
+    )
 
 
 @given(st.integers(0, 65535), st.integers(0, 65535), U64, U64, U32)
