@@ -118,7 +118,7 @@ class TinyGuest:
         :raises StalledError: nothing was heard.
         """
         guest = cls(console)
-        await guest._greeting(stall)
+        await guest._greeting(stall, fresh=True)
         return guest
 
     @classmethod
@@ -136,8 +136,8 @@ class TinyGuest:
         """Close the console. Idempotent."""
         await self.console.close()
 
-    async def _greeting(self, stall: float) -> GuestHello:
-        text = await self.console.wait("its start", self.console.take_ready, stall)
+    async def _greeting(self, stall: float, *, fresh: bool = False) -> GuestHello:
+        text = await self.console.wait("its start", self.console.take_ready, stall, fresh=fresh)
         return self._parsed("*READY", text, parse_hello)
 
     def _parsed(self, what: str, text: str, parse: Callable[[str], T]) -> T:

@@ -58,6 +58,8 @@ class GuestConsole:
     def __init__(self, path: str) -> None:
         self.path = path
         self.connected = False
+        self._connections = 0
+        self._greeted = False  # by the guest on this connection
         self._writer: asyncio.StreamWriter | None = None
         self._server: asyncio.Server | None = None
         self._lines: deque[str] = deque(maxlen=_TRANSCRIPT)
@@ -120,8 +122,9 @@ class GuestConsole:
         return tuple(self._lines)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._hang_up()
-        self._writer, self.connected = writer, True
+        self._hang_up()  # the line of a QEMU of before
+        self._writer, self.connected, self._greeted = writer, True, False
+        self._connections += 1
         self._ready = None
         self._done.clear()
         try:
@@ -141,7 +144,7 @@ class GuestConsole:
         self._heard = asyncio.get_running_loop().time()
         word, _, rest = line.partition(" ")
         if word == "*READY":
-            self._ready = rest
+            self._ready, self._greeted = rest, True
         elif word == "*DONE" and (found := re.match(r"disk=(\d{1,3}) ", rest)):
             self._done[int(found[1])] = rest
         elif word in ("OK", "ER") and (found := re.match(r"(\d{1,9})(?: (.*))?$", rest)):
@@ -178,19 +181,23 @@ class GuestConsole:
         _, ok, rest = self._answer
         return ok, rest
 
-    async def wait(self, what: str, find: Callable[[], T | None], stall: float) -> T:
+    async def wait(
+        self, what: str, find: Callable[[], T | None], stall: float, *, fresh: bool = False
+    ) -> T:
         """Wait until `find` finds something.
 
         :param stall: so many seconds without a line from the guest fail it.
+        :param fresh: it is to come from a guest that has not greeted yet: the end of a
+            connection that has been greeted on, which is a QEMU of before, means nothing.
         :raises StalledError: that happened.
-        :raises GuestError: the line was open and closed.
+        :raises GuestError: the line was open, or opened meanwhile, and closed.
         """
         loop = asyncio.get_running_loop()
         self._heard = loop.time()
-        was_connected = self.connected
+        was_connected, connections = self.connected, self._connections
         while (found := find()) is None:
-            was_connected = was_connected or self.connected
-            if was_connected and not self.connected:
+            opened = was_connected or self._connections > connections
+            if opened and not self.connected and not (fresh and self._greeted):
                 raise GuestError(
                     f"the guest's line closed while waiting for {what}", self.transcript
                 )
