@@ -160,7 +160,9 @@ class Disk:
             if path is None or layer.node.encrypted or layer.node.filename.startswith("json:"):
                 continue
             try:
-                seen = await QemuImg().map(blockdev(layer.format, path), shared=True)
+                seen = await QemuImg().map(
+                    blockdev(layer.format, path), [layer.format], shared=True
+                )
             except ToolError:
                 continue  # no qemu-img here, or one that cannot: QEMU itself is asked
             if seen.stop == layer.size:

@@ -18,7 +18,7 @@ from qmpblock.errors import NotFoundError, RequestError, ToolError, UnsupportedE
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
 
-__all__ = ["Image", "QemuImg", "format_of"]
+__all__ = ["Image", "QemuImg", "blockdev", "format_of"]
 
 _SUFFIXES = {
     ".img": "raw",
@@ -108,11 +108,14 @@ class QemuImg:
                     remedy="map it through the monitor of a VM that has it open",
                 )
 
-    async def map(self, image: Mapping[str, Any], *, shared: bool = False) -> AllocationMap:
+    async def map(
+        self, image: Mapping[str, Any], formats: Sequence[str], *, shared: bool = False
+    ) -> AllocationMap:
         """Map an image, described by QEMU's blockdev options.
 
         :param image: as for blockdev-add, without `node-name`; `"backing": None` leaves
             out what lies below.
+        :param formats: of its layers, the active one first.
         :param shared: open it although another process has it open for writing. Only right
             for frozen layers, which nobody writes to.
         :raise ToolError: qemu-img failed.
@@ -123,7 +126,7 @@ class QemuImg:
         records = await self._json(
             "map", "--output=json", *options, "json:" + json.dumps(image), exclusive=not shared
         )
-        return AllocationMap.from_qemu_img(records)
+        return AllocationMap.from_qemu_img(records, layers=len(formats), formats=formats)
 
     async def _json(self, *arguments: str, exclusive: bool = True) -> Any:
         command = [self.program, *arguments]

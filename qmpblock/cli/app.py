@@ -26,7 +26,7 @@ from qmpblock.errors import Error
 if TYPE_CHECKING:
     from qmpblock.vm import VM
 
-__all__ = ["Options", "command", "emit", "run"]
+__all__ = ["Options", "Size", "command", "emit", "run"]
 
 _COMMANDS = {
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
@@ -123,6 +123,33 @@ class Options:
         ) as vm:
             yield vm
 
+
+class Size(click.ParamType):
+    """A number of bytes, with qemu-img's suffixes: K, M, G, T, P, E are powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it; click turns the failure into a usage error, exit code 2."""
+        if isinstance(value, int):
+            return value
+        number, suffix = value[:-1], value[-1:].upper()
+        if suffix not in _SUFFIXES:
+            number, suffix = value, "B"
+        try:
+            size = (
+                int(float(number) * _SUFFIXES[suffix])
+                if "." in number
+                else int(number, 0) * _SUFFIXES[suffix]
+            )
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is not a size such as 65536, 64K or 1.5G", param, ctx)
+        if not 0 <= size < 1 << 63:
+            self.fail(f"{value!r} is not between 0 and 2^63 - 1 bytes", param, ctx)
+        return size
+
+
+_SUFFIXES = {"B": 1, **{letter: 1 << 10 * n for n, letter in enumerate("KMGTPE", 1)}}
 
 _SHARED = (
     click.option("--json", "json", is_flag=True, help="Print one JSON document on stdout."),

@@ -1,0 +1,189 @@
+"""`qmpblock map`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpblock.cli.app import Options, Size, emit
+from qmpblock.cli.app import command as make_command
+from qmpblock.errors import RequestError, printable
+
+if TYPE_CHECKING:
+    from qmpblock.extents import AllocationMap
+
+__all__ = ["command"]
+
+_ROWS = 40  # extents that the table shows before it refers to --json
+
+
+@dataclass(frozen=True)
+class _LayerView:
+    """One layer, of a running disk or of a closed image."""
+
+    depth: int
+    node: str | None
+    file: str
+    format: str
+    size: int
+    map: AllocationMap
+    source: str
+
+
+@dataclass(frozen=True)
+class _View:
+    """All that one call shows. `layers` is empty where it was not asked for."""
+
+    title: str
+    size: int
+    map: AllocationMap
+    layers: tuple[_LayerView, ...]
+
+
+@make_command
+@click.argument("target", metavar="ADDRESS DISK | IMAGE")
+@click.argument("disk", metavar="", required=False)
+@click.option("--offset", type=Size(), default=0, help="First byte to show (suffixes K, M, G, T).")
+@click.option("--length", type=Size(), help="How many bytes to show; by default up to the end.")
+@click.option("--layers", is_flag=True, help="Show the extents that each layer itself holds.")
+@click.option("--totals", is_flag=True, help="Show only the sums for each layer.")
+@click.option(
+    "--svg",
+    type=click.Path(dir_okay=False, writable=True),
+    metavar="FILE",
+    help="Write a picture to FILE.",
+)
+@click.option(
+    "--format",
+    "fmt",
+    metavar="FMT",
+    help="Format of a closed IMAGE, where its name does not tell; never probed.",
+)
+async def command(
+    options: Options,
+    target: str,
+    disk: str | None,
+    offset: int,
+    length: int | None,
+    layers: bool,
+    totals: bool,
+    svg: str | None,
+    fmt: str | None,
+) -> None:
+    """Show which layer holds every byte of a disk.
+
+    With ADDRESS and DISK: of a running guest's disk, read from QEMU itself while the guest
+    goes on. With IMAGE alone: of an image that nothing uses, by `qemu-img map`.
+
+    --json prints the records of `qemu-img map --output=json` (start, length, depth,
+    present, zero, data); with --layers or --totals, see docs/schema/.
+    """
+    if sum((layers, totals, svg is not None)) > 1 or (options.json and svg):
+        raise click.UsageError("--layers, --totals and --svg exclude each other, --svg --json too")
+    if disk is not None and fmt is not None:
+        raise click.UsageError("--format goes with IMAGE: QEMU knows the format of a DISK")
+    pictured = not totals and not options.json
+    view = await _look(options, target, disk, offset, length, layers or pictured, pictured, fmt)
+    if options.json:
+        _print_json(view, layers=layers, totals=totals)
+    elif svg is not None:
+        _write_svg(view, svg)
+    elif totals:
+        _print_totals(view)
+    elif layers:
+        _print_layers(view)
+    else:
+        _print_picture(view)
+
+
+async def _look(
+    options: Options,
+    target: str,
+    disk: str | None,
+    offset: int,
+    length: int | None,
+    layers: bool,
+    reserved: bool,
+    fmt: str | None,
+) -> _View:
+    if disk is None:
+        return await _look_at_image(target, offset, length, layers, fmt)
+    async with options.connect(target) as vm:
+        found = await vm.disk(disk)
+        view = await found.map(offset, length, reserved=reserved)
+        held = await found.layers() if layers else ()
+    return _View(
+        f"{found.name}  {found.chain.active.file}",
+        found.size,
+        view,
+        tuple(
+            _LayerView(
+                one.layer.depth,
+                one.layer.node.name,
+                one.layer.file,
+                one.layer.format,
+                one.layer.size,
+                _window(one.map, view),
+                one.source,
+            )
+            for one in held
+        ),
+    )
+
+
+async def _look_at_image(
+    path: str, offset: int, length: int | None, layers: bool, fmt: str | None
+) -> _View:
+    from qmpblock.disk import check_range
+    from qmpblock.qemuimg import QemuImg, blockdev, format_of
+
+    tool = QemuImg()
+    chain = await tool.chain(path, fmt or format_of(path))
+    offset, length = check_range(chain[0].size, offset, length)
+    whole = await tool.map(
+        blockdev(chain[0].format, chain[0].file, chain[1:]), [one.format for one in chain]
+    )
+    view = whole.clip(offset, length)
+    held = []
+    for depth, one in enumerate(chain if layers else ()):
+        seen = await tool.map(blockdev(one.format, one.file), [one.format])
+        held.append(
+            _LayerView(
+                depth, None, one.file, one.format, one.size, _window(seen.own(), view), "qemu-img"
+            )
+        )
+    return _View(path, chain[0].size, view, tuple(held))
+
+
+def _window(layer: AllocationMap, view: AllocationMap) -> AllocationMap:
+    """Cut a layer's map to what is looked at; a short layer has less of it, or nothing."""
+    start = min(view.start, layer.stop)
+    return layer.clip(start, min(view.stop, layer.stop) - start)
+
+
+def _print_json(view: _View, *, layers: bool, totals: bool) -> None:
+    if totals:
+        emit(json.dumps(view.map.totals().as_json(size=view.size), indent=2) + "\n")
+    elif layers:
+        emit(json.dumps({"layers": [_layer_document(one) for one in view.layers]}) + "\n")
+    else:
+        for chunk in view.map.to_qemu_img_json():
+            emit(chunk)
+
+
+def _layer_document(layer: _LayerView) -> dict[str, Any]:
+    from qmpblock.extents import layer_extents_json
+
+    return {
+        "depth": layer.depth,
+        "node": layer.node,
+        "file": layer.file,
+        "format": layer.format,
+        "size": layer.size,
+        "source": layer.source,
+        "extents": layer_extents_json(layer.map),
+    }

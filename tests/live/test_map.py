@@ -1,0 +1,226 @@
+"""Maps of running disks, for every scenario, against QEMU's own tools."""
+
+import asyncio
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+import qmpblock
+from qmpblock.errors import NotFoundError, RangeError
+from qmpblock.extents import AllocationMap
+from qmpblock.nbd import Client
+from qmpblock.testing.images import build
+
+pytestmark = pytest.mark.live
+
+CONTEXTS = ("base:allocation", "qemu:allocation-depth")
+
+
+async def command(*arguments, code=0):
+    """Run `qmpblock` and return its stdout."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "qmpblock",
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    out, err = await process.communicate()
+    assert process.returncode == code, err.decode()
+    return out.decode()
+
+
+def canonical(records):
+    """Drop what `map --json` leaves out, and merge what then is equal."""
+    merged = []
+    for record in records:
+        kept = {k: record[k] for k in ("start", "length", "depth", "present", "zero", "data")}
+        if merged and all(merged[-1][k] == kept[k] for k in ("depth", "present", "zero", "data")):
+            merged[-1]["length"] += kept["length"]
+        else:
+            merged.append(kept)
+    return merged
+
+
+async def test_every_scenario_maps_as_qemu_img_does(scenario, start_qemu, invariant, vm_dir):
+    built = await build(scenario, vm_dir / "images")
+    closed = await built.replayed(vm_dir / "closed")
+    expected = {d.spec.name: canonical(await d.active.map(built.tools)) for d in closed.disks}
+    vm = await start_qemu(built)
+    for disk in vm.disks:
+        await vm.guest_writes(disk)
+    # What the guest wrote may have taken new protocol-level state (a grown file): from here
+    # on nothing may change.
+    await invariant.begin(vm)
+    for disk in vm.disks:
+        path = await vm.io.qom_path(disk)
+        printed = await command("map", vm.monitor_path, path, "--json")
+        assert json.loads(printed) == expected[disk.spec.name]
+
+
+async def test_every_scenarios_contexts_are_what_nbdinfo_reads(scenario, start_qemu, invariant):
+    vm = await start_qemu(scenario)
+    iothread = any(disk.spec.attach.iothread for disk in vm.disks)
+    if iothread and vm.version < (10, 0, 0):
+        pytest.skip("K1: nbdinfo's own disconnect would abort this QEMU")
+    for disk in vm.disks:
+        await vm.guest_writes(disk)
+    await invariant.begin(vm)
+    socket = str(vm.directory / "nbd")
+    address = {"type": "unix", "data": {"path": socket}}
+    await vm.execute("nbd-server-start", addr=address)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        for number, disk in enumerate(vm.disks):
+            node = (await controller.disk(await vm.io.qom_path(disk))).chain.active.node.name
+            name = f"reference{number}"
+            await vm.execute(
+                "block-export-add",
+                id=name,
+                type="nbd",
+                name=name,
+                node_name=node,
+                allocation_depth=True,
+            )
+            async with await Client.connect(socket, export=name, contexts=CONTEXTS) as client:
+                for context in CONTEXTS:
+                    ours = await every_extent(client, context)
+                    theirs = await nbdinfo(socket, name, context)
+                    assert ours == theirs, context
+    await vm.execute("nbd-server-stop")
+
+
+async def every_extent(client, context):
+    rows, offset = [], 0
+    while offset < client.size:
+        length = min(client.size - offset, client.max_status_length)
+        extents = (await client.block_status(offset, length))[context]
+        rows += extents.tolist()
+        offset += int(extents[:, 0].sum())
+    return merge(rows)
+
+
+async def nbdinfo(socket, export, context):
+    process = await asyncio.create_subprocess_exec(
+        "nbdinfo",
+        "--json",
+        f"--map={context}",
+        f"nbd+unix:///{export}?socket={socket}",
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    return merge([r["length"], r["type"]] for r in json.loads(out))
+
+
+def merge(rows):
+    merged = []
+    for length, flags in rows:
+        if merged and merged[-1][1] == flags:
+            merged[-1][0] += length
+        else:
+            merged.append([length, flags])
+    return merged
+
+
+@pytest.mark.scenarios("chain-3.yaml")
+async def test_ranges_clip_at_any_byte(scenario, start_qemu, invariant):
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        whole = await disk.map()
+        for offset, length in ((0, 1), (1, 1), (65535, 2), (100_001, 3_333_333), (disk.size, 0)):
+            assert await disk.map(offset, length) == whole.clip(offset, length)
+        tail = await disk.map(disk.size - 7)
+        assert (tail.start, tail.stop) == (disk.size - 7, disk.size)
+        for offset, length in ((-1, 1), (0, disk.size + 1), (disk.size + 1, 0), (5, -1)):
+            with pytest.raises(RangeError) as caught:
+                await disk.map(offset, length)
+            assert caught.value.exit_code == 2
+
+
+async def test_layers_agree_however_they_are_read(scenario, start_qemu, invariant):
+    """Through exports, through qemu-img, and stacked up to what the guest sees."""
+    vm = await start_qemu(scenario)
+    for disk in vm.disks:
+        await vm.guest_writes(disk)
+    await invariant.begin(vm)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        for disk in await controller.disks():
+            seen = await disk.map()
+            local = await disk.layers()
+            remote = await disk.layers(local=False)
+            assert local[0].source == "nbd"
+            assert {layer.source for layer in remote} == {"nbd"}
+            for one, other in zip(local, remote, strict=True):
+                assert one.map.without_reserved() == other.map.without_reserved(), one.layer
+            stacked = AllocationMap.stack([layer.map for layer in remote])
+            assert stacked.without_reserved() == seen
+
+
+@pytest.mark.scenarios("chain-20.yaml")
+async def test_frozen_layers_on_this_host_are_read_by_qemu_img(scenario, start_qemu, invariant):
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        sources = [layer.source for layer in await disk.layers()]
+    assert sources == ["nbd"] + ["qemu-img"] * 19
+
+
+@pytest.mark.scenarios("raw-fallocated.yaml")
+async def test_fallocated_raw_ranges_show_as_reserved(scenario, start_qemu, invariant):
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        plain = await disk.map()
+        marked = await disk.map(reserved=True)
+    assert not plain.where(reserved=True)
+    assert marked.where(reserved=True).total > 0
+    assert marked.where(reserved=True, zero=False).total == 0
+    assert marked.without_reserved() == plain
+
+
+@pytest.mark.scenarios("qcow2-empty.yaml")
+async def test_two_maps_at_once_take_turns(scenario, start_qemu, invariant):
+    """A VM has one NBD server: on two monitors, the second waits for the first."""
+    vm = await start_qemu(scenario)
+    async with (
+        qmpblock.connect(vm.monitor_path) as one,
+        qmpblock.connect(vm.second_monitor_path) as two,
+    ):
+        disks = [(await one.disks())[0], (await two.disks())[0]] * 5
+        maps = await asyncio.gather(*(disk.map() for disk in disks))
+    assert all(found == maps[0] for found in maps)
+
+
+@pytest.mark.scenarios("qcow2-empty.yaml")
+async def test_a_disk_that_does_not_exist(scenario, start_qemu, invariant):
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        with pytest.raises(NotFoundError):
+            await controller.disk("nosuch")
+    await command("map", vm.monitor_path, "nosuch", code=2)
+    await command("map", vm.monitor_path + "x", "nosuch", code=3)
+
+
+@pytest.mark.parametrize("depth", [150])
+async def test_a_chain_of_150_layers(depth, start_qemu, vm_dir, invariant):
+    from qmpblock.testing.scenario import parse_scenario
+
+    images = "\n".join(
+        f"  - {{size: 16M, content: [write {64 * i}K 64K {i + 1}]}}" for i in range(depth)
+    )
+    scenario = parse_scenario(f"about: deep\nimages:\n{images}\n", "deep")
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        assert len(disk.chain.layers) == depth
+        found = await disk.map()
+        assert np.array_equal(found.depth[:depth], np.arange(depth - 1, -1, -1))
+        layers = await disk.layers()
+    assert [layer.map.where(present=True).total for layer in layers] == [65536] * depth
