@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from qmpblock.errors import RequestError
+from qmpblock.errors import RequestError, printable
 from qmpblock.extents import PRESENT, RESERVED, ZERO, AllocationMap
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "Strip",
     "grid",
     "guest_strip",
+    "layer_strip",
     "layer_strips",
+    "zeros_strip",
 ]
 
 #: What a byte counts as; the last axis of `Strip.held`.
@@ -99,25 +101,34 @@ def layer_strips(
         layer, in the order they are drawn.
     :param guest: what the guest sees; the edges lie inside it.
     """
+    top = len(layers) - 1
     return [
-        _zeros(edges),
-        *(
-            _strip(label, "layer", own, edges, len(layers) - 1 - i, own.stop)
-            for i, (label, own) in enumerate(layers)
-        ),
+        zeros_strip(edges),
+        *(layer_strip(label, own, top - i, edges) for i, (label, own) in enumerate(layers)),
         guest_strip("guest sees", guest, edges),
     ]
+
+
+def zeros_strip(edges: npt.NDArray[np.int64]) -> Strip:
+    """Return the strip of the zeros that lie below every chain."""
+    held = np.zeros((len(edges) - 1, 1, 4), np.int64)
+    held[:, 0, ZEROS] = np.diff(edges)
+    return Strip("implicit zeros", "zeros", edges, held, -1, int(edges[-1]))
+
+
+def layer_strip(label: str, own: AllocationMap, depth: int, edges: npt.NDArray[np.int64]) -> Strip:
+    """Return the strip of one layer's own content.
+
+    :raise RequestError: the map is of a chain.
+    """
+    if own.layers != 1:
+        raise RequestError(f"the map of {printable(label)} is of a chain, not of one layer")
+    return _strip(label, "layer", own, edges, depth, own.stop)
 
 
 def guest_strip(label: str, seen: AllocationMap, edges: npt.NDArray[np.int64]) -> Strip:
     """Return the strip of a map that names the layer of each extent."""
     return _strip(label, "guest", seen, edges, 0, seen.stop)
-
-
-def _zeros(edges: npt.NDArray[np.int64]) -> Strip:
-    held = np.zeros((len(edges) - 1, 1, 4), np.int64)
-    held[:, 0, ZEROS] = np.diff(edges)
-    return Strip("implicit zeros", "zeros", edges, held, -1, int(edges[-1]))
 
 
 def _strip(
@@ -128,8 +139,6 @@ def _strip(
     depth: int,
     end: int,
 ) -> Strip:
-    if role == "layer" and source.layers != 1:
-        raise RequestError(f"the map of the layer {label} is of a chain, not of that layer alone")
     cells, layers = len(edges) - 1, source.layers
     held = np.zeros(cells * layers * 4, np.float64)
     first = max(int(edges[0]), source.start)
