@@ -124,7 +124,7 @@ class Options:
             yield vm
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes, with qemu-img's suffixes: K, M, G, T, P, E are powers of 1024."""
 
     name = "size"

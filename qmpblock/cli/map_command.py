@@ -187,3 +187,94 @@ def _layer_document(layer: _LayerView) -> dict[str, Any]:
         "source": layer.source,
         "extents": layer_extents_json(layer.map),
     }
+
+
+def _print_picture(view: _View) -> None:
+    from rich.console import Console
+
+    from qmpblock.render import text_picture
+
+    console = Console(highlight=False)
+    click.echo(f"{printable(view.title)}\n")
+    click.echo(
+        text_picture(
+            _named_layers(view),
+            view.map,
+            width=console.width,
+            ascii=not (console.encoding or "").lower().startswith("utf"),
+            color=console.is_terminal and not console.no_color,
+        )
+    )
+    _print_totals(view)
+    click.echo()
+    _print_extents([("depth", view.map)], limit=_ROWS)
+
+
+def _print_layers(view: _View) -> None:
+    for layer in view.layers:
+        click.echo(
+            f"@{layer.depth}  {layer.format}  {printable(layer.file)}"
+            + (f"  (node {printable(layer.node)})" if layer.node else "")
+        )
+        _print_extents([("", layer.map)], limit=None)
+        click.echo()
+
+
+def _print_totals(view: _View) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from qmpblock.render import human_size
+
+    totals = view.map.totals()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("layer", "data", "zeros", "of them reserved"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    names = {layer.depth: layer.file for layer in view.layers}
+    for row in totals.layers:
+        name = f"@{row.depth}  {printable(names.get(row.depth, ''))}".rstrip()
+        table.add_row(name, *(human_size(n) for n in (row.data, row.zero, row.reserved)))
+    table.add_row("in no layer", "", human_size(totals.absent), "")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _print_extents(maps: Sequence[tuple[str, AllocationMap]], *, limit: int | None) -> None:
+    """Print one row for each extent, at most `limit`; every row is exact, in bytes."""
+    rows = [("offset", "length", "layer", "holds")]
+    left_out = 0
+    for column, source in maps:
+        for number, extent in enumerate(source):
+            if limit is not None and number >= limit:
+                left_out = len(source) - limit
+                break
+            holds = "data" if extent.data else "zeros" if extent.present else "nothing"
+            if extent.data and extent.zero:
+                holds = "zeros, allocated"
+            elif extent.reserved:
+                holds = "zeros, reserved"
+            layer = f"@{extent.depth}" if column and extent.present else "-" if column else ""
+            rows.append((f"{extent.offset:,}", f"{extent.length:,}", layer, holds))
+    wide = [max(len(row[i]) for row in rows) for i in range(2)]
+    for row in rows:
+        click.echo(f"{row[0]:>{wide[0]}}  {row[1]:>{wide[1]}}  {row[2]:<5}  {row[3]}".rstrip())
+    if left_out:
+        click.echo(f"... and {left_out:,} more extents; --json prints them all")
+
+
+def _named_layers(view: _View) -> list[tuple[str, AllocationMap]]:
+    from posixpath import basename
+
+    return [(basename(layer.file), layer.map) for layer in reversed(view.layers)]
+
+
+def _write_svg(view: _View, path: str) -> None:
+    from pathlib import Path
+
+    from qmpblock.svg import svg_picture
+
+    try:
+        Path(path).write_text(
+            svg_picture(_named_layers(view), view.map, title=view.title), encoding="utf-8"
+        )
+    except OSError as error:
+        raise RequestError(f"cannot write {printable(path)}: {error.strerror}") from None
