@@ -73,6 +73,10 @@ def _objects(disk: BuiltDisk) -> list[str]:
     if "throttle" in attach.filters and attach.style == "blockdev":
         group = {"qom-type": "throttle-group", "id": f"group-{name}"}
         arguments += _object({**group, "limits": {"bps-total": _THROTTLE}})
+    for layer in disk.active.chain():
+        if layer.slow is not None:
+            group = {"qom-type": "throttle-group", "id": layer.slow_group()}
+            arguments += _object({**group, "limits": {"bps-total": layer.slow}})
     return arguments
 
 
@@ -82,6 +86,7 @@ def _blockdev(disk: BuiltDisk) -> list[str]:
         node=name if attach.node_names else None,
         discard=attach.discard,
         detect_zeroes=attach.detect_zeroes,
+        live=True,
     )
     for kind in reversed(attach.filters):
         group = {"throttle-group": f"group-{name}"} if kind == "throttle" else {}

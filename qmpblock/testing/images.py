@@ -99,6 +99,8 @@ class BuiltImage:
     """An image that exists.
 
     :param secret: the passphrase, as (id of the secret object, data).
+    :param faults: blkdebug's `inject-error` rules for its file, in a running VM only.
+    :param slow: bytes a second that its file does, in a running VM only; None: no limit.
     """
 
     spec: Image
@@ -106,6 +108,8 @@ class BuiltImage:
     backing: BuiltImage | None = None
     data_file: Path | None = None
     secret: tuple[str, str] | None = None
+    faults: tuple[Mapping[str, Any], ...] = ()
+    slow: int | None = None
 
     def chain(self) -> list[BuiltImage]:
         """Return this image and everything below it, this one first."""
@@ -117,13 +121,19 @@ class BuiltImage:
             layer = layer.backing
 
     def describe(
-        self, *, node: str | None = None, discard: str | None = "unmap", detect_zeroes: str = "off"
+        self,
+        *,
+        node: str | None = None,
+        discard: str | None = "unmap",
+        detect_zeroes: str = "off",
+        live: bool = False,
     ) -> dict[str, Any]:
         """Return the blockdev description of the whole chain, for `-blockdev` or `json:`.
 
         :param node: the active layer's node name; the others get `NODE-1`, `NODE-2`, ...
             from the top, each file `...-file`. None: no names.
         :param discard: of the active layer; also `detect_zeroes`.
+        :param live: for a running VM: with `faults` and `slow`.
         """
         # From the bottom up: 150 layers are no reason to recurse.
         below: dict[str, Any] | None = None
@@ -131,6 +141,8 @@ class BuiltImage:
         for depth in range(len(chain) - 1, -1, -1):
             name = node if node is None or depth == 0 else f"{node}-{depth}"
             below = chain[depth]._describe_layer(name, below, discard if depth == 0 else None)
+            if live:
+                below["file"] = chain[depth]._hamper(name, below["file"])
         assert below is not None  # a chain has at least one layer
         if detect_zeroes != "off":
             below["detect-zeroes"] = detect_zeroes
@@ -161,12 +173,29 @@ class BuiltImage:
             layer["backing"] = backing
         return layer
 
+    def _hamper(self, node: str | None, file: dict[str, Any]) -> dict[str, Any]:
+        def named(suffix: str) -> dict[str, Any]:
+            return {} if node is None else {"node-name": node + suffix}
+
+        if self.faults:
+            rules = [dict(rule) for rule in self.faults]
+            file = {"driver": "blkdebug", **named("-faults"), "image": file, "inject-error": rules}
+        if self.slow is not None:
+            group = self.slow_group()
+            file = {"driver": "throttle", **named("-slow"), "throttle-group": group, "file": file}
+        return file
+
+    def slow_group(self) -> str:
+        """Return the id of the throttle group that `slow` needs."""
+        return "slow-" + hashlib.sha256(self.spec.file.encode()).hexdigest()[:8]
+
     def secrets(self) -> dict[str, str]:
         """Return the secret objects that the chain needs: id to data."""
         return dict(layer.secret for layer in self.chain() if layer.secret is not None)
 
-    def _arguments(self, **options: str) -> list[str]:
-        return [*_secret_arguments(self.secrets()), "json:" + json.dumps(self.describe(**options))]
+    def _arguments(self, *, discard: str = "unmap", detect_zeroes: str = "off") -> list[str]:
+        described = self.describe(discard=discard, detect_zeroes=detect_zeroes)
+        return [*_secret_arguments(self.secrets()), "json:" + json.dumps(described)]
 
     async def map(self, tools: Tools) -> list[dict[str, Any]]:
         """Return what `qemu-img map --output=json` prints for the chain. It must be closed.

@@ -233,7 +233,7 @@ class QemuProcess:
                 stderr=err,
                 cwd=self.directory,
                 process_group=0,  # Ctrl-C is for the test run, which then ends QEMU in order
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
         _running.add(self._process)
         try:
@@ -456,7 +456,7 @@ def _read_end(path: Path) -> str:
         return ""
 
 
-def _die_with_parent() -> Callable[[], None]:
+def die_with_parent() -> Callable[[], None]:
     """Make what the child runs before QEMU: be killed when the parent dies."""
     prctl = ctypes.CDLL(None).prctl  # looked up before the fork: the child may not allocate
     parent = os.getpid()
