@@ -118,9 +118,14 @@ class Client:
         :raise UnsupportedError: contexts were wanted, and the server cannot have any.
         :raise RequestError: a name or address is not usable, or `tls_hostname` is missing.
         """
-        wanted = Wanted(export, tuple(contexts), tls is not None)
         client = await cls._greet(
-            address, wanted, tls, tls_hostname, polite=polite, stall=stall, in_flight=in_flight
+            address,
+            partial(Wanted, export, tuple(contexts)),
+            tls,
+            tls_hostname,
+            polite=polite,
+            stall=stall,
+            in_flight=in_flight,
         )
         assert isinstance(client._greeted.result(), Opened)
         return client
@@ -141,9 +146,14 @@ class Client:
         :param queries: `NAMESPACE:` or full names (`qemu:dirty-bitmap:`); none means all.
         :raise Error: as `connect`.
         """
-        wanted = Wanted(export, (), tls is not None, tuple(queries))
         client = await cls._greet(
-            address, wanted, tls, tls_hostname, polite=True, stall=stall, in_flight=1
+            address,
+            partial(Wanted, export, queries=tuple(queries)),
+            tls,
+            tls_hostname,
+            polite=True,
+            stall=stall,
+            in_flight=1,
         )
         await client.close()
         listed = client._greeted.result()
@@ -154,7 +164,7 @@ class Client:
     async def _greet(
         cls,
         address: str | Address | socket.socket,
-        wanted: Wanted,
+        make_wanted: Callable[..., Wanted],
         tls: ssl.SSLContext | None,
         tls_hostname: str | None,
         *,
@@ -163,6 +173,7 @@ class Client:
         in_flight: int,
     ) -> Client:
         try:
+            wanted = make_wanted(tls=tls is not None)
             where = parse_address(address) if isinstance(address, str) else address
             layer = _tls_layer(where, tls, tls_hostname)
         except BaseException:

@@ -50,7 +50,7 @@ from qmpblock.nbd.wire import (
 __all__ = ["Handshake", "State", "Wanted"]
 
 MAX_INFOS = 64  # information replies to one GO; the protocol has four kinds
-MAX_LISTED = 65536  # contexts of one LIST; QEMU has one for each dirty bitmap, and few more
+MAX_LISTED = 8192  # contexts of one LIST; QEMU has one for each dirty bitmap, and few more
 
 
 class State(Enum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import fake_server as fake
+
 from qmpblock.nbd.protocol import Event, Finished, Opened, Protocol, Wanted
 
 

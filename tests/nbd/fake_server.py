@@ -184,27 +184,39 @@ class FakeServer:
         self._script = script
         self._seen = 0
         self.socket, self._own = socket.socketpair()
+        self._own.setblocking(False)
         self._duplicate = self.socket.dup() if custody else None
 
     async def __aenter__(self) -> Self:
-        self._own.setblocking(False)
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(self.serve())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Give the script a moment to end by itself, then end it, and show its failure."""
         try:
-            async with asyncio.timeout(5):
-                await self._task
-        except TimeoutError:
-            pass  # wait_for has cancelled a script that would serve for ever
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._task
         finally:
-            self._own.close()
-            self.socket.close()
-            if self._duplicate is not None:
-                self._duplicate.close()
+            self.close()
 
-    async def _run(self) -> None:
+    def close(self) -> None:
+        """Close both ends, and the duplicate."""
+        self._own.close()
+        self.socket.close()
+        if self._duplicate is not None:
+            self._duplicate.close()
+
+    def saw_nothing(self) -> bool:
+        """Whether neither a byte nor the end of the stream is waiting to be read."""
+        try:
+            self._own.recv(1)
+        except BlockingIOError:
+            return True
+        return False
+
+    async def serve(self) -> None:
+        """Serve by the script, until it or the client ends."""
         with contextlib.suppress(Hangup, ConnectionError):
             await self._script(self)
 

@@ -74,6 +74,21 @@ async def test_it_sees_shutdown_even_when_a_duplicate_is_held():
     assert server.eof
 
 
+def test_it_knows_whether_anything_waits_to_be_read():
+    async def script(server: fake.FakeServer) -> None:
+        """Not run."""
+
+    for custody in (False, True):
+        server = fake.FakeServer(script, custody=custody)
+        server.socket.close()
+        assert server.saw_nothing() is custody
+        server.close()
+    server = fake.FakeServer(script, custody=True)
+    server.socket.send(b"x")
+    assert not server.saw_nothing()
+    server.close()
+
+
 async def test_a_failed_expectation_in_a_script_fails_the_test():
     async def script(server: fake.FakeServer) -> None:
         raise AssertionError("as the script says")
