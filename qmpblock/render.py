@@ -96,7 +96,10 @@ def text_picture(
     :param color: mark the layers by ANSI colours too.
     """
     glyphs = ASCII if ascii else UNICODE
-    names = [_label(name, len(layers) - 1 - i, len(layers)) for i, (name, _) in enumerate(layers)]
+    top = len(layers) - 1
+    names = [
+        _label(_plain(name, glyphs), top - i, len(layers)) for i, (name, _) in enumerate(layers)
+    ]
     room = max(map(_columns, [*names, "implicit zeros"]))
     width = max(width, 20)
     cells = width - min(room, max(width // 3, min(14, width // 2))) - 2

@@ -42,6 +42,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _GREY = "#808080"
 _ROW, _BAR, _LEFT, _TOP, _RIGHT = 22, 16, 220, 56, 16  # pixels
 _LABEL = 30  # characters
+_NARROWEST = 600  # pixels: room for the legend
 _STYLE = "text{font:12px sans-serif;fill:#767676}.h{font-size:15px}.v{text-anchor:middle}"
 _SHADES = ((1.0, 1.0), (0.5, 0.75), (0.125, 0.5), (0.0, 0.3))  # share of data, opacity
 
@@ -73,14 +74,15 @@ def svg_picture(
     :param layers: name and own content of each, from the base to the active layer.
     :param guest: what the guest sees; the picture covers its range.
     :param title: above the picture.
-    :param width: in pixels, at least 400.
+    :param width: in pixels, at least 600.
     """
+    width = max(width, _NARROWEST)
     start, stop, top = guest.start, guest.stop, len(layers) - 1
     strips = [zeros_strip(grid(start, stop, 1))]
     for i, (name, own) in enumerate(layers):
-        edges = _detail(own, start, stop)
+        edges = _detail(own, start, stop, width)
         strips.append(layer_strip(f"@{top - i} {name}", own, top - i, edges))
-    strips.append(guest_strip("guest sees", guest, _detail(guest, start, stop)))
+    strips.append(guest_strip("guest sees", guest, _detail(guest, start, stop, width)))
     count = f"{len(layers)} layer{'s' if len(layers) != 1 else ''}"
     return svg_document(
         strips, title=title or f"{human_size(stop - start)} in {count}", width=width
@@ -89,7 +91,7 @@ def svg_picture(
 
 def svg_document(strips: Sequence[Strip], *, title: str, width: int = 1200) -> str:
     """Draw strips, each with edges of its own; the first spans the whole picture."""
-    width = max(width, 400)
+    width = max(width, _NARROWEST)
     edges = strips[0].edges
     scale = _Scale(int(edges[0]), int(edges[-1]), width - _LEFT - _RIGHT)
     height = _TOP + len(strips) * _ROW + 40
@@ -109,14 +111,14 @@ def svg_document(strips: Sequence[Strip], *, title: str, width: int = 1200) -> s
     return "\n".join([*lines, *_legend(height - 14), "</svg>", ""])
 
 
-def _detail(source: AllocationMap, start: int, stop: int) -> _Edges:
+def _detail(source: AllocationMap, start: int, stop: int, width: int) -> _Edges:
     """Return the edges to draw a map by: its own where they are few, else columns."""
     first, last = max(start, source.start), min(stop, source.stop)
     if first >= last:
         return grid(start, start, 1)
     window = source.clip(first, last - first).coalesce()
     if len(window) > MOST_RECTS:
-        return grid(first, last, MOST_RECTS)
+        return grid(first, last, min(MOST_RECTS, width - _LEFT - _RIGHT))
     return np.append(window.offsets, np.int64(last))
 
 

@@ -6,11 +6,13 @@ import itertools
 import json
 import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from qmpblock.errors import RangeError, RequestError
 from qmpblock.extents import (
@@ -304,6 +306,29 @@ def test_a_layer_as_a_document() -> None:
 def layer_record(start: int, length: int, *flags: bool) -> dict[str, int | bool]:
     names = ("present", "zero", "data", "reserved")
     return {"start": start, "length": length, **dict(zip(names, flags, strict=True))}
+
+
+SCHEMAS = Path(__file__).parent.parent / "docs" / "schema"
+
+
+def validator(name: str) -> Draft202012Validator:
+    schema = json.loads((SCHEMAS / name).read_text())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@given(maps)
+def test_the_documents_fit_their_schemas(found: AllocationMap) -> None:
+    totals, layers = validator("map-totals.schema.json"), validator("layers.schema.json")
+    totals.validate(found.totals().as_json(size=found.stop))
+    layer = {
+        "depth": 0, "node": None, "file": "a.raw", "format": "raw", "size": found.length,
+        "source": "qemu-img", "extents": found.to_layer_json(),
+    }  # fmt: skip
+    layers.validate({"layers": [layer]})
+    assert not layers.is_valid({"layers": [layer | {"more": 1}]})
+    assert not layers.is_valid({"layers": []})
+    assert not totals.is_valid(found.totals().as_json(size=found.stop) | {"absent": -1})
 
 
 def test_memory_of_a_million_extents_while_building_and_after() -> None:
