@@ -170,14 +170,15 @@ static int do_stop(void)
 static int do_check(void)
 {
     u32 status, checked, bad;
+    u64 lba;
 
     if (!disk->run)
         return fail("no stress run was started on this disk");
     if (stress_running(disk))
         return fail("a stress run is under way on this disk");
-    status = stress_check(disk, &checked, &bad);
+    status = stress_check(disk, &checked, &bad, &lba);
     if (status)
-        return fail_io(status, 0);
+        return fail_io(status, lba);
     ok();
     put_field("blocks", checked);
     put_field("bad", bad);

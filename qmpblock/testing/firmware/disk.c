@@ -187,19 +187,25 @@ u32 request_wait(struct request *request)
     return request->status;
 }
 
+/* A disk that was unplugged: its run ends, its number becomes free. */
+void disk_forget(struct disk *disk)
+{
+    if (disk->run)
+        stress_abandon(disk, STATUS_GONE);
+    disk->device = 0;
+}
+
 /* Forgets the disks whose device is gone; what they had in flight fails. */
-void disks_rescan(void)
+void disks_forget_gone(void)
 {
     for (u32 i = 0; i < REQUESTS; i++) {
         struct request *request = &requests[i];
+        struct virtio *device = request->disk ? request->disk->device : 0;
 
-        if (request->disk && !request->done && !request->disk->device->transport)
+        if (device && !device->transport && !request->done)
             complete(request, STATUS_GONE);
     }
-    for (u32 i = 0; i < DISKS; i++) {
-        struct disk *disk = &disks[i];
-
-        if (disk->device && !disk->device->transport)
-            disk->device = 0;
-    }
+    for (u32 i = 0; i < DISKS; i++)
+        if (disks[i].device && !disks[i].device->transport)
+            disk_forget(&disks[i]);
 }

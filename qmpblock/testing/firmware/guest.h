@@ -145,7 +145,8 @@ struct request {
 
 extern struct disk disks[DISKS];
 void disks_init(void);
-void disks_rescan(void);
+void disk_forget(struct disk *disk);
+void disks_forget_gone(void);
 int disks_poll(void);               /* completes what the devices finished; 0: nothing */
 struct disk *disk_add(struct virtio *device, u8 target, u16 lun, u64 sectors);
 u64 disk_sectors(struct disk *disk);
@@ -184,7 +185,9 @@ void stress_complete(struct request *request);
 void stress_stop(struct disk *disk);
 void stress_progress(struct disk *disk);            /* fields of the reply */
 void stress_latency(struct disk *disk);             /* the same; begins to measure anew */
-u32 stress_check(struct disk *disk, u32 *checked, u32 *bad);    /* the status of a failed read */
+void stress_abandon(struct disk *disk, u32 status); /* the disk is gone */
+/* The status of a failed read, which was at `lba`. */
+u32 stress_check(struct disk *disk, u32 *checked, u32 *bad, u64 *lba);
 
 /* ---- commands.c, main.c ---------------------------------------------------------------- */
 void command_run(char *line);

@@ -131,6 +131,8 @@ static void scan_bus(u8 bus, void (*found)(u16, u32))
         u16 first = bus << 8 | device << 3;
         u16 functions = pci_read(first, HEADER) >> 16 & 0x80 ? 8 : 1;
 
+        if (pci_read(first, ID) == ~0u)     /* there is no function 1 without function 0 */
+            continue;
         for (u16 function = first; function < first + functions; function++) {
             u32 id = pci_read(function, ID);
             u8 behind;

@@ -169,6 +169,6 @@ void scsi_scan(struct virtio *device)
     }
     for (u32 i = 0; i < DISKS; i++)
         if (disks[i].device == device && !disks[i].sectors)
-            disks[i].device = 0;
+            disk_forget(&disks[i]);
     request_release(request);
 }

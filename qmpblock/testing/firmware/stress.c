@@ -144,6 +144,19 @@ static void account_latency(struct run *run, u64 began)
         run->latency_longest = lasted;
 }
 
+static void fail(struct run *run, u32 status)
+{
+    if (!run->errors++)
+        run->first_error = status;
+    run->stopping = 1;
+}
+
+void stress_abandon(struct disk *disk, u32 status)
+{
+    if (disk->run->on)
+        fail(disk->run, status);
+}
+
 void stress_complete(struct request *request)
 {
     struct run *run = request->run;
@@ -152,9 +165,7 @@ void stress_complete(struct request *request)
     run->in_flight--;
     account_latency(run, request->began);
     if (request->status) {          /* not acknowledged: `acked` stays below it */
-        if (!run->errors++)
-            run->first_error = request->status;
-        run->stopping = 1;
+        fail(run, request->status);
         if (request->operation != FLUSH)
             *entry &= ~BUSY;
     } else if (request->operation == WRITE) {
@@ -344,7 +355,7 @@ void stress_latency(struct disk *disk)
     run->latency_count = 0;
 }
 
-u32 stress_check(struct disk *disk, u32 *checked, u32 *bad)
+u32 stress_check(struct disk *disk, u32 *checked, u32 *bad, u64 *lba)
 {
     struct run *run = disk->run;
 
@@ -356,7 +367,8 @@ u32 stress_check(struct disk *disk, u32 *checked, u32 *bad)
         if (!expected)
             continue;
         request = request_await(disk);
-        request_submit(request, READ, lba_of(run, block), run->area.block_sectors);
+        *lba = lba_of(run, block);
+        request_submit(request, READ, *lba, run->area.block_sectors);
         status = request_wait(request);
         if (!status && !block_right(run, block, expected, request_buffer(request))) {
             ++*bad;

@@ -76,10 +76,10 @@ void virtio_scan(void)
             if (device->transport == TRANSPORT_PCI && !virtio_pci_attached(device))
                 device->transport = TRANSPORT_NONE;
         }
-        disks_rescan();
+        disks_forget_gone();
         pci_scan(found_on_pci);
     } else {
-        disks_rescan();
+        disks_forget_gone();
         /* QEMU attaches devices from the last transport down: so in order of its command line */
         for (u16 i = MMIO_TRANSPORTS; i--;) {
             u8 type = virtio_mmio_type(i);
