@@ -277,6 +277,43 @@ async def test_a_killed_qemu_leaves_what_was_flushed(tmp_path: Path) -> None:
     assert check_acknowledged(data, spec, progress.flushed, progress.issued + 100_000).ok
 
 
+async def test_a_killed_qemu_loses_what_was_not_flushed_and_it_is_found(tmp_path: Path) -> None:
+    # qcow2 keeps its tables in QEMU's memory until a flush: without one they die with it
+    spec = StressSpec(blocks=4096, seed=4)
+    async with booted(tmp_path, *disk(tmp_path, "a"), *device("pc", "a")) as vm:
+        await vm.guest.stress(spec)
+        await asyncio.sleep(0.5)
+        progress = await vm.guest.progress()
+        vm.process.kill()
+        await vm.process.wait()
+    assert progress.acked
+    data = area(tmp_path, "a", 0, spec.length)
+    result = check_acknowledged(data, spec, progress.acked, progress.issued + 100_000)
+    assert result.lost
+    assert check_acknowledged(data, spec, progress.flushed, progress.issued + 100_000).ok
+
+
+async def test_a_backup_under_stress_is_one_point_in_time(tmp_path: Path) -> None:
+    spec = StressSpec(blocks=4096, seed=8, queue_depth=24)
+    target = disk(tmp_path, "t")
+    async with booted(tmp_path, *disk(tmp_path, "a"), *target, *device("pc", "a")) as vm:
+        await vm.guest.stress(spec)
+        await asyncio.sleep(0.5)
+        await vm.qmp(
+            "blockdev-backup", **{"job-id": "b", "device": "d-a", "target": "d-t", "sync": "full"}
+        )
+        await vm.event("BLOCK_JOB_COMPLETED")
+        await asyncio.sleep(0.3)
+        end = await vm.guest.stop_stress()
+        await vm.guest.power_off()
+        await vm.process.wait()
+    result = check_point_in_time(area(tmp_path, "t", 0, spec.length), spec)
+    assert result.ok, str(result)
+    assert 0 < result.sequence < end.issued
+    live = area(tmp_path, "a", 0, spec.length)
+    assert check_acknowledged(live, spec, end.acked, end.issued).ok
+
+
 async def test_several_disks_under_stress_at_once(tmp_path: Path) -> None:
     specs = [
         StressSpec(disk=i, blocks=1024 << i, block_size=(512, 4096, 65536)[i], seed=i, total=1500)
@@ -353,6 +390,17 @@ async def test_scsi_disks(tmp_path: Path, machine: str) -> None:
         assert [d.number for d in (await guest.rescan()).disks] == [0]
         await guest.power_off()
         await vm.process.wait()
+
+
+async def test_an_idle_run_on_an_unplugged_scsi_disk_ends(tmp_path: Path) -> None:
+    options = [*disk(tmp_path, "a"), "-device", "virtio-scsi-pci,id=scsi"]
+    async with booted(tmp_path, *options, "-device", "scsi-hd,drive=d-a,bus=scsi.0,id=v-a") as vm:
+        await vm.guest.stress(StressSpec(rate=1))
+        await vm.qmp("device_del", id="v-a")
+        assert (await vm.guest.rescan()).disks == ()
+        with pytest.raises(GuestError, match="no disk has this number"):
+            await vm.guest.progress()
+        assert any("*DONE disk=0" in line for line in vm.guest.console.transcript)
 
 
 async def _unplugged(vm: Vm, name: str) -> None:
