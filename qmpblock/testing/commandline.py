@@ -88,6 +88,9 @@ def _blockdev(disk: BuiltDisk) -> list[str]:
         detect_zeroes=attach.detect_zeroes,
         live=True,
     )
+    separate: list[str] = []
+    if any(layer.faults or layer.slow is not None for layer in disk.active.chain()):
+        separate = _layers_apart(described)
     for kind in reversed(attach.filters):
         group = {"throttle-group": f"group-{name}"} if kind == "throttle" else {}
         own = {"node-name": f"{name}-{kind}"} if attach.node_names else {}
@@ -95,7 +98,26 @@ def _blockdev(disk: BuiltDisk) -> list[str]:
         unmap = {"discard": "unmap"} if attach.discard == "unmap" else {}
         described = {"driver": kind, **own, **group, **unmap, "file": described}
     described["node-name"] = _root(name, attach)  # the device must be given something
-    return ["-blockdev", json.dumps(described)]
+    return [*separate, "-blockdev", json.dumps(described)]
+
+
+def _layers_apart(described: dict[str, Any]) -> list[str]:
+    """Take the backing layers out of a description, each for a `-blockdev` of its own.
+
+    QEMU does not see that a backing image described in place has a file unless that file has
+    a `filename` itself, and adds the recorded name: then it refuses a blkdebug or throttle
+    node in that place ("Can't specify 'file' and 'filename'").
+    """
+    found = []
+    layer = described
+    while "backing" in layer:
+        below = layer["backing"]
+        layer["backing"] = below["node-name"]
+        # What QEMU gives a backing image that is described in place.
+        below["read-only"] = below["auto-read-only"] = True
+        found.append(below)
+        layer = below
+    return [part for below in reversed(found) for part in ("-blockdev", json.dumps(below))]
 
 
 def _drive(disk: BuiltDisk) -> str:

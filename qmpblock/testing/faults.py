@@ -47,7 +47,7 @@ def inject(
     :param offset: only requests over this byte *of the file*; None: any.
     :param once: only the first time.
     :param iotype: only these requests; None: reads, writes, write-zeroes, discards, flushes.
-    :raise RequestError: there is no such layer, or the disk is a legacy -drive.
+    :raise RequestError: there is no such layer, or the disk's nodes have no names.
     """
     rule: dict[str, Any] = {"event": event, "errno": _ERRNO[error], "once": once}
     if offset is not None:
@@ -73,8 +73,8 @@ def _layer(chain: Sequence[Any], layer: int) -> Any:
 
 
 def _with_layer(disk: BuiltDisk, layer: int, **changes: Any) -> BuiltDisk:
-    if disk.spec.attach.style != "blockdev":
-        raise RequestError("faults go below a -blockdev; a legacy -drive describes no files")
+    if not disk.spec.attach.node_names:
+        raise RequestError("faults go below a -blockdev whose nodes have names")
     chain = disk.active.chain()
     changed = replace(_layer(chain, layer), **changes)
     for above in reversed(chain[:layer]):
