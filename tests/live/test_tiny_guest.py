@@ -428,6 +428,7 @@ async def test_disks_come_and_go(tmp_path: Path, how: str) -> None:
     async with booted(tmp_path, *options, *first, machine=machine) as vm:
         guest = vm.guest
         assert len((await guest.hello()).disks) == 1
+        await guest.stress(StressSpec(offset=MIB, blocks=256, rate=500, read_percent=30))
         for turn in range(3):
             where = {"bus": bus} if bus else {}
             await vm.qmp("device_add", driver="virtio-blk-pci", drive="d-b", id="v-b", **where)
@@ -438,6 +439,10 @@ async def test_disks_come_and_go(tmp_path: Path, how: str) -> None:
             await _unplugged(vm, "v-b")
             assert [d.number for d in (await guest.hello()).disks] == [0]
             await guest.fill(0, 0, 65536, turn)
+        end = await guest.stop_stress()  # the other disk's run went on all the while
+        assert end.acked
+        assert (end.bad, end.errors) == (0, 0)
+        await guest.check()
         with pytest.raises(GuestError, match="no disk has this number"):
             await guest.flush(1)
 
