@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qmpblock.testing.guest import TinyGuest
     from qmpblock.testing.images import BuiltDisk, BuiltImage, BuiltScenario, Tools, build
+    from qmpblock.testing.invariant import Invariant, VMState, difference, snapshot
     from qmpblock.testing.qemu import QemuFailure, QemuProcess
     from qmpblock.testing.scenario import (
         Scenario,
@@ -24,30 +26,40 @@ _WHERE = {
     "BuiltDisk": "images",
     "BuiltImage": "images",
     "BuiltScenario": "images",
+    "Invariant": "invariant",
     "QemuFailure": "qemu",
     "QemuProcess": "qemu",
     "Scenario": "scenario",
     "ScenarioError": "scenario",
+    "TinyGuest": "guest",
     "Tools": "images",
+    "VMState": "invariant",
     "build": "images",
+    "difference": "invariant",
     "load_scenario": "scenario",
     "load_scenarios": "scenario",
     "parse_scenario": "scenario",
+    "snapshot": "invariant",
 }
 
 __all__ = [
     "BuiltDisk",
     "BuiltImage",
     "BuiltScenario",
+    "Invariant",
     "QemuFailure",
     "QemuProcess",
     "Scenario",
     "ScenarioError",
+    "TinyGuest",
     "Tools",
+    "VMState",
     "build",
+    "difference",
     "load_scenario",
     "load_scenarios",
     "parse_scenario",
+    "snapshot",
 ]
 
 
