@@ -377,7 +377,8 @@ class _Refusal:
 def not_nbd(said: bytes) -> NBDConnectError:
     """Say that what greeted us is no NBD server, and what it looks like."""
     looks = next((f" ({who})" for prefix, who in _SPEAKERS if said.startswith(prefix)), "")
+    words = printable(said.decode(errors="backslashreplace"))
     return NBDConnectError(
-        f"what listens there is not an NBD server{looks}: it said {printable(said.decode(errors='backslashreplace'))}",
+        f"what listens there is not an NBD server{looks}: it said {words}",
         remedy="check the address",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -81,7 +82,7 @@ class _Disk:
         cuts = sorted({begin, end, *(self._random.randrange(begin, end) for _ in range(4))})
         chunks = [
             server.chunk(request, fake.DATA, fake.data_payload(a, self.data[a:b]))
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in itertools.pairwise(cuts)
         ]
         self._random.shuffle(chunks)
         return [*chunks, server.chunk(request, fake.NONE, done=True)]

@@ -169,7 +169,10 @@ LIES = {
     "endless information": (GO, fake.export_info() * 1000),
     "information in reply to contexts": (SET, fake.option_reply(SET, fake.INFO, b"\0\1")),
     "context unasked": (SET, fake.context_reply(1, "x:y")),
-    "context id twice": (SET, fake.context_reply(1, CONTEXTS[7]) + fake.context_reply(1, CONTEXTS[9])),
+    "context id twice": (
+        SET,
+        fake.context_reply(1, CONTEXTS[7]) + fake.context_reply(1, CONTEXTS[9]),
+    ),
     "context twice": (SET, fake.context_reply(1, CONTEXTS[7]) + fake.context_reply(2, CONTEXTS[7])),
     "context not utf-8": (SET, fake.option_reply(SET, fake.META_CONTEXT, b"\0\0\0\1\xff:")),
     "context without name": (SET, fake.option_reply(SET, fake.META_CONTEXT, b"\0\0\0\1")),

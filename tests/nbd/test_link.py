@@ -223,7 +223,7 @@ async def test_a_server_that_says_nothing_at_all():
         await server.drain(5)
 
     async with fake.FakeServer(script) as server:
-        with pytest.raises(StalledError, match="0.1 seconds while we awaited the greeting"):
+        with pytest.raises(StalledError, match=r"0\.1 seconds while we awaited the greeting"):
             await Client.connect(server.socket, stall=0.1)
 
 

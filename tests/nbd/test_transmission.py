@@ -111,7 +111,7 @@ def test_chunks_in_any_order_cover_the_read(style: str):
 
 @CHUNKED
 def test_a_content_chunk_may_be_the_last(style: str):
-    protocol, data, chunk = _read(style)
+    protocol, _data, chunk = _read(style)
     chunk(fake.DATA, fake.data_payload(0, b"ABCDEFGHIJKL"), done=True)
     assert finished(protocol.events_received()).result == b"ABCDEFGHIJKL"
 
