@@ -102,7 +102,7 @@ class TLSLayer:
 
     :param context: the credentials.
     :param hostname: whom the server's certificate must name.
-    :raise RequestError: the context checks host names and there is none.
+    :raise RequestError: the context checks host names and there is none, or it is not one.
     """
 
     def __init__(self, context: ssl.SSLContext, hostname: str | None) -> None:
@@ -113,9 +113,14 @@ class TLSLayer:
             )
         self._from_network = ssl.MemoryBIO()
         self._to_network = ssl.MemoryBIO()
-        self._object = context.wrap_bio(
-            self._from_network, self._to_network, server_side=False, server_hostname=hostname
-        )
+        try:
+            self._object = context.wrap_bio(
+                self._from_network, self._to_network, server_side=False, server_hostname=hostname
+            )
+        except ValueError as error:  # not a host name; UnicodeError is one
+            raise RequestError(
+                f"the TLS host name {printable(hostname)} cannot be used: {printable(error)}"
+            ) from error
         self._raw = memoryview(bytearray(_RAW))
         self.established = False
 

@@ -241,20 +241,26 @@ async def test_nbdkit_without_structured_replies(tmp_path: Path):
 
 
 async def test_nbdkit_oldstyle(tmp_path: Path):
-    with peers.serving_nbdkit(tmp_path / "s", "-o", "memory", "1M") as address:
-        with pytest.raises(NBDConnectError, match="oldstyle"):
-            await Client.connect(address)
+    with (
+        peers.serving_nbdkit(tmp_path / "s", "-o", "memory", "1M") as address,
+        pytest.raises(NBDConnectError, match="oldstyle"),
+    ):
+        await Client.connect(address)
 
 
 async def test_nbdkit_not_fixed_newstyle(tmp_path: Path):
-    with peers.serving_nbdkit(tmp_path / "s", "--mask-handshake=2", "memory", "1M") as address:
-        with pytest.raises(NBDConnectError, match="fixed newstyle"):
-            await Client.connect(address)
+    with (
+        peers.serving_nbdkit(tmp_path / "s", "--mask-handshake=2", "memory", "1M") as address,
+        pytest.raises(NBDConnectError, match="fixed newstyle"),
+    ):
+        await Client.connect(address)
 
 
 async def test_a_failing_export(tmp_path: Path):
-    with peers.serving_nbdkit(
-        tmp_path / "s", "eval", "open=echo 'EPERM no luck' >&2; exit 1", "get_size=echo 1M"
-    ) as address:
-        with pytest.raises(NBDConnectError):
-            await Client.connect(address)
+    with (
+        peers.serving_nbdkit(
+            tmp_path / "s", "eval", "open=echo 'EPERM no luck' >&2; exit 1", "get_size=echo 1M"
+        ) as address,
+        pytest.raises(NBDConnectError),
+    ):
+        await Client.connect(address)
