@@ -143,15 +143,16 @@ def _row(strip: Strip, scale: _Scale, y: int) -> Iterator[str]:
             held = (sums[last] - sums[first]).tolist()
             tip = f"{label}: {_tip(edges[first], edges[last], held, look[1], strip.role)}"
             x, right = scale.x(edges[first]), scale.x(edges[last])
+            hair = right - x < 1
             x = min(x, _LEFT + scale.pixels - 1.0)
             mark = (
                 f'<rect x="{x:.2f}" y="{y}" width="{max(1.0, right - x):.2f}" '
                 f'height="{_BAR}" {look[0]}><title>{_xml(tip)}</title></rect>'
             )
-            if right - x >= 1:
-                yield mark
-            else:
+            if hair:
                 hairs.append(mark)
+            else:
+                yield mark
         first = last
     yield from hairs
     yield "</g>"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -24,7 +24,12 @@ from qmpblock.extents import (
     Extent,
     NBDMapBuilder,
     Ranges,
+    layer_extents_json,
 )
+
+# Correct, not quick: the machine may be busy with other tests.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 LAYERS = 3
 Cell = tuple[int, int]  # depth, flags of one byte
@@ -295,12 +300,12 @@ def test_totals_as_a_document() -> None:
 
 def test_a_layer_as_a_document() -> None:
     own = of_runs(0, [(4, 0, PRESENT | ZERO), (4, 0, PRESENT | ZERO | RESERVED), (2, 0, 0)], 1)
-    assert own.cut([6]).to_layer_json() == [
+    assert layer_extents_json(own.cut([6])) == [
         layer_record(0, 4, True, True, False, False),
         layer_record(4, 4, True, True, False, True),
         layer_record(8, 2, False, False, False, False),
     ]
-    assert AllocationMap.uniform(0, 0).to_layer_json() == []
+    assert layer_extents_json(AllocationMap.uniform(0, 0)) == []
 
 
 def layer_record(start: int, length: int, *flags: bool) -> dict[str, int | bool]:
@@ -317,13 +322,17 @@ def validator(name: str) -> Draft202012Validator:
     return Draft202012Validator(schema)
 
 
+TOTALS_SCHEMA = validator("map-totals.schema.json")
+LAYERS_SCHEMA = validator("layers.schema.json")
+
+
 @given(maps)
 def test_the_documents_fit_their_schemas(found: AllocationMap) -> None:
-    totals, layers = validator("map-totals.schema.json"), validator("layers.schema.json")
+    totals, layers = TOTALS_SCHEMA, LAYERS_SCHEMA
     totals.validate(found.totals().as_json(size=found.stop))
     layer = {
         "depth": 0, "node": None, "file": "a.raw", "format": "raw", "size": found.length,
-        "source": "qemu-img", "extents": found.to_layer_json(),
+        "source": "qemu-img", "extents": layer_extents_json(found),
     }  # fmt: skip
     layers.validate({"layers": [layer]})
     assert not layers.is_valid({"layers": [layer | {"more": 1}]})

@@ -151,6 +151,13 @@ def test_lengths_that_overflow_a_sum_are_cut_at_the_end(dtype: Any) -> None:
     assert found.starts.tolist() == [5]
 
 
+def test_a_sum_that_overflows_midway_is_cut_at_the_end() -> None:
+    size = 2**63 - 1
+    halves = array([(2**62, 0)] * 4, np.uint64)
+    found = merge(halves, array([(2**62, 1)] * 4, np.uint64), 0, size, Nodes.of([size]))
+    assert (found.starts.tolist(), found.stop) == ([0, 2**62], size)
+
+
 def test_a_negative_length_is_no_length() -> None:
     with pytest.raises(NBDProtocolError, match="without length"):
         merge(array([(-5, 0)], np.int64), array([(8, 1)]), 0, 8, Nodes.of([8]))

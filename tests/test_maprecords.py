@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock.errors import RequestError, UnsupportedError
 from qmpblock.maprecords import PRESENT, RESERVED, ZERO, Columns, parse_records, record, text
+
+# Correct, not quick: the machine may be busy with other tests.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 def rec(start: int = 0, length: int = 8, **changes: Any) -> dict[str, Any]:

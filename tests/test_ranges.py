@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock.errors import RangeError
 from qmpblock.ranges import Ranges
+
+# Correct, not quick: the machine may be busy with other tests.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 UNIVERSE = 40
 pairs = st.tuples(st.integers(0, UNIVERSE), st.integers(0, 9)).map(

@@ -6,12 +6,16 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock.extents import DATA, PRESENT, RESERVED, ZERO, AllocationMap
 from qmpblock.render import ASCII, UNICODE, human_size, strip_marks, text_lines, text_picture
 from qmpblock.strips import grid, layer_strip, layer_strips
+
+# Correct, not quick: the machine may be busy with other tests.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 CLUSTER = 65536
 _CELLS = {" ": 0, "0": PRESENT | ZERO, "R": PRESENT | ZERO | RESERVED}

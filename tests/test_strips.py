@@ -6,13 +6,17 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock import strips
 from qmpblock.errors import RequestError
 from qmpblock.extents import PRESENT, RESERVED, ZERO, AllocationMap
 from qmpblock.strips import grid, guest_strip, layer_strip, layer_strips
+
+# Correct, not quick: the machine may be busy with other tests.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 LAYERS = 3
 

@@ -64,12 +64,15 @@ def test_names_are_escaped() -> None:
     assert root.findtext(f"{NS}title") == "</text><script>alert(1)</script>&\"'\\x1b\\x00\\ufffe]]>"
 
 
-def test_one_cluster_in_a_terabyte_is_a_pixel_wide_and_on_top() -> None:
-    size, at = 2**40, 2**40 - 65536
-    own = sparse(size, (at, 65536, PRESENT | DATA), (0, at, PRESENT | ZERO))
+@pytest.mark.parametrize("at", [0, 2**39, 2**40 - 65536])
+def test_one_cluster_in_a_terabyte_is_a_pixel_wide_and_on_top(at: int) -> None:
+    size, end = 2**40, at + 65536
+    around = [(a, n, PRESENT | ZERO) for a, n in ((0, at), (end, size - end)) if n]
+    own = sparse(size, (at, 65536, PRESENT | DATA), *around)
     marks = rows(svg_picture([("a", own)], own))[1]
-    assert [float(r.get("width", "0")) >= 1 for r in marks] == [True, True]
-    assert tip(marks[-1]) == "@0 a: 1099511562240 to 1099511627776 (64K): data"
+    assert len(marks) == 1 + len(around)
+    assert all(float(r.get("width", "0")) >= 1 for r in marks)
+    assert tip(marks[-1]) == f"@0 a: {at} to {end} (64K): data"
     right = float(marks[-1].get("x", "0")) + float(marks[-1].get("width", "0"))
     assert right <= 1200
 
