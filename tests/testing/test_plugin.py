@@ -18,12 +18,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "testing.md"
 @pytest.fixture(autouse=True)
 def _asyncio(pytester: pytest.Pytester) -> None:
     pytester.makeini(
-        "[pytest]
-asyncio_mode = auto
-filterwarnings = error
-"
-        "asyncio_default_fixture_loop_scope = function
-"
+        "[pytest]\nasyncio_mode = auto\nfilterwarnings = error\n"
+        "asyncio_default_fixture_loop_scope = function\n"
     )
 
 
