@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks."""
     for line in (
         'needs_qemu(versions, reason): skip unless the tested QEMU is such, as in ">= 8.0"',
-        "scenarios(pattern, directory=None): the scenarios that the fixture `scenario` runs over",
+        "scenarios(*patterns, directory=None): the scenarios that the fixture `scenario` runs over",
     ):
         config.addinivalue_line("markers", line)
 
@@ -102,10 +102,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from qmpblock.testing.scenario import load_scenarios
 
     mark = metafunc.definition.get_closest_marker("scenarios")
-    given: dict[str, Any] = dict(mark.kwargs) if mark else {}
-    pattern = (mark.args[0] if mark and mark.args else given.get("pattern")) or "*.yaml"
-    directory = given.get("directory") or metafunc.config.getini("qmpblock_scenarios")
-    found = load_scenarios(metafunc.config.rootpath / directory, pattern)
+    patterns = mark.args if mark and mark.args else ("*.yaml",)
+    named = mark.kwargs.get("directory") if mark else None
+    directory = metafunc.config.rootpath / (named or metafunc.config.getini("qmpblock_scenarios"))
+    found = [one for pattern in patterns for one in load_scenarios(directory, pattern)]
     params = []
     for scenario in found:
         marks = []

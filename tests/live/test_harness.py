@@ -62,7 +62,7 @@ async def test_every_scenario_boots_and_its_images_verify(
             await layer.check(tools)
 
 
-@pytest.mark.scenarios("device-*.yaml")
+@pytest.mark.scenarios("device-*.yaml", "iothread-*.yaml", "filter-*.yaml")
 async def test_the_same_writes_without_a_guest(
     scenario: Scenario, start_qemu: Any, vm_dir: Path, qemu_binary: str
 ) -> None:
@@ -102,12 +102,14 @@ async def test_a_bad_option_fails_with_the_evidence(start_qemu: Any) -> None:
 
 async def test_a_death_is_a_failure_with_its_signal() -> None:
     vm = QemuProcess()
-    await vm.start()
-    os.kill(vm.pid, signal.SIGABRT)
-    assert await vm.wait(10) == -signal.SIGABRT
-    with pytest.raises(QemuFailure, match=r"had ended by itself(.|\n)*-6 \(SIGABRT\)"):
-        await vm.quit()
-    await vm.close()
+    try:
+        await vm.start()
+        os.kill(vm.pid, signal.SIGABRT)
+        assert await vm.wait(10) == -signal.SIGABRT
+        with pytest.raises(QemuFailure, match=r"had ended by itself(.|\n)*-6 \(SIGABRT\)"):
+            await vm.quit()
+    finally:
+        await vm.close()
     assert not vm.directory.exists()
 
 
@@ -158,6 +160,7 @@ async def test_no_qemu_outlives_a_killed_test_run(tmp_path: Path) -> None:
             break
         await asyncio.sleep(0.01)
     else:
+        os.kill(int(pid), signal.SIGKILL)
         pytest.fail("QEMU outlived the process that started it")
     # Nobody was left to remove what a killed run had made.
     for path in Path(directory).iterdir():
