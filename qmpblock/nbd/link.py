@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from qmpblock.address import Address, UnixAddress
 from qmpblock.errors import Error, NBDConnectError, StalledError, printable
 from qmpblock.nbd.protocol import Event, Protocol, StartTLS, State
+from qmpblock.nbd.wire import Bytes
 
 if TYPE_CHECKING:
     from qmpblock.nbd.tls import TLSLayer
@@ -59,6 +60,9 @@ class Link(asyncio.BufferedProtocol):
         self._polite = polite
         self._reason: Error | None = None
         self._ended = False
+        self._loop = asyncio.get_running_loop()
+        self._queue: list[Bytes] = []
+        self._flushing = False
         self._transport: asyncio.Transport | None = None
         self._lost = asyncio.Event()
         self._writable = asyncio.Event()
@@ -129,8 +133,16 @@ class Link(asyncio.BufferedProtocol):
             raise self.reason()
 
     def flush(self) -> None:
-        """Send what the protocol has to say, and watch that an answer comes."""
-        self._send()
+        """Send what the protocol has to say, and watch that an answer comes.
+
+        Small requests wait for the end of this turn of the event loop, and leave together.
+        """
+        self._queue += self._protocol.data_to_send()
+        if sum(map(len, self._queue)) >= _JOIN:
+            self._send()
+        elif not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._send)
         self._clock.start()
 
     def kill(self, reason: Error) -> None:
@@ -228,23 +240,27 @@ class Link(asyncio.BufferedProtocol):
     # -- sending
 
     def _send(self) -> None:
-        small: list[bytes | bytearray | memoryview] = []
-        for data in self._protocol.data_to_send():
-            small.append(data)
-            if len(data) >= _JOIN:
-                large = small.pop()
-                self._encrypt(b"".join(small))
-                self._encrypt(large)
-                small.clear()
+        self._flushing = False
+        if self._ended:
+            return
+        queue, self._queue = self._queue + self._protocol.data_to_send(), []
+        small: list[Bytes] = []
+        for data in queue:
+            if len(data) < _JOIN:
+                small.append(data)
+                continue
+            self._encrypt(b"".join(small))
+            self._encrypt(data)
+            small.clear()
         self._encrypt(b"".join(small))
 
-    def _encrypt(self, data: bytes | bytearray | memoryview) -> None:
+    def _encrypt(self, data: Bytes) -> None:
         if self._tls is not None and len(data):
             self._tls.write(data)
             data = self._tls.data_to_send()
         self._write(data)
 
-    def _write(self, data: bytes | bytearray | memoryview) -> None:
+    def _write(self, data: Bytes) -> None:
         if len(data) and self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
             self._unsent = self._transport.get_write_buffer_size()

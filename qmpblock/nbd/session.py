@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 from qmpblock.errors import RangeError, UnsupportedError, printable
@@ -62,6 +63,14 @@ class Limits:
     effect: int
     block_status: int
 
+    def of(self, command: Command) -> int:
+        """Return the longest request of one command."""
+        if command in (Command.READ, Command.WRITE):
+            return self.payload
+        if command is Command.CACHE:
+            return self.cache
+        return self.block_status if command is Command.BLOCK_STATUS else self.effect
+
 
 @dataclass(frozen=True)
 class Session:
@@ -82,7 +91,7 @@ class Session:
     block_sizes: BlockSizes = DEFAULT_BLOCK_SIZES
     contexts: Mapping[int, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """The longest request of each kind."""
         block = self.block_sizes.minimum
@@ -125,13 +134,7 @@ class Session:
 
     def _check_range(self, command: Command, offset: int, length: int) -> None:
         self.check_bounds(command, offset, length)
-        limits = self.limits
-        limit = {
-            Command.READ: limits.payload,
-            Command.WRITE: limits.payload,
-            Command.CACHE: limits.cache,
-            Command.BLOCK_STATUS: limits.block_status,
-        }.get(command, limits.effect)
+        limit = self.limits.of(command)
         if length > limit:
             raise RangeError(
                 f"{command.name} {offset}+{length} is longer than this server's limit, "
@@ -140,17 +143,17 @@ class Session:
             )
 
     def _check_offered(self, command: Command, flags: CommandFlag) -> None:
-        name = f"the NBD export {printable(self.export)!r}"
         if command in _CHANGES and self.can(TransmissionFlag.READ_ONLY):
-            raise UnsupportedError(f"{name} is read-only: {command.name} cannot be sent")
+            raise self._unsupported(f"is read-only: {command.name} cannot be sent")
         needed = _COMMAND_NEEDS.get(command)
         if needed is not None and not self.can(needed):
-            raise UnsupportedError(f"{name} does not offer {command.name}")
+            raise self._unsupported(f"does not offer {command.name}")
         for flag in flags:
             needed = _FLAG_NEEDS.get(flag)
             if needed is not None and not self.can(needed):
-                raise UnsupportedError(f"{name} does not offer {command.name} with {flag.name}")
+                raise self._unsupported(f"does not offer {command.name} with {flag.name}")
         if command is Command.BLOCK_STATUS and not self.contexts:
-            raise UnsupportedError(
-                f"no metadata context was negotiated with {name}: it has no block status"
-            )
+            raise self._unsupported("granted no metadata context: it has no block status")
+
+    def _unsupported(self, words: str) -> UnsupportedError:
+        return UnsupportedError(f"the NBD export {printable(self.export)!r} {words}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -36,20 +37,30 @@ def qemu_nbd(version: str) -> str:
     return str(found[-1])
 
 
+def _listens(path: Path) -> bool:
+    """Whether a connection can be made; the socket's file is there a little before that."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+    return True
+
+
 @contextmanager
-def running(command: Sequence[str], socket: Path) -> Iterator[str]:
-    """Run a server that listens on `socket`; yield its address."""
+def running(command: Sequence[str], path: Path) -> Iterator[str]:
+    """Run a server that listens on `path`; yield its address."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
         deadline = time.monotonic() + 20
-        while not socket.exists():
+        while not _listens(path):
             if process.poll() is not None or time.monotonic() > deadline:
                 said = process.stdout.read() if process.poll() is not None else b"(no socket)"
                 raise AssertionError(f"{' '.join(command)}: {said.decode(errors='replace')}")
             time.sleep(0.01)
-        yield f"unix:{socket}"
+        yield f"unix:{path}"
     finally:
         process.terminate()
         try:
@@ -62,18 +73,18 @@ def running(command: Sequence[str], socket: Path) -> Iterator[str]:
 
 @contextmanager
 def serving_image(
-    version: str, image: Path, socket: Path, *options: str, form: str = "qcow2"
+    version: str, image: Path, path: Path, *options: str, form: str = "qcow2"
 ) -> Iterator[str]:
     """Serve an image by qemu-nbd for any number of clients."""
-    command = [qemu_nbd(version), "-t", "-e", "9", "-f", form, "-k", str(socket), *options]
-    with running([*command, str(image)], socket) as address:
+    command = [qemu_nbd(version), "-t", "-e", "9", "-f", form, "-k", str(path), *options]
+    with running([*command, str(image)], path) as address:
         yield address
 
 
 @contextmanager
-def serving_nbdkit(socket: Path, *arguments: str) -> Iterator[str]:
+def serving_nbdkit(path: Path, *arguments: str) -> Iterator[str]:
     """Serve by nbdkit."""
-    with running([need("nbdkit"), "-f", "-U", str(socket), *arguments], socket) as address:
+    with running([need("nbdkit"), "-f", "-U", str(path), *arguments], path) as address:
         yield address
 
 
