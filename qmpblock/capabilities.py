@@ -46,3 +46,11 @@ class Capabilities:
         and counts as affected.
         """
         return self.version < (10, 0, 0)
+
+    @property
+    def nbd_server_stop_hangs_in_handshake(self) -> bool:
+        """Whether nbd-server-stop never returns while a client's handshake is incomplete.
+
+        Measured: 7.2.22 hangs, with the guest; 10.0.13 and 11.1.2 do not.
+        """
+        return self.version < (10, 0, 0)

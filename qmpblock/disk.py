@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles
-from qmpblock.errors import GraphError, RangeError, ToolError
+from qmpblock.errors import GraphError, NBDError, RangeError, ToolError
 from qmpblock.graph import Chain, Device, Layer
 
 if TYPE_CHECKING:
@@ -94,11 +94,10 @@ class Disk:
             await self.refresh()
             chain = self.chain
             start, count = check_range(self.size, offset, length)
-            async with self._export([chain.active]) as [client]:
+            # A foreign snapshot silently redirects an export to the overlay (qemu-facts 1.6),
+            # and the map is of neither chain then.
+            async with self._export([chain.active]) as [client], self._unless_changed(chain):
                 found = await _read_map(client, chain.level_sizes, chain.levels, start, count)
-                # A foreign snapshot silently redirects an export to the overlay
-                # (qemu-facts 1.6), and the map is of neither chain then.
-                await self.refresh()
             if self.chain == chain:
                 return self._mark_reserved(found, chain) if reserved else found
         raise GraphError(
@@ -120,19 +119,30 @@ class Disk:
             # A job may be writing to a layer that only looks frozen.
             found = await self._frozen_layers(chain) if local and not busy else {}
             through_qemu = [layer for layer in chain.layers if layer.depth not in found]
-            async with self._export(through_qemu) as clients:
+            async with self._export(through_qemu) as clients, self._unless_changed(chain):
                 for layer, client in zip(through_qemu, clients, strict=True):
                     first = chain.levels.index(layer.depth)
                     sizes = chain.level_sizes[first:]
                     levels = [level - layer.depth for level in chain.levels[first:]]
                     seen = await _read_map(client, sizes, levels, 0, layer.size)
                     found[layer.depth] = LayerMap(layer, seen.own(), "nbd")
-                await self.refresh()
             if self.chain == chain and (busy or not self.device.jobs):
                 return tuple(
                     self._layer_reserved(found[depth]) for depth in range(len(chain.layers))
                 )
         raise GraphError(f"the chain of {self.name} changed during each of {_ATTEMPTS} maps")
+
+    @asynccontextmanager
+    async def _unless_changed(self, chain: Chain) -> AsyncIterator[None]:
+        """Look at the chain again after the body; if it changed, the body's NBD error is moot."""
+        try:
+            yield
+        except NBDError:
+            await self.refresh()
+            if self.chain == chain:
+                raise
+        else:
+            await self.refresh()
 
     @asynccontextmanager
     async def _export(self, layers: Sequence[Layer]) -> AsyncIterator[list[Client]]:
@@ -157,7 +167,7 @@ class Disk:
         found = {}
         for layer in chain.layers[1:]:
             path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
-            if path is None or layer.node.encrypted or layer.node.filename.startswith("json:"):
+            if path is None or layer.node.encrypted or layer.data_file or _has_offset(layer):
                 continue
             try:
                 seen = await QemuImg().map(
@@ -184,10 +194,15 @@ class Disk:
         return found
 
     def _fallocated(self, layer: Layer) -> Ranges | None:
-        if layer.format != "raw" or layer.node.filename.startswith("json:"):
-            return None  # json: has an offset into the file, or another oddity
+        if layer.format != "raw" or _has_offset(layer):
+            return None
         path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
         return hostfiles.reserved_ranges(path, layer.size) if path is not None else None
+
+
+def _has_offset(layer: Layer) -> bool:
+    """Whether a raw layer may be only a part of its file, which QEMU tells by a json: name."""
+    return layer.format == "raw" and layer.node.filename.startswith("json:")
 
 
 def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:

@@ -1,22 +1,29 @@
 """Export: read-only NBD exports of nodes inside QEMU, entered and left safely.
 
-What makes this hard is in qemu-facts, K1: on QEMU before 10.0, when an NBD client of a node
-in an iothread goes away, QEMU aborts. So our end of the connection must never go away before
-the export does, not even when this process is killed. It cannot, because QEMU itself holds a
-duplicate of it ("custody"). The order, measured there:
+Two defects of QEMU 7.2 make this hard:
+
+- K1 (qemu-facts): when an NBD client of a node in an iothread goes away, QEMU aborts. So our
+  end of the connection must never go away before the export does, not even when this process
+  is killed. It cannot, because QEMU itself holds a duplicate of it ("custody").
+- nbd-server-stop waits for ever, and the guest with it, while a client is connected whose
+  handshake is not complete (measured on 7.2.22; 11.1 does not). So such a connection, which
+  is in no iothread yet, is closed first, QEMU's duplicate included.
+
+The order::
 
     entering                                     leaving
     1. lock (an object in QEMU)                  1. block-export-del mode=hard, each
     2. listen on a socket of ours, connect       2. blockdev-del of what we added (K4)
-    3. getfd: the client's ends                  3. nbd-server-stop, if the server is ours
-    4. getfd: the listening socket               4. closefd: the client's ends
+    3. getfd: the client's ends                  3. close and closefd the client's ends
+    4. getfd: the listening socket               4. nbd-server-stop, if the server is ours
     5. nbd-server-start on it, unlink its path   5. unlock
     6. block-export-add, each
     7. NBD handshake
 
 The listening socket is handed over too, so QEMU needs no path that it could not reach. A VM
 has one NBD server. Where a foreign one runs, the caller must know its address (`NBDAccess`),
-and only steps 3, 6 and 7 happen there.
+and it is only connected to; custody is then taken only where K1 is a danger, because what a
+killed controller leaves half-connected would hang whoever stops that server.
 
 A controller that is killed leaves all this behind, and the lock tells the next one what to
 undo. Nothing here depends on the guest: the exports survive its reset, the unplugging of
@@ -31,8 +38,8 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -161,6 +168,13 @@ class _Slot:
     holder: bool = False
     client: Client | None = None
 
+    async def close(self) -> None:
+        """Close our end of the connection. Idempotent."""
+        if self.client is not None:
+            await self.client.close()
+        elif self.sock is not None:
+            self.sock.close()
+
 
 class _Session:
     """All that one use of `exports` adds to QEMU, and how to remove it."""
@@ -173,6 +187,7 @@ class _Session:
         self.prefix = f"qmpblock-{self.run}"
         self.slots: list[_Slot] = []
         self.folder: Path | None = None
+        self.custody = monitor.can_pass_fds
         self.locked = False
         self.server = False
         self.tls_object = False
@@ -184,10 +199,16 @@ class _Session:
     async def check(self, device: Device) -> None:
         """Refuse what this QEMU or this transport cannot do safely."""
         address = self.monitor.address
-        if isinstance(address, UnixAddress):
+        if isinstance(address, UnixAddress) and not self.access.address:
             return
         capabilities = Capabilities(self.monitor.version)
-        if capabilities.nbd_disconnect_aborts_iothread and await _in_iothread(self.monitor, device):
+        danger = capabilities.nbd_disconnect_aborts_iothread and await _in_iothread(
+            self.monitor, device
+        )
+        if isinstance(address, UnixAddress):
+            self.custody = danger
+            return
+        if danger:
             raise UnsupportedError(
                 f"{device.name} runs in an iothread, and QEMU {capabilities} aborts when an NBD "
                 "client of such a disk goes away; only a UNIX monitor can prevent it",
@@ -228,34 +249,41 @@ class _Session:
     async def enter(self) -> None:
         """Do all that must not be interrupted half-way."""
         if self.access.address is None:
-            await self._enter_own()
-        elif self.monitor.can_pass_fds:
+            # Made before the lock, because the lock's record names the path.
+            self.folder = Path(tempfile.mkdtemp(prefix="qmpblock-"))  # 0700
+            self.path = str(self.folder / f"{self.run}.nbd")
+        me = Holder.me(
+            self.run,
+            monitor=str(self.monitor.address),
+            path=self.path,
+            custody=self.custody,
+            exports=[slot.name for slot in self.slots],
+        )
+        await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
+        self.locked = True
+        if self.access.address is None:
+            await self._start_own()
+        elif self.custody:
             for slot in self.slots:
                 await self._take_custody(slot)
         for slot in self.slots:
             await self._add_export(slot)
 
-    async def _enter_own(self) -> None:
-        # Made before the lock, because the lock's record names the path.
-        self.folder = Path(tempfile.mkdtemp(prefix="qmpblock-"))  # 0700
-        path = self.path = str(self.folder / f"{self.run}.nbd")
-        me = Holder.me(self.run, path=path, exports=[slot.name for slot in self.slots])
-        await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
-        self.locked = True
+    async def _start_own(self) -> None:
         if self.monitor.can_pass_fds:
-            await self._listen_and_hand_over(path)
+            await self._listen_and_hand_over(self.path)
         elif self._over_tcp():
             await self._listen_on_tcp()
         else:
             try:
-                await self._start_server({"type": "unix", "data": {"path": path}})
+                await self._start_server({"type": "unix", "data": {"path": self.path}})
             except CommandError as error:
                 error.remedy = (
                     "QEMU may run as another user or in another container; use its UNIX "
                     "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
                 )
                 raise
-            self.where = UnixAddress(path)
+            self.where = UnixAddress(self.path)
 
     async def _listen_and_hand_over(self, path: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -268,7 +296,7 @@ class _Session:
             await self.monitor.pass_fd(name, listener.fileno())
             try:
                 await self._start_server({"type": "fd", "data": {"str": name}})
-            except CommandError:
+            except (BusyError, CommandError):
                 # The server takes the descriptor only where it starts.
                 await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
                 raise
@@ -374,42 +402,53 @@ class _Session:
     # leaving
 
     async def leave(self) -> None:
-        """Remove all that was added, as far as it was. Continues after each failure."""
-        async with AsyncExitStack() as stack:  # runs last-pushed first
-            stack.callback(self._remove_folder)
-            if self.locked:
-                stack.push_async_callback(self._gone_is_fine, lock.release, self.monitor, LOCK)
-            if self.tls_object:
-                stack.push_async_callback(self._gone_is_fine, self._delete_tls_object)
-            for slot in self.slots:
-                stack.push_async_callback(self._gone_is_fine, self._end_connection, slot)
-            stack.push_async_callback(self._gone_is_fine, self._remove_exports)
-
-    async def _gone_is_fine(self, step: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Remove all that was added, as far as it was."""
         try:
-            await step(*args)
+            await self._remove_exports()
+            for slot in self.slots:
+                await self._end_connection(slot)
+            await self._stop_server()
+            if self.tls_object:
+                await _delete_object(self.monitor, f"{self.prefix}-tls")
+            if self.locked:
+                await lock.release(self.monitor, LOCK)
         except DisconnectedError:
             # With QEMU itself gone (powered off, quit, killed), so is all that was to be
             # removed. If only this connection was cut, the next controller removes it, and
             # that may be this very process.
             lock.abandon(self.run)
+        except BaseException:
+            lock.abandon(self.run)
+            raise
+        finally:
+            for slot in self.slots:
+                await slot.close()
+            self._remove_folder()
 
     async def _remove_exports(self) -> None:
         lost = False
-        try:
-            for slot in self.slots:
-                if slot.exported:
-                    lost |= not await _delete_export(self.monitor, slot.name, self.stall)
-                    slot.exported = False
-                if slot.holder:
-                    await self.monitor.execute("blockdev-del", {"node-name": f"{slot.name}-w"})
-        finally:
-            # An export that went away by itself means that somebody stopped our server, and
-            # may have started one of their own since.
-            if self.server and (not lost or await self._server_is_ours()):
-                await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
-                for slot in self.slots:
-                    slot.exported = False  # stopping the server removes its exports
+        for slot in self.slots:
+            if slot.exported:
+                lost |= not await _delete_export(self.monitor, slot.name, self.stall)
+            if slot.holder:
+                await _tolerate(
+                    "Failed to find node",
+                    self.monitor.execute("blockdev-del", {"node-name": f"{slot.name}-w"}),
+                )
+        # An export that went away by itself means that somebody stopped our server, and may
+        # have started one of their own since.
+        if lost and self.server:
+            self.server = await self._server_is_ours()
+
+    async def _end_connection(self, slot: _Slot) -> None:
+        await slot.close()
+        if slot.in_custody:
+            await _tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
+
+    async def _stop_server(self) -> None:
+        if self.server:
+            await _settle(self.monitor)
+            await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
 
     async def _server_is_ours(self) -> bool:
         if not isinstance(self.where, TCPAddress):
@@ -420,22 +459,6 @@ class _Session:
             return False
         return True
 
-    async def _end_connection(self, slot: _Slot) -> None:
-        try:
-            if slot.client is not None:
-                await slot.client.close()
-            elif slot.sock is not None:
-                slot.sock.close()
-        finally:
-            # With the export still there, QEMU's duplicate is all that keeps it alive (K1).
-            if slot.in_custody and not slot.exported:
-                await _tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
-
-    async def _delete_tls_object(self) -> None:
-        await _tolerate(
-            "not found", self.monitor.execute("object-del", {"id": f"{self.prefix}-tls"})
-        )
-
     def _remove_folder(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -444,37 +467,75 @@ class _Session:
     # what a dead controller left
 
     async def _undo(self, dead: Holder) -> None:
-        """Remove everything that the controller `dead` added to QEMU."""
+        """Remove everything that the controller `dead` added to QEMU. Idempotent.
+
+        :raise BusyError: that takes the monitor which the dead controller used.
+        """
+        _log.warning("undoing what a controller that died left in the VM: %s", dead)
         prefix = f"qmpblock-{dead.run}-"
         names = [str(n) for n in dead.details.get("exports", ()) if str(n).startswith(prefix)]
         path = str(dead.details.get("path", ""))
-        _log.warning("undoing what a controller that died left in the VM: %s", dead)
-        found = False
+        found = half_open = False
         for name in names:
-            found |= await _delete_export(self.monitor, name, self.stall)
-        nodes = await self.monitor.execute("query-named-block-nodes", {"flat": True})
-        for node in nodes:
+            there, had_client = await _delete_dead_export(self.monitor, name, self.stall)
+            found |= there
+            closed = await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
+            half_open |= not had_client and not closed
+        for node in await self.monitor.execute("query-named-block-nodes", {"flat": True}):
             if str(node.get("node-name", "")).startswith(prefix):
                 await self.monitor.execute("blockdev-del", {"node-name": node["node-name"]})
         await _tolerate("not found", self.monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
-        # With an export of the dead run there, the server is that run's. Without, it died
-        # between two commands; then its listening socket tells.
-        if found or _is_listening(path):
-            await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
-        for name in names:
-            if (
-                not await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
-                and self.monitor.can_pass_fds
-            ):
-                _log.info(
-                    "the socket %s of the dead controller is not on this monitor; QEMU keeps "
-                    "it until the monitor that it was passed over goes away",
-                    name,
+        # With an export of the dead run there, its server runs. Without, it died between two
+        # commands; then its listening socket tells. On a foreign server it has no path.
+        if path and (found or _is_listening(path)):
+            hangs = Capabilities(self.monitor.version).nbd_server_stop_hangs_in_handshake
+            if hangs and half_open and dead.details.get("custody"):
+                raise BusyError(
+                    f"{dead} died in the middle of an NBD handshake; QEMU holds its connection "
+                    "under a name that only the monitor it came by can close, and stopping the "
+                    "NBD server before would hang this QEMU",
+                    standing="the VM is well; an NBD server without exports is left in it",
+                    remedy="run the same command once by the monitor "
+                    f"{printable(dead.details.get('monitor'))}",
                 )
-        await _tolerate("not found", self.monitor.execute("object-del", {"id": f"{prefix}tls"}))
+            await _settle(self.monitor)
+            await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
+        await _delete_object(self.monitor, f"{prefix}tls")
         folder = Path(path).parent
         if folder.name.startswith("qmpblock-") and Path(path).name == f"{dead.run}.nbd":
             shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _delete_dead_export(monitor: Monitor, name: str, stall: float) -> tuple[bool, bool]:
+    """Delete an export; tell whether it was there, and whether it had a client."""
+    with monitor.subscribe(
+        "BLOCK_EXPORT_DELETED", match=lambda event: event["data"].get("id") == name
+    ) as deleted:
+        try:
+            await monitor.execute("block-export-del", {"id": name, "mode": "safe"})
+        except CommandError as error:
+            if "not found" in error.description:
+                return False, False
+            if "in use" not in error.description:
+                raise
+        else:
+            await deleted.get(stall)
+            return True, False
+    return await _delete_export(monitor, name, stall), True
+
+
+async def _settle(monitor: Monitor) -> None:
+    """Let QEMU notice the connections that were closed before.
+
+    A command that is sent after the reply to another runs in a later turn of QEMU's main
+    loop, and each turn looks at every connection.
+    """
+    for _ in range(2):
+        await monitor.execute("query-version")
+
+
+async def _delete_object(monitor: Monitor, name: str) -> None:
+    await _tolerate("not found", monitor.execute("object-del", {"id": name}))
 
 
 async def _delete_export(monitor: Monitor, name: str, stall: float) -> bool:

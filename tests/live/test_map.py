@@ -66,7 +66,7 @@ async def test_every_scenario_maps_as_qemu_img_does(scenario, start_qemu, invari
 
 async def test_every_scenarios_contexts_are_what_nbdinfo_reads(scenario, start_qemu, invariant):
     vm = await start_qemu(scenario)
-    iothread = any(disk.spec.attach.iothread for disk in vm.disks)
+    iothread = any(disk.spec.attach.iothread != "none" for disk in vm.disks)
     if iothread and vm.version < (10, 0, 0):
         pytest.skip("K1: nbdinfo's own disconnect would abort this QEMU")
     for disk in vm.disks:
@@ -213,9 +213,9 @@ async def test_a_chain_of_150_layers(depth, start_qemu, vm_dir, invariant):
     from qmpblock.testing.scenario import parse_scenario
 
     images = "\n".join(
-        f"  - {{size: 16M, content: [write {64 * i}K 64K {i + 1}]}}" for i in range(depth)
+        f"  - {{size: 16M, content: [write {64 * i}K 64K {i + 1:#04x}]}}" for i in range(depth)
     )
-    scenario = parse_scenario(f"about: deep\nimages:\n{images}\n", "deep")
+    scenario = parse_scenario(f"about: Deep.\nimages:\n{images}\n", "deep")
     vm = await start_qemu(scenario)
     async with qmpblock.connect(vm.monitor_path) as controller:
         [disk] = await controller.disks()
