@@ -19,6 +19,7 @@ from typing import Literal, cast, get_args
 
 from qmpblock.errors import RequestError
 from qmpblock.testing._yaml import Mapping, ScenarioError, parse_size, read_mapping
+from qmpblock.testing.operations import Operation, read_operations
 
 __all__ = [
     "Attachment",
@@ -41,7 +42,6 @@ Machine = Literal["pc", "q35", "microvm"]
 Style = Literal["blockdev", "drive", "drive-if"]
 Filter = Literal["throttle", "copy-on-read"]
 IOThread = Literal["none", "one", "per-queue"]
-Verb = Literal["write", "zero", "discard", "compress", "fallocate", "snapshot", "flush"]
 
 BACKED_FORMATS = frozenset({"qcow2", "qed", "vmdk", "qcow"})
 _COMPRESSED_FORMATS = frozenset({"qcow2", "qcow"})
@@ -90,29 +90,6 @@ class Requirement:
             if not holds:
                 return False
         return True
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One thing done to an image (when it is made) or by the guest (later).
-
-    :param offset: bytes; also `length`. Both 0 for `snapshot` and `flush`.
-    :param pattern: the byte that is written, for `write` and `compress`.
-    :param unmap: for `zero`: the range may be deallocated.
-    :param name: of the internal snapshot.
-    """
-
-    verb: Verb
-    offset: int = 0
-    length: int = 0
-    pattern: int = 0
-    unmap: bool = False
-    name: str = ""
-
-    @property
-    def end(self) -> int:
-        """The first byte after the range."""
-        return self.offset + self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +294,7 @@ def _disk(entry: Mapping, name: str, machine: str, *, whole: bool = False) -> Di
         else Attachment(id=f"v{name}")
     )
     size = images[-1].size
-    guest = _operations(entry, "guest", ("write", "zero", "discard", "flush"), size)
+    guest = read_operations(entry, "guest", ("write", "zero", "discard", "flush"), size)
     if not whole:
         entry.finish()
     return Disk(name, tuple(images), attach, guest)
@@ -359,7 +336,7 @@ def _image(entry: Mapping, disk: str, index: int, previous: Image | None) -> Ima
         backing_format=entry.flag("backing_format", True),
         secret=secret,
         data_file=data_file,
-        content=_operations(
+        content=read_operations(
             entry,
             "content",
             ("write", "zero", "discard", "compress", "fallocate", "snapshot"),
@@ -423,62 +400,6 @@ def _attachment(entry: Mapping, default_id: str, machine: str) -> Attachment:
         entry.refuse("device", "microvm has virtio-mmio only")
     entry.finish()
     return attachment
-
-
-_OPERATION = re.compile(
-    r"(?P<verb>write|compress|zero|discard|fallocate)\s+(?P<offset>\S+)\s+(?P<length>\S+)"
-    r"(?:\s+(?P<pattern>0x[0-9a-fA-F]{1,2}|[A-Z]))?(?P<unmap>\s+unmap)?"
-    r"(?:\s+every\s+(?P<step>\S+)\s+times\s+(?P<times>\d+))?"
-)
-_MAX_TIMES = 100_000
-
-
-def _operations(
-    entry: Mapping, key: str, verbs: tuple[str, ...], size: int
-) -> tuple[Operation, ...]:
-    found: list[Operation] = []
-    for text, refuse in entry.lines(key):
-        words = text.split()
-        if not words or words[0] not in verbs:
-            refuse(f"must begin with one of {', '.join(verbs)}")
-        if words[0] == "flush" and len(words) == 1:
-            found.append(Operation("flush"))
-            continue
-        if words[0] == "snapshot" and len(words) == 2:
-            found.append(Operation("snapshot", name=words[1]))
-            continue
-        match = _OPERATION.fullmatch(text.strip())
-        if match is None:
-            refuse("is not VERB OFFSET LENGTH [PATTERN] [unmap] [every STEP times N]")
-        numbers = []
-        for group in ("offset", "length", "step"):
-            value = parse_size(match[group] or "0")
-            if value is None:
-                refuse(f"{match[group]!r} is not a size")
-            numbers.append(value or 0)
-        offset, length, step = numbers
-        verb = cast(Verb, match["verb"])
-        if (verb in ("write", "compress")) != (match["pattern"] is not None):
-            refuse("write and compress, and only they, need a pattern (0x00 to 0xff, or a letter)")
-        if match["unmap"] and verb != "zero":
-            refuse("unmap goes with zero")
-        times = int(match["times"] or 1)
-        if (
-            length == 0
-            or not 1 <= times <= _MAX_TIMES
-            or offset + length + step * (times - 1) > size
-        ):
-            refuse(f"must stay inside the {size} bytes of the image (at most {_MAX_TIMES} times)")
-        pattern = match["pattern"] or "0x0"
-        first = Operation(
-            verb,
-            offset,
-            length,
-            int(pattern, 16) if pattern.startswith("0x") else ord(pattern),
-            unmap=match["unmap"] is not None,
-        )
-        found += [replace(first, offset=offset + step * index) for index in range(times)]
-    return tuple(found)
 
 
 def _drawing(entry: Mapping) -> Drawing:

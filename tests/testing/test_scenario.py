@@ -97,24 +97,6 @@ def test_defaults_of_the_shortest_scenario() -> None:
     )
 
 
-def test_operations() -> None:
-    scenario = parse(
-        "about: Ops.\nimages:\n- {size: 8M, content: [write 0x 1 0x1]}\n".replace(
-            "write 0x 1 0x1", "write 1K 512 0xfe"
-        )
-        + "- {content: [zero 1M+512 1K unmap, write 0 4K Z every 8K times 3, snapshot s]}\n"
-        "guest: [discard 0 64K, flush]\n"
-    )
-    base, overlay = scenario.disks[0].images
-    assert base.content == (Operation("write", 1024, 512, 0xFE),)
-    assert overlay.content == (
-        Operation("zero", (1 << 20) + 512, 1024, unmap=True),
-        *(Operation("write", offset, 4096, ord("Z")) for offset in (0, 8192, 16384)),
-        Operation("snapshot", name="s"),
-    )
-    assert [operation.verb for operation in scenario.disks[0].guest] == ["discard", "flush"]
-
-
 HEAD = "about: Wrong.\nimages:\n"
 
 
