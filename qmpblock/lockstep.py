@@ -99,7 +99,9 @@ def merge(
     base_stops = _stops("base:allocation", base, length) + offset
     depth_stops = _stops("qemu:allocation-depth", depth, length) + offset
     stop = min(int(base_stops[-1]), int(depth_stops[-1]))
-    ends = np.unique(nodes.sizes[(nodes.sizes > offset) & (nodes.sizes < stop)])
+    # A handful of numbers; np.unique would import numpy.ma, which a command pays for.
+    inside = nodes.sizes[(nodes.sizes > offset) & (nodes.sizes < stop)]
+    ends = np.array(sorted(set(inside.tolist())), np.int64)
     stops = np.concatenate([base_stops, depth_stops, ends])
     stops.sort(kind="stable")  # sorted runs: merged in linear time
     stops = stops[: np.searchsorted(stops, stop, side="right")]
