@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QEMU = "qemu-system-x86_64"
 NEWER = ("11",)
 MATRIX = ("10", "11")
+WORKERS = ("-n", "auto", "--maxprocesses", "4")  # ARGS="-n 0" turns it off, for --pdb
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
 
@@ -93,7 +94,16 @@ def run_pytest(title: str, marks: str, words: Sequence[str], qemu: str | None = 
         environment["QMPBLOCK_QEMU"] = qemu
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", marks, f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            *WORKERS,
+            "-m",
+            marks,
+            f"--junitxml={report}",
+        ]
         start = time.monotonic()
         code = subprocess.run([*command, *words], cwd=ROOT, env=environment, check=False).returncode
         seconds = time.monotonic() - start
