@@ -152,7 +152,7 @@ def test_a_greeting_that_goes_wrong_half_way():
 GO, SET = fake.GO, fake.SET_CONTEXTS
 LIES = {
     "wrong magic": (GO, bytes(20)),
-    "reply to another option": (GO, fake.option_reply(3, fake.ACK)),
+    "reply to another option": (GO, fake.export_info() + fake.option_reply(3, fake.ACK)),
     "reply too long": (GO, fake.option_reply(GO, fake.INFO, length=8193)),
     "reply far too long": (GO, fake.option_reply(GO, 0x80000001, length=2**32 - 1)),
     "ack with data": (GO, fake.option_reply(GO, fake.ACK, b"x")),

@@ -258,20 +258,25 @@ def test_extents_that_end_between_blocks_are_cut_to_a_boundary():
         assert finished(protocol.events_received()).result[BASE].tolist() == kept  # type: ignore
 
 
+_GOOD = (9, [(100, 0)])
 STATUS_LIES = {
-    "zero length": [(7, [(100, 0), (0, 1), (100, 0)])],
-    "unknown context": [(8, [(100, 0)])],
-    "context twice": [(7, [(100, 0)]), (7, [(100, 0)])],
-    "context missing": [(7, [(100, 0)])],
-    "nothing at all": [],
-    "extent past the end": [(7, [(1000, 0), (1, 0)])],
+    "zero length": ("length 0", [_GOOD, (7, [(100, 0), (0, 1), (100, 0)])]),
+    "zero length at the end": ("length 0", [_GOOD, (7, [(100, 0), (0, 1)])]),
+    "unknown context": ("never negotiated", [_GOOD, (8, [(100, 0)])]),
+    "context twice": ("twice", [_GOOD, _GOOD]),
+    "context missing": ("says nothing of", [_GOOD]),
+    "nothing at all": ("says nothing of", []),
+    "extent past the end": ("past the end", [_GOOD, (7, [(1000, 0), (1, 0)])]),
 }
 
 
 @CHUNKED
 @pytest.mark.parametrize("lie", STATUS_LIES)
 def test_a_lying_block_status_is_fatal(style: str, lie: str):
-    assert "BLOCK_STATUS 0+1000" in _fatal(_status(style, *STATUS_LIES[lie]))
+    words, said = STATUS_LIES[lie]
+    told = _fatal(_status(style, *said))
+    assert "BLOCK_STATUS 0+1000" in told
+    assert words in told
 
 
 @CHUNKED
@@ -331,6 +336,7 @@ READ_LIES = {
         (DATA, fake.data_payload(100, b"abcdefghijkl")),
     ],
     "done too early": [(DATA, fake.data_payload(100, b"abcd")), (NONE, b"", {"done": True})],
+    "the beginning is missing": [(DATA, fake.data_payload(104, b"efghijkl"), {"done": True})],
     "nothing": [(NONE, b"", {"done": True})],
     "done, but in the middle": [
         (DATA, fake.data_payload(100, b"abcd")),
@@ -353,13 +359,33 @@ READ_LIES = {
 }
 
 
+WORDS = {
+    "it sends ": {"data before the request", "data past the request", "empty hole",
+                   "hole past the request", "hole of 4 GiB", "data far away"},
+    "twice": {"data twice", "data over the end of data", "data over the beginning of data",
+              "data over a hole"},
+    "without all of the data": {"done too early", "the beginning is missing", "nothing",
+                                "done, but in the middle"},
+    "an empty chunk": {"none that is not the last", "none with a payload"},
+    "a data chunk announces": {"empty data", "data longer than the request", "data of 4 GiB",
+                               "data without an offset"},
+    "a hole chunk announces": {"hole of odd length"},
+    "does not belong": {"block status", "unknown chunk"},
+    "an error chunk": {"error that is too short", "error that is too long", "error number 0",
+                       "error text longer than the chunk"},
+    "outside the request": {"error outside the request"},
+    "does not end": {"endless errors"},
+}  # fmt: skip
+
+
 @CHUNKED
 @pytest.mark.parametrize("lie", READ_LIES)
 def test_a_lying_read_is_fatal(style: str, lie: str):
     protocol, _, chunk = _read(style, 100)
     for kind, payload, *more in READ_LIES[lie]:
         chunk(kind, payload, **(more[0] if more else {}))
-    _fatal(protocol)
+    told = _fatal(protocol)
+    assert [words for words, lies in WORDS.items() if lie in lies and words in told], told
 
 
 def test_a_reply_in_single_bytes_without_end_is_fatal():
