@@ -24,6 +24,7 @@ _SUFFIXES = {
     ".img": "raw",
     ".luks": "luks",
     ".parallels": "parallels",
+    ".qcow": "qcow",
     ".qcow2": "qcow2",
     ".qed": "qed",
     ".raw": "raw",
@@ -76,8 +77,8 @@ class QemuImg:
         """Follow a closed image's backing links, the active layer first.
 
         :raise NotFoundError: there is no such file.
-        :raise UnsupportedError: a backing format is not recorded, or a backing file is not
-            a local file.
+        :raise UnsupportedError: a backing format is not recorded and not told by the name,
+            or a backing file is not a local file.
         :raise ToolError: qemu-img cannot read one of them.
         """
         images: list[Image] = []
@@ -93,15 +94,19 @@ class QemuImg:
             backing = info.get("full-backing-filename") or info.get("backing-filename")
             if not backing:
                 return tuple(images)
-            fmt = str(info.get("backing-filename-format") or "")
+            overlay, path = path, str(backing).removeprefix("file:")
+            # QED and QCOW1 headers have no room for it; then the name must tell.
+            fmt = str(info.get("backing-filename-format") or "") or _SUFFIXES.get(
+                Path(path).suffix.lower(), ""
+            )
             if not fmt:
                 raise UnsupportedError(
-                    f"{printable(path)} does not record the format of its backing file, and "
-                    "it is not probed: a guest can forge it",
-                    remedy=f"record it: qemu-img rebase -u -F FMT -b "
-                    f"{printable(info.get('backing-filename'))} {printable(path)}",
+                    f"{printable(overlay)} does not record the format of its backing file "
+                    f"{printable(path)}, whose name does not tell it either; it is not probed: "
+                    "a guest can forge it",
+                    remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
+                    f"{printable(info.get('backing-filename'))} {printable(overlay)}",
                 )
-            path = str(backing).removeprefix("file:")
             if path.startswith("json:") or "://" in path:
                 raise UnsupportedError(
                     f"the backing file {printable(path)} is not a local file",

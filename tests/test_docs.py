@@ -211,6 +211,60 @@ def test_every_way_to_run_python_is_known():
     assert used == known
 
 
+def owners() -> dict[str, object]:
+    """What the names before the dot stand for in docs/python.md."""
+    from qmpblock import AllocationMap, Disk, Monitor, export, nbd, ranges
+
+    return {
+        "AllocationMap": AllocationMap,
+        "Client": nbd.Client,
+        "Ranges": ranges.Ranges,
+        "disk": Disk,
+        "m": AllocationMap,
+        "monitor": Monitor,
+        "qmpblock": qmpblock,
+        "qmpblock.export": export,
+        "qmpblock.nbd": nbd,
+        "vm": qmpblock.VM,
+    }
+
+
+def described() -> list[tuple[str, str, str | None]]:
+    """Every `owner.name` and `owner.name(parameters)` in the prose of docs/python.md."""
+    prose = FENCE.sub("", PYTHON.read_text(encoding="utf-8"))
+    known = "|".join(re.escape(name) for name in sorted(owners(), key=len, reverse=True))
+    pattern = rf"`(?:await )?({known})\.(\w+)(?:\(([^`]*)\))?`"
+    return re.findall(pattern, prose)
+
+
+# Set by __init__, so that the class does not have them.
+ATTRIBUTES = {("disk", "device"), ("vm", "monitor")}
+
+
+@pytest.mark.parametrize(("owner", "name", "parameters"), described())
+def test_what_python_md_describes_exists(owner, name, parameters):
+    if (owner, name) in ATTRIBUTES or (owner, name) == ("qmpblock", "testing"):
+        return
+    found = getattr(owners()[owner], name)
+    if not parameters or "..." in parameters:
+        return
+    tree = ast.parse(f"def f({parameters}): ...").body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    actual = inspect.signature(found).parameters
+    for kind, arguments in (
+        (inspect.Parameter.KEYWORD_ONLY, tree.args.kwonlyargs),
+        (inspect.Parameter.POSITIONAL_OR_KEYWORD, tree.args.args),
+    ):
+        for argument in arguments:
+            assert actual[argument.arg].kind is kind
+    if tree.args.vararg is not None:
+        assert actual[tree.args.vararg.arg].kind is inspect.Parameter.VAR_POSITIONAL
+
+
+def test_enough_is_described():
+    assert len(described()) > 30
+
+
 def anchors(page: Path) -> set[str]:
     """The headings of a page, as GitHub makes anchors of them."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))

@@ -5,11 +5,15 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 
 import qmpblock
+from qmpblock.cli.disks_command import document
+from qmpblock.cli.map_command import _layer_document, _LayerView
 from qmpblock.errors import NotFoundError, RangeError
 from qmpblock.extents import DATA, AllocationMap
 from qmpblock.nbd import Client
@@ -18,6 +22,7 @@ from qmpblock.testing.scenario import parse_scenario
 
 pytestmark = pytest.mark.live
 
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
 CONTEXTS = ("base:allocation", "qemu:allocation-depth")
 
 
@@ -50,7 +55,9 @@ def canonical(records):
     return merged
 
 
-async def test_every_scenario_maps_as_qemu_img_does(scenario, start_qemu, invariant, vm_dir):
+async def test_every_scenario_maps_as_qemu_img_and_nbdinfo_do(
+    scenario, start_qemu, invariant, vm_dir
+):
     built = await build(scenario, vm_dir / "images")
     closed = await built.replayed(vm_dir / "closed")
     expected = {d.spec.name: canonical(await d.active.map(built.tools)) for d in closed.disks}
@@ -64,16 +71,13 @@ async def test_every_scenario_maps_as_qemu_img_does(scenario, start_qemu, invari
         path = await vm.io.qom_path(disk)
         printed = await command("map", vm.monitor_path, path, "--json")
         assert json.loads(printed) == expected[disk.spec.name]
+    await compare_with_nbdinfo(vm)
 
 
-async def test_every_scenarios_contexts_are_what_nbdinfo_reads(scenario, start_qemu, invariant):
-    vm = await start_qemu(scenario)
-    iothread = any(disk.spec.attach.iothread != "none" for disk in vm.disks)
-    if iothread and vm.version < (10, 0, 0):
-        pytest.skip("K1: nbdinfo's own disconnect would abort this QEMU")
-    for disk in vm.disks:
-        await vm.guest_writes(disk)
-    await invariant.begin(vm)
+async def compare_with_nbdinfo(vm):
+    """Through one server of the test's own, both contexts of every disk."""
+    if vm.version < (10, 0, 0) and any(d.spec.attach.iothread != "none" for d in vm.disks):
+        return  # K1: nbdinfo's own disconnect would abort this QEMU
     socket = str(vm.directory / "nbd")
     address = {"type": "unix", "data": {"path": socket}}
     await vm.execute("nbd-server-start", addr=address)
@@ -146,23 +150,69 @@ async def test_ranges_clip_at_any_byte(scenario, start_qemu, invariant):
             assert caught.value.exit_code == 2
 
 
-async def test_layers_agree_however_they_are_read(scenario, start_qemu, invariant):
-    """Through exports, through qemu-img, and stacked up to what the guest sees."""
+async def test_every_scenarios_disks_and_layers(scenario, start_qemu, invariant):
+    """Listed as they were made; layers the same through exports, through qemu-img, stacked."""
     vm = await start_qemu(scenario)
     for disk in vm.disks:
         await vm.guest_writes(disk)
     await invariant.begin(vm)
     async with qmpblock.connect(vm.monitor_path) as controller:
-        for disk in await controller.disks():
-            seen = await disk.map()
-            local = await disk.layers()
-            remote = await disk.layers(local=False)
-            assert local[0].source == "nbd"
-            assert {layer.source for layer in remote} == {"nbd"}
-            for one, other in zip(local, remote, strict=True):
-                assert one.map.without_reserved() == other.map.without_reserved(), one.layer
-            stacked = AllocationMap.stack([layer.map for layer in remote])
-            assert stacked.without_reserved() == seen
+        graph = await controller.graph()
+        listed = valid([document(device) for device in graph.devices], "disks")
+        with_media = {entry["qom_path"]: entry for entry in listed if entry["layers"]}
+        assert len(with_media) == len(vm.disks)
+        assert len(listed) == len(with_media) + scenario.empty_tray
+        for disk in vm.disks:
+            path = await vm.io.qom_path(disk)
+            compare_listing(with_media[path], disk)
+            await compare_layers(await controller.disk(path))
+
+
+def compare_listing(entry, disk):
+    chain, attach = disk.active.chain(), disk.spec.attach
+    assert [layer["format"] for layer in entry["layers"]] == [i.spec.format for i in chain]
+    assert [layer["file"] for layer in entry["layers"]] == [str(i.path) for i in chain]
+    assert [layer["depth"] for layer in entry["layers"]] == list(range(len(chain)))
+    # A legacy -drive throttles in its backend, without a filter node.
+    filters = attach.filters if attach.style == "blockdev" else set(attach.filters) - {"throttle"}
+    assert sorted(node["driver"] for node in entry["filters"]) == sorted(filters)
+    assert entry["jobs"] == []
+
+
+async def compare_layers(disk):
+    seen = await disk.map()
+    local = await disk.layers()
+    remote = await disk.layers(local=False)
+    assert local[0].source == "nbd"
+    assert {layer.source for layer in remote} == {"nbd"}
+    for one, other in zip(local, remote, strict=True):
+        assert one.map.without_reserved() == other.map.without_reserved(), one.layer
+    stacked = AllocationMap.stack([layer.map for layer in remote])
+    assert stacked.without_reserved() == seen
+    found = await disk.map(reserved=True)
+    totals = valid(found.totals().as_json(size=disk.size), "map-totals")
+    held = sum(row["data"] + row["zero"] for row in totals["totals"])
+    assert held + totals["absent"] == disk.size
+    views = [
+        _LayerView(
+            one.layer.depth,
+            one.layer.node.name,
+            one.layer.file,
+            one.layer.format,
+            one.layer.size,
+            one.map,
+            one.source,
+        )
+        for one in local
+    ]
+    valid({"layers": [_layer_document(view) for view in views]}, "layers")
+    valid(found.to_qemu_img(), "map")
+
+
+def valid(value, name):
+    schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text())
+    Draft202012Validator(schema).validate(value)
+    return value
 
 
 @pytest.mark.scenarios("chain-20.yaml")

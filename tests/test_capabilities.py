@@ -1,0 +1,28 @@
+"""Version gates."""
+
+import pytest
+
+from qmpblock.capabilities import Capabilities
+from qmpblock.errors import UnsupportedError
+
+
+@pytest.mark.parametrize("version", [(2, 12, 0), (7, 1, 9)])
+def test_too_old_is_refused(version):
+    with pytest.raises(UnsupportedError, match=r"older than 7\.2"):
+        Capabilities(version).check_supported()
+
+
+@pytest.mark.parametrize("version", [(7, 2, 0), (11, 1, 3)])
+def test_supported(version):
+    Capabilities(version).check_supported()
+
+
+@pytest.mark.parametrize(
+    ("version", "affected"),
+    [((7, 2, 22), True), ((9, 2, 4), True), ((10, 0, 0), False), ((11, 1, 2), False)],
+)
+def test_defects_are_gated(version, affected):
+    """What was not run (7.2 to 10.0) counts as affected."""
+    capabilities = Capabilities(version)
+    assert capabilities.nbd_disconnect_aborts_iothread is affected
+    assert capabilities.nbd_server_stop_hangs_in_handshake is affected

@@ -1,0 +1,97 @@
+"""Closed images, by qemu-img, and never by probing."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from qmpblock.errors import NotFoundError, RequestError, ToolError, UnsupportedError
+from qmpblock.qemuimg import QemuImg, blockdev, format_of
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here")
+
+
+def create(*arguments, cwd):
+    subprocess.run(["qemu-img", "create", "-q", *arguments], cwd=cwd, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("a.qcow2", "qcow2"), ("/x/B.IMG", "raw"), ("c.vhd", "vpc")]
+)
+def test_the_name_tells_the_format(name, fmt):
+    assert format_of(name) == fmt
+
+
+@pytest.mark.parametrize("name", ["noname", "x.iso9660", "/dir.qcow2/disk"])
+def test_or_it_does_not(name):
+    with pytest.raises(RequestError, match="forge"):
+        format_of(name)
+
+
+async def test_a_chain_is_followed_by_what_is_recorded(tmp_path):
+    create("-f", "raw", "base.raw", "4M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "raw", "-b", "base.raw", "middle.qcow2", "3M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "qcow2", "-b", "middle.qcow2", "top.qcow2", "5M", cwd=tmp_path)
+    images = await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+    assert [(i.file.rsplit("/", 1)[1], i.format, i.size >> 20) for i in images] == [
+        ("top.qcow2", "qcow2", 5),
+        ("middle.qcow2", "qcow2", 3),
+        ("base.raw", "raw", 4),
+    ]
+    found = await QemuImg().map(
+        blockdev(images[0].format, images[0].file, images[1:]), [i.format for i in images]
+    )
+    assert found.layers == 3
+
+
+async def test_a_raw_image_is_not_opened_as_what_it_pretends_to_be(tmp_path):
+    """A guest can write a qcow2 header, with a backing file of its choice, on its raw disk."""
+    create("-f", "raw", "secret.raw", "1M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "raw", "-b", "secret.raw", "disk.raw", cwd=tmp_path)
+    [image] = await QemuImg().chain(str(tmp_path / "disk.raw"), "raw")
+    assert image.format == "raw"
+    assert image.size < 1 << 20  # its own bytes, not the disk that the header speaks of
+
+
+async def test_a_backing_format_that_nothing_tells_is_refused(tmp_path):
+    create("-f", "raw", "base", "1M", cwd=tmp_path)
+    create("-f", "qed", "-F", "raw", "-b", "base", "top.qed", cwd=tmp_path)
+    create("-f", "qcow", "-F", "raw", "-b", "base", "top.qcow", cwd=tmp_path)
+    with pytest.raises(UnsupportedError, match="does not record") as caught:
+        await QemuImg().chain(str(tmp_path / "top.qcow"), "qcow")
+    assert "rebase -u" in caught.value.remedy
+
+
+async def test_a_missing_image_is_named(tmp_path):
+    create("-f", "raw", "base.raw", "1M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "raw", "-b", "base.raw", "top.qcow2", cwd=tmp_path)
+    (tmp_path / "base.raw").unlink()
+    with pytest.raises(NotFoundError, match=r"backing file of .*top\.qcow2"):
+        await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+
+
+async def test_a_chain_that_bites_its_tail_ends(tmp_path):
+    for name, below in (("a.qcow2", "b.qcow2"), ("b.qcow2", "a.qcow2")):
+        create("-u", "-f", "qcow2", "-F", "qcow2", "-b", below, name, "1M", cwd=tmp_path)
+    with pytest.raises(RequestError, match="own backing chain"):
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+
+
+async def test_a_remote_backing_file_is_refused(tmp_path):
+    create("-u", "-f", "qcow2", "-F", "raw", "-b", "nbd://host/x", "a.qcow2", "1M", cwd=tmp_path)
+    with pytest.raises(UnsupportedError, match="not a local file"):
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+
+
+async def test_a_wrong_format_is_qemu_imgs_error(tmp_path):
+    (tmp_path / "a.qcow2").write_bytes(b"nonsense" * 100)
+    with pytest.raises(ToolError, match="qcow2") as caught:
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+    assert caught.value.returncode == 1
+
+
+async def test_no_qemu_img_says_what_to_install(tmp_path):
+    (tmp_path / "a.raw").write_bytes(b"")
+    with pytest.raises(ToolError) as caught:
+        await QemuImg("no-such-qemu-img").chain(str(tmp_path / "a.raw"), "raw")
+    assert "install" in caught.value.remedy
