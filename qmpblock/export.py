@@ -42,10 +42,11 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qmpblock import lock
 from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
+from qmpblock.cancellation import undisturbed
 from qmpblock.capabilities import Capabilities
 from qmpblock.errors import (
     BusyError,
@@ -70,7 +71,6 @@ LOCK = "qmpblock-nbd"
 _log = logging.getLogger(__name__)
 _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ async def exports(
     try:
         try:
             await session.reach(requests)
-            await _undisturbed(session.enter())
+            await session.lock()
+            await undisturbed(session.enter())
             clients = [await session.connect(slot) for slot in session.slots]
         except CommandError as error:
             if error.standing is None:
@@ -138,22 +139,7 @@ async def exports(
             raise
         yield clients
     finally:
-        await _undisturbed(session.leave())
-
-
-async def _undisturbed(work: Awaitable[_T]) -> _T:
-    """Finish `work` even when cancelled meanwhile, then be cancelled."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        task.exception()  # seen: being cancelled is the greater news
-        raise cancelled
-    return task.result()
+        await undisturbed(session.leave())
 
 
 @dataclass
@@ -249,6 +235,16 @@ class _Session:
     async def enter(self) -> None:
         """Do all that must not be interrupted half-way."""
         if self.access.address is None:
+            await self._start_own()
+        elif self.custody:
+            for slot in self.slots:
+                await self._take_custody(slot)
+        for slot in self.slots:
+            await self._add_export(slot)
+
+    async def lock(self) -> None:
+        """Keep other controllers away from the VM's NBD server. May be cancelled."""
+        if self.access.address is None:
             # Made before the lock, because the lock's record names the path.
             self.folder = Path(tempfile.mkdtemp(prefix="qmpblock-"))  # 0700
             self.path = str(self.folder / f"{self.run}.nbd")
@@ -261,13 +257,6 @@ class _Session:
         )
         await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
         self.locked = True
-        if self.access.address is None:
-            await self._start_own()
-        elif self.custody:
-            for slot in self.slots:
-                await self._take_custody(slot)
-        for slot in self.slots:
-            await self._add_export(slot)
 
     async def _start_own(self) -> None:
         if self.monitor.can_pass_fds:

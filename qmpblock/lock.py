@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qmpblock.cancellation import undisturbed
 from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.monitor import Monitor
 
@@ -112,6 +113,8 @@ Undo = Callable[[Holder], Awaitable[None]]
 async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall: float) -> None:
     """Take the lock, waiting while a live controller holds it.
 
+    Cancelling leaves the lock as it was, or free; undoing that has begun is completed.
+
     :param name: the object's id.
     :param undo: removes everything that a dead holder left; must be idempotent.
     :param stall: seconds to wait for a holder that does not go away.
@@ -119,8 +122,13 @@ async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall:
     """
     deadline = asyncio.get_running_loop().time() + stall
     while True:
-        if await _add(monitor, name, me):
-            return
+        adding = asyncio.ensure_future(_add(monitor, name, me))
+        try:
+            if await asyncio.shield(adding):
+                return
+        except asyncio.CancelledError:
+            await undisturbed(_take_back(monitor, name, adding))
+            raise
         holder = await _read(monitor, name)
         if isinstance(holder, Holder) and holder.is_dead():
             await _take_over(monitor, name, holder, me, undo, stall)
@@ -156,6 +164,10 @@ async def _take_over(
 ) -> None:
     turn = f"{name}-undo-{dead.run}"
     await acquire(monitor, turn, me, undo, stall=stall)
+    await undisturbed(_undo_in_turn(monitor, name, turn, dead, undo))
+
+
+async def _undo_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, undo: Undo) -> None:
     try:
         now = await _read(monitor, name)
         if isinstance(now, Holder) and now.run == dead.run:
@@ -163,6 +175,11 @@ async def _take_over(
             await release(monitor, name)
     finally:
         await release(monitor, turn)
+
+
+async def _take_back(monitor: Monitor, name: str, adding: asyncio.Future[bool]) -> None:
+    if await adding:
+        await release(monitor, name)
 
 
 async def _add(monitor: Monitor, name: str, me: Holder) -> bool:

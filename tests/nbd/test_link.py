@@ -234,7 +234,7 @@ async def test_a_handshake_drawn_out_byte_by_byte_stalls():
             await asyncio.sleep(0.05)
 
     async with fake.FakeServer(script) as server:
-        with pytest.raises(StalledError):
+        with pytest.raises(StalledError, match="awaited the greeting"):
             await Client.connect(server.socket, stall=0.2)
 
 
@@ -318,7 +318,10 @@ async def test_each_of_those_who_wait_has_an_exception_of_its_own():
 
     async with fake.FakeServer(script) as server:
         client = await Client.connect(server.socket, in_flight=4)
-        errors = await asyncio.gather(*(client.flush() for _ in range(9)), return_exceptions=True)
+        async with asyncio.timeout(5):  # none of them waits for ever
+            errors = await asyncio.gather(
+                *(client.flush() for _ in range(9)), return_exceptions=True
+            )
         assert all(isinstance(e, NBDDisconnectedError) for e in errors)
         assert len({id(e) for e in errors}) == 9
         await client.close()
