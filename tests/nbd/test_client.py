@@ -162,11 +162,13 @@ async def test_a_split_read_stops_at_the_first_failure_and_the_connection_lives(
 async def test_a_write_that_changes_its_buffer_afterwards_sends_what_it_held():
     disk = _Disk(8 << 20)
     data = bytearray(b"a" * (4 << 20))
-    async with _connected(disk, fake.Settings(size=8 << 20)) as (_, client):
+    async with _connected(disk, fake.Settings(size=8 << 20), in_flight=1) as (_, client):
+        reading = asyncio.create_task(client.read(0, 4096))
         writing = asyncio.create_task(client.write(0, data))
         await asyncio.sleep(0)
+        assert not reading.done()  # so the write waits for its turn
         data[:] = b"b" * len(data)
-        await writing
+        await asyncio.gather(reading, writing)
     assert disk.data[: len(data)] == b"a" * len(data)
 
 
