@@ -1,6 +1,6 @@
 """Export: read-only NBD exports of nodes inside QEMU, entered and left safely.
 
-Two defects of QEMU 7.2 make this hard:
+Three defects of QEMU 7.2 make this hard:
 
 - K1 (qemu-facts): when an NBD client of a node in an iothread goes away, QEMU aborts. So our
   end of the connection must never go away before the export does, not even when this process
@@ -352,17 +352,17 @@ class _Session:
                 },
             )
             slot.holder = True
-        await self.monitor.execute(
-            "block-export-add",
-            {
-                "type": "nbd",
-                "id": slot.name,
-                "name": slot.name,
-                "node-name": slot.request.node,
-                "writable": False,
-                "allocation-depth": True,
-            },
-        )
+        options: dict[str, object] = {
+            "type": "nbd",
+            "id": slot.name,
+            "name": slot.name,
+            "node-name": slot.request.node,
+            "writable": False,
+            "allocation-depth": True,
+        }
+        if Capabilities(self.monitor.version).nbd_client_aborts_on_context_switch:
+            options["fixed-iothread"] = True
+        await self.monitor.execute("block-export-add", options)
         slot.exported = True
 
     async def connect(self, slot: _Slot) -> Client:
