@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,20 +39,34 @@ def local_path(pid: int | None, layer: Layer) -> str | None:
     if pid is None or storage is None or storage.driver != "file":
         return None
     try:
-        path = Path(storage.filename)
-        if not path.is_absolute():
-            path = Path(f"/proc/{pid}/cwd").readlink() / path
-        wanted = path.stat()
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                held = entry.stat()
-            except OSError:
-                continue  # closed since it was listed
-            if (held.st_dev, held.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return str(path)
-    except (OSError, ValueError):
-        return None  # not here, or not ours to look at
+        held = list(_open_files(pid))
+    except OSError:
+        return None  # no such process here, or not ours to look at
+    # QEMU may have changed its directory since it opened a relative name (-daemonize); but it
+    # has the file open, so the one open file that ends in that name is the one.
+    tail = "/" + storage.filename.removeprefix("./")
+    named = {path for path, _ in held if path == storage.filename or path.endswith(tail)}
+    inodes = {inode for path, inode in held if path in named}
+    if len(inodes) != 1:
+        return None
+    for path in sorted(named):
+        try:
+            status = Path(path).stat()
+        except (OSError, ValueError):
+            continue  # another view of the file system, or unlinked
+        if (status.st_dev, status.st_ino) in inodes:
+            return path
     return None
+
+
+def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the path and the inode of everything that a process has open."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            status = entry.stat()
+            yield str(entry.readlink()), (status.st_dev, status.st_ino)
+        except OSError:
+            continue  # closed since it was listed
 
 
 def reserved_ranges(path: str, size: int) -> Ranges | None:

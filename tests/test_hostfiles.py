@@ -31,6 +31,11 @@ def test_relative_names_are_the_processs_own(tmp_path, monkeypatch):
     (tmp_path / "image").write_bytes(b"x")
     with (tmp_path / "image").open():
         assert local_path(os.getpid(), layer("image")) == str(tmp_path / "image")
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "image").write_bytes(b"y")
+        with (tmp_path / "other" / "image").open():
+            assert local_path(os.getpid(), layer("image")) is None
+            assert local_path(os.getpid(), layer("./other/image")) is not None
 
 
 def test_what_cannot_be_told_is_not_local(tmp_path):

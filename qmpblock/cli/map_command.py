@@ -41,6 +41,7 @@ class _View:
     title: str
     size: int
     map: AllocationMap
+    files: tuple[str, ...]
     layers: tuple[_LayerView, ...]
 
 
@@ -86,8 +87,10 @@ async def command(
         raise click.UsageError("--layers, --totals and --svg exclude each other, --svg --json too")
     if disk is not None and fmt is not None:
         raise click.UsageError("--format goes with IMAGE: QEMU knows the format of a DISK")
-    pictured = not totals and not options.json
-    view = await _look(options, target, disk, offset, length, layers or pictured, pictured, fmt)
+    # The records of --json alone have no room for what is reserved.
+    reserved = not options.json or totals
+    held = layers or not (totals or options.json)
+    view = await _look(options, target, disk, offset, length, held, reserved, fmt)
     if options.json:
         _print_json(view, layers=layers, totals=totals)
     elif svg is not None:
@@ -111,7 +114,7 @@ async def _look(
     fmt: str | None,
 ) -> _View:
     if disk is None:
-        return await _look_at_image(target, offset, length, layers, fmt)
+        return await _look_at_image(target, offset, length, layers, reserved, fmt)
     async with options.connect(target) as vm:
         found = await vm.disk(disk)
         view = await found.map(offset, length, reserved=reserved)
@@ -120,6 +123,7 @@ async def _look(
         f"{found.name}  {found.chain.active.file}",
         found.size,
         view,
+        tuple(layer.file for layer in found.chain.layers),
         tuple(
             _LayerView(
                 one.layer.depth,
@@ -136,27 +140,39 @@ async def _look(
 
 
 async def _look_at_image(
-    path: str, offset: int, length: int | None, layers: bool, fmt: str | None
+    path: str, offset: int, length: int | None, layers: bool, reserved: bool, fmt: str | None
 ) -> _View:
     from qmpblock.disk import check_range
+    from qmpblock.hostfiles import reserved_ranges
     from qmpblock.qemuimg import QemuImg, blockdev, format_of
+    from qmpblock.ranges import Ranges
 
     tool = QemuImg()
     chain = await tool.chain(path, fmt or format_of(path))
     offset, length = check_range(chain[0].size, offset, length)
-    whole = await tool.map(
+    view = await tool.map(
         blockdev(chain[0].format, chain[0].file, chain[1:]), [one.format for one in chain]
     )
-    view = whole.clip(offset, length)
     held = []
-    for depth, one in enumerate(chain if layers else ()):
-        seen = await tool.map(blockdev(one.format, one.file), [one.format])
-        held.append(
-            _LayerView(
-                depth, None, one.file, one.format, one.size, _window(seen.own(), view), "qemu-img"
-            )
-        )
-    return _View(path, chain[0].size, view, tuple(held))
+    for depth, one in enumerate(chain):
+        found = (
+            reserved_ranges(one.file, one.size) if reserved and one.format == "raw" else None
+        ) or Ranges()
+        view = view.with_reserved(found & view.where(depth=depth, present=True))
+        if layers:
+            own = (await tool.map(blockdev(one.format, one.file), [one.format])).own()
+            held.append((depth, one, own.with_reserved(found)))
+    view = view.clip(offset, length)
+    return _View(
+        path,
+        chain[0].size,
+        view,
+        tuple(one.file for one in chain),
+        tuple(
+            _LayerView(depth, None, one.file, one.format, one.size, _window(own, view), "qemu-img")
+            for depth, one, own in held
+        ),
+    )
 
 
 def _window(layer: AllocationMap, view: AllocationMap) -> AllocationMap:
@@ -230,9 +246,8 @@ def _print_totals(view: _View) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("layer", "data", "zeros", "of them reserved"):
         table.add_column(name, justify="left" if name == "layer" else "right")
-    names = {layer.depth: layer.file for layer in view.layers}
     for row in totals.layers:
-        name = f"@{row.depth}  {printable(names.get(row.depth, ''))}".rstrip()
+        name = f"@{row.depth}  {printable(view.files[row.depth])}"
         table.add_row(name, *(human_size(n) for n in (row.data, row.zero, row.reserved)))
     table.add_row("in no layer", "", human_size(totals.absent), "")
     Console(highlight=False, soft_wrap=True).print(table)
