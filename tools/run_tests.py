@@ -134,22 +134,27 @@ def run_live(qemu: str, words: Sequence[str]) -> Result:
     return run_pytest(title, "live and not soak", words, str(Path(found or qemu).absolute()))
 
 
-def run_newer(wanted: str, words: Sequence[str], *, needed: bool) -> Result:
-    """Run the live tests on a newer QEMU, fetching it where it is not cached.
-
-    :param needed: whether not having it is a failure.
-    """
+def fetch_newer(wanted: str) -> str | None:
+    """Return a newer QEMU, fetched where it is not cached; None, with the reason told, if not."""
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "fetch_qemu.py", wanted],
-        stdout=subprocess.PIPE,
-        stderr=None,  # what it does, or why it cannot, is for the reader
+        stdout=subprocess.PIPE,  # and its stderr, what it does or why it cannot, to the reader
         text=True,
         check=False,
     )
-    if done.returncode:
+    return None if done.returncode else done.stdout.strip()
+
+
+def run_newer(wanted: str, words: Sequence[str], *, needed: bool) -> Result:
+    """Run the live tests on a newer QEMU.
+
+    :param needed: whether not having it is a failure.
+    """
+    qemu = fetch_newer(wanted)
+    if qemu is None:
         say(f"\n== live tests on QEMU {wanted}.x: not run; it cannot be had (the reason is above)")
         return Result(f"live tests on QEMU {wanted}.x", not needed, note="not run: cannot be had")
-    return run_live(done.stdout.strip(), words)
+    return run_live(qemu, words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,6 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(run_check("mypy", "mypy"))
             results.append(run_check("mypy tools", "mypy", "tools"))
         if options.what == "test":
+            if not options.qemu:  # first, for unit tests use the newer qemu-nbd as a peer
+                for wanted in NEWER:
+                    fetch_newer(wanted)
             results.append(run_pytest("unit tests", "not live and not soak", words))
         if options.what in ("test", "matrix"):
             results.append(run_live(options.qemu or QEMU, words))

@@ -11,7 +11,7 @@ CONSTRAINTS=tools/constraints.txt
 COMMANDS="
   qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils
   nbdinfo:libnbd-bin nbdcopy:libnbd-bin nbdkit:nbdkit
-  gcc:gcc openssl:openssl
+  gcc:gcc openssl:openssl strace:strace
 "
 
 missing_packages() {
