@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import shutil
 import socket
@@ -52,6 +53,7 @@ from qmpblock.errors import (
     BusyError,
     CommandError,
     DisconnectedError,
+    Error,
     NBDConnectError,
     UnsupportedError,
     printable,
@@ -245,9 +247,10 @@ class _Session:
     async def lock(self) -> None:
         """Keep other controllers away from the VM's NBD server. May be cancelled."""
         if self.access.address is None:
-            # Made before the lock, because the lock's record names the path.
-            self.folder = Path(tempfile.mkdtemp(prefix="qmpblock-"))  # 0700
-            self.path = str(self.folder / f"{self.run}.nbd")
+            # Named here, for the lock's record, and made under the lock: a controller that is
+            # killed leaves nothing that the record does not name.
+            self.folder = _socket_folder(self.prefix)
+            self.path = str(self.folder / "nbd")
         me = Holder.me(
             self.run,
             monitor=str(self.monitor.address),
@@ -259,6 +262,15 @@ class _Session:
         self.locked = True
 
     async def _start_own(self) -> None:
+        assert self.folder is not None  # lock() went before
+        try:
+            self.folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise Error(
+                f"cannot make the directory {self.folder} for a socket: {error.strerror}",
+                standing="nothing of ours is left in the VM",
+                remedy="set TMPDIR to a directory that this user may write to",
+            ) from None
         if self.monitor.can_pass_fds:
             await self._listen_and_hand_over(self.path)
         elif self._over_tcp():
@@ -490,9 +502,14 @@ class _Session:
             await _settle(self.monitor)
             await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
         await _delete_object(self.monitor, f"{prefix}tls")
-        folder = Path(path).parent
-        if folder.name.startswith("qmpblock-") and Path(path).name == f"{dead.run}.nbd":
-            shutil.rmtree(folder, ignore_errors=True)
+        if Path(path).parent.name == f"qmpblock-{dead.run}":
+            shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+
+def _socket_folder(name: str) -> Path:
+    """Name a directory for a socket, where the socket's path is not too long (unix(7))."""
+    folder = Path(tempfile.gettempdir(), name)
+    return folder if len(os.fsencode(folder)) < 100 else Path("/tmp", name)  # noqa: S108  # 0700
 
 
 async def _delete_dead_export(monitor: Monitor, name: str, stall: float) -> tuple[bool, bool]:

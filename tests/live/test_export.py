@@ -330,6 +330,24 @@ async def test_an_export_that_qemu_refuses_leaves_nothing(scenario, start_qemu, 
     assert "nothing of ours is left" in caught.value.standing
 
 
+@CHAIN
+async def test_a_temporary_directory_that_does_not_serve(
+    scenario, start_qemu, invariant, vm_dir, monkeypatch
+):
+    """Too long for a socket's path: another is used. Not there: said so, nothing left."""
+    vm = await start_qemu(scenario)
+    long = vm_dir / ("x" * 90)
+    long.mkdir()
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        monkeypatch.setattr("tempfile.tempdir", str(long))
+        await disk.map()
+        monkeypatch.setattr("tempfile.tempdir", str(vm_dir / "gone"))
+        with pytest.raises(Error, match="cannot make the directory") as caught:
+            await disk.map()
+    assert "TMPDIR" in caught.value.remedy
+
+
 # over a TCP monitor there is no custody
 
 
