@@ -253,7 +253,7 @@ class _Session:
             self.path = str(self.folder / "nbd")
         me = Holder.me(
             self.run,
-            monitor=str(self.monitor.address),
+            monitor=_name(self.monitor),
             path=self.path,
             custody=self.custody,
             exports=[slot.name for slot in self.slots],
@@ -481,7 +481,10 @@ class _Session:
             there, had_client = await _delete_dead_export(self.monitor, name, self.stall)
             found |= there
             closed = await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
-            half_open |= not had_client and not closed
+            # Not found on the monitor that it came by: never passed, or closed by an earlier,
+            # interrupted undoing.
+            elsewhere = not closed and dead.details.get("monitor") != _name(self.monitor)
+            half_open |= elsewhere and not had_client
         for node in await self.monitor.execute("query-named-block-nodes", {"flat": True}):
             if str(node.get("node-name", "")).startswith(prefix):
                 await self.monitor.execute("blockdev-del", {"node-name": node["node-name"]})
@@ -504,6 +507,14 @@ class _Session:
         await _delete_object(self.monitor, f"{prefix}tls")
         if Path(path).parent.name == f"qmpblock-{dead.run}":
             shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+
+def _name(monitor: Monitor) -> str:
+    """Name a monitor so that another process can tell whether it is the same."""
+    address = monitor.address
+    if isinstance(address, UnixAddress):
+        return f"unix:{os.path.realpath(address.path)}"
+    return str(address)
 
 
 def _socket_folder(name: str) -> Path:
