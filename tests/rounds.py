@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import qmpblock
 from qmpblock.export import LOCK
+from qmpblock.testing.invariant import snapshot
 from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
 # Maps without end, in a process of its own that is there to be killed.
@@ -111,3 +112,87 @@ async def killed_in_the_middle(vm, chance):
     # Whoever comes next undoes it; by the same monitor, so that no descriptor is left either.
     async with qmpblock.connect(vm.second_monitor_path) as controller:
         await (await controller.disks())[0].map()
+
+
+# One operation of a controller that dies before or after the Nth command it sends.
+DYING = """
+import asyncio, os, sys
+import qmpblock, qmpblock.monitor
+address, operation, foreign, number, moment = sys.argv[1:6]
+count = 0
+real = qmpblock.monitor.Monitor._execute
+async def dying(self, command, arguments):
+    global count
+    count += 1
+    if count == int(number) and moment == "before":
+        os._exit(9)
+    try:
+        return await real(self, command, arguments)
+    finally:
+        if count == int(number) and moment == "after":
+            os._exit(9)
+qmpblock.monitor.Monitor._execute = dying
+async def main():
+    async with qmpblock.connect(address, nbd=foreign or None) as vm:
+        [disk] = await vm.disks()
+        await (disk.map() if operation == "map" else disk.layers(local=False))
+    print(count)
+asyncio.run(main())
+"""
+OPERATIONS = ("map", "layers")
+MOMENTS = ("before", "after")
+
+
+async def dying(vm, operation, foreign="", number=0, moment="before"):
+    """Run one such controller; return how many commands it sent, or None if it died."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", DYING, vm.monitor_path, operation, foreign, str(number), moment),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    out, _ = await process.communicate()
+    assert process.returncode in (0, 9), vm.evidence()
+    return int(out) if process.returncode == 0 else None
+
+
+def sample(share):
+    """Choose points by chance: each with probability `share`."""
+    _, chance = rounds(1)
+    return lambda _: chance.random() < share
+
+
+def slice_of_soak():
+    """Choose the points of this slice: all slices of `make soak` together try every one."""
+    number, slices = map(int, os.environ.get("QMPBLOCK_SLICE", "0/1").split("/"))
+    return lambda point: point % slices == number
+
+
+async def kill_matrix(vm, chosen, foreign=""):
+    """Kill a controller at the chosen points of each operation; map after each.
+
+    :param chosen: tells by a point's number whether it is tried.
+
+    :return: how many points were tried, of how many.
+    """
+    tried = points = 0
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        expected = await (await controller.disks())[0].map() if not foreign else None
+    await vm.execute("query-status")
+    before = await snapshot(vm.control, vm.pid, vm.image_directories())
+    for operation in OPERATIONS:
+        total = await dying(vm, operation, foreign)
+        for number in range(1, total + 1):
+            for moment in MOMENTS:
+                points += 1
+                if not chosen(points):
+                    continue
+                tried += 1
+                assert await dying(vm, operation, foreign, number, moment) is None
+                assert vm.running, f"{moment} command {number} of {operation}: {vm.evidence()}"
+                async with qmpblock.connect(vm.monitor_path, nbd=foreign or None) as controller:
+                    found = await (await controller.disks())[0].map()
+                assert expected is None or found == expected
+                left = await snapshot(vm.control, vm.pid, vm.image_directories()) - before
+                assert not left, f"{moment} command {number} of {operation}: {left}"
+    print(f"kill matrix: {tried} of {points} points")
+    return tried, points

@@ -1,8 +1,10 @@
 """A seeded sample of what tests/soak runs whole."""
 
 import pytest
-from rounds import maps_under_stress, rounds
+from rounds import dying, kill_matrix, maps_under_stress, rounds, sample
 
+import qmpblock
+from qmpblock.errors import BusyError
 from qmpblock.testing.images import Tools
 
 pytestmark = pytest.mark.live
@@ -13,3 +15,47 @@ async def test_maps_under_stress_with_kills(scenario, start_qemu, qemu_binary, i
     _, chance = rounds(20)
     vm = await start_qemu(scenario, guest=True)
     print(await maps_under_stress(vm, invariant, Tools.of(qemu_binary), chance, 20, 4))
+
+
+@pytest.mark.scenarios("stress-iothread.yaml")
+async def test_a_controller_killed_at_any_command(scenario, start_qemu, vm_dir):
+    vm = await start_qemu(scenario)
+    tried, points = await kill_matrix(vm, sample(0.15))
+    assert 0 < tried < points
+    assert not [p for p in (vm_dir / "t").iterdir() if p.name.startswith("qmpblock")]
+
+
+@pytest.mark.scenarios("stress-chain.yaml")
+async def test_a_controller_killed_at_any_command_beside_a_foreign_server(
+    scenario, start_qemu, vm_dir
+):
+    vm = await start_qemu(scenario)
+    socket = str(vm_dir / "foreign")
+    await vm.execute("nbd-server-start", addr={"type": "unix", "data": {"path": socket}})
+    await kill_matrix(vm, sample(0.1), foreign=socket)
+    await vm.execute("nbd-server-stop")
+
+
+@pytest.mark.scenarios("stress-iothread.yaml")
+async def test_a_half_open_connection_needs_its_own_monitor(scenario, start_qemu, invariant):
+    """Where stopping the server would hang QEMU, another monitor is sent to the right one."""
+    vm = await start_qemu(scenario)
+    number = 1
+    while True:  # up to the command after which the export is there, and no handshake yet
+        assert await dying(vm, "map", number=number, moment="after") is None
+        if await vm.execute("query-block-exports"):
+            break
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            await (await controller.disks())[0].map()
+        number += 1
+    async with qmpblock.connect(vm.second_monitor_path) as controller:
+        [disk] = await controller.disks()
+        if vm.version < (10, 0, 0):
+            with pytest.raises(BusyError, match="handshake") as caught:
+                await disk.map()
+            assert vm.monitor_path in caught.value.remedy
+        else:
+            await disk.map()
+            invariant.expect(r"socket")  # its descriptor stays with the other monitor
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        await (await controller.disks())[0].map()
