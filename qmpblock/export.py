@@ -33,17 +33,16 @@ its disk, and any job on the chain.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmpblock import lock
 from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
@@ -61,6 +60,15 @@ from qmpblock.errors import (
 from qmpblock.graph import Device
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
+from qmpblock.nbdserver import (
+    delete_export,
+    delete_object,
+    is_listening,
+    monitor_name,
+    settle,
+    tolerate,
+    undo_dead_run,
+)
 
 if TYPE_CHECKING:
     from qmpblock.nbd import Client
@@ -70,7 +78,6 @@ __all__ = ["LOCK", "NBDAccess", "Request", "exports"]
 #: The id of the lock object around our NBD server.
 LOCK = "qmpblock-nbd"
 
-_log = logging.getLogger(__name__)
 _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16
 
@@ -253,13 +260,16 @@ class _Session:
             self.path = str(self.folder / "nbd")
         me = Holder.me(
             self.run,
-            monitor=_name(self.monitor),
+            monitor=monitor_name(self.monitor),
             path=self.path,
             custody=self.custody,
             exports=[slot.name for slot in self.slots],
         )
         await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
         self.locked = True
+
+    async def _undo(self, dead: Holder) -> None:
+        await undo_dead_run(self.monitor, dead, self.stall)
 
     async def _start_own(self) -> None:
         assert self.folder is not None  # lock() went before
@@ -299,7 +309,7 @@ class _Session:
                 await self._start_server({"type": "fd", "data": {"str": name}})
             except (BusyError, CommandError):
                 # The server takes the descriptor only where it starts.
-                await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
+                await tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
                 raise
         self._remove_folder()
 
@@ -410,7 +420,7 @@ class _Session:
                 await self._end_connection(slot)
             await self._stop_server()
             if self.tls_object:
-                await _delete_object(self.monitor, f"{self.prefix}-tls")
+                await delete_object(self.monitor, f"{self.prefix}-tls")
             if self.locked:
                 await lock.release(self.monitor, LOCK)
         except DisconnectedError:
@@ -430,9 +440,9 @@ class _Session:
         lost = False
         for slot in self.slots:
             if slot.exported:
-                lost |= not await _delete_export(self.monitor, slot.name, self.stall)
+                lost |= not await delete_export(self.monitor, slot.name, self.stall)
             if slot.holder:
-                await _tolerate(
+                await tolerate(
                     "Failed to find node",
                     self.monitor.execute("blockdev-del", {"node-name": f"{slot.name}-w"}),
                 )
@@ -444,16 +454,16 @@ class _Session:
     async def _end_connection(self, slot: _Slot) -> None:
         await slot.close()
         if slot.in_custody:
-            await _tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
+            await tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
 
     async def _stop_server(self) -> None:
         if self.server:
-            await _settle(self.monitor)
-            await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
+            await settle(self.monitor)
+            await tolerate("not running", self.monitor.execute("nbd-server-stop"))
 
     async def _server_is_ours(self) -> bool:
         if not isinstance(self.where, TCPAddress):
-            return _is_listening(self.path)
+            return is_listening(self.path)
         try:
             (await open_socket(self.where)).close()
         except OSError:
@@ -465,125 +475,11 @@ class _Session:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
 
-    # what a dead controller left
-
-    async def _undo(self, dead: Holder) -> None:
-        """Remove everything that the controller `dead` added to QEMU. Idempotent.
-
-        :raise BusyError: that takes the monitor which the dead controller used.
-        """
-        _log.warning("undoing what a controller that died left in the VM: %s", dead)
-        prefix = f"qmpblock-{dead.run}-"
-        names = [str(n) for n in dead.details.get("exports", ()) if str(n).startswith(prefix)]
-        path = str(dead.details.get("path", ""))
-        found = half_open = False
-        for name in names:
-            there, had_client = await _delete_dead_export(self.monitor, name, self.stall)
-            found |= there
-            closed = await _tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
-            # Not found on the monitor that it came by: never passed, or closed by an earlier,
-            # interrupted undoing.
-            elsewhere = not closed and dead.details.get("monitor") != _name(self.monitor)
-            half_open |= elsewhere and not had_client
-        for node in await self.monitor.execute("query-named-block-nodes", {"flat": True}):
-            if str(node.get("node-name", "")).startswith(prefix):
-                await self.monitor.execute("blockdev-del", {"node-name": node["node-name"]})
-        await _tolerate("not found", self.monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
-        # With an export of the dead run there, its server runs. Without, it died between two
-        # commands; then its listening socket tells. On a foreign server it has no path.
-        if path and (found or _is_listening(path)):
-            hangs = Capabilities(self.monitor.version).nbd_server_stop_hangs_in_handshake
-            if hangs and half_open and dead.details.get("custody"):
-                raise BusyError(
-                    f"{dead} died in the middle of an NBD handshake; QEMU holds its connection "
-                    "under a name that only the monitor it came by can close, and stopping the "
-                    "NBD server before would hang this QEMU",
-                    standing="the VM is well; an NBD server without exports is left in it",
-                    remedy="run the same command once by the monitor "
-                    f"{printable(dead.details.get('monitor'))}",
-                )
-            await _settle(self.monitor)
-            await _tolerate("not running", self.monitor.execute("nbd-server-stop"))
-        await _delete_object(self.monitor, f"{prefix}tls")
-        if Path(path).parent.name == f"qmpblock-{dead.run}":
-            shutil.rmtree(Path(path).parent, ignore_errors=True)
-
-
-def _name(monitor: Monitor) -> str:
-    """Name a monitor so that another process can tell whether it is the same."""
-    address = monitor.address
-    if isinstance(address, UnixAddress):
-        return f"unix:{os.path.realpath(address.path)}"
-    return str(address)
-
 
 def _socket_folder(name: str) -> Path:
     """Name a directory for a socket, where the socket's path is not too long (unix(7))."""
     folder = Path(tempfile.gettempdir(), name)
     return folder if len(os.fsencode(folder)) < 100 else Path("/tmp", name)  # noqa: S108  # 0700
-
-
-async def _delete_dead_export(monitor: Monitor, name: str, stall: float) -> tuple[bool, bool]:
-    """Delete an export; tell whether it was there, and whether it had a client."""
-    with monitor.subscribe(
-        "BLOCK_EXPORT_DELETED", match=lambda event: event["data"].get("id") == name
-    ) as deleted:
-        try:
-            await monitor.execute("block-export-del", {"id": name, "mode": "safe"})
-        except CommandError as error:
-            if "not found" in error.description:
-                return False, False
-            if "in use" not in error.description:
-                raise
-        else:
-            await deleted.get(stall)
-            return True, False
-    return await _delete_export(monitor, name, stall), True
-
-
-async def _settle(monitor: Monitor) -> None:
-    """Let QEMU notice the connections that were closed before.
-
-    A command that is sent after the reply to another runs in a later turn of QEMU's main
-    loop, and each turn looks at every connection.
-    """
-    for _ in range(2):
-        await monitor.execute("query-version")
-
-
-async def _delete_object(monitor: Monitor, name: str) -> None:
-    await _tolerate("not found", monitor.execute("object-del", {"id": name}))
-
-
-async def _delete_export(monitor: Monitor, name: str, stall: float) -> bool:
-    """Delete an export and wait until it is gone; False if it was not there.
-
-    The event comes before the reply or after it (qemu-facts 1.5), and after the reply the
-    export may still be shutting down, during which its node counts as used.
-    """
-    with monitor.subscribe(
-        "BLOCK_EXPORT_DELETED", match=lambda event: event["data"].get("id") == name
-    ) as deleted:
-        try:
-            await monitor.execute("block-export-del", {"id": name, "mode": "hard"})
-        except CommandError as error:
-            if "not found" in error.description:
-                return False
-            if "already shutting down" not in error.description:
-                raise
-        await deleted.get(stall)
-    return True
-
-
-async def _tolerate(words: str, command: Awaitable[Any]) -> bool:
-    """Await a command; False if QEMU refused it with these words."""
-    try:
-        await command
-    except CommandError as error:
-        if words not in error.description:
-            raise
-        return False
-    return True
 
 
 def _no_server(address: str, why: str) -> NBDConnectError:
@@ -592,16 +488,6 @@ def _no_server(address: str, why: str) -> NBDConnectError:
         standing="nothing was touched",
         remedy="look whether --nbd names the server that runs in this VM",
     )
-
-
-def _is_listening(path: str) -> bool:
-    """Whether a listening socket that was bound to `path` is still open, unlinked or not."""
-    accepts = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[7] == path and int(fields[3], 16) & accepts:
-            return True
-    return False
 
 
 async def _in_iothread(monitor: Monitor, device: Device) -> bool:

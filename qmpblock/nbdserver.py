@@ -1,0 +1,148 @@
+"""QEMU's NBD server and its exports: commands that accept what is already so.
+
+And, made of them, the undoing of what a controller that died left in a VM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any
+
+from qmpblock.address import UnixAddress
+from qmpblock.capabilities import Capabilities
+from qmpblock.errors import BusyError, CommandError, printable
+from qmpblock.lock import Holder
+from qmpblock.monitor import Monitor
+
+__all__ = [
+    "delete_export",
+    "delete_object",
+    "is_listening",
+    "monitor_name",
+    "settle",
+    "tolerate",
+    "undo_dead_run",
+]
+
+_log = logging.getLogger(__name__)
+
+
+async def tolerate(words: str, command: Awaitable[Any]) -> bool:
+    """Await a command; False if QEMU refused it with these words."""
+    try:
+        await command
+    except CommandError as error:
+        if words not in error.description:
+            raise
+        return False
+    return True
+
+
+async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "hard") -> bool:
+    """Delete an export and wait until it is gone; False if it was not there.
+
+    The event comes before the reply or after it (qemu-facts 1.5), and after the reply the
+    export may still be shutting down, during which its node counts as used.
+    """
+    with monitor.subscribe(
+        "BLOCK_EXPORT_DELETED", match=lambda event: event["data"].get("id") == name
+    ) as deleted:
+        try:
+            await monitor.execute("block-export-del", {"id": name, "mode": mode})
+        except CommandError as error:
+            if "not found" in error.description:
+                return False
+            if "already shutting down" not in error.description:
+                raise
+        await deleted.get(stall)
+    return True
+
+
+async def delete_object(monitor: Monitor, name: str) -> None:
+    """Delete a QOM object, if it is there."""
+    await tolerate("not found", monitor.execute("object-del", {"id": name}))
+
+
+async def settle(monitor: Monitor) -> None:
+    """Let QEMU notice the connections that were closed before.
+
+    A command that is sent after the reply to another runs in a later turn of QEMU's main
+    loop, and each turn looks at every connection.
+    """
+    for _ in range(2):
+        await monitor.execute("query-version")
+
+
+def monitor_name(monitor: Monitor) -> str:
+    """Name a monitor so that another process can tell whether it is the same."""
+    address = monitor.address
+    if isinstance(address, UnixAddress):
+        return f"unix:{os.path.realpath(address.path)}"
+    return str(address)
+
+
+def is_listening(path: str) -> bool:
+    """Whether a listening socket that was bound to `path` is still open, unlinked or not."""
+    accepts = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split(maxsplit=7)
+        if len(fields) == 8 and fields[7] == path and int(fields[3], 16) & accepts:
+            return True
+    return False
+
+
+async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float) -> None:
+    """Remove everything that the controller `dead` added to QEMU. Idempotent.
+
+    :raise BusyError: that takes the monitor which the dead controller used.
+    """
+    _log.warning("undoing what a controller that died left in the VM: %s", dead)
+    prefix = f"qmpblock-{dead.run}-"
+    names = [str(n) for n in dead.details.get("exports", ()) if str(n).startswith(prefix)]
+    path = str(dead.details.get("path", ""))
+    # Named descriptors belong to a monitor. On the one that the dead controller came by, a
+    # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
+    elsewhere = dead.details.get("monitor") != monitor_name(monitor)
+    found = half_open = False
+    for name in names:
+        there, had_client = await _delete_dead_export(monitor, name, stall)
+        found |= there
+        closed = await tolerate("not found", monitor.execute("closefd", {"fdname": name}))
+        half_open |= elsewhere and not had_client and not closed
+    for node in await monitor.execute("query-named-block-nodes", {"flat": True}):
+        if str(node.get("node-name", "")).startswith(prefix):
+            await monitor.execute("blockdev-del", {"node-name": node["node-name"]})
+    await tolerate("not found", monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
+    # With an export of the dead run there, its server runs. Without, it died between two
+    # commands; then its listening socket tells. On a foreign server it has no path.
+    if path and (found or is_listening(path)):
+        hangs = Capabilities(monitor.version).nbd_server_stop_hangs_in_handshake
+        if elsewhere and (not found or (hangs and half_open and dead.details.get("custody"))):
+            # Stopping a server with a half-open connection would hang this QEMU; and without
+            # an export there, the server that runs may be somebody else's by now.
+            raise BusyError(
+                f"{dead} died before its NBD handshake was complete, and QEMU holds its sockets "
+                "under names that only the monitor it came by can close",
+                standing="the VM is well; an NBD server without exports is left in it",
+                remedy="run the same command once by the monitor "
+                f"{printable(dead.details.get('monitor'))}",
+            )
+        await settle(monitor)
+        await tolerate("not running", monitor.execute("nbd-server-stop"))
+    await delete_object(monitor, f"{prefix}tls")
+    if Path(path).parent.name == f"qmpblock-{dead.run}":
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+
+async def _delete_dead_export(monitor: Monitor, name: str, stall: float) -> tuple[bool, bool]:
+    """Delete an export; tell whether it was there, and whether it had a client."""
+    try:
+        return await delete_export(monitor, name, stall, mode="safe"), False
+    except CommandError as error:
+        if "in use" not in error.description:
+            raise
+    return await delete_export(monitor, name, stall), True
