@@ -12,7 +12,10 @@ _T = TypeVar("_T")
 
 
 async def undisturbed(work: Awaitable[_T]) -> _T:
-    """Finish `work` even when cancelled meanwhile, then be cancelled."""
+    """Finish `work` even when cancelled meanwhile, then be cancelled.
+
+    A failure of the work is raised all the same: it says what was not finished.
+    """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -20,7 +23,7 @@ async def undisturbed(work: Awaitable[_T]) -> _T:
             await asyncio.wait({task})
         except asyncio.CancelledError as error:
             cancelled = error
+    result = task.result()
     if cancelled is not None:
-        task.exception()  # seen: being cancelled is the greater news
         raise cancelled
-    return task.result()
+    return result

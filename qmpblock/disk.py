@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles
-from qmpblock.errors import GraphError, NBDError, RangeError, ToolError
+from qmpblock.errors import CommandError, GraphError, NBDError, RangeError, ToolError
 from qmpblock.graph import Chain, Device, Layer
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["Disk", "LayerMap", "check_range"]
 _CONTEXTS = ("base:allocation", "qemu:allocation-depth")
 _PARTS = 4  # of a range that are read at once
 _SMALLEST_PART = 1 << 20  # bytes
+_BATCH = 32  # layers exported at once; an NBD server takes 100 connections by default
 _ATTEMPTS = 4  # maps of a chain that another controller keeps changing
 
 
@@ -99,9 +100,9 @@ class Disk:
             start, count = check_range(self.size, offset, length)
             # A foreign snapshot silently redirects an export to the overlay (qemu-facts 1.6),
             # and the map is of neither chain then.
-            async with self._export([chain.active]) as [client], self._unless_changed(chain):
+            async with self._unless_changed(chain), self._export([chain.active]) as [client]:
                 found = await _read_map(client, chain.level_sizes, chain.levels, start, count)
-            if self.chain == chain:
+            if self.chain.shape == chain.shape:
                 return self._mark_reserved(found, chain) if reserved else found
         raise GraphError(
             f"the chain of {self.name} changed during each of {_ATTEMPTS} maps",
@@ -122,14 +123,13 @@ class Disk:
             # A job may be writing to a layer that only looks frozen.
             found = await self._frozen_layers(chain) if local and not busy else {}
             through_qemu = [layer for layer in chain.layers if layer.depth not in found]
-            async with self._export(through_qemu) as clients, self._unless_changed(chain):
-                for layer, client in zip(through_qemu, clients, strict=True):
-                    first = chain.levels.index(layer.depth)
-                    sizes = chain.level_sizes[first:]
-                    levels = [level - layer.depth for level in chain.levels[first:]]
-                    seen = await _read_map(client, sizes, levels, 0, layer.size)
-                    found[layer.depth] = LayerMap(layer, seen.own(), "nbd")
-            if self.chain == chain and (busy or not self.device.jobs):
+            async with self._unless_changed(chain):
+                for first in range(0, len(through_qemu), _BATCH):
+                    batch = through_qemu[first : first + _BATCH]
+                    async with self._export(batch) as clients:
+                        for layer, client in zip(batch, clients, strict=True):
+                            found[layer.depth] = await _read_layer(client, chain, layer)
+            if self.chain.shape == chain.shape and (busy or not self.device.jobs):
                 return tuple(
                     self._layer_reserved(found[depth]) for depth in range(len(chain.layers))
                 )
@@ -137,12 +137,12 @@ class Disk:
 
     @asynccontextmanager
     async def _unless_changed(self, chain: Chain) -> AsyncIterator[None]:
-        """Look at the chain again after the body; if it changed, the body's NBD error is moot."""
+        """Look at the chain again after the body; if it changed, the body's error is moot."""
         try:
             yield
-        except NBDError:
+        except (NBDError, CommandError, GraphError):
             await self.refresh()
-            if self.chain == chain:
+            if self.chain.shape == chain.shape:
                 raise
         else:
             await self.refresh()
@@ -173,7 +173,7 @@ class Disk:
             if path is None or layer.node.encrypted or layer.data_file or _has_offset(layer):
                 continue
             try:
-                seen = await QemuImg().map(
+                seen = await QemuImg(stall=self.vm.stall).map(
                     blockdev(layer.format, path), [layer.format], shared=True
                 )
             except ToolError:
@@ -223,6 +223,14 @@ def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
             f"but the disk has {size} bytes"
         )
     return offset, length
+
+
+async def _read_layer(client: Client, chain: Chain, layer: Layer) -> LayerMap:
+    """Read what one layer itself holds, through an export of its node."""
+    first = chain.levels.index(layer.depth)
+    levels = [level - layer.depth for level in chain.levels[first:]]
+    seen = await _read_map(client, chain.level_sizes[first:], levels, 0, layer.size)
+    return LayerMap(layer, seen.own(), "nbd")
 
 
 async def _read_map(

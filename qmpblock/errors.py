@@ -218,7 +218,7 @@ class ToolError(Error):
         self.returncode = returncode
         self.stderr = stderr
         super().__init__(
-            f"{' '.join(self.command)} failed with exit code {returncode}: "
+            f"{printable(' '.join(self.command), 1000)} failed with exit code {returncode}: "
             f"{printable(stderr.strip(), 2000)}",
             remedy=remedy,
         )

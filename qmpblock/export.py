@@ -35,7 +35,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -61,10 +60,12 @@ from qmpblock.graph import Device
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
 from qmpblock.nbdserver import (
+    answers,
     delete_export,
     delete_object,
     is_listening,
     monitor_name,
+    remove_socket,
     settle,
     tolerate,
     undo_dead_run,
@@ -80,6 +81,7 @@ LOCK = "qmpblock-nbd"
 
 _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16
+_BOOTING = 1.0  # seconds to wait for a guest that is about to drive its disk
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,13 @@ class _Session:
         self.slots: list[_Slot] = []
         self.folder: Path | None = None
         self.custody = monitor.can_pass_fds
+        self.iothread: str | None = None
         self.locked = False
         self.server = False
+        self.unsure = False  # whether the server that runs is ours
         self.tls_object = False
         self.path = ""
+        self.ports: list[int] = []
         self.where: Address | None = None
 
     # before anything is touched
@@ -194,16 +199,14 @@ class _Session:
     async def check(self, device: Device) -> None:
         """Refuse what this QEMU or this transport cannot do safely."""
         address = self.monitor.address
-        if isinstance(address, UnixAddress) and not self.access.address:
-            return
         capabilities = Capabilities(self.monitor.version)
-        danger = capabilities.nbd_disconnect_aborts_iothread and await _in_iothread(
-            self.monitor, device
-        )
+        if capabilities.nbd_clients_endanger_iothreads:
+            self.iothread = await _iothread(self.monitor, device)
         if isinstance(address, UnixAddress):
-            self.custody = danger
+            # On a foreign server custody is a danger of its own; see above.
+            self.custody = self.access.address is None or self.iothread is not None
             return
-        if danger:
+        if self.iothread is not None:
             raise UnsupportedError(
                 f"{device.name} runs in an iothread, and QEMU {capabilities} aborts when an NBD "
                 "client of such a disk goes away; only a UNIX monitor can prevent it",
@@ -258,14 +261,21 @@ class _Session:
             # killed leaves nothing that the record does not name.
             self.folder = _socket_folder(self.prefix)
             self.path = str(self.folder / "nbd")
+            if self._over_tcp():
+                self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
         me = Holder.me(
             self.run,
             monitor=monitor_name(self.monitor),
             path=self.path,
+            ports=self.ports,
             custody=self.custody,
             exports=[slot.name for slot in self.slots],
         )
-        await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
+        try:
+            await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
+        except BaseException:
+            lock.abandon(self.run)  # should it be held after all, whoever comes next may break it
+            raise
         self.locked = True
 
     async def _undo(self, dead: Holder) -> None:
@@ -319,6 +329,7 @@ class _Session:
         tls: dict[str, object] = {}
         if self.access.tls_creds:
             tls = {"tls-creds": f"{self.prefix}-tls"}
+            self.tls_object = True
             await self.monitor.execute(
                 "object-add",
                 {
@@ -329,24 +340,24 @@ class _Session:
                     "verify-peer": True,
                 },
             )
-            self.tls_object = True
-        for attempt in range(_TRIES):
-            port = secrets.choice(_PORTS)
+        for attempt, port in enumerate(self.ports, 1):
             try:
                 await self._start_server(
                     {"type": "inet", "data": {"host": host, "port": str(port)}}, **tls
                 )
             except CommandError as error:
-                if "in use" in error.description and attempt + 1 < _TRIES:
+                if "in use" in error.description and attempt < len(self.ports):
                     continue
                 raise
             self.where = TCPAddress(host, port)
             return
 
     async def _start_server(self, address: dict[str, object], **more: object) -> None:
+        self.server = True  # as intent, like all that leave() removes: it copes with "not there"
         try:
             await self.monitor.execute("nbd-server-start", {"addr": address, **more})
         except CommandError as error:
+            self.server = False
             if "already running" in error.description:
                 raise BusyError(
                     "an NBD server that is not ours already runs in this VM, and QEMU has "
@@ -356,7 +367,9 @@ class _Session:
                     "started it can, or: ss -xlp), and we add and remove our own export there",
                 ) from error
             raise
-        self.server = True
+        except BaseException:
+            self.unsure = True
+            raise
 
     async def _take_custody(self, slot: _Slot) -> None:
         assert slot.sock is not None
@@ -365,6 +378,7 @@ class _Session:
 
     async def _add_export(self, slot: _Slot) -> None:
         if slot.request.hold_writer:
+            slot.holder = True
             await self.monitor.execute(
                 "blockdev-add",
                 {
@@ -373,7 +387,6 @@ class _Session:
                     "file": slot.request.node,
                 },
             )
-            slot.holder = True
         options: dict[str, object] = {
             "type": "nbd",
             "id": slot.name,
@@ -382,10 +395,42 @@ class _Session:
             "writable": False,
             "allocation-depth": True,
         }
-        if Capabilities(self.monitor.version).nbd_client_aborts_on_context_switch:
-            options["fixed-iothread"] = True
-        await self.monitor.execute("block-export-add", options)
         slot.exported = True
+        try:
+            if self.iothread is None:
+                await self.monitor.execute("block-export-add", options)
+            else:
+                await self._add_pinned(options)
+        except (CommandError, UnsupportedError):
+            slot.exported = False
+            raise
+
+    async def _add_pinned(self, options: dict[str, object]) -> None:
+        """Add an export that keeps its node in the iothread where the guest drives it."""
+        pinned = {**options, "iothread": self.iothread, "fixed-iothread": True}
+        for attempt in range(_TRIES):
+            try:
+                await self.monitor.execute("block-export-add", pinned)
+            except CommandError as error:
+                if "Cannot change iothread" not in error.description:
+                    raise
+            else:
+                return
+            if not (await self.monitor.execute("query-status"))["running"]:
+                # A paused guest resets nothing, and going on moves the node only once.
+                await self.monitor.execute("block-export-add", options)
+                return
+            if attempt + 1 < _TRIES:
+                await asyncio.sleep(_BOOTING / _TRIES)
+        raise UnsupportedError(
+            f"the disk is to run in the iothread {printable(self.iothread)}, but the guest does "
+            f"not drive it: it boots or resets, or has no driver. QEMU "
+            f"{Capabilities(self.monitor.version)} may abort when a guest begins to drive a disk "
+            "that has an NBD client",
+            standing="nothing of ours is left in the VM",
+            remedy="try again when the guest uses the disk, or while the VM is paused; or use "
+            "QEMU 10.0 or newer",
+        )
 
     async def connect(self, slot: _Slot) -> Client:
         """Negotiate on the slot's connection. May be cancelled."""
@@ -428,6 +473,13 @@ class _Session:
             # removed. If only this connection was cut, the next controller removes it, and
             # that may be this very process.
             lock.abandon(self.run)
+            if self.locked and self._qemu_is_there():
+                raise DisconnectedError(
+                    f"the connection to {self.monitor.address} was lost before all that was "
+                    "added to the VM was removed",
+                    standing=f"left in it: the lock {LOCK}, exports named {self.prefix}-...",
+                    remedy="run any map of this VM: it removes them first",
+                ) from None
         except BaseException:
             lock.abandon(self.run)
             raise
@@ -435,6 +487,10 @@ class _Session:
             for slot in self.slots:
                 await slot.close()
             self._remove_folder()
+
+    def _qemu_is_there(self) -> bool:
+        pid = self.monitor.peer_pid
+        return pid is not None and Path(f"/proc/{pid}/fd").exists()
 
     async def _remove_exports(self) -> None:
         lost = False
@@ -448,7 +504,9 @@ class _Session:
                 )
         # An export that went away by itself means that somebody stopped our server, and may
         # have started one of their own since.
-        if lost and self.server:
+        if self.server and (lost or self.unsure):
+            listener = {"fdname": f"{self.prefix}-listen"}
+            await tolerate("not found", self.monitor.execute("closefd", listener))
             self.server = await self._server_is_ours()
 
     async def _end_connection(self, slot: _Slot) -> None:
@@ -462,17 +520,15 @@ class _Session:
             await tolerate("not running", self.monitor.execute("nbd-server-stop"))
 
     async def _server_is_ours(self) -> bool:
-        if not isinstance(self.where, TCPAddress):
-            return is_listening(self.path)
-        try:
-            (await open_socket(self.where)).close()
-        except OSError:
-            return False
-        return True
+        if is_listening(self.path):
+            return True
+        address = self.monitor.address
+        host = address.host if isinstance(address, TCPAddress) else ""
+        return await answers(host, self.ports)
 
     def _remove_folder(self) -> None:
         if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_socket(self.path)
             self.folder = None
 
 
@@ -490,22 +546,30 @@ def _no_server(address: str, why: str) -> NBDConnectError:
     )
 
 
-async def _in_iothread(monitor: Monitor, device: Device) -> bool:
-    """Whether the device, or the controller that it hangs on, has an iothread."""
+async def _iothread(monitor: Monitor, device: Device) -> str | None:
+    """Return the id of the iothread of the device, or of the controller that it hangs on.
+
+    :raise UnsupportedError: the VM has iothreads, and it cannot be told.
+    """
     if not await monitor.execute("query-iothreads"):
-        return False
+        return None
     path = device.qom_path.removesuffix("/virtio-backend")
     for _ in range(8):  # device, bus, controller; QEMU's trees are not deeper
         try:
-            if await monitor.execute("qom-get", {"path": path, "property": "iothread"}):
-                return True
+            found = await monitor.execute("qom-get", {"path": path, "property": "iothread"})
         except CommandError:
-            pass  # this kind of device has no such property; look further up
+            found = ""  # this kind of device has no such property; look further up
+        if found:
+            return str(found).rpartition("/")[2]
         try:
             bus = await monitor.execute("qom-get", {"path": path, "property": "parent_bus"})
         except CommandError:
-            return False
+            return None
         path = str(bus).rpartition("/")[0].removesuffix("/virtio-backend")
         if not path.startswith("/machine/") or "/" not in path.removeprefix("/machine/"):
-            return False
-    return True
+            return None
+    raise UnsupportedError(
+        f"whether {device.name} runs in an iothread cannot be told",
+        standing="nothing was touched",
+        remedy="use QEMU 10.0 or newer",
+    )

@@ -169,6 +169,17 @@ class Chain:
         """The node that the device uses."""
         return self.filters[0] if self.filters else self.active.node
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What stays the same while guests write: two of one shape are the same chain.
+
+        Protocol nodes grow with every cluster that is allocated, so their sizes do not count.
+        """
+        nodes = [*self.filters]
+        for layer in self.layers:
+            nodes += [node for node in (layer.node, layer.storage, layer.data_file) if node]
+        return self.levels, self.level_sizes, tuple((node.name, node.driver) for node in nodes)
+
     def layer(self, text: str) -> Layer:
         """Find one layer by node name, file name or `@N`.
 
@@ -502,6 +513,7 @@ class _Builder:
                 parent
                 for parent in self.parents.get(name, ())
                 if self.nodes[parent].driver in _JOB_FILTERS
+                and not parent.startswith("qmpblock-")  # ours are beside the stack, not in it
                 and self.nodes[parent].child(FILTERS[self.nodes[parent].driver]) == name
             ]
             if len(above) != 1 or above[0] in seen:

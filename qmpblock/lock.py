@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -34,6 +35,7 @@ from qmpblock.monitor import Monitor
 
 __all__ = ["Holder", "abandon", "acquire", "release"]
 
+_RUN = re.compile(r"[0-9a-z]{1,32}")
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
 
 # Runs of this process that lost their monitor before they could clean up: the process is
@@ -85,6 +87,7 @@ class Holder:
         numbers = (holder.pid, holder.start)
         if not (
             all(isinstance(s, str) for s in strings)
+            and _RUN.fullmatch(holder.run)
             and all(isinstance(n, int) for n in numbers)
             and isinstance(holder.details, dict)
         ):
@@ -125,7 +128,7 @@ async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall:
         adding = asyncio.ensure_future(_add(monitor, name, me))
         try:
             if await asyncio.shield(adding):
-                return
+                break
         except asyncio.CancelledError:
             await undisturbed(_take_back(monitor, name, adding))
             raise
@@ -143,6 +146,7 @@ async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall:
             )
         if holder is not None:
             await asyncio.sleep(_POLL)
+    await undisturbed(_sweep(monitor, name))
 
 
 def abandon(run: str) -> None:
@@ -175,6 +179,16 @@ async def _undo_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, un
             await release(monitor, name)
     finally:
         await release(monitor, turn)
+
+
+async def _sweep(monitor: Monitor, name: str) -> None:
+    """Remove turns whose holders died just before they gave them back. Only under the lock."""
+    for item in await monitor.execute("qom-list", {"path": "/objects"}):
+        turn = str(item.get("name", ""))
+        if turn.startswith(f"{name}-undo-"):
+            holder = await _read(monitor, turn)
+            if isinstance(holder, Holder) and holder.is_dead():
+                await release(monitor, turn)
 
 
 async def _take_back(monitor: Monitor, name: str, adding: asyncio.Future[bool]) -> None:

@@ -5,24 +5,27 @@ And, made of them, the undoing of what a controller that died left in a VM.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
-import shutil
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmpblock.address import UnixAddress
+from qmpblock.address import TCPAddress, UnixAddress, open_socket
 from qmpblock.capabilities import Capabilities
 from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
 
 __all__ = [
+    "answers",
     "delete_export",
     "delete_object",
     "is_listening",
     "monitor_name",
+    "remove_socket",
     "settle",
     "tolerate",
     "undo_dead_run",
@@ -102,8 +105,13 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float) -> None:
     """
     _log.warning("undoing what a controller that died left in the VM: %s", dead)
     prefix = f"qmpblock-{dead.run}-"
-    names = [str(n) for n in dead.details.get("exports", ()) if str(n).startswith(prefix)]
+    # Read from QEMU, where anybody with a monitor may have written it: nothing of it is used
+    # but names that are ours by their form.
+    exports, ports = dead.details.get("exports"), dead.details.get("ports")
+    names = [f"{prefix}{i}" for i in range(len(exports[:64]))] if isinstance(exports, list) else []
     path = str(dead.details.get("path", ""))
+    if Path(path).parent.name != prefix.rstrip("-"):
+        path = ""
     # Named descriptors belong to a monitor. On the one that the dead controller came by, a
     # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
     elsewhere = dead.details.get("monitor") != monitor_name(monitor)
@@ -119,7 +127,10 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float) -> None:
     await tolerate("not found", monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
     # With an export of the dead run there, its server runs. Without, it died between two
     # commands; then its listening socket tells. On a foreign server it has no path.
-    if path and (found or is_listening(path)):
+    listening = is_listening(path)
+    if isinstance(monitor.address, TCPAddress) and isinstance(ports, list):
+        listening = listening or await answers(monitor.address.host, ports[:16])
+    if path and (found or listening):
         hangs = Capabilities(monitor.version).nbd_server_stop_hangs_in_handshake
         if elsewhere and (not found or (hangs and half_open and dead.details.get("custody"))):
             # Stopping a server with a half-open connection would hang this QEMU; and without
@@ -127,15 +138,34 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float) -> None:
             raise BusyError(
                 f"{dead} died before its NBD handshake was complete, and QEMU holds its sockets "
                 "under names that only the monitor it came by can close",
-                standing="the VM is well; an NBD server without exports is left in it",
+                standing="the VM is well; the dead controller's lock and sockets are left in it",
                 remedy="run the same command once by the monitor "
                 f"{printable(dead.details.get('monitor'))}",
             )
         await settle(monitor)
         await tolerate("not running", monitor.execute("nbd-server-stop"))
     await delete_object(monitor, f"{prefix}tls")
-    if Path(path).parent.name == f"qmpblock-{dead.run}":
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
+    if path:
+        remove_socket(path)
+
+
+def remove_socket(path: str) -> None:
+    """Remove a socket of ours and its directory, and never anything else that is in it."""
+    with contextlib.suppress(OSError):
+        if Path(path).is_socket():
+            Path(path).unlink()
+        Path(path).parent.rmdir()
+
+
+async def answers(host: str, ports: Sequence[object]) -> bool:
+    """Whether anything listens on one of these ports."""
+    for port in ports:
+        if isinstance(port, int) and 0 < port < 65536:
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(1):
+                    (await open_socket(TCPAddress(host, port))).close()
+                return True
+    return False
 
 
 async def _delete_dead_export(monitor: Monitor, name: str, stall: float) -> tuple[bool, bool]:

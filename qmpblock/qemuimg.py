@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.errors import NotFoundError, RequestError, ToolError, UnsupportedError, printable
+from qmpblock.errors import (
+    NotFoundError,
+    RequestError,
+    StalledError,
+    ToolError,
+    UnsupportedError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
 
 __all__ = ["Image", "QemuImg", "blockdev", "format_of"]
 
+_RECORDS = 1 << 16  # of a map, taken in at a time
+_LINE = 1 << 20  # bytes
 _SUFFIXES = {
     ".img": "raw",
     ".luks": "luks",
@@ -68,10 +77,12 @@ class QemuImg:
     """The qemu-img program.
 
     :param program: its name or path.
+    :param stall: seconds without any output that count as a failure.
     """
 
-    def __init__(self, program: str = "qemu-img") -> None:
+    def __init__(self, program: str = "qemu-img", *, stall: float = 60.0) -> None:
         self.program = program
+        self.stall = stall
 
     async def chain(self, path: str, fmt: str) -> tuple[Image, ...]:
         """Follow a closed image's backing links, the active layer first.
@@ -82,6 +93,8 @@ class QemuImg:
         :raise ToolError: qemu-img cannot read one of them.
         """
         images: list[Image] = []
+        if path.startswith("-"):  # not an option
+            path = f"./{path}"
         while True:
             if not Path(path).exists():
                 named = f", the backing file of {printable(images[-1].file)}" if images else ""
@@ -128,12 +141,44 @@ class QemuImg:
         from qmpblock.extents import AllocationMap
 
         options = ["-U"] if shared else []
-        records = await self._json(
-            "map", "--output=json", *options, "json:" + json.dumps(image), exclusive=not shared
-        )
-        return AllocationMap.from_qemu_img(records, layers=len(formats), formats=formats)
+        name = "json:" + json.dumps(image)
+        parts: list[AllocationMap] = []
+        pending: list[str] = []
 
-    async def _json(self, *arguments: str, exclusive: bool = True) -> Any:
+        def take() -> None:
+            # One record a line: `[{ ... },`, `{ ... },` and `{ ... }]`.
+            text = ",".join(line.strip().strip("[],") for line in pending if line.strip())
+            pending.clear()
+            records = json.loads(f"[{text}]")
+            if records:
+                found = AllocationMap.from_qemu_img(records, layers=len(formats), formats=formats)
+                parts.append(found)
+
+        # A few megabytes at a time, whatever a guest made of its image.
+        async for line in self._lines("map", "--output=json", *options, name, exclusive=not shared):
+            pending.append(line)
+            if len(pending) >= _RECORDS:
+                take()
+        take()
+        if not parts:
+            raise ToolError([self.program, "map"], 0, "it printed no map")
+        return AllocationMap.concat(parts).coalesce()
+
+    async def _json(self, *arguments: str) -> Any:
+        text = "".join([line async for line in self._lines(*arguments)])
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise ToolError(
+                [self.program, *arguments], 0, f"its output is no JSON: {printable(text[:200])}"
+            ) from None
+
+    async def _lines(self, *arguments: str, exclusive: bool = True) -> AsyncIterator[str]:
+        """Run qemu-img and yield what it prints, line by line.
+
+        :raise ToolError: it cannot be started, or fails.
+        :raise StalledError: it prints nothing, and does not end, for the stall limit.
+        """
         command = [self.program, *arguments]
         try:
             process = await asyncio.create_subprocess_exec(
@@ -141,32 +186,46 @@ class QemuImg:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
+                limit=_LINE,
             )
         except OSError as error:
             raise ToolError(
                 command, 127, str(error), remedy="install qemu-img (Debian: qemu-utils)"
             ) from None
+        assert process.stdout is not None
+        assert process.stderr is not None
         try:
-            out, err = await process.communicate()
-        except BaseException:
-            process.kill()
-            await process.wait()
-            raise
-        said = err.decode(errors="replace")
-        if process.returncode:
+            complaints = asyncio.ensure_future(process.stderr.read(_LINE))
+            while True:
+                async with asyncio.timeout(self.stall):
+                    line = await process.stdout.readline()
+                if not line:
+                    break
+                yield line.decode(errors="replace")
+            async with asyncio.timeout(self.stall):
+                said = (await complaints).decode(errors="replace")
+                code = await process.wait()
+        except TimeoutError:
+            raise StalledError(
+                f"{printable(' '.join(command), 1000)} printed nothing for {self.stall:g} s",
+                remedy="look whether the storage of the image hangs",
+            ) from None
+        except ValueError:
+            raise ToolError(command, 0, "it printed a line without an end") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if code:
             raise ToolError(
                 command,
-                process.returncode or 0,
+                code,
                 said,
                 remedy="a running VM holds the image; map it through that VM's monitor: "
                 "qmpblock map ADDRESS DISK"
                 if exclusive and "lock" in said
                 else None,
             )
-        try:
-            return json.loads(out)
-        except ValueError:
-            raise ToolError(command, 0, f"its output is no JSON: {printable(out[:200])}") from None
 
 
 def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:

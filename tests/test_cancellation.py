@@ -35,3 +35,15 @@ async def test_results_and_failures_come_through():
     assert await undisturbed(value()) == 5
     with pytest.raises(KeyError):
         await undisturbed(fail())
+
+
+async def test_a_failure_is_not_hidden_by_being_cancelled():
+    async def fail():
+        await asyncio.sleep(0.05)
+        raise KeyError("what was not undone")
+
+    task = asyncio.create_task(undisturbed(fail()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(KeyError):
+        await task

@@ -24,5 +24,5 @@ def test_supported(version):
 def test_defects_are_gated(version, affected):
     """What was not run (7.2 to 10.0) counts as affected."""
     capabilities = Capabilities(version)
-    assert capabilities.nbd_disconnect_aborts_iothread is affected
+    assert capabilities.nbd_clients_endanger_iothreads is affected
     assert capabilities.nbd_server_stop_hangs_in_handshake is affected

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import signal
 import sys
@@ -70,6 +71,8 @@ def _group() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
     logging.basicConfig(format="qmpblock: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    # A command that was cancelled leaves a late reply, which qemu.qmp reports as an error.
+    logging.getLogger("qemu").propagate = False
     try:
         _group.main(list(arguments), prog_name="qmpblock", standalone_mode=False)
     except Error as error:
@@ -84,9 +87,11 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; nothing of ours is left in the VM")
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python would complain once more when it
-        # flushes stdout at exit.
+    except OSError as error:
+        # Whoever read our output has seen enough, or there is no room for it. Python would
+        # complain once more when it flushes stdout at exit.
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"cannot write the output: {error.strerror or error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
@@ -149,6 +154,12 @@ class Size(click.ParamType[int]):
         return size
 
 
+def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number of seconds", ctx, param)
+    return value
+
+
 _SUFFIXES = {"B": 1, **{letter: 1 << 10 * n for n, letter in enumerate("KMGTPE", 1)}}
 
 _SHARED = (
@@ -156,6 +167,7 @@ _SHARED = (
     click.option(
         "--stall",
         type=click.FloatRange(min=0, min_open=True),
+        callback=_finite,
         default=60.0,
         show_default=True,
         metavar="SECONDS",
@@ -200,15 +212,25 @@ def command(work: Callable[..., Coroutine[Any, Any, None]]) -> click.Command:
 
 
 async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
-    """Have SIGTERM and SIGHUP cancel and undo, as asyncio.run has SIGINT."""
+    """Have signals cancel and undo, once: a second one must not break the undoing off."""
     import asyncio
 
     task = asyncio.current_task()
     assert task is not None
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+
+    def interrupt() -> None:
+        if not task.cancelling():
+            task.cancel()
+        else:
+            _complain(
+                "still undoing what was begun; QEMU has not answered yet (after kill -9 the "
+                "next qmpblock command that needs an export undoes it)"
+            )
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError):  # not the main thread: an embedder's business
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, interrupt)
     await work
 
 

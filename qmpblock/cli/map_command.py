@@ -114,7 +114,7 @@ async def _look(
     fmt: str | None,
 ) -> _View:
     if disk is None:
-        return await _look_at_image(target, offset, length, layers, reserved, fmt)
+        return await _look_at_image(options, target, offset, length, layers, reserved, fmt)
     async with options.connect(target) as vm:
         found = await vm.disk(disk)
         view = await found.map(offset, length, reserved=reserved)
@@ -140,14 +140,20 @@ async def _look(
 
 
 async def _look_at_image(
-    path: str, offset: int, length: int | None, layers: bool, reserved: bool, fmt: str | None
+    options: Options,
+    path: str,
+    offset: int,
+    length: int | None,
+    layers: bool,
+    reserved: bool,
+    fmt: str | None,
 ) -> _View:
     from qmpblock.disk import check_range
     from qmpblock.hostfiles import reserved_ranges
     from qmpblock.qemuimg import QemuImg, blockdev, format_of
     from qmpblock.ranges import Ranges
 
-    tool = QemuImg()
+    tool = QemuImg(stall=options.stall)
     chain = await tool.chain(path, fmt or format_of(path))
     offset, length = check_range(chain[0].size, offset, length)
     view = await tool.map(

@@ -11,6 +11,7 @@ import pytest
 import qmpblock
 from qmpblock.errors import (
     BusyError,
+    DisconnectedError,
     Error,
     NBDConnectError,
     NotFoundError,
@@ -18,7 +19,7 @@ from qmpblock.errors import (
 )
 from qmpblock.export import LOCK, Request, exports
 from qmpblock.testing.invariant import snapshot
-from qmpblock.testing.stamps import StressSpec
+from qmpblock.testing.stamps import StressSpec, checksum
 
 pytestmark = pytest.mark.live
 
@@ -55,7 +56,7 @@ async def objects(vm):
 @IOTHREAD
 async def test_a_killed_controller_does_not_kill_the_vm(scenario, start_qemu, invariant):
     """K1: without custody, QEMU before 10.0 aborts when the client of an iothread disk dies."""
-    vm = await start_qemu(scenario)
+    vm = await start_qemu(scenario, guest=True)
     async with qmpblock.connect(vm.second_monitor_path) as controller:
         expected = await (await controller.disks())[0].map()
     for _ in range(3):
@@ -216,6 +217,49 @@ async def test_the_guest_goes_away_in_the_middle(event, scenario, start_qemu, in
         invariant.forget(vm)
 
 
+@IOTHREAD
+async def test_a_paused_vm_that_goes_on_in_the_middle(scenario, start_qemu, invariant):
+    """A paused VM's disk is not in its iothread; going on moves it there."""
+    vm = await start_qemu(scenario, guest=True)
+    await vm.guest.fill(0, 0, 65536, 0x77)
+    await vm.guest.flush(0)
+    expected = checksum(b"\x77" * 65536)
+    await invariant.begin(vm)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        device = (await controller.disks())[0].device
+        for _ in range(5):
+            await vm.execute("stop")
+            request = Request(device.chain.active.node.name)
+            async with exports(controller.monitor, device, [request]) as [client]:
+                await client.block_status(0, 512)
+                await vm.execute("cont")
+                await client.block_status(0, 512)
+            assert await vm.guest.read(0, 0, 65536) == expected
+            async with exports(controller.monitor, device, [request]) as [client]:
+                await vm.execute("stop")
+                await client.block_status(0, 512)
+                await vm.execute("cont")
+            await vm.guest.reset()
+            assert await vm.guest.read(0, 0, 65536) == expected
+
+
+@pytest.mark.scenarios("iothread-virtio-blk.yaml")
+async def test_a_guest_that_does_not_drive_its_disk(scenario, start_qemu, invariant):
+    """If it began to in the middle, QEMU before 10.0 might abort: refused, or paused."""
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = (await controller.disks())[0]
+        if vm.version < (10, 0, 0):
+            with pytest.raises(UnsupportedError, match="does not drive it") as caught:
+                await disk.map()
+            assert caught.value.exit_code == 2
+            assert "paused" in caught.value.remedy
+            await vm.execute("stop")
+        await disk.map()
+        if vm.version < (10, 0, 0):
+            await vm.execute("cont")
+
+
 @pytest.mark.scenarios("device-virtio-scsi.yaml")
 async def test_the_disk_is_unplugged_in_the_middle(scenario, start_qemu, invariant):
     vm = await start_qemu(scenario)
@@ -267,8 +311,9 @@ async def test_the_monitor_is_cut_in_the_middle(scenario, start_qemu, invariant)
     async with qmpblock.connect(vm.monitor_path) as controller:
         device = (await controller.disks())[0].device
         request = Request(device.chain.active.node.name)
-        async with exports(controller.monitor, device, [request]):
-            await controller.monitor.close()
+        with pytest.raises(DisconnectedError, match="before all that was added"):
+            async with exports(controller.monitor, device, [request]):
+                await controller.monitor.close()
     assert len(await vm.execute("query-block-exports")) == 1
     async with qmpblock.connect(vm.monitor_path) as controller:
         await (await controller.disks())[0].map()
@@ -378,7 +423,8 @@ def free_port():
 @IOTHREAD
 async def test_a_tcp_monitor_and_an_iothread(scenario, start_qemu, invariant, free_port):
     """Refused where the QEMU is affected; elsewhere mapped."""
-    vm = await start_qemu(scenario, extra=["-qmp", f"tcp:127.0.0.1:{free_port},server=on,wait=off"])
+    extra = ["-qmp", f"tcp:127.0.0.1:{free_port},server=on,wait=off"]
+    vm = await start_qemu(scenario, guest=True, extra=extra)
     async with qmpblock.connect(f"127.0.0.1:{free_port}") as controller:
         disk = (await controller.disks())[0]
         if vm.version < (10, 0, 0):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
+from rounds import with_guest
 
 import qmpblock
 from qmpblock.cli.disks_command import document
@@ -61,7 +62,7 @@ async def test_every_scenario_maps_as_qemu_img_and_nbdinfo_do(
     built = await build(scenario, vm_dir / "images")
     closed = await built.replayed(vm_dir / "closed")
     expected = {d.spec.name: canonical(await d.active.map(built.tools)) for d in closed.disks}
-    vm = await start_qemu(built)
+    vm = await start_qemu(built, **with_guest(scenario))
     for disk in vm.disks:
         await vm.guest_writes(disk)
     # What the guest wrote may have taken new protocol-level state (a grown file): from here
@@ -152,7 +153,7 @@ async def test_ranges_clip_at_any_byte(scenario, start_qemu, invariant):
 
 async def test_every_scenarios_disks_and_layers(scenario, start_qemu, invariant):
     """Listed as they were made; layers the same through exports, through qemu-img, stacked."""
-    vm = await start_qemu(scenario)
+    vm = await start_qemu(scenario, **with_guest(scenario))
     for disk in vm.disks:
         await vm.guest_writes(disk)
     await invariant.begin(vm)
@@ -293,6 +294,7 @@ async def test_a_chain_of_150_layers(start_qemu, vm_dir, invariant):
         assert len(disk.chain.layers) == 150
         found = await disk.map()
         held = await disk.layers()
+        assert {one.source for one in await disk.layers(local=False)} == {"nbd"}
     written = {149 - number for number in range(15, 149, 15)} | {149}
     assert {int(d) for d in np.unique(found.depth[(found.flags & DATA) > 0])} == written
     assert {one.layer.depth for one in held if one.map.where(data=True)} == written

@@ -19,7 +19,7 @@ async def test_maps_under_stress_with_kills(scenario, start_qemu, qemu_binary, i
 
 @pytest.mark.scenarios("stress-iothread.yaml")
 async def test_a_controller_killed_at_any_command(scenario, start_qemu, vm_dir):
-    vm = await start_qemu(scenario)
+    vm = await start_qemu(scenario, guest=True)
     tried, points = await kill_matrix(vm, sample(0.15))
     assert 0 < tried < points
     assert not [p for p in (vm_dir / "t").iterdir() if p.name.startswith("qmpblock")]
@@ -39,7 +39,7 @@ async def test_a_controller_killed_at_any_command_beside_a_foreign_server(
 @pytest.mark.scenarios("stress-iothread.yaml")
 async def test_a_half_open_connection_needs_its_own_monitor(scenario, start_qemu, invariant):
     """Where stopping the server would hang QEMU, another monitor is sent to the right one."""
-    vm = await start_qemu(scenario)
+    vm = await start_qemu(scenario, guest=True)
     number = 1
     while True:  # up to the command after which the export is there, and no handshake yet
         assert await dying(vm, "map", number=number, moment="after") is None

@@ -27,7 +27,7 @@ async def test_maps_under_stress_with_an_iothread_and_kills(
 
 @pytest.mark.scenarios("stress-iothread.yaml")
 async def test_a_controller_killed_at_every_command(scenario, start_qemu):
-    vm = await start_qemu(scenario)
+    vm = await start_qemu(scenario, guest=True)
     await kill_matrix(vm, slice_of_soak())
 
 
