@@ -1,12 +1,13 @@
 """`make bench`: every figure is a ratio of things measured in turn, in this one run.
 
-python -m bench [--extents N] [--rounds N] [--largest N]
+python -m bench [--extents N ...] [--rounds N] [--largest N]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import sys
 import tempfile
@@ -128,14 +129,18 @@ async def start_up(folder: Path, tools: Tools, rounds: int) -> None:
 async def main() -> None:
     """Run them all."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--extents", type=int, default=400_000)
+    parser.add_argument("--extents", type=int, nargs="*", default=[400_000, 1_000_000])
     parser.add_argument("--largest", type=int, default=2_000_000)
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
+    # As installed: pip compiles a package; a checkout is compiled by its first use, unless
+    # this forbids it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     tools = Tools.of()
     print(f"QEMU: {(await tools.run(tools.img, '--version')).splitlines()[0]}")
     with tempfile.TemporaryDirectory(prefix="qmpblock-bench-") as folder:
-        await map_against_nbdinfo(Path(folder), tools, given.extents, given.rounds)
+        for extents in given.extents:
+            await map_against_nbdinfo(Path(folder), tools, extents, given.rounds)
         await growth(Path(folder), tools, given.largest, given.rounds)
         await start_up(Path(folder), tools, given.rounds)
 

@@ -95,9 +95,13 @@ class Disk:
         :raise Error: see `qmpblock.export.exports`.
         """
         for _ in range(_ATTEMPTS):
-            await self.refresh()
-            chain = self.chain
-            start, count = check_range(self.size, offset, length)
+            chain = self.chain  # as last seen: if it is so no more, that is noticed at the end
+            try:
+                start, count = check_range(chain.active.size, offset, length)
+            except RangeError:
+                await self.refresh()  # it may have grown
+                chain = self.chain
+                start, count = check_range(chain.active.size, offset, length)
             # A foreign snapshot silently redirects an export to the overlay (qemu-facts 1.6),
             # and the map is of neither chain then.
             async with self._unless_changed(chain), self._export([chain.active]) as [client]:
@@ -241,21 +245,25 @@ async def _read_map(
     The range is read in a few parts at once, so that QEMU looks up the next reply while we
     take in the last: on a fragmented disk that halves the time.
     """
-    from qmpblock.extents import AllocationMap, NBDMapBuilder
-
     # Requests start and end on the server's block size; the extra is clipped off again.
     block = client.block_size.minimum
     start = offset - offset % block
     stop = min(-(-(offset + length) // block) * block, client.size)
 
     async def read(first: int, last: int) -> AllocationMap:
+        # Asked before NumPy is imported, so that QEMU looks it up meanwhile.
+        length = min(last - first, client.max_status_length)
+        status = await client.block_status(first, length)
+        from qmpblock.extents import NBDMapBuilder
+
         builder = NBDMapBuilder(sizes, first, last - first, levels=levels)
-        while builder.remaining:
+        while True:
+            builder.feed(*(status[context] for context in _CONTEXTS))
+            if not builder.remaining:
+                return builder.finish()
             status = await client.block_status(
                 builder.next_offset, min(builder.remaining, client.max_status_length)
             )
-            builder.feed(*(status[context] for context in _CONTEXTS))
-        return builder.finish()
 
     step = max(_SMALLEST_PART, -(-(stop - start) // _PARTS))
     step += -step % block
@@ -267,5 +275,9 @@ async def _read_map(
             ]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    found = [part.result() for part in parts] or [await read(start, stop)]
+    from qmpblock.extents import AllocationMap
+
+    found = [part.result() for part in parts]
+    if not found:
+        return AllocationMap.uniform(offset, 0, layers=levels[-1] + 1)
     return AllocationMap.concat(found).coalesce().clip(offset, length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 
 __all__ = ["main"]
@@ -9,6 +11,11 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; never returns."""
+    # What a short-lived command would pay for and never use: BLAS threads, and looking for
+    # cycles among millions of numbers.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.set_threshold(100_000)
+
     from qmpblock.cli.app import run
 
     sys.exit(run(sys.argv[1:]))

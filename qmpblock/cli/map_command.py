@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -115,10 +117,13 @@ async def _look(
 ) -> _View:
     if disk is None:
         return await _look_at_image(options, target, offset, length, layers, reserved, fmt)
+    # NumPy takes a tenth of a second to import: let that pass while QEMU answers.
+    loading = asyncio.get_running_loop().run_in_executor(None, import_module, "qmpblock.extents")
     async with options.connect(target) as vm:
         found = await vm.disk(disk)
         view = await found.map(offset, length, reserved=reserved)
         held = await found.layers() if layers else ()
+        await loading
     return _View(
         f"{found.name}  {found.chain.active.file}",
         found.size,

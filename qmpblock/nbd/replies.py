@@ -26,13 +26,12 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from qmpblock.errors import NBDProtocolError, NBDRequestError
 from qmpblock.nbd import wire
 from qmpblock.nbd.wire import ChunkType, Command, CommandFlag, HeaderStyle
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from qmpblock.nbd.session import Session
@@ -247,6 +246,8 @@ class StatusReply(Reply):
 
     def _cut(self, extents: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Check the extents' lengths, and cut the last to the end of the request."""
+        import numpy as np
+
         lengths = extents[:, 0]
         if not lengths.all():
             raise self.violation("an extent has the length 0")
@@ -267,6 +268,8 @@ class StatusReply(Reply):
         A server should not stop between (qemu-nbd 3.1 does, at the end of a file), and the
         next request could not begin there.
         """
+        import numpy as np
+
         covered = begins + int(extents[-1, 0])
         block = self._session.block_sizes.minimum
         aligned = covered // block * block

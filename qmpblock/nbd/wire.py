@@ -13,12 +13,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, NamedTuple
 
 from qmpblock.errors import NBDProtocolError, printable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Bytes = bytes | bytearray | memoryview
 
@@ -494,6 +495,8 @@ def decode_block_status(style: HeaderStyle, payload: Bytes) -> tuple[int, NDArra
 
     The lengths are unchecked; the caller has checked `status_length_legal`.
     """
+    import numpy as np  # here: a tenth of a second that the handshake need not wait for
+
     if style is HeaderStyle.EXTENDED:
         context, count = _STATUS_EXT.unpack_from(payload)
         if len(payload) != 8 + 16 * count:
