@@ -146,7 +146,11 @@ async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall:
             )
         if holder is not None:
             await asyncio.sleep(_POLL)
-    await undisturbed(_sweep(monitor, name))
+    try:
+        await undisturbed(_sweep(monitor, name))
+    except BaseException:
+        await undisturbed(release(monitor, name))
+        raise
 
 
 def abandon(run: str) -> None:

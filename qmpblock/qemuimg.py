@@ -195,7 +195,7 @@ class QemuImg:
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            complaints = asyncio.ensure_future(process.stderr.read(_LINE))
+            complaints = asyncio.ensure_future(process.stderr.read())
             while True:
                 async with asyncio.timeout(self.stall):
                     line = await process.stdout.readline()
