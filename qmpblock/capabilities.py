@@ -58,3 +58,13 @@ class Capabilities:
         Measured: 7.2.22 hangs, with the guest; 10.0.13 and 11.1.2 do not.
         """
         return self.version < (10, 0, 0)
+
+    @property
+    def concluded_streams_kill(self) -> bool:
+        """Whether query-named-block-nodes makes QEMU crash while a stream job is concluded.
+
+        Measured on 7.2.22, 15 of 15, finalized or cancelled: a job that is not dismissed keeps
+        its copy-on-read filter, which has no child any more, and bdrv_refresh_filename follows
+        it. So a stream job must dismiss itself there. 10.0.13 and 11.1.2 do not crash.
+        """
+        return self.version < (10, 0, 0)

@@ -13,9 +13,15 @@ from qmpblock.errors import CommandError, GraphError, NBDError, RangeError, Tool
 from qmpblock.graph import Chain, Device, Layer
 
 if TYPE_CHECKING:
+    import os
+    from contextlib import AbstractAsyncContextManager
+    from typing import Literal
+
+    from qmpblock.chainjobs import ChainJob
     from qmpblock.extents import AllocationMap
     from qmpblock.nbd import Client
     from qmpblock.ranges import Ranges
+    from qmpblock.snapshots import SnapshotResult
     from qmpblock.vm import VM
 
 __all__ = ["Disk", "LayerMap", "check_range"]
@@ -138,6 +144,72 @@ class Disk:
                     self._layer_reserved(found[depth]) for depth in range(len(chain.layers))
                 )
         raise GraphError(f"the chain of {self.name} changed during each of {_ATTEMPTS} maps")
+
+    async def snapshot(
+        self,
+        overlay: str | os.PathLike[str],
+        *,
+        format: str = "qcow2",  # noqa: A002 - the command's word
+        backing_name: Literal["relative", "absolute"] = "relative",
+    ) -> SnapshotResult:
+        """Freeze the active layer; the guest's writes go to `overlay` from then on.
+
+        As `VM.snapshot`, for one disk.
+        """
+        return await self.vm.snapshot({self: overlay}, format=format, backing_name=backing_name)
+
+    def stream(
+        self, *, top: str | None = None, base: str | None = None, speed: int = 0
+    ) -> AbstractAsyncContextManager[ChainJob]:
+        """Copy what lies between `top` and `base` into `top`; the images between are dropped.
+
+        `async with disk.stream() as job:` starts it; leaving waits for its end. The guest
+        runs on, and sees no difference. No link to an image is dropped before what came from
+        it is on stable storage. Raised or cancelled inside, the job is cancelled, and the
+        chain is as it was; what was copied by then stays in `top`.
+
+        :param top: the LAYER that is written to: a node name, file name or `@N`; by default
+            the active one.
+        :param base: the LAYER to stop above, which stays; by default none does.
+        :param speed: bytes a second; 0 is no limit. `job.set_speed` changes it.
+        :raise RequestError: no such layer, wrong order, or not safely possible; nothing was
+            touched.
+        :raise BusyError: a job, or another controller, is at work on the disk.
+        :raise JobError: QEMU's job failed; the chain is as it was.
+        :raise StalledError: it did not move for the stall limit; undone.
+        """
+        from qmpblock.chainjobs import stream
+
+        return stream(self, top=top, base=base, speed=speed)
+
+    def commit(
+        self,
+        *,
+        top: str | None = None,
+        base: str | None = None,
+        speed: int = 0,
+        throttle_guest: int = 0,
+    ) -> AbstractAsyncContextManager[ChainJob]:
+        """Copy what `top` and the layers above `base` hold into `base`; they are dropped.
+
+        As `stream`. Where `top` is the active layer, the guest moves on to `base` at the end
+        (a pivot) once `job.complete()` asked for it, which leaving the `async with` does too;
+        the filters above stay. Its I/O is held for some milliseconds then. The VM is to be
+        started from `base` afterwards: what was the active image is stale.
+
+        `base` is written to: nobody else may depend on it. Given up, it keeps what it got,
+        which changes nothing for this disk.
+
+        :param top: the uppermost LAYER to commit; by default the active one.
+        :param base: by default the lowest layer.
+        :param throttle_guest: bytes a second to which the guest's I/O on this disk is limited
+            for the time of the pivot, if it writes faster than the job copies; 0: never.
+        :raise StalledError: also when an active commit does not converge: the guest writes
+            faster than it copies for the stall limit.
+        """
+        from qmpblock.chainjobs import commit
+
+        return commit(self, top=top, base=base, speed=speed, throttle_guest=throttle_guest)
 
     @asynccontextmanager
     async def _unless_changed(self, chain: Chain) -> AsyncIterator[None]:

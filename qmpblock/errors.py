@@ -15,6 +15,7 @@
     ├── CommandError            exit 1: QEMU refused a command (its words inside)
     ├── BusyError               exit 1: another controller or job holds what is needed
     ├── GraphError              exit 1: the monitor's replies contradict each other
+    ├── JobError                exit 1: a QEMU job failed (QEMU's verdict inside)
     ├── ToolError               exit 1: a program (qemu-img) failed
     ├── StalledError            exit 1: no progress for longer than the stall limit
     └── NBDError                exit 1
@@ -43,6 +44,7 @@ __all__ = [
     "Error",
     "GraphError",
     "GreetingError",
+    "JobError",
     "MonitorError",
     "NBDConnectError",
     "NBDDisconnectedError",
@@ -201,6 +203,33 @@ class BusyError(Error):
 
 class GraphError(Error):
     """The monitor's replies about the block graph contradict each other."""
+
+
+class JobError(Error):
+    """A background job of QEMU failed, or was cancelled by somebody else.
+
+    :param job: its id.
+    :param type: QEMU's job type.
+    :param verdict: QEMU's own words.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        type: str,  # noqa: A002 - QMP's word
+        verdict: str,
+        *,
+        standing: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(
+            f"QEMU's job {printable(job)} ({printable(type)}) failed: {printable(verdict)}",
+            standing=standing,
+            remedy=remedy,
+        )
+        self.job = job
+        self.type = type
+        self.verdict = verdict
 
 
 class ToolError(Error):

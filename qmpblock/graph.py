@@ -26,7 +26,18 @@ from typing import Any, cast
 
 from qmpblock.errors import AmbiguousError, GraphError, NotFoundError, RequestError, printable
 
-__all__ = ["FILTERS", "BlockGraph", "Chain", "Device", "Edge", "Job", "Layer", "Node", "Replies"]
+__all__ = [
+    "FILTERS",
+    "Bitmap",
+    "BlockGraph",
+    "Chain",
+    "Device",
+    "Edge",
+    "Job",
+    "Layer",
+    "Node",
+    "Replies",
+]
 
 #: Drivers that pass data through unchanged, and the child that they pass it from.
 FILTERS: Mapping[str, str] = {
@@ -72,6 +83,24 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Bitmap:
+    """A named dirty bitmap of a node.
+
+    :ivar granularity: bytes that one bit stands for.
+    :ivar recording: whether writes to the node set bits in it.
+    :ivar busy: whether a job or an export uses it.
+    :ivar inconsistent: whether it was not stored when QEMU last ended; it can only be removed.
+    """
+
+    name: str
+    granularity: int
+    recording: bool
+    persistent: bool
+    busy: bool = False
+    inconsistent: bool = False
+
+
+@dataclass(frozen=True)
 class Node:
     """A vertex of the block graph.
 
@@ -80,6 +109,9 @@ class Node:
     :ivar backing_filename: what the image's header records, or None.
     :ivar cluster_size: in bytes, or None where the format has none.
     :ivar encrypted: whether the image's data is encrypted.
+    :ivar bitmaps: its dirty bitmaps that have a name.
+    :ivar detect_zeroes: QEMU's option: `off`, `on` or `unmap`.
+    :ivar cache: QEMU's cache options that are on: of `writeback`, `direct`, `no-flush`.
     """
 
     name: str
@@ -91,6 +123,9 @@ class Node:
     cluster_size: int | None = None
     encrypted: bool = False
     children: tuple[Edge, ...] = ()
+    bitmaps: tuple[Bitmap, ...] = ()
+    detect_zeroes: str = "off"
+    cache: frozenset[str] = frozenset()
 
     @property
     def is_filter(self) -> bool:
@@ -220,6 +255,11 @@ class Job:
     error: str | None = None
     nodes: frozenset[str] = frozenset()
 
+    @property
+    def ours(self) -> bool:
+        """Whether qmpblock started it: its name says so."""
+        return self.id.startswith("qmpblock-")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -298,6 +338,32 @@ class BlockGraph:
             raise GraphError(
                 f"QEMU's description of its block graph makes no sense: {printable(repr(error))}"
             ) from error
+
+    def parents(self, name: str) -> tuple[str, ...]:
+        """Return the nodes that have this one as a child, sorted."""
+        return tuple(
+            sorted(
+                node.name
+                for node in self.nodes.values()
+                if any(edge.node == name for edge in node.children)
+            )
+        )
+
+    def users(self, name: str) -> tuple[str, ...]:
+        """Say what uses a node, in words: nodes, devices, exports and jobs; sorted."""
+        found = [f"node {printable(parent)}" for parent in self.parents(name)]
+        found += [
+            f"device {device.describe()}"
+            for device in self.devices
+            if device.chain is not None and device.chain.root.name == name
+        ]
+        found += [f"export {printable(key)}" for key, node in self.exports.items() if node == name]
+        found += [f"job {printable(job.id)}" for job in self.jobs if name in job.nodes]
+        return tuple(sorted(found))
+
+    def job(self, name: str) -> Job | None:
+        """Return the job of that id, or None."""
+        return next((job for job in self.jobs if job.id == name), None)
 
     def device(self, text: str) -> Device:
         """Find the one device that DISK names (design.md, contracts).
@@ -458,6 +524,22 @@ class _Builder:
             cluster_size=cluster if isinstance(cluster, int) and cluster > 0 else None,
             encrypted=info.get("encrypted") is True or image.get("encrypted") is True,
             children=self.edges.get(name, ()),
+            bitmaps=tuple(
+                Bitmap(
+                    name=bitmap["name"],
+                    granularity=int(bitmap["granularity"]),
+                    recording=bitmap.get("recording") is True,
+                    persistent=bitmap.get("persistent") is True,
+                    busy=bitmap.get("busy") is True,
+                    inconsistent=bitmap.get("inconsistent") is True,
+                )
+                for bitmap in _records(info.get("dirty-bitmaps", []))
+                if isinstance(bitmap.get("name"), str)  # those of jobs have none
+            ),
+            detect_zeroes=str(info.get("detect_zeroes", "off")),
+            cache=frozenset(
+                key for key, on in _mapping(info.get("cache", {})).items() if on is True
+            ),
         )
 
     def _job(self, info: Mapping[str, Any]) -> Job:

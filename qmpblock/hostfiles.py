@@ -19,7 +19,7 @@ from qmpblock.graph import Layer
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
 
-__all__ = ["local_path", "reserved_ranges"]
+__all__ = ["local_path", "open_inodes", "reserved_ranges", "same_files"]
 
 # linux/fiemap.h, linux/fs.h
 _FS_IOC_FIEMAP = 0xC020660B
@@ -57,6 +57,24 @@ def local_path(pid: int | None, layer: Layer) -> str | None:
         if (status.st_dev, status.st_ino) in inodes:
             return path
     return None
+
+
+def open_inodes(pid: int) -> set[tuple[int, int]]:
+    """Return the device and inode of every file that a process has open, as far as we may look."""
+    try:
+        return {inode for _, inode in _open_files(pid)}
+    except OSError:
+        return set()
+
+
+def same_files(pid: int | None) -> bool:
+    """Whether a process sees the same file system as this one: a path means the same to both."""
+    if pid is None:
+        return False
+    try:
+        return Path(f"/proc/{pid}/ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink()
+    except OSError:
+        return False
 
 
 def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -26,14 +26,14 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import BusyError, CommandError, printable
+from qmpblock.hostprocess import boot_id, pid_namespace, start_time
 from qmpblock.monitor import Monitor
 
-__all__ = ["Holder", "abandon", "acquire", "release"]
+__all__ = ["Holder", "abandon", "acquire", "adopt", "read", "release"]
 
 _RUN = re.compile(r"[0-9a-z]{1,32}")
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
@@ -70,9 +70,9 @@ class Holder:
             run=run,
             host=socket.gethostname(),
             pid=pid,
-            start=_start_time(pid) or 0,
-            boot=_boot_id(),
-            pids=_pid_namespace(),
+            start=start_time(pid) or 0,
+            boot=boot_id(),
+            pids=pid_namespace(),
             details=details,
         )
 
@@ -100,11 +100,11 @@ class Holder:
 
     def is_dead(self) -> bool:
         """Whether the controller is certainly gone; False also where that cannot be told."""
-        if self.boot != _boot_id() or self.pids != _pid_namespace():
+        if self.boot != boot_id() or self.pids != pid_namespace():
             return False
         if self.pid == os.getpid() and self.run in _abandoned:
             return True
-        return _start_time(self.pid) != self.start
+        return start_time(self.pid) != self.start
 
     def __str__(self) -> str:
         return f"process {self.pid} on {printable(self.host)} (run {printable(self.run)})"
@@ -113,7 +113,15 @@ class Holder:
 Undo = Callable[[Holder], Awaitable[None]]
 
 
-async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall: float) -> None:
+async def acquire(
+    monitor: Monitor,
+    name: str,
+    me: Holder,
+    undo: Undo,
+    *,
+    stall: float,
+    remedy: str | None = None,
+) -> None:
     """Take the lock, waiting while a live controller holds it.
 
     Cancelling leaves the lock as it was, or free; undoing that has begun is completed.
@@ -121,6 +129,7 @@ async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall:
     :param name: the object's id.
     :param undo: removes everything that a dead holder left; must be idempotent.
     :param stall: seconds to wait for a holder that does not go away.
+    :param remedy: what to do when it does not.
     :raise BusyError: it did not; the message names the holder.
     """
     deadline = asyncio.get_running_loop().time() + stall
@@ -132,7 +141,7 @@ async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall:
         except asyncio.CancelledError:
             await undisturbed(_take_back(monitor, name, adding))
             raise
-        holder = await _read(monitor, name)
+        holder = await read(monitor, name)
         if isinstance(holder, Holder) and holder.is_dead():
             await _take_over(monitor, name, holder, me, undo, stall)
             continue
@@ -140,7 +149,8 @@ async def acquire(monitor: Monitor, name: str, me: Holder, undo: Undo, *, stall:
             raise BusyError(
                 f"another controller holds {name} in this VM: {holder}",
                 standing="nothing was changed",
-                remedy="wait for it; if it is certainly dead, remove its exports "
+                remedy=remedy
+                or "wait for it; if it is certainly dead, remove its exports "
                 "(query-block-exports, block-export-del), then its lock: "
                 f'object-del {{"id": "{name}"}}',
             )
@@ -167,6 +177,29 @@ async def release(monitor: Monitor, name: str) -> None:
             raise
 
 
+async def adopt(monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo) -> bool:
+    """Become the holder of a dead one's lock, what it left untouched; False if it is gone.
+
+    :raise BusyError: another controller is about to do the same, or to undo.
+    """
+    turn = f"{name}-undo-{dead.run}"
+    await acquire(monitor, turn, me, undo, stall=0)
+    return await undisturbed(_adopt_in_turn(monitor, name, turn, dead, me))
+
+
+async def _adopt_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, me: Holder) -> bool:
+    try:
+        now = await read(monitor, name)
+        if not isinstance(now, Holder) or now != dead:
+            return False
+        await monitor.execute(
+            "qom-set", {"path": f"/objects/{name}", "property": "data", "value": me.text()}
+        )
+        return True
+    finally:
+        await release(monitor, turn)
+
+
 async def _take_over(
     monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo, stall: float
 ) -> None:
@@ -177,7 +210,7 @@ async def _take_over(
 
 async def _undo_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, undo: Undo) -> None:
     try:
-        now = await _read(monitor, name)
+        now = await read(monitor, name)
         if isinstance(now, Holder) and now.run == dead.run:
             await undo(dead)
             await release(monitor, name)
@@ -190,7 +223,7 @@ async def _sweep(monitor: Monitor, name: str) -> None:
     for item in await monitor.execute("qom-list", {"path": "/objects"}):
         turn = str(item.get("name", ""))
         if turn.startswith(f"{name}-undo-"):
-            holder = await _read(monitor, turn)
+            holder = await read(monitor, turn)
             if isinstance(holder, Holder) and holder.is_dead():
                 await release(monitor, turn)
 
@@ -210,7 +243,7 @@ async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
     return True
 
 
-async def _read(monitor: Monitor, name: str) -> Holder | str | None:
+async def read(monitor: Monitor, name: str) -> Holder | str | None:
     """Return the holder, a text that is none of ours, or None if the lock is free by now."""
     try:
         text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
@@ -219,25 +252,3 @@ async def _read(monitor: Monitor, name: str) -> Holder | str | None:
             return None
         raise
     return Holder.from_text(str(text)) or f"an object not of ours: {printable(text)}"
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _pid_namespace() -> str:
-    return str(Path("/proc/self/ns/pid").readlink())
-
-
-def _start_time(pid: int) -> int | None:
-    """Return field 22 of /proc/PID/stat, or None if there is no such process.
-
-    A zombie counts as gone: it holds nothing any more.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The second field is the command in parentheses and may hold spaces and parentheses.
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Literal
 
 from qmpblock.address import Address
 from qmpblock.capabilities import Capabilities
 from qmpblock.disk import Disk
-from qmpblock.errors import CommandError, GraphError
+from qmpblock.errors import CommandError, GraphError, UnsupportedError, printable
 from qmpblock.export import NBDAccess
-from qmpblock.graph import BlockGraph, Replies
+from qmpblock.graph import BlockGraph, Job, Replies
 from qmpblock.monitor import Monitor
+
+if TYPE_CHECKING:
+    import os
+
+    from qmpblock.recovery import Recovery
+    from qmpblock.recoveryplan import Step
+    from qmpblock.snapshots import SnapshotResult
 
 __all__ = ["VM", "connect"]
 
 _ATTEMPTS = 5
+_DISMISSAL = 10.0  # seconds for a foreign controller to dismiss a job that has ended
 
 
 @asynccontextmanager
@@ -74,6 +84,8 @@ class VM:
 
     async def _replies(self) -> Replies:
         execute = self.monitor.execute
+        if self.capabilities.concluded_streams_kill:
+            await self._wait_for_dismissals()
         nodes = await execute("query-named-block-nodes", {"flat": True})
         try:
             debug = await execute("x-debug-query-block-graph")
@@ -88,6 +100,32 @@ class VM:
             debug_graph=debug,
         )
 
+    async def _wait_for_dismissals(self) -> None:
+        """Wait until no stream job is concluded: QEMU would crash (capabilities).
+
+        Ours dismiss themselves there; whoever started another is about to dismiss it.
+
+        :raise UnsupportedError: nobody does.
+        """
+        deadline = asyncio.get_running_loop().time() + _DISMISSAL
+        while True:
+            concluded = [
+                job["id"]
+                for job in await self.monitor.execute("query-jobs")
+                if job["type"] == "stream" and job["status"] == "concluded"
+            ]
+            if not concluded:
+                return
+            if asyncio.get_running_loop().time() > deadline:
+                name = printable(concluded[0])
+                raise UnsupportedError(
+                    f"the stream job {name} has ended and nobody dismisses it; QEMU "
+                    f"{self.capabilities} would crash if we asked it for its block nodes",
+                    standing="nothing was touched",
+                    remedy=f'have it dismissed: job-dismiss {{"id": "{name}"}}',
+                )
+            await asyncio.sleep(0.05)
+
     async def disks(self) -> list[Disk]:
         """Return every guest device that has a disk in it."""
         graph = await self.graph()
@@ -100,3 +138,56 @@ class VM:
         :raise AmbiguousError: more than one goes by that name.
         """
         return Disk(self, (await self.graph()).device(name))
+
+    async def jobs(self) -> tuple[Job, ...]:
+        """Return every background job, of whomever; `job.ours` says whose it is."""
+        return (await self.graph()).jobs
+
+    async def snapshot(
+        self,
+        overlays: Mapping[Disk, str | os.PathLike[str]],
+        *,
+        format: str = "qcow2",  # noqa: A002 - the command's word
+        backing_name: Literal["relative", "absolute"] = "relative",
+    ) -> SnapshotResult:
+        """Freeze the active layers of several disks at one point in time.
+
+        Each disk's writes go to its overlay from then on, a new file which is named here and
+        made by QEMU, with the disk's encryption if it has one. Dirty bitmaps that record in
+        the active layer go on, under the same names, in the overlay. All or none; cancelled
+        or failed, nothing is left.
+
+        :param overlays: for each disk the path of its overlay; relative ones count from the
+            current directory.
+        :param format: of the overlays: qcow2 or qed.
+        :param backing_name: how an overlay records the image below: relative to its own
+            directory, or absolute.
+        :raise RequestError: a file is there already, or it is not possible; nothing was touched.
+        :raise BusyError: a job, or another controller, is at work on one of the disks.
+        """
+        from qmpblock.snapshots import snapshot
+
+        return await snapshot(self, overlays, format=format, backing_name=backing_name)
+
+    async def recover(
+        self,
+        *,
+        carry_on: bool = False,
+        dry_run: bool = False,
+        tell: Callable[[str, Step], None] | None = None,
+    ) -> list[Recovery]:
+        """Undo, or carry on, what controllers that died left in this VM. Idempotent.
+
+        A pivot that waits to be finalized is finished before anything else: it holds the
+        guest's I/O. What living controllers do is never touched.
+
+        :param carry_on: follow jobs to their end instead of cancelling them.
+        :param dry_run: only say what is to be done.
+        :param tell: is called before each step, with what it belongs to.
+        :raise BusyError: a controller lives, or it cannot be told whether it does.
+        """
+        from qmpblock.recovery import recover
+        from qmpblock.recoveryplan import Choice
+
+        choice = Choice.CONTINUE if carry_on else Choice.UNDO
+        return await recover(self, choice, dry_run=dry_run, tell=tell)

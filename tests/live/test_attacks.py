@@ -164,7 +164,7 @@ async def test_a_forged_lock_deletes_nothing(scenario, start_qemu, invariant, vm
 @CHAIN
 async def test_turns_of_the_dead_are_swept(scenario, start_qemu, invariant):
     vm = await start_qemu(scenario)
-    dead = Holder("gone", "h", 1 << 22, 1, lock._boot_id(), lock._pid_namespace())
+    dead = Holder("gone", "h", 1 << 22, 1, boot_id(), pid_namespace())
     alive = Holder.me("alive")
     for holder, of in ((dead, "first"), (alive, "second")):
         await vm.execute(

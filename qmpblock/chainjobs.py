@@ -1,0 +1,463 @@
+"""Stream and commit: the jobs that move data between the layers of a running disk.
+
+Both are one `Change` around one QEMU job that waits for us before its end::
+
+    created -> running -> pending -> concluded           stream, commit of middle layers
+                             flush, finalize
+
+    created -> running -> ready -> pending -> concluded  commit of the active layer
+                          complete   mark, finalize
+
+- A stream must not drop the link to a backing image before what it copied is on stable
+  storage (K6). While it is pending the guest's I/O flows, so there is time to flush.
+- An active commit holds the guest's I/O while it is pending (K5), and then, and only then,
+  both images hold everything. One fsync says in the journal that from here on the base is
+  the one to trust; then the job pivots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmpblock import hostfiles
+from qmpblock.cancellation import undisturbed
+from qmpblock.chainplan import CommitPlan, Hidden, StreamPlan, plan_commit, plan_stream
+from qmpblock.change import (
+    Change,
+    before_finalize,
+    device_of,
+    identify,
+    io_limits,
+    lock_names,
+    pivot,
+    settle,
+    slow_down,
+)
+from qmpblock.errors import (
+    CommandError,
+    DisconnectedError,
+    Error,
+    GraphError,
+    JobError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph import Chain, Device, Layer
+from qmpblock.job import Job, Progress
+from qmpblock.journal import PIVOTED, Record
+from qmpblock.recoveryplan import Choice
+
+if TYPE_CHECKING:
+    from qmpblock.disk import Disk
+    from qmpblock.vm import VM
+
+__all__ = ["Outcome", "carry_on", "commit", "stream"]
+
+_ATTEMPTS = 4  # at making hidden zeros explicit while the guest discards
+_PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stream or commit did.
+
+    :ivar operation: `stream` or `commit`.
+    :ivar disk: what people call it.
+    :ivar changed: False where there was nothing to do.
+    :ivar active: the file of the active layer afterwards.
+    :ivar left: files of the images that left the chain, and are closed now.
+    :ivar made_explicit: bytes that read as zeros only because of a short layer, and are
+        explicit zeros in the active layer now.
+    :ivar pivoted: whether the active layer is another one.
+    :ivar warnings: what is worth acting on.
+    """
+
+    operation: str
+    disk: str
+    changed: bool
+    active: str
+    left: tuple[str, ...] = ()
+    made_explicit: int = 0
+    pivoted: bool = False
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+class ChainJob(Job):
+    """The job of a stream or commit.
+
+    :ivar warnings: known before it started: dirty bitmaps that end with their layer.
+    :ivar outcome: what it did; None before the `async with` that yielded it has ended.
+    """
+
+    def __init__(self, vm: VM, id: str, type: str) -> None:  # noqa: A002 - QMP's words
+        super().__init__(vm.monitor, id, type)
+        self.warnings: tuple[str, ...] = ()
+        self.outcome: Outcome | None = None
+
+
+@asynccontextmanager
+async def stream(
+    disk: Disk, *, top: str | None = None, base: str | None = None, speed: int = 0
+) -> AsyncIterator[ChainJob]:
+    """Copy what the layers between `top` and `base` hold into `top`, and drop them.
+
+    See `Disk.stream`.
+    """
+    plan = await _plan(disk, lambda graph, device: plan_stream(graph, device, top, base))
+    assert isinstance(plan, StreamPlan)
+    run = Change.new_run()
+    record = replace(
+        await _record(disk, plan.device, "stream", run),
+        job=f"qmpblock-{run}-stream",
+        flush=plan.top.node.name,
+        keeper=plan.top.node.name,
+        top=plan.top.node.name,
+        top_file=plan.top.file,
+        base=plan.base.node.name if plan.base else "",
+        base_file=plan.base.file if plan.base else "",
+        leaving=_nodes_of(plan.leaving),
+        merges=tuple((merge.target, merge.source, merge.name) for merge in plan.merges),
+    )
+    arguments: dict[str, Any] = {"device": plan.top.node.name, "speed": speed}
+    if plan.base is not None:
+        arguments |= {"base-node": plan.base.node.name, "backing-file": plan.backing_name}
+    async with _running(disk, plan, record, "block-stream", arguments) as job:
+        yield job
+
+
+@asynccontextmanager
+async def commit(
+    disk: Disk,
+    *,
+    top: str | None = None,
+    base: str | None = None,
+    speed: int = 0,
+    throttle_guest: int = 0,
+) -> AsyncIterator[ChainJob]:
+    """Copy what `top` and the layers above `base` hold into `base`, and drop them.
+
+    See `Disk.commit`.
+    """
+    plan = await _plan(disk, lambda graph, device: plan_commit(graph, device, top, base))
+    assert isinstance(plan, CommitPlan)
+    run = Change.new_run()
+    assert plan.device.chain is not None  # VM.disk refuses empty drives
+    record = replace(
+        await _record(disk, plan.device, "commit", run),
+        job=f"qmpblock-{run}-{'pivot' if plan.pivots else 'commit'}",
+        pivot=plan.pivots,
+        flush="" if plan.pivots else plan.base.node.name,
+        keeper=plan.above.node.name if plan.above else "",
+        top=plan.top.node.name,
+        top_file=plan.top.file,
+        base=plan.base.node.name,
+        base_file=plan.base.file,
+        leaving=_nodes_of(plan.leaving),
+        bitmaps=tuple((bitmap.node, bitmap.name) for bitmap in plan.bitmaps),
+    )
+    if throttle_guest and plan.pivots and plan.leaving:
+        limits, group = await io_limits(disk.vm, plan.device)
+        record = replace(record, throttle=tuple(limits.items()), throttle_group=group)
+    arguments: dict[str, Any] = {
+        "device": plan.device.chain.root.name,
+        "top-node": plan.top.node.name,
+        "base-node": plan.base.node.name,
+        "speed": speed,
+    }
+    if plan.backing_name is not None:
+        arguments["backing-file"] = plan.backing_name
+    async with _running(
+        disk, plan, record, "block-commit", arguments, throttle_guest=throttle_guest
+    ) as job:
+        yield job
+
+
+async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
+    graph = await disk.vm.graph()
+    disk.device = graph.device(disk.device.qom_path)
+    plan: StreamPlan | CommitPlan = make(graph, disk.device)
+    return plan
+
+
+async def _record(disk: Disk, device: Device, operation: str, run: str) -> Record:
+    assert device.chain is not None  # VM.disk refuses empty drives
+    return Record(
+        run=run,
+        operation=operation,
+        vm=await identify(disk.vm),
+        devices=(device.qom_path,),
+        names=(device.name,),
+        locks=lock_names([device]),
+        images=host_files(disk.vm, device.chain),
+    )
+
+
+def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
+    """Return the image files of a chain, by their paths on this host where they have one."""
+    pid = vm.monitor.peer_pid
+    return tuple(hostfiles.local_path(pid, layer) or layer.file for layer in chain.layers)
+
+
+def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
+    """Return name and file name of every node of these layers, the format nodes first."""
+    found = [
+        (node.name, node.filename)
+        for layer in layers
+        for node in (layer.node, layer.storage, layer.data_file)
+        if node is not None
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+@asynccontextmanager
+async def _running(
+    disk: Disk,
+    plan: StreamPlan | CommitPlan,
+    record: Record,
+    command: str,
+    arguments: dict[str, Any],
+    *,
+    throttle_guest: int = 0,
+) -> AsyncIterator[ChainJob]:
+    started = time.monotonic()
+    vm = disk.vm
+    job = ChainJob(vm, record.job, record.operation)
+    job.warnings = plan.warnings
+    nothing = Outcome(record.operation, disk.name, False, disk.chain.active.file)
+    if not plan.leaving:
+        job.end()
+        job.outcome = nothing
+        yield job
+        return
+    if arguments["speed"] < 0:
+        raise RequestError(f"a speed of {arguments['speed']} bytes a second is none")
+    beside = None
+    if record.pivot:
+        # By its path here, if it is here: then that is where its journal lies, too.
+        record = replace(record, top_file=record.images[plan.top.depth])
+        record = replace(record, base_file=record.images[plan.base.depth if plan.base else 0])
+        local = Path(record.top_file)
+        beside = local if hostfiles.same_files(vm.monitor.peer_pid) and local.exists() else None
+    change = Change(vm, record, beside=beside)
+    explicit = 0
+    await change.begin()
+    try:
+        await _unchanged(disk, plan)
+        if plan.hidden:
+            explicit = await _make_explicit(disk, plan.hidden)
+        if isinstance(plan, CommitPlan):
+            for bitmap in plan.bitmaps:
+                await vm.monitor.execute(
+                    "block-dirty-bitmap-add",
+                    {
+                        "node": bitmap.node,
+                        "name": bitmap.name,
+                        "granularity": bitmap.granularity,
+                        "persistent": bitmap.persistent,
+                    },
+                )
+        try:
+            await job.start(command, {**arguments, "on-error": "enospc"})
+        except CommandError as error:
+            raise _refusal(error) from None
+        driver = asyncio.ensure_future(_drive(vm, change, job, plan.device, throttle_guest))
+        driver.add_done_callback(lambda _: job.end())
+        try:
+            yield job
+            job.complete()
+            await driver
+        finally:
+            driver.cancel()
+            await undisturbed(asyncio.wait({driver}))
+        await undisturbed(_finish(change, disk, plan))
+    except DisconnectedError as error:
+        await undisturbed(change.after_disconnect(error))
+        raise
+    except BaseException as error:
+        await undisturbed(_give_up(change, error))
+        raise
+    finally:
+        job.end()
+    job.outcome = replace(
+        nothing,
+        changed=True,
+        active=disk.chain.active.file if disk.device.chain else record.base_file,
+        left=tuple(layer.file for layer in plan.leaving),
+        made_explicit=explicit,
+        pivoted=record.pivot,
+        seconds=time.monotonic() - started,
+        warnings=plan.warnings,
+    )
+
+
+async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan) -> None:
+    """Look again, now that no controller of ours can change the disk."""
+    graph = await disk.vm.graph()
+    now = graph.device(disk.device.qom_path)
+    before = plan.device.chain
+    if now.chain is None or before is None or now.chain.shape != before.shape or now.jobs:
+        raise GraphError(
+            f"the chain of {disk.name} has just been changed by somebody else",
+            remedy="look at it, then try again: qmpblock disks ADDRESS",
+        )
+
+
+def _refusal(error: CommandError) -> Error:
+    """Say in our words why QEMU did not start a job."""
+    if "read-only" in error.description:
+        return UnsupportedError(
+            f"QEMU has an image open for reading only: {printable(error.description)}",
+            standing="nothing was changed",
+            remedy="its storage node was given read-only=on; auto-read-only=on lets jobs write",
+        )
+    error.standing = "nothing was changed"
+    return error
+
+
+async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
+    """Make what short layers hide explicit zeros in the active layer; return the bytes.
+
+    By NBD_CMD_CACHE of exactly those ranges (facts 7b), and a look at what came of it.
+    """
+    from qmpblock.export import Request, exports
+    from qmpblock.ranges import Ranges
+
+    total = 0
+    for _ in range(_ATTEMPTS):
+        seen = await disk.map()
+        wanted = Ranges()
+        for one in hidden:
+            # Past its end a short layer shows as not held, one layer up (design.md, map).
+            zeros = seen.where(depth=one.depth - 1, present=False)
+            wanted = wanted | (zeros & Ranges([(one.start, one.stop)]))
+        if not wanted:
+            return total
+        active = disk.chain.active
+        request = Request(active.node.name, hold_writer=active.data_file is not None)
+        async with exports(
+            disk.vm.monitor, disk.device, [request], access=disk.vm.nbd, stall=disk.vm.stall
+        ) as [client]:
+            for start, stop in wanted.align_out(client.block_size.minimum):
+                await client.cache(start, min(stop, client.size) - start)
+        total += wanted.total
+    raise UnsupportedError(
+        f"what {printable(disk.chain.layers[hidden[0].depth].file)} hides by being short could "
+        "not be made explicit in the active layer: "
+        f"{active.format} does not take it, or the guest discards it again and again",
+        standing="the chain is as it was",
+    )
+
+
+async def _drive(
+    vm: VM, change: Change, job: ChainJob, device: Device, throttle_guest: int
+) -> None:
+    """Follow the job to its end, doing what is ours to do on the way.
+
+    :raise JobError: QEMU's verdict is a failure.
+    """
+    record = change.record
+    asked, finalized, slowed = False, False, False
+    asked_at = 0.0
+    last: Progress | None = None
+    async for seen in job.follow(converging=vm.stall):
+        last = seen
+        if seen.status == "pending" and not finalized:
+            finalized = True
+            try:
+                await _finalize(vm, change, job, device)
+            except BaseException:
+                # A pivot that is pending holds the guest's I/O: not a moment longer.
+                await undisturbed(job.cancel())
+                raise
+        elif seen.ready and job.completion_asked and not asked:
+            asked, asked_at = True, time.monotonic()
+            await job.complete_now()
+        elif throttle_guest and not slowed:
+            waited = asked and time.monotonic() - asked_at > _PATIENCE
+            if seen.lagging or (waited and seen.remaining):
+                slowed = True
+                await slow_down(vm, device, record, throttle_guest)
+    assert last is not None  # follow() yields at least once, or raises
+    if last.error is not None and change.journal is not None and change.journal.pivoted:
+        change.journal.mark(**{PIVOTED: False})  # the guest is still on the overlay
+    _judge(job, last.error)
+
+
+def _judge(job: Job, error: str | None) -> None:
+    if error is not None:
+        raise JobError(job.id, job.type, error)
+
+
+async def _finalize(vm: VM, change: Change, job: Job, device: Device) -> None:
+    if change.record.pivot:
+        await undisturbed(pivot(change.journal, job))
+    else:
+        await before_finalize(vm, change.record, device)
+        await job.finalize()
+
+
+async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> None:
+    """Remove what the job left, see that the chain is what it should be, and end."""
+    record = change.record
+    done = await settle(disk.vm, record, change.journal, Choice.CONTINUE)
+    graph = await disk.vm.graph()
+    gone = not any(device.qom_path == record.devices[0] for device in graph.devices)
+    await change.end()
+    if gone:
+        return  # unplugged; the images are as the journal's end says
+    await disk.refresh()
+    names = {layer.node.name for layer in disk.chain.layers}
+    left = [layer for layer in plan.leaving if layer.node.name in names]
+    if not done or left:
+        raise GraphError(
+            f"QEMU reports success, but the chain of {disk.name} is not what it should be: "
+            f"{', '.join(printable(layer.file) for layer in disk.chain.layers)}",
+            remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
+        )
+
+
+async def _give_up(change: Change, error: BaseException) -> None:
+    done = await change.undo()
+    if isinstance(error, Error) and error.standing is None:
+        error.standing = (
+            "it was done all the same: the guest had moved on already; nothing of ours is left"
+            if done
+            else "the chain is as it was; nothing of ours is left in the VM"
+        )
+
+
+async def carry_on(vm: VM, change: Change) -> Progress | None:
+    """Carry a dead controller's stream or commit on to its end; the change is ended then.
+
+    :return: how the job was last seen; None where its end had come already.
+    :raise JobError: QEMU's verdict is a failure; the change was undone.
+    """
+    record = change.record
+    graph = await vm.graph()
+    job = ChainJob(vm, record.job, record.operation)
+    try:
+        known = graph.job(record.job)
+        if known is not None and known.status != "concluded":
+            job.complete()
+            await _drive(vm, change, job, device_of(record, graph), 0)
+        elif known is not None:
+            _judge(job, known.error)
+        await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+        await change.end()
+    except DisconnectedError as error:
+        await undisturbed(change.after_disconnect(error))
+        raise
+    except BaseException as error:
+        await undisturbed(_give_up(change, error))
+        raise
+    finally:
+        job.end()
+    return job.progress

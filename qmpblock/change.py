@@ -1,0 +1,478 @@
+"""Change: the frame around everything that changes a disk, from its lock to its last trace.
+
+::
+
+    begin                                    end
+    1. lock each disk (objects in QEMU)      1. remove the journal
+    2. write the journal, fsynced            2. release the locks
+
+The lock outlasts the journal on both sides: a journal without a lock belongs to a QEMU that is
+gone. What lies between is undone, or carried on, by one piece of code, whoever does it: this
+controller after an error or a cancellation, the next one after this one was killed, or
+`qmpblock recover` (`settle`, which performs what `qmpblock.recoveryplan` says).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock import hostfiles, lock
+from qmpblock.cancellation import undisturbed
+from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, printable
+from qmpblock.graph import BlockGraph, Device
+from qmpblock.hostprocess import boot_id, is_running, start_time
+from qmpblock.job import Job
+from qmpblock.journal import PIVOTED, Journal, Record, VMIdentity, journals
+from qmpblock.lock import Holder
+from qmpblock.nbdserver import monitor_name, tolerate
+from qmpblock.recoveryplan import Choice, Step, steps, took_effect
+
+if TYPE_CHECKING:
+    from qmpblock.vm import VM
+
+__all__ = [
+    "LOCKS",
+    "Change",
+    "before_finalize",
+    "device_of",
+    "find_journal",
+    "flush",
+    "identify",
+    "io_limits",
+    "lock_name",
+    "lock_names",
+    "pivot",
+    "record_of",
+    "settle",
+    "slow_down",
+    "undo_dead_change",
+]
+
+#: What the ids of our disk locks begin with.
+LOCKS = "qmpblock-disk-"
+
+_log = logging.getLogger(__name__)
+_ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
+_RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
+_ENDING = 2.0  # seconds from QEMU's last word to the end of its process
+_REQUIRED = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
+_LIMITS = (
+    *_REQUIRED,
+    *(f"{key}_max" for key in _REQUIRED),
+    *(f"{key}_max_length" for key in _REQUIRED),
+    "iops_size",
+)
+_OWN_REMEDY = "wait for it, or end it; if it hangs, kill it, then: qmpblock recover ADDRESS"
+
+
+def lock_name(device: Device) -> str:
+    """Return the id of the lock object of a disk."""
+    import hashlib
+
+    if device.id is not None:
+        return f"{LOCKS}{device.id}"
+    return f"{LOCKS}-{hashlib.sha256(device.qom_path.encode()).hexdigest()[:12]}"
+
+
+async def identify(vm: VM) -> VMIdentity:
+    """Say which QEMU process this is."""
+    uuid = str((await vm.monitor.execute("query-uuid"))["UUID"])
+    name = str((await vm.monitor.execute("query-name")).get("name", ""))
+    pid = vm.monitor.peer_pid or 0
+    return VMIdentity(
+        name=name,
+        uuid=uuid if len(uuid) == 36 and uuid.replace("-", "").isalnum() else "unknown",
+        pid=pid,
+        start=start_time(pid) or 0 if pid else 0,
+        boot=boot_id(),
+        monitor=monitor_name(vm.monitor),
+    )
+
+
+def record_of(holder: Holder) -> Record | None:
+    """Return what the holder of a disk's lock was about; None if it does not say."""
+    record = Record.from_json(holder.details.get("record"))
+    return record if record is not None and record.run == holder.run else None
+
+
+def find_journal(record: Record) -> Journal | None:
+    """Find the journal of a change on this host."""
+    for journal in journals((record.top_file,) if record.pivot else ()):
+        if journal.record == record:
+            return journal
+    return None
+
+
+def device_of(record: Record, graph: BlockGraph) -> Device:
+    """Return the disk of a change, or, if it was unplugged, what stands for it."""
+    for device in graph.devices:
+        if device.qom_path == record.devices[0]:
+            return device
+    return Device(
+        id=record.names[0],
+        drive=None,
+        qom_path=record.devices[0],
+        removable=False,
+        read_only=False,
+        chain=None,
+    )
+
+
+class Change:
+    """One change to a VM's disks. `begin`, do it, then `end` or `undo`.
+
+    :param record: what it intends; its run id is in the names of all that it makes.
+    :param beside: the image beside which its journal is kept too.
+    """
+
+    def __init__(self, vm: VM, record: Record, *, beside: Path | None = None) -> None:
+        self.vm = vm
+        self.record = record
+        self.journal: Journal | None = None
+        self._beside = beside
+        self._locked: list[str] = []
+
+    @staticmethod
+    def new_run() -> str:
+        """Return a run id that nobody has."""
+        return secrets.token_hex(4)
+
+    def holder(self) -> Holder:
+        """Return what the locks say."""
+        return Holder.me(self.record.run, record=self.record.as_json())
+
+    async def begin(self) -> None:
+        """Take the locks, write the journal. Cancelling leaves nothing.
+
+        What a dead controller left on one of the disks is undone first.
+
+        :raise BusyError: another controller is at work on one of the disks.
+        :raise Error: the journal cannot be written.
+        """
+        try:
+            for name in sorted(self.record.locks):
+                await lock.acquire(
+                    self.vm.monitor,
+                    name,
+                    self.holder(),
+                    self._undo_dead,
+                    stall=0,
+                    remedy=_OWN_REMEDY,
+                )
+                self._locked.append(name)
+            self.journal = Journal.create(self.record, self._beside)
+        except BusyError as error:
+            await undisturbed(self.end())
+            error.standing = "nothing was touched"
+            raise
+        except DisconnectedError:
+            lock.abandon(self.record.run)
+            raise
+        except BaseException:
+            await undisturbed(self.end())
+            raise
+
+    async def adopt(self, dead: Holder, journal: Journal | None) -> bool:
+        """Take a dead controller's change over as it is; False if somebody else did."""
+        adopted = False
+        for name in sorted(self.record.locks):
+            holder = await lock.read(self.vm.monitor, name)
+            if isinstance(holder, Holder) and holder.run == dead.run:
+                adopted |= await lock.adopt(
+                    self.vm.monitor, name, holder, self.holder(), self._undo_dead
+                )
+        if adopted:
+            self._locked = list(self.record.locks)
+            self.journal = journal or Journal.create(self.record, self._beside)
+        return adopted
+
+    async def end(self) -> None:
+        """Remove the journal, release the locks: the change is done, or undone. Idempotent."""
+        if self.journal is not None:
+            self.journal.remove()
+        for name in reversed(self._locked):
+            await lock.release(self.vm.monitor, name)
+        self._locked.clear()
+
+    async def undo(self) -> bool:
+        """Undo the change as far as it can be, and end it; return whether it is done after all.
+
+        That is so where the guest had already moved on when it was given up.
+        """
+        done = await settle(self.vm, self.record, self.journal, Choice.UNDO)
+        await self.end()
+        return done
+
+    async def _undo_dead(self, dead: Holder) -> None:
+        await undo_dead_change(self.vm, dead)
+
+    # when the connection is gone
+
+    async def after_disconnect(self, error: DisconnectedError) -> None:
+        """See what can still be done when the monitor's connection was lost in the middle.
+
+        If QEMU lives, connect again and undo. If it is gone, do what `qmpblock recover IMAGE`
+        would. Sets the error's words accordingly.
+        """
+        from qmpblock.recovery import recover_journal
+        from qmpblock.vm import connect
+
+        monitor, record = self.vm.monitor, self.record
+        pid, gone = record.vm.pid, False
+        deadline = asyncio.get_running_loop().time() + _ENDING
+        while pid and not gone:
+            gone = not is_running(pid, record.vm.start, record.vm.boot)
+            if gone or asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.05)
+        if gone:
+            error.standing = "QEMU has ended"
+            error.remedy = f"run: qmpblock recover {printable(' '.join(record.images[:1]))}"
+            if self.journal is not None:
+                with contextlib.suppress(Error):
+                    verdict = await recover_journal(self.journal)
+                    error.standing = f"QEMU has ended. {verdict.describe()}"
+                    error.remedy = None
+            return
+        lock.abandon(record.run)
+        error.standing = f"left in the VM: the lock {', '.join(record.locks)} and what it is for"
+        error.remedy = f"run: qmpblock recover {monitor.address}"
+        with contextlib.suppress(Error, OSError):
+            async with connect(
+                monitor.address,
+                nbd=self.vm.nbd.address,
+                tls_creds=self.vm.nbd.tls_creds,
+                insecure=self.vm.nbd.insecure,
+                greeting_timeout=_RECONNECT,
+                stall=monitor.stall,
+            ) as again:
+                change = Change(again, record)
+                change.journal = self.journal
+                change._locked = list(record.locks)
+                done = await change.undo()
+                error.standing = "connected again; " + (
+                    "the change turned out to be done, and what was left of it is removed"
+                    if done
+                    else "the change was undone, and nothing of ours is left in the VM"
+                )
+                error.remedy = None
+
+
+async def undo_dead_change(
+    vm: VM, dead: Holder, tell: Callable[[Step], None] | None = None
+) -> None:
+    """Undo what the dead holder of a disk's lock left, its journal and other locks included.
+
+    Idempotent. A pivot that was pending is finished, not undone.
+    """
+    _log.warning("undoing what a controller that died left in the VM: %s", dead)
+    record = record_of(dead)
+    if record is None:
+        return  # a lock that says nothing: it died before it did anything
+    journal = find_journal(record)
+    await settle(vm, record, journal, Choice.UNDO, tell)
+    if journal is not None:
+        journal.remove()
+    for name in record.locks:
+        holder = await lock.read(vm.monitor, name)
+        if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
+            await lock.release(vm.monitor, name)
+
+
+async def settle(
+    vm: VM,
+    record: Record,
+    journal: Journal | None,
+    choice: Choice,
+    tell: Callable[[Step], None] | None = None,
+) -> bool:
+    """Perform what is left of a change, until nothing is; return whether it took effect.
+
+    Idempotent; can itself be killed anywhere. With `Choice.CONTINUE` a job that still works
+    is left alone: whoever carries it on follows it.
+
+    :param tell: is called before each step.
+    """
+    done: set[Step] = set()
+    for _ in range(_ROUNDS):
+        graph = await vm.graph()
+        made = _made(journal)
+        todo = [step for step in steps(record, graph, choice, made) if step not in done]
+        if not todo or todo[0].verb == "follow":
+            return took_effect(record, graph) is True
+        for step in todo:
+            if tell is not None:
+                tell(step)
+            await _perform(vm, record, journal, graph, step)
+            if step.verb not in ("wait", "cancel"):
+                done.add(step)
+    raise Error(
+        f"what was left of {record.describe()} does not come to an end",
+        remedy="look at it with: qmpblock disks ADDRESS; qmpblock jobs ADDRESS",
+    )
+
+
+async def _perform(
+    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, step: Step
+) -> None:
+    execute = vm.monitor.execute
+    if step.verb in ("cancel", "wait", "pivot", "finalize", "dismiss"):
+        job = Job(vm.monitor, step.what, record.operation)
+        try:
+            await _perform_on_job(vm, record, journal, graph, job, step.verb)
+        finally:
+            job.end()
+    elif step.verb == "restore-limits":
+        await _restore_limits(vm, record, graph)
+    elif step.verb == "delete-bitmap":
+        node, _, name = step.what.partition("/")
+        await tolerate(
+            "not found", execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+        )
+    elif step.verb == "delete-node":
+        await _delete_node(vm, step.what)
+    elif step.verb == "delete-file":
+        _delete_file(vm, journal, step.what)
+
+
+async def _perform_on_job(
+    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, job: Job, verb: str
+) -> None:
+    if verb == "cancel":
+        await job.cancel()
+    elif verb == "pivot":
+        await pivot(journal, job)
+    elif verb == "finalize":
+        await before_finalize(vm, record, device_of(record, graph))
+        await job.finalize()
+    if verb == "dismiss":
+        await job.dismiss()
+    else:
+        await job.wait_concluded()
+
+
+async def pivot(journal: Journal | None, job: Job) -> None:
+    """Finalize a pending active commit, with the base declared the image to trust before.
+
+    While it is pending the guest's I/O is held and both images hold everything (facts 10.3),
+    so that the declaration is true from its first moment. Takes one fsync.
+    """
+    if journal is not None:
+        journal.mark(**{PIVOTED: True})
+    try:
+        await job.finalize()
+    except CommandError:
+        if journal is not None:
+            journal.mark(**{PIVOTED: False})  # somebody cancelled it
+        raise
+
+
+async def before_finalize(vm: VM, record: Record, device: Device) -> None:
+    """Do what must be done while a job that does not pivot waits in `pending`.
+
+    What the job wrote is flushed before the link to where it came from is dropped (K6), and
+    dirty bitmaps of layers that leave are merged.
+    """
+    for target, source, name in record.merges:
+        await vm.monitor.execute(
+            "block-dirty-bitmap-merge",
+            {"node": target, "target": name, "bitmaps": [{"node": source, "name": name}]},
+        )
+    if record.flush:
+        await flush(vm, device, record.flush)
+
+
+async def flush(vm: VM, device: Device, node: str) -> None:
+    """Flush a node: what was written to it before is on stable storage when this returns.
+
+    By NBD_CMD_FLUSH on a read-only export: QMP has no command for it.
+    """
+    from qmpblock.export import Request, exports
+
+    async with exports(vm.monitor, device, [Request(node, ())], access=vm.nbd, stall=vm.stall) as [
+        client
+    ]:
+        await client.flush()
+
+
+async def _delete_node(vm: VM, node: str) -> None:
+    """Delete a node that nothing uses; one that goes with its parents goes by itself."""
+    try:
+        await vm.monitor.execute("blockdev-del", {"node-name": node})
+    except CommandError as error:
+        expected = ("not owned by the monitor", "in use", "is busy", "Failed to find node")
+        if not any(words in error.description for words in expected):
+            raise
+
+
+def _made(journal: Journal | None) -> list[str]:
+    """Return the image files that the change made, are there, and are still those."""
+    if journal is None:
+        return []
+    found = []
+    for file, identity in journal.made().items():
+        with contextlib.suppress(OSError):
+            status = Path(file).lstat()
+            if (status.st_dev, status.st_ino) == identity:
+                found.append(file)
+    return found
+
+
+def _delete_file(vm: VM, journal: Journal | None, file: str) -> None:
+    assert journal is not None  # only it says what we made
+    identity = journal.made()[file]
+    pid = vm.monitor.peer_pid
+    if pid is not None and identity in hostfiles.open_inodes(pid):
+        return  # QEMU has it open: it is in use, under whatever name
+    with contextlib.suppress(FileNotFoundError):
+        Path(file).unlink()
+
+
+# the guest's I/O limits
+
+
+async def io_limits(vm: VM, device: Device) -> tuple[dict[str, int], str]:
+    """Return the I/O limits of a device's backend, and their group; empty where none."""
+    for info in await vm.monitor.execute("query-block"):
+        if info.get("qdev") in (device.qom_path, device.id) and "inserted" in info:
+            inserted = info["inserted"]
+            limits = {key: int(inserted[key]) for key in _LIMITS if key in inserted}
+            return limits, str(inserted.get("group", ""))
+    raise Error(f"{device.name} has no block backend any more: was it unplugged?")
+
+
+async def slow_down(vm: VM, device: Device, record: Record, rate: int) -> None:
+    """Limit the guest's I/O on a disk, where it is not limited further already."""
+    before = dict(record.throttle)
+    total = before.get("bps", 0)
+    limits = {key: before.get(key, 0) for key in _REQUIRED}
+    limits |= {"bps": min(total, rate) if total else rate, "bps_rd": 0, "bps_wr": 0}
+    await _set_io_limits(vm, device, limits, record.throttle_group)
+
+
+async def _set_io_limits(vm: VM, device: Device, limits: Mapping[str, int], group: str) -> None:
+    arguments: dict[str, object] = {"id": device.qom_path, **dict.fromkeys(_REQUIRED, 0), **limits}
+    if group:
+        arguments["group"] = group
+    await vm.monitor.execute("block_set_io_throttle", arguments)
+
+
+async def _restore_limits(vm: VM, record: Record, graph: BlockGraph) -> None:
+    device = device_of(record, graph)
+    if device.chain is None:
+        return  # unplugged, and its limits with it
+    before = dict(record.throttle)
+    now, _ = await io_limits(vm, device)
+    if now != before:
+        await _set_io_limits(vm, device, before, record.throttle_group)
+
+
+def lock_names(devices: Sequence[Device]) -> tuple[str, ...]:
+    """Return the ids of the locks of several disks."""
+    return tuple(sorted(lock_name(device) for device in devices))

@@ -1,0 +1,36 @@
+"""Processes of this host, named so that a pid used again is not taken for the same one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["boot_id", "is_running", "pid_namespace", "start_time"]
+
+
+def boot_id() -> str:
+    """Return the id of this boot of the machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def pid_namespace() -> str:
+    """Return the process namespace in which pids count here."""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def start_time(pid: int) -> int | None:
+    """Return a process's start time in clock ticks since boot (proc(5)), or None if it is gone.
+
+    A zombie counts as gone: it holds nothing any more.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the command in parentheses and may hold spaces and parentheses.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_running(pid: int, start: int, boot: str) -> bool:
+    """Whether exactly that process runs on this host."""
+    return pid > 0 and boot == boot_id() and start_time(pid) == start

@@ -1,0 +1,379 @@
+"""Recovery: after a controller died (`recover`), or QEMU did (`recover_images`).
+
+While QEMU lives, everything that a dead controller left can be read from QEMU itself: the
+lock's data says what it was about, the graph and the jobs how far it got. Once QEMU is gone,
+the journals on this host say what the images' headers cannot: which image holds the newest
+data.
+
+A pivot that is pending comes first, before any lock is taken: it holds the guest's I/O (K5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock import lock
+from qmpblock.cancellation import undisturbed
+from qmpblock.chainjobs import carry_on
+from qmpblock.change import (
+    LOCKS,
+    Change,
+    find_journal,
+    identify,
+    pivot,
+    record_of,
+    settle,
+    undo_dead_change,
+)
+from qmpblock.errors import BusyError, CommandError, NotFoundError, ToolError, printable
+from qmpblock.export import LOCK as NBD_LOCK
+from qmpblock.graph import BlockGraph
+from qmpblock.hostprocess import is_running
+from qmpblock.job import Job
+from qmpblock.journal import Journal, Record, journals
+from qmpblock.lock import Holder
+from qmpblock.nbdserver import undo_dead_run
+from qmpblock.qemuimg import QemuImg, blockdev
+from qmpblock.recoveryplan import Choice, ImageVerdict, Step, image_verdict, steps, took_effect
+
+if TYPE_CHECKING:
+    from qmpblock.vm import VM
+
+__all__ = ["ImageRecovery", "Recovery", "recover", "recover_images", "recover_journal"]
+
+_NAME = re.compile(r"qmpblock-([0-9a-f]{8})-(.+)")
+_TURN = re.compile(r"(.+?)-undo-[0-9a-z]+")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What was done, or is to be done, about one thing that a dead controller left.
+
+    :ivar what: what it was about, for people.
+    :ivar run: the run id of the dead controller.
+    :ivar steps: what was (in a dry run: is to be) done, and why, in order; in a dry run only
+        what can be seen by now.
+    :ivar done: whether the change took effect in the end; None where that does not apply.
+    """
+
+    what: str
+    run: str
+    steps: tuple[Step, ...]
+    done: bool | None
+
+
+async def recover(
+    vm: VM,
+    choice: Choice = Choice.UNDO,
+    *,
+    dry_run: bool = False,
+    tell: Callable[[str, Step], None] | None = None,
+) -> list[Recovery]:
+    """Undo, or carry on, what controllers that died left in a VM. See `VM.recover`."""
+    graph = await vm.graph()  # before the locks: what has no lock by then has no controller
+    holders = await _holders(vm)
+    _refuse_the_living(holders, graph)
+    dead = {holder.run: holder for name, holder in holders.items() if name.startswith(LOCKS)}
+    records = [(holder, record_of(holder)) for holder in dead.values()]
+    if not dry_run:
+        await _finalize_pivots(vm, graph, [record for _, record in records if record])
+    found = []
+    for holder, record in records:
+        if record is None:
+            continue
+        if dry_run:
+            found.append(_foresee(record, graph, choice))
+        else:
+            found.append(await _recover_change(vm, holder, record, choice, tell))
+    found += await _recover_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
+    found += await _recover_locks(vm, holders, dry_run=dry_run)
+    found += await _forget_journals(vm, dry_run=dry_run)
+    return found
+
+
+async def _holders(vm: VM) -> dict[str, Holder]:
+    """Return who holds each lock of ours in the VM, by the lock's name."""
+    found = {}
+    for item in await vm.monitor.execute("qom-list", {"path": "/objects"}):
+        name = str(item.get("name", ""))
+        if name == NBD_LOCK or name.startswith((LOCKS, f"{NBD_LOCK}-undo-")):
+            holder = await lock.read(vm.monitor, name)
+            if isinstance(holder, Holder):
+                found[name] = holder
+    return found
+
+
+def _refuse_the_living(holders: dict[str, Holder], graph: BlockGraph) -> None:
+    alive = {str(holder): name for name, holder in holders.items() if not holder.is_dead()}
+    if not alive:
+        return
+    who, name = next(iter(alive.items()))
+    raise BusyError(
+        f"{who} holds {name}: it is at work, or ran where this process cannot see whether it "
+        "still does",
+        standing="nothing was touched",
+        remedy="wait for it, or end it. If it ran on another host or in another container and is "
+        f'certainly dead, remove its lock: object-del {{"id": "{name}"}}, and run this again',
+    )
+
+
+async def _finalize_pivots(vm: VM, graph: BlockGraph, records: Iterable[Record]) -> None:
+    for record in records:
+        job = graph.job(record.job)
+        if record.pivot and job is not None and job.status == "pending":
+            follower = Job(vm.monitor, job.id, job.type)
+            try:
+                with contextlib.suppress(CommandError):  # another recovery was faster
+                    await undisturbed(pivot(find_journal(record), follower))
+            finally:
+                follower.end()
+
+
+def _foresee(record: Record, graph: BlockGraph, choice: Choice) -> Recovery:
+    journal = find_journal(record)
+    made = list(journal.made()) if journal is not None else []
+    planned = list(steps(record, graph, choice, made))
+    planned += [Step("remove", name, "the lock of a controller that died") for name in record.locks]
+    return Recovery(record.describe(), record.run, tuple(planned), took_effect(record, graph))
+
+
+async def _recover_change(
+    vm: VM,
+    holder: Holder,
+    record: Record,
+    choice: Choice,
+    tell: Callable[[str, Step], None] | None,
+) -> Recovery:
+    told: list[Step] = []
+
+    def note(step: Step) -> None:
+        told.append(step)
+        if tell is not None:
+            tell(record.describe(), step)
+
+    done: bool | None = None
+    if choice is Choice.CONTINUE:
+        beside = Path(record.top_file) if record.pivot else None
+        change = Change(vm, record, beside=beside if beside and beside.exists() else None)
+        if not await change.adopt(holder, find_journal(record)):
+            return Recovery(record.describe(), record.run, (), None)
+        if record.job:
+            note(Step("follow", record.job, "it is carried on to its end"))
+            await carry_on(vm, change)
+        else:
+            await undisturbed(settle(vm, record, change.journal, choice, note))
+            await undisturbed(change.end())
+    else:
+        me = Holder.me(Change.new_run())
+
+        async def undo(dead: Holder) -> None:
+            await undo_dead_change(vm, dead, note)
+
+        for name in record.locks:
+            await lock.acquire(vm.monitor, name, me, undo, stall=0)
+            await lock.release(vm.monitor, name)
+    done = took_effect(record, await vm.graph())
+    return Recovery(record.describe(), record.run, tuple(told), done)
+
+
+async def _recover_orphans(
+    vm: VM,
+    graph: BlockGraph,
+    holders: dict[str, Holder],
+    *,
+    dry_run: bool,
+    tell: Callable[[str, Step], None] | None,
+) -> list[Recovery]:
+    """Remove what bears our name but has no lock (somebody removed it): the names suffice."""
+    runs = {holder.run for holder in holders.values()}
+    found: dict[str, dict[str, list[str]]] = {}
+    for kind, names in (("job", [job.id for job in graph.jobs]), ("node", list(graph.nodes))):
+        for name in names:
+            match = _NAME.fullmatch(name)
+            if match and match[1] not in runs and not (kind == "node" and graph.users(name)):
+                found.setdefault(match[1], {"job": [], "node": []})[kind].append(name)
+    done = []
+    for run, names_of in found.items():
+        jobs = sorted(names_of["job"], key=lambda name: "-create-" in name)
+        record = Record(
+            run=run,
+            operation="change",
+            vm=await identify(vm),
+            devices=("",),
+            names=("a disk",),
+            locks=(),
+            job=jobs[0] if jobs else "",
+            helpers=tuple(jobs[1:]),
+            pivot=bool(jobs) and jobs[0].endswith("-pivot"),
+            nodes=tuple(sorted(names_of["node"], key=len)),
+        )
+        for journal in journals():
+            if journal.record.run == run:
+                record = replace(journal.record, nodes=record.nodes)
+        if dry_run:
+            done.append(_foresee(record, graph, Choice.UNDO))
+            continue
+        told: list[Step] = []
+
+        def note(step: Step, record: Record = record, told: list[Step] = told) -> None:
+            told.append(step)
+            if tell is not None:
+                tell(record.describe(), step)
+
+        journal_ = find_journal(record)
+        await undisturbed(settle(vm, record, journal_, Choice.UNDO, note))
+        done.append(Recovery(record.describe(), run, tuple(told), None))
+    return done
+
+
+async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -> list[Recovery]:
+    """Undo dead exports, and remove what is left of interrupted recoveries."""
+    done = []
+    names: dict[str, Holder] = {}
+    for name, holder in holders.items():
+        turn = _TURN.fullmatch(name)
+        if turn or name == NBD_LOCK or record_of(holder) is None:
+            names.setdefault(turn[1] if turn else name, holder)
+    for name, holder in names.items():
+        step = Step("remove", name, "the lock of a controller that died, and what it guards")
+        done.append(Recovery(f"use of {name}", holder.run, (step,), None))
+        if dry_run:
+            continue
+        me = Holder.me(Change.new_run())
+
+        async def undo(dead: Holder, name: str = name) -> None:
+            if name == NBD_LOCK:
+                await undo_dead_run(vm.monitor, dead, vm.stall)
+            else:
+                await undo_dead_change(vm, dead)
+
+        await lock.acquire(vm.monitor, name, me, undo, stall=vm.stall)
+        await lock.release(vm.monitor, name)
+    return done
+
+
+async def _forget_journals(vm: VM, *, dry_run: bool) -> list[Recovery]:
+    """Remove journals of this VM whose change has no lock any more: it ended."""
+    me = await identify(vm)
+    held = {holder.run for holder in (await _holders(vm)).values()}
+    done = []
+    for journal in journals():
+        same = journal.record.vm
+        if (same.pid, same.start, same.boot, same.uuid) != (me.pid, me.start, me.boot, me.uuid):
+            continue
+        if journal.record.run in held or not me.pid:
+            continue
+        for path in journal.paths:
+            step = Step("remove", str(path), "the change that it describes has ended")
+            done.append(Recovery(journal.record.describe(), journal.record.run, (step,), None))
+        if not dry_run:
+            journal.remove()
+    return done
+
+
+# QEMU is gone
+
+
+@dataclass(frozen=True)
+class ImageRecovery:
+    """What a change that QEMU's end interrupted means for the images.
+
+    :ivar what: what it was about, for people.
+    :ivar removed: files that were (in a dry run: would be) removed.
+    """
+
+    what: str
+    run: str
+    verdict: ImageVerdict
+    removed: tuple[str, ...]
+
+    def describe(self) -> str:
+        """Say what is to be done, for people."""
+        text = f"start the VM from {_list(self.verdict.start)}: {self.verdict.why}."
+        if self.verdict.stale:
+            text += f" Never use or commit {_list(self.verdict.stale)} again: stale."
+        if self.removed:
+            text += f" Removed: {_list(self.removed)}."
+        return text
+
+
+def _list(files: Sequence[str]) -> str:
+    return ", ".join(printable(file) for file in files)
+
+
+async def recover_images(
+    images: Sequence[str | os.PathLike[str]], *, dry_run: bool = False
+) -> list[ImageRecovery]:
+    """Say which image to start from, after QEMU died in the middle of a change of ours.
+
+    Finds the change's journal in the state directory or beside the image. Overlays that
+    nothing was ever written to are removed, then the journal; no image is changed.
+
+    :param images: any image of the chain; the active one is best.
+    :param dry_run: change nothing.
+    :return: one for each change that was interrupted; none where the images are safe.
+    :raise NotFoundError: there is no such image.
+    :raise BusyError: the QEMU that the change was made in still runs.
+    """
+    names = [os.path.realpath(image) for image in images]
+    for image, name in zip(images, names, strict=True):
+        if not Path(name).exists():
+            raise NotFoundError(f"there is no image {printable(os.fspath(image))}")
+    found = []
+    for journal in list(journals(tuple(names))):
+        record = journal.record
+        known = {os.path.realpath(file) for file in (*record.images, *record.files)}
+        if not known & set(names):
+            continue
+        if is_running(record.vm.pid, record.vm.start, record.vm.boot):
+            raise BusyError(
+                f"the VM still runs (process {record.vm.pid}) in which {record.describe()} was "
+                "not finished",
+                standing="nothing was touched",
+                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
+            )
+        found.append(await recover_journal(journal, dry_run=dry_run))
+    return found
+
+
+async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRecovery:
+    """Do what `recover_images` does, for one journal whose QEMU is gone.
+
+    :raise ToolError: an overlay cannot be looked at; nothing was removed.
+    """
+    record = journal.record
+    empty = {}
+    formats = {
+        str(entry["created"]): str(entry.get("format", ""))
+        for entry in journal.entries
+        if "created" in entry
+    }
+    for file, identity in journal.made().items():
+        with contextlib.suppress(FileNotFoundError):
+            status = Path(file).lstat()
+            if (status.st_dev, status.st_ino) == identity:
+                empty[file] = file not in formats or await _holds_nothing(file, formats[file])
+    verdict = image_verdict(record, journal.entries, empty)
+    if not dry_run:
+        for file in verdict.unused:
+            with contextlib.suppress(FileNotFoundError):
+                Path(file).unlink()
+        journal.remove()
+    return ImageRecovery(record.describe(), record.run, verdict, verdict.unused)
+
+
+async def _holds_nothing(file: str, fmt: str) -> bool:
+    """Whether an overlay holds nothing; False where that cannot be told: it is kept then."""
+    try:
+        seen = await QemuImg().map(blockdev(fmt, file), [fmt])
+    except ToolError as error:
+        if "lock" in error.stderr:
+            raise
+        return False  # encrypted, say
+    return not seen.where(present=True)

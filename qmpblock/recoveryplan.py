@@ -1,0 +1,192 @@
+"""What is left to do of a change whose controller gave up or died. Pure.
+
+The plan follows from the change's record, what its journal adds, and the block graph with
+its jobs as they are now; nothing is remembered, so it can be made anew after every step, by
+anybody, however often: `steps` of a VM in which nothing is left are none.
+
+A job is dealt with first, and alone, because its end changes the graph::
+
+    created .. standby   undo: cancel          continue: follow
+    waiting, aborting    wait
+    pending              a pivot: mark, finalize at once (it holds the guest's I/O, K5)
+                         else undo: cancel     continue: flush (K6), finalize
+    concluded            dismiss
+
+Then what is left over is removed: nodes and files that we made and nothing uses, the nodes
+of layers that left the chain, dirty bitmaps whose commit did not happen.
+
+`image_verdict` answers the other question: QEMU is gone, which image holds the data?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from qmpblock.errors import printable
+from qmpblock.graph import BlockGraph, Job
+from qmpblock.jobstate import ACTIVE
+from qmpblock.journal import Record, pivoted
+
+__all__ = ["Choice", "ImageVerdict", "Step", "image_verdict", "steps", "took_effect"]
+
+
+class Choice(Enum):
+    """What is wanted of a change that is not finished."""
+
+    UNDO = "undo"
+    CONTINUE = "continue"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do, and why, in words.
+
+    :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `restore-limits`,
+        `delete-bitmap`, `delete-node` or `delete-file`.
+    :ivar what: the job, node (for a bitmap NODE/NAME) or file.
+    """
+
+    verb: str
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.verb} {printable(self.what)}: {self.why}"
+
+
+def took_effect(record: Record, graph: BlockGraph) -> bool | None:
+    """Whether the change is done, as far as the guest and the chain go; None: cannot tell.
+
+    It cannot be told of a disk that was unplugged around a pivot.
+    """
+    if record.operation == "snapshot":
+        # One transaction: all overlays have users, or none has.
+        overlays = [node for node in record.nodes if not node.endswith("-file")]
+        return any(node in graph.nodes and graph.users(node) for node in overlays)
+    if record.pivot:
+        for device in graph.devices:
+            if device.chain is not None and device.qom_path in record.devices:
+                layers = [layer.node.name for layer in device.chain.layers]
+                return record.top not in layers and record.base in layers
+        return None
+    keeper = graph.nodes.get(record.keeper)
+    if keeper is None:
+        return None
+    below = keeper.child("backing")
+    while below is not None and graph.nodes[below].is_filter:
+        below = graph.nodes[below].child("file", "backing", "image")
+    return (below or "") == record.base
+
+
+def steps(
+    record: Record, graph: BlockGraph, choice: Choice, made: Iterable[str] = ()
+) -> tuple[Step, ...]:
+    """Return what is to be done next; nothing where nothing is left.
+
+    :param made: image files that the journal says the change made itself.
+    """
+    for name in (record.job, *record.helpers):
+        job = graph.job(name)
+        if job is not None:
+            # What only prepares is never carried on.
+            wanted = choice if name == record.job else Choice.UNDO
+            return (_of_job(record, job, wanted),)
+    return tuple(_leftovers(record, graph, made))
+
+
+def _of_job(record: Record, job: Job, choice: Choice) -> Step:
+    if job.status == "concluded":
+        verdict = "with success" if job.error is None else f"with {printable(job.error)!r}"
+        return Step("dismiss", job.id, f"it has ended, {verdict}")
+    if job.status == "pending" and record.pivot:
+        return Step("pivot", job.id, "it holds the guest's I/O until it is finalized")
+    if choice is Choice.UNDO and (job.status in ACTIVE or job.status == "pending"):
+        return Step("cancel", job.id, f"it is {job.status}; nothing final has been done")
+    if job.status in ACTIVE:
+        return Step("follow", job.id, f"it is {job.status}, and is to be carried on")
+    if job.status == "pending":
+        why = "its data is flushed, then the chain changes"
+        return Step("finalize", job.id, why)
+    return Step("wait", job.id, f"it is {printable(job.status)}")
+
+
+def _leftovers(record: Record, graph: BlockGraph, made: Iterable[str]) -> Iterable[Step]:
+    done = took_effect(record, graph)
+    if record.throttle:
+        yield Step("restore-limits", record.devices[0], "the guest was slowed down for the pivot")
+    if done is False:
+        for node, name in record.bitmaps:
+            if node in graph.nodes and any(b.name == name for b in graph.nodes[node].bitmaps):
+                yield Step(
+                    "delete-bitmap", f"{node}/{name}", "it was added for what did not happen"
+                )
+    if done:
+        for node, file in record.leaving:
+            if node in graph.nodes and graph.nodes[node].filename == file and not graph.users(node):
+                yield Step("delete-node", node, "it left the chain, and nothing uses it")
+    for node in record.nodes:
+        if node in graph.nodes and not graph.users(node):
+            yield Step("delete-node", node, "we made it, and nothing uses it")
+    used = {node.filename for node in graph.nodes.values()}
+    ours = set(record.nodes) & set(graph.nodes)
+    for file in made:
+        if file not in used and not ours:
+            yield Step("delete-file", file, "we made it, and it was never used")
+
+
+@dataclass(frozen=True)
+class ImageVerdict:
+    """What a change means for the images, now that QEMU is gone.
+
+    :ivar start: the image to start the VM from.
+    :ivar stale: images that must not be used: newer data is elsewhere.
+    :ivar unused: images that were made and hold nothing: they can be removed.
+    :ivar why: in a sentence.
+    """
+
+    start: tuple[str, ...]
+    stale: tuple[str, ...]
+    unused: tuple[str, ...]
+    why: str
+
+
+def image_verdict(
+    record: Record, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+) -> ImageVerdict:
+    """Say which image to start from (facts 10).
+
+    :param entries: of the journal.
+    :param empty: for each image that the change made and that is there: whether it is
+        certain that it holds nothing.
+    """
+    active = record.images[: len(record.devices)]
+    if record.operation == "snapshot":
+        if any(not nothing for nothing in empty.values()):
+            # An overlay shows what lies below where it holds nothing, so that the whole set
+            # is right, also for a disk to which the guest had not written yet.
+            return ImageVerdict(record.files, (), (), "the guest had begun to write to an overlay")
+        return ImageVerdict(
+            active, (), tuple(empty), "nothing was written to an overlay: the images hold it all"
+        )
+    if record.pivot and pivoted(entries):
+        return ImageVerdict(
+            (record.base_file,),
+            (record.top_file,),
+            (),
+            "the commit was complete and the guest had moved on to the base: it may hold newer "
+            "data, and the overlay is stale",
+        )
+    if record.operation == "commit":
+        why = (
+            "the commit was not complete: the overlay holds the newest data. The base has got "
+            "a part of it and shows no point in time by itself"
+        )
+        return ImageVerdict(active, (), (), why)
+    return ImageVerdict(
+        active,
+        (),
+        (),
+        "a stream changes no content: every link in the chain is as the headers say, and whole",
+    )

@@ -1,0 +1,413 @@
+"""Snapshot: overlays over the active layers of one or several disks, at one point in time.
+
+The overlays are made by QEMU itself (`blockdev-create`), in files that we made for it: so it
+has the right to open them, an encrypted overlay gets its key from the same secret object
+without our ever seeing it, and no program of another version writes their headers.
+
+For each disk, then for all at once::
+
+    file      without a name yet (O_TMPFILE), as its record in the journal is fsynced; then linked
+    header    backing name and format explicit, as asked; fsynced with its directory
+    node      of the overlay, with no backing: the recorded one is never opened a second time
+    bitmaps   that record in the active layer go on in the overlay
+    snapshot  one transaction: bitmaps and overlays of every disk, or nothing
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qmpblock import hostfiles
+from qmpblock.cancellation import undisturbed
+from qmpblock.chainjobs import host_files
+from qmpblock.chainplan import SnapshotPlan, plan_snapshot
+from qmpblock.change import Change, identify, lock_names, settle
+from qmpblock.errors import (
+    CommandError,
+    DisconnectedError,
+    Error,
+    GraphError,
+    JobError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.job import Job
+from qmpblock.journal import Record
+from qmpblock.recoveryplan import Choice
+
+if TYPE_CHECKING:
+    from qmpblock.disk import Disk
+    from qmpblock.vm import VM
+
+__all__ = ["Overlay", "SnapshotResult", "snapshot"]
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One overlay of a snapshot.
+
+    :ivar disk: what people call the disk.
+    :ivar file: the overlay; from now on the active layer.
+    :ivar node: its node in QEMU.
+    :ivar frozen: the image that was the active layer, and holds the point in time.
+    :ivar backing_name: what the overlay records as its backing file.
+    """
+
+    disk: str
+    file: str
+    node: str
+    frozen: str
+    backing_name: str
+
+
+@dataclass(frozen=True)
+class SnapshotResult:
+    """What a snapshot made.
+
+    :ivar warnings: what is worth acting on: dirty bitmaps that do not go on.
+    """
+
+    overlays: tuple[Overlay, ...]
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Item:
+    plan: SnapshotPlan
+    file: str
+    node: str
+    storage: str
+    job: str
+    backing_name: str
+
+
+async def snapshot(
+    vm: VM,
+    overlays: Mapping[Disk, str | os.PathLike[str]],
+    *,
+    format: str = "qcow2",  # noqa: A002 - the command's word
+    backing_name: Literal["relative", "absolute"] = "relative",
+) -> SnapshotResult:
+    """Take a snapshot of several disks at one point. See `VM.snapshot`."""
+    started = time.monotonic()
+    if not overlays:
+        raise RequestError("a snapshot of no disk is none")
+    local = hostfiles.same_files(vm.monitor.peer_pid)
+    run = Change.new_run()
+    items = await _plan(vm, run, overlays, format, backing_name, local=local)
+    devices = [item.plan.device for item in items]
+    chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
+    record = Record(
+        run=run,
+        operation="snapshot",
+        vm=await identify(vm),
+        devices=tuple(device.qom_path for device in devices),
+        names=tuple(device.name for device in devices),
+        locks=lock_names(devices),
+        helpers=tuple(item.job for item in items),
+        nodes=tuple(name for item in items for name in (item.node, item.storage)),
+        files=tuple(item.file for item in items),
+        images=tuple(chain[0] for chain in chains)
+        + tuple(file for chain in chains for file in chain[1:]),
+    )
+    change = Change(vm, record)
+    await change.begin()
+    try:
+        again = await _plan(vm, run, overlays, format, backing_name, local=local)
+        _unchanged(items, again)
+        for item in items:
+            await _make(vm, change, item, format, local=local)
+        await undisturbed(_take(vm, items))
+        await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+        await undisturbed(change.end())
+    except DisconnectedError as error:
+        await undisturbed(change.after_disconnect(error))
+        raise
+    except BaseException as error:
+        done = await undisturbed(change.undo())
+        if isinstance(error, Error) and error.standing is None:
+            error.standing = (
+                "the snapshot was taken all the same"
+                if done
+                else "no snapshot was taken; nothing of ours is left"
+            )
+        raise
+    for disk in overlays:
+        await disk.refresh()
+    return SnapshotResult(
+        tuple(
+            Overlay(
+                item.plan.device.name,
+                item.file,
+                item.node,
+                item.plan.active.file,
+                item.backing_name,
+            )
+            for item in items
+        ),
+        time.monotonic() - started,
+        tuple(warning for item in items for warning in item.plan.warnings),
+    )
+
+
+async def _plan(
+    vm: VM,
+    run: str,
+    overlays: Mapping[Disk, str | os.PathLike[str]],
+    fmt: str,
+    naming: str,
+    *,
+    local: bool,
+) -> list[_Item]:
+    """Say what will be made, or refuse; nothing is touched."""
+    graph = await vm.graph()
+    items: list[_Item] = []
+    for number, (disk, wanted) in enumerate(overlays.items()):
+        device = graph.device(disk.device.qom_path)
+        plan = plan_snapshot(graph, device, fmt)
+        file = _overlay_path(wanted, local=local)
+        if local and not os.path.lexists(Path(file).parent):
+            raise RequestError(f"there is no directory {printable(Path(file).parent)}")
+        if any(item.file == file for item in items):
+            raise RequestError(f"{printable(file)} is named for two disks")
+        if any(item.plan.device.qom_path == device.qom_path for item in items):
+            raise RequestError(f"{device.name} is named twice")
+        node = f"qmpblock-{run}-{number}"
+        items.append(
+            _Item(
+                plan,
+                file,
+                node,
+                f"{node}-file",
+                f"qmpblock-{run}-create-{number}",
+                _backing_name(vm, plan, file, naming),
+            )
+        )
+    if local:
+        for item in items:
+            if os.path.lexists(item.file):
+                raise RequestError(
+                    f"{printable(item.file)} exists already; an overlay is always a new file",
+                    standing="nothing was touched",
+                )
+    return items
+
+
+def _unchanged(before: list[_Item], now: list[_Item]) -> None:
+    names = [[one.plan.active.node.name for one in items] for items in (before, now)]
+    if names[0] != names[1]:
+        raise GraphError("a chain has just been changed by somebody else; try again")
+
+
+def _overlay_path(wanted: str | os.PathLike[str], *, local: bool) -> str:
+    file = os.fspath(wanted)
+    if not file or "\0" in file or "://" in file or file.startswith("json:"):
+        raise RequestError(f"{printable(repr(file))} is not the path of a file")
+    if local:
+        # Without resolving links: the name is the user's.
+        return os.path.normpath(Path.cwd() / file)
+    if not file.startswith("/"):
+        raise RequestError(
+            f"{printable(file)} is not an absolute path, and the VM is not on this host (or in "
+            "another container): from which directory it counts cannot be told"
+        )
+    return posixpath.normpath(file)
+
+
+def _backing_name(vm: VM, plan: SnapshotPlan, overlay: str, naming: str) -> str:
+    active = plan.active
+    file = hostfiles.local_path(vm.monitor.peer_pid, active) or active.file
+    if "://" in file and not file.startswith("json:"):
+        return file
+    if not file.startswith("/"):
+        raise UnsupportedError(
+            f"where {printable(file)} lies cannot be told, so that no overlay could name it",
+            standing="nothing was touched",
+            remedy="start the VM with absolute paths of its images",
+        )
+    if naming == "absolute":
+        return file
+    # Between real directories: a relative name is looked up from where the overlay really is.
+    here = os.path.realpath(posixpath.dirname(overlay))
+    there = os.path.realpath(posixpath.dirname(file))
+    name = posixpath.relpath(posixpath.join(there, posixpath.basename(file)), here)
+    # QEMU takes what stands before a colon for a protocol.
+    return f"./{name}" if ":" in name.partition("/")[0] else name
+
+
+async def _make(vm: VM, change: Change, item: _Item, fmt: str, *, local: bool) -> None:
+    """Make one overlay's file, header and node."""
+    execute = vm.monitor.execute
+    plan = item.plan
+    if local:
+        _make_file(change, item)
+    else:
+        await _have_file_made(vm, item)
+    await execute(
+        "blockdev-add",
+        {
+            "driver": "file",
+            "node-name": item.storage,
+            "filename": item.file,
+            "discard": "unmap",
+            "cache": _cache(plan),
+        },
+    )
+    secret = {"format": "luks", "key-secret": plan.key_secret} if plan.key_secret else None
+    header: dict[str, Any] = {
+        "driver": fmt,
+        "file": item.storage,
+        "size": plan.active.size,
+        "backing-file": item.backing_name,
+        "backing-fmt": plan.active.format,
+    }
+    if secret is not None:
+        header["encrypt"] = secret
+    await _create(vm, item.job, header)
+    if local:
+        _sync(Path(item.file))
+    assert change.journal is not None  # begin() wrote it
+    change.journal.add(created=item.file, format=fmt)
+    node: dict[str, Any] = {
+        "driver": fmt,
+        "node-name": item.node,
+        "file": item.storage,
+        "backing": None,
+        "discard": "unmap",
+        "detect-zeroes": plan.active.node.detect_zeroes,
+        "cache": _cache(plan),
+    }
+    if secret is not None:
+        node["encrypt"] = secret
+    await execute("blockdev-add", node)
+
+
+def _cache(plan: SnapshotPlan) -> dict[str, bool]:
+    cache = plan.active.node.cache
+    return {"direct": "direct" in cache, "no-flush": "no-flush" in cache}
+
+
+async def _create(vm: VM, job_id: str, options: dict[str, Any]) -> None:
+    job = Job(vm.monitor, job_id, "create")
+    try:
+        await vm.monitor.execute("blockdev-create", {"job-id": job_id, "options": options})
+        error = await undisturbed(job.wait_concluded())
+        await job.dismiss()
+    finally:
+        job.end()
+    if error is not None:
+        raise JobError(job_id, "create", error)
+
+
+def _make_file(change: Change, item: _Item) -> None:
+    """Make the overlay's empty file, in such an order that it is never there unrecorded."""
+    assert change.journal is not None  # begin() wrote it
+    path = Path(item.file)
+    file = hostfiles.local_path(change.vm.monitor.peer_pid, item.plan.active)
+    try:
+        fd = _open_nameless(path.parent)
+        try:
+            _give_to_qemu(fd, file)
+            status = os.fstat(fd)
+            change.journal.add(made=item.file, dev=status.st_dev, ino=status.st_ino)
+            # src_dir_fd is not used with an absolute path, but has os.link call linkat(2).
+            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise _cannot_make(path, error) from None
+        _make_named_file(change, item, file)
+
+
+def _open_nameless(directory: Path) -> int:
+    return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+
+def _make_named_file(change: Change, item: _Item, like: str | None) -> None:
+    """Make it where the file system knows no nameless files (NFS)."""
+    assert change.journal is not None  # begin() wrote it
+    path = Path(item.file)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _cannot_make(path, error) from None
+    try:
+        status = os.fstat(fd)
+        change.journal.add(made=item.file, dev=status.st_dev, ino=status.st_ino)
+        _give_to_qemu(fd, like)
+    finally:
+        os.close(fd)
+
+
+def _give_to_qemu(fd: int, like: str | None) -> None:
+    """Give a file the owner and mode of the active image, so that QEMU can open it."""
+    if like is None:
+        return
+    status = Path(like).stat()
+    if os.geteuid() == 0:
+        os.fchown(fd, status.st_uid, status.st_gid)
+    os.fchmod(fd, status.st_mode & 0o777)
+
+
+def _cannot_make(path: Path, error: OSError) -> Error:
+    if error.errno == errno.EEXIST:
+        return RequestError(f"{printable(path)} exists already; an overlay is always a new file")
+    return Error(f"cannot make {printable(path)}: {error.strerror}")
+
+
+async def _have_file_made(vm: VM, item: _Item) -> None:
+    """Have QEMU make the file on its host, if there is none: creating would empty it."""
+    probe = {"driver": "file", "node-name": item.storage, "filename": item.file}
+    try:
+        await vm.monitor.execute("blockdev-add", {**probe, "read-only": True})
+    except CommandError as error:
+        if "No such file" not in error.description:
+            raise
+    else:
+        await vm.monitor.execute("blockdev-del", {"node-name": item.storage})
+        raise RequestError(
+            f"{printable(item.file)} exists already on the VM's host; an overlay is always a new "
+            "file"
+        )
+    await _create(vm, item.job, {"driver": "file", "filename": item.file, "size": 0})
+
+
+def _sync(path: Path) -> None:
+    for target, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
+        fd = os.open(target, flags | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+async def _take(vm: VM, items: list[_Item]) -> None:
+    """Have every disk go on in its overlay, at one point, or none."""
+    actions: list[dict[str, Any]] = []
+    for item in items:
+        actions += [
+            {
+                "type": "block-dirty-bitmap-add",
+                "data": {
+                    "node": item.node,
+                    "name": bitmap.name,
+                    "granularity": bitmap.granularity,
+                    "persistent": bitmap.persistent,
+                },
+            }
+            for bitmap in item.plan.bitmaps
+        ]
+    for item in items:
+        data = {"node": item.plan.active.node.name, "overlay": item.node}
+        actions.append({"type": "blockdev-snapshot", "data": data})
+    await vm.monitor.execute("transaction", {"actions": actions})
