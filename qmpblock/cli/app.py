@@ -27,13 +27,20 @@ from qmpblock.errors import Error
 if TYPE_CHECKING:
     from qmpblock.vm import VM
 
-__all__ = ["Options", "Size", "command", "emit", "run"]
+__all__ = ["WARNED", "Options", "Rate", "Size", "command", "emit", "run"]
 
 _COMMANDS = {
+    "commit": "Copy what upper layers of a running disk hold into a lower one, and drop them.",
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
     "disks": "List a VM's disks: their layers, filters, jobs and exports.",
+    "job": "Steer a background job of ours: pause, resume, speed, cancel, complete, ...",
+    "jobs": "List a VM's background jobs, ours and others'.",
     "map": "Show which layer holds every byte of a running disk, or of a closed image.",
+    "recover": "Undo, or carry on, what a qmpblock that died left in a VM, or to images.",
+    "snapshot": "Freeze the active layers of running disks at one point in time.",
+    "stream": "Copy what lower layers hold into a layer of a running disk, and drop them.",
 }
+WARNED = 4
 INTERRUPTED = 130
 
 
@@ -74,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     # A command that was cancelled leaves a late reply, which qemu.qmp reports as an error.
     logging.getLogger("qemu").propagate = False
     try:
-        _group.main(list(arguments), prog_name="qmpblock", standalone_mode=False)
+        code = _group.main(list(arguments), prog_name="qmpblock", standalone_mode=False)
     except Error as error:
         _complain(str(error))
         return error.exit_code
@@ -94,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
             _complain(f"cannot write the output: {error.strerror or error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _complain(text: str) -> None:
@@ -154,6 +161,12 @@ class Size(click.ParamType[int]):
         return size
 
 
+class Rate(Size):
+    """Bytes a second, written like a `Size`; 0 is no limit."""
+
+    name = "rate"
+
+
 def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a number of seconds", ctx, param)
@@ -185,8 +198,11 @@ _SHARED = (
 )
 
 
-def command(work: Callable[..., Coroutine[Any, Any, None]]) -> click.Command:
-    """Make a click command of a coroutine function `work(options, **parameters)`."""
+def command(work: Callable[..., Coroutine[Any, Any, int | None]]) -> click.Command:
+    """Make a click command of a coroutine function `work(options, **parameters)`.
+
+    What that returns is the exit code; None is 0.
+    """
 
     @functools.wraps(work)
     def call(
@@ -196,12 +212,12 @@ def command(work: Callable[..., Coroutine[Any, Any, None]]) -> click.Command:
         tls_creds: str | None,
         insecure: bool,
         **parameters: Any,
-    ) -> None:
+    ) -> int | None:
         import asyncio
 
         options = Options(json, stall, nbd, tls_creds, insecure)
         try:
-            asyncio.run(_interruptible(work(options, **parameters)))
+            return asyncio.run(_interruptible(work(options, **parameters)))
         except asyncio.CancelledError:  # by SIGTERM or SIGHUP
             raise click.Abort from None
 
@@ -211,7 +227,7 @@ def command(work: Callable[..., Coroutine[Any, Any, None]]) -> click.Command:
     return click.command(name=name)(call)
 
 
-async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
+async def _interruptible(work: Coroutine[Any, Any, int | None]) -> int | None:
     """Have signals cancel and undo, once: a second one must not break the undoing off."""
     import asyncio
 
@@ -224,14 +240,14 @@ async def _interruptible(work: Coroutine[Any, Any, None]) -> None:
             task.cancel()
         else:
             _complain(
-                "still undoing what was begun; QEMU has not answered yet (after kill -9 the "
-                "next qmpblock command that needs an export undoes it)"
+                "still undoing what was begun; QEMU has not answered yet. After kill -9, this "
+                "undoes it: qmpblock recover ADDRESS"
             )
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError):  # not the main thread: an embedder's business
             loop.add_signal_handler(number, interrupt)
-    await work
+    return await work
 
 
 def emit(text: str) -> None:

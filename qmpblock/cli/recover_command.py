@@ -1,0 +1,128 @@
+"""`qmpblock recover`."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.app import command as make_command
+
+if TYPE_CHECKING:
+    from qmpblock.recovery import ImageRecovery, Recovery
+    from qmpblock.recoveryplan import Step
+
+__all__ = ["command"]
+
+
+@make_command
+@click.argument("targets", nargs=-1, required=True, metavar="ADDRESS | IMAGE...")
+@click.option("--dry-run", is_flag=True, help="Print what would be done and why; change nothing.")
+@click.option("--undo", is_flag=True, help="Undo what was not finished (the default).")
+@click.option("--continue", "carry_on", is_flag=True, help="Carry jobs on to their end instead.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only tell, by the exit code, whether recovery is needed: 0 no, 4 yes.",
+)
+async def command(
+    options: Options,
+    targets: tuple[str, ...],
+    dry_run: bool,
+    undo: bool,
+    carry_on: bool,
+    check: bool,
+) -> int:
+    """Undo, or carry on, what a qmpblock that died left behind.
+
+    With ADDRESS: in a VM that lives. A guest that is held by an unfinished pivot is freed
+    before anything else.
+
+    With IMAGE...: where QEMU died in the middle of a change. Says which image to start the
+    VM from, and removes what was made for nothing. Exit code 4: from another one than before.
+    """
+    if undo and carry_on:
+        raise click.UsageError("--undo and --continue exclude each other")
+    images = [target for target in targets if _is_image(target)]
+    if images and len(images) < len(targets):
+        raise click.UsageError("give one ADDRESS, or images, not both")
+    if images:
+        if undo or carry_on:
+            raise click.UsageError("--undo and --continue go with ADDRESS: the QEMU is gone")
+        return await _recover_images(options, images, dry_run=dry_run, check=check)
+    if len(targets) > 1:
+        raise click.UsageError("give one ADDRESS")
+    async with options.connect(targets[0]) as vm:
+        found = await vm.recover(
+            carry_on=carry_on, dry_run=dry_run or check, tell=None if dry_run or check else _tell
+        )
+    if options.json:
+        emit(json.dumps([_document(one) for one in found], indent=2) + "\n")
+    elif not found:
+        click.echo("nothing to recover: nothing of ours is left in this VM")
+    else:
+        for one in found:
+            _say(one, planned=dry_run or check)
+    return WARNED if check and found else 0
+
+
+def _is_image(target: str) -> bool:
+    """Whether it is a file that is there and no socket."""
+    try:
+        mode = Path(target).stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISSOCK(mode)
+
+
+def _tell(what: str, step: Step) -> None:
+    click.echo(f"{what}: {step}", err=True)
+
+
+def _document(one: Recovery) -> dict[str, Any]:
+    return {
+        "what": one.what,
+        "run": one.run,
+        "steps": [{"verb": s.verb, "what": s.what, "why": s.why} for s in one.steps],
+        "done": one.done,
+    }
+
+
+def _say(one: Recovery, *, planned: bool) -> None:
+    ended = {True: "it took effect", False: "it did not take effect", None: ""}[one.done]
+    click.echo(one.what + (f": {ended}" if ended and not planned else ""))
+    for step in one.steps:
+        click.echo(f"  {'would ' if planned else ''}{step}")
+
+
+async def _recover_images(
+    options: Options, images: list[str], *, dry_run: bool, check: bool
+) -> int:
+    from qmpblock.recovery import recover_images
+
+    found = await recover_images(images, dry_run=dry_run or check)
+    if options.json:
+        emit(json.dumps([_image_document(one) for one in found], indent=2) + "\n")
+    elif not found:
+        click.echo("safe: no change of ours to these images was interrupted")
+    for one in found:
+        if not options.json:
+            click.echo(f"{one.what}: {one.describe()}")
+    if check:
+        return WARNED if found else 0
+    return WARNED if any(one.verdict.stale for one in found) else 0
+
+
+def _image_document(one: ImageRecovery) -> dict[str, Any]:
+    return {
+        "what": one.what,
+        "run": one.run,
+        "start": list(one.verdict.start),
+        "stale": list(one.verdict.stale),
+        "removed": list(one.removed),
+        "why": one.verdict.why,
+    }

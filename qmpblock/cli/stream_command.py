@@ -1,0 +1,32 @@
+"""`qmpblock stream`."""
+
+from __future__ import annotations
+
+import click
+
+from qmpblock.cli.app import Options, Rate
+from qmpblock.cli.app import command as make_command
+from qmpblock.cli.chainwork import run_job
+
+__all__ = ["command"]
+
+
+@make_command
+@click.argument("address")
+@click.argument("disk")
+@click.option("--top", metavar="LAYER", help="The layer to stream into; by default the active one.")
+@click.option("--base", metavar="LAYER", help="Stop above this layer; by default stream it all.")
+@click.option("--speed", type=Rate(), default=0, help="Bytes a second (suffixes K, M, G).")
+async def command(
+    options: Options, address: str, disk: str, top: str | None, base: str | None, speed: int
+) -> int:
+    """Copy what lower layers hold into a layer of a running disk, and drop them from its chain.
+
+    The guest goes on and sees no difference. Nothing is dropped before what was copied is on
+    stable storage. Interrupted, the chain is as it was; what was copied stays.
+
+    LAYER is a node name, a file name or @N: @0 is the active layer, @1 its backing image.
+    """
+    async with options.connect(address) as vm:
+        found = await vm.disk(disk)
+        return await run_job(options, found, found.stream(top=top, base=base, speed=speed))
