@@ -32,6 +32,7 @@ from qmpblock.change import (
     Change,
     before_finalize,
     device_of,
+    flush,
     identify,
     io_limits,
     lock_names,
@@ -251,6 +252,9 @@ async def _running(
     await change.begin()
     try:
         await _unchanged(disk, plan)
+        if record.flush:
+            # What will be needed at the end, after hours perhaps: rather be refused now.
+            await flush(vm, plan.device, record.flush)
         if plan.hidden:
             explicit = await _make_explicit(disk, plan.hidden)
         if isinstance(plan, CommitPlan):

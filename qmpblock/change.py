@@ -220,7 +220,7 @@ class Change:
         If QEMU lives, connect again and undo. If it is gone, do what `qmpblock recover IMAGE`
         would. Sets the error's words accordingly.
         """
-        from qmpblock.recovery import recover_journal
+        from qmpblock.recovery import recover, recover_journal
         from qmpblock.vm import connect
 
         monitor, record = self.vm.monitor, self.record
@@ -252,10 +252,9 @@ class Change:
                 greeting_timeout=_RECONNECT,
                 stall=monitor.stall,
             ) as again:
-                change = Change(again, record)
-                change.journal = self.journal
-                change._locked = list(record.locks)
-                done = await change.undo()
+                # Of this process, but given up: so it is dead, with all that it had in the VM.
+                await recover(again, Choice.UNDO)
+                done = took_effect(record, await again.graph())
                 error.standing = "connected again; " + (
                     "the change turned out to be done, and what was left of it is removed"
                     if done
@@ -385,7 +384,16 @@ async def before_finalize(vm: VM, record: Record, device: Device) -> None:
             {"node": target, "target": name, "bitmaps": [{"node": source, "name": name}]},
         )
     if record.flush:
-        await flush(vm, device, record.flush)
+        deadline = asyncio.get_running_loop().time() + vm.stall
+        while True:
+            try:
+                await flush(vm, device, record.flush)
+            except BusyError:  # somebody's NBD server has come since the job began
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+                await asyncio.sleep(1)
+            else:
+                return
 
 
 async def flush(vm: VM, device: Device, node: str) -> None:

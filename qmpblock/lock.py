@@ -98,9 +98,13 @@ class Holder:
         """Return the lock object's data."""
         return json.dumps(asdict(self))
 
+    def is_elsewhere(self) -> bool:
+        """Whether it ran where this process cannot see whether it still does."""
+        return self.boot != boot_id() or self.pids != pid_namespace()
+
     def is_dead(self) -> bool:
         """Whether the controller is certainly gone; False also where that cannot be told."""
-        if self.boot != boot_id() or self.pids != pid_namespace():
+        if self.is_elsewhere():
             return False
         if self.pid == os.getpid() and self.run in _abandoned:
             return True

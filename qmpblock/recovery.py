@@ -78,12 +78,15 @@ async def recover(
     """Undo, or carry on, what controllers that died left in a VM. See `VM.recover`."""
     graph = await vm.graph()  # before the locks: what has no lock by then has no controller
     holders = await _holders(vm)
-    _refuse_the_living(holders, graph)
-    dead = {holder.run: holder for name, holder in holders.items() if name.startswith(LOCKS)}
+    dead = {
+        holder.run: holder
+        for name, holder in holders.items()
+        if name.startswith(LOCKS) and holder.is_dead()
+    }
     records = [(holder, record_of(holder)) for holder in dead.values()]
     if not dry_run:
         await _finalize_pivots(vm, graph, [record for _, record in records if record])
-    found = []
+    found = _left_alone(holders)
     for holder, record in records:
         if record is None:
             continue
@@ -94,6 +97,7 @@ async def recover(
     found += await _recover_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
     found += await _recover_locks(vm, holders, dry_run=dry_run)
     found += await _forget_journals(vm, dry_run=dry_run)
+    _refuse_the_unknown(holders)
     return found
 
 
@@ -109,18 +113,30 @@ async def _holders(vm: VM) -> dict[str, Holder]:
     return found
 
 
-def _refuse_the_living(holders: dict[str, Holder], graph: BlockGraph) -> None:
-    alive = {str(holder): name for name, holder in holders.items() if not holder.is_dead()}
-    if not alive:
-        return
-    who, name = next(iter(alive.items()))
-    raise BusyError(
-        f"{who} holds {name}: it is at work, or ran where this process cannot see whether it "
-        "still does",
-        standing="nothing was touched",
-        remedy="wait for it, or end it. If it ran on another host or in another container and is "
-        f'certainly dead, remove its lock: object-del {{"id": "{name}"}}, and run this again',
-    )
+def _left_alone(holders: dict[str, Holder]) -> list[Recovery]:
+    """Say which controllers are at work."""
+    return [
+        Recovery(
+            f"use of {name}",
+            holder.run,
+            (Step("leave", name, f"{holder} is at work on it"),),
+            None,
+        )
+        for name, holder in holders.items()
+        if not holder.is_dead() and not holder.is_elsewhere()
+    ]
+
+
+def _refuse_the_unknown(holders: dict[str, Holder]) -> None:
+    for name, holder in holders.items():
+        if holder.is_elsewhere():
+            raise BusyError(
+                f"{holder} holds {name}; it ran on another host or in another container, and "
+                "whether it still does cannot be told from here",
+                standing="what it left was not touched",
+                remedy="run this where it ran. If it is certainly dead, remove its lock and run "
+                f'this again: object-del {{"id": "{name}"}}',
+            )
 
 
 async def _finalize_pivots(vm: VM, graph: BlockGraph, records: Iterable[Record]) -> None:
@@ -237,6 +253,8 @@ async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -
     done = []
     names: dict[str, Holder] = {}
     for name, holder in holders.items():
+        if not holder.is_dead():
+            continue
         turn = _TURN.fullmatch(name)
         if turn or name == NBD_LOCK or record_of(holder) is None:
             names.setdefault(turn[1] if turn else name, holder)

@@ -179,12 +179,13 @@ class VM:
         """Undo, or carry on, what controllers that died left in this VM. Idempotent.
 
         A pivot that waits to be finalized is finished before anything else: it holds the
-        guest's I/O. What living controllers do is never touched.
+        guest's I/O. What living controllers do is never touched, only listed.
 
         :param carry_on: follow jobs to their end instead of cancelling them.
         :param dry_run: only say what is to be done.
         :param tell: is called before each step, with what it belongs to.
-        :raise BusyError: a controller lives, or it cannot be told whether it does.
+        :raise BusyError: of some controller it cannot be told whether it lives; all else is
+            recovered.
         """
         from qmpblock.recovery import recover
         from qmpblock.recoveryplan import Choice
