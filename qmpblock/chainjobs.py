@@ -349,8 +349,9 @@ async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
         async with exports(
             disk.vm.monitor, disk.device, [request], access=disk.vm.nbd, stall=disk.vm.stall
         ) as [client]:
-            for start, stop in wanted.align_out(client.block_size.minimum):
-                await client.cache(start, min(stop, client.size) - start)
+            whole = wanted.align_out(client.block_size.minimum, client.size)
+            for start, stop in whole.split(client.max_cache_length):
+                await client.cache(start, stop - start)
         total += wanted.total
     raise UnsupportedError(
         f"what {printable(disk.chain.layers[hidden[0].depth].file)} hides by being short could "
