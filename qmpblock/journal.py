@@ -6,7 +6,7 @@ A change is described by one `Record`. It is kept in two places with different l
   controller, and ends with QEMU;
 - in a journal on the controller's host, which outlives both. A change after which the
   image to start from is another one (an active commit) also keeps its journal beside the
-  active image, as `IMAGE.qmpblock-RUN`, so that whoever finds the image finds it.
+  active image, as `IMAGE.qmpblock-RUN.journal`, so that whoever finds the image finds it.
 
 A journal is a text file: the record as JSON in the first line, then one line an entry, each
 written and fsynced before what it announces. A last line that is torn was never acted upon.
@@ -196,7 +196,7 @@ class Journal:
         directory = state_directory()
         paths = [directory / _file_name(record)]
         if beside is not None:
-            paths.append(beside.with_name(f"{beside.name}.qmpblock-{record.run}"))
+            paths.append(_beside(beside, record.run))
         journal = cls(record, tuple(paths), [])
         text = json.dumps(record.as_json()) + "\n"
         try:
@@ -326,9 +326,8 @@ def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
         if journal is None:
             continue
         record = journal.record
-        if record.pivot and path.suffix == ".journal":
-            top = Path(record.top_file)
-            places.append(top.with_name(f"{top.name}.qmpblock-{record.run}"))
+        if record.pivot:
+            places.append(_beside(Path(record.top_file), record.run))
         known = found.get(record.run)
         if known is None:
             found[record.run] = journal
@@ -336,6 +335,10 @@ def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
             known.paths += journal.paths
             known.entries += [entry for entry in journal.entries if entry not in known.entries]
     yield from found.values()
+
+
+def _beside(image: Path, run: str) -> Path:
+    return image.with_name(f"{image.name}.qmpblock-{run}.journal")
 
 
 def _file_name(record: Record) -> str:
