@@ -15,19 +15,36 @@ if TYPE_CHECKING:
     from qmpblock.disk import Disk, LayerMap
     from qmpblock.errors import Error
     from qmpblock.extents import AllocationMap
+    from qmpblock.job import Job, Progress
     from qmpblock.monitor import Monitor
+    from qmpblock.recovery import recover_images
     from qmpblock.vm import VM, connect
 
-__all__ = ["VM", "AllocationMap", "Disk", "Error", "LayerMap", "Monitor", "__version__", "connect"]
+__all__ = [
+    "VM",
+    "AllocationMap",
+    "Disk",
+    "Error",
+    "Job",
+    "LayerMap",
+    "Monitor",
+    "Progress",
+    "__version__",
+    "connect",
+    "recover_images",
+]
 
 _HOMES = {
     "AllocationMap": "extents",
     "Disk": "disk",
     "Error": "errors",
+    "Job": "job",
     "LayerMap": "disk",
     "Monitor": "monitor",
+    "Progress": "job",
     "VM": "vm",
     "connect": "vm",
+    "recover_images": "recovery",
 }
 
 

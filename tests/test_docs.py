@@ -2,7 +2,7 @@
 
 How a fenced block is tested depends on the word after its fence:
 
-- `console`: README's and docs/map.md's are run, one after the other, on a real QEMU, and print
+- `console`: those of README, docs/map.md and docs/jobs.md are run, one after the other, on a real QEMU, and print
   what stands there (`...` is anything; the numbers of QEMU's own node names do not count);
 - `python run=script`: run as a program of its own, at that place;
 - `python run=vm`: run with `vm` and `disk` at hand, top-level await allowed, after the console
@@ -39,6 +39,7 @@ from qmpblock.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 README, MAP, PYTHON = ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/python.md"
+JOBS = ROOT / "docs/jobs.md"
 EXIT_CODES = {0, 1, 2, 3, 4, 130}
 
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -410,12 +411,12 @@ def steps(page: Path) -> list[Block]:
 
 @pytest.mark.live
 async def test_a_newcomer_can_follow(vm_dir, qemu_binary, monkeypatch):
-    """All of README; docs/map.md and docs/python.md before it ends the VM."""
+    """All of README; docs/map.md, python.md and jobs.md before it ends the VM."""
     walk = Walk(vm_dir, qemu_binary)
     readme = steps(README)
     assert "kill $(cat vm.pid)" in readme[-1].body
     try:
-        for block in [*readme[:-1], *steps(MAP), *steps(PYTHON)]:
+        for block in [*readme[:-1], *steps(MAP), *steps(PYTHON), *steps(JOBS)]:
             walk.follow(block)
         monkeypatch.chdir(walk.directory)
         async with qmpblock.connect("vm.qmp") as vm:
