@@ -103,7 +103,7 @@ def record_of(holder: Holder) -> Record | None:
 
 def find_journal(record: Record) -> Journal | None:
     """Find the journal of a change on this host."""
-    for journal in journals((record.top_file,) if record.pivot else ()):
+    for journal in journals((record.home,) if record.home else ()):
         if journal.record == record:
             return journal
     return None

@@ -68,7 +68,7 @@ class Record:
     """What one change intends: all that undoing it, or carrying it on, needs to know.
 
     :ivar run: in the names of all that it makes.
-    :ivar operation: `snapshot`, `stream` or `commit`.
+    :ivar operation: `snapshot`, `stream`, `commit` or `allocate`.
     :ivar devices: QOM paths of the disks; `names`: what people call them.
     :ivar locks: the ids of the locks that it holds.
     :ivar job: the id of its job, or empty; `helpers`: of those that only prepare.
@@ -111,6 +111,13 @@ class Record:
     throttle: tuple[tuple[str, int], ...] = ()
     throttle_group: str = ""
     images: tuple[str, ...] = ()
+
+    @property
+    def home(self) -> str:
+        """The image beside which its journal is kept too; empty where it pivots nothing."""
+        if not self.pivot:
+            return ""
+        return self.base_file if self.operation == "allocate" else self.top_file
 
     def as_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -326,8 +333,8 @@ def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
         if journal is None:
             continue
         record = journal.record
-        if record.pivot:
-            places.append(_beside(Path(record.top_file), record.run))
+        if record.home:
+            places.append(_beside(Path(record.home), record.run))
         known = found.get(record.run)
         if known is None:
             found[record.run] = journal

@@ -175,7 +175,7 @@ async def _recover_change(
 
     done: bool | None = None
     if choice is Choice.CONTINUE:
-        beside = Path(record.top_file) if record.pivot else None
+        beside = Path(record.home) if record.home else None
         change = Change(vm, record, beside=beside if beside and beside.exists() else None)
         if not await change.adopt(holder, find_journal(record)):
             return Recovery(record.describe(), record.run, (), None)
