@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles
 from qmpblock.cancellation import undisturbed
-from qmpblock.chainplan import CommitPlan, Hidden, StreamPlan, plan_commit, plan_stream
+from qmpblock.chainplan import CommitPlan, Hidden, NewBitmap, StreamPlan, plan_commit, plan_stream
 from qmpblock.change import (
     Change,
     before_finalize,
@@ -37,6 +37,7 @@ from qmpblock.change import (
     io_limits,
     lock_names,
     pivot,
+    promote_bitmaps,
     settle,
     slow_down,
 )
@@ -162,7 +163,18 @@ async def commit(
         base=plan.base.node.name,
         base_file=plan.base.file,
         leaving=_nodes_of(plan.leaving),
-        bitmaps=tuple((bitmap.node, bitmap.name) for bitmap in plan.bitmaps),
+        bitmaps=tuple(
+            (bitmap.node, name)
+            for bitmap in plan.bitmaps
+            for name in (
+                [bitmap.name, _helper(run, bitmap)] if bitmap.persistent else [bitmap.name]
+            )
+        ),
+        promotions=tuple(
+            (bitmap.node, _helper(run, bitmap), bitmap.name, bitmap.granularity)
+            for bitmap in plan.bitmaps
+            if bitmap.persistent
+        ),
     )
     if throttle_guest and plan.pivots and plan.leaving:
         limits, group = await io_limits(disk.vm, plan.device)
@@ -179,6 +191,11 @@ async def commit(
         disk, plan, record, "block-commit", arguments, throttle_guest=throttle_guest
     ) as job:
         yield job
+
+
+def _helper(run: str, bitmap: NewBitmap) -> str:
+    """Return the name of the transient bitmap that a persistent one begins as."""
+    return f"qmpblock-{run}-{bitmap.name}"
 
 
 async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
@@ -263,9 +280,8 @@ async def _running(
                     "block-dirty-bitmap-add",
                     {
                         "node": bitmap.node,
-                        "name": bitmap.name,
+                        "name": _helper(record.run, bitmap) if bitmap.persistent else bitmap.name,
                         "granularity": bitmap.granularity,
-                        "persistent": bitmap.persistent,
                     },
                 )
         try:
@@ -384,6 +400,7 @@ async def _drive(
                 raise
         elif seen.ready and job.completion_asked and not asked:
             asked, asked_at = True, time.monotonic()
+            await promote_bitmaps(vm, record)
             await job.complete_now()
         elif throttle_guest and not slowed:
             waited = asked and time.monotonic() - asked_at > _PATIENCE

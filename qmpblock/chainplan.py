@@ -199,6 +199,8 @@ def plan_commit(
     _check_encryption(leaving, last)
     for layer in (*leaving, last):
         _check_unshared(graph, device, layer)
+    if above is not None:
+        _check_bitmaps_idle(leaving)
     if above is None and last.size > first.size:
         raise RequestError(
             f"the base {_name(last)} is larger ({last.size} bytes) than the disk ({first.size}); "
@@ -341,6 +343,23 @@ def _check_idle(device: Device) -> None:
             if not job.id.startswith("qmpblock-")
             else "wait for its end; if its controller died: qmpblock recover ADDRESS",
         )
+
+
+def _check_bitmaps_idle(leaving: Iterable[Layer]) -> None:
+    """Refuse what makes QEMU abort: a node goes at the end of a commit, its bitmap in use.
+
+    Measured on 7.2.22 and 11.1.2, each time (`bdrv_release_dirty_bitmap_locked: Assertion
+    '!bdrv_dirty_bitmap_busy(bitmap)' failed`).
+    """
+    for layer in leaving:
+        for bitmap in layer.node.bitmaps:
+            if bitmap.busy:
+                raise BusyError(
+                    f"the dirty bitmap {printable(bitmap.name)} of {_name(layer)} is in use (an "
+                    "export of a backup, say); QEMU aborts when that layer goes",
+                    standing=_UNTOUCHED,
+                    remedy="wait for whoever uses it",
+                )
 
 
 def _check_encryption(sources: Iterable[Layer], target: Layer) -> None:

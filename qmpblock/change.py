@@ -30,7 +30,7 @@ from qmpblock.hostprocess import boot_id, is_running, start_time
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Journal, Record, VMIdentity, journals
 from qmpblock.lock import Holder
-from qmpblock.nbdserver import monitor_name, tolerate
+from qmpblock.nbdserver import monitor_name
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "lock_name",
     "lock_names",
     "pivot",
+    "promote_bitmaps",
     "record_of",
     "settle",
     "slow_down",
@@ -320,7 +321,6 @@ async def settle(
 async def _perform(
     vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, step: Step
 ) -> None:
-    execute = vm.monitor.execute
     if step.verb in ("cancel", "wait", "pivot", "finalize", "dismiss"):
         job = Job(vm.monitor, step.what, record.operation)
         try:
@@ -331,9 +331,7 @@ async def _perform(
         await _restore_limits(vm, record, graph)
     elif step.verb == "delete-bitmap":
         node, _, name = step.what.partition("/")
-        await tolerate(
-            "not found", execute("block-dirty-bitmap-remove", {"node": node, "name": name})
-        )
+        await _delete_bitmap(vm, node, name)
     elif step.verb == "delete-node":
         await _delete_node(vm, step.what)
     elif step.verb == "delete-file":
@@ -372,12 +370,51 @@ async def pivot(journal: Journal | None, job: Job) -> None:
         raise
 
 
+async def promote_bitmaps(vm: VM, record: Record) -> None:
+    """Make transient bitmaps of a node that a job writes to persistent. Idempotent.
+
+    Before the job the node is read-only, and QEMU refuses a persistent one (11.1) or loses it
+    (7.2). So a transient one records from the start, and is merged into the persistent one.
+    """
+    for node, helper, name, granularity in record.promotions:
+        known = (await vm.graph()).nodes[node].bitmaps
+        if not any(bitmap.name == helper for bitmap in known):
+            continue
+        if not any(bitmap.name == name for bitmap in known):
+            await vm.monitor.execute(
+                "block-dirty-bitmap-add",
+                {"node": node, "name": name, "granularity": granularity, "persistent": True},
+            )
+        await vm.monitor.execute(
+            "block-dirty-bitmap-merge", {"node": node, "target": name, "bitmaps": [helper]}
+        )
+        await _delete_bitmap(vm, node, helper)
+
+
+async def _delete_bitmap(vm: VM, node: str, name: str) -> None:
+    """Remove a dirty bitmap of ours, unless its node has become read-only with it stored."""
+    try:
+        await vm.monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+    except CommandError as error:
+        if "not found" in error.description:
+            return
+        if "read-only" not in error.description and "No write access" not in error.description:
+            raise
+        _log.warning(
+            "the dirty bitmap %s stays in %s, which is read-only now: QEMU says %s",
+            printable(name),
+            printable(node),
+            printable(error.description),
+        )
+
+
 async def before_finalize(vm: VM, record: Record, device: Device) -> None:
     """Do what must be done while a job that does not pivot waits in `pending`.
 
     What the job wrote is flushed before the link to where it came from is dropped (K6), and
     dirty bitmaps of layers that leave are merged.
     """
+    await promote_bitmaps(vm, record)
     for target, source, name in record.merges:
         await vm.monitor.execute(
             "block-dirty-bitmap-merge",

@@ -81,6 +81,8 @@ class Record:
     :ivar nodes: nodes that it adds, in the order in which they can be removed.
     :ivar files: image files that it makes.
     :ivar bitmaps: dirty bitmaps that it adds to nodes that were there: (node, name).
+    :ivar promotions: those of them that are to become persistent once their node is writable:
+        (node, name of the transient one, name, granularity).
     :ivar merges: dirty bitmaps to be taken over before the job is finalized:
         (target node, source node, name).
     :ivar throttle: the guest's I/O limits, as they were, where it lowers them; empty if not.
@@ -107,6 +109,7 @@ class Record:
     nodes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     bitmaps: tuple[tuple[str, str], ...] = ()
+    promotions: tuple[tuple[str, str, str, int], ...] = ()
     merges: tuple[tuple[str, str, str], ...] = ()
     throttle: tuple[tuple[str, int], ...] = ()
     throttle_group: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-__all__ = ["Convergence", "RateMeter"]
+__all__ = ["Convergence", "RateMeter", "Speed"]
 
 WINDOW = 5.0
 """Seconds over which a rate is taken."""
@@ -69,3 +69,27 @@ class Convergence:
     def hopeless(self, time: float, limit: float) -> bool:
         """Whether the passes have not become smaller for `limit` seconds."""
         return self.passes >= _PASSES and time - self._since > limit
+
+
+class Speed:
+    """A rate limit that can be changed while it is in use.
+
+    A token bucket: what was not used for a fifth of a second may be used at once.
+
+    :ivar rate: bytes a second; 0 is no limit.
+    """
+
+    _BURST = 0.2  # seconds
+
+    def __init__(self, rate: int = 0) -> None:
+        self.rate = rate
+        self._free = 0.0  # when what was taken so far is paid for
+
+    def take(self, now: float, length: int) -> float:
+        """Take `length` bytes at `now`; return how many seconds to wait before using them."""
+        if self.rate <= 0:
+            self._free = now
+            return 0.0
+        begin = max(self._free, now - self._BURST)
+        self._free = begin + length / self.rate
+        return max(0.0, begin - now)

@@ -62,9 +62,8 @@ def took_effect(record: Record, graph: BlockGraph) -> bool | None:
     It cannot be told of a disk that was unplugged around a pivot.
     """
     if record.operation == "snapshot":
-        # One transaction: all overlays have users, or none has.
-        overlays = [node for node in record.nodes if not node.endswith("-file")]
-        return any(node in graph.nodes and graph.users(node) for node in overlays)
+        # One transaction: all overlays lie on their images, or none does.
+        return any(node in graph.nodes and _lies_on_something(graph, node) for node in record.nodes)
     if record.pivot:
         for device in graph.devices:
             if device.chain is not None and device.qom_path in record.devices:
@@ -91,8 +90,10 @@ def steps(
         job = graph.job(name)
         if job is not None:
             # What only prepares is never carried on.
-            wanted = choice if name == record.job else Choice.UNDO
-            return (_of_job(record, job, wanted),)
+            step = _of_job(record, job, choice if name == record.job else Choice.UNDO)
+            # While the job runs its base is writable, and lets persistent bitmaps go.
+            bitmaps = _bitmaps(graph, record.bitmaps) if step.verb == "cancel" else []
+            return (*bitmaps, step)
     return tuple(_leftovers(record, graph, made))
 
 
@@ -117,23 +118,35 @@ def _leftovers(record: Record, graph: BlockGraph, made: Iterable[str]) -> Iterab
     if record.throttle:
         yield Step("restore-limits", record.devices[0], "the guest was slowed down for the pivot")
     if done is False:
-        for node, name in record.bitmaps:
-            if node in graph.nodes and any(b.name == name for b in graph.nodes[node].bitmaps):
-                yield Step(
-                    "delete-bitmap", f"{node}/{name}", "it was added for what did not happen"
-                )
+        yield from _bitmaps(graph, record.bitmaps)
+    else:
+        yield from _bitmaps(graph, [(node, helper) for node, helper, _, _ in record.promotions])
     if done:
         for node, file in record.leaving:
             if node in graph.nodes and graph.nodes[node].filename == file and not graph.users(node):
                 yield Step("delete-node", node, "it left the chain, and nothing uses it")
     for node in record.nodes:
-        if node in graph.nodes and not graph.users(node):
+        # An overlay that lies on an image has been written to by the guest, or could be, also
+        # if its disk was unplugged since.
+        if node in graph.nodes and not (graph.users(node) or _lies_on_something(graph, node)):
             yield Step("delete-node", node, "we made it, and nothing uses it")
     used = {node.filename for node in graph.nodes.values()}
     ours = set(record.nodes) & set(graph.nodes)
     for file in made:
         if file not in used and not ours:
             yield Step("delete-file", file, "we made it, and it was never used")
+
+
+def _lies_on_something(graph: BlockGraph, node: str) -> bool:
+    return graph.nodes[node].child("backing") is not None
+
+
+def _bitmaps(graph: BlockGraph, added: Iterable[tuple[str, str]]) -> list[Step]:
+    return [
+        Step("delete-bitmap", f"{node}/{name}", "we added it, and it is not needed any more")
+        for node, name in added
+        if node in graph.nodes and any(one.name == name for one in graph.nodes[node].bitmaps)
+    ]
 
 
 @dataclass(frozen=True)
