@@ -28,19 +28,8 @@ from typing import TYPE_CHECKING, Any
 from qmpblock import hostfiles
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainplan import CommitPlan, Hidden, NewBitmap, StreamPlan, plan_commit, plan_stream
-from qmpblock.change import (
-    Change,
-    before_finalize,
-    device_of,
-    flush,
-    identify,
-    io_limits,
-    lock_names,
-    pivot,
-    promote_bitmaps,
-    settle,
-    slow_down,
-)
+from qmpblock.change import Change, device_of, identify, lock_names, settle
+from qmpblock.driving import drive, flush, io_limits
 from qmpblock.errors import (
     CommandError,
     DisconnectedError,
@@ -53,7 +42,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph import Chain, Device, Layer
 from qmpblock.job import Job, Progress
-from qmpblock.journal import PIVOTED, Record
+from qmpblock.journal import Record
 from qmpblock.recoveryplan import Choice
 
 if TYPE_CHECKING:
@@ -288,7 +277,9 @@ async def _running(
             await job.start(command, {**arguments, "on-error": "enospc"})
         except CommandError as error:
             raise _refusal(error) from None
-        driver = asyncio.ensure_future(_drive(vm, change, job, plan.device, throttle_guest))
+        driver = asyncio.ensure_future(
+            drive(vm, record, change.journal, job, plan.device, throttle_guest=throttle_guest)
+        )
         driver.add_done_callback(lambda _: job.end())
         try:
             yield job
@@ -377,53 +368,9 @@ async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
     )
 
 
-async def _drive(
-    vm: VM, change: Change, job: ChainJob, device: Device, throttle_guest: int
-) -> None:
-    """Follow the job to its end, doing what is ours to do on the way.
-
-    :raise JobError: QEMU's verdict is a failure.
-    """
-    record = change.record
-    asked, finalized, slowed = False, False, False
-    asked_at = 0.0
-    last: Progress | None = None
-    async for seen in job.follow(converging=vm.stall):
-        last = seen
-        if seen.status == "pending" and not finalized:
-            finalized = True
-            try:
-                await _finalize(vm, change, job, device)
-            except BaseException:
-                # A pivot that is pending holds the guest's I/O: not a moment longer.
-                await undisturbed(job.cancel())
-                raise
-        elif seen.ready and job.completion_asked and not asked:
-            asked, asked_at = True, time.monotonic()
-            await promote_bitmaps(vm, record)
-            await job.complete_now()
-        elif throttle_guest and not slowed:
-            waited = asked and time.monotonic() - asked_at > _PATIENCE
-            if seen.lagging or (waited and seen.remaining):
-                slowed = True
-                await slow_down(vm, device, record, throttle_guest)
-    assert last is not None  # follow() yields at least once, or raises
-    if last.error is not None and change.journal is not None and change.journal.pivoted:
-        change.journal.mark(**{PIVOTED: False})  # the guest is still on the overlay
-    _judge(job, last.error)
-
-
 def _judge(job: Job, error: str | None) -> None:
     if error is not None:
         raise JobError(job.id, job.type, error)
-
-
-async def _finalize(vm: VM, change: Change, job: Job, device: Device) -> None:
-    if change.record.pivot:
-        await undisturbed(pivot(change.journal, job))
-    else:
-        await before_finalize(vm, change.record, device)
-        await job.finalize()
 
 
 async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> None:
@@ -469,7 +416,7 @@ async def carry_on(vm: VM, change: Change) -> Progress | None:
         known = graph.job(record.job)
         if known is not None and known.status != "concluded":
             job.complete()
-            await _drive(vm, change, job, device_of(record, graph), 0)
+            await drive(vm, record, change.journal, job, device_of(record, graph))
         elif known is not None:
             _judge(job, known.error)
         await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))

@@ -18,17 +18,18 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles, lock
 from qmpblock.cancellation import undisturbed
+from qmpblock.driving import before_finalize, delete_bitmap, pivot, restore_limits
 from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, printable
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.hostprocess import boot_id, is_running, start_time
 from qmpblock.job import Job
-from qmpblock.journal import PIVOTED, Journal, Record, VMIdentity, journals
+from qmpblock.journal import Journal, Record, VMIdentity, journals
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import monitor_name
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
@@ -39,19 +40,13 @@ if TYPE_CHECKING:
 __all__ = [
     "LOCKS",
     "Change",
-    "before_finalize",
     "device_of",
     "find_journal",
-    "flush",
     "identify",
-    "io_limits",
     "lock_name",
     "lock_names",
-    "pivot",
-    "promote_bitmaps",
     "record_of",
     "settle",
-    "slow_down",
     "undo_dead_change",
 ]
 
@@ -62,13 +57,6 @@ _log = logging.getLogger(__name__)
 _ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
 _RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
-_REQUIRED = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
-_LIMITS = (
-    *_REQUIRED,
-    *(f"{key}_max" for key in _REQUIRED),
-    *(f"{key}_max_length" for key in _REQUIRED),
-    "iops_size",
-)
 _OWN_REMEDY = "wait for it, or end it; if it hangs, kill it, then: qmpblock recover ADDRESS"
 
 
@@ -328,10 +316,10 @@ async def _perform(
         finally:
             job.end()
     elif step.verb == "restore-limits":
-        await _restore_limits(vm, record, graph)
+        await restore_limits(vm, record, device_of(record, graph))
     elif step.verb == "delete-bitmap":
         node, _, name = step.what.partition("/")
-        await _delete_bitmap(vm, node, name)
+        await delete_bitmap(vm, node, name)
     elif step.verb == "delete-node":
         await _delete_node(vm, step.what)
     elif step.verb == "delete-file":
@@ -352,98 +340,6 @@ async def _perform_on_job(
         await job.dismiss()
     else:
         await job.wait_concluded()
-
-
-async def pivot(journal: Journal | None, job: Job) -> None:
-    """Finalize a pending active commit, with the base declared the image to trust before.
-
-    While it is pending the guest's I/O is held and both images hold everything (facts 10.3),
-    so that the declaration is true from its first moment. Takes one fsync.
-    """
-    if journal is not None:
-        journal.mark(**{PIVOTED: True})
-    try:
-        await job.finalize()
-    except CommandError:
-        if journal is not None:
-            journal.mark(**{PIVOTED: False})  # somebody cancelled it
-        raise
-
-
-async def promote_bitmaps(vm: VM, record: Record) -> None:
-    """Make transient bitmaps of a node that a job writes to persistent. Idempotent.
-
-    Before the job the node is read-only, and QEMU refuses a persistent one (11.1) or loses it
-    (7.2). So a transient one records from the start, and is merged into the persistent one.
-    """
-    for node, helper, name, granularity in record.promotions:
-        known = (await vm.graph()).nodes[node].bitmaps
-        if not any(bitmap.name == helper for bitmap in known):
-            continue
-        if not any(bitmap.name == name for bitmap in known):
-            await vm.monitor.execute(
-                "block-dirty-bitmap-add",
-                {"node": node, "name": name, "granularity": granularity, "persistent": True},
-            )
-        await vm.monitor.execute(
-            "block-dirty-bitmap-merge", {"node": node, "target": name, "bitmaps": [helper]}
-        )
-        await _delete_bitmap(vm, node, helper)
-
-
-async def _delete_bitmap(vm: VM, node: str, name: str) -> None:
-    """Remove a dirty bitmap of ours, unless its node has become read-only with it stored."""
-    try:
-        await vm.monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
-    except CommandError as error:
-        if "not found" in error.description:
-            return
-        if "read-only" not in error.description and "No write access" not in error.description:
-            raise
-        _log.warning(
-            "the dirty bitmap %s stays in %s, which is read-only now: QEMU says %s",
-            printable(name),
-            printable(node),
-            printable(error.description),
-        )
-
-
-async def before_finalize(vm: VM, record: Record, device: Device) -> None:
-    """Do what must be done while a job that does not pivot waits in `pending`.
-
-    What the job wrote is flushed before the link to where it came from is dropped (K6), and
-    dirty bitmaps of layers that leave are merged.
-    """
-    await promote_bitmaps(vm, record)
-    for target, source, name in record.merges:
-        await vm.monitor.execute(
-            "block-dirty-bitmap-merge",
-            {"node": target, "target": name, "bitmaps": [{"node": source, "name": name}]},
-        )
-    if record.flush:
-        deadline = asyncio.get_running_loop().time() + vm.stall
-        while True:
-            try:
-                await flush(vm, device, record.flush)
-            except BusyError:  # somebody's NBD server has come since the job began
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-                await asyncio.sleep(1)
-            else:
-                return
-
-
-async def flush(vm: VM, device: Device, node: str) -> None:
-    """Flush a node: what was written to it before is on stable storage when this returns.
-
-    By NBD_CMD_FLUSH on a read-only export: QMP has no command for it.
-    """
-    from qmpblock.export import Request, exports
-
-    async with exports(vm.monitor, device, [Request(node, ())], access=vm.nbd, stall=vm.stall) as [
-        client
-    ]:
-        await client.flush()
 
 
 async def _delete_node(vm: VM, node: str) -> None:
@@ -477,45 +373,6 @@ def _delete_file(vm: VM, journal: Journal | None, file: str) -> None:
         return  # QEMU has it open: it is in use, under whatever name
     with contextlib.suppress(FileNotFoundError):
         Path(file).unlink()
-
-
-# the guest's I/O limits
-
-
-async def io_limits(vm: VM, device: Device) -> tuple[dict[str, int], str]:
-    """Return the I/O limits of a device's backend, and their group; empty where none."""
-    for info in await vm.monitor.execute("query-block"):
-        if info.get("qdev") in (device.qom_path, device.id) and "inserted" in info:
-            inserted = info["inserted"]
-            limits = {key: int(inserted[key]) for key in _LIMITS if key in inserted}
-            return limits, str(inserted.get("group", ""))
-    raise Error(f"{device.name} has no block backend any more: was it unplugged?")
-
-
-async def slow_down(vm: VM, device: Device, record: Record, rate: int) -> None:
-    """Limit the guest's I/O on a disk, where it is not limited further already."""
-    before = dict(record.throttle)
-    total = before.get("bps", 0)
-    limits = {key: before.get(key, 0) for key in _REQUIRED}
-    limits |= {"bps": min(total, rate) if total else rate, "bps_rd": 0, "bps_wr": 0}
-    await _set_io_limits(vm, device, limits, record.throttle_group)
-
-
-async def _set_io_limits(vm: VM, device: Device, limits: Mapping[str, int], group: str) -> None:
-    arguments: dict[str, object] = {"id": device.qom_path, **dict.fromkeys(_REQUIRED, 0), **limits}
-    if group:
-        arguments["group"] = group
-    await vm.monitor.execute("block_set_io_throttle", arguments)
-
-
-async def _restore_limits(vm: VM, record: Record, graph: BlockGraph) -> None:
-    device = device_of(record, graph)
-    if device.chain is None:
-        return  # unplugged, and its limits with it
-    before = dict(record.throttle)
-    now, _ = await io_limits(vm, device)
-    if now != before:
-        await _set_io_limits(vm, device, before, record.throttle_group)
 
 
 def lock_names(devices: Sequence[Device]) -> tuple[str, ...]:

@@ -26,11 +26,11 @@ from qmpblock.change import (
     Change,
     find_journal,
     identify,
-    pivot,
     record_of,
     settle,
     undo_dead_change,
 )
+from qmpblock.driving import pivot
 from qmpblock.errors import BusyError, CommandError, NotFoundError, ToolError, printable
 from qmpblock.export import LOCK as NBD_LOCK
 from qmpblock.graph import BlockGraph
