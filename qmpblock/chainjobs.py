@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles
 from qmpblock.cancellation import undisturbed
-from qmpblock.chainplan import CommitPlan, Hidden, NewBitmap, StreamPlan, plan_commit, plan_stream
+from qmpblock.chainplan import (
+    CommitPlan,
+    Hidden,
+    NewBitmap,
+    StreamPlan,
+    check_idle,
+    plan_commit,
+    plan_stream,
+)
 from qmpblock.change import Change, device_of, identify, lock_names, settle
 from qmpblock.driving import drive, flush, io_limits
 from qmpblock.errors import (
@@ -300,7 +308,8 @@ async def _running(
     job.outcome = replace(
         nothing,
         changed=True,
-        active=disk.chain.active.file if disk.device.chain else record.base_file,
+        # What it was when looked up last: the disk may have been unplugged.
+        active=plan.base.file if record.pivot and plan.base else disk.chain.active.file,
         left=tuple(layer.file for layer in plan.leaving),
         made_explicit=explicit,
         pivoted=record.pivot,
@@ -314,7 +323,8 @@ async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan) -> None:
     graph = await disk.vm.graph()
     now = graph.device(disk.device.qom_path)
     before = plan.device.chain
-    if now.chain is None or before is None or now.chain.shape != before.shape or now.jobs:
+    check_idle(now)
+    if now.chain is None or before is None or now.chain.shape != before.shape:
         raise GraphError(
             f"the chain of {disk.name} has just been changed by somebody else",
             remedy="look at it, then try again: qmpblock disks ADDRESS",

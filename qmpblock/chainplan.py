@@ -35,6 +35,7 @@ __all__ = [
     "NewBitmap",
     "SnapshotPlan",
     "StreamPlan",
+    "check_idle",
     "key_secret",
     "plan_commit",
     "plan_snapshot",
@@ -155,7 +156,7 @@ def plan_stream(
     leaving = chain.layers[into.depth + 1 : stop]
     if not leaving:
         return StreamPlan(device, into, keep, ())
-    _check_idle(device)
+    check_idle(device)
     _check_encryption(leaving, into)
     if into.depth:
         _check_unshared(graph, device, into)
@@ -195,7 +196,7 @@ def plan_commit(
         )
     leaving = chain.layers[first.depth : last.depth]
     above = chain.layers[first.depth - 1] if first.depth else None
-    _check_idle(device)
+    check_idle(device)
     _check_encryption(leaving, last)
     for layer in (*leaving, last):
         _check_unshared(graph, device, layer)
@@ -230,7 +231,7 @@ def plan_snapshot(graph: BlockGraph, device: Device, fmt: str) -> SnapshotPlan:
     """
     chain = _chain(device)
     active = chain.active
-    _check_idle(device)
+    check_idle(device)
     if fmt not in ("qcow2", "qed"):
         raise UnsupportedError(
             f"an overlay of format {printable(fmt)} cannot be made; qcow2 and qed can",
@@ -332,7 +333,11 @@ def _order(chain: Chain) -> str:
     return f"the layers are, the active one first:{listed}"
 
 
-def _check_idle(device: Device) -> None:
+def check_idle(device: Device) -> None:
+    """Refuse to work beside a job.
+
+    :raise BusyError: one runs on the disk.
+    """
     if device.jobs:
         job = device.jobs[0]
         raise BusyError(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles, lock
 from qmpblock.cancellation import undisturbed
-from qmpblock.driving import before_finalize, delete_bitmap, pivot, restore_limits
+from qmpblock.driving import before_finalize, bring_home, delete_bitmap, pivot, restore_limits
 from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, printable
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.hostprocess import boot_id, is_running, start_time
@@ -192,11 +192,26 @@ class Change:
     async def undo(self) -> bool:
         """Undo the change as far as it can be, and end it; return whether it is done after all.
 
-        That is so where the guest had already moved on when it was given up.
+        That is so where the guest had already moved on when it was given up. Where it cannot
+        be undone now, because QEMU does not answer, say, the run counts as dead from then on:
+        whoever comes next undoes it. The error says so.
         """
-        done = await settle(self.vm, self.record, self.journal, Choice.UNDO)
-        await self.end()
+        try:
+            done = await settle(self.vm, self.record, self.journal, Choice.UNDO)
+            await self.end()
+        except DisconnectedError as error:
+            await self.after_disconnect(error)
+            raise
+        except BaseException as error:
+            lock.abandon(self.record.run)
+            if isinstance(error, Error):
+                error.standing = self._left()
+                error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
+            raise
         return done
+
+    def _left(self) -> str:
+        return f"left in the VM: the lock {', '.join(self.record.locks)} and what it is for"
 
     async def _undo_dead(self, dead: Holder) -> None:
         await undo_dead_change(self.vm, dead)
@@ -230,7 +245,7 @@ class Change:
                     error.remedy = None
             return
         lock.abandon(record.run)
-        error.standing = f"left in the VM: the lock {', '.join(record.locks)} and what it is for"
+        error.standing = self._left()
         error.remedy = f"run: qmpblock recover {monitor.address}"
         with contextlib.suppress(Error, OSError):
             async with connect(
@@ -291,14 +306,16 @@ async def settle(
     for _ in range(_ROUNDS):
         graph = await vm.graph()
         made = _made(journal)
-        todo = [step for step in steps(record, graph, choice, made) if step not in done]
+        stale = None if journal is None else journal.pivoted
+        found = steps(record, graph, choice, made, stale=stale)
+        todo = [step for step in found if step not in done]
         if not todo or todo[0].verb == "follow":
             return took_effect(record, graph) is True
         for step in todo:
             if tell is not None:
                 tell(step)
             await _perform(vm, record, journal, graph, step)
-            if step.verb not in ("wait", "cancel"):
+            if step.verb not in ("wait", "cancel", "bring-home"):
                 done.add(step)
     raise Error(
         f"what was left of {record.describe()} does not come to an end",
@@ -315,6 +332,8 @@ async def _perform(
             await _perform_on_job(vm, record, journal, graph, job, step.verb)
         finally:
             job.end()
+    elif step.verb == "bring-home":
+        await bring_home(vm, record, journal, graph)
     elif step.verb == "restore-limits":
         await restore_limits(vm, record, device_of(record, graph))
     elif step.verb == "delete-bitmap":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import BusyError, CommandError, Error, JobError, printable
-from qmpblock.graph import Device
+from qmpblock.graph import BlockGraph, Device
 from qmpblock.job import Job, Progress
 from qmpblock.journal import PIVOTED, Journal, Record
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "before_finalize",
+    "bring_home",
     "delete_bitmap",
     "drive",
     "flush",
@@ -51,7 +52,7 @@ async def drive(
     record: Record,
     journal: Journal | None,
     job: Job,
-    device: Device,
+    device: Device | None,
     *,
     throttle_guest: int = 0,
 ) -> None:
@@ -59,6 +60,7 @@ async def drive(
 
     Cancelling stops following; a pivot that has begun is completed first.
 
+    :param device: the job's disk, to flush it and to slow it down; a pivot needs none.
     :param throttle_guest: see `Disk.commit`.
     :raise JobError: QEMU's verdict is a failure.
     """
@@ -79,7 +81,7 @@ async def drive(
             asked, asked_at = True, time.monotonic()
             await promote_bitmaps(vm, record)
             await job.complete_now()
-        elif throttle_guest and not slowed:
+        elif throttle_guest and device is not None and not slowed:
             waited = asked and time.monotonic() - asked_at > _PATIENCE
             if seen.lagging or (waited and seen.remaining):
                 slowed = True
@@ -91,12 +93,35 @@ async def drive(
         raise JobError(job.id, job.type, last.error)
 
 
+async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: BlockGraph) -> None:
+    """Commit an overlay of ours into the image that it lies on, and have the guest move there.
+
+    Carries on a job that does so already. Cancelled, it is left to whoever comes next.
+
+    :raise JobError: QEMU could not; the guest goes on in the overlay.
+    """
+    job = Job(vm.monitor, record.job, "commit")
+    try:
+        if graph.job(record.job) is None:
+            root = record.top
+            for device in graph.devices:
+                if device.chain is not None and device.chain.active.node.name == record.top:
+                    root = device.chain.root.name
+            arguments = {"device": root, "top-node": record.top, "base-node": record.base}
+            await job.start("block-commit", {**arguments, "on-error": "enospc"})
+        job.complete()
+        await drive(vm, record, journal, job, None)
+    finally:
+        job.end()
+
+
 async def _finalize(
-    vm: VM, record: Record, journal: Journal | None, job: Job, device: Device
+    vm: VM, record: Record, journal: Journal | None, job: Job, device: Device | None
 ) -> None:
     if record.pivot:
         await undisturbed(pivot(journal, job))
     else:
+        assert device is not None  # only a pivot needs none
         await before_finalize(vm, record, device)
         await job.finalize()
 

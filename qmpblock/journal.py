@@ -76,7 +76,7 @@ class Record:
     :ivar flush: the node that must be flushed before the job is finalized, or empty.
     :ivar keeper: the node whose backing link will change; empty where the job pivots.
     :ivar top: the node that is streamed into, or the upper end of a commit; `base` the lower.
-    :ivar top_file: its image file; also `base_file`.
+    :ivar top_file: its image file; also `base_file`, and `base_format` where that matters.
     :ivar leaving: the nodes that leave the chain, each with its file name.
     :ivar nodes: nodes that it adds, in the order in which they can be removed.
     :ivar files: image files that it makes.
@@ -105,6 +105,7 @@ class Record:
     base: str = ""
     top_file: str = ""
     base_file: str = ""
+    base_format: str = ""
     leaving: tuple[tuple[str, str], ...] = ()
     nodes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,11 @@ from qmpblock.errors import (
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
 
-__all__ = ["Image", "QemuImg", "blockdev", "format_of"]
+__all__ = ["Image", "QemuImg", "QemuIo", "blockdev", "format_of"]
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
+_PIECE = 64 << 20  # bytes that qemu-io writes at a time
 _SUFFIXES = {
     ".img": "raw",
     ".luks": "luks",
@@ -173,8 +174,35 @@ class QemuImg:
                 [self.program, *arguments], 0, f"its output is no JSON: {printable(text[:200])}"
             ) from None
 
-    async def _lines(self, *arguments: str, exclusive: bool = True) -> AsyncIterator[str]:
+    async def create(self, path: str, size: int, cluster: int) -> None:
+        """Make an empty qcow2 image of a file that is there; a backing image is not recorded.
+
+        :raise ToolError: qemu-img failed.
+        """
+        options = f"cluster_size={cluster}"
+        command = ("create", "-q", "-f", "qcow2", "-o", options, path, str(size))
+        async for _ in self._lines(*command):
+            pass
+
+    async def commit(self, overlay: str, fmt: str, base: str, base_fmt: str) -> None:
+        """Copy what a closed overlay holds into its backing image.
+
+        The overlay's header is made to name the base first: an interrupted job may have left
+        another name, or none. Can be repeated.
+
+        :raise ToolError: qemu-img failed.
+        """
+        rebase = ("rebase", "-q", "-u", "-f", fmt, "-b", base, "-F", base_fmt, overlay)
+        for command in (rebase, ("commit", "-q", "-f", fmt, "-d", overlay)):
+            async for _ in self._lines(*command):
+                pass
+
+    async def _lines(
+        self, *arguments: str, exclusive: bool = True, given: str | None = None
+    ) -> AsyncIterator[str]:
         """Run qemu-img and yield what it prints, line by line.
+
+        :param given: what it is to read on stdin.
 
         :raise ToolError: it cannot be started, or fails.
         :raise StalledError: it prints nothing, and does not end, for the stall limit.
@@ -183,7 +211,7 @@ class QemuImg:
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 limit=_LINE,
@@ -196,6 +224,10 @@ class QemuImg:
         assert process.stderr is not None
         try:
             complaints = asyncio.ensure_future(process.stderr.read())
+            if given is not None:
+                assert process.stdin is not None
+                process.stdin.write(given.encode())
+                process.stdin.write_eof()
             while True:
                 async with asyncio.timeout(self.stall):
                     line = await process.stdout.readline()
@@ -239,3 +271,26 @@ def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, An
 
 
 _WITH_BACKING = frozenset({"qcow", "qcow2", "qed", "vmdk"})
+
+
+class QemuIo(QemuImg):
+    """The qemu-io program, for images that nobody else uses."""
+
+    def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
+        super().__init__(program, stall=stall)
+
+    async def write_zeros_as_data(self, path: str, ranges: Iterable[tuple[int, int]]) -> None:
+        """Write zeros to ranges of a closed qcow2 image, stored as data.
+
+        :raise ToolError: qemu-io failed; there may be no room.
+        """
+        lines = [
+            f"write -q -P 0 {at} {min(_PIECE, stop - at)}"
+            for start, stop in ranges
+            for at in range(start, stop, _PIECE)
+        ]
+        text = "\n".join([*lines, "quit", ""])
+        said = [line async for line in self._lines("-f", "qcow2", path, given=text)]
+        wrong = [line for line in said if "failed" in line]
+        if wrong:
+            raise ToolError([self.program, path], 1, wrong[0])

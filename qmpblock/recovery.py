@@ -316,6 +316,8 @@ class ImageRecovery:
         text = f"start the VM from {_list(self.verdict.start)}: {self.verdict.why}."
         if self.verdict.stale:
             text += f" Never use or commit {_list(self.verdict.stale)} again: stale."
+        for overlay, base in self.verdict.commit:
+            text += f" {printable(overlay)} is committed into {printable(base)} and removed."
         if self.removed:
             text += f" Removed: {_list(self.removed)}."
         return text
@@ -367,11 +369,11 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
     """
     record = journal.record
     empty = {}
-    formats = {
-        str(entry["created"]): str(entry.get("format", ""))
-        for entry in journal.entries
-        if "created" in entry
-    }
+    formats: dict[str, str] = {}
+    for entry in journal.entries:  # a file that was made anew has no header yet
+        formats.pop(str(entry.get("made")), None)
+        if "created" in entry:
+            formats[str(entry["created"])] = str(entry.get("format", ""))
     for file, identity in journal.made().items():
         with contextlib.suppress(FileNotFoundError):
             status = Path(file).lstat()
@@ -379,6 +381,10 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
                 empty[file] = file not in formats or await _holds_nothing(file, formats[file])
     verdict = image_verdict(record, journal.entries, empty)
     if not dry_run:
+        for overlay, base in verdict.commit:
+            fmt = formats.get(overlay) or "qcow2"
+            await QemuImg().commit(overlay, fmt, base, record.base_format)
+            Path(overlay).unlink()
         for file in verdict.unused:
             with contextlib.suppress(FileNotFoundError):
                 Path(file).unlink()

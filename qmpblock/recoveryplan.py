@@ -43,8 +43,8 @@ class Choice(Enum):
 class Step:
     """One thing to do, and why, in words.
 
-    :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `restore-limits`,
-        `delete-bitmap`, `delete-node` or `delete-file`.
+    :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `bring-home`,
+        `restore-limits`, `delete-bitmap`, `delete-node` or `delete-file`.
     :ivar what: the job, node (for a bitmap NODE/NAME) or file.
     """
 
@@ -80,11 +80,18 @@ def took_effect(record: Record, graph: BlockGraph) -> bool | None:
 
 
 def steps(
-    record: Record, graph: BlockGraph, choice: Choice, made: Iterable[str] = ()
+    record: Record,
+    graph: BlockGraph,
+    choice: Choice,
+    made: Iterable[str] = (),
+    *,
+    stale: bool | None = None,
 ) -> tuple[Step, ...]:
     """Return what is to be done next; nothing where nothing is left.
 
     :param made: image files that the journal says the change made itself.
+    :param stale: whether the journal says that the overlay of a pivot is stale; None: there
+        is no journal.
     """
     for name in (record.job, *record.helpers):
         job = graph.job(name)
@@ -94,7 +101,30 @@ def steps(
             # While the job runs its base is writable, and lets persistent bitmaps go.
             bitmaps = _bitmaps(graph, record.bitmaps) if step.verb == "cancel" else []
             return (*bitmaps, step)
-    return tuple(_leftovers(record, graph, made))
+    if _is_out(record, graph, stale):
+        return (Step("bring-home", record.top, "it holds what the guest wrote last"),)
+    return tuple(_leftovers(record, graph, made, stale=stale))
+
+
+def _is_out(record: Record, graph: BlockGraph, stale: bool | None) -> bool:
+    """Whether an overlay of ours holds the guest's newest data: a staged commit was broken off.
+
+    Where its disk was unplugged, only the journal tells; without one it is left alone.
+    """
+    if record.operation != "allocate" or record.top not in graph.nodes:
+        return False
+    active = _active_nodes(record, graph)
+    if active:
+        return record.top in active
+    return stale is False and _lies_on_something(graph, record.top)
+
+
+def _active_nodes(record: Record, graph: BlockGraph) -> set[str]:
+    return {
+        device.chain.active.node.name
+        for device in graph.devices
+        if device.chain is not None and device.qom_path in record.devices
+    }
 
 
 def _of_job(record: Record, job: Job, choice: Choice) -> Step:
@@ -103,6 +133,8 @@ def _of_job(record: Record, job: Job, choice: Choice) -> Step:
         return Step("dismiss", job.id, f"it has ended, {verdict}")
     if job.status == "pending" and record.pivot:
         return Step("pivot", job.id, "it holds the guest's I/O until it is finalized")
+    if record.operation == "allocate" and job.id == record.job and job.status in ACTIVE:
+        return Step("bring-home", record.top, "it holds what the guest wrote last")
     if choice is Choice.UNDO and (job.status in ACTIVE or job.status == "pending"):
         return Step("cancel", job.id, f"it is {job.status}; nothing final has been done")
     if job.status in ACTIVE:
@@ -113,7 +145,9 @@ def _of_job(record: Record, job: Job, choice: Choice) -> Step:
     return Step("wait", job.id, f"it is {printable(job.status)}")
 
 
-def _leftovers(record: Record, graph: BlockGraph, made: Iterable[str]) -> Iterable[Step]:
+def _leftovers(
+    record: Record, graph: BlockGraph, made: Iterable[str], *, stale: bool | None
+) -> Iterable[Step]:
     done = took_effect(record, graph)
     if record.throttle:
         yield Step("restore-limits", record.devices[0], "the guest was slowed down for the pivot")
@@ -128,13 +162,23 @@ def _leftovers(record: Record, graph: BlockGraph, made: Iterable[str]) -> Iterab
     for node in record.nodes:
         # An overlay that lies on an image has been written to by the guest, or could be, also
         # if its disk was unplugged since.
-        if node in graph.nodes and not (graph.users(node) or _lies_on_something(graph, node)):
+        if node in graph.nodes and not (
+            graph.users(node) or _may_hold_writes(record, graph, node, stale=stale)
+        ):
             yield Step("delete-node", node, "we made it, and nothing uses it")
     used = {node.filename for node in graph.nodes.values()}
     ours = set(record.nodes) & set(graph.nodes)
     for file in made:
         if file not in used and not ours:
             yield Step("delete-file", file, "we made it, and it was never used")
+
+
+def _may_hold_writes(record: Record, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
+    if record.operation != "allocate":
+        return _lies_on_something(graph, node)
+    if node != record.top or not _lies_on_something(graph, node):
+        return False
+    return record.base not in _active_nodes(record, graph) and stale is not True
 
 
 def _lies_on_something(graph: BlockGraph, node: str) -> bool:
@@ -157,12 +201,15 @@ class ImageVerdict:
     :ivar stale: images that must not be used: newer data is elsewhere.
     :ivar unused: images that were made and hold nothing: they can be removed.
     :ivar why: in a sentence.
+    :ivar commit: overlays that must be committed into an image before it is started, each
+        with that image.
     """
 
     start: tuple[str, ...]
     stale: tuple[str, ...]
     unused: tuple[str, ...]
     why: str
+    commit: tuple[tuple[str, str], ...] = ()
 
 
 def image_verdict(
@@ -183,6 +230,8 @@ def image_verdict(
         return ImageVerdict(
             active, (), tuple(empty), "nothing was written to an overlay: the images hold it all"
         )
+    if record.operation == "allocate" and record.pivot:
+        return _verdict_of_staging(record, pivoted(entries), empty)
     if record.pivot and pivoted(entries):
         return ImageVerdict(
             (record.base_file,),
@@ -202,4 +251,24 @@ def image_verdict(
         (),
         (),
         "a stream changes no content: every link in the chain is as the headers say, and whole",
+    )
+
+
+def _verdict_of_staging(record: Record, stale: bool, empty: Mapping[str, bool]) -> ImageVerdict:
+    """Say what a staged commit that was broken off means: its overlay is newest, unless stale."""
+    others = tuple(file for file in empty if file != record.top_file)
+    if record.top_file not in empty:
+        return ImageVerdict((record.base_file,), (), others, "no overlay of ours is left")
+    if stale:
+        why = "the guest was back on the image; the overlay is stale"
+        return ImageVerdict((record.base_file,), (), (*others, record.top_file), why)
+    if empty[record.top_file]:
+        why = "nothing was written to the overlay"
+        return ImageVerdict((record.base_file,), (), (*others, record.top_file), why)
+    return ImageVerdict(
+        (record.base_file,),
+        (),
+        others,
+        "the overlay held what the guest wrote last",
+        commit=((record.top_file, record.base_file),),
     )

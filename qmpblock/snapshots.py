@@ -47,7 +47,15 @@ if TYPE_CHECKING:
     from qmpblock.disk import Disk
     from qmpblock.vm import VM
 
-__all__ = ["Overlay", "SnapshotResult", "snapshot"]
+__all__ = [
+    "Item",
+    "Overlay",
+    "SnapshotResult",
+    "make_file",
+    "make_overlay",
+    "snapshot",
+    "take",
+]
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,38 @@ class SnapshotResult:
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
+    """One overlay that is to be made.
+
+    :ivar file: where; `node` and `storage`: what its nodes are called.
+    :ivar job: the id of the job that writes its header.
+    """
+
     plan: SnapshotPlan
     file: str
     node: str
     storage: str
     job: str
     backing_name: str
+
+    def node_options(self, backing: str | None, fmt: str = "qcow2") -> dict[str, Any]:
+        """Return the whole description of the overlay's node: blockdev-reopen forgets the rest.
+
+        :param backing: the node that it lies on; None for none.
+        """
+        active = self.plan.active.node
+        options: dict[str, Any] = {
+            "driver": fmt,
+            "node-name": self.node,
+            "file": self.storage,
+            "backing": backing,
+            "discard": "unmap",
+            "detect-zeroes": active.detect_zeroes,
+            "cache": _cache(self.plan),
+        }
+        if self.plan.key_secret is not None:
+            options["encrypt"] = {"format": "luks", "key-secret": self.plan.key_secret}
+        return options
 
 
 async def snapshot(
@@ -125,8 +158,8 @@ async def snapshot(
         again = await _plan(vm, run, overlays, format, backing_name, local=local)
         _unchanged(items, again)
         for item in items:
-            await _make(vm, change, item, format, local=local)
-        await undisturbed(_take(vm, items))
+            await make_overlay(vm, change, item, format, local=local)
+        await undisturbed(take(vm, items))
         await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
         await undisturbed(change.end())
     except DisconnectedError as error:
@@ -167,10 +200,10 @@ async def _plan(
     naming: str,
     *,
     local: bool,
-) -> list[_Item]:
+) -> list[Item]:
     """Say what will be made, or refuse; nothing is touched."""
     graph = await vm.graph()
-    items: list[_Item] = []
+    items: list[Item] = []
     for number, (disk, wanted) in enumerate(overlays.items()):
         device = graph.device(disk.device.qom_path)
         plan = plan_snapshot(graph, device, fmt)
@@ -183,7 +216,7 @@ async def _plan(
             raise RequestError(f"{device.name} is named twice")
         node = f"qmpblock-{run}-{number}"
         items.append(
-            _Item(
+            Item(
                 plan,
                 file,
                 node,
@@ -202,7 +235,7 @@ async def _plan(
     return items
 
 
-def _unchanged(before: list[_Item], now: list[_Item]) -> None:
+def _unchanged(before: list[Item], now: list[Item]) -> None:
     names = [[one.plan.active.node.name for one in items] for items in (before, now)]
     if names[0] != names[1]:
         raise GraphError("a chain has just been changed by somebody else; try again")
@@ -244,12 +277,15 @@ def _backing_name(vm: VM, plan: SnapshotPlan, overlay: str, naming: str) -> str:
     return f"./{name}" if ":" in name.partition("/")[0] else name
 
 
-async def _make(vm: VM, change: Change, item: _Item, fmt: str, *, local: bool) -> None:
-    """Make one overlay's file, header and node."""
+async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: bool) -> None:
+    """Make one overlay's file, header and node; it lies on nothing yet.
+
+    :param local: whether QEMU sees the same files as this process.
+    """
     execute = vm.monitor.execute
     plan = item.plan
     if local:
-        _make_file(change, item)
+        make_file(change, item)
     else:
         await _have_file_made(vm, item)
     await execute(
@@ -262,7 +298,6 @@ async def _make(vm: VM, change: Change, item: _Item, fmt: str, *, local: bool) -
             "cache": _cache(plan),
         },
     )
-    secret = {"format": "luks", "key-secret": plan.key_secret} if plan.key_secret else None
     header: dict[str, Any] = {
         "driver": fmt,
         "file": item.storage,
@@ -270,25 +305,14 @@ async def _make(vm: VM, change: Change, item: _Item, fmt: str, *, local: bool) -
         "backing-file": item.backing_name,
         "backing-fmt": plan.active.format,
     }
-    if secret is not None:
-        header["encrypt"] = secret
+    if plan.key_secret is not None:
+        header["encrypt"] = {"format": "luks", "key-secret": plan.key_secret}
     await _create(vm, item.job, header)
     if local:
         _sync(Path(item.file))
     assert change.journal is not None  # begin() wrote it
     change.journal.add(created=item.file, format=fmt)
-    node: dict[str, Any] = {
-        "driver": fmt,
-        "node-name": item.node,
-        "file": item.storage,
-        "backing": None,
-        "discard": "unmap",
-        "detect-zeroes": plan.active.node.detect_zeroes,
-        "cache": _cache(plan),
-    }
-    if secret is not None:
-        node["encrypt"] = secret
-    await execute("blockdev-add", node)
+    await execute("blockdev-add", item.node_options(None, fmt))
 
 
 def _cache(plan: SnapshotPlan) -> dict[str, bool]:
@@ -308,7 +332,7 @@ async def _create(vm: VM, job_id: str, options: dict[str, Any]) -> None:
         raise JobError(job_id, "create", error)
 
 
-def _make_file(change: Change, item: _Item) -> None:
+def make_file(change: Change, item: Item) -> None:
     """Make the overlay's empty file, in such an order that it is never there unrecorded."""
     assert change.journal is not None  # begin() wrote it
     path = Path(item.file)
@@ -333,7 +357,7 @@ def _open_nameless(directory: Path) -> int:
     return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
-def _make_named_file(change: Change, item: _Item, like: str | None) -> None:
+def _make_named_file(change: Change, item: Item, like: str | None) -> None:
     """Make it where the file system knows no nameless files (NFS)."""
     assert change.journal is not None  # begin() wrote it
     path = Path(item.file)
@@ -365,7 +389,7 @@ def _cannot_make(path: Path, error: OSError) -> Error:
     return Error(f"cannot make {printable(path)}: {error.strerror}")
 
 
-async def _have_file_made(vm: VM, item: _Item) -> None:
+async def _have_file_made(vm: VM, item: Item) -> None:
     """Have QEMU make the file on its host, if there is none: creating would empty it."""
     probe = {"driver": "file", "node-name": item.storage, "filename": item.file}
     try:
@@ -391,7 +415,7 @@ def _sync(path: Path) -> None:
             os.close(fd)
 
 
-async def _take(vm: VM, items: list[_Item]) -> None:
+async def take(vm: VM, items: list[Item]) -> None:
     """Have every disk go on in its overlay, at one point, or none."""
     actions: list[dict[str, Any]] = []
     for item in items:

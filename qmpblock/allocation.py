@@ -1,0 +1,232 @@
+"""Allocate: make a range of a running disk stand in its active layer, contents unchanged.
+
+*Thin*: what some layer below holds comes into the active layer; what no layer holds stays
+blank. By NBD_CMD_CACHE on a read-only export of the active node, for which QEMU copies the
+range up by itself, serialised with the guest's writes: no data crosses the socket, nothing is
+paused, and no write can be lost (facts 0.B). What came of it is read back from the map.
+
+*Full*: what no layer holds, and mere zeros, get host space too (`qmpblock.reserving`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qmpblock.cancellation import undisturbed
+from qmpblock.chainjobs import host_files
+from qmpblock.change import Change, identify, lock_names
+from qmpblock.disk import check_range
+from qmpblock.errors import DisconnectedError, Error, GraphError, UnsupportedError
+from qmpblock.job import Progress
+from qmpblock.journal import Record
+from qmpblock.pace import RateMeter, Speed
+from qmpblock.planning import Batch, below, requests, rounded
+
+if TYPE_CHECKING:
+    from qmpblock.disk import Disk
+    from qmpblock.nbd import Client
+
+__all__ = ["AllocationResult", "allocate_thin"]
+
+_ATTEMPTS = 4  # at what the guest discards again meanwhile
+_REQUEST = 4 << 20  # bytes of data in one request
+_IN_FLIGHT = 8
+_LOOK = 0.2  # seconds between looks at where the export is
+# Their CACHE is known to do nothing over a backing image (facts 13).
+_USELESS = frozenset({"parallels", "raw", "vdi", "vhdx", "vpc"})
+
+
+@dataclass(frozen=True)
+class AllocationResult:
+    """What an allocation did. All in bytes.
+
+    :ivar offset: as asked; also `length`.
+    :ivar rounded_offset: outwards to whole clusters of the active layer; also `rounded_length`.
+    :ivar allocated: came from layers below into the active layer: data and explicit zeros.
+    :ivar reserved: got host space, which no layer had, or only as zeros.
+    :ivar already: of the rounded range, stood in the active layer before.
+    :ivar held: the longest time, in seconds, for which the guest's I/O was held.
+    :ivar warnings: what is worth acting on.
+    """
+
+    disk: str
+    offset: int
+    length: int
+    rounded_offset: int
+    rounded_length: int
+    allocated: int = 0
+    reserved: int = 0
+    already: int = 0
+    held: float = 0.0
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+async def allocate_thin(
+    disk: Disk,
+    offset: int = 0,
+    length: int | None = None,
+    *,
+    speed: Speed | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> AllocationResult:
+    """Bring what lies below into the active layer. See `Disk.allocate`."""
+    started = time.monotonic()
+    await disk.refresh()
+    active = disk.chain.active
+    offset, length = check_range(disk.size, offset, length)
+    cluster = active.node.cluster_size or 512
+    first, count = rounded(offset, length, cluster, disk.size)
+    result = AllocationResult(disk.name, offset, length, first, count)
+    if len(disk.chain.layers) == 1 or not count:
+        return replace(result, already=0, seconds=time.monotonic() - started)
+    if active.format in _USELESS:
+        raise UnsupportedError(
+            f"a range of a {active.format} image cannot be allocated from its backing image: QEMU "
+            "does not do it for that format",
+            standing="nothing was touched",
+        )
+    run = Change.new_run()
+    record = Record(
+        run=run,
+        operation="allocate",
+        vm=await identify(disk.vm),
+        devices=(disk.device.qom_path,),
+        names=(disk.name,),
+        locks=lock_names([disk.device]),
+        images=host_files(disk.vm, disk.chain),
+    )
+    change = Change(disk.vm, record)
+    await change.begin()
+    try:
+        allocated, already = await _bring_up(disk, first, count, speed or Speed(), progress)
+    except DisconnectedError as error:
+        await undisturbed(change.after_disconnect(error))
+        raise
+    except BaseException as error:
+        await undisturbed(change.undo())
+        if isinstance(error, Error) and error.standing is None:
+            error.standing = (
+                "what was allocated by then stays: its content is the same. Nothing of ours is "
+                "left in the VM"
+            )
+        raise
+    await undisturbed(change.end())
+    return replace(result, allocated=allocated, already=already, seconds=time.monotonic() - started)
+
+
+async def _bring_up(
+    disk: Disk,
+    first: int,
+    count: int,
+    speed: Speed,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[int, int]:
+    """Copy up until nothing of the range is below; return bytes done, and there before."""
+    from qmpblock.export import Request, exports
+
+    active = disk.chain.active
+    cluster = active.node.cluster_size or 512
+    seen = await disk.map(first, count)
+    total = below(seen).total
+    already = seen.where(depth=0, present=True).total
+    left = total
+    for _ in range(_ATTEMPTS):
+        request = Request(active.node.name, hold_writer=active.data_file is not None)
+        async with exports(
+            disk.vm.monitor, disk.device, [request], access=disk.vm.nbd, stall=disk.vm.stall
+        ) as [client]:
+            limit = min(client.max_cache_length, _REQUEST)
+            batches = requests(seen, cluster, disk.size, limit)
+            report = _Report(total, total - left, progress)
+            await _cache(disk, client, batches, speed, report)
+        seen = await disk.map(first, count)
+        if disk.chain.active.node.name != active.node.name:
+            raise GraphError(
+                f"the active layer of {disk.name} is another one now: somebody took a snapshot",
+                remedy="look at it, then try again: qmpblock disks ADDRESS",
+            )
+        before, left = left, below(seen).total
+        if not left:
+            return total, already
+        if left >= before:
+            break
+    raise UnsupportedError(
+        f"{left} bytes of {disk.name} are still below the active layer: {active.format} does not "
+        "take them, or the guest discards them as fast as they are allocated",
+    )
+
+
+class _Report:
+    """Adds up what is done and tells it."""
+
+    def __init__(self, total: int, done: int, progress: Callable[[Progress], None] | None) -> None:
+        self._total = total
+        self._done = done
+        self._tell = progress
+        self._meter = RateMeter()
+
+    def add(self, length: int) -> None:
+        """Count `length` bytes as done."""
+        self._done = min(self._total, self._done + length)
+        if self._tell is None:
+            return
+        self._meter.add(time.monotonic(), self._done)
+        rate = self._meter.rate
+        eta = (self._total - self._done) / rate if rate > 0 else None
+        self._tell(Progress("running", "allocating", self._done, self._total, rate, eta))
+
+
+async def _cache(
+    disk: Disk, client: Client, batches: Iterable[Batch], speed: Speed, report: _Report
+) -> None:
+    """Send the requests, some in flight, as fast as `speed` allows.
+
+    Between them the export must still be of the active node: a foreign snapshot redirects it
+    silently, and what is asked for would go to the overlay (facts 1.6).
+    """
+    clock = time.monotonic
+    looked = 0.0
+    flying: deque[tuple[asyncio.Task[None], int]] = deque()
+    try:
+        for batch in batches:
+            if clock() - looked > _LOOK:
+                looked = clock()
+                await _check_export(disk, client)
+            wait = speed.take(clock(), batch.length)
+            while len(flying) >= (_IN_FLIGHT if not wait else 1):
+                await _landed(flying, report)
+            if wait:
+                await asyncio.sleep(wait)
+            sent = asyncio.create_task(client.cache(batch.start, batch.length))
+            flying.append((sent, batch.length))
+        while flying:
+            await _landed(flying, report)
+        await _check_export(disk, client)
+    finally:
+        for task, _ in flying:
+            task.cancel()
+        if flying:
+            await asyncio.wait([task for task, _ in flying])
+
+
+async def _landed(flying: deque[tuple[asyncio.Task[None], int]], report: _Report) -> None:
+    task, length = flying[0]
+    await task
+    flying.popleft()
+    report.add(length)
+
+
+async def _check_export(disk: Disk, client: Client) -> None:
+    wanted = disk.chain.active.node.name
+    for export in await disk.vm.monitor.execute("query-block-exports"):
+        if export["id"] == client.export and export["node-name"] != wanted:
+            raise GraphError(
+                f"the active layer of {disk.name} is another one now: somebody took a snapshot",
+                remedy="look at it, then try again: qmpblock disks ADDRESS",
+            )

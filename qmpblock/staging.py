@@ -1,0 +1,305 @@
+"""The staged commit: host space for ranges of a live qcow2 or QED image that no layer holds.
+
+A range that is blank, or mere zero clusters, gets clusters of its own in the running disk D,
+in place, while the guest writes on (facts 0.C). For each slice of the disk::
+
+    guest -> D                          1. make T, an empty overlay beside D, and take a snapshot
+    guest -> T -> D                     2. D is frozen: now, and not before, read its map
+    guest -> T -> D,  Z -> D            3. make Z: zeros as data, where D has nothing or zeros
+    guest -> T -> Z -> D                4. blockdev-reopen T
+    guest -> T -> D                     5. commit Z into D: D has the clusters
+    guest -> D                          6. commit T into D, and pivot: T goes
+
+What the guest writes meanwhile is in T, which comes home at once, whatever fails: T holds the
+newest data from 1 to 6. So T lies beside D, as `D.qmpblock-RUN`, with a journal that says
+whether T or D is to be trusted; `qmpblock recover` brings T home after a crash. Z is never
+needed: it hides nothing but holes.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock import hostfiles
+from qmpblock.cancellation import undisturbed
+from qmpblock.chainjobs import host_files
+from qmpblock.chainplan import SnapshotPlan, key_secret
+from qmpblock.change import Change, identify, lock_names, settle
+from qmpblock.errors import (
+    DisconnectedError,
+    Error,
+    GraphError,
+    JobError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.job import Job
+from qmpblock.journal import PIVOTED, Record
+from qmpblock.qemuimg import QemuImg, QemuIo, blockdev
+from qmpblock.recoveryplan import Choice
+from qmpblock.snapshots import Item, make_file, make_overlay, take
+
+if TYPE_CHECKING:
+    from qmpblock.disk import Disk
+    from qmpblock.ranges import Ranges
+    from qmpblock.vm import VM
+
+__all__ = ["reserve_by_staging"]
+
+_SLICE = 256 << 20  # bytes that one slice reserves
+_RESERVE = 64 << 20  # bytes of the file system that stay free besides
+
+
+async def reserve_by_staging(
+    disk: Disk,
+    first: int,
+    count: int,
+    *,
+    slice_size: int = _SLICE,
+    tell: Callable[[int, int], None] | None = None,
+) -> int:
+    """Give host space to what no layer holds in a range; return how many bytes got it.
+
+    Cancelled or failed, the overlay of the slice under way first comes home; what was
+    reserved by then stays.
+
+    :param first: on a cluster; `count` whole clusters, or up to the disk's end.
+    :param tell: is called with bytes done and bytes found to do.
+    """
+    vm = disk.vm
+    await disk.refresh()
+    active = disk.chain.active
+    file = _check(disk)
+    run = Change.new_run()
+    device = disk.device
+    overlay = f"{file}.qmpblock-{run}"
+    node = f"qmpblock-{run}-0"
+    record = Record(
+        run=run,
+        operation="allocate",
+        vm=await identify(vm),
+        devices=(device.qom_path,),
+        names=(device.name,),
+        locks=lock_names([device]),
+        job=f"qmpblock-{run}-pivot",
+        helpers=(f"qmpblock-{run}-create-0", f"qmpblock-{run}-z"),
+        pivot=True,
+        top=node,
+        top_file=overlay,
+        base=active.node.name,
+        base_file=file,
+        base_format=active.format,
+        nodes=(node, f"{node}-file", f"qmpblock-{run}-z"),
+        files=(overlay, f"{overlay}-z"),
+        images=host_files(vm, disk.chain),
+    )
+    change = Change(vm, record, beside=Path(file))
+    done = 0
+    await change.begin()
+    try:
+        position = first
+        while True:
+            position, left = await _next(disk, position, first + count)
+            if not left:
+                break
+            _check_room(file, min(slice_size, left))
+            done += await _slice(disk, change, position, first + count, slice_size)
+            if tell is not None:
+                tell(done, done + left)
+    except DisconnectedError as error:
+        await undisturbed(change.after_disconnect(error))
+        raise
+    except BaseException as error:
+        await undisturbed(change.undo())
+        if isinstance(error, Error) and error.standing is None:
+            error.standing = (
+                f"the guest is back on {printable(file)}, with every write; {done} bytes were "
+                "reserved and stay so; nothing of ours is left"
+            )
+        raise
+    await undisturbed(change.end())
+    return done
+
+
+def _check(disk: Disk) -> str:
+    """Refuse what this way is not for; return the active image's path here."""
+    active = disk.chain.active
+    if active.format not in ("qcow2", "qed"):
+        raise UnsupportedError(
+            f"host space for {active.format} images cannot be had while they are in use; for "
+            "raw, luks, qcow2 and qed it can",
+            standing="nothing was touched",
+        )
+    if active.node.detect_zeroes != "off":
+        raise UnsupportedError(
+            f"{disk.name} has detect-zeroes={active.node.detect_zeroes}: QEMU would make zero "
+            "clusters of what is to be reserved",
+            standing="nothing was touched",
+            remedy="start the VM with detect-zeroes=off for this disk",
+        )
+    file = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
+    if file is None or not hostfiles.same_files(disk.vm.monitor.peer_pid):
+        raise UnsupportedError(
+            f"{printable(active.file)} is not on this host, and an overlay must lie beside it",
+            standing="nothing was touched",
+            remedy="run qmpblock on the VM's host, by a UNIX monitor",
+        )
+    return file
+
+
+def _check_room(file: str, length: int) -> None:
+    """See that twice the slice, and a reserve, is free: the image grows, and Z is real zeros."""
+    free = os.statvfs(Path(file).parent)
+    room, needed = free.f_bavail * free.f_frsize, 2 * length + _RESERVE
+    if room < needed:
+        raise Error(
+            f"the file system of {printable(file)} has {room} bytes free; reserving the next "
+            f"{length} takes {needed}",
+            remedy="make room, then run it again: it goes on where it was",
+        )
+
+
+async def _next(disk: Disk, position: int, stop: int) -> tuple[int, int]:
+    """Find where to go on, and how much is left there, on the live map.
+
+    Only to know whether a slice is worth it: what is reserved is chosen on the frozen map.
+    """
+    if position >= stop:
+        return stop, 0
+    seen = await disk.map(position, stop - position)
+    wanted = seen.holes() | seen.where(depth=0, present=True, zero=True, data=False)
+    if not wanted:
+        return stop, 0
+    return int(wanted.starts[0]), wanted.total
+
+
+async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -> int:
+    """Reserve up to `size` bytes of [first, stop); return how many."""
+    vm, record, journal = disk.vm, change.record, change.journal
+    assert journal is not None  # begin() wrote it
+    await disk.refresh()
+    active = disk.chain.active
+    if active.node.name != record.base or disk.device.jobs:
+        raise GraphError(f"somebody else is at work on {disk.name}")
+    journal.add(**{PIVOTED: False})
+    plan = SnapshotPlan(
+        disk.device,
+        active,
+        key_secret(active) if active.node.encrypted else None,
+        (),
+        (),
+    )
+    item = Item(
+        plan,
+        record.top_file,
+        record.top,
+        f"{record.top}-file",
+        record.helpers[0],
+        posixpath.basename(record.base_file),
+    )
+    await make_overlay(vm, change, item, "qcow2", local=True)
+    await undisturbed(take(vm, [item]))
+    chosen = await _choose(disk, change, first, stop, size)
+    if chosen:
+        await _stage(disk, change, item, chosen)
+    # The overlay comes home, and goes; all that is left is removed.
+    await undisturbed(settle(vm, record, journal, Choice.UNDO))
+    return chosen.total
+
+
+async def _choose(disk: Disk, change: Change, first: int, stop: int, size: int) -> Ranges:
+    """Choose, on the map of the frozen image, what gets host space."""
+    from qmpblock.ranges import Ranges
+
+    await disk.refresh()
+    frozen = disk.chain.layers[1]
+    if frozen.node.name != change.record.base:
+        raise GraphError(f"somebody else is at work on {disk.name}")
+    cluster = frozen.node.cluster_size or 65536
+    seen = await disk.map(first, stop - first)
+    # In T's map the frozen image is at depth 1. What T holds already the guest has written.
+    last = seen.layers - 1
+    wanted = seen.where(depth=1, present=True, zero=True, data=False)
+    wanted = wanted | seen.where(depth=last, present=False)
+    wanted = wanted - await _reserved(disk, change.record.base_file, frozen.format)
+    whole = wanted.align_in(cluster, frozen.size)
+    return Ranges(_first_bytes(whole, size))
+
+
+def _first_bytes(ranges: Ranges, size: int) -> list[tuple[int, int]]:
+    found, left = [], size
+    for start, stop in ranges:
+        taken = min(stop - start, left)
+        if taken <= 0:
+            break
+        found.append((start, start + taken))
+        left -= taken
+    return found
+
+
+async def _reserved(disk: Disk, file: str, fmt: str) -> Ranges:
+    """Return the zero clusters that have host space already, which only qemu-img tells."""
+    from qmpblock.ranges import Ranges
+
+    if disk.chain.layers[1].node.encrypted:
+        return Ranges()  # not readable here; reserving them again does no harm
+    seen = await QemuImg(stall=disk.vm.stall).map(blockdev(fmt, file), [fmt], shared=True)
+    return seen.where(present=True, reserved=True)
+
+
+async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None:
+    """Bring zeros as data into the frozen image, from below the overlay."""
+    vm, record = disk.vm, change.record
+    execute = vm.monitor.execute
+    frozen = disk.chain.layers[1]
+    node, file = record.nodes[2], record.files[1]
+    make_file(change, replace(item, file=file))
+    await QemuImg(stall=vm.stall).create(file, frozen.size, frozen.node.cluster_size or 65536)
+    await QemuIo(stall=vm.stall).write_zeros_as_data(file, chosen)
+    await execute(
+        "blockdev-add",
+        {
+            "driver": "qcow2",
+            "node-name": node,
+            "file": {"driver": "file", "filename": file},
+            "backing": record.base,
+        },
+    )
+    await execute("blockdev-reopen", {"options": [item.node_options(node)]})
+    job = Job(vm.monitor, record.helpers[1], "commit")
+    try:
+        chain = (await vm.graph()).device(disk.device.qom_path).chain
+        assert chain is not None  # the disk was there a moment ago
+        await job.start(
+            "block-commit",
+            {
+                "device": chain.root.name,
+                "top-node": node,
+                "base-node": record.base,
+                "backing-file": item.backing_name,
+                "on-error": "enospc",
+            },
+        )
+        error = await _finish(vm, job)
+    finally:
+        job.end()
+    if error is not None:
+        raise JobError(job.id, "commit", error)
+
+
+async def _finish(vm: VM, job: Job) -> str | None:
+    """Follow a job of ours that only has to end; return its error."""
+    finalized = False
+    error = None
+    async for seen in job.follow(converging=vm.stall):
+        error = seen.error
+        if seen.status == "pending" and not finalized:
+            finalized = True
+            await job.finalize()
+    await job.dismiss()
+    return error
