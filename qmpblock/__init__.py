@@ -12,23 +12,27 @@ from typing import TYPE_CHECKING, Any
 from qmpblock._version import __version__
 
 if TYPE_CHECKING:
+    from qmpblock.allocation import AllocationResult
     from qmpblock.disk import Disk, LayerMap
     from qmpblock.errors import Error
     from qmpblock.extents import AllocationMap
     from qmpblock.job import Job, Progress
     from qmpblock.monitor import Monitor
+    from qmpblock.pace import Speed
     from qmpblock.recovery import recover_images
     from qmpblock.vm import VM, connect
 
 __all__ = [
     "VM",
     "AllocationMap",
+    "AllocationResult",
     "Disk",
     "Error",
     "Job",
     "LayerMap",
     "Monitor",
     "Progress",
+    "Speed",
     "__version__",
     "connect",
     "recover_images",
@@ -36,12 +40,14 @@ __all__ = [
 
 _HOMES = {
     "AllocationMap": "extents",
+    "AllocationResult": "allocation",
     "Disk": "disk",
     "Error": "errors",
     "Job": "job",
     "LayerMap": "disk",
     "Monitor": "monitor",
     "Progress": "job",
+    "Speed": "pace",
     "VM": "vm",
     "connect": "vm",
     "recover_images": "recovery",

@@ -21,17 +21,27 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.change import Change, identify, lock_names
 from qmpblock.disk import check_range
-from qmpblock.errors import DisconnectedError, Error, GraphError, UnsupportedError
+from qmpblock.errors import (
+    DisconnectedError,
+    Error,
+    GraphError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.job import Progress
 from qmpblock.journal import Record
 from qmpblock.pace import RateMeter, Speed
 from qmpblock.planning import Batch, below, requests, rounded
+from qmpblock.ranges import Ranges
+from qmpblock.reserving import raw_file, reserve_by_fallocate
+from qmpblock.staging import check_staging, reserve_by_staging
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
     from qmpblock.nbd import Client
 
-__all__ = ["AllocationResult", "allocate_thin"]
+__all__ = ["AllocationResult", "allocate"]
 
 _ATTEMPTS = 4  # at what the guest discards again meanwhile
 _REQUEST = 4 << 20  # bytes of data in one request
@@ -67,15 +77,17 @@ class AllocationResult:
     warnings: tuple[str, ...] = ()
 
 
-async def allocate_thin(
+async def allocate(
     disk: Disk,
     offset: int = 0,
     length: int | None = None,
     *,
+    full: bool = False,
+    independent: bool = False,
     speed: Speed | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> AllocationResult:
-    """Bring what lies below into the active layer. See `Disk.allocate`."""
+    """Make a range stand in the active layer. See `Disk.allocate`."""
     started = time.monotonic()
     await disk.refresh()
     active = disk.chain.active
@@ -83,17 +95,87 @@ async def allocate_thin(
     cluster = active.node.cluster_size or 512
     first, count = rounded(offset, length, cluster, disk.size)
     result = AllocationResult(disk.name, offset, length, first, count)
-    if len(disk.chain.layers) == 1 or not count:
-        return replace(result, already=0, seconds=time.monotonic() - started)
+    if independent and (first, count) != (0, disk.size):
+        raise RequestError(
+            "to be independent of its backing images a disk must be allocated whole",
+            standing="nothing was touched",
+            remedy="leave --offset and --length out",
+        )
+    raw = await raw_file(disk) if full else None
+    if full and raw is None:
+        check_staging(disk)
+    speed = speed or Speed()
+    if len(disk.chain.layers) > 1 and count:
+        allocated, already = await _allocate_thin(disk, first, count, speed, progress)
+        result = replace(result, allocated=allocated, already=already)
+    if full and count:
+        meter = _Report(0, 0, progress, "reserving")
+        if raw is not None:
+            file, start = raw
+            done = await reserve_by_fallocate(
+                file, start + first, count, speed=speed, tell=meter.set
+            )
+            result = replace(result, reserved=done)
+        else:
+            warnings = await _growing_bitmaps(disk, first, count)
+            done, held = await reserve_by_staging(disk, first, count, speed=speed, tell=meter.set)
+            result = replace(result, reserved=done, held=held, warnings=warnings if done else ())
+        await _check_full(disk, first, count, raw)
+    if independent and len(disk.chain.layers) > 1:
+        async with disk.stream() as job:
+            async for seen in job:
+                if progress is not None:
+                    progress(seen)
+        result = replace(result, warnings=(*result.warnings, *job.warnings))
+    return replace(result, seconds=time.monotonic() - started)
+
+
+async def _growing_bitmaps(disk: Disk, first: int, count: int) -> tuple[str, ...]:
+    """Say which dirty bitmaps will count what is reserved as written."""
+    active = (await disk.vm.graph()).device(disk.device.qom_path).chain
+    assert active is not None  # VM.disk refuses empty drives
+    names = [b.name for b in active.active.node.bitmaps if b.recording]
+    if not names:
+        return ()
+    seen = await disk.map(first, count)
+    total = (seen.holes() | seen.where(depth=0, present=True, zero=True, data=False)).total
+    return tuple(
+        f"the dirty bitmap {printable(name)} counts what is reserved, up to {total} bytes, as "
+        "written: the next incremental backup is as much larger"
+        for name in names
+    )
+
+
+async def _check_full(disk: Disk, first: int, count: int, raw: tuple[str, int] | None) -> None:
+    """See on the map that nothing of the range is without host space now."""
+    seen = await disk.map(first, count, reserved=True)
+    left = seen.holes() if raw is None else Ranges()
+    if left.total:
+        raise Error(
+            f"{left.total} bytes of {disk.name} are in no layer still: the guest discarded them "
+            "meanwhile, or QEMU did not store the zeros",
+            standing="the rest is reserved",
+            remedy="run it again",
+        )
+
+
+async def _allocate_thin(
+    disk: Disk,
+    first: int,
+    count: int,
+    speed: Speed,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[int, int]:
+    """Bring what lies below into the active layer; return bytes done, and there before."""
+    active = disk.chain.active
     if active.format in _USELESS:
         raise UnsupportedError(
             f"a range of a {active.format} image cannot be allocated from its backing image: QEMU "
             "does not do it for that format",
             standing="nothing was touched",
         )
-    run = Change.new_run()
     record = Record(
-        run=run,
+        run=Change.new_run(),
         operation="allocate",
         vm=await identify(disk.vm),
         devices=(disk.device.qom_path,),
@@ -104,7 +186,7 @@ async def allocate_thin(
     change = Change(disk.vm, record)
     await change.begin()
     try:
-        allocated, already = await _bring_up(disk, first, count, speed or Speed(), progress)
+        found = await _bring_up(disk, first, count, speed, progress)
     except DisconnectedError as error:
         await undisturbed(change.after_disconnect(error))
         raise
@@ -117,7 +199,7 @@ async def allocate_thin(
             )
         raise
     await undisturbed(change.end())
-    return replace(result, allocated=allocated, already=already, seconds=time.monotonic() - started)
+    return found
 
 
 async def _bring_up(
@@ -165,21 +247,32 @@ async def _bring_up(
 class _Report:
     """Adds up what is done and tells it."""
 
-    def __init__(self, total: int, done: int, progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        progress: Callable[[Progress], None] | None,
+        phase: str = "allocating",
+    ) -> None:
         self._total = total
         self._done = done
         self._tell = progress
+        self._phase = phase
         self._meter = RateMeter()
 
     def add(self, length: int) -> None:
         """Count `length` bytes as done."""
-        self._done = min(self._total, self._done + length)
+        self.set(min(self._total, self._done + length), self._total)
+
+    def set(self, done: int, total: int) -> None:
+        """Say how far it is."""
+        self._done, self._total = done, total
         if self._tell is None:
             return
         self._meter.add(time.monotonic(), self._done)
         rate = self._meter.rate
         eta = (self._total - self._done) / rate if rate > 0 else None
-        self._tell(Progress("running", "allocating", self._done, self._total, rate, eta))
+        self._tell(Progress("running", self._phase, self._done, self._total, rate, eta))
 
 
 async def _cache(

@@ -196,6 +196,7 @@ def _helper(run: str, bitmap: NewBitmap) -> str:
 
 
 async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
+    await clear(disk.vm, lock_name(disk.device))
     graph = await disk.vm.graph()
     disk.device = graph.device(disk.device.qom_path)
     plan: StreamPlan | CommitPlan = make(graph, disk.device)

@@ -267,6 +267,27 @@ class Change:
                 error.remedy = None
 
 
+async def clear(vm: VM, lock_name: str, tell: Callable[[Step], None] | None = None) -> None:
+    """Undo what a dead holder of a disk's lock left; of no effect where it lives.
+
+    Before a plan is made: it must not be made of what is about to be undone.
+
+    :raise BusyError: another controller is about to do the same.
+    """
+    holder = await lock.read(vm.monitor, lock_name)
+    if not (isinstance(holder, Holder) and holder.is_dead()):
+        return
+
+    async def undo(dead: Holder) -> None:
+        await undo_dead_change(vm, dead, tell)
+
+    async def take_and_release() -> None:
+        await lock.acquire(vm.monitor, lock_name, Holder.me(Change.new_run()), undo, stall=0)
+        await lock.release(vm.monitor, lock_name)
+
+    await undisturbed(take_and_release())
+
+
 async def undo_dead_change(
     vm: VM, dead: Holder, tell: Callable[[Step], None] | None = None
 ) -> None:

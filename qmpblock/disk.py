@@ -14,12 +14,16 @@ from qmpblock.graph import Chain, Device, Layer
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
     from typing import Literal
 
+    from qmpblock.allocation import AllocationResult
     from qmpblock.chainjobs import ChainJob
     from qmpblock.extents import AllocationMap
+    from qmpblock.job import Progress
     from qmpblock.nbd import Client
+    from qmpblock.pace import Speed
     from qmpblock.ranges import Ranges
     from qmpblock.snapshots import SnapshotResult
     from qmpblock.vm import VM
@@ -144,6 +148,50 @@ class Disk:
                     self._layer_reserved(found[depth]) for depth in range(len(chain.layers))
                 )
         raise GraphError(f"the chain of {self.name} changed during each of {_ATTEMPTS} maps")
+
+    async def allocate(
+        self,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        full: bool = False,
+        independent: bool = False,
+        speed: Speed | int = 0,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> AllocationResult:
+        """Make a range stand in the active layer of the running disk, its content unchanged.
+
+        What a layer below holds comes up; what no layer holds stays blank. The guest is never
+        paused, no write can be lost, and the map is read at the end: what is still below is an
+        error. Cancelled, what was done by then stays, since it changes no content.
+
+        :param offset: rounded outwards to clusters, as is the end; the result says so.
+        :param length: in bytes; by default up to the disk's end.
+        :param full: what no layer holds, and mere zeros, get host space too: by fallocate on
+            raw, LUKS and raw data files, by staged commits on qcow2 and QED, whose pivots hold
+            the guest's I/O for milliseconds (`result.held`). QEMU dying in one of those needs
+            `qmpblock recover IMAGE` before the image is started again.
+        :param independent: afterwards nothing depends on the backing chain any more, and the
+            link to it is dropped. For the whole disk only.
+        :param speed: bytes a second; a `Speed` can be changed meanwhile.
+        :param progress: is called with how far it is.
+        :raise RangeError: the range is not inside the disk.
+        :raise UnsupportedError: this format, or place, cannot; nothing was touched.
+        :raise BusyError: another controller is at work on the disk.
+        :raise GraphError: somebody changed the chain meanwhile; it says what was done.
+        """
+        from qmpblock.allocation import allocate
+        from qmpblock.pace import Speed
+
+        return await allocate(
+            self,
+            offset,
+            length,
+            full=full,
+            independent=independent,
+            speed=speed if isinstance(speed, Speed) else Speed(speed),
+            progress=progress,
+        )
 
     async def snapshot(
         self,

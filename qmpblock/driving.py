@@ -132,10 +132,13 @@ async def pivot(journal: Journal | None, job: Job) -> None:
     While it is pending the guest's I/O is held and both images hold everything (facts 10.3),
     so that the declaration is true from its first moment. Takes one fsync.
     """
+    began = time.monotonic()
     if journal is not None:
         journal.mark(**{PIVOTED: True})
     try:
         await job.finalize()
+        if journal is not None:
+            journal.held.append(time.monotonic() - began)
     except CommandError:
         if journal is not None:
             journal.mark(**{PIVOTED: False})  # somebody cancelled it

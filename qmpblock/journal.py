@@ -196,6 +196,7 @@ class Journal:
         self.record = record
         self.paths = paths
         self.entries = entries
+        self.held: list[float] = []  # seconds that each pivot of this process held the guest
 
     @classmethod
     def create(cls, record: Record, beside: Path | None = None) -> Journal:

@@ -24,6 +24,7 @@ from qmpblock.chainjobs import carry_on
 from qmpblock.change import (
     LOCKS,
     Change,
+    clear,
     find_journal,
     identify,
     record_of,
@@ -186,14 +187,8 @@ async def _recover_change(
             await undisturbed(settle(vm, record, change.journal, choice, note))
             await undisturbed(change.end())
     else:
-        me = Holder.me(Change.new_run())
-
-        async def undo(dead: Holder) -> None:
-            await undo_dead_change(vm, dead, note)
-
         for name in record.locks:
-            await lock.acquire(vm.monitor, name, me, undo, stall=0)
-            await lock.release(vm.monitor, name)
+            await clear(vm, name, note)
     done = took_effect(record, await vm.graph())
     return Recovery(record.describe(), record.run, tuple(told), done)
 

@@ -18,8 +18,10 @@ needed: it hides nothing but holes.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import posixpath
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +42,7 @@ from qmpblock.errors import (
 )
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
+from qmpblock.pace import Speed
 from qmpblock.qemuimg import QemuImg, QemuIo, blockdev
 from qmpblock.recoveryplan import Choice
 from qmpblock.snapshots import Item, make_file, make_overlay, take
@@ -49,9 +52,10 @@ if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
     from qmpblock.vm import VM
 
-__all__ = ["reserve_by_staging"]
+__all__ = ["check_staging", "reserve_by_staging"]
 
 _SLICE = 256 << 20  # bytes that one slice reserves
+_SMALLEST = 1 << 20  # bytes of a slice at a low speed
 _RESERVE = 64 << 20  # bytes of the file system that stay free besides
 
 
@@ -61,9 +65,13 @@ async def reserve_by_staging(
     count: int,
     *,
     slice_size: int = _SLICE,
+    speed: Speed | None = None,
     tell: Callable[[int, int], None] | None = None,
-) -> int:
-    """Give host space to what no layer holds in a range; return how many bytes got it.
+) -> tuple[int, float]:
+    """Give host space to what no layer holds in a range.
+
+    Returns how many bytes got it, and the longest time in seconds for which the guest's I/O
+    was held by a pivot.
 
     Cancelled or failed, the overlay of the slice under way first comes home; what was
     reserved by then stays.
@@ -74,7 +82,7 @@ async def reserve_by_staging(
     vm = disk.vm
     await disk.refresh()
     active = disk.chain.active
-    file = _check(disk)
+    file = check_staging(disk)
     run = Change.new_run()
     device = disk.device
     overlay = f"{file}.qmpblock-{run}"
@@ -99,7 +107,10 @@ async def reserve_by_staging(
         images=host_files(vm, disk.chain),
     )
     change = Change(vm, record, beside=Path(file))
-    done = 0
+    done, held = 0, 0.0
+    speed = speed or Speed()
+    if speed.rate:
+        slice_size = min(slice_size, max(speed.rate, _SMALLEST))
     await change.begin()
     try:
         position = first
@@ -108,9 +119,12 @@ async def reserve_by_staging(
             if not left:
                 break
             _check_room(file, min(slice_size, left))
-            done += await _slice(disk, change, position, first + count, slice_size)
+            reserved = await _slice(disk, change, position, first + count, slice_size)
+            done += reserved
+            held = max([held, *(change.journal.held if change.journal else ())])
+            await asyncio.sleep(speed.take(time.monotonic(), reserved))
             if tell is not None:
-                tell(done, done + left)
+                tell(done, done - reserved + left)
     except DisconnectedError as error:
         await undisturbed(change.after_disconnect(error))
         raise
@@ -123,11 +137,14 @@ async def reserve_by_staging(
             )
         raise
     await undisturbed(change.end())
-    return done
+    return done, held
 
 
-def _check(disk: Disk) -> str:
-    """Refuse what this way is not for; return the active image's path here."""
+def check_staging(disk: Disk) -> str:
+    """Refuse what this way is not for; return the active image's path here.
+
+    :raise UnsupportedError: another format, or an image that is not on this host.
+    """
     active = disk.chain.active
     if active.format not in ("qcow2", "qed"):
         raise UnsupportedError(

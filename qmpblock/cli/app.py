@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["WARNED", "Options", "Rate", "Size", "command", "emit", "run"]
 
 _COMMANDS = {
+    "allocate": "Make a range of a running disk stand in its active layer, thin or in full.",
     "commit": "Copy what upper layers of a running disk hold into a lower one, and drop them.",
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
     "disks": "List a VM's disks: their layers, filters, jobs and exports.",

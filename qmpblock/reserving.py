@@ -1,0 +1,134 @@
+"""Host space for raw data: by fallocate(2) on the file that the guest writes to.
+
+It reserves blocks and touches no byte of content or size: neither guest nor QEMU sees it, and
+it cannot collide with a write (facts 0.D, 11.2). For raw images, LUKS images (whose payload
+begins at an offset), and qcow2 images whose external data file is raw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from qmpblock import hostfiles
+from qmpblock.errors import Error, UnsupportedError, printable
+from qmpblock.graph import Layer
+
+if TYPE_CHECKING:
+    from qmpblock.disk import Disk
+    from qmpblock.pace import Speed
+
+__all__ = ["raw_file", "reserve_by_fallocate"]
+
+_KEEP_SIZE = 0x1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+_PIECE = 64 << 20  # bytes of one call; it may take a while on some file systems
+
+
+async def raw_file(disk: Disk) -> tuple[str, int] | None:
+    """Return the file that holds the active layer's data as it is, and where in it byte 0 lies.
+
+    None where the format does not store it so.
+
+    :raise UnsupportedError: it does, but the file cannot be reached from here.
+    """
+    active = disk.chain.active
+    specific = await _format_specific(disk, active)
+    if active.format == "raw":
+        if active.node.filename.startswith("json:"):
+            raise UnsupportedError(
+                f"{printable(active.file)} is a raw image with options (a part of a file, say): "
+                "where its data lies cannot be told",
+                standing="nothing was touched",
+            )
+        start = 0
+    elif active.format == "luks":
+        start = int(specific.get("payload-offset", 0))
+    elif specific.get("data-file-raw") is True and active.data_file is not None:
+        active = Layer(0, active.node, active.data_file)
+        start = 0
+    else:
+        return None
+    storage = active.storage
+    if storage is not None and storage.driver == "host_device":
+        raise UnsupportedError(
+            f"{printable(storage.filename)} is a block device: its space is its own already, and "
+            "a thin volume below it is not ours to fill",
+            standing="nothing was touched",
+        )
+    file = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
+    if file is None:
+        raise UnsupportedError(
+            f"{printable(active.file)} is not on this host, where its space would be reserved",
+            standing="nothing was touched",
+            remedy="run qmpblock on the VM's host, by a UNIX monitor",
+        )
+    return file, start
+
+
+async def _format_specific(disk: Disk, layer: Layer) -> dict[str, Any]:
+    nodes = await disk.vm.monitor.execute("query-named-block-nodes", {"flat": True})
+    for node in nodes:
+        if node["node-name"] == layer.node.name:
+            found = node["image"].get("format-specific", {}).get("data", {})
+            return dict(found) if isinstance(found, dict) else {}
+    return {}
+
+
+async def reserve_by_fallocate(
+    file: str,
+    start: int,
+    length: int,
+    *,
+    speed: Speed,
+    tell: Callable[[int, int], None] | None = None,
+) -> int:
+    """Reserve a range of a file; return how many bytes the file takes more.
+
+    Cancelling leaves what is reserved by then.
+
+    :raise UnsupportedError: the file system cannot.
+    :raise Error: there is no room, say; what was reserved by then stays.
+    """
+    loop = asyncio.get_running_loop()
+    fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        before = os.fstat(fd).st_blocks
+        for at in range(start, start + length, _PIECE):
+            piece = min(_PIECE, start + length - at)
+            await asyncio.sleep(speed.take(loop.time(), piece))
+            try:
+                await asyncio.to_thread(_fallocate, fd, at, piece)
+            except OSError as error:
+                raise _cannot(file, error, at - start) from None
+            if tell is not None:
+                tell(at + piece - start, length)
+        return max(0, os.fstat(fd).st_blocks - before) * 512
+    finally:
+        os.close(fd)
+
+
+def _fallocate(fd: int, offset: int, length: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    call = libc.fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    while call(fd, _KEEP_SIZE, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def _cannot(file: str, error: OSError, done: int) -> Error:
+    if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+        return UnsupportedError(
+            f"the file system of {printable(file)} cannot reserve space (fallocate)",
+            standing="nothing was changed",
+        )
+    return Error(
+        f"cannot reserve space in {printable(file)}: {error.strerror}",
+        standing=f"the first {done} bytes of the range are reserved; contents are as they were",
+        remedy="make room, then run it again",
+    )
