@@ -60,6 +60,16 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def copy_on_read_breaks_subclusters(self) -> bool:
+        """Whether copy-on-read into a qcow2 image with subclusters can make QEMU abort.
+
+        Measured on 7.2.22, 7 of 7 streams, and by qemu-io -C: where a cluster holds its first
+        subclusters and not the others, `bdrv_co_do_copy_on_readv: Assertion skip_bytes <
+        pnum`. NBD_CMD_CACHE is a copy-on-read, too. 10.0.13 and 11.1.2 do not.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def concluded_streams_kill(self) -> bool:
         """Whether query-named-block-nodes makes QEMU crash while a stream job is concluded.
 

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _UNTOUCHED = "nothing was touched"
+_RECORDERS = ("qcow2", "qed")  # formats whose recorded backing file QEMU can change
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ def plan_stream(
         return StreamPlan(device, into, keep, ())
     check_idle(device)
     _check_encryption(leaving, into)
+    _check_recorder(into)
     if into.depth:
         _check_unshared(graph, device, into)
     merges, warnings = _bitmaps_of_stream(into, leaving)
@@ -201,6 +203,7 @@ def plan_commit(
     for layer in (*leaving, last):
         _check_unshared(graph, device, layer)
     if above is not None:
+        _check_recorder(above)
         _check_bitmaps_idle(leaving)
     if above is None and last.size > first.size:
         raise RequestError(
@@ -375,6 +378,20 @@ def _check_encryption(sources: Iterable[Layer], target: Layer) -> None:
                 "one would be stored in the other",
                 standing=_UNTOUCHED,
             )
+
+
+def _check_recorder(layer: Layer) -> None:
+    """Refuse to give a layer another backing image where its header could not say so.
+
+    QEMU relinks the chain first, and fails afterwards: the header would tell another chain.
+    """
+    if layer.format not in _RECORDERS:
+        raise UnsupportedError(
+            f"{_name(layer)} would get another backing image, and QEMU cannot record another in "
+            f"the header of a {printable(layer.format)} image",
+            standing=_UNTOUCHED,
+            remedy="commit the active layer instead, or copy the disk into a qcow2 image",
+        )
 
 
 def _check_unshared(graph: BlockGraph, device: Device, layer: Layer) -> None:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -267,25 +267,28 @@ class Change:
                 error.remedy = None
 
 
-async def clear(vm: VM, lock_name: str, tell: Callable[[Step], None] | None = None) -> None:
-    """Undo what a dead holder of a disk's lock left; of no effect where it lives.
+async def make_way(
+    vm: VM, names: Iterable[str], tell: Callable[[Step], None] | None = None
+) -> None:
+    """Undo what controllers that died left on disks, before anything is planned.
 
-    Before a plan is made: it must not be made of what is about to be undone.
+    Cancelling waits for the end of what has begun.
 
-    :raise BusyError: another controller is about to do the same.
+    :param names: of the disks' locks.
+    :raise BusyError: another controller is at work on one of them; names it.
     """
-    holder = await lock.read(vm.monitor, lock_name)
-    if not (isinstance(holder, Holder) and holder.is_dead()):
-        return
 
     async def undo(dead: Holder) -> None:
         await undo_dead_change(vm, dead, tell)
 
-    async def take_and_release() -> None:
-        await lock.acquire(vm.monitor, lock_name, Holder.me(Change.new_run()), undo, stall=0)
-        await lock.release(vm.monitor, lock_name)
+    async def clear(name: str) -> None:
+        me = Holder.me(Change.new_run())
+        await lock.acquire(vm.monitor, name, me, undo, stall=0, remedy=_OWN_REMEDY)
+        await lock.release(vm.monitor, name)
 
-    await undisturbed(take_and_release())
+    for name in names:
+        if await lock.read(vm.monitor, name) is not None:
+            await undisturbed(clear(name))
 
 
 async def undo_dead_change(

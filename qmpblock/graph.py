@@ -109,6 +109,7 @@ class Node:
     :ivar backing_filename: what the image's header records, or None.
     :ivar cluster_size: in bytes, or None where the format has none.
     :ivar encrypted: whether the image's data is encrypted.
+    :ivar subclusters: whether its clusters are allocated in parts (qcow2's extended_l2).
     :ivar bitmaps: its dirty bitmaps that have a name.
     :ivar detect_zeroes: QEMU's option: `off`, `on` or `unmap`.
     :ivar cache: QEMU's cache options that are on: of `writeback`, `direct`, `no-flush`.
@@ -122,6 +123,7 @@ class Node:
     backing_filename: str | None = None
     cluster_size: int | None = None
     encrypted: bool = False
+    subclusters: bool = False
     children: tuple[Edge, ...] = ()
     bitmaps: tuple[Bitmap, ...] = ()
     detect_zeroes: str = "off"
@@ -523,6 +525,7 @@ class _Builder:
             backing_filename=backing if isinstance(backing, str) else None,
             cluster_size=cluster if isinstance(cluster, int) and cluster > 0 else None,
             encrypted=info.get("encrypted") is True or image.get("encrypted") is True,
+            subclusters=_format_data(image).get("extended-l2") is True,
             children=self.edges.get(name, ()),
             bitmaps=tuple(
                 Bitmap(
@@ -673,6 +676,11 @@ def _mapping(item: Any) -> Mapping[str, Any]:
     if not isinstance(item, dict):
         raise GraphError(f"QEMU sent {printable(type(item).__name__)} where an object belongs")
     return cast("Mapping[str, Any]", item)
+
+
+def _format_data(image: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what only an image of this format has."""
+    return _mapping(_mapping(image.get("format-specific", {})).get("data", {}))
 
 
 def _text(item: Mapping[str, Any], key: str) -> str:
