@@ -38,8 +38,10 @@ from qmpblock.chainplan import (
 )
 from qmpblock.change import (
     Change,
+    clear,
     device_of,
     identify,
+    lock_name,
     lock_names,
     settle,
 )
