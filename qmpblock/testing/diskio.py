@@ -108,7 +108,7 @@ class DiskIO:
             )
             printed = self._printed_since(before)
             deadline = asyncio.get_running_loop().time() + _IO_LIMIT
-            while command.startswith("aio_") and not (refused or printed.endswith("\n")):
+            while command.startswith("aio_") and not (refused or _is_whole(printed)):
                 if asyncio.get_running_loop().time() > deadline:
                     raise StalledError(f"{command} on {path} did not end for {_IO_LIMIT:g} s")
                 await asyncio.sleep(_POLL)
@@ -155,6 +155,12 @@ def _aio(operation: Operation) -> str:
     """
     command = qemu_io_command(operation)
     return f"aio_{command}" if operation.verb == "zero" else command
+
+
+def _is_whole(printed: str) -> bool:
+    """Whether an `aio_...` command has said all: of a success two lines, which come apart."""
+    lines = 2 if re.search(r"^(?:wrote|read|discard) ", printed, re.MULTILINE) else 1
+    return printed.endswith("\n") and printed.count("\n") >= lines
 
 
 def _belongs(entry: dict[str, Any], device_id: str) -> bool:
