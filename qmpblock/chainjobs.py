@@ -36,15 +36,7 @@ from qmpblock.chainplan import (
     plan_commit,
     plan_stream,
 )
-from qmpblock.change import (
-    Change,
-    clear,
-    device_of,
-    identify,
-    lock_name,
-    lock_names,
-    settle,
-)
+from qmpblock.change import Change, device_of, identify, lock_names, make_way, settle
 from qmpblock.driving import drive, flush, io_limits
 from qmpblock.errors import (
     CommandError,
@@ -204,7 +196,7 @@ def _helper(run: str, bitmap: NewBitmap) -> str:
 
 
 async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
-    await clear(disk.vm, lock_name(disk.device))
+    await make_way(disk.vm, lock_names([disk.device]))
     graph = await disk.vm.graph()
     disk.device = graph.device(disk.device.qom_path)
     plan: StreamPlan | CommitPlan = make(graph, disk.device)

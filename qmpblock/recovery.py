@@ -24,9 +24,9 @@ from qmpblock.chainjobs import carry_on
 from qmpblock.change import (
     LOCKS,
     Change,
-    clear,
     find_journal,
     identify,
+    make_way,
     record_of,
     settle,
     undo_dead_change,
@@ -187,8 +187,7 @@ async def _recover_change(
             await undisturbed(settle(vm, record, change.journal, choice, note))
             await undisturbed(change.end())
     else:
-        for name in record.locks:
-            await clear(vm, name, note)
+        await make_way(vm, record.locks, note)
     done = took_effect(record, await vm.graph())
     return Recovery(record.describe(), record.run, tuple(told), done)
 

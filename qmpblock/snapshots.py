@@ -28,7 +28,7 @@ from qmpblock import hostfiles
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, plan_snapshot
-from qmpblock.change import Change, clear, identify, lock_names, settle
+from qmpblock.change import Change, identify, lock_names, make_way, settle
 from qmpblock.errors import (
     CommandError,
     DisconnectedError,
@@ -135,8 +135,7 @@ async def snapshot(
     if not overlays:
         raise RequestError("a snapshot of no disk is none")
     local = hostfiles.same_files(vm.monitor.peer_pid)
-    for name in lock_names([disk.device for disk in overlays]):
-        await clear(vm, name)
+    await make_way(vm, lock_names([disk.device for disk in overlays]))
     run = Change.new_run()
     items = await _plan(vm, run, overlays, format, backing_name, local=local)
     devices = [item.plan.device for item in items]
