@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
-from qmpblock.change import Change, identify, lock_names
+from qmpblock.change import Change, identify, lock_names, make_way
 from qmpblock.disk import check_range
+from qmpblock.driving import check_copy_on_read
 from qmpblock.errors import (
     DisconnectedError,
     Error,
@@ -89,6 +90,8 @@ async def allocate(
 ) -> AllocationResult:
     """Make a range stand in the active layer. See `Disk.allocate`."""
     started = time.monotonic()
+    await disk.refresh()
+    await make_way(disk.vm, lock_names([disk.device]))
     await disk.refresh()
     active = disk.chain.active
     offset, length = check_range(disk.size, offset, length)
@@ -174,6 +177,7 @@ async def _allocate_thin(
             "does not do it for that format",
             standing="nothing was touched",
         )
+    check_copy_on_read(disk.vm.capabilities, active)
     record = Record(
         run=Change.new_run(),
         operation="allocate",

@@ -37,7 +37,7 @@ from qmpblock.chainplan import (
     plan_stream,
 )
 from qmpblock.change import Change, device_of, identify, lock_names, make_way, settle
-from qmpblock.driving import drive, flush, io_limits
+from qmpblock.driving import check_copy_on_read, drive, flush, io_limits
 from qmpblock.errors import (
     CommandError,
     DisconnectedError,
@@ -207,19 +207,10 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
 def _check_copy_on_read(vm: VM, plan: StreamPlan | CommitPlan) -> None:
     """Refuse to have QEMU copy on read where that would kill it."""
     if isinstance(plan, StreamPlan) and plan.leaving:
-        into = plan.top
+        check_copy_on_read(vm.capabilities, plan.top)
     elif plan.hidden:
         assert plan.device.chain is not None  # VM.disk refuses empty drives
-        into = plan.device.chain.active
-    else:
-        return
-    if into.node.subclusters and vm.capabilities.copy_on_read_breaks_subclusters:
-        raise UnsupportedError(
-            f"{printable(into.file)} has subclusters (extended_l2), and QEMU {vm.capabilities} "
-            "aborts when it copies on read into such an image",
-            standing="nothing was touched",
-            remedy="commit instead of streaming, or use QEMU 10.0 or newer",
-        )
+        check_copy_on_read(vm.capabilities, plan.device.chain.active)
 
 
 async def _record(disk: Disk, device: Device, operation: str, run: str) -> Record:

@@ -16,8 +16,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.errors import BusyError, CommandError, Error, JobError, printable
-from qmpblock.graph import BlockGraph, Device
+from qmpblock.capabilities import Capabilities
+from qmpblock.errors import (
+    BusyError,
+    CommandError,
+    Error,
+    JobError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph import BlockGraph, Device, Layer
 from qmpblock.job import Job, Progress
 from qmpblock.journal import PIVOTED, Journal, Record
 
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "before_finalize",
     "bring_home",
+    "check_copy_on_read",
     "delete_bitmap",
     "drive",
     "flush",
@@ -91,6 +100,20 @@ async def drive(
         journal.mark(**{PIVOTED: False})  # the guest is still on the overlay
     if last.error is not None:
         raise JobError(job.id, job.type, last.error)
+
+
+def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
+    """Refuse to have QEMU copy on read into a layer where that would kill it.
+
+    :raise UnsupportedError: see `Capabilities.copy_on_read_breaks_subclusters`.
+    """
+    if into.node.subclusters and capabilities.copy_on_read_breaks_subclusters:
+        raise UnsupportedError(
+            f"{printable(into.file)} has subclusters (extended_l2), and QEMU {capabilities} aborts "
+            "when it copies from a backing image into such an image",
+            standing="nothing was touched",
+            remedy="commit instead, or use QEMU 10.0 or newer",
+        )
 
 
 async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: BlockGraph) -> None:

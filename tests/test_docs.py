@@ -2,7 +2,7 @@
 
 How a fenced block is tested depends on the word after its fence:
 
-- `console`: those of README, docs/map.md and docs/jobs.md are run, one after the other, on a real QEMU, and print
+- `console`: those of README and of docs/map.md, jobs.md and allocate.md are run, one after the other, on a real QEMU, and print
   what stands there (`...` is anything; the numbers of QEMU's own node names do not count);
 - `python run=script`: run as a program of its own, at that place;
 - `python run=vm`: run with `vm` and `disk` at hand, top-level await allowed, after the console
@@ -39,7 +39,7 @@ from qmpblock.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 README, MAP, PYTHON = ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/python.md"
-JOBS = ROOT / "docs/jobs.md"
+JOBS, ALLOCATE = ROOT / "docs/jobs.md", ROOT / "docs/allocate.md"
 EXIT_CODES = {0, 1, 2, 3, 4, 130}
 
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -163,7 +163,7 @@ def test_a_command_line_parses(words):
 
 
 @pytest.mark.parametrize(
-    "words", [["allocate", "vm.qmp", "vd0"], ["map", "--depth", "x"], ["disks"], ["map"]]
+    "words", [["migrate", "vm.qmp", "vd0"], ["map", "--depth", "x"], ["disks"], ["map"]]
 )
 def test_what_is_no_command_line_does_not_parse(words):
     """The parser that the test above relies on does refuse."""
@@ -411,16 +411,16 @@ def steps(page: Path) -> list[Block]:
 
 @pytest.mark.live
 async def test_a_newcomer_can_follow(vm_dir, qemu_binary, monkeypatch):
-    """All of README; docs/map.md, python.md and jobs.md before it ends the VM."""
+    """All of README; the other pages before it ends the VM."""
     walk = Walk(vm_dir, qemu_binary)
     readme = steps(README)
     assert "kill $(cat vm.pid)" in readme[-1].body
     try:
-        for block in [*readme[:-1], *steps(MAP), *steps(PYTHON), *steps(JOBS)]:
+        for block in [*readme[:-1], *steps(MAP), *steps(PYTHON), *steps(JOBS), *steps(ALLOCATE)]:
             walk.follow(block)
         monkeypatch.chdir(walk.directory)
         async with qmpblock.connect("vm.qmp") as vm:
-            names = {"vm": vm, "disk": await vm.disk("vd0")}
+            names = {"vm": vm, "disk": await vm.disk("vd0"), "qmpblock": qmpblock}
             for block in blocks(PYTHON):
                 if "run=vm" in block.words:
                     await run(block, names)
