@@ -119,12 +119,16 @@ async def reserve_by_staging(
             if not left:
                 break
             _check_room(file, min(slice_size, left))
-            reserved = await _slice(disk, change, position, first + count, slice_size)
+            chosen = await _slice(disk, change, position, first + count, slice_size)
+            reserved = chosen.total
             done += reserved
             held = max([held, *(change.journal.held if change.journal else ())])
             await asyncio.sleep(speed.take(time.monotonic(), reserved))
             if tell is not None:
                 tell(done, done - reserved + left)
+            if reserved < slice_size:
+                break  # the frozen map had no more; what the live one shows has space already
+            position = int(chosen.stops[-1])
     except DisconnectedError as error:
         await undisturbed(change.after_disconnect(error))
         raise
@@ -195,8 +199,8 @@ async def _next(disk: Disk, position: int, stop: int) -> tuple[int, int]:
     return int(wanted.starts[0]), wanted.total
 
 
-async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -> int:
-    """Reserve up to `size` bytes of [first, stop); return how many."""
+async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -> Ranges:
+    """Reserve up to `size` bytes of [first, stop); return which."""
     vm, record, journal = disk.vm, change.record, change.journal
     assert journal is not None  # begin() wrote it
     await disk.refresh()
@@ -226,7 +230,7 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
         await _stage(disk, change, item, chosen)
     # The overlay comes home, and goes; all that is left is removed.
     await undisturbed(settle(vm, record, journal, Choice.UNDO))
-    return chosen.total
+    return chosen
 
 
 async def _choose(disk: Disk, change: Change, first: int, stop: int, size: int) -> Ranges:
