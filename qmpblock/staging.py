@@ -207,6 +207,9 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
     active = disk.chain.active
     if active.node.name != record.base or disk.device.jobs:
         raise GraphError(f"somebody else is at work on {disk.name}")
+    if os.path.lexists(record.top_file):
+        # Were it taken for the next one, a crash would bring old data home.
+        raise Error(f"the overlay of the last slice is still there: {printable(record.top_file)}")
     journal.add(**{PIVOTED: False})
     plan = SnapshotPlan(
         disk.device,
@@ -230,6 +233,14 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
         await _stage(disk, change, item, chosen)
     # The overlay comes home, and goes; all that is left is removed.
     await undisturbed(settle(vm, record, journal, Choice.UNDO))
+    await disk.refresh()
+    if disk.chain.active.node.name != record.base:
+        raise GraphError(
+            f"somebody took a snapshot of {disk.name} while an overlay of ours was on top",
+            standing=f"{printable(record.top_file)} is a layer of the chain now, and needed there",
+            remedy="when the disk is idle, commit that layer into the one below: qmpblock commit "
+            "ADDRESS DISK --top LAYER --base LAYER",
+        )
     return chosen
 
 
