@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles, lock
 from qmpblock.cancellation import undisturbed
-from qmpblock.driving import before_finalize, bring_home, delete_bitmap, pivot, restore_limits
+from qmpblock.driving import (
+    before_finalize,
+    bring_home,
+    delete_bitmap,
+    pivot,
+    relink,
+    restore_limits,
+)
 from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, printable
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.hostprocess import boot_id, is_running, start_time
@@ -356,6 +363,8 @@ async def _perform(
             await _perform_on_job(vm, record, journal, graph, job, step.verb)
         finally:
             job.end()
+    elif step.verb == "relink":
+        await relink(vm, record, graph)
     elif step.verb == "bring-home":
         await bring_home(vm, record, journal, graph)
     elif step.verb == "restore-limits":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.capabilities import Capabilities
+from qmpblock.chainplan import key_secret
 from qmpblock.errors import (
     BusyError,
     CommandError,
@@ -28,6 +29,7 @@ from qmpblock.errors import (
 from qmpblock.graph import BlockGraph, Device, Layer
 from qmpblock.job import Job, Progress
 from qmpblock.journal import PIVOTED, Journal, Record
+from qmpblock.nodeoptions import overlay_options
 
 if TYPE_CHECKING:
     from qmpblock.vm import VM
@@ -42,6 +44,7 @@ __all__ = [
     "io_limits",
     "pivot",
     "promote_bitmaps",
+    "relink",
     "restore_limits",
 ]
 
@@ -116,6 +119,22 @@ def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
         )
 
 
+async def relink(vm: VM, record: Record, graph: BlockGraph) -> None:
+    """Have an overlay of ours lie on its image itself, without what was put between.
+
+    Where QEMU refuses, what is between is brought home too, if there is room for it.
+    """
+    top = graph.nodes[record.top]
+    storage = top.child("file")
+    assert storage is not None  # an overlay of ours has a file
+    try:
+        secret = key_secret(Layer(0, top, None)) if top.encrypted else None
+        options = overlay_options(record.top, storage, top, secret, record.base)
+        await vm.monitor.execute("blockdev-reopen", {"options": [options]})
+    except (CommandError, UnsupportedError) as error:
+        _log.warning("%s stays where it is: %s", record.top, error)
+
+
 async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: BlockGraph) -> None:
     """Commit an overlay of ours into the image that it lies on, and have the guest move there.
 
@@ -126,6 +145,8 @@ async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: Blo
     job = Job(vm.monitor, record.job, "commit")
     try:
         if graph.job(record.job) is None:
+            if journal is not None and journal.pivoted:
+                journal.mark(**{PIVOTED: False})  # somebody cancelled a pivot that was pending
             root = record.top
             for device in graph.devices:
                 if device.chain is not None and device.chain.active.node.name == record.top:

@@ -244,20 +244,39 @@ class Journal:
         """Write an entry nearest to the image, with one fsync: the guest waits for it."""
         self._append(entry, self.paths[-1:])
 
+    def restart(self) -> None:
+        """Forget the entries, where nothing that they tell of is there any more.
+
+        So a change of many slices keeps a short journal.
+
+        :raise Error: it cannot be written.
+        """
+        for path in self.paths:
+            try:
+                with path.open("r+b") as file:
+                    file.truncate(len(file.readline()))
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise _cannot_write(path, error) from None
+        self.entries.clear()
+
     def _append(self, entry: dict[str, Any], paths: tuple[Path, ...]) -> None:
         for path in paths:
             try:
                 fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
                 try:
-                    _write(fd, json.dumps(entry) + "\n")
+                    _append_line(fd, json.dumps(entry) + "\n")
                 finally:
                     os.close(fd)
             except OSError as error:
-                raise Error(
-                    f"cannot write to the journal {printable(path)}: {error.strerror}",
-                    remedy="make room there",
-                ) from None
+                raise _cannot_write(path, error) from None
         self.entries.append(entry)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every entry is here: that is so beside the image, where it is kept there."""
+        home = self.record.home
+        return not home or any(path.name == _home_path(self.record).name for path in self.paths)
 
     @property
     def pivoted(self) -> bool:
@@ -316,7 +335,8 @@ def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
 def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
     """Yield every journal on this host: of the state directory, and beside `images`.
 
-    The two files of one change come as one journal, with the entries of both.
+    The two files of one change come as one journal. The one beside the image has every entry,
+    in their order; which of two entries was the last only it can tell.
     """
     found: dict[str, Journal] = {}
     places = sorted(state_directory().glob("*.journal"))
@@ -339,14 +359,26 @@ def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
             continue
         record = journal.record
         if record.home:
-            places.append(_beside(Path(record.home), record.run))
+            places.append(_home_path(record))
         known = found.get(record.run)
         if known is None:
             found[record.run] = journal
         elif known.record == record:
             known.paths += journal.paths
-            known.entries += [entry for entry in journal.entries if entry not in known.entries]
+            if path.name == _home_path(record).name:
+                known.entries = journal.entries
     yield from found.values()
+
+
+def _cannot_write(path: Path, error: OSError) -> Error:
+    return Error(
+        f"cannot write to the journal {printable(path)}: {error.strerror}",
+        remedy="make room there",
+    )
+
+
+def _home_path(record: Record) -> Path:
+    return _beside(Path(record.home), record.run)
 
 
 def _beside(image: Path, run: str) -> Path:
@@ -357,6 +389,18 @@ def _file_name(record: Record) -> str:
     vm = record.vm
     which = hashlib.sha256(" ".join(record.devices).encode()).hexdigest()[:8]
     return f"{vm.uuid}-{vm.pid}-{vm.start}-{which}-{record.run}.journal"
+
+
+def _append_line(fd: int, text: str) -> None:
+    """Write a line, or nothing of it: half a line, or one not acted upon, would be believed."""
+    before = os.fstat(fd).st_size
+    try:
+        _write(fd, text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, before)
+            os.fsync(fd)
+        raise
 
 
 def _write(fd: int, text: str) -> None:

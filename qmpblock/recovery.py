@@ -32,7 +32,7 @@ from qmpblock.change import (
     undo_dead_change,
 )
 from qmpblock.driving import pivot
-from qmpblock.errors import BusyError, CommandError, NotFoundError, ToolError, printable
+from qmpblock.errors import BusyError, CommandError, Error, NotFoundError, ToolError, printable
 from qmpblock.export import LOCK as NBD_LOCK
 from qmpblock.graph import BlockGraph
 from qmpblock.hostprocess import is_running
@@ -281,6 +281,9 @@ async def _forget_journals(vm: VM, *, dry_run: bool) -> list[Recovery]:
             continue
         if journal.record.run in held or not me.pid:
             continue
+        if not dry_run:
+            # Its lock may have been removed by hand, as our own words propose.
+            await undisturbed(settle(vm, journal.record, journal, Choice.UNDO))
         for path in journal.paths:
             step = Step("remove", str(path), "the change that it describes has ended")
             done.append(Recovery(journal.record.describe(), journal.record.run, (step,), None))
@@ -374,16 +377,41 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             if (status.st_dev, status.st_ino) == identity:
                 empty[file] = file not in formats or await _holds_nothing(file, formats[file])
     verdict = image_verdict(record, journal.entries, empty)
+    if verdict.commit and not journal.complete:
+        raise Error(
+            f"whether {_list([*empty])} or {printable(record.base_file)} is newer cannot be told: "
+            "the journal that says so, beside the latter, cannot be read",
+            standing="nothing was touched",
+            remedy=f"look for {printable(record.base_file)}.qmpblock-{record.run}.journal, which "
+            "must belong to this user or root, and be writable for nobody else",
+        )
     if not dry_run:
         for overlay, base in verdict.commit:
             fmt = formats.get(overlay) or "qcow2"
-            await QemuImg().commit(overlay, fmt, base, record.base_format)
+            await _commit(record, overlay, fmt, base)
             Path(overlay).unlink()
         for file in verdict.unused:
             with contextlib.suppress(FileNotFoundError):
                 Path(file).unlink()
         journal.remove()
     return ImageRecovery(record.describe(), record.run, verdict, verdict.unused)
+
+
+async def _commit(record: Record, overlay: str, fmt: str, base: str) -> None:
+    tool = QemuImg()
+    # Refuses a chain in which a format would have to be guessed.
+    await tool.chain(base, record.base_format)
+    try:
+        await tool.commit(overlay, fmt, base, record.base_format)
+    except ToolError as error:
+        if "key-secret" in error.stderr:
+            error.standing = f"nothing was touched; {printable(overlay)} holds the newest data"
+            error.remedy = (
+                "the images are encrypted, and we have no key. Start the VM from "
+                f"{printable(overlay)}, which lies on {printable(base)}, and commit it there: "
+                "qmpblock commit ADDRESS DISK --base @1"
+            )
+        raise
 
 
 async def _holds_nothing(file: str, fmt: str) -> bool:

@@ -43,8 +43,8 @@ class Choice(Enum):
 class Step:
     """One thing to do, and why, in words.
 
-    :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `bring-home`,
-        `restore-limits`, `delete-bitmap`, `delete-node` or `delete-file`.
+    :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `relink`,
+        `bring-home`, `restore-limits`, `delete-bitmap`, `delete-node` or `delete-file`.
     :ivar what: the job, node (for a bitmap NODE/NAME) or file.
     """
 
@@ -73,10 +73,7 @@ def took_effect(record: Record, graph: BlockGraph) -> bool | None:
     keeper = graph.nodes.get(record.keeper)
     if keeper is None:
         return None
-    below = keeper.child("backing")
-    while below is not None and graph.nodes[below].is_filter:
-        below = graph.nodes[below].child("file", "backing", "image")
-    return (below or "") == record.base
+    return (_below(graph, record.keeper) or "") == record.base
 
 
 def steps(
@@ -102,7 +99,7 @@ def steps(
             bitmaps = _bitmaps(graph, record.bitmaps) if step.verb == "cancel" else []
             return (*bitmaps, step)
     if _is_out(record, graph, stale):
-        return (Step("bring-home", record.top, "it holds what the guest wrote last"),)
+        return tuple(_way_home(record, graph))
     return tuple(_leftovers(record, graph, made, stale=stale))
 
 
@@ -117,6 +114,27 @@ def _is_out(record: Record, graph: BlockGraph, stale: bool | None) -> bool:
     if active:
         return record.top in active
     return stale is False and _lies_on_something(graph, record.top)
+
+
+def _way_home(record: Record, graph: BlockGraph) -> Iterable[Step]:
+    """Bring it home without the zeros that were to get there first: there may be no room."""
+    between = _below(graph, record.top)
+    if between in record.nodes:
+        yield Step("relink", record.top, "it is to lie on the image itself again")
+    for node in record.nodes:
+        # While it lies on the image, that cannot be written to.
+        unused = node in graph.nodes and not graph.users(node)
+        if node != record.top and (unused or node == between):
+            yield Step("delete-node", node, "it holds nothing but zeros")
+    yield Step("bring-home", record.top, "it holds what the guest wrote last")
+
+
+def _below(graph: BlockGraph, node: str) -> str | None:
+    """Return the node that an image lies on, filters left out."""
+    below = graph.nodes[node].child("backing")
+    while below is not None and graph.nodes[below].is_filter:
+        below = graph.nodes[below].child("file", "backing", "image")
+    return below
 
 
 def _active_nodes(record: Record, graph: BlockGraph) -> set[str]:

@@ -41,6 +41,7 @@ from qmpblock.errors import (
 )
 from qmpblock.job import Job
 from qmpblock.journal import Record
+from qmpblock.nodeoptions import cache_options, overlay_options
 from qmpblock.recoveryplan import Choice
 
 if TYPE_CHECKING:
@@ -108,19 +109,9 @@ class Item:
 
         :param backing: the node that it lies on; None for none.
         """
-        active = self.plan.active.node
-        options: dict[str, Any] = {
-            "driver": fmt,
-            "node-name": self.node,
-            "file": self.storage,
-            "backing": backing,
-            "discard": "unmap",
-            "detect-zeroes": active.detect_zeroes,
-            "cache": _cache(self.plan),
-        }
-        if self.plan.key_secret is not None:
-            options["encrypt"] = {"format": "luks", "key-secret": self.plan.key_secret}
-        return options
+        return overlay_options(
+            self.node, self.storage, self.plan.active.node, self.plan.key_secret, backing, fmt
+        )
 
 
 async def snapshot(
@@ -175,8 +166,12 @@ async def snapshot(
                 else "no snapshot was taken; nothing of ours is left"
             )
         raise
-    for disk in overlays:
-        await disk.refresh()
+    try:
+        for disk in overlays:
+            await disk.refresh()
+    except DisconnectedError as error:
+        await undisturbed(change.after_disconnect(error))  # says which image to start from
+        raise
     return SnapshotResult(
         tuple(
             Overlay(
@@ -296,7 +291,7 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
             "node-name": item.storage,
             "filename": item.file,
             "discard": "unmap",
-            "cache": _cache(plan),
+            "cache": cache_options(plan.active.node),
         },
     )
     header: dict[str, Any] = {
@@ -314,11 +309,6 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
     assert change.journal is not None  # begin() wrote it
     change.journal.add(created=item.file, format=fmt)
     await execute("blockdev-add", item.node_options(None, fmt))
-
-
-def _cache(plan: SnapshotPlan) -> dict[str, bool]:
-    cache = plan.active.node.cache
-    return {"direct": "direct" in cache, "no-flush": "no-flush" in cache}
 
 
 async def _create(vm: VM, job_id: str, options: dict[str, Any]) -> None:

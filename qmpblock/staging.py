@@ -49,6 +49,7 @@ from qmpblock.snapshots import Item, make_file, make_overlay, take
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
+    from qmpblock.graph import Layer
     from qmpblock.ranges import Ranges
     from qmpblock.vm import VM
 
@@ -56,6 +57,7 @@ __all__ = ["check_staging", "reserve_by_staging"]
 
 _SLICE = 256 << 20  # bytes that one slice reserves
 _SMALLEST = 1 << 20  # bytes of a slice at a low speed
+_LARGEST_CLUSTER = 2 << 20  # bytes, of a qcow2 image; QED knows larger ones
 _RESERVE = 64 << 20  # bytes of the file system that stay free besides
 
 
@@ -207,9 +209,10 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
     active = disk.chain.active
     if active.node.name != record.base or disk.device.jobs:
         raise GraphError(f"somebody else is at work on {disk.name}")
-    if os.path.lexists(record.top_file):
+    for left in filter(os.path.lexists, record.files):
         # Were it taken for the next one, a crash would bring old data home.
-        raise Error(f"the overlay of the last slice is still there: {printable(record.top_file)}")
+        raise Error(f"a file of the last slice is still there: {printable(left)}")
+    journal.restart()
     journal.add(**{PIVOTED: False})
     plan = SnapshotPlan(
         disk.device,
@@ -291,7 +294,7 @@ async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None
     frozen = disk.chain.layers[1]
     node, file = record.nodes[2], record.files[1]
     make_file(change, replace(item, file=file))
-    await QemuImg(stall=vm.stall).create(file, frozen.size, frozen.node.cluster_size or 65536)
+    await QemuImg(stall=vm.stall).create(file, frozen.size, _zeros_cluster(frozen))
     await QemuIo(stall=vm.stall).write_zeros_as_data(file, chosen)
     await execute(
         "blockdev-add",
@@ -314,7 +317,8 @@ async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None
                 "top-node": node,
                 "base-node": record.base,
                 "backing-file": item.backing_name,
-                "on-error": "enospc",
+                # Never waited for: the overlay is to come home, and grows meanwhile.
+                "on-error": "report",
             },
         )
         error = await _finish(vm, job)
@@ -322,6 +326,10 @@ async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None
         job.end()
     if error is not None:
         raise JobError(job.id, "commit", error)
+
+
+def _zeros_cluster(frozen: Layer) -> int:
+    return min(frozen.node.cluster_size or 65536, _LARGEST_CLUSTER)
 
 
 async def _finish(vm: VM, job: Job) -> str | None:

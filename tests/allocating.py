@@ -1,0 +1,103 @@
+"""What the live tests of allocation share: every disk of every scenario, and the verdict."""
+
+import json
+
+import pytest
+from chains import FIXTURES, images_of, subjects
+
+from qmpblock.planning import below
+from qmpblock.ranges import Ranges
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.scenario import load_scenarios
+
+STAGED = ("qcow2", "qed")
+
+
+def disks(wanted=lambda scenario, chain: True):
+    """Return pytest's parameters (scenario, disk) of every disk whose chain is wanted."""
+    params = []
+    for scenario in load_scenarios(FIXTURES):
+        marks = []
+        if scenario.requires is not None:
+            needs = scenario.requires
+            marks.append(pytest.mark.needs_qemu(needs.text, reason=needs.reason))
+        for disk in scenario.disks:
+            if wanted(scenario, images_of(scenario, disk.name)):
+                name = f"{scenario.name}-{disk.name}"
+                params.append(pytest.param(scenario, disk.name, id=name, marks=marks))
+    return params
+
+
+def has_subclusters(image):
+    return dict(image.options).get("extended_l2") == "on"
+
+
+def is_raw_inside(image):
+    """Whether the format stores the data as it is, in one file."""
+    return image.format in ("raw", "luks") or dict(image.options).get("data_file_raw") == "on"
+
+
+async def started(scenario, name, start_qemu, vm_dir, qemu_binary):
+    """Run a scenario whose guest writes to a quiet area of every disk; return VM and subjects."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    every = await subjects(built, vm_dir)
+    vm = await start_qemu(built, guest=True)
+    for one in every.values():
+        await one.attach(vm)
+    return vm, every
+
+
+async def ended(vm, every):
+    """End the guest and the VM; every image must hold what it should."""
+    for one in every.values():
+        await one.writer.stop()
+    await vm.quit()
+    for one in every.values():
+        await one.verify()
+
+
+def area_of(subject, cluster):
+    """Return the clusters that the guest writes to all the time."""
+    area = subject.area
+    whole = Ranges([(area.offset, area.offset + area.length)])
+    return whole.align_out(cluster)
+
+
+def check_thin(before, after, cluster, size, ignored, first=0, count=None):
+    """Compare the maps around a thin allocation of [first, first + count), `ignored` apart."""
+    span = Ranges([(first, size if count is None else first + count)])
+    came = (below(before) & span).align_out(cluster, size)
+    assert below(after) & span - ignored == Ranges(), "something is below still"
+    assert below(after) - ignored == below(before) - span - ignored, "more was done than asked"
+    # Blank stays blank, but for the rest of a cluster of which a part came up.
+    assert after.holes() - came - ignored == before.holes() - came - ignored
+    # Zeros stay zeros, wherever a cluster of the active layer has nothing else.
+    data = (before.data() & came).align_out(cluster, size)
+    zeros = (came - data - ignored).align_in(cluster, size)
+    assert zeros - after.where(depth=0, present=True, zero=True, data=False) == Ranges()
+    assert (before.data() & span) - ignored - after.where(depth=0, data=True) == Ranges()
+
+
+async def without_space(subject, tools):
+    """Return the ranges of a closed active image that have no host space."""
+    active = subject.layers[0]
+    if is_raw_inside(active.spec):
+        # As many blocks as the disk has; a LUKS header may have holes besides.
+        file = active.data_file or active.path
+        missing = active.spec.size - file.stat().st_blocks * 512
+        return Ranges([(0, missing)]) if missing > 0 else Ranges()
+    description = active.describe()
+    description["backing"] = None
+    secrets = [
+        word
+        for name, data in active.secrets().items()
+        for word in ("--object", f"secret,id={name},data={data.replace(',', ',,')}")
+    ]
+    printed = await tools.run(
+        tools.img, "map", *secrets, "--output=json", "json:" + json.dumps(description)
+    )
+    return Ranges(
+        (record["start"], record["start"] + record["length"])
+        for record in json.loads(printed)
+        if "offset" not in record and not (record["data"] and record["present"])
+    )

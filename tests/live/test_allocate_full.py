@@ -1,0 +1,58 @@
+"""Full allocation of running disks of every format, while the guest writes."""
+
+import pytest
+from allocating import (
+    STAGED,
+    disks,
+    ended,
+    has_subclusters,
+    is_raw_inside,
+    started,
+    without_space,
+)
+
+import qmpblock
+from qmpblock.errors import UnsupportedError
+from qmpblock.ranges import Ranges
+from qmpblock.testing.images import Tools
+
+pytestmark = pytest.mark.live
+
+_LARGEST = 256 << 20  # bytes of a disk that is made full in a test
+
+
+def refusal(scenario, disk, version):
+    """Return why a disk cannot be made full; None if it can."""
+    image = disk.active
+    if len(disk.images) > 1 and has_subclusters(image) and version < (10, 0, 0):
+        return "subclusters"
+    if is_raw_inside(image):
+        return None
+    if image.format not in STAGED:
+        return image.format
+    if disk.attach.detect_zeroes != "off":
+        return "detect-zeroes"
+    return None
+
+
+@pytest.mark.parametrize(("scenario", "name"), disks(lambda _, chain: chain[0].size <= _LARGEST))
+async def test_every_disk(scenario, name, start_qemu, invariant, vm_dir, qemu_binary):
+    vm, every = await started(scenario, name, start_qemu, vm_dir, qemu_binary)
+    subject = every[name]
+    await invariant.begin(vm)
+    expected = refusal(scenario, subject.disk.spec, vm.version)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = await controller.disk(subject.path)
+        if expected is not None:
+            with pytest.raises(UnsupportedError, match=expected) as caught:
+                await disk.allocate(full=True)
+            assert caught.value.standing == "nothing was touched"
+        else:
+            result = await disk.allocate(full=True)
+            assert (result.held > 0) <= (not is_raw_inside(subject.disk.spec.active))
+        await subject.keeps_writing()
+    await invariant.verify(vm)
+    await ended(vm, every)
+    if expected is None:
+        left = await without_space(subject, Tools.of(qemu_binary))
+        assert left == Ranges(), "no host space"
