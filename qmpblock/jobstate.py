@@ -28,7 +28,7 @@ GONE = "null"
 #: For each status, those that may come next.
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     "undefined": frozenset({"created"}),
-    "created": frozenset({"running", "paused", "aborting", GONE}),
+    "created": frozenset({"running", "aborting", GONE}),
     "running": frozenset({"paused", "ready", "waiting", "aborting"}),
     "paused": frozenset({"running"}),
     "ready": frozenset({"standby", "waiting", "aborting"}),
