@@ -27,6 +27,7 @@ __all__ = ["Job", "Progress"]
 
 _TICK = 0.25  # seconds between two looks at a job that sends no event
 _RETRY = 2.0  # seconds between attempts to go on after ENOSPC
+_BURST = 16 << 20  # bytes that a job may do at once, before it rests to keep within its speed
 _WORKING = frozenset({"created", "running", "waiting", "aborting"})
 
 
@@ -136,9 +137,9 @@ class Job:
         self.completion_asked = True
 
     async def pause(self) -> None:
-        """Pause; the guest goes on. Pauses add up in QEMU: one `resume` undoes one.
+        """Pause; the guest goes on.
 
-        :raise CommandError: the job's status does not allow it.
+        :raise CommandError: it is paused already, or its status does not allow it.
         """
         await self._verb("pause")
 
@@ -228,8 +229,10 @@ class Job:
             # `cont` of a VM that is out of room too resets the job's io-status, and leaves the
             # job paused: so once full, full until it runs.
             full = status == "paused" and (full or info.get("io-status", "ok") != "ok")
-            if (status, done, total) != last or status not in _WORKING:
+            working = status in _WORKING or (status == "ready" and self.completion_asked)
+            if (status, done, total) != last or not working:
                 last, moved = (status, done, total), now
+            idle = max(0.0, now - moved - _rest(info))
             meter.add(now, done)
             if status in ("running", "ready"):
                 pace.add(now, max(0, total - done))
@@ -241,7 +244,7 @@ class Job:
                 total=total,
                 rate=rate,
                 eta=(total - done) / rate if rate > 0 and status == "running" else None,
-                idle=now - moved,
+                idle=idle,
                 lagging=pace.passes,
                 errors=self.errors,
                 error=None if info.get("error") is None else str(info["error"]),
@@ -250,7 +253,7 @@ class Job:
             yield progress
             if status == "concluded":
                 return
-            if now - moved > self._monitor.stall:
+            if idle > self._monitor.stall:
                 raise StalledError(
                     f"the job {self.id} ({self.type}) is {status} and has not moved for "
                     f"{self._monitor.stall:g} s ({done} of {total} bytes)",
@@ -360,6 +363,12 @@ def _counts(info: Mapping[str, Any]) -> tuple[int, int]:
         value = info.get(key)
         found.append(value if isinstance(value, int) and value >= 0 else 0)
     return found[0], found[1]
+
+
+def _rest(info: Mapping[str, Any]) -> float:
+    """Return for how many seconds a job may rest to keep within its speed."""
+    speed = info.get("speed")
+    return _BURST / speed if isinstance(speed, int) and speed > 0 else 0.0
 
 
 def _phase(status: str, *, full: bool, asked: bool) -> str:
