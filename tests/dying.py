@@ -1,0 +1,112 @@
+"""Controllers that die at a chosen command, forked off one process that has all imported.
+
+As a program (`Graveyard` in killing.py runs it) it reads one JSON request a line and answers
+with one JSON line, `{"code": ..., "trace": [...]}`: code 9 of a controller that died, 0 of one
+that ended, another of one that failed; the trace is of the commands that it sent. A fork takes
+milliseconds where an interpreter takes half a second, and a kill matrix has thousands of points.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+
+import qmpblock
+import qmpblock.chainjobs
+import qmpblock.export
+import qmpblock.extents
+import qmpblock.nbd
+import qmpblock.recovery
+import qmpblock.snapshots
+
+DIED = 9
+
+
+async def perform(vm, what):
+    """Do what a request says to a VM; `what` holds the API's own arguments."""
+    arguments = {key: value for key, value in what.items() if key not in ("do", "disk", "overlays")}
+    if what["do"] == "recover":
+        return await vm.recover(**arguments)
+    if what["do"] == "snapshot":
+        named = {await vm.disk(disk): file for disk, file in what["overlays"].items()}
+        return await vm.snapshot(named, **arguments)
+    disk = await vm.disk(what["disk"])
+    async with getattr(disk, what["do"])(**arguments) as job:
+        pass
+    return job.outcome
+
+
+def deadly(monitor, number, moment, die):
+    """Have a monitor call `die` before or after its command `number`; return the trace.
+
+    :param monitor: a Monitor, or the class.
+    :param number: 0: never.
+    :param die: an async function.
+    """
+    trace = []
+    real = monitor._execute
+
+    async def execute(*arguments):
+        command, given = arguments[-2:]
+        # Of objects also which: the locks say what had begun, and what had ended.
+        trace.append(f"{command} {given['id']}" if command.startswith("object-") else command)
+        mine = len(trace)
+        if mine == number and moment == "before":
+            await die()
+        try:
+            return await real(*arguments)
+        finally:
+            if mine == number and moment == "after":
+                await die()
+
+    monitor._execute = execute
+    return trace
+
+
+def _answer(code, trace):
+    print(json.dumps({"code": code, "trace": trace}), flush=True)
+
+
+async def _control(request):
+    async def die():
+        _answer(DIED, trace)
+        if request["qemu"]:
+            # Dead before this process is: nobody may see it outlive its controller.
+            os.kill(request["qemu"], signal.SIGKILL)
+        os._exit(DIED)
+
+    os.environ |= request["environment"]
+    trace = deadly(qmpblock.monitor.Monitor, request["number"], request["moment"], die)
+    async with qmpblock.connect(request["address"]) as vm:
+        await perform(vm, request["what"])
+    _answer(0, trace)
+
+
+def _child(request):
+    try:
+        asyncio.run(_control(request))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def main():
+    """Serve requests until stdin ends."""
+    with contextlib.suppress(BrokenPipeError):
+        for line in sys.stdin:
+            pid = os.fork()
+            if pid == 0:
+                _child(json.loads(line))
+            _, status = os.waitpid(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
+            if code not in (0, DIED):
+                _answer(code, [])
+
+
+if __name__ == "__main__":
+    main()
