@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from qmpblock.disk import Disk
     from qmpblock.nbd import Client
 
-__all__ = ["AllocationResult", "allocate"]
+__all__ = ["AllocationResult", "allocate", "check_thin"]
 
 _ATTEMPTS = 4  # at what the guest discards again meanwhile
 _REQUEST = 4 << 20  # bytes of data in one request
@@ -162,14 +162,11 @@ async def _check_full(disk: Disk, first: int, count: int, raw: tuple[str, int] |
         )
 
 
-async def _allocate_thin(
-    disk: Disk,
-    first: int,
-    count: int,
-    speed: Speed,
-    progress: Callable[[Progress], None] | None,
-) -> tuple[int, int]:
-    """Bring what lies below into the active layer; return bytes done, and there before."""
+def check_thin(disk: Disk) -> None:
+    """Refuse an active layer into which nothing can be brought from below.
+
+    :raise UnsupportedError: its format, or this QEMU with it.
+    """
     active = disk.chain.active
     if active.format in _USELESS:
         raise UnsupportedError(
@@ -178,6 +175,17 @@ async def _allocate_thin(
             standing="nothing was touched",
         )
     check_copy_on_read(disk.vm.capabilities, active)
+
+
+async def _allocate_thin(
+    disk: Disk,
+    first: int,
+    count: int,
+    speed: Speed,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[int, int]:
+    """Bring what lies below into the active layer; return bytes done, and there before."""
+    check_thin(disk)
     record = Record(
         run=Change.new_run(),
         operation="allocate",

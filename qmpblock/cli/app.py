@@ -31,12 +31,14 @@ __all__ = ["WARNED", "Options", "Rate", "Size", "command", "emit", "run"]
 
 _COMMANDS = {
     "allocate": "Make a range of a running disk stand in its active layer, thin or in full.",
+    "apply": "Make the disks of running VMs as a policy says.",
     "commit": "Copy what upper layers of a running disk hold into a lower one, and drop them.",
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
     "disks": "List a VM's disks: their layers, filters, jobs and exports.",
     "job": "Steer a background job of ours: pause, resume, speed, cancel, complete, ...",
     "jobs": "List a VM's background jobs, ours and others'.",
     "map": "Show which layer holds every byte of a running disk, or of a closed image.",
+    "plan": "Show what a policy would do to the disks of running VMs; change nothing.",
     "recover": "Undo, or carry on, what a qmpblock that died left in a VM, or to images.",
     "snapshot": "Freeze the active layers of running disks at one point in time.",
     "stream": "Copy what lower layers hold into a layer of a running disk, and drop them.",

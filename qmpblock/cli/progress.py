@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,7 @@ from qmpblock.errors import printable
 if TYPE_CHECKING:
     from qmpblock.job import Progress
 
-__all__ = ["Reporter", "reporting", "text_line"]
+__all__ = ["Reporter", "reporting", "reporting_many", "text_line"]
 
 _EVERY = 5.0  # seconds between plain lines while only the numbers change
 
@@ -31,11 +31,18 @@ class Reporter(Protocol):
 @contextmanager
 def reporting(what: str) -> Iterator[Reporter]:
     """Show the progress of `what`, such as `stream of vd0`."""
+    with reporting_many() as begin:
+        yield begin(what)
+
+
+@contextmanager
+def reporting_many() -> Iterator[Callable[[str], Reporter]]:
+    """Show the progress of several things at once; what is yielded begins with one of them."""
     if sys.stderr.isatty():
-        with _bar(what) as show:
-            yield show
+        with _bars() as begin:
+            yield begin
     else:
-        yield _Lines(what)
+        yield _Lines
 
 
 def text_line(what: str, seen: Progress) -> str:
@@ -80,7 +87,7 @@ class _Lines:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Reporter]:
+def _bars() -> Iterator[Callable[[str], Reporter]]:
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
@@ -95,7 +102,8 @@ def _bar(what: str) -> Iterator[Reporter]:
         console=Console(stderr=True, highlight=False),
         transient=True,
     )
-    with bars:
+
+    def begin(what: str) -> Reporter:
         task = bars.add_task(printable(what), total=None, said="")
 
         def show(seen: Progress) -> None:
@@ -106,4 +114,7 @@ def _bar(what: str) -> Iterator[Reporter]:
                 said = f"{human_size(done)}/{human_size(total)}  {said}"
             bars.update(task, completed=done, total=max(total, 1), said=said)
 
-        yield show
+        return show
+
+    with bars:
+        yield begin

@@ -1,0 +1,153 @@
+"""`qmpblock plan`."""
+
+from __future__ import annotations
+
+import json
+from posixpath import basename
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.app import command as make_command
+from qmpblock.cli.chainwork import warn
+from qmpblock.errors import printable
+
+if TYPE_CHECKING:
+    from qmpblock.policy import DiskPlan
+    from qmpblock.policyplan import Changes, Picture
+
+__all__ = ["command", "document", "summary"]
+
+
+@make_command
+@click.argument("policy", type=click.Path(dir_okay=False))
+async def command(options: Options, policy: str) -> int:
+    """Show what POLICY, a YAML file, would do to the disks of running VMs. Changes nothing.
+
+    For each disk: today's picture and the wanted one, what is to be copied and reserved, how
+    long that takes at the rate asked for, and which images leave the chain.
+    """
+    from qmpblock.policy import plan
+    from qmpblock.policyfile import load_policy
+
+    plans = await plan(load_policy(policy), connect=options.connect)
+    if options.json:
+        emit(json.dumps({"disks": [document(one) for one in plans]}, indent=2) + "\n")
+    else:
+        for number, one in enumerate(plans):
+            if number:
+                click.echo()
+            _show(one)
+        if len(plans) > 1:
+            _show_sum(plans)
+    warn(tuple(f"{printable(one.name)}: {text}" for one in plans for text in one.warnings))
+    if any(one.error for one in plans):
+        return 1
+    return WARNED if any(one.warnings for one in plans) else 0
+
+
+def document(one: DiskPlan) -> dict[str, Any]:
+    """Return the entry of docs/schema/plan.schema.json."""
+    changes = one.changes
+    return {
+        "address": one.policy.address,
+        "disk": one.name,
+        "backing": one.policy.backing,
+        "allocation": one.policy.allocation,
+        "today": None if one.today is None else _picture(one.today),
+        "wanted": None if changes is None else _picture(changes.wanted),
+        "steps": [
+            {"verb": s.verb, "offset": s.offset, "length": s.length, "bytes": s.bytes}
+            for s in (changes.steps if changes else ())
+        ],
+        "move": changes.move if changes else 0,
+        "zeros": changes.zeros if changes else 0,
+        "reserve": changes.reserve if changes else 0,
+        "leaving": list(changes.leaving) if changes else [],
+        "speed": one.policy.speed,
+        "seconds": changes.seconds(one.policy.speed) if changes else None,
+        "warnings": list(one.warnings),
+        "error": None if one.error is None else str(one.error),
+    }
+
+
+def _picture(picture: Picture) -> dict[str, Any]:
+    from qmpblock.extents import layer_extents_json
+
+    return {
+        "map": picture.guest.to_qemu_img(),
+        "layers": [
+            {"file": file, "extents": layer_extents_json(own)}
+            for file, own in zip(picture.files, picture.layers, strict=True)
+        ],
+    }
+
+
+def summary(changes: Changes, speed: int) -> str:
+    """Say in a line what is to be done."""
+    from qmpblock.render import human_size
+
+    if not changes.steps:
+        return "nothing to do: it is as the policy says"
+    parts = [f"{human_size(changes.move)} to copy", f"{human_size(changes.reserve)} to reserve"]
+    if changes.zeros:
+        parts.append(f"{human_size(changes.zeros)} to become explicit zeros")
+    seconds = changes.seconds(speed)
+    if seconds is not None:
+        parts.append(f"{seconds:.0f} s at {human_size(speed)}/s")
+    text = ", ".join(parts)
+    if changes.leaving:
+        text += f"; leaving the chain: {', '.join(printable(file) for file in changes.leaving)}"
+    return text
+
+
+def _show(one: DiskPlan) -> None:
+    click.echo(
+        click.style(printable(one.name), bold=True)
+        + f" of {printable(one.policy.address)}: {printable(one.policy.wanted)}"
+    )
+    changes = one.changes
+    if one.today is not None:
+        click.echo(f"\ntoday\n{_drawn(one.today, one.today)}", nl=False)
+        if changes is not None and changes.steps:
+            click.echo(f"\nwanted\n{_drawn(changes.wanted, one.today)}", nl=False)
+    if changes is not None:
+        click.echo(f"\n{summary(changes, one.policy.speed)}")
+    if one.error is not None:
+        first, *rest = str(one.error).splitlines()
+        click.echo(click.style("cannot be done: ", fg="red", bold=True) + first)
+        for line in rest:
+            click.echo(f"  {line}")
+
+
+def _drawn(picture: Picture, widest: Picture) -> str:
+    from rich.console import Console
+
+    from qmpblock.render import text_picture
+
+    console = Console(highlight=False)
+    # Both pictures get the same room for names, so that they compare column by column.
+    room = max(len(basename(file)) for file in widest.files)
+    names = [basename(file).ljust(room) for file in picture.files]
+    return text_picture(
+        list(zip(reversed(names), reversed(picture.layers), strict=True)),
+        picture.guest,
+        width=console.width,
+        ascii=not (console.encoding or "").lower().startswith("utf"),
+        color=console.is_terminal and not console.no_color,
+    )
+
+
+def _show_sum(plans: tuple[DiskPlan, ...]) -> None:
+    from qmpblock.render import human_size
+
+    doable = [one.changes for one in plans if one.changes is not None and one.error is None]
+    move, reserve = sum(c.move for c in doable), sum(c.reserve for c in doable)
+    busy = sum(bool(changes.steps) for changes in doable)
+    failed = len(plans) - len(doable)
+    click.echo(
+        f"\n{len(plans)} disks: {busy} to change, {len(doable) - busy} as they should be"
+        + (f", {failed} that cannot be done" if failed else "")
+        + f"; {human_size(move)} to copy, {human_size(reserve)} to reserve"
+    )
