@@ -26,3 +26,15 @@ def test_defects_are_gated(version, affected):
     capabilities = Capabilities(version)
     assert capabilities.nbd_clients_endanger_iothreads is affected
     assert capabilities.nbd_server_stop_hangs_in_handshake is affected
+    assert capabilities.copy_on_read_breaks_subclusters is affected
+    assert capabilities.concluded_streams_kill is affected
+
+
+def test_every_gate_is_tested_above():
+    """A new one must not be forgotten there."""
+    gates = {name for name, what in vars(Capabilities).items() if isinstance(what, property)}
+    assert gates == set(test_defects_are_gated.__code__.co_names) & gates
+
+
+def test_it_names_its_version():
+    assert str(Capabilities((7, 2, 22))) == "7.2.22"
