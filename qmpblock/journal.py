@@ -209,13 +209,14 @@ class Journal:
         paths = [directory / _file_name(record)]
         if beside is not None:
             paths.append(_beside(beside, record.run))
-        journal = cls(record, tuple(paths), [])
+        journal = cls(record, (), [])
         text = json.dumps(record.as_json()) + "\n"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in paths:
                 # Exclusive: a path beside an image may be in a directory that others write to.
                 fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                journal.paths += (path,)  # what was there before is not ours to remove
                 try:
                     _write(fd, text)
                 finally:
@@ -263,7 +264,7 @@ class Journal:
     def _append(self, entry: dict[str, Any], paths: tuple[Path, ...]) -> None:
         for path in paths:
             try:
-                fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+                fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
                 try:
                     _append_line(fd, json.dumps(entry) + "\n")
                 finally:
@@ -393,7 +394,10 @@ def _file_name(record: Record) -> str:
 
 def _append_line(fd: int, text: str) -> None:
     """Write a line, or nothing of it: half a line, or one not acted upon, would be believed."""
-    before = os.fstat(fd).st_size
+    size = os.fstat(fd).st_size
+    before = os.pread(fd, size, 0).rfind(b"\n") + 1
+    if before < size:
+        os.ftruncate(fd, before)  # a dead controller's last line, torn
     try:
         _write(fd, text)
     except OSError:
