@@ -31,8 +31,8 @@ class Case:
     def __str__(self) -> str:
         if self.operation in ("snapshot", "there-and-back"):
             return self.operation
-        to = "the-bottom" if self.base is None else f"@{self.base}"
-        return f"{self.operation}-@{self.top}-to-{to}"
+        to = "the-bottom" if self.base is None else str(self.base)
+        return f"{self.operation}-{self.top}-to-{to}"
 
     @property
     def layers(self) -> dict[str, str]:

@@ -81,7 +81,7 @@ class Subject:
             while await self.writer.written() < begin + 10:
                 await asyncio.sleep(0.005)
 
-    def add_overlay(self, path: Path, fmt: str) -> None:
+    def add_overlay(self, path: Path, fmt: str, naming: str = "relative") -> None:
         """Take a snapshot's overlay into account."""
         below = self.layers[0]
         secret = below.secret if fmt == "qcow2" else None
@@ -89,6 +89,7 @@ class Subject:
             path.name,
             fmt,
             below.spec.size,
+            backing_name=naming,
             options=(("encrypt.format", "luks"),) if secret else (),
             secret=secret[1] if secret else None,
         )
@@ -97,8 +98,19 @@ class Subject:
         self.images.append(self.layers[0])
 
     def apply(self, case: Case) -> None:
-        """Take what `case` did into account."""
-        self._set(case.after(self.layers))
+        """Take what `case` did into account.
+
+        The layer whose header is rewritten records its new backing image as the layer above
+        that one did: relative stays relative. Never by a `json:` text.
+        """
+        keeper = case.top if case.operation == "stream" else case.top - 1
+        layers = case.after(self.layers)
+        if 0 <= keeper < len(layers) - 1:
+            via = self.layers[self.layers.index(layers[keeper + 1]) - 1].spec
+            naming = "absolute" if via.backing_name == "json" else via.backing_name
+            spec = replace(layers[keeper].spec, backing_name=naming, backing_format=True)
+            layers[keeper] = replace(layers[keeper], spec=spec)
+        self._set(layers)
 
     def _set(self, layers: list[BuiltImage]) -> None:
         below: BuiltImage | None = None
@@ -137,36 +149,36 @@ class Subject:
         """Return the chain's file names, the active one first."""
         return [str(layer.path) for layer in self.layers]
 
-    async def verify(self, *, rewritten: int | None = None) -> None:
-        """Check the closed images: what they record, what they hold, that none is damaged.
-
-        :param rewritten: depth of the layer whose recorded backing name is not the scenario's.
-        """
-        await self.verify_images(rewritten=rewritten)
+    async def verify(self) -> None:
+        """Check the closed images: what they record, what they hold, that none is damaged."""
+        await self.verify_images()
         await self._verify_content()
 
-    async def verify_images(self, *, rewritten: int | None = None) -> None:
+    async def verify_images(self) -> None:
         """Check what `verify` does, but for the content."""
-        for depth, layer in enumerate(self.layers):
-            await self._verify_header(layer, changed=depth == rewritten)
+        for layer in self.layers:
+            await self._verify_header(layer)
         for image in self.images:
             await image.check(self.tools)
 
-    async def _verify_header(self, layer: BuiltImage, *, changed: bool) -> None:
+    async def _verify_header(self, layer: BuiltImage) -> None:
         driver = ["-f", layer.spec.format, str(layer.path)]
         printed = await self.tools.run(self.tools.img, "info", "--output=json", *driver)
         info = json.loads(printed)
-        recorded = info.get("full-backing-filename", info.get("backing-filename"))
+        recorded = info.get("backing-filename")
         if layer.backing is None:
             assert recorded is None, recorded
             return
         assert recorded is not None, f"{layer.path} records no backing image"
+        naming = layer.spec.backing_name
         if recorded.startswith("json:"):
-            assert not changed, recorded
-            assert layer.spec.backing_name == "json"
-            recorded = json.loads(recorded.removeprefix("json:"))["file"]["filename"]
-        assert Path(recorded).resolve() == layer.backing.path.resolve(), layer.path
-        if layer.spec.format == "qcow2" and (changed or layer.spec.backing_format):
+            assert naming == "json", recorded
+            full = json.loads(recorded.removeprefix("json:"))["file"]["filename"]
+        else:
+            assert naming == ("absolute" if recorded.startswith("/") else "relative"), recorded
+            full = info.get("full-backing-filename", recorded)
+        assert Path(full).resolve() == layer.backing.path.resolve(), layer.path
+        if layer.spec.format == "qcow2" and layer.spec.backing_format:
             assert info["backing-filename-format"] == layer.backing.spec.format
 
     async def _verify_content(self) -> None:
@@ -317,7 +329,6 @@ async def do_and_verify(scenario, name, case, start_qemu, invariant, vm_dir, qem
     await invariant.begin(vm)
     refusal = case.refusal(scenario, name, vm.version)
     before, layers = subject.every_file(), list(subject.layers)
-    rewritten = None
     async with qmpblock.connect(vm.monitor_path) as controller:
         disk = await controller.disk(subject.path)
         filters = disk.chain.filters
@@ -331,7 +342,7 @@ async def do_and_verify(scenario, name, case, start_qemu, invariant, vm_dir, qem
                 await subject.keeps_writing()
                 await job(disk, subject, Case("commit", base=1))
         else:
-            rewritten = await job(disk, subject, case)
+            await job(disk, subject, case)
         await subject.keeps_writing()
         await disk.refresh()
         assert [layer.file for layer in disk.chain.layers] == subject.files
@@ -348,7 +359,7 @@ async def do_and_verify(scenario, name, case, start_qemu, invariant, vm_dir, qem
     await invariant.verify(vm)
     await vm.quit()
     for one in every.values():
-        await one.verify(rewritten=rewritten if one is subject else None)
+        await one.verify()
 
 
 async def snapshot(disk, subject, overlay):
@@ -362,7 +373,7 @@ async def snapshot(disk, subject, overlay):
 
 
 async def job(disk, subject, case):
-    """Stream or commit; return the depth of the layer whose header says something new."""
+    """Stream or commit, and check all that is known at once."""
     before = subject.layers
     after = case.after(before)
     left = [str(layer.path) for layer in before if layer not in after]
@@ -383,7 +394,6 @@ async def job(disk, subject, case):
     written |= {layer.data_file for layer in before if layer.path in written and layer.data_file}
     assert subject.changed_files() <= written
     subject.apply(case)
-    return keeper if keeper >= 0 else None
 
 
 async def refused(disk, subject, case, refusal):

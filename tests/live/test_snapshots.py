@@ -123,7 +123,7 @@ async def test_names_and_formats(
         disk = await controller.disk("vd0")
         result = await disk.snapshot(overlay, format=fmt, backing_name=naming)
         assert disk.chain.active.format == fmt
-    subject.add_overlay(overlay, fmt)
+    subject.add_overlay(overlay, fmt, naming)
     await subject.keeps_writing()
     await subject.writer.stop()
     invariant.expect(subject.documented(before=before, made=str(overlay)))
