@@ -93,6 +93,11 @@ class Operation:
         """Whether it can be slowed down."""
         return self.what["do"] != "snapshot"
 
+    @property
+    def moves(self):
+        """Whether the image to start from may be another one afterwards."""
+        return True
+
     def request(self, directory, slow=False):
         """Return what dying.py is asked to do."""
         text = json.dumps(self.what).replace("{}", str(directory))
@@ -236,6 +241,12 @@ class Matrix:
         raw = self.directory / "content.raw"
         await self.tools.run(self.tools.img, "convert", "-f", fmt, "-O", "raw", str(path), str(raw))
         return raw.read_bytes()
+
+    @property
+    def first_change(self):
+        """The number of the first command that changes anything: it takes the lock."""
+        trace = enumerate(self.reference.trace, 1)
+        return next(number for number, sent in trace if sent.startswith("object-add"))
 
     def points(self, slow=False):
         """Yield (number, moment) of every point.
@@ -549,7 +560,9 @@ class _Point:
         begun, ended = self._how_far()
         named = await self._recover_images(chain) or self._named()
         start = [str(path) for path in chain]
-        if ended:
+        if not self.operation.moves:
+            assert named in (None, start), self.standing
+        elif ended:
             start = [str(self.images / layers[0]) for layers in self.operation.chains]
             # The journal has gone; a controller that lives still knows, and says it.
             assert named in (start, None if self.standing is None else start), self.standing
