@@ -122,14 +122,17 @@ def plan_changes(policy: DiskPolicy, facts: Facts) -> Changes:
 
     if facts.blank is not None:
         blank = facts.blank
-    else:  # what comes up as zeros, too, has no host space then
-        nothing = guest.holes() | guest.where(present=True, zero=True, data=False, reserved=False)
+    else:  # what comes up as zeros has no host space then, whatever it has below
+        zero = guest.where(present=True, zero=True)
+        nothing = guest.holes() | (zero - held) | own[0].where(present=True, zero=True, data=False)
+        nothing = nothing - own[0].where(reserved=True)
         blank = (nothing - data).align_in(cluster, size)
     reserve = blank & chosen if full else Ranges()
 
     # What leaving layers supply comes up in any case, with which step does not matter.
     kept = under - leaving
-    reserved = spans(reserve, (kept | blank) - chosen)
+    both = spans(reserve | (kept & chosen), (kept | blank) - chosen) if reserve else []
+    reserved = [span for span in both if reserve & Ranges([span])]
     thin = spans((kept & chosen) - Ranges(reserved), kept - chosen)
     work = data | zeros | reserve
     steps = [_step("allocate", span, work) for span in thin]

@@ -1,0 +1,541 @@
+"""Policies on living QEMUs: the seed's drawings, apply twice, failures, several VMs, kills."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from chains import cli
+from jsonschema import Draft202012Validator
+
+import qmpblock
+from qmpblock import policy as policies
+from qmpblock.cli import apply_command, plan_command
+from qmpblock.policyfile import parse_policy
+from qmpblock.ranges import Ranges
+from qmpblock.testing.faults import inject, small_file_system
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.scenario import load_scenarios
+from qmpblock.testing.stamps import StressSpec, check_acknowledged
+
+pytestmark = pytest.mark.live
+
+FULL = {"backing": "independent", "allocation": "full"}
+CHAIN = pytest.mark.scenarios("chain-3.yaml")
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
+# What the images that leave the chain take with them, and what the active one records then.
+DROPPED = r"^(disappeared: (node|edge|open file): |appeared: (node|edge): d0 )"
+
+
+def written(directory, content, name="policy.yaml"):
+    """Write a policy file."""
+    path = directory / name
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def one_disk(vm, disk, **wanted):
+    return {"vms": [{"address": vm.monitor_path, "disks": [{"disk": disk, **wanted}]}]}
+
+
+def valid(text, name):
+    value = json.loads(text)
+    schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text())
+    Draft202012Validator(schema).validate(value)
+    return value["disks"]
+
+
+async def planned(path, code=0):
+    got, out, err = await cli("plan", path, "--json")
+    assert got == code, err
+    return valid(out, "plan")
+
+
+async def applied(path, code=0):
+    got, out, err = await cli("apply", path, "--json")
+    assert got == code, err
+    return valid(out, "apply")
+
+
+# -- the eight drawings of 2011
+
+
+def in_format(scenario, fmt):
+    """Return a drawing's scenario with every image in another format."""
+
+    def renamed(name):
+        return None if name is None else name.replace(".qcow2", f".{fmt}")
+
+    [disk] = scenario.disks
+    images = tuple(
+        replace(image, format=fmt, file=renamed(image.file), backing=renamed(image.backing))
+        for image in disk.images
+    )
+    return replace(scenario, disks=(replace(disk, images=images),))
+
+
+def wanted_by(drawing):
+    """Say a drawing in a policy's words."""
+    wanted = {"allocation": "full" if drawing.full else "thin"}
+    if drawing.independent:
+        wanted["backing"] = "independent"
+    if drawing.length < drawing.block * len(drawing.after[-1]):
+        wanted["ranges"] = [{"offset": drawing.offset, "length": drawing.length}]
+    return wanted
+
+
+def cell(own, start, block, *, raw):
+    """Say what a layer holds in one block: data, host space for zeros, or nothing."""
+    part = own.clip(start, block)
+    if part.where(data=True).total == block:
+        return "data"
+    if part.where(present=True, reserved=True).total == block:
+        return "reserved"
+    blank = part.where(present=True, zero=True, data=False, reserved=False) if raw else part.holes()
+    assert blank.total == block, f"at {start}: {list(part)}"
+    return "nothing"
+
+
+async def check_drawing(vm, drawing):
+    """See that the chain has the drawing's layers, and each cell what is drawn in it."""
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        layers = await disk.layers()
+    assert len(layers) == len(drawing.after)
+    raw = layers[0].layer.format == "raw"
+    for row, layer in zip(reversed(drawing.after), layers, strict=True):
+        for index, drawn in enumerate(row):
+            got = cell(layer.map, index * drawing.block, drawing.block, raw=raw)
+            expected = {" ": ("nothing",), "0": ("data", "reserved")}.get(drawn, ("data",))
+            assert got in expected, f"block {index} of {row!r}: {got}"
+
+
+def seen_by_guest(rows):
+    """Return the byte that the guest reads in each block."""
+    top = (next((c for c in column if c != " "), "0") for column in zip(*rows[::-1], strict=True))
+    return [0 if c == "0" else ord(c) for c in top]
+
+
+async def check_content(vm, drawing):
+    for index, byte in enumerate(seen_by_guest(drawing.before)):
+        await vm.qemu_io("d0", f"read -P {byte} {index * drawing.block} {drawing.block}")
+
+
+def space(extents):
+    """Return where a layer of a document has host space.
+
+    What is reserved in a raw file, and then read, is data to the kernel: a picture may say either.
+    """
+    return Ranges(
+        (one["start"], one["start"] + one["length"])
+        for one in extents
+        if one["data"] or one["reserved"]
+    )
+
+
+def drawings():
+    params = []
+    for scenario in load_scenarios(FIXTURES, "seed-*.yaml"):
+        formats = ["qcow2", "qed"] + ["raw"] * (len(scenario.drawing.before) == 1)
+        params += [pytest.param(scenario, fmt, id=f"{scenario}-{fmt}") for fmt in formats]
+    return params
+
+
+def test_all_eight_drawings_are_tried():
+    assert len({param.values[0].name for param in drawings()}) == 8
+    assert len(drawings()) == 8 * 2 + 4
+
+
+@pytest.mark.parametrize(("scenario", "fmt"), drawings())
+async def test_a_drawing_by_policy_alone(scenario, fmt, start_qemu, invariant, vm_dir, qemu_binary):
+    drawing = scenario.drawing
+    built = await build(in_format(scenario, fmt), vm_dir / "images", Tools.of(qemu_binary))
+    digest = await built.disks[0].active.digest(built.tools)
+    vm = await start_qemu(built)
+    policy = one_disk(vm, "vd0", **wanted_by(drawing))
+    path = written(vm_dir, policy)
+    await check_content(vm, drawing)
+    await invariant.begin(vm)
+    [plan] = await planned(path)
+    await invariant.verify(vm)  # a plan changes nothing
+
+    await invariant.begin(vm)
+    if drawing.independent:
+        invariant.expect(DROPPED)
+    [result] = await applied(path)
+    assert result["state"] == "done"
+    assert result["allocated"] + result["reserved"] >= plan["move"] + plan["reserve"]
+    assert result["dropped"] == plan["leaving"]
+    await check_drawing(vm, drawing)
+
+    # What the plan drew is what came of it; and there is nothing left to do.
+    [again] = await plan_of(policy)
+    if fmt == "raw":
+        [wanted], [now] = plan["wanted"]["layers"], again["today"]["layers"]
+        assert space(now["extents"]) == space(wanted["extents"])
+    else:
+        assert again["today"] == plan["wanted"]
+    assert again["steps"] == []
+    [result] = await apply_to(policy)
+    assert result["state"] == "nothing"
+    await check_drawing(vm, drawing)
+    await check_content(vm, drawing)
+
+    await invariant.verify(vm)
+    await vm.quit()
+    await check_closed(built, digest, alone=drawing.independent)
+
+
+async def plan_of(policy):
+    """Plan by the library: the command's documents, without its process."""
+    plans = await policies.plan(parse_policy(yaml.safe_dump(policy)))
+    return [plan_command.document(one) for one in plans]
+
+
+async def apply_to(policy, **calls):
+    results = await policies.apply(parse_policy(yaml.safe_dump(policy)), **calls)
+    return [apply_command.document(one) for one in results]
+
+
+async def check_closed(built, digest, *, alone, number=0):
+    """Check the closed images: the content is what it was, and, alone, needs no other image."""
+    active = built.disks[number].active
+    if alone:
+        active = replace(active, backing=None)
+        words = ["info", "--output=json", "-f", active.spec.format, str(active.path)]
+        info = await built.tools.run(built.tools.img, *words)
+        assert "backing-filename" not in json.loads(info)
+    assert await active.digest(built.tools) == digest
+    await active.check(built.tools)
+
+
+# -- other wishes
+
+
+async def chain(scenario, vm_dir, qemu_binary, directory="images"):
+    """Build a scenario; return it with its disks' digests."""
+    built = await build(scenario, vm_dir / directory, Tools.of(qemu_binary))
+    return built, [await disk.active.digest(built.tools) for disk in built.disks]
+
+
+@CHAIN
+async def test_like_the_master_image(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    """As sparse as the base: also when that has left the chain, and its file alone is left."""
+    built, [digest] = await chain(scenario, vm_dir, qemu_binary)
+    vm = await start_qemu(built)
+    # Zeros over data of the base, which is to have host space; and over nothing of it.
+    for start in ("1M", "8M"):
+        await vm.qemu_io("d0", f"write -z {start} 1M")
+    master = str(built.disks[0].active.chain()[-1].path)
+    policy = one_disk(vm, "vd0", backing="independent", allocation={"like": master})
+    await invariant.begin(vm)
+    invariant.expect(DROPPED)
+    [plan] = await plan_of(policy)
+    assert plan["reserve"] == 1 << 20
+    [result] = await apply_to(policy)
+    assert (result["state"], result["error"]) == ("done", None)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [layer] = await (await controller.disk("vd0")).layers()
+    megabytes = [
+        layer.map.clip(number << 20, 1 << 20).where(data=True).total >> 20 for number in range(16)
+    ]
+    assert megabytes == [0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    [again] = await plan_of(policy)
+    assert again["steps"] == []
+    assert again["today"] == plan["wanted"]
+    assert digest  # of another content: the zeros were written since
+    for number, byte in enumerate([0, 0, 0xB2, 0xB2, *[0xC4] * 4, *[0] * 8]):
+        await vm.qemu_io("d0", f"read -P {byte} {number}M 1M")
+
+
+@CHAIN
+async def test_a_base_and_a_thin_range(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    built, [digest] = await chain(scenario, vm_dir, qemu_binary)
+    vm = await start_qemu(built)
+    base = str(built.disks[0].active.chain()[-1].path)
+    wanted = {"backing": {"base": base}, "allocation": "thin", "ranges": [{"length": "25%"}]}
+    policy = one_disk(vm, "vd0", **wanted)
+    await invariant.begin(vm)
+    invariant.expect(DROPPED)
+    [plan] = await plan_of(policy)
+    assert [(step["verb"], step["offset"]) for step in plan["steps"]] == [
+        ("allocate", 1 << 20),
+        ("drop", 0),
+    ]
+    [result] = await apply_to(policy)
+    assert (result["state"], result["error"]) == ("done", None)
+    assert result["dropped"] == [str(built.disks[0].active.backing.path)]
+    [again] = await plan_of(policy)
+    assert again["today"] == plan["wanted"]
+    assert again["steps"] == []
+    await invariant.verify(vm)
+    await vm.quit()
+    active = built.disks[0].active
+    short = replace(active, backing=active.backing.backing)
+    assert await short.digest(built.tools) == digest
+
+
+@CHAIN
+async def test_node_names_of_layers_that_leave_are_refused(scenario, start_qemu, vm_dir):
+    vm = await start_qemu(scenario)
+    policy = one_disk(vm, "vd0", backing="independent", allocation={"like": "d0-2"})
+    [plan] = await plan_of(policy)
+    assert "name the layer by its file" in plan["error"]
+    policy = one_disk(vm, "vd0", backing={"base": "d0"})
+    [plan] = await plan_of(policy)
+    assert "cannot be its own base" in plan["error"]
+    policy = one_disk(vm, "vd0", allocation="full", ranges=[{"offset": "15M", "length": "2M"}])
+    [plan] = await plan_of(policy)
+    assert "reach to" in plan["error"]
+
+
+@CHAIN
+async def test_a_warning_is_4(scenario, start_qemu, vm_dir):
+    """A dirty bitmap counts what is reserved as written."""
+    vm = await start_qemu(scenario)
+    await vm.execute("block-dirty-bitmap-add", node="d0", name="backup")
+    path = written(vm_dir, one_disk(vm, "vd0", allocation="full", ranges=[{"offset": "15M"}]))
+    [plan] = await planned(path, code=4)
+    assert "dirty bitmap backup" in plan["warnings"][0]
+    [result] = await applied(path, code=4)
+    assert result["state"] == "done"
+    assert "dirty bitmap backup" in result["warnings"][0]
+    assert (await planned(path))[0]["steps"] == []
+    await vm.execute("block-dirty-bitmap-remove", node="d0", name="backup")
+
+
+@CHAIN
+async def test_pictures_show_what_a_plan_will_change(scenario, start_qemu, vm_dir):
+    vm = await start_qemu(scenario)
+    path = written(
+        vm_dir, one_disk(vm, "vd0", backing="independent", allocation="full", speed="1M")
+    )
+    code, out, err = await cli("plan", path)
+    assert (code, err) == (0, "")
+    today, wanted = out.split("\nwanted\n")
+    assert today.count("\n@") == 3
+    assert wanted.count("\n@") == 1
+    # Both are drawn to the same scale, under each other.
+    assert len({line.index("├") for line in out.splitlines() if "├" in line}) == 1
+    assert "3M to copy, 9M to reserve, 12 s at 1M/s" in wanted
+    assert "leaving the chain: " in wanted
+    code, out, err = await cli("apply", path)
+    assert code == 0, err
+    assert "3M to copy, 9M to reserve" in err
+    assert "1 disk: 1 done" in out
+    code, out, _ = await cli("apply", path)
+    assert (code, out.splitlines()[-1]) == (0, "1 disk: 1 as they should be")
+    code, out, _ = await cli("plan", path)
+    assert "nothing to do" in out
+    assert "wanted\n" not in out
+
+
+# -- several disks
+
+
+@CHAIN
+async def test_two_vms_at_once(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    machines = []
+    for number in range(2):
+        built, [digest] = await chain(scenario, vm_dir, qemu_binary, f"images{number}")
+        machines.append((await start_qemu(built), built, digest))
+    invariant.expect(DROPPED)
+    policy = {
+        "parallel": 2,
+        "speed": "4M",
+        "vms": [
+            {
+                "address": vm.monitor_path,
+                "disks": [{"disk": "vd0", "backing": "independent", "order": number}],
+            }
+            for number, (vm, _, _) in enumerate(machines)
+        ],
+    }
+    news = []
+    results = await apply_to(
+        policy,
+        progress=lambda wanted, seen: news.append((wanted.address, "at work")),
+        ended=lambda result: news.append((result.policy.address, "ended")),
+    )
+    assert [result["state"] for result in results] == ["done", "done"]
+    first = news.index(next(one for one in news if one[1] == "ended"))
+    assert len({address for address, _ in news[:first]}) == 2, "one waited for the other"
+    for vm, built, digest in machines:
+        await invariant.verify(vm)
+        await vm.quit()
+        await check_closed(built, digest, alone=True)
+
+
+@pytest.mark.scenarios("two-disks-one-base.yaml")
+async def test_one_disk_fails_and_the_others_are_done(
+    scenario, start_qemu, invariant, vm_dir, qemu_binary
+):
+    built, digests = await chain(scenario, vm_dir, qemu_binary)
+    left, right = built.disks
+    vm = await start_qemu([inject(left, "write_aio", "EIO"), right])
+    invariant.expect(r"^(disappeared|appeared): (node|edge|open file): ")
+    both = [{"disk": name, "backing": "independent"} for name in ("nosuch", "vleft", "vright")]
+    policy = {
+        "vms": [
+            {"address": str(vm_dir / "no-vm"), "disks": both[:1]},
+            {"address": vm.monitor_path, "disks": both},
+        ]
+    }
+    path = written(vm_dir, policy)
+    found = await planned(path, code=1)
+    assert [one["error"] is None for one in found] == [False, False, True, True]
+    results = await applied(path, code=1)
+    assert [one["state"] for one in results] == ["failed", "failed", "failed", "done"]
+    assert "EIO" in results[2]["error"]
+    assert "nothing of ours is left" in results[2]["error"].lower()
+    code, out, err = await cli("apply", path)
+    assert code == 1
+    assert "4 disks: 1 as they should be, 3 failed" in out
+    assert "nosuch" in err
+    await invariant.verify(vm)
+    await vm.quit()
+    await check_closed(built, digests[0], alone=False)
+    await check_closed(built, digests[1], alone=True, number=1)
+
+
+@CHAIN
+async def test_one_disk_under_two_names_is_told(scenario, start_qemu, vm_dir):
+    vm = await start_qemu(scenario)
+    disks = [{"disk": name, "allocation": "thin"} for name in ("vd0", "d0")]
+    found = await plan_of({"vms": [{"address": vm.monitor_path, "disks": disks}]})
+    assert found[0]["error"] is None
+    assert "too" in found[1]["error"]
+
+
+# -- given up, killed, out of room
+
+
+async def begun(path):
+    """Start `apply` in a process of its own; return it when it is at work."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "qmpblock", "apply", path, "--json"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    async for line in process.stderr:
+        if b"allocating, " in line or b"reserving, " in line:
+            return process
+    raise AssertionError(f"it ended: {await process.wait()}")
+
+
+@CHAIN
+async def test_killed_and_run_again(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    built, [digest] = await chain(scenario, vm_dir, qemu_binary)
+    vm = await start_qemu(built)
+    invariant.expect(DROPPED)
+    slow = written(vm_dir, one_disk(vm, "vd0", **FULL, speed="2M"), "slow.yaml")
+    quick = one_disk(vm, "vd0", **FULL)
+    for moment in (0.0, 0.9, 2.6):  # while it copies; while it reserves, slice by slice
+        process = await begun(slow)
+        await asyncio.sleep(moment)
+        process.kill()
+        await process.wait()
+        assert vm.running, vm.evidence()
+        await vm.execute("query-status")
+    plan = (await plan_of(quick))[0]
+    if plan["error"] is not None:  # a plan changes nothing, so it undoes nothing either
+        assert "died" in plan["error"]
+    [result] = await apply_to(quick)
+    assert (result["state"], result["error"]) == ("done", None)
+    [plan] = await plan_of(quick)
+    assert plan["steps"] == []
+    await invariant.verify(vm)
+    await vm.quit()
+    await check_closed(built, digest, alone=True)
+
+
+@CHAIN
+async def test_interrupted_is_130_and_undone(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    built, [digest] = await chain(scenario, vm_dir, qemu_binary)
+    vm = await start_qemu(built)
+    path = written(vm_dir, one_disk(vm, "vd0", **FULL, speed="2M"))
+    process = await begun(path)
+    process.send_signal(signal.SIGINT)
+    _, err = await process.communicate()
+    assert process.returncode == 130, err
+    assert b"nothing of ours is left" in err
+    await invariant.verify(vm)
+    await vm.quit()
+    await check_closed(built, digest, alone=False)
+
+
+@CHAIN
+async def test_host_space_stays_free(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    async with small_file_system(vm_dir / "small", 128 << 20) as small:
+        built = await build(scenario, small / "images", Tools.of(qemu_binary))
+        vm = await start_qemu(built)
+        policy = one_disk(vm, "vd0", **FULL, keep_free="99%")
+        [plan] = await plan_of(policy)
+        assert "keeps" in plan["error"]
+        [result] = await apply_to(policy)
+        assert result["state"] == "failed"
+        assert "nothing was touched" in result["error"]
+        await invariant.verify(vm)
+
+        # Somebody else fills the file system meanwhile.
+        await invariant.begin(vm)
+        policy = one_disk(vm, "vd0", backing="independent", keep_free="64M", speed="1M")
+        other = small / "other"
+
+        def fill(wanted, seen):
+            if not other.exists():
+                other.write_bytes(bytes(60 << 20))
+
+        [result] = await apply_to(policy, progress=fill)
+        assert result["state"] == "failed"
+        assert "less than 67108864 bytes free" in result["error"]
+        await invariant.verify(vm)
+        await vm.quit()
+
+
+@pytest.mark.scenarios("stress-chain.yaml")
+async def test_a_guest_writes_all_the_time(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    """To the very ranges that are allocated: data below, blanks, what a short layer hides."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(built, guest=True)
+    spec = StressSpec(
+        offset=16 << 20,
+        blocks=2048,
+        block_size=4096,
+        queue_depth=16,
+        seed=7,
+        flush_every=200,
+        read_percent=25,
+    )
+    await vm.guest.stress(spec)
+    stops = vm.control.subscribe("STOP")
+    policy = one_disk(vm, "vd0", **FULL)
+    [result] = await apply_to(policy)
+    assert (result["state"], result["error"]) == ("done", None)
+    assert stops.pending() == [], "the guest was paused"
+    assert (await plan_of(policy))[0]["steps"] == []
+    progress = await vm.guest.progress()
+    assert progress.running, progress
+    done = await vm.guest.stop_stress()
+    assert (done.bad, done.errors) == (0, 0), done
+    assert await vm.guest.check() > 0
+    print(f"the guest's I/O was held for {result['held'] * 1000:.1f} ms at the most")
+    invariant.forget(vm)
+    await vm.quit()
+    raw = vm.directory / "content.raw"
+    active = replace(built.disks[0].active, backing=None)
+    source = ["-f", active.spec.format, "-O", "raw", str(active.path), str(raw)]
+    await built.tools.run(built.tools.img, "convert", *source)
+    data = raw.read_bytes()[spec.offset : spec.offset + spec.length]
+    verdict = check_acknowledged(data, spec, done.acked, done.issued, background=0)
+    assert verdict.ok, verdict
+    await active.check(built.tools)
