@@ -158,6 +158,7 @@ def plan_stream(
     if not leaving:
         return StreamPlan(device, into, keep, ())
     check_idle(device)
+    _check_bitmaps_idle(leaving)
     _check_encryption(leaving, into)
     _check_recorder(into)
     if into.depth:
@@ -295,7 +296,8 @@ def recorded_name(chain: Chain, recorder: Layer, base: Layer) -> str:
     """Return the backing file name that `recorder` is to record for `base`.
 
     It is the name that the layer above `base` records now, so that relative stays relative
-    and absolute stays absolute; adapted where the two lie in different directories. Never a
+    and absolute stays absolute; adapted where the two lie in different directories. Not
+    where that is another image's name, because QEMU was told to use this one instead. Never a
     `json:` text, which QEMU records where nobody says better.
 
     :raise UnsupportedError: there is no plain name.
@@ -303,13 +305,15 @@ def recorded_name(chain: Chain, recorder: Layer, base: Layer) -> str:
     via = chain.layers[base.depth - 1]
     now = via.node.backing_filename
     if now and not now.startswith("json:"):
-        if "://" in now or now.startswith("/"):
-            return now
+        if ":" in now.partition("/")[0]:
+            return now  # of a protocol: the same from everywhere
         here, there = posixpath.dirname(via.file), posixpath.dirname(recorder.file)
-        if here == there:
-            return now
-        if here.startswith("/"):
-            return posixpath.normpath(posixpath.join(here, now))
+        full = posixpath.normpath(posixpath.join(here, now))
+        if _may_be(full, base.file):
+            if here == there or now.startswith("/"):
+                return now
+            if full.startswith("/"):
+                return full
     if base.file.startswith("/") or ("://" in base.file and not base.file.startswith("json:")):
         return base.file
     directory = posixpath.dirname(recorder.file)
@@ -320,6 +324,17 @@ def recorded_name(chain: Chain, recorder: Layer, base: Layer) -> str:
         "its backing file",
         standing=_UNTOUCHED,
     )
+
+
+def _may_be(path: str, file: str) -> bool:
+    """Whether a path may be that of the image that QEMU has open as `file`."""
+    if file.startswith("json:"):
+        return True  # it has no other name
+    if "://" in file:
+        return False
+    if path.startswith("/") != file.startswith("/"):
+        return True  # from which directory a relative one counts is not known
+    return path == posixpath.normpath(file)
 
 
 def _chain(device: Device) -> Chain:
@@ -354,10 +369,10 @@ def check_idle(device: Device) -> None:
 
 
 def _check_bitmaps_idle(leaving: Iterable[Layer]) -> None:
-    """Refuse what makes QEMU abort: a node goes at the end of a commit, its bitmap in use.
+    """Refuse what makes QEMU abort: a node goes at the end of a job, its bitmap in use.
 
-    Measured on 7.2.22 and 11.1.2, each time (`bdrv_release_dirty_bitmap_locked: Assertion
-    '!bdrv_dirty_bitmap_busy(bitmap)' failed`).
+    Measured on 7.2.22 and 11.1.2, each time, of streams and of commits of middle layers
+    (`bdrv_release_dirty_bitmap_locked: Assertion '!bdrv_dirty_bitmap_busy(bitmap)' failed`).
     """
     for layer in leaving:
         for bitmap in layer.node.bitmaps:

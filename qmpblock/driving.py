@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "before_finalize",
     "bring_home",
+    "check_bitmaps",
     "check_copy_on_read",
     "delete_bitmap",
     "drive",
@@ -201,17 +202,33 @@ async def before_finalize(vm: VM, record: Record, device: Device) -> None:
             "block-dirty-bitmap-merge",
             {"node": target, "target": name, "bitmaps": [{"node": source, "name": name}]},
         )
-    if record.flush:
-        deadline = asyncio.get_running_loop().time() + vm.stall
-        while True:
-            try:
+    deadline = asyncio.get_running_loop().time() + vm.stall
+    while True:
+        try:
+            if record.flush:
                 await flush(vm, device, record.flush)
-            except BusyError:  # somebody's NBD server has come since the job began
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-                await asyncio.sleep(1)
-            else:
-                return
+            check_bitmaps(record, await vm.graph())
+        except BusyError:  # somebody's NBD server or export has come since the job began
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(1)
+        else:
+            return
+
+
+def check_bitmaps(record: Record, graph: BlockGraph) -> None:
+    """Refuse to let a layer go while somebody uses a dirty bitmap of it: QEMU would abort.
+
+    :raise BusyError: somebody does, since the job began (`qmpblock.chainplan` looks before).
+    """
+    for node, _ in record.leaving:
+        for bitmap in graph.nodes[node].bitmaps if node in graph.nodes else ():
+            if bitmap.busy:
+                raise BusyError(
+                    f"the dirty bitmap {printable(bitmap.name)} of {printable(node)} is in use (an "
+                    "export of a backup, say); QEMU aborts when that layer goes",
+                    remedy="wait for whoever uses it",
+                )
 
 
 async def flush(vm: VM, device: Device, node: str) -> None:
