@@ -1,14 +1,17 @@
 """What the live tests of allocation share: every disk of every scenario, and the verdict."""
 
+import contextlib
+import inspect
 import json
 
 import pytest
-from chains import FIXTURES, images_of, subjects
+from chaincases import FIXTURES, images_of
+from chains import convert, subjects
 
 from qmpblock.planning import below
 from qmpblock.ranges import Ranges
 from qmpblock.testing.images import Tools, build
-from qmpblock.testing.scenario import load_scenarios
+from qmpblock.testing.scenario import load_scenarios, parse_scenario
 
 STAGED = ("qcow2", "qed")
 
@@ -101,3 +104,60 @@ async def without_space(subject, tools):
         for record in json.loads(printed)
         if "offset" not in record and not (record["data"] and record["present"])
     )
+
+
+# -- one disk, blank where its guest writes
+
+BLANK = """
+about: A chain that holds nothing from 4 MiB on.
+attach: {discard: unmap}
+images:
+  - {size: 64M, content: [write 0 1M 0xaa]}
+  - {format: FORMAT, size: 64M, content: [write 1M 64K 0xbb, zero 2M 1M]}
+"""
+
+
+def blank(fmt="qcow2"):
+    """Return a scenario of one chain, blank from 4 MiB on."""
+    return parse_scenario(BLANK.replace("FORMAT", fmt), f"blank-{fmt}")
+
+
+@contextlib.contextmanager
+def at_command(monitor, number, act, moment="before"):
+    """Call `act` (which may be async) before or after the Nth command; yields the trace.
+
+    :param number: counted from 1, or a command's name for its first.
+    """
+    trace, real, done = [], monitor._execute, []
+
+    async def execute(name, arguments):
+        trace.append(name)
+        mine = not done and number in (len(trace), name)
+        if mine:
+            done.append(name)
+        if mine and moment == "before":
+            await maybe(act())
+        try:
+            return await real(name, arguments)
+        finally:
+            if mine and moment == "after":
+                await maybe(act())
+
+    monitor._execute = execute
+    try:
+        yield trace
+    finally:
+        monitor._execute = real
+
+
+async def maybe(value):
+    return await value if inspect.isawaitable(value) else value
+
+
+async def content(image, tools):
+    """Return what the guest of a closed image would read."""
+    raw = image.path.with_name("content.raw")
+    await convert(tools, image, image.describe(), raw)
+    data = raw.read_bytes()
+    raw.unlink()
+    return data

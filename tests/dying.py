@@ -15,6 +15,7 @@ import sys
 import traceback
 
 import qmpblock
+import qmpblock.allocation
 import qmpblock.chainjobs
 import qmpblock.export
 import qmpblock.extents
@@ -34,6 +35,8 @@ async def perform(vm, what):
         named = {await vm.disk(disk): file for disk, file in what["overlays"].items()}
         return await vm.snapshot(named, **arguments)
     disk = await vm.disk(what["disk"])
+    if what["do"] == "allocate":
+        return await disk.allocate(**arguments)
     async with getattr(disk, what["do"])(**arguments) as job:
         pass
     return job.outcome

@@ -37,8 +37,9 @@ from qmpblock.testing.stamps import StressSpec, check_acknowledged
 MOMENTS = ("before", "after")
 #: Ways to go on after the controller was killed; `slow`: while its job is still copying.
 WAYS = ("undo", "carry-on", "again", "undo-slow", "carry-on-slow", "again-slow")
-#: Ways to kill QEMU: under a controller that lives, or together with it.
-DEATHS = ("qemu", "both")
+#: Ways to kill QEMU: under a controller that lives, or together with it; `quiet`: the guest has
+#: flushed and rests, so that no flush of its own saves what a job has written (K6).
+DEATHS = ("qemu", "both", "qemu-quiet")
 SLOW = 1 << 20  # bytes a second
 _SETTLE = 3.0  # seconds for QEMU to close what it was told to close
 _STALL = 20.0  # seconds without a write of the guest's that count as a hang
@@ -231,10 +232,10 @@ class Matrix:
     async def __aexit__(self, *_):
         await self.graveyard.__aexit__()
 
-    def point(self, label):
-        """Make a VM of its own for one point."""
+    def point(self, label, *, quiet=False):
+        """Make a VM of its own for one point; in a quiet one the guest has ended its writes."""
         self.count += 1
-        return _Point(self, f"{self.operation}, {label}")
+        return _Point(self, f"{self.operation}, {label}", quiet=quiet)
 
     async def content_of(self, path, fmt):
         """Return what a guest reads from a closed image, its chain opened as recorded."""
@@ -322,14 +323,14 @@ class Matrix:
 
     async def killed_qemu(self, number, moment, death):
         """Kill QEMU, its controller with it or not; return whether it came to that."""
-        async with self.point(f"QEMU killed {moment} command {number} ({death})") as point:
+        quiet = death.endswith("-quiet")
+        label = f"QEMU killed {moment} command {number} ({death})"
+        async with self.point(label, quiet=quiet) as point:
             request = self.operation.request(point.images)
-            if death == "both":
-                died = await point.die_together(request, number, moment)
-            else:
-                died = await point.die_under(request, number, moment)
-            if not died:
-                await point.settled()
+            kill = point.die_together if death == "both" else point.die_under
+            if not await kill(request, number, moment):
+                if not quiet:
+                    await point.settled()
                 return False
             await point.images_hold()
         return True
@@ -338,8 +339,9 @@ class Matrix:
 class _Point:
     """One VM, from its start to the last look at its images. `async with`."""
 
-    def __init__(self, matrix, label):
+    def __init__(self, matrix, label, *, quiet):
         self.matrix = matrix
+        self.quiet = quiet
         self.operation = matrix.operation
         self.label = label
         self.directory = matrix.directory / str(matrix.count)
@@ -374,6 +376,10 @@ class _Point:
             for spec in self.specs:
                 await self.vm.guest.stress(spec)
             await self.guest_moves("flushed")
+            if self.quiet:
+                for spec in self.specs:
+                    await self.vm.guest.stop_stress(spec.disk)
+                    await self.vm.guest.flush(spec.disk)
             await self._note_progress()
         except BaseException:
             await self.vm.close()
@@ -574,7 +580,8 @@ class _Point:
         for number, file in enumerate(start):
             fmt = "raw" if file.endswith(".raw") else "qcow2"
             seen = self.progress[number]
-            await self._image_holds(number, Path(file), fmt, seen.flushed, seen.issued + 100_000)
+            bound = seen.acked if self.quiet else seen.flushed
+            await self._image_holds(number, Path(file), fmt, bound, seen.issued + 100_000)
         assert not any(self.state_directory.iterdir()), list(self.state_directory.iterdir())
         files = {path.name for path in self.images.iterdir()}
         known = {path.name for path in self.matrix.built.directory.iterdir()}
