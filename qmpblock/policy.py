@@ -9,7 +9,6 @@ from the disk as it is. So `apply` can be run again at any time, and does what i
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -17,104 +16,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qmpblock import hostfiles, lock
-from qmpblock.allocation import check_thin
 from qmpblock.cancellation import undisturbed
-from qmpblock.chainplan import plan_stream
-from qmpblock.change import lock_names, make_way
-from qmpblock.errors import (
-    BusyError,
-    Error,
-    NotFoundError,
-    RequestError,
-    UnsupportedError,
-    printable,
-)
-from qmpblock.graph import Layer
-from qmpblock.lock import Holder
+from qmpblock.errors import Error, RequestError, printable
 from qmpblock.pace import Speed
-from qmpblock.policyplan import Changes, Facts, Picture, Step, plan_changes
-from qmpblock.ranges import Ranges
-from qmpblock.reserving import raw_file
-from qmpblock.staging import check_staging
+from qmpblock.policylook import DiskPlan, Room, look, share_room
 
 if TYPE_CHECKING:
-    from qmpblock.disk import Disk, LayerMap
-    from qmpblock.extents import AllocationMap
+    from qmpblock.disk import Disk
     from qmpblock.job import Progress
-    from qmpblock.policyfile import Amount, DiskPolicy, Policy
+    from qmpblock.policyfile import DiskPolicy, Policy
+    from qmpblock.policyplan import Changes, Step
     from qmpblock.vm import VM
 
-__all__ = ["DiskPlan", "DiskResult", "Room", "apply", "plan", "share_room"]
+__all__ = ["DiskPlan", "DiskResult", "apply", "plan"]
 
 Connect = Callable[[str], AbstractAsyncContextManager["VM"]]
 
 _LOOK = 0.5  # seconds between looks at the free space of the host
-_SLICE = 256 << 20  # bytes that a staged commit puts beside the image for a while, at most
 _AT_ONCE = 8  # VMs that are looked at
-
-
-@dataclass(frozen=True)
-class Room:
-    """The host file system on which a disk's active image grows.
-
-    :ivar device: its number there; also `path` of the image.
-    :ivar free: bytes that are; also `keep`, those that must stay so.
-    :ivar needed: by what is to be done, with what it takes only for a while.
-    """
-
-    device: int
-    path: str
-    free: int
-    keep: int
-    needed: int
-
-    @classmethod
-    def of(cls, path: str, keep: Amount | None, needed: int) -> Room:
-        """Look at the file system of an image."""
-        found = os.statvfs(path)
-        kept = 0 if keep is None else keep.of(found.f_blocks * found.f_frsize)
-        free = found.f_bavail * found.f_frsize
-        return cls(Path(path).stat().st_dev, path, free, kept, needed)
-
-    def is_short(self) -> bool:
-        """Whether less is free now than must stay so."""
-        found = os.statvfs(self.path)
-        return found.f_bavail * found.f_frsize < self.keep
-
-    def check(self, promised: int = 0) -> None:
-        """Refuse what would leave less than must stay free.
-
-        :param promised: bytes that others will still take.
-        :raise Error: it would.
-        """
-        left = self.free - promised - self.needed
-        if left < self.keep:
-            raise Error(
-                f"the file system of {printable(self.path)} has {self.free} bytes free, of which "
-                f"{promised} are promised to other disks; this one needs {self.needed}, and the "
-                f"policy keeps {self.keep} free",
-                standing="nothing was touched",
-                remedy="make room, or keep less free",
-            )
-
-
-@dataclass(frozen=True)
-class DiskPlan:
-    """What is to be done to one disk.
-
-    :ivar name: of the disk in its VM.
-    :ivar today: its layers; None where they could not be looked at.
-    :ivar changes: None where it cannot be done, for the reason `error`.
-    """
-
-    policy: DiskPolicy
-    name: str
-    today: Picture | None = None
-    changes: Changes | None = None
-    room: Room | None = None
-    warnings: tuple[str, ...] = ()
-    error: Error | None = None
 
 
 @dataclass(frozen=True)
@@ -191,204 +110,14 @@ async def _tried(
                 f"{printable(wanted.disk)} is the disk that the policy calls "
                 f"{printable(first.disk)}, too: {wanted.place}"
             )
-        return await _look(disk, wanted, undo=undo)
-    except Error as error:
-        return DiskPlan(wanted, wanted.disk, error=error)
+        return await look(disk, wanted, undo=undo)
+    except (Error, OSError) as error:
+        return DiskPlan(wanted, wanted.disk, error=_as_error(error))
 
 
-def share_room(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
-    """Give the free space of each file system to the disks in their order. Pure.
-
-    Those for which not enough is left get an error.
-    """
-    promised: dict[int, int] = {}
-    shared = []
-    for one in plans:
-        if one.room is not None and one.error is None and one.changes and one.changes.steps:
-            taken = promised.get(one.room.device, 0)
-            try:
-                one.room.check(taken)
-                promised[one.room.device] = taken + one.room.needed
-            except Error as error:
-                shared.append(replace(one, error=error))
-                continue
-        shared.append(one)
-    return tuple(shared)
-
-
-async def _look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
-    """Look at a disk, and plan.
-
-    :param undo: also undo what a controller that died left; else that is an error.
-    """
-    vm = disk.vm
-    if undo:
-        await make_way(vm, lock_names([disk.device]))
-    else:
-        await _check_free(vm, lock_names([disk.device]))
-    layers = await disk.layers()
-    chain = disk.chain
-    today = Picture(tuple(one.layer.file for one in layers), tuple(one.map for one in layers))
-    base = _base(disk, wanted)
-    facts = Facts(
-        today,
-        chain.active.node.cluster_size or 512,
-        base,
-        like=await _pattern(disk, wanted, layers, base),
-    )
-    refusal: UnsupportedError | None = None
-    staged = False
-    if wanted.allocation in ("full", "like"):
-        try:
-            raw = await raw_file(disk)
-            if raw is None:
-                check_staging(disk)
-                staged = True
-            else:
-                blank = await asyncio.to_thread(_blank, *raw, disk.size)
-                facts = replace(facts, blank=blank)
-        except UnsupportedError as error:
-            refusal = error  # which matters only if there is something to reserve
-    changes = plan_changes(wanted, facts)
-    if changes.reserve and refusal is not None:
-        raise refusal
-    if changes.move or changes.zeros or any(step.verb == "allocate" for step in changes.steps):
-        check_thin(disk)
-    warnings: list[str] = []
-    if changes.leaving:
-        graph = await vm.graph()
-        device = graph.device(disk.device.qom_path)
-        warnings += plan_stream(graph, device, None, wanted.base).warnings
-    recording = [b.name for b in chain.active.node.bitmaps if b.recording]
-    if staged and changes.reserve:
-        warnings += [
-            f"the dirty bitmap {printable(name)} counts what is reserved, {changes.reserve} "
-            "bytes, as written: the next incremental backup is as much larger"
-            for name in recording
-        ]
-    temporary = min(changes.reserve, _SLICE) if staged else 0
-    room = _room(disk, wanted, changes.move + changes.reserve + temporary)
-    return DiskPlan(wanted, disk.name, today, changes, room, tuple(warnings))
-
-
-async def _check_free(vm: VM, names: tuple[str, ...]) -> None:
-    for name in names:
-        holder = await lock.read(vm.monitor, name)
-        if holder is None:
-            continue
-        if isinstance(holder, Holder) and holder.is_dead():
-            raise BusyError(
-                f"a controller that died left this disk in the middle of a change: {holder}",
-                standing="nothing was touched",
-                remedy="apply undoes it first; so does: qmpblock recover ADDRESS",
-            )
-        raise BusyError(
-            f"another controller is at work on this disk: {holder}",
-            standing="nothing was touched",
-            remedy="wait for it, or end it",
-        )
-
-
-def _base(disk: Disk, wanted: DiskPolicy) -> int:
-    """Return the depth of the uppermost layer below the active one that is to stay."""
-    layers = disk.chain.layers
-    if wanted.base is not None:
-        depth = disk.chain.layer(wanted.base).depth
-        if depth == 0:
-            raise RequestError(
-                f"{printable(wanted.base)} is the active layer of {disk.name}, so it cannot be "
-                "its own base",
-                standing="nothing was touched",
-            )
-        return depth
-    return len(layers) if wanted.independent else 1
-
-
-async def _pattern(
-    disk: Disk, wanted: DiskPolicy, layers: tuple[LayerMap, ...], base: int
-) -> Ranges | None:
-    """Return where the layer that is to be imitated has host space."""
-    if wanted.like is None:
-        return None
-    try:
-        layer = disk.chain.layer(wanted.like)
-    except NotFoundError as error:
-        own = await _map_of_file(disk, wanted, wanted.like, error)
-    else:
-        nodes = (layer.node.name, layer.storage.name if layer.storage else "")
-        if 0 < layer.depth < base and wanted.like in nodes:
-            raise RequestError(
-                f"the node {printable(wanted.like)} goes with its layer, and the policy could not "
-                "be applied again",
-                standing="nothing was touched",
-                remedy=f"name the layer by its file: {printable(layer.file)}",
-            )
-        own = layers[layer.depth].map
-    return (
-        own.where(present=True, zero=False)
-        | own.where(present=True, data=True)
-        | own.where(present=True, reserved=True)
-    )
-
-
-async def _map_of_file(
-    disk: Disk, wanted: DiskPolicy, file: str, error: NotFoundError
-) -> AllocationMap:
-    """Map an image that is not, or no longer, in the chain."""
-    from qmpblock.qemuimg import QemuImg, blockdev, format_of
-
-    if not hostfiles.same_files(disk.vm.monitor.peer_pid) or not Path(file).is_file():
-        error.remedy = "a layer that has left the chain must be a file on this host, by its path"
-        raise error
-    fmt = wanted.like_format or format_of(file)
-    found = await QemuImg(stall=disk.vm.stall).map(blockdev(fmt, file), [fmt], shared=True)
-    return found.own()
-
-
-def _blank(file: str, start: int, size: int) -> Ranges:
-    """Return which bytes of a disk that lies in a file as it is have no host space.
-
-    Metadata only: the file system's holes, less what it has reserved (FIEMAP).
-    """
-    stop, at = start + size, start
-    holes: list[tuple[int, int]] = []
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if os.fstat(fd).st_blocks * 512 >= max(stop, os.fstat(fd).st_size):
-            return Ranges()
-        while at < stop:
-            try:
-                data = min(os.lseek(fd, at, os.SEEK_DATA), stop)
-            except OSError:  # ENXIO: no data from here on
-                data = stop
-            if data > at:
-                holes.append((at, data))
-            if data >= stop:
-                break
-            at = os.lseek(fd, data, os.SEEK_HOLE)
-    finally:
-        os.close(fd)
-    reserved = hostfiles.reserved_ranges(file, stop) or Ranges()
-    left = Ranges(holes) - reserved
-    return Ranges.from_arrays(left.starts - start, left.stops - start)
-
-
-def _room(disk: Disk, wanted: DiskPolicy, needed: int) -> Room | None:
-    active = disk.chain.active
-    if active.data_file is not None:
-        active = Layer(0, active.node, active.data_file)
-    path = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
-    if path is not None:
-        return Room.of(path, wanted.keep_free, needed)
-    if wanted.keep_free is None or (
-        active.storage is not None and active.storage.driver == "host_device"
-    ):
-        return None  # a block device has no file system that it could fill
-    raise UnsupportedError(
-        f"the policy keeps host space free, but {printable(active.file)} is not on this host",
-        standing="nothing was touched",
-        remedy="run qmpblock on the VM's host, by a UNIX monitor, or leave keep_free out",
-    )
+def _as_error(error: Error | OSError) -> Error:
+    """Say of a file of this host that cannot be opened what an Error would."""
+    return error if isinstance(error, Error) else Error(f"on this host: {printable(error)}")
 
 
 def _connect(address: str) -> AbstractAsyncContextManager[VM]:
@@ -488,15 +217,15 @@ class _Applying:
         try:
             async with self._connect(wanted.address) as vm:
                 result = await self._one(await vm.disk(wanted.disk), wanted)
-        except Error as error:
-            result = DiskResult(wanted, wanted.disk, "failed", error=error)
+        except (Error, OSError) as error:
+            result = DiskResult(wanted, wanted.disk, "failed", error=_as_error(error))
         finally:
             self._taking.pop(wanted, None)
         return replace(result, seconds=time.monotonic() - started)
 
     async def _one(self, disk: Disk, wanted: DiskPolicy) -> DiskResult:
-        plan = await _look(disk, wanted, undo=True)  # again: hours may have passed
-        assert plan.changes is not None  # _look raises where it cannot say
+        plan = await look(disk, wanted, undo=True)  # again: hours may have passed
+        assert plan.changes is not None  # look raises where it cannot say
         if not plan.changes.steps:
             return DiskResult(wanted, disk.name, "nothing", warnings=plan.warnings)
         if plan.room is not None:

@@ -2,7 +2,8 @@
 
 How a fenced block is tested depends on the word after its fence:
 
-- `console`: those of README and of docs/map.md, jobs.md and allocate.md are run, one after the other, on a real QEMU, and print
+- `console`: those of README and of docs/map.md, jobs.md, allocate.md and policy.md
+  are run, one after the other, on a real QEMU, and print
   what stands there (`...` is anything; the numbers of QEMU's own node names do not count);
 - `python run=script`: run as a program of its own, at that place;
 - `python run=vm`: run with `vm` and `disk` at hand, top-level await allowed, after the console
@@ -40,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 README, MAP, PYTHON = ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/python.md"
 JOBS, ALLOCATE = ROOT / "docs/jobs.md", ROOT / "docs/allocate.md"
+POLICY = ROOT / "docs/policy.md"
 EXIT_CODES = {0, 1, 2, 3, 4, 130}
 
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -416,7 +418,9 @@ async def test_a_newcomer_can_follow(vm_dir, qemu_binary, monkeypatch):
     readme = steps(README)
     assert "kill $(cat vm.pid)" in readme[-1].body
     try:
-        for block in [*readme[:-1], *steps(MAP), *steps(PYTHON), *steps(JOBS), *steps(ALLOCATE)]:
+        for page in (MAP, PYTHON, JOBS, ALLOCATE, POLICY):
+            readme[-1:-1] = steps(page)
+        for block in readme[:-1]:
             walk.follow(block)
         monkeypatch.chdir(walk.directory)
         async with qmpblock.connect("vm.qmp") as vm:

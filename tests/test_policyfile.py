@@ -1,7 +1,9 @@
 """Policies are read strictly: what is wrong is told with its place, before any VM is touched."""
 
 import contextlib
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -196,3 +198,26 @@ def test_a_wrong_policy_is_2_and_says_where(command, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"{path}:4:24: vms[0].disks[0].backing" in captured.err
+
+
+def test_the_example_of_the_reference_is_a_policy():
+    page = (Path(__file__).parents[1] / "docs" / "policy.md").read_text("utf-8")
+    [shown] = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    policy = parse(shown)
+    assert [(one.disk, one.backing, one.allocation) for one in policy.disks] == [
+        ("vd1", "keep", "full"),
+        ("vd0", "independent", "like"),
+        ("vd0", "base base.qcow2", "as-is"),
+    ]
+
+
+def test_the_reference_has_every_key():
+    page = (Path(__file__).parents[1] / "docs" / "policy.md").read_text("utf-8")
+    described = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    for text in ("x: 1", disk("x: 1")):
+        with pytest.raises(PolicyError) as caught:
+            parse(
+                f"{text}\nvms: [{{address: a, disks: [{{disk: d}}]}}]" if text == "x: 1" else text
+            )
+        known = re.search(r"known here \((.*)\)", str(caught.value))
+        assert set(known[1].split(", ")) - {"address", "disks"} <= described

@@ -1,0 +1,159 @@
+"""Policies carried out, without a VM: turns, shares of the host's space, holes of files."""
+
+import asyncio
+import os
+from dataclasses import replace
+
+import pytest
+
+from qmpblock.errors import Error
+from qmpblock.extents import AllocationMap
+from qmpblock.policy import DiskPlan, DiskResult, _in_turn, _unless_short
+from qmpblock.policyfile import DiskPolicy
+from qmpblock.policylook import Room, _blank, share_room
+from qmpblock.policyplan import Changes, Picture, Step
+from qmpblock.ranges import Ranges
+
+M = 1 << 20
+
+
+def wish(address, disk="d"):
+    return DiskPolicy(address, disk)
+
+
+class Work:
+    """Disks that are done when the test says so."""
+
+    def __init__(self):
+        self.begun = []
+        self.futures = {}
+        self.cancelled = []
+
+    def __call__(self, wanted):
+        self.begun.append(wanted.disk)
+
+        async def work():
+            try:
+                return await self.futures.setdefault(
+                    wanted.disk, asyncio.get_running_loop().create_future()
+                )
+            except asyncio.CancelledError:
+                self.cancelled.append(wanted.disk)
+                raise
+
+        return asyncio.ensure_future(work())
+
+    async def end(self, disk):
+        await asyncio.sleep(0)
+        self.futures[disk].set_result(DiskResult(wish("x", disk), disk, "done"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+async def test_disks_take_turns_in_order_and_one_of_a_vm_at_a_time():
+    work, ended = Work(), []
+    disks = [wish("a", "1"), wish("a", "2"), wish("b", "3"), wish("c", "4")]
+    task = asyncio.ensure_future(_in_turn(disks, 2, work, lambda done: ended.append(done.name)))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert work.begun == ["1", "3"]  # 2 is of the VM that 1 is of
+    await work.end("3")
+    assert work.begun == ["1", "3", "4"]
+    await work.end("1")
+    assert work.begun == ["1", "3", "4", "2"]
+    await work.end("2")
+    await work.end("4")
+    await task
+    assert ended == ["3", "1", "2", "4"]
+
+
+async def test_cancelled_all_that_is_under_way_is_waited_for():
+    work = Work()
+    disks = [wish("a", "1"), wish("b", "2"), wish("c", "3")]
+    task = asyncio.ensure_future(_in_turn(disks, 2, work, lambda done: None))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert work.begun == work.cancelled == ["1", "2"]
+
+
+def planned(name, device, needed, *, free=100, keep=10, steps=1):
+    today = Picture((name,), (AllocationMap.uniform(0, 10),))
+    changes = Changes((Step("reserve", 0, 10, needed),) * steps, today, reserve=needed)
+    room = Room(device, "/image", free, keep, needed)
+    return DiskPlan(wish("a", name), name, today, changes, room)
+
+
+def test_room_is_given_to_the_disks_in_their_order():
+    plans = (
+        planned("1", 1, 50),
+        planned("2", 1, 41),  # 50 + 41 + 10 that stay free: one too many
+        planned("3", 1, 40),
+        planned("4", 2, 90),  # another file system
+        planned("5", 1, 999, steps=0),  # needs nothing
+    )
+    shared = share_room(plans)
+    assert [one.error is None for one in shared] == [True, False, True, True, True]
+    assert "50 are promised" in str(shared[1].error)
+    failed = replace(plans[0], error=Error("no"))
+    assert share_room((failed, planned("2", 1, 90)))[1].error is None
+
+
+async def test_work_is_given_up_where_the_host_runs_short(tmp_path):
+    image = tmp_path / "image"
+    image.touch()
+    undone = []
+
+    async def work():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            undone.append(True)
+
+    room = Room(0, str(image), 0, 1 << 62, 0)
+    with pytest.raises(Error, match="keeps so"):
+        await _unless_short(work(), room)
+    assert undone == [True]
+    result = DiskResult(wish("a"), "d", "done")
+
+    async def quick():
+        return result
+
+    assert await _unless_short(quick(), room) is result
+    assert await _unless_short(quick(), None) is result
+
+
+async def test_cancelled_the_work_is_waited_for(tmp_path):
+    undone = []
+
+    async def work():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            undone.append(True)
+
+    task = asyncio.ensure_future(_unless_short(work(), None))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert undone == [True]
+
+
+def test_what_of_a_file_has_no_host_space(tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(b"x" * M)
+        file.truncate(8 * M)
+        os.pwrite(file.fileno(), b"y" * M, 4 * M)
+        os.fsync(file.fileno())
+    assert _blank(str(path), 0, 8 * M) == Ranges([(M, 4 * M), (5 * M, 8 * M)])
+    # A disk that begins within the file, as LUKS's payload does.
+    assert _blank(str(path), 2 * M, 4 * M) == Ranges([(0, 2 * M), (3 * M, 4 * M)])
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 8 * M)
+    assert _blank(str(path), 0, 8 * M) == Ranges()
