@@ -54,9 +54,14 @@ async def until(found, what, limit=60.0):
 
 async def seen(job, condition, what, limit=60.0):
     """Wait until a job's progress meets `condition`; return that progress."""
-    return await until(
-        lambda: job.progress if job.progress and condition(job.progress) else None, what, limit
-    )
+
+    def look():
+        if job.progress and condition(job.progress):
+            return job.progress
+        assert not job._over, f"over, and never seen: {what}; at last: {job.progress}"
+        return None
+
+    return await until(look, what, limit)
 
 
 async def copying(job):

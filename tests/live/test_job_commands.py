@@ -21,7 +21,7 @@ from qmpblock.testing.images import Tools
 pytestmark = [pytest.mark.live, pytest.mark.scenarios("chain-3.yaml")]
 
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
-SLOW = "512K"
+SLOW = "64K"  # slow enough for several commands to be run meanwhile
 OPERATIONS = {
     "stream": ["stream", "vd0"],
     "commit": ["commit", "vd0", "--top", "@1"],
@@ -278,13 +278,13 @@ async def test_steering_by_a_second_monitor(operation, scenario, start_qemu, inv
     assert info["status"] == "paused"
     _, err = await steer("dismiss", code=2)
     assert "nothing was touched" in err
-    await steer("resume")
+    await steer("complete", code=2)  # it is not ready
     out, _ = await steer("speed", "1M", "--json")
     assert valid(out, "job")["speed"] == 1 << 20
     assert (await vm.execute("query-block-jobs"))[0]["speed"] == 1 << 20
-    await steer("complete", code=2)  # it is not ready
     out, _ = await steer("speed", "0")
     assert "no limit" in out
+    await steer("resume")
     out, _ = await finish(process)
     assert valid(out, "chain-job")["changed"] is True
     out, _ = await run("jobs", vm, "--json", second=True)
@@ -322,7 +322,12 @@ async def test_foreign_jobs_are_shown_and_never_touched(scenario, start_qemu):
     await vm.execute(
         "blockdev-backup", job_id="theirs", device="d0", target="t", sync="full", speed=1
     )
-    before = await vm.execute("query-block-jobs")
+
+    async def state():
+        [job] = await vm.execute("query-block-jobs")
+        return {key: job[key] for key in ("device", "status", "paused", "speed", "type")}
+
+    before = await state()
     out, _ = await run("jobs", vm, "--json")
     [listed] = valid(out, "jobs")
     assert (listed["id"], listed["ours"]) == ("theirs", False)
@@ -336,7 +341,7 @@ async def test_foreign_jobs_are_shown_and_never_touched(scenario, start_qemu):
     assert "theirs" in err
     out, _ = await run("recover", vm, "--json")
     assert valid(out, "recover") == []
-    assert await vm.execute("query-block-jobs") == before
+    assert await state() == before
     await vm.execute("block-job-cancel", device="theirs", force=True)
 
     async def gone():
@@ -349,7 +354,7 @@ async def test_foreign_jobs_are_shown_and_never_touched(scenario, start_qemu):
 # -- after kill -9
 
 
-@pytest.mark.parametrize("verb", ["undo", "continue", "check", "cancel", "dismiss"])
+@pytest.mark.parametrize("verb", ["undo", "continue", "cancel", "dismiss"])
 @OPERATION
 async def test_after_a_kill_the_job_is_brought_to_an_end(
     verb, operation, scenario, start_qemu, vm_dir, qemu_binary, invariant
@@ -493,7 +498,7 @@ async def test_plain_lines_off_a_terminal(scenario, start_qemu, invariant):
     await run("job", vm, job, "speed", "0", second=True)
     _, err = await finish(process)
     lines = err.splitlines()
-    assert re.fullmatch(r"commit of vd0: copying, .*[MK] of 16M.*", lines[0]), err
+    assert re.fullmatch(r"commit of vd0: copying, \S+ of \S+.*", lines[0]), err
     assert any(line.startswith("commit of vd0: paused") for line in lines), err
     assert lines[-1] == "commit of vd0: ended"
     assert "\x1b" not in err

@@ -377,12 +377,17 @@ async def test_hung_storage_is_a_stall_and_owed_until_it_answers(
     operation, built, start_qemu, vm_dir
 ):
     """The job's I/O neither ends nor fails, so that QEMU cannot cancel it either."""
-    described = built.disks[0].active.describe(node="d0", live=True)
+    above = built.disks[0].active.describe(node="d0", live=True)
+    base, above["backing"]["backing"] = above["backing"]["backing"], "d0-2"
     socket = vm_dir / "nbd"
     storage = {"driver": "nbd", "server": {"type": "unix", "path": str(socket)}}
-    described["backing"]["backing"]["file"] = {"node-name": "d0-2-file", **storage}
-    extra = ["-blockdev", json.dumps(described), "-device", "virtio-blk-pci,drive=d0,id=vd0"]
-    async with served(built.disks[0].active.chain()[2].path, socket) as server:
+    base |= {"file": {"node-name": "d0-2-file", **storage}}
+    base |= {"read-only": True, "auto-read-only": True}
+    extra = ["-blockdev", json.dumps(base), "-blockdev", json.dumps(above)]
+    extra += ["-device", "virtio-blk-pci,drive=d0,id=vd0"]
+    image = built.disks[0].active.chain()[2].path
+    os.truncate(image, 32 << 20)  # NBD cannot make it longer
+    async with served(image, socket) as server:
         vm = await start_qemu([], extra=extra)
 
         async def work(disk):
@@ -455,10 +460,10 @@ FAST = StressSpec(
 )
 
 
-async def outrun(built, start_qemu):
+async def outrun(built, start_qemu, rate):
     """Start a VM whose guest writes faster than its base takes it."""
     [disk] = built.disks
-    vm = await start_qemu([slow(disk, 1 << 20, layer=2)], guest=True)
+    vm = await start_qemu([slow(disk, rate, layer=2)], guest=True)
     await vm.guest.stress(FAST)
     return vm
 
@@ -473,7 +478,7 @@ async def io_limits(vm):
 async def test_without_convergence_it_says_so_and_undoes(
     built, content, start_qemu, tools, invariant
 ):
-    vm = await outrun(built, start_qemu)
+    vm = await outrun(built, start_qemu, 1 << 20)
     expect_left_writable(invariant, vm, "pivot")
 
     async def work(disk):
@@ -497,7 +502,7 @@ async def test_without_convergence_it_says_so_and_undoes(
 async def test_a_guest_that_is_slowed_down_lets_it_pivot(
     limited, built, content, start_qemu, tools, invariant
 ):
-    vm = await outrun(built, start_qemu)
+    vm = await outrun(built, start_qemu, 48 << 20)
     if limited:
         limits = {"bps": 90 << 20, "bps_rd": 0, "bps_wr": 0, "iops": 50_000, "iops_max": 60_000}
         await vm.control.execute(

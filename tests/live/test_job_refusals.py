@@ -71,6 +71,7 @@ async def test_an_overlay_over_an_encrypted_disk_holds_no_plaintext(
     assert [path for path in files_below(vm_dir) if holds_pattern(path)] == []
     image = built.disks[0].active
     name, data = image.secret
+    escaped = data.replace(",", ",,")
     info = json.loads(await tools.run(tools.img, "info", "--output=json", str(overlay)))
     assert info["encrypted"] is True
     assert info["format-specific"]["data"]["encrypt"]["format"] == "luks"
@@ -80,7 +81,7 @@ async def test_an_overlay_over_an_encrypted_disk_holds_no_plaintext(
     raw = vm_dir / "plain.raw"
     await tools.run(
         tools.img,
-        *("convert", "--object", f"secret,id={name},data={data.replace(",", ",,")}"),
+        *("convert", "--object", f"secret,id={name},data={escaped}"),
         *("-O", "raw", "json:" + json.dumps(layer), str(raw)),
     )
     assert raw.read_bytes()[2 << 20 : 3 << 20] == bytes([PATTERN]) * (1 << 20)
