@@ -149,7 +149,7 @@ def _of_job(record: Record, job: Job, choice: Choice) -> Step:
     if job.status == "concluded":
         verdict = "with success" if job.error is None else f"with {printable(job.error)!r}"
         return Step("dismiss", job.id, f"it has ended, {verdict}")
-    if job.status == "pending" and record.pivot:
+    if job.status == "pending" and record.pivot and job.id == record.job:
         return Step("pivot", job.id, "it holds the guest's I/O until it is finalized")
     if record.operation == "allocate" and job.id == record.job and job.status in ACTIVE:
         return Step("bring-home", record.top, "it holds what the guest wrote last")
