@@ -170,7 +170,12 @@ async def snapshot(
         for disk in overlays:
             await disk.refresh()
     except DisconnectedError as error:
-        await undisturbed(change.after_disconnect(error))  # says which image to start from
+        # The change has ended, and other controllers may build on it: only words are left.
+        files = ", ".join(printable(item.file) for item in items)
+        error.standing = (
+            "the snapshot was taken. If QEMU has ended, "
+            f"start the VM from {files}: there the guest went on"
+        )
         raise
     return SnapshotResult(
         tuple(

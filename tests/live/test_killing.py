@@ -27,10 +27,9 @@ async def test_killed_at_any_command(operation, vm_dir, qemu_binary):
     assert tried > 0  # of a job that needs less polls than when it was counted, a late one ends
 
 
-@pytest.mark.parametrize("way", ["undo", "carry-on"])
-async def test_a_recovery_killed_at_any_command(way, vm_dir, qemu_binary):
+async def test_a_recovery_killed_at_any_command(vm_dir, qemu_binary):
     _, chance = rounds(1)
-    operation = chance.choice(OPERATIONS)
+    operation, way = chance.choice(OPERATIONS), chance.choice(["undo", "carry-on"])
     async with Matrix(operation, vm_dir, qemu_binary) as matrix:
         first = chance.choice(matrix.representative())
         trace = await matrix.recovery_trace(first, way)
