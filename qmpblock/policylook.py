@@ -157,11 +157,12 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
                 blank = await asyncio.to_thread(_blank, *raw, disk.size)
                 facts = replace(facts, blank=blank)
         except UnsupportedError as error:
-            refusal = error  # which matters only if there is something to reserve
+            refusal = error  # which matters only if something is to be reserved
     changes = plan_changes(wanted, facts)
-    if changes.reserve and refusal is not None:
+    reserves = any(step.verb == "reserve" for step in changes.steps)
+    if reserves and refusal is not None:
         raise refusal
-    if changes.move or changes.zeros or any(step.verb == "allocate" for step in changes.steps):
+    if changes.move or changes.zeros:
         check_thin(disk)
     warnings: list[str] = []
     if changes.leaving:
@@ -175,7 +176,7 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
             "bytes, as written: the next incremental backup is as much larger"
             for name in recording
         ]
-    temporary = min(changes.reserve, _SLICE) if staged else 0
+    temporary = min(changes.move + changes.reserve, _SLICE) if staged and reserves else 0
     room = _room(disk, wanted, changes.move + changes.reserve + temporary)
     return DiskPlan(wanted, disk.name, today, changes, room, tuple(warnings))
 

@@ -79,7 +79,8 @@ class Step:
 class Changes:
     """What is to be done to a disk.
 
-    :ivar move: bytes of data to be copied from layers below into the active one.
+    :ivar move: bytes of data to be copied from layers below into the active one. Those of it
+        that are all zeros will be zeros there, which no map foretells.
     :ivar zeros: bytes to become explicit zeros there, which are not stored.
     :ivar reserve: bytes to get host space that no layer has, or only as zeros.
     :ivar leaving: files that leave the chain.
@@ -129,11 +130,16 @@ def plan_changes(policy: DiskPolicy, facts: Facts) -> Changes:
         blank = (nothing - data).align_in(cluster, size)
     reserve = blank & chosen if full else Ranges()
 
-    # What leaving layers supply comes up in any case, with which step does not matter.
+    # What leaving layers supply comes up in any case, with which step does not matter. Data that
+    # comes up may turn out to be zeros, which QEMU does not store: so all of it is looked at
+    # again where host space is wanted.
     kept = under - leaving
-    both = spans(reserve | (kept & chosen), (kept | blank) - chosen) if reserve else []
-    reserved = [span for span in both if reserve & Ranges([span])]
-    thin = spans((kept & chosen) - Ranges(reserved), kept - chosen)
+    if full:
+        thin = []
+        reserved = spans(reserve | (under & chosen), (kept | blank) - chosen)
+    else:
+        thin = spans(kept & chosen, kept - chosen)
+        reserved = []
     work = data | zeros | reserve
     steps = [_step("allocate", span, work) for span in thin]
     steps += [_step("reserve", span, work) for span in reserved]

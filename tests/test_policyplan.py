@@ -127,7 +127,7 @@ def test_like_keeping_the_chain_allocates_only_there():
     policy = wish("like", like="master")
     changes = plan_changes(policy, facts(policy, today, like=today.layers[2].where(data=True)))
     assert changes.wanted.layers[0] == own("X X   XX")
-    assert verbs(changes) == [("allocate", 0, 3), ("allocate", 6, 2)]
+    assert verbs(changes) == [("reserve", 0, 1), ("reserve", 2, 1), ("reserve", 6, 2)]
 
 
 def test_a_base_takes_only_what_lies_above_it():

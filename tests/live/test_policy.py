@@ -12,6 +12,7 @@ import pytest
 import yaml
 from chains import cli
 from jsonschema import Draft202012Validator
+from rounds import with_guest
 
 import qmpblock
 from qmpblock import policy as policies
@@ -20,7 +21,7 @@ from qmpblock.policyfile import parse_policy
 from qmpblock.ranges import Ranges
 from qmpblock.testing.faults import inject, small_file_system
 from qmpblock.testing.images import Tools, build
-from qmpblock.testing.scenario import load_scenarios
+from qmpblock.testing.scenario import Operation, load_scenarios
 from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
 pytestmark = pytest.mark.live
@@ -255,6 +256,26 @@ async def test_like_the_master_image(scenario, start_qemu, invariant, vm_dir, qe
 
 
 @CHAIN
+async def test_zeros_stored_as_data_below_get_space_at_once(
+    scenario, start_qemu, invariant, vm_dir, qemu_binary
+):
+    """QEMU brings them up as zeros without space, which no map can foretell."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    base = built.disks[0].active.chain()[-1]
+    await base.apply([Operation("write", 12 << 20, 1 << 20, 0)], built.tools)
+    vm = await start_qemu(built)
+    await invariant.begin(vm)
+    invariant.expect(DROPPED)
+    policy = one_disk(vm, "vd0", **FULL)
+    [result] = await apply_to(policy)
+    assert (result["state"], result["error"]) == ("done", None)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [layer] = await (await controller.disk("vd0")).layers()
+    assert layer.map.where(data=True).total == layer.map.length
+    assert (await plan_of(policy))[0]["steps"] == []
+
+
+@CHAIN
 async def test_a_base_and_a_thin_range(scenario, start_qemu, invariant, vm_dir, qemu_binary):
     built, [digest] = await chain(scenario, vm_dir, qemu_binary)
     vm = await start_qemu(built)
@@ -311,11 +332,10 @@ async def test_a_warning_is_4(scenario, start_qemu, vm_dir):
 
 
 @CHAIN
-async def test_pictures_show_what_a_plan_will_change(scenario, start_qemu, vm_dir):
+async def test_pictures_show_what_a_plan_will_change(scenario, start_qemu, invariant, vm_dir):
     vm = await start_qemu(scenario)
-    path = written(
-        vm_dir, one_disk(vm, "vd0", backing="independent", allocation="full", speed="1M")
-    )
+    invariant.expect(DROPPED)
+    path = written(vm_dir, one_disk(vm, "vd0", **FULL, speed="1M"))
     code, out, err = await cli("plan", path)
     assert (code, err) == (0, "")
     today, wanted = out.split("\nwanted\n")
@@ -334,6 +354,40 @@ async def test_pictures_show_what_a_plan_will_change(scenario, start_qemu, vm_di
     code, out, _ = await cli("plan", path)
     assert "nothing to do" in out
     assert "wanted\n" not in out
+
+
+SMALL = 256 << 20  # bytes of a disk that is made full in a test
+
+
+async def test_every_scenario_twice(scenario, start_qemu, invariant, vm_dir, qemu_binary):
+    """Whatever the format: done, and then nothing is left to do; or refused, and not touched."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(built, **with_guest(scenario))
+    await invariant.begin(vm)
+    disks = [
+        {"disk": await vm.io.qom_path(disk), **FULL}
+        for disk in vm.disks
+        if disk.spec.active.size <= SMALL
+    ]
+    if not disks:
+        return
+    policy = {"vms": [{"address": vm.monitor_path, "disks": disks}]}
+    plans = await plan_of(policy)
+    await invariant.verify(vm)
+    await invariant.begin(vm)
+    results = await apply_to(policy)
+    for plan, result in zip(plans, results, strict=True):
+        if plan["error"] is None:
+            assert (result["error"], result["state"] == "nothing") == (None, not plan["steps"])
+        else:
+            assert result["error"] == plan["error"]
+            assert "nothing was touched" in result["error"]
+    again = await plan_of(policy)
+    for plan, result in zip(again, results, strict=True):
+        if result["state"] != "failed":
+            assert (plan["steps"], plan["error"]) == ([], None)
+    if any(plan["leaving"] and plan["error"] is None for plan in plans):
+        invariant.expect(r"^(disappeared|appeared): (node|edge|open file): ")
 
 
 # -- several disks
