@@ -235,8 +235,10 @@ async def _bring_up(
         async with exports(
             disk.vm.monitor, disk.device, [request], access=disk.vm.nbd, stall=disk.vm.stall
         ) as [client]:
-            limit = min(client.max_cache_length, _REQUEST)
-            batches = requests(seen, cluster, disk.size, limit)
+            limit = speed.piece(min(client.max_cache_length, _REQUEST))
+            # A cluster of QED may be larger than a request; QEMU rounds that up by itself.
+            unit = min(cluster, client.max_cache_length)
+            batches = requests(seen, unit, disk.size, limit)
             report = _Report(total, total - left, progress)
             await _cache(disk, client, batches, speed, report)
         seen = await disk.map(first, count)
@@ -303,11 +305,9 @@ async def _cache(
             if clock() - looked > _LOOK:
                 looked = clock()
                 await _check_export(disk, client)
-            wait = speed.take(clock(), batch.length)
-            while len(flying) >= (_IN_FLIGHT if not wait else 1):
+            while len(flying) >= (1 if speed.rate else _IN_FLIGHT):
                 await _landed(flying, report)
-            if wait:
-                await asyncio.sleep(wait)
+            await speed.wait(batch.length)
             sent = asyncio.create_task(client.cache(batch.start, batch.length))
             flying.append((sent, batch.length))
         while flying:

@@ -1,7 +1,11 @@
-"""Pace: how fast a job goes, and whether it will ever catch up with the guest. Pure."""
+"""Pace: how fast a job goes, and whether it will ever catch up with the guest.
+
+Pure, but for `Speed.wait`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 
 __all__ = ["Convergence", "RateMeter", "Speed"]
@@ -76,14 +80,39 @@ class Speed:
 
     A token bucket: what was not used for a fifth of a second may be used at once.
 
-    :ivar rate: bytes a second; 0 is no limit.
+    :ivar rate: bytes a second; 0 is no limit. A change counts at once, also for who waits.
     """
 
     _BURST = 0.2  # seconds
 
     def __init__(self, rate: int = 0) -> None:
-        self.rate = rate
+        self._rate = rate
         self._free = 0.0  # when what was taken so far is paid for
+
+    @property
+    def rate(self) -> int:
+        """Bytes a second; 0 is no limit."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: int) -> None:
+        self._rate = rate
+        self._free = 0.0  # what was taken at another rate is forgiven
+
+    def piece(self, largest: int, smallest: int = 64 << 10) -> int:
+        """Return how many bytes to take at once: a quarter of a second's, within bounds."""
+        if self._rate <= 0:
+            return largest
+        return min(largest, max(smallest, self._rate // 4))
+
+    async def wait(self, length: int) -> None:
+        """Take `length` bytes, and wait until they may be used."""
+        loop = asyncio.get_running_loop()
+        rate, now = self._rate, loop.time()
+        until = now + self.take(now, length)
+        while until > now and self._rate == rate:
+            await asyncio.sleep(min(until - now, self._BURST))
+            now = loop.time()
 
     def take(self, now: float, length: int) -> float:
         """Take `length` bytes at `now`; return how many seconds to wait before using them."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["raw_file", "reserve_by_fallocate"]
 
 _KEEP_SIZE = 0x1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
+_SMALLEST = 1 << 20  # bytes of a call at a low speed
 _PIECE = 64 << 20  # bytes of one call; it may take a while on some file systems
 
 
@@ -93,19 +94,20 @@ async def reserve_by_fallocate(
     :raise UnsupportedError: the file system cannot.
     :raise Error: there is no room, say; what was reserved by then stays.
     """
-    loop = asyncio.get_running_loop()
     fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
     try:
         before = os.fstat(fd).st_blocks
-        for at in range(start, start + length, _PIECE):
-            piece = min(_PIECE, start + length - at)
-            await asyncio.sleep(speed.take(loop.time(), piece))
+        at = start
+        while at < start + length:
+            piece = min(speed.piece(_PIECE, _SMALLEST), start + length - at)
+            await speed.wait(piece)
             try:
                 await asyncio.to_thread(_fallocate, fd, at, piece)
             except OSError as error:
                 raise _cannot(file, error, at - start) from None
+            at += piece
             if tell is not None:
-                tell(at + piece - start, length)
+                tell(at - start, length)
         return max(0, os.fstat(fd).st_blocks - before) * 512
     finally:
         os.close(fd)

@@ -18,10 +18,8 @@ needed: it hides nothing but holes.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import posixpath
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,7 +123,7 @@ async def reserve_by_staging(
             reserved = chosen.total
             done += reserved
             held = max([held, *(change.journal.held if change.journal else ())])
-            await asyncio.sleep(speed.take(time.monotonic(), reserved))
+            await speed.wait(reserved)
             if tell is not None:
                 tell(done, done - reserved + left)
             if reserved < slice_size:

@@ -1,0 +1,91 @@
+"""What is asked for, from a map: exactly what is below, in whole clusters, data apart from zeros."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmpblock.extents import DATA, PRESENT, ZERO, AllocationMap
+from qmpblock.planning import below, requests, rounded
+from qmpblock.ranges import Ranges
+
+SECTOR = 512
+LAYERS = 3
+#: Depth and flags of what a map may say of a range; the last is what no layer holds.
+KINDS = [
+    *((depth, PRESENT | DATA) for depth in range(LAYERS)),
+    *((depth, PRESENT | ZERO) for depth in range(LAYERS)),
+    (0, ZERO),  # hidden by a short layer
+    (1, ZERO),
+    (LAYERS - 1, ZERO),
+]
+runs = st.lists(
+    st.tuples(st.integers(1, 12), st.integers(0, len(KINDS) - 1)), min_size=1, max_size=20
+)
+clusters = st.sampled_from([SECTOR, 2 * SECTOR, 4 * SECTOR, 8 * SECTOR])
+
+
+def map_of(runs: list[tuple[int, int]]) -> AllocationMap:
+    parts, at = [], 0
+    for sectors, kind in runs:
+        depth, flags = KINDS[kind]
+        parts.append(
+            AllocationMap.uniform(at, sectors * SECTOR, depth=depth, flags=flags, layers=LAYERS)
+        )
+        at += sectors * SECTOR
+    return AllocationMap.concat(parts).coalesce()
+
+
+def wanted(runs: list[tuple[int, int]]) -> list[bool | None]:
+    """Say of each sector: None where nothing is below, else whether that is data."""
+    found: list[bool | None] = []
+    for sectors, kind in runs:
+        depth, flags = KINDS[kind]
+        held = depth > 0 if flags & PRESENT else depth < LAYERS - 1
+        found += [bool(flags & DATA) if held else None] * sectors
+    return found
+
+
+@given(runs)
+def test_below_is_what_lower_layers_supply_or_hide(runs: list[tuple[int, int]]) -> None:
+    expected = [
+        (n * SECTOR, (n + 1) * SECTOR) for n, held in enumerate(wanted(runs)) if held is not None
+    ]
+    assert below(map_of(runs)) == Ranges(expected)
+
+
+@given(runs, clusters, st.integers(1, 40))
+def test_requests(runs: list[tuple[int, int]], cluster: int, sectors: int) -> None:
+    limit = sectors * SECTOR
+    amap = map_of(runs)
+    size = amap.stop
+    found = list(requests(amap, cluster, size, limit))
+    sectors_wanted = wanted(runs)
+    covered: dict[int, bool] = {}
+    for batch in found:
+        assert batch.start % cluster == 0, "whole clusters"
+        assert batch.stop % cluster == 0 or batch.stop == size
+        assert 0 < batch.length <= max(limit, cluster)
+        for start in range(batch.start, batch.stop, cluster):
+            assert start not in covered, "nothing is asked for twice"
+            covered[start] = batch.data
+    assert found == sorted(found, key=lambda batch: batch.start)
+    for start in range(0, size, cluster):
+        inside = sectors_wanted[start // SECTOR : (start + cluster) // SECTOR]
+        held = [one for one in inside if one is not None]
+        # Each cluster of which anything is below, no other; zeros only where all that is below is.
+        assert covered.get(start) == (any(held) if held else None)
+
+
+@given(st.integers(0, 4000), st.integers(0, 4000), clusters, st.integers(0, 64))
+def test_rounded(offset: int, length: int, cluster: int, more: int) -> None:
+    size = -(-(offset + length) // SECTOR) * SECTOR + more * SECTOR
+    start, count = rounded(offset, length, cluster, size)
+    if not length:
+        assert (start, count) == (offset, 0)
+        return
+    assert start <= offset
+    assert offset + length <= start + count <= size
+    assert start % cluster == 0
+    assert (start + count) % cluster == 0 or start + count == size
+    assert count < length + 2 * cluster

@@ -1,0 +1,63 @@
+"""Reserving by fallocate(2): blocks, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from qmpblock import reserving
+from qmpblock.errors import Error, UnsupportedError
+from qmpblock.pace import Speed
+
+MIB = 1 << 20
+
+
+async def test_blocks_are_reserved_and_nothing_else_changes(tmp_path):
+    file = tmp_path / "disk.raw"
+    with file.open("wb") as written:
+        written.truncate(8 * MIB)
+        written.seek(3 * MIB)
+        written.write(b"data")
+    before, told = file.read_bytes(), []
+    more = await reserving.reserve_by_fallocate(
+        str(file), MIB, 4 * MIB, speed=Speed(), tell=lambda *now: told.append(now)
+    )
+    assert file.read_bytes() == before
+    assert more >= 4 * MIB - 64 * 1024
+    assert told[-1] == (4 * MIB, 4 * MIB)
+    again = await reserving.reserve_by_fallocate(str(file), MIB, 4 * MIB, speed=Speed())
+    assert again == 0
+
+
+async def test_a_speed_cuts_it_into_pieces(tmp_path, monkeypatch):
+    file = tmp_path / "disk.raw"
+    file.write_bytes(bytes(MIB))
+    pieces = []
+    monkeypatch.setattr(reserving, "_fallocate", lambda fd, *piece: pieces.append(piece))
+    await reserving.reserve_by_fallocate(str(file), 512, 5 * MIB, speed=Speed(64 * MIB))
+    assert sum(length for _, length in pieces) == 5 * MIB
+    assert pieces[0][0] == 512
+    for (at, length), (after, _) in zip(pieces, pieces[1:], strict=False):
+        assert at + length == after
+    assert max(length for _, length in pieces) < 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EOPNOTSUPP, UnsupportedError, "cannot reserve"),
+        (errno.ENOSPC, Error, "No space left"),
+    ],
+)
+async def test_what_cannot_be_is_said(tmp_path, monkeypatch, number, kind, words):
+    file = tmp_path / "disk.raw"
+    file.write_bytes(bytes(MIB))
+
+    def fail(*_):
+        raise OSError(number, "No space left on device")
+
+    monkeypatch.setattr(reserving, "_fallocate", fail)
+    with pytest.raises(kind, match=words) as caught:
+        await reserving.reserve_by_fallocate(str(file), 0, MIB, speed=Speed())
+    assert caught.value.standing is not None
