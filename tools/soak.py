@@ -33,7 +33,7 @@ def subject(qemu: str) -> str:
     """Name what is under test: the QEMU's version, and a digest of the package and the tests."""
     printed = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256()
-    for folder in ("qmpblock", "tests/soak", "fixtures"):
+    for folder in ("qmpblock", "tests", "fixtures"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
