@@ -1,4 +1,4 @@
-"""What is asked for, from a map: exactly what is below, in whole clusters, data apart from zeros."""
+"""What is asked for, from a map: all that is below, in whole clusters, data apart from zeros."""
 
 from __future__ import annotations
 

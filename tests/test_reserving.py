@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 
 import pytest
 
@@ -38,7 +39,7 @@ async def test_a_speed_cuts_it_into_pieces(tmp_path, monkeypatch):
     await reserving.reserve_by_fallocate(str(file), 512, 5 * MIB, speed=Speed(64 * MIB))
     assert sum(length for _, length in pieces) == 5 * MIB
     assert pieces[0][0] == 512
-    for (at, length), (after, _) in zip(pieces, pieces[1:], strict=False):
+    for (at, length), (after, _) in itertools.pairwise(pieces):
         assert at + length == after
     assert max(length for _, length in pieces) < 64 * MIB
 
