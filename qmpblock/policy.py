@@ -270,7 +270,10 @@ class _Applying:
                     warnings=tuple(dict.fromkeys((*result.warnings, *done.warnings))),
                 )
             before += step.bytes
-        return replace(result, dropped=changes.leaving)
+        result = replace(result, dropped=changes.leaving)
+        if not (result.allocated or result.reserved or result.dropped):
+            return replace(result, state="nothing")  # the zeros had host space: no live map tells
+        return result
 
     def _teller(
         self, wanted: DiskPolicy, step: Step, before: int, total: int
