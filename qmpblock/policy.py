@@ -278,13 +278,26 @@ class _Applying:
     def _teller(
         self, wanted: DiskPolicy, step: Step, before: int, total: int
     ) -> Callable[[Progress], None]:
-        """Make what tells of the whole disk what a step tells of itself."""
+        """Make what tells of the whole disk what a step tells of its phases, one by one.
+
+        It never goes back: a stream that only drops links counts the whole disk once more.
+        """
+        ended = reached = 0
+        last: Progress | None = None
 
         def tell(seen: Progress) -> None:
+            nonlocal ended, reached, last
             if self._progress is None:
                 return
-            share = min(1.0, seen.done / seen.total) if seen.total else 0.0
-            done = min(total, before + int(step.bytes * share))
+            if last is not None and seen.phase != last.phase:
+                ended += last.done
+            last = seen
+            if step.verb == "drop" and not wanted.independent:  # QEMU's own count
+                here = int(step.bytes * seen.done / seen.total) if seen.total else 0
+            else:
+                here = ended + seen.done
+            reached = max(reached, min(here, step.bytes))
+            done = before + reached
             eta = (total - done) / seen.rate if seen.rate > 0 else None
             self._progress(wanted, replace(seen, done=done, total=total, eta=eta))
 

@@ -8,7 +8,8 @@ import pytest
 
 from qmpblock.errors import Error
 from qmpblock.extents import AllocationMap
-from qmpblock.policy import DiskPlan, DiskResult, _in_turn, _unless_short
+from qmpblock.job import Progress
+from qmpblock.policy import DiskPlan, DiskResult, _Applying, _in_turn, _unless_short
 from qmpblock.policyfile import DiskPolicy
 from qmpblock.policylook import Room, _blank, share_room
 from qmpblock.policyplan import Changes, Picture, Step
@@ -157,3 +158,31 @@ def test_what_of_a_file_has_no_host_space(tmp_path):
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, 8 * M)
     assert _blank(str(path), 0, 8 * M) == Ranges()
+
+
+def told(wanted, step, before, total, news):
+    """Return what is told of the disk when a step tells (phase, done, total)."""
+    seen = []
+    work = _Applying(None, lambda _, progress: seen.append((progress.done, progress.eta)))
+    tell = work._teller(wanted, step, before, total)
+    for phase, done, whole in news:
+        tell(Progress("running", phase, done, whole, rate=10.0))
+    return seen
+
+
+def test_progress_is_of_the_whole_disk_and_never_goes_back():
+    step = Step("reserve", 0, 100, 60)
+    news = [("allocating", 0, 20), ("allocating", 20, 20), ("reserving", 10, 40)]
+    news += [("reserving", 40, 40), ("finishing", 999, 999)]
+    assert told(wish("a"), step, 40, 200, news) == [
+        (40, 16.0),
+        (60, 14.0),
+        (70, 13.0),
+        (100, 10.0),
+        (100, 10.0),
+    ]
+    # QEMU counts a stream in its own way: what counts is the share.
+    step = Step("drop", 0, 100, 60)
+    news = [("copying", 0, 1000), ("copying", 500, 1000), ("copying", 400, 2000)]
+    base = replace(wish("a"), base="b")
+    assert [done for done, _ in told(base, step, 0, 60, news)] == [0, 30, 30]
