@@ -377,12 +377,16 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             if (status.st_dev, status.st_ino) == identity:
                 empty[file] = file not in formats or await _holds_nothing(file, formats[file])
     verdict = image_verdict(record, journal.entries, empty)
-    if verdict.commit and not journal.complete:
+    pivoting = record.operation == "commit" and record.pivot and not journal.pivoted
+    if not journal.complete and (
+        # Where the image is not on this host, all is in the one journal that there is.
+        verdict.commit or (pivoting and Path(record.home).exists())
+    ):
         raise Error(
-            f"whether {_list([*empty])} or {printable(record.base_file)} is newer cannot be told: "
-            "the journal that says so, beside the latter, cannot be read",
+            f"whether {printable(record.top_file)} or {printable(record.base_file)} is newer "
+            "cannot be told: the journal that says so, beside the image, cannot be read",
             standing="nothing was touched",
-            remedy=f"look for {printable(record.base_file)}.qmpblock-{record.run}.journal, which "
+            remedy=f"look for {printable(record.home)}.qmpblock-{record.run}.journal, which "
             "must belong to this user or root, and be writable for nobody else",
         )
     if not dry_run:
