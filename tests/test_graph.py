@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock.errors import AmbiguousError, Error, GraphError, NotFoundError, RequestError
-from qmpblock.graph import BlockGraph, Replies
+from qmpblock.graph import Bitmap, BlockGraph, Replies
 
 RECORDINGS = {
     path.stem: json.loads(path.read_text())
@@ -263,6 +263,96 @@ def test_a_chain_of_150_layers_is_linear():
 def test_nonsense_is_one_clear_error(nodes, words):
     with pytest.raises(GraphError, match=words):
         made(nodes)
+
+
+# what chain jobs ask of a graph
+
+
+def test_bitmaps_of_a_node():
+    """Jobs have bitmaps without a name: nobody's business."""
+    described = {"granularity": 65536, "recording": True, "busy": False, "persistent": True}
+    n0 = node("n0", "qcow2") | {
+        "dirty-bitmaps": [
+            {"name": "a", **described},
+            {"name": "old", **described, "recording": False, "inconsistent": True},
+            {"name": "used", **described, "busy": True, "persistent": False},
+            {**described},
+        ]
+    }
+    assert made([n0]).nodes["n0"].bitmaps == (
+        Bitmap("a", 65536, True, True),
+        Bitmap("old", 65536, False, True, inconsistent=True),
+        Bitmap("used", 65536, True, False, busy=True),
+    )
+    assert made([node("n0", "qcow2")]).nodes["n0"].bitmaps == ()
+
+
+@pytest.mark.parametrize(
+    "bitmaps", [5, [5], [{"name": "a"}], [{"name": "a", "granularity": "x", "recording": True}]]
+)
+def test_bitmaps_that_make_no_sense(bitmaps):
+    with pytest.raises(GraphError):
+        made([node("n0", "qcow2") | {"dirty-bitmaps": bitmaps}])
+
+
+def used():
+    return made(
+        [
+            node("n0", "qcow2", 1, ("file", "f0"), ("backing", "n1")),
+            node("f0", "file"),
+            node("n1", "qcow2", 1, ("file", "f1")),
+            node("f1", "file"),
+            node("later", "qcow2", 1, ("backing", "n1")),
+        ],
+        exports=[{"id": "e\x1b", "node-name": "n1"}],
+        jobs=[{"id": "j", "type": "backup", "status": "running"}],
+        debug_graph={
+            "nodes": [
+                {"id": 1, "type": "block-job", "name": "j"},
+                {"id": 2, "type": "block-driver", "name": "n1"},
+            ],
+            "edges": [{"parent": 1, "child": 2, "name": "main node"}],
+        },
+    )
+
+
+def test_parents():
+    graph = used()
+    assert graph.parents("n1") == ("later", "n0")
+    assert graph.parents("f0") == ("n0",)
+    assert graph.parents("n0") == ()
+    assert graph.parents("nosuch") == ()
+
+
+def test_users_of_every_kind():
+    """A node with one is never deleted."""
+    graph = used()
+    assert graph.users("n1") == ("export e\\x1b", "job j", "node later", "node n0")
+    assert graph.users("n0") == ("device vd0 (node n0, file /i/n0)",)
+    assert graph.users("later") == ()
+
+
+def test_the_device_uses_its_filter_and_the_filter_the_image():
+    graph = made([node("t", "throttle", 1, ("file", "n0")), node("n0", "qcow2")], shown="t")
+    assert graph.users("n0") == ("node t",)
+    assert [user.split()[0] for user in graph.users("t")] == ["device"]
+
+
+def test_a_job_by_its_id(version):
+    graph = build(version, "jobs")
+    assert graph.job("c").type == "commit"
+    assert graph.job("nosuch") is None
+    assert not graph.job("c").ours
+    jobs = [{"id": "qmpblock-deadbeef-stream", "type": "stream", "status": "running"}]
+    assert build(version, "quiet", jobs=jobs).jobs[0].ours
+
+
+def test_nodes_of_recorded_jobs_have_users(version):
+    graph = build(version, "jobs")
+    working = [(job.id, name) for job in graph.jobs for name in job.nodes]
+    assert len(working) >= 3
+    for job, name in working:
+        assert f"job {job}" in graph.users(name)
 
 
 def test_a_hostile_name_is_escaped():

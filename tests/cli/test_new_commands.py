@@ -201,8 +201,10 @@ def test_a_socket_is_no_image(tmp_path, capsys):
         ),
         (
             Progress("paused", "waiting for room", MIB, 2 * MIB),
-            "x: waiting for room, 1M of 2M, "
-            + "no space left on the device; make room, and it goes on by itself",
+            (
+                "x: waiting for room, 1M of 2M, no space left on the device; make room, and it "
+                "goes on by itself"
+            ),
         ),
         (Progress("concluded", "ended", 2 * MIB, 2 * MIB), "x: ended"),
     ],
