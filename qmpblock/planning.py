@@ -53,7 +53,9 @@ def below(amap: AllocationMap) -> Ranges:
     return amap.not_in_active() | hidden
 
 
-def requests(amap: AllocationMap, cluster: int, size: int, limit: int) -> Iterator[Batch]:
+def requests(
+    amap: AllocationMap, cluster: int, size: int, limit: int, zero_limit: int = 0
+) -> Iterator[Batch]:
     """Yield the requests that bring all that is below into the active layer, in order.
 
     Cut along the map's edges: one request over data and zeros would store the zeros as data
@@ -62,14 +64,15 @@ def requests(amap: AllocationMap, cluster: int, size: int, limit: int) -> Iterat
     :param cluster: of the active layer, in bytes; a request holds whole ones.
     :param size: of the disk.
     :param limit: bytes of one request; a multiple of the cluster, or one cluster is taken.
+    :param zero_limit: the same of zeros, where it is more.
     """
     wanted = below(amap)
     if not wanted:
         return
     data = (wanted & amap.data()).align_out(cluster, size)
     zeros = wanted.align_out(cluster, size) - data
-    step = max(cluster, limit - limit % cluster)
-    found = [Batch(start, stop, True) for start, stop in data.split(step)]
-    found += [Batch(start, stop, False) for start, stop in zeros.split(step)]
+    steps = [max(cluster, most - most % cluster) for most in (limit, max(limit, zero_limit))]
+    found = [Batch(start, stop, True) for start, stop in data.split(steps[0])]
+    found += [Batch(start, stop, False) for start, stop in zeros.split(steps[1])]
     found.sort(key=lambda batch: batch.start)
     yield from found

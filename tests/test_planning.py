@@ -54,18 +54,18 @@ def test_below_is_what_lower_layers_supply_or_hide(runs: list[tuple[int, int]]) 
     assert below(map_of(runs)) == Ranges(expected)
 
 
-@given(runs, clusters, st.integers(1, 40))
-def test_requests(runs: list[tuple[int, int]], cluster: int, sectors: int) -> None:
-    limit = sectors * SECTOR
+@given(runs, clusters, st.integers(1, 40), st.integers(0, 60))
+def test_requests(runs: list[tuple[int, int]], cluster: int, sectors: int, zeros: int) -> None:
+    limit, zero_limit = sectors * SECTOR, zeros * SECTOR
     amap = map_of(runs)
     size = amap.stop
-    found = list(requests(amap, cluster, size, limit))
+    found = list(requests(amap, cluster, size, limit, zero_limit))
     sectors_wanted = wanted(runs)
     covered: dict[int, bool] = {}
     for batch in found:
         assert batch.start % cluster == 0, "whole clusters"
         assert batch.stop % cluster == 0 or batch.stop == size
-        assert 0 < batch.length <= max(limit, cluster)
+        assert 0 < batch.length <= max(limit, cluster, 0 if batch.data else zero_limit)
         for start in range(batch.start, batch.stop, cluster):
             assert start not in covered, "nothing is asked for twice"
             covered[start] = batch.data
