@@ -179,7 +179,8 @@ class Change:
         adopted = False
         for name in sorted(self.record.locks):
             holder = await lock.read(self.vm.monitor, name)
-            if isinstance(holder, Holder) and holder.run == dead.run:
+            # Who adopts keeps the run: another one may have been faster, and lives.
+            if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
                 adopted |= await lock.adopt(
                     self.vm.monitor, name, holder, self.holder(), self._undo_dead
                 )

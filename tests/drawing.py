@@ -121,7 +121,11 @@ class Drawing:
         }
 
     def graph(self):
-        """Build the graph, as of QEMU's replies."""
+        """Build the graph."""
+        return BlockGraph.from_replies(self.replies())
+
+    def replies(self):
+        """Return what QEMU would say."""
         names = [*self.nodes, *self.jobs]
         debug = {
             "nodes": [
@@ -136,7 +140,7 @@ class Drawing:
                 if node in self.nodes
             ],
         }
-        replies = Replies(
+        return Replies(
             block=[
                 {"device": "", "qdev": name, "removable": False, "inserted": {"node-name": root}}
                 for name, root in self.devices.items()
@@ -150,7 +154,6 @@ class Drawing:
             exports=[{"id": name, "node-name": node} for name, node in self.exports.items()],
             debug_graph=debug,
         )
-        return BlockGraph.from_replies(replies)
 
 
 def chain(*names, size=64 * MIB, **last):
