@@ -3,15 +3,18 @@
 import contextlib
 import inspect
 import json
+from collections import Counter
 
 import pytest
 from chaincases import FIXTURES, images_of
 from chains import convert, subjects
 
+import qmpblock
 from qmpblock.planning import below
 from qmpblock.ranges import Ranges
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import load_scenarios, parse_scenario
+from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
 STAGED = ("qcow2", "qed")
 
@@ -161,3 +164,60 @@ async def content(image, tools):
     data = raw.read_bytes()
     raw.unlink()
     return data
+
+
+# -- rounds of allocation of the very ranges that the guest writes to
+
+_MIB = 1 << 20
+_AREA = 8 * _MIB  # both where the area begins, and how long it is
+
+
+async def allocations_under_stress(vm, tools, chance, count):
+    """Allocate what the guest writes to, thin or full by chance, `count` times; return how often.
+
+    The verifier reads back every block after each round, and the host does at the end.
+    """
+    done = Counter()
+    # QED discards nothing, and what a round before left would be taken for torn writes.
+    fmt = vm.disks[0].active.spec.format
+    clear = vm.guest.discard if fmt == "qcow2" else vm.guest.write_zeroes
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        for number in range(count):
+            how = chance.choice(["thin", "full"])
+            overlay = vm.directory / f"round{number}.qcow2"
+            await clear(0, _AREA, _AREA)
+            if how == "thin":
+                # Half of it lies below then, so that the rest is zeros and blank.
+                await vm.guest.fill(0, _AREA, _AREA // 2, 0)
+                await disk.snapshot(overlay)
+            spec = StressSpec(
+                offset=_AREA,
+                blocks=_AREA // 4096,
+                block_size=4096,
+                queue_depth=chance.choice([1, 8, 32]),
+                seed=chance.getrandbits(32),
+                flush_every=chance.choice([0, 20, 200]),
+                read_percent=20,
+            )
+            await vm.guest.stress(spec)
+            offset = _AREA + chance.randrange(_AREA // 2)
+            result = await disk.allocate(offset, _AREA // 2, full=how == "full")
+            end = await vm.guest.stop_stress()
+            assert (end.bad, end.errors) == (0, 0), (spec, end)
+            assert await vm.guest.check() > 0
+            first = Ranges([(result.rounded_offset, result.rounded_offset + _AREA // 2)])
+            assert not below(await disk.map()) & first
+            if how == "thin":
+                async with disk.commit(base="@1") as job:
+                    job.complete()
+                assert await vm.guest.check() > 0
+                overlay.unlink()
+            done[how] += 1
+    await vm.quit()
+    active = vm.disks[0].active
+    data = (await content(active, tools))[_AREA : 2 * _AREA]
+    verdict = check_acknowledged(data, spec, end.acked, end.issued)
+    assert verdict.ok, (spec, verdict)
+    await active.check(tools)
+    return done

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 from allocating import (
+    allocations_under_stress,
     area_of,
     at_command,
     blank,
@@ -17,6 +18,7 @@ from allocating import (
 )
 from chains import cli
 from disturbed import nothing_of_ours
+from rounds import rounds
 
 import qmpblock
 from qmpblock.errors import GraphError, RangeError, RequestError, UnsupportedError
@@ -253,3 +255,13 @@ async def test_independent(full, start_qemu, vm_dir, qemu_binary, invariant):
     (vm_dir / "images" / "d0-0.qcow2").unlink()
     assert await content(active, built.tools) == before
     await active.check(built.tools)
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "qed"])
+async def test_what_the_guest_writes_to_meanwhile(fmt, start_qemu, qemu_binary, invariant):
+    """A sample of what soak does in 200 rounds."""
+    count, chance = rounds(6)
+    vm = await start_qemu(blank(fmt), guest=True)
+    invariant.forget(vm)  # the pivots of its rounds leave QEMU's own traces
+    done = await allocations_under_stress(vm, Tools.of(qemu_binary), chance, count)
+    assert done.total() == count

@@ -1,9 +1,12 @@
-"""Kill matrices of allocation, whole: `make soak`."""
+"""Allocation under stress, and its kill matrices, whole: `make soak`."""
 
 import pytest
 from allocatekills import ALLOCATIONS
+from allocating import allocations_under_stress, blank
 from killing import DEATHS, WAYS, Matrix
-from rounds import slice_of_soak
+from rounds import rounds, slice_of_soak
+
+from qmpblock.testing.images import Tools
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
 
@@ -30,3 +33,11 @@ async def test_qemu_killed_at_every_command(operation, death, vm_dir, qemu_binar
             if chosen(total):
                 tried += await matrix.killed_qemu(number, moment, death)
     print(f"kill matrix: {tried} of {total} points, {operation}, QEMU killed ({death})")
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "qed"])
+async def test_allocations_under_stress(fmt, start_qemu, qemu_binary, invariant):
+    count, chance = rounds(200)
+    vm = await start_qemu(blank(fmt), guest=True)
+    invariant.forget(vm)  # the pivots of its rounds leave QEMU's own traces
+    print(await allocations_under_stress(vm, Tools.of(qemu_binary), chance, count))
