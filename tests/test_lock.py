@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from qmpblock import lock
+from qmpblock.hostprocess import start_time
 from qmpblock.lock import Holder
 
 
@@ -31,8 +32,7 @@ def test_a_zombie_is_dead():
     try:
         me = Holder.me("r")
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        start = lock._start_time(process.pid)
-        assert start is None
+        assert start_time(process.pid) is None
         assert replace(me, pid=process.pid, start=1).is_dead()
     finally:
         process.wait()

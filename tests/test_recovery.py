@@ -180,6 +180,16 @@ async def test_an_overlay_that_holds_nothing_goes(disk, header):
     assert contents(disk.parent)[str(disk)] == before
 
 
+async def test_a_file_of_the_next_slice_has_no_header_yet(staging, disk):
+    """The one of that name that had one was another."""
+    kept = staging.overlay.rename(staging.overlay.with_name("keeps-its-inode"))
+    staging.overlay.write_bytes(b"")
+    made(staging.journal, staging.overlay, "")
+    (found,) = await recover_images([disk])
+    assert found.removed == (str(staging.overlay),)
+    assert kept.exists()
+
+
 async def test_without_the_overlay_there_is_nothing_to_do(staging, disk):
     staging.overlay.unlink()
     (found,) = await recover_images([disk])
@@ -339,6 +349,14 @@ async def test_overlays_that_were_written_to_stay_all(snapped, disk, which):
     assert all(path.exists() for path in snapped)
     assert list(journals()) == []
     assert await recover_images([snapped[0]]) == []
+
+
+async def test_an_overlay_that_is_in_use_cannot_be_judged(snapped, disk):
+    """The VM was started from it: afterwards it may hold everything."""
+    with Opened(snapped[0]), pytest.raises(ToolError, match="lock"):
+        await recover_images([disk])
+    assert len(list(journals())) == 1
+    assert all(path.exists() for path in snapped)
 
 
 async def test_an_overlay_that_cannot_be_read_counts_as_written(snapped, disk):
