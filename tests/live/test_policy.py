@@ -1,6 +1,7 @@
 """Policies on living QEMUs: the seed's drawings, apply twice, failures, several VMs, kills."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,8 +16,11 @@ from jsonschema import Draft202012Validator
 from rounds import with_guest
 
 import qmpblock
+from qmpblock import lock
 from qmpblock import policy as policies
+from qmpblock.change import Change, lock_names
 from qmpblock.cli import apply_command, plan_command
+from qmpblock.lock import Holder
 from qmpblock.policyfile import parse_policy
 from qmpblock.ranges import Ranges
 from qmpblock.testing.faults import inject, small_file_system
@@ -424,6 +428,44 @@ async def test_two_vms_at_once(scenario, start_qemu, invariant, vm_dir, qemu_bin
         await check_closed(built, digest, alone=True)
 
 
+@CHAIN
+async def test_a_terminal_shows_a_bar_for_each_disk(scenario, start_qemu, invariant, vm_dir):
+    vms = []
+    for _ in range(2):
+        vm = await start_qemu(scenario)
+        disk = {"disk": "vd0", "allocation": "thin"}
+        vms.append({"address": vm.monitor_path, "disks": [disk]})
+    path = written(vm_dir, {"parallel": 2, "speed": "2M", "vms": vms})
+    ours, theirs = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "qmpblock", "apply", path),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "COLUMNS": "160", "TERM": "xterm"},
+    )
+    os.close(theirs)
+    shown = asyncio.create_task(asyncio.to_thread(until_closed, ours))
+    out, _ = await process.communicate()
+    assert process.returncode == 0
+    assert b"2 disks: 2 done" in out
+    screen = await shown
+    for vm in vms:
+        assert f"vd0 of {vm['address']} " in screen
+    assert "%" in screen
+
+
+def until_closed(terminal):
+    """Read what was shown on a terminal until nobody has it open any more."""
+    found = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while piece := os.read(terminal, 65536):
+            found += piece
+    os.close(terminal)
+    return found.decode()
+
+
 @pytest.mark.scenarios("two-disks-one-base.yaml")
 async def test_one_disk_fails_and_the_others_are_done(
     scenario, start_qemu, invariant, vm_dir, qemu_binary
@@ -508,6 +550,31 @@ async def test_killed_and_run_again(scenario, start_qemu, invariant, vm_dir, qem
     await invariant.verify(vm)
     await vm.quit()
     await check_closed(built, digest, alone=True)
+
+
+@CHAIN
+async def test_whom_a_plan_waits_for(scenario, start_qemu, vm_dir):
+    """A plan undoes nothing, not even what the dead left; apply does, and leaves the living."""
+    vm = await start_qemu(scenario)
+    policy = one_disk(vm, "vd0", allocation="thin")
+    async with qmpblock.connect(vm.second_monitor_path) as controller:
+        [name] = lock_names([(await controller.disk("vd0")).device])
+
+        async def nothing(holder):
+            raise AssertionError(holder)
+
+        me = Holder.me(Change.new_run())
+        await lock.acquire(controller.monitor, name, me, nothing, stall=0)
+        assert "another controller is at work" in (await plan_of(policy))[0]["error"]
+        [result] = await apply_to(policy)
+        assert result["state"] == "failed"
+        assert await lock.read(controller.monitor, name) == me
+        lock.abandon(me.run)
+        assert "died" in (await plan_of(policy))[0]["error"]
+        assert await lock.read(controller.monitor, name) == me
+        [result] = await apply_to(policy)
+        assert (result["state"], result["error"]) == ("done", None)
+        assert await lock.read(controller.monitor, name) is None
 
 
 @CHAIN
