@@ -23,7 +23,6 @@ from qmpblock.change import Change, identify, lock_names, make_way
 from qmpblock.disk import check_range
 from qmpblock.driving import check_copy_on_read
 from qmpblock.errors import (
-    DisconnectedError,
     Error,
     GraphError,
     RequestError,
@@ -200,19 +199,13 @@ async def _allocate_thin(
     )
     change = Change(disk.vm, record)
     await change.begin()
-    try:
+    async with change.or_undo(
+        lambda: (
+            "what was allocated by then stays: its content is the same. Nothing of ours is left "
+            "in the VM"
+        )
+    ):
         found = await _bring_up(disk, first, count, speed, progress)
-    except DisconnectedError as error:
-        await undisturbed(change.after_disconnect(error))
-        raise
-    except BaseException as error:
-        await undisturbed(change.undo())
-        if isinstance(error, Error) and error.standing is None:
-            error.standing = (
-                "what was allocated by then stays: its content is the same. Nothing of ours is "
-                "left in the VM"
-            )
-        raise
     await undisturbed(change.end())
     return found
 

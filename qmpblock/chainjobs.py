@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,6 @@ from qmpblock.change import Change, device_of, identify, lock_names, make_way, s
 from qmpblock.driving import check_copy_on_read, drive, flush, io_limits
 from qmpblock.errors import (
     CommandError,
-    DisconnectedError,
     Error,
     GraphError,
     JobError,
@@ -273,47 +272,26 @@ async def _running(
         local = Path(record.top_file)
         beside = local if hostfiles.same_files(vm.monitor.peer_pid) and local.exists() else None
     change = Change(vm, record, beside=beside)
-    explicit = 0
     await change.begin()
     try:
-        await _unchanged(disk, plan)
-        if record.flush:
-            # What will be needed at the end, after hours perhaps: rather be refused now.
-            await flush(vm, plan.device, record.flush)
-        if plan.hidden:
-            explicit = await _make_explicit(disk, plan.hidden)
-        if isinstance(plan, CommitPlan):
-            for bitmap in plan.bitmaps:
-                await vm.monitor.execute(
-                    "block-dirty-bitmap-add",
-                    {
-                        "node": bitmap.node,
-                        "name": _helper(record.run, bitmap) if bitmap.persistent else bitmap.name,
-                        "granularity": bitmap.granularity,
-                    },
-                )
-        try:
-            await job.start(command, {**arguments, "on-error": "enospc"})
-        except CommandError as error:
-            raise _refusal(error) from None
-        driver = asyncio.ensure_future(
-            drive(vm, record, change.journal, job, plan.device, throttle_guest=throttle_guest)
-        )
-        driver.add_done_callback(lambda _: job.end())
-        try:
-            yield job
-            job.complete()
-            await driver
-        finally:
-            driver.cancel()
-            await undisturbed(asyncio.wait({driver}))
-        await undisturbed(_finish(change, disk, plan))
-    except DisconnectedError as error:
-        await undisturbed(change.after_disconnect(error))
-        raise
-    except BaseException as error:
-        await undisturbed(_give_up(change, error))
-        raise
+        async with _or_undo(change):
+            explicit = await _prepare(disk, plan, record)
+            try:
+                await job.start(command, {**arguments, "on-error": "enospc"})
+            except CommandError as error:
+                raise _refusal(error) from None
+            driver = asyncio.ensure_future(
+                drive(vm, record, change.journal, job, plan.device, throttle_guest=throttle_guest)
+            )
+            driver.add_done_callback(lambda _: job.end())
+            try:
+                yield job
+                job.complete()
+                await driver
+            finally:
+                driver.cancel()
+                await undisturbed(asyncio.wait({driver}))
+            await undisturbed(_finish(change, disk, plan))
     finally:
         job.end()
     job.outcome = replace(
@@ -327,6 +305,25 @@ async def _running(
         seconds=time.monotonic() - started,
         warnings=plan.warnings,
     )
+
+
+async def _prepare(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) -> int:
+    """Do what must come before the job; return the bytes that were made explicit."""
+    await _unchanged(disk, plan)
+    if record.flush:
+        # What will be needed at the end, after hours perhaps: rather be refused now.
+        await flush(disk.vm, plan.device, record.flush)
+    explicit = await _make_explicit(disk, plan.hidden) if plan.hidden else 0
+    for bitmap in plan.bitmaps if isinstance(plan, CommitPlan) else ():
+        await disk.vm.monitor.execute(
+            "block-dirty-bitmap-add",
+            {
+                "node": bitmap.node,
+                "name": _helper(record.run, bitmap) if bitmap.persistent else bitmap.name,
+                "granularity": bitmap.granularity,
+            },
+        )
+    return explicit
 
 
 async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan) -> None:
@@ -389,11 +386,6 @@ async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
     )
 
 
-def _judge(job: Job, error: str | None) -> None:
-    if error is not None:
-        raise JobError(job.id, job.type, error)
-
-
 async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> None:
     """Remove what the job left, see that the chain is what it should be, and end."""
     record = change.record
@@ -414,14 +406,11 @@ async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> 
         )
 
 
-async def _give_up(change: Change, error: BaseException) -> None:
-    done = await change.undo()
-    if isinstance(error, Error) and error.standing is None:
-        error.standing = (
-            "it was done all the same: the guest had moved on already; nothing of ours is left"
-            if done
-            else "the chain is as it was; nothing of ours is left in the VM"
-        )
+def _or_undo(change: Change) -> AbstractAsyncContextManager[None]:
+    return change.or_undo(
+        lambda: "the chain is as it was; nothing of ours is left in the VM",
+        done="it was done all the same: the guest had moved on already; nothing of ours is left",
+    )
 
 
 async def carry_on(vm: VM, change: Change) -> Progress | None:
@@ -434,20 +423,15 @@ async def carry_on(vm: VM, change: Change) -> Progress | None:
     graph = await vm.graph()
     job = ChainJob(vm, record.job, record.operation)
     try:
-        known = graph.job(record.job)
-        if known is not None and known.status != "concluded":
-            job.complete()
-            await drive(vm, record, change.journal, job, device_of(record, graph))
-        elif known is not None:
-            _judge(job, known.error)
-        await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
-        await change.end()
-    except DisconnectedError as error:
-        await undisturbed(change.after_disconnect(error))
-        raise
-    except BaseException as error:
-        await undisturbed(_give_up(change, error))
-        raise
+        async with _or_undo(change):
+            known = graph.job(record.job)
+            if known is not None and known.status != "concluded":
+                job.complete()
+                await drive(vm, record, change.journal, job, device_of(record, graph))
+            elif known is not None and known.error is not None:
+                raise JobError(job.id, job.type, known.error)
+            await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+            await change.end()
     finally:
         job.end()
     return job.progress

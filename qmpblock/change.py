@@ -18,7 +18,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -217,6 +218,26 @@ class Change:
                 error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
             raise
         return done
+
+    @asynccontextmanager
+    async def or_undo(self, undone: Callable[[], str], done: str = "") -> AsyncIterator[None]:
+        """Undo the change where the body fails or is cancelled, and only then.
+
+        The error is raised all the same; where it does not say what stands now, it is told.
+
+        :param undone: what stands once it is undone.
+        :param done: what stands where it turned out to be done.
+        """
+        try:
+            yield
+        except DisconnectedError as error:
+            await undisturbed(self.after_disconnect(error))
+            raise
+        except BaseException as error:
+            took_effect = await undisturbed(self.undo())
+            if isinstance(error, Error) and error.standing is None:
+                error.standing = done if took_effect and done else undone()
+            raise
 
     def _left(self) -> str:
         return f"left in the VM: the lock {', '.join(self.record.locks)} and what it is for"

@@ -174,6 +174,20 @@ class QemuImg:
                 [self.program, *arguments], 0, f"its output is no JSON: {printable(text[:200])}"
             ) from None
 
+    async def in_use(self, path: str) -> bool:
+        """Whether some QEMU has a file open for writing, by the locks that it puts on it.
+
+        :raise ToolError: qemu-img cannot read the file.
+        """
+        try:
+            # As raw: its content is of no interest, and not looked at.
+            await self._json("info", "--output=json", "-f", "raw", path)
+        except ToolError as error:
+            if "lock" not in error.stderr:
+                raise
+            return True
+        return False
+
     async def create(self, path: str, size: int, cluster: int) -> None:
         """Make an empty qcow2 image of a file that is there; a backing image is not recorded.
 

@@ -37,7 +37,7 @@ from qmpblock.export import LOCK as NBD_LOCK
 from qmpblock.graph import BlockGraph
 from qmpblock.hostprocess import is_running
 from qmpblock.job import Job
-from qmpblock.journal import Journal, Record, journals
+from qmpblock.journal import PIVOTED, Journal, Record, journals
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import undo_dead_run
 from qmpblock.qemuimg import QemuImg, blockdev
@@ -355,8 +355,25 @@ async def recover_images(
                 standing="nothing was touched",
                 remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
             )
+        if not record.vm.pid:  # a TCP monitor: the locks on the images tell
+            await _check_unused(record)
         found.append(await recover_journal(journal, dry_run=dry_run))
     return found
+
+
+async def _check_unused(record: Record) -> None:
+    """See that no QEMU has the images open for writing.
+
+    :raise BusyError: one has.
+    """
+    for file in filter(os.path.exists, (*record.images, *record.files)):
+        if await QemuImg().in_use(file):
+            raise BusyError(
+                f"{printable(file)} is in use: the VM in which {record.describe()} was not "
+                "finished still runs, or another has been started",
+                standing="nothing was touched",
+                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
+            )
 
 
 async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRecovery:
@@ -393,6 +410,8 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
         for overlay, base in verdict.commit:
             fmt = formats.get(overlay) or "qcow2"
             await _commit(record, overlay, fmt, base)
+            # Killed here, and the VM started: the overlay must not be committed again.
+            journal.mark(**{PIVOTED: True})
             Path(overlay).unlink()
         for file in verdict.unused:
             with contextlib.suppress(FileNotFoundError):

@@ -146,7 +146,10 @@ async def snapshot(
     )
     change = Change(vm, record)
     await change.begin()
-    try:
+    async with change.or_undo(
+        lambda: "no snapshot was taken; nothing of ours is left",
+        done="the snapshot was taken all the same",
+    ):
         again = await _plan(vm, run, overlays, format, backing_name, local=local)
         _unchanged(items, again)
         for item in items:
@@ -154,18 +157,6 @@ async def snapshot(
         await undisturbed(take(vm, items))
         await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
         await undisturbed(change.end())
-    except DisconnectedError as error:
-        await undisturbed(change.after_disconnect(error))
-        raise
-    except BaseException as error:
-        done = await undisturbed(change.undo())
-        if isinstance(error, Error) and error.standing is None:
-            error.standing = (
-                "the snapshot was taken all the same"
-                if done
-                else "no snapshot was taken; nothing of ours is left"
-            )
-        raise
     try:
         for disk in overlays:
             await disk.refresh()

@@ -31,7 +31,6 @@ from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, key_secret
 from qmpblock.change import Change, identify, lock_names, settle
 from qmpblock.errors import (
-    DisconnectedError,
     Error,
     GraphError,
     JobError,
@@ -112,7 +111,12 @@ async def reserve_by_staging(
     if speed.rate:
         slice_size = min(slice_size, max(speed.rate, _SMALLEST))
     await change.begin()
-    try:
+    async with change.or_undo(
+        lambda: (
+            f"the guest is back on {printable(file)}, with every write; {done} bytes were "
+            "reserved and stay so; nothing of ours is left"
+        )
+    ):
         position = first
         while True:
             position, left = await _next(disk, position, first + count)
@@ -129,17 +133,6 @@ async def reserve_by_staging(
             if reserved < slice_size:
                 break  # the frozen map had no more; what the live one shows has space already
             position = int(chosen.stops[-1])
-    except DisconnectedError as error:
-        await undisturbed(change.after_disconnect(error))
-        raise
-    except BaseException as error:
-        await undisturbed(change.undo())
-        if isinstance(error, Error) and error.standing is None:
-            error.standing = (
-                f"the guest is back on {printable(file)}, with every write; {done} bytes were "
-                "reserved and stay so; nothing of ours is left"
-            )
-        raise
     await undisturbed(change.end())
     return done, held
 

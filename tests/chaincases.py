@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,13 +123,10 @@ def every_case(depth: int) -> Iterator[Case]:
         yield Case("stream", top)
 
 
-def scenarios_with_cases(
-    make: Any = cases, choose: Callable[[list[Case]], list[Case]] = list
-) -> list[Any]:
+def scenarios_with_cases(make: Any = cases) -> list[Any]:
     """Return pytest's parameters (scenario, disk, case).
 
     :param make: yields the cases of a disk, by the depth of its chain.
-    :param choose: takes a part of a disk's cases.
     """
     params = []
     for scenario in load_scenarios(FIXTURES):
@@ -138,7 +135,7 @@ def scenarios_with_cases(
             needs = scenario.requires
             marks.append(pytest.mark.needs_qemu(needs.text, reason=needs.reason))
         for disk in scenario.disks:
-            for case in choose(list(make(len(images_of(scenario, disk.name))))):
+            for case in make(len(images_of(scenario, disk.name))):
                 name = f"{scenario.name}-{disk.name}-{case}"
                 params.append(pytest.param(scenario, disk.name, case, id=name, marks=marks))
     return params

@@ -1,10 +1,10 @@
 """Run the soak tests whole, in slices, and remember how far they came: `make soak`.
 
-Each slice is one `pytest -m soak` with QMPBLOCK_SOAK=full, QMPBLOCK_ROUNDS (how many rounds
-each soak test does), QMPBLOCK_SEED (of their random choices; slice by slice another, and
-from the same start always the same) and QMPBLOCK_SLICE (which of how many: matrices of points
-are dealt out among the slices). A slice that passed is recorded, so that a run that was
-interrupted goes on where it was. The record counts only for the same QEMU and the same code.
+Each slice is one pytest of tests/soak and of its share of tests/live, with QMPBLOCK_SOAK=full,
+QMPBLOCK_ROUNDS (how many rounds each soak test does), QMPBLOCK_SEED (of their random choices; slice
+by slice another, and from the same start always the same) and QMPBLOCK_SLICE (which of how many:
+matrices of points are dealt out among the slices). A slice that passed is recorded, so that a run
+that was interrupted goes on where it was. The record counts only for the same QEMU and the same code.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "QMPBLOCK_SLICE": f"{progress['rounds'] // options.slice}"
             f"/{-(-options.rounds // options.slice)}",
         }
-        command = [sys.executable, "-m", "pytest", "-m", "soak", "-q", "-rP", "tests/soak"]
+        command = [sys.executable, "-m", "pytest", "-m", "soak or live", "-q", "-rP"]
+        command += ["tests/soak", "tests/live"]
         try:
             code = subprocess.run(
                 command, cwd=ROOT, env={**os.environ, **environment}, check=False

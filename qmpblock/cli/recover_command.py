@@ -123,6 +123,7 @@ def _image_document(one: ImageRecovery) -> dict[str, Any]:
         "run": one.run,
         "start": list(one.verdict.start),
         "stale": list(one.verdict.stale),
+        "committed": [overlay for overlay, _ in one.verdict.commit],
         "removed": list(one.removed),
         "why": one.verdict.why,
     }

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 import qmpblock
-from qmpblock import lock
 from qmpblock.errors import Error, StalledError
 from qmpblock.export import LOCK
+from qmpblock.hostprocess import boot_id, pid_namespace
 from qmpblock.lock import Holder
 
 pytestmark = pytest.mark.live

@@ -123,7 +123,7 @@ def test_a_wrong_scenario_is_a_collection_error(pytester: pytest.Pytester) -> No
     pytester.makepyfile("def test_it(scenario): pass")
     result = run(pytester)
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*fixtures/bad.yaml:2: images: must be a list*"])
+    result.stdout.fnmatch_lines(["*fixtures/bad.yaml:2:9: images: must be a list*"])
 
 
 def test_temporary_files_of_a_test_lie_in_its_own_directory(pytester: pytest.Pytester) -> None:

@@ -42,7 +42,14 @@ def slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a project whose one soak test writes down its slices, and fails at the round FAIL_AT."""
     root = tmp_path / "project"
     (root / "tests" / "soak").mkdir(parents=True)
-    (root / "pytest.ini").write_text("[pytest]\nmarkers =\n  soak\n")
+    (root / "tests" / "live").mkdir()
+    (root / "pytest.ini").write_text("[pytest]\nmarkers =\n  soak\n  live\n")
+    (root / "tests" / "live" / "test_live.py").write_text(
+        "import os, pytest\n"
+        "@pytest.mark.live\n"
+        "def test_live():\n"
+        "    assert os.environ['QMPBLOCK_SLICE']\n"
+    )
     (root / "tests" / "soak" / "test_it.py").write_text(
         "import os, pytest\n"
         "@pytest.mark.soak\n"
