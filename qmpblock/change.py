@@ -37,7 +37,7 @@ from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, p
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.hostprocess import boot_id, is_running, start_time
 from qmpblock.job import Job
-from qmpblock.journal import Journal, Record, VMIdentity, journals
+from qmpblock.journal import Journal, Record, VMIdentity, discard_torn, journals
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import monitor_name
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
@@ -187,6 +187,8 @@ class Change:
                 )
         if adopted:
             self._locked = list(self.record.locks)
+            if journal is None:
+                discard_torn(self.record)
             self.journal = journal or Journal.create(self.record, self._beside)
         return adopted
 
@@ -331,6 +333,7 @@ async def undo_dead_change(
     record = record_of(dead)
     if record is None:
         return  # a lock that says nothing: it died before it did anything
+    discard_torn(record)
     journal = find_journal(record)
     await settle(vm, record, journal, Choice.UNDO, tell)
     if journal is not None:

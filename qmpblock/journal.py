@@ -33,6 +33,7 @@ __all__ = [
     "Journal",
     "Record",
     "VMIdentity",
+    "discard_torn",
     "journals",
     "pivoted",
     "state_directory",
@@ -325,6 +326,23 @@ class Journal:
         if record is None or not all(isinstance(entry, dict) for entry in entries):
             return None
         return cls(record, (path,), entries[1:])
+
+
+def discard_torn(record: Record) -> None:
+    """Remove a journal of this change whose first line was never complete.
+
+    Its controller was killed while it wrote it, and had done nothing yet.
+    """
+    paths = [state_directory() / _file_name(record)]
+    if record.home:
+        paths.append(_home_path(record))
+    for path in paths:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with os.fdopen(fd, "rb") as file:
+                torn = os.fstat(fd).st_uid == os.geteuid() and b"\n" not in file.read(_LIMIT)
+            if torn:
+                path.unlink()
 
 
 def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from qmpblock import journal as module
 from qmpblock.errors import Error
-from qmpblock.journal import Journal, Record, VMIdentity, journals, pivoted, state_directory
+from qmpblock.journal import (
+    Journal,
+    Record,
+    VMIdentity,
+    discard_torn,
+    journals,
+    pivoted,
+    state_directory,
+)
 
 PREFIX = f"qmpblock-{RUN}-"
 words = st.text(max_size=6)
@@ -555,3 +563,18 @@ def test_a_process_is_identified():
     data = VMIdentity("n", "u", 1, 2, "b", "m")
     assert Record.from_json(replace(record(), vm=data).as_json()).vm == data
     assert VM.pid == 0
+
+
+def test_only_a_first_line_that_was_never_complete_is_discarded(image):
+    """Its controller was killed while it wrote it; the next one must be able to write its own."""
+    wanted = of_pivot(image)
+    journal = Journal.create(wanted, image)
+    discard_torn(wanted)
+    assert all(path.exists() for path in journal.paths)
+    for path in journal.paths:
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(Error):
+        Journal.create(wanted, image)
+    discard_torn(wanted)
+    assert not any(path.exists() for path in journal.paths)
+    Journal.create(wanted, image).remove()

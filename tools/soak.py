@@ -4,7 +4,8 @@ Each slice is one pytest of tests/soak and of its share of tests/live, with QMPB
 QMPBLOCK_ROUNDS (how many rounds each soak test does), QMPBLOCK_SEED (of their random choices; slice
 by slice another, and from the same start always the same) and QMPBLOCK_SLICE (which of how many:
 matrices of points are dealt out among the slices). A slice that passed is recorded, so that a run
-that was interrupted goes on where it was. The record counts only for the same QEMU and the same code.
+that was interrupted goes on where it was. The record counts only for the same QEMU and the same
+code.
 """
 
 from __future__ import annotations
