@@ -9,7 +9,7 @@ import pytest
 from disturbed import nothing_of_ours
 
 import qmpblock
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import BusyError, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -227,3 +227,26 @@ async def test_a_foreign_concluded_stream_that_stays_is_refused(
     assert [job["status"] for job in await vm.execute("query-jobs")] == ["concluded"]
     await vm.execute("job-dismiss", id="theirs")
     invariant.forget(vm)
+
+
+@pytest.mark.scenarios("chain-3.yaml")
+@pytest.mark.parametrize("how", ["stream", "commit"])
+async def test_a_bitmap_in_use_does_not_kill_qemu(how, scenario, start_qemu, vm_dir):
+    """QEMU aborts where a layer goes whose dirty bitmap is exported."""
+    vm = await start_qemu(scenario)
+    node = "d0-1"
+    await vm.execute("block-dirty-bitmap-add", node=node, name="backup", disabled=True)
+    await vm.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(vm_dir / "n")}})
+    await vm.execute(
+        "block-export-add", type="nbd", id="backup", node_name=node, bitmaps=["backup"]
+    )
+    async with qmpblock.connect(vm.monitor_path, nbd=str(vm_dir / "n")) as controller:
+        [disk] = await controller.disks()
+        running = disk.stream() if how == "stream" else disk.commit(top="@1")
+        with pytest.raises(BusyError, match="backup"):
+            async with running:
+                pass
+    assert vm.running, vm.evidence()
+    await vm.execute("block-export-del", id="backup")
+    await vm.execute("nbd-server-stop")
+    await vm.execute("block-dirty-bitmap-remove", node=node, name="backup")
