@@ -19,13 +19,13 @@ HERE = Path(__file__).parent
 
 #: What share of a function's cases a run takes, by module.
 SHARES = {
-    "test_allocate": 0.15,
-    "test_allocate_full": 0.15,
-    "test_chains": 0.1,
-    "test_job_commands": 0.5,
-    "test_job_control": 0.35,
-    "test_job_faults": 0.35,
-    "test_policy": 0.15,
+    "test_allocate": 0.1,
+    "test_allocate_full": 0.1,
+    "test_chains": 0.07,
+    "test_job_commands": 0.3,
+    "test_job_control": 0.2,
+    "test_job_faults": 0.2,
+    "test_policy": 0.06,
 }
 
 
