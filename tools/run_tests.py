@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 QEMU = "qemu-system-x86_64"
 NEWER = ("11",)
 MATRIX = ("10", "11")
-WORKERS = ("-n", "auto", "--maxprocesses", "4")  # ARGS="-n 0" turns it off, for --pdb
+# QEMUs mostly wait: on 2 cores, 3 workers keep them busy. ARGS="-n 0" turns it off, for --pdb.
+WORKERS = ("-n", str(min(4, max(3, os.cpu_count() or 1))))
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
 

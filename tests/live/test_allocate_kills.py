@@ -12,7 +12,7 @@ _WAYS = ("undo", "carry-on", "again")
 
 @pytest.mark.parametrize("operation", ALLOCATIONS, ids=str)
 async def test_a_controller_or_qemu_killed_at_any_command(operation, vm_dir, qemu_binary):
-    chosen, tried, total = sample(0.03), 0, 0
+    chosen, tried, total = sample(0.015), 0, 0
     async with Matrix(operation, vm_dir, qemu_binary) as matrix:
         points = [
             (number, moment, way)
