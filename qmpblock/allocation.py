@@ -206,7 +206,7 @@ async def _allocate_thin(
         )
     ):
         found = await _bring_up(disk, first, count, speed, progress)
-    await undisturbed(change.end())
+        await undisturbed(change.end())
     return found
 
 

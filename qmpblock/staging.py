@@ -133,7 +133,7 @@ async def reserve_by_staging(
             if reserved < slice_size:
                 break  # the frozen map had no more; what the live one shows has space already
             position = int(chosen.stops[-1])
-    await undisturbed(change.end())
+        await undisturbed(change.end())
     return done, held
 
 
