@@ -22,6 +22,7 @@ SHARES = {
     "test_allocate": 0.1,
     "test_allocate_full": 0.1,
     "test_chains": 0.07,
+    "test_drawings": 0.06,
     "test_job_commands": 0.3,
     "test_job_control": 0.2,
     "test_job_faults": 0.2,

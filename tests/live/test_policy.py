@@ -1,223 +1,39 @@
-"""Policies on living QEMUs: the seed's drawings, apply twice, failures, several VMs, kills."""
+"""Policies on living QEMUs: wishes, apply twice, failures, several VMs, kills."""
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import yaml
+from applying import (
+    DROPPED,
+    FULL,
+    applied,
+    apply_to,
+    check_closed,
+    one_disk,
+    plan_of,
+    planned,
+    written,
+)
 from chains import cli
-from jsonschema import Draft202012Validator
 from rounds import with_guest
 
 import qmpblock
 from qmpblock import lock
-from qmpblock import policy as policies
 from qmpblock.change import Change, lock_names
-from qmpblock.cli import apply_command, plan_command
 from qmpblock.lock import Holder
-from qmpblock.policyfile import parse_policy
-from qmpblock.ranges import Ranges
 from qmpblock.testing.faults import inject, small_file_system
 from qmpblock.testing.images import Tools, build
-from qmpblock.testing.scenario import Operation, load_scenarios
+from qmpblock.testing.scenario import Operation
 from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
 pytestmark = pytest.mark.live
 
-FULL = {"backing": "independent", "allocation": "full"}
 CHAIN = pytest.mark.scenarios("chain-3.yaml")
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-SCHEMAS = Path(__file__).parents[2] / "docs" / "schema"
-# What the images that leave the chain take with them, and what the active one records then.
-DROPPED = r"^(disappeared: (node|edge|open file): |appeared: (node|edge): d0 )"
-
-
-def written(directory, content, name="policy.yaml"):
-    """Write a policy file."""
-    path = directory / name
-    path.write_text(yaml.safe_dump(content))
-    return str(path)
-
-
-def one_disk(vm, disk, **wanted):
-    return {"vms": [{"address": vm.monitor_path, "disks": [{"disk": disk, **wanted}]}]}
-
-
-def valid(text, name):
-    value = json.loads(text)
-    schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text())
-    Draft202012Validator(schema).validate(value)
-    return value["disks"]
-
-
-async def planned(path, code=0):
-    got, out, err = await cli("plan", path, "--json")
-    assert got == code, err
-    return valid(out, "plan")
-
-
-async def applied(path, code=0):
-    got, out, err = await cli("apply", path, "--json")
-    assert got == code, err
-    return valid(out, "apply")
-
-
-# -- the eight drawings of 2011
-
-
-def in_format(scenario, fmt):
-    """Return a drawing's scenario with every image in another format."""
-
-    def renamed(name):
-        return None if name is None else name.replace(".qcow2", f".{fmt}")
-
-    [disk] = scenario.disks
-    images = tuple(
-        replace(image, format=fmt, file=renamed(image.file), backing=renamed(image.backing))
-        for image in disk.images
-    )
-    return replace(scenario, disks=(replace(disk, images=images),))
-
-
-def wanted_by(drawing):
-    """Say a drawing in a policy's words."""
-    wanted = {"allocation": "full" if drawing.full else "thin"}
-    if drawing.independent:
-        wanted["backing"] = "independent"
-    if drawing.length < drawing.block * len(drawing.after[-1]):
-        wanted["ranges"] = [{"offset": drawing.offset, "length": drawing.length}]
-    return wanted
-
-
-def cell(own, start, block, *, raw):
-    """Say what a layer holds in one block: data, host space for zeros, or nothing."""
-    part = own.clip(start, block)
-    if part.where(data=True).total == block:
-        return "data"
-    if part.where(present=True, reserved=True).total == block:
-        return "reserved"
-    blank = part.where(present=True, zero=True, data=False, reserved=False) if raw else part.holes()
-    assert blank.total == block, f"at {start}: {list(part)}"
-    return "nothing"
-
-
-async def check_drawing(vm, drawing):
-    """See that the chain has the drawing's layers, and each cell what is drawn in it."""
-    async with qmpblock.connect(vm.monitor_path) as controller:
-        [disk] = await controller.disks()
-        layers = await disk.layers()
-    assert len(layers) == len(drawing.after)
-    raw = layers[0].layer.format == "raw"
-    for row, layer in zip(reversed(drawing.after), layers, strict=True):
-        for index, drawn in enumerate(row):
-            got = cell(layer.map, index * drawing.block, drawing.block, raw=raw)
-            expected = {" ": ("nothing",), "0": ("data", "reserved")}.get(drawn, ("data",))
-            assert got in expected, f"block {index} of {row!r}: {got}"
-
-
-def seen_by_guest(rows):
-    """Return the byte that the guest reads in each block."""
-    top = (next((c for c in column if c != " "), "0") for column in zip(*rows[::-1], strict=True))
-    return [0 if c == "0" else ord(c) for c in top]
-
-
-async def check_content(vm, drawing):
-    for index, byte in enumerate(seen_by_guest(drawing.before)):
-        await vm.qemu_io("d0", f"read -P {byte} {index * drawing.block} {drawing.block}")
-
-
-def space(extents):
-    """Return where a layer of a document has host space.
-
-    What is reserved in a raw file, and then read, is data to the kernel: a picture may say either.
-    """
-    return Ranges(
-        (one["start"], one["start"] + one["length"])
-        for one in extents
-        if one["data"] or one["reserved"]
-    )
-
-
-def drawings():
-    params = []
-    for scenario in load_scenarios(FIXTURES, "seed-*.yaml"):
-        formats = ["qcow2", "qed"] + ["raw"] * (len(scenario.drawing.before) == 1)
-        params += [pytest.param(scenario, fmt, id=f"{scenario}-{fmt}") for fmt in formats]
-    return params
-
-
-def test_all_eight_drawings_are_tried():
-    assert len({param.values[0].name for param in drawings()}) == 8
-    assert len(drawings()) == 8 * 2 + 4
-
-
-@pytest.mark.parametrize(("scenario", "fmt"), drawings())
-async def test_a_drawing_by_policy_alone(scenario, fmt, start_qemu, invariant, vm_dir, qemu_binary):
-    drawing = scenario.drawing
-    built = await build(in_format(scenario, fmt), vm_dir / "images", Tools.of(qemu_binary))
-    digest = await built.disks[0].active.digest(built.tools)
-    vm = await start_qemu(built)
-    policy = one_disk(vm, "vd0", **wanted_by(drawing))
-    path = written(vm_dir, policy)
-    await check_content(vm, drawing)
-    await invariant.begin(vm)
-    [plan] = await planned(path)
-    await invariant.verify(vm)  # a plan changes nothing
-
-    await invariant.begin(vm)
-    if drawing.independent:
-        invariant.expect(DROPPED)
-    [result] = await applied(path)
-    assert result["state"] == "done"
-    assert result["allocated"] + result["reserved"] >= plan["move"] + plan["reserve"]
-    assert result["dropped"] == plan["leaving"]
-    await check_drawing(vm, drawing)
-
-    # What the plan drew is what came of it; and there is nothing left to do.
-    [again] = await plan_of(policy)
-    if fmt == "raw":
-        [wanted], [now] = plan["wanted"]["layers"], again["today"]["layers"]
-        assert space(now["extents"]) == space(wanted["extents"])
-    else:
-        assert again["today"] == plan["wanted"]
-    assert again["steps"] == []
-    [result] = await apply_to(policy)
-    assert result["state"] == "nothing"
-    await check_drawing(vm, drawing)
-    await check_content(vm, drawing)
-
-    await invariant.verify(vm)
-    await vm.quit()
-    await check_closed(built, digest, alone=drawing.independent)
-
-
-async def plan_of(policy):
-    """Plan by the library: the command's documents, without its process."""
-    plans = await policies.plan(parse_policy(yaml.safe_dump(policy)))
-    return [plan_command.document(one) for one in plans]
-
-
-async def apply_to(policy, **calls):
-    results = await policies.apply(parse_policy(yaml.safe_dump(policy)), **calls)
-    return [apply_command.document(one) for one in results]
-
-
-async def check_closed(built, digest, *, alone, number=0):
-    """Check the closed images: the content is what it was, and, alone, needs no other image."""
-    active = built.disks[number].active
-    if alone:
-        active = replace(active, backing=None)
-        words = ["info", "--output=json", "-f", active.spec.format, str(active.path)]
-        info = await built.tools.run(built.tools.img, *words)
-        assert "backing-filename" not in json.loads(info)
-    assert await active.digest(built.tools) == digest
-    await active.check(built.tools)
 
 
 # -- other wishes

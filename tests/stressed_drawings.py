@@ -1,0 +1,233 @@
+"""The eight drawings by policy alone, while the guest writes to the very ranges: rounds of it.
+
+A round takes one drawing in one format, some MiB large, and a stress area of the guest's that
+lies across what is to change: data below, blanks, zeros. What the guest wrote is computed from
+its stress run; everything else must be as drawn, to the cluster on the map and to the byte in
+the closed image.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+from itertools import cycle
+
+import numpy as np
+from allocating import content
+from applying import DROPPED, apply_to, one_disk, plan_of, without_backing
+from seed_drawings import (
+    check_drawing,
+    drawings,
+    in_format,
+    layers_of,
+    seen_by_guest,
+    wanted_by,
+)
+
+from qmpblock.ranges import Ranges
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.invariant import Invariant
+from qmpblock.testing.stamps import StressSpec, block_of, check_acknowledged
+
+SCALE = 32  # a block of the drawing is 2 MiB
+RAW_CLUSTER = 4096  # bytes that a file system allocates at once, at most
+STAGED_CLUSTER = 64 << 10  # of a staged commit's overlay: what the guest writes there comes home so
+_STALL = 60.0  # seconds without a write of the guest's that count as a hang
+
+
+@dataclass
+class Outcome:
+    """What some rounds did, to be printed.
+
+    :ivar rounds: by drawing and format.
+    :ivar writes: that were acknowledged; `met`: bytes of clusters to which the guest wrote first
+        while the policy was being applied.
+    :ivar held: of each round, the longest that a pivot held the guest, by qmpblock's own clock;
+        `longest`: the guest's longest request meanwhile. Seconds.
+    """
+
+    rounds: dict[str, int] = field(default_factory=dict)
+    writes: int = 0
+    met: int = 0
+    held: list[float] = field(default_factory=list)
+    longest: list[float] = field(default_factory=list)
+
+    def __str__(self):
+        pivots = [(held, longest) for held, longest in zip(self.held, self.longest, strict=True)]
+        staged = [longest for held, longest in pivots if held]
+        others = [longest for held, longest in pivots if not held]
+        lines = [f"{name}: {count}" for name, count in sorted(self.rounds.items())]
+        lines += [
+            f"{sum(self.rounds.values())} rounds, {self.writes} writes, {self.met >> 10} KiB met",
+            f"held by pivots, ms: {_spread([held for held in self.held if held])}",
+            f"guest's longest request of rounds with pivots, ms: {_spread(staged)}",
+            f"guest's longest request of rounds without, ms: {_spread(others)}",
+        ]
+        return "\n".join(lines)
+
+
+def _spread(seconds):
+    if not seconds:
+        return "none"
+    least, median, most = np.quantile(np.array(seconds) * 1000, [0, 0.5, 1])
+    return f"{least:.1f} / {median:.1f} / {most:.1f} (least, median, most of {len(seconds)})"
+
+
+def dealt(count, chance):
+    """Deal `count` drawings, each with a format, by chance: one after another equally often."""
+    every = drawings()
+    chance.shuffle(every)
+    return [param.values for param, _ in zip(cycle(every), range(count), strict=False)]
+
+
+async def stressed_rounds(start_qemu, directory, qemu, chance, count):
+    """Do so many rounds, each with a VM of its own; return what came of them."""
+    outcome = Outcome()
+    for number, (scenario, fmt) in enumerate(dealt(count, chance)):
+        room = directory / f"round{number}"
+        room.mkdir()
+        one = _Round(scenario, fmt, chance)
+        try:
+            built = await build(one.scenario, room / "images", Tools.of(qemu))
+            vm = await start_qemu(built, guest=True)
+            await one.apply(vm, outcome)
+            await vm.quit()
+            await one.check_closed(built)
+        except BaseException as error:
+            error.add_note(f"round {number}: {one}")
+            raise
+        outcome.rounds[one.name] = outcome.rounds.get(one.name, 0) + 1
+    return outcome
+
+
+class _Round:
+    """One drawing in one format, and the guest's writes to it."""
+
+    def __init__(self, scenario, fmt, chance):
+        self.name = f"{scenario}-{fmt}"
+        # QEMU's own check finds leaks in a full QED image of small clusters, whoever filled it.
+        sizes = {"raw": [RAW_CLUSTER], "qed": [64 << 10], "qcow2": [4 << 10, 64 << 10]}
+        self.cluster = chance.choice(sizes[fmt])
+        options = [] if fmt == "raw" else [("cluster_size", str(self.cluster))]
+        self.scenario = in_format(scenario, fmt, scale=SCALE, options=options)
+        self.drawing = self.scenario.drawing
+        self.spec = self._stress(chance)
+
+    def __str__(self):
+        return f"{self.name}, clusters of {self.cluster}, {self.spec}"
+
+    def _stress(self, chance):
+        """Choose an area across something that is to change, which is not all that is."""
+        drawing = self.drawing
+        changed = self._changed()
+        size = drawing.block * len(drawing.after[-1])
+        while True:
+            length = drawing.block * chance.choice([2, 4])
+            offset = chance.randrange((size - length) // 512 + 1) * 512
+            area = Ranges([(offset, offset + length)])
+            outside = [cell for cell in changed if not Ranges([cell]) & area]
+            if outside and Ranges(changed) & area:
+                break
+        block_size = chance.choice([512, 4096, 65536])
+        return StressSpec(
+            offset=offset,
+            blocks=length // block_size,
+            block_size=block_size,
+            queue_depth=chance.choice([1, 8, 32]),
+            seed=chance.getrandbits(32),
+            flush_every=chance.choice([0, 20, 200]),
+            rate=chance.choice([0, 1000, 200]),
+            read_percent=20,
+        )
+
+    def _changed(self):
+        """Return the cells in which the active layer changes."""
+        pairs = zip(self.drawing.before[-1], self.drawing.after[-1], strict=True)
+        block = self.drawing.block
+        return [(n * block, (n + 1) * block) for n, (a, b) in enumerate(pairs) if a != b]
+
+    def writes(self, last):
+        """Return where the guest's writes 1..last went."""
+        blocks = np.unique(block_of(self.spec, 1, last)).astype(np.int64)
+        starts = self.spec.offset + blocks * self.spec.block_size
+        return Ranges.from_arrays(starts, starts + self.spec.block_size)
+
+    async def apply(self, vm, outcome):
+        """Apply the policy while the guest writes; see what came of it in the VM."""
+        policy = one_disk(vm, "vd0", **wanted_by(self.drawing))
+        alone = self.drawing.independent
+        invariant = Invariant()
+        await invariant.begin(vm)
+        if alone:
+            invariant.expect(DROPPED)
+        stops = vm.control.subscribe("STOP")
+        await vm.guest.stress(self.spec)
+        await self._some_writes(vm, 1)
+        await vm.guest.latency()  # counts anew from here
+        before = await vm.guest.progress()
+
+        [result] = await apply_to(policy)
+        latency = await vm.guest.latency()
+        after = await vm.guest.progress()
+        assert (result["state"], result["error"]) == ("done", None)
+        assert result["dropped"] == ([str(path) for path in self._backing(vm)] if alone else [])
+        assert after.running, after
+        await self._some_writes(vm, after.acked + 1)
+
+        # There is nothing left to do, as the guest writes on.
+        [again] = await plan_of(policy)
+        assert again["steps"] == []
+        [second] = await apply_to(policy)
+        assert (second["state"], second["error"]) == ("nothing", None)
+
+        self.end = await vm.guest.stop_stress()
+        assert (self.end.bad, self.end.errors) == (0, 0), self.end
+        assert self.end.acked == self.end.issued
+        assert await vm.guest.check() > 0
+        assert stops.pending() == [], "the guest was paused"
+
+        layers = await layers_of(vm)
+        size = layers[0].map.length
+        written = self.writes(self.end.issued)
+        touched = written.align_out(self.cluster, size)
+        assert touched - layers[0].map.where(data=True) == Ranges()
+        if self.drawing.full and layers[0].layer.format != "raw":
+            touched = written.align_out(max(self.cluster, STAGED_CLUSTER), size)
+        check_drawing(layers, self.drawing, touched)
+        await invariant.verify(vm)
+
+        outcome.writes += self.end.acked
+        first = self.writes(after.issued).align_out(self.cluster, size)
+        outcome.met += (first - self.writes(before.issued).align_out(self.cluster, size)).total
+        outcome.held.append(result["held"])
+        outcome.longest.append(latency.held_us / 1e6)
+        print(
+            f"{self.name}: {self.end.acked} writes, held {result['held'] * 1e3:.1f} ms, "
+            f"the guest's longest request {latency.held_us / 1e3:.1f} ms"
+        )
+
+    async def _some_writes(self, vm, count):
+        """Wait until so many writes are acknowledged."""
+        async with asyncio.timeout(_STALL):
+            while (await vm.guest.progress()).acked < count:
+                await asyncio.sleep(0.005)
+
+    def _backing(self, vm):
+        return [image.path for image in vm.disks[0].active.chain()[1:]]
+
+    async def check_closed(self, built):
+        """See that the closed active image, alone where it should be, holds it all."""
+        active = built.disks[0].active
+        if self.drawing.independent:
+            active = await without_backing(active, built.tools)
+        found = np.frombuffer(await content(active, built.tools), np.uint8)
+        expected = np.repeat(np.array(seen_by_guest(self.drawing.before)), self.drawing.block)
+        written = np.zeros(len(expected), np.bool_)
+        for start, stop in self.writes(self.end.issued):
+            written[start:stop] = True
+        assert len(found) == len(expected)
+        wrong = np.flatnonzero(~written & (found != expected))
+        assert not len(wrong), f"{len(wrong)} bytes, from {wrong[0]}, that nobody wrote"
+        area = slice(self.spec.offset, self.spec.offset + self.spec.length)
+        stamps = np.where(written[area], found[area], 0).astype(np.uint8)
+        verdict = check_acknowledged(stamps, self.spec, self.end.acked, self.end.issued)
+        assert verdict.ok, verdict
+        await active.check(built.tools)
