@@ -20,6 +20,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from qmpblock.driving import (
     pivot,
     relink,
     restore_limits,
+    restore_zeroes,
 )
 from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, printable
 from qmpblock.graph import BlockGraph, Device
@@ -65,6 +67,7 @@ _log = logging.getLogger(__name__)
 _ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
 _RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
+_EMPTY = {f.name: f.default for f in fields(Record) if f.default is not MISSING}
 _OWN_REMEDY = "wait for it, or end it; if it hangs, kill it, then: qmpblock recover ADDRESS"
 
 
@@ -94,7 +97,8 @@ async def identify(vm: VM) -> VMIdentity:
 
 def record_of(holder: Holder) -> Record | None:
     """Return what the holder of a disk's lock was about; None if it does not say."""
-    record = Record.from_json(holder.details.get("record"))
+    said = holder.details.get("record")
+    record = Record.from_json(_EMPTY | said if isinstance(said, dict) else None)
     return record if record is not None and record.run == holder.run else None
 
 
@@ -126,13 +130,18 @@ class Change:
 
     :param record: what it intends; its run id is in the names of all that it makes.
     :param beside: the image beside which its journal is kept too.
+    :param journaled: whether it makes anything that outlives QEMU. If not, its locks, whose
+        data is the record, are all that whoever undoes it needs.
     """
 
-    def __init__(self, vm: VM, record: Record, *, beside: Path | None = None) -> None:
+    def __init__(
+        self, vm: VM, record: Record, *, beside: Path | None = None, journaled: bool = True
+    ) -> None:
         self.vm = vm
         self.record = record
         self.journal: Journal | None = None
         self._beside = beside
+        self._journaled = journaled
         self._locked: list[str] = []
 
     @staticmethod
@@ -141,8 +150,12 @@ class Change:
         return secrets.token_hex(4)
 
     def holder(self) -> Holder:
-        """Return what the locks say."""
-        return Holder.me(self.record.run, record=self.record.as_json())
+        """Return what the locks say.
+
+        What is empty is left out: QEMU takes a command in byte by byte, 8 us each.
+        """
+        said = {k: v for k, v in self.record.as_json().items() if _EMPTY.get(k) != v}
+        return Holder.me(self.record.run, record=said)
 
     async def begin(self) -> None:
         """Take the locks, write the journal. Cancelling leaves nothing.
@@ -163,7 +176,8 @@ class Change:
                     remedy=_OWN_REMEDY,
                 )
                 self._locked.append(name)
-            self.journal = Journal.create(self.record, self._beside)
+            if self._journaled:
+                self.journal = Journal.create(self.record, self._beside)
         except BusyError as error:
             await undisturbed(self.end())
             error.standing = "nothing was touched"
@@ -269,7 +283,10 @@ class Change:
         if gone:
             error.standing = "QEMU has ended"
             error.remedy = f"run: qmpblock recover {printable(' '.join(record.images[:1]))}"
-            if self.journal is not None:
+            if not self._journaled:
+                error.standing = "QEMU has ended, and all that was ours with it"
+                error.remedy = None
+            elif self.journal is not None:
                 with contextlib.suppress(Error):
                     verdict = await recover_journal(self.journal)
                     error.standing = f"QEMU has ended. {verdict.describe()}"
@@ -390,6 +407,8 @@ async def _perform(
             job.end()
     elif step.verb == "relink":
         await relink(vm, record, graph)
+    elif step.verb == "restore-zeroes":
+        await restore_zeroes(vm, record)
     elif step.verb == "bring-home":
         await bring_home(vm, record, journal, graph)
     elif step.verb == "restore-limits":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -47,9 +48,13 @@ __all__ = [
     "promote_bitmaps",
     "relink",
     "restore_limits",
+    "restore_zeroes",
+    "set_detect_zeroes",
 ]
 
 _log = logging.getLogger(__name__)
+# What QEMU lets a node be called, by people or by itself; it goes into a command line.
+_NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
 _PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
 _REQUIRED = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _LIMITS = (
@@ -134,6 +139,35 @@ async def relink(vm: VM, record: Record, graph: BlockGraph) -> None:
         await vm.monitor.execute("blockdev-reopen", {"options": [options]})
     except (CommandError, UnsupportedError) as error:
         _log.warning("%s stays where it is: %s", record.top, error)
+
+
+async def set_detect_zeroes(vm: VM, node: str, value: str) -> None:
+    """Change one option of a node, and see that it is so.
+
+    blockdev-reopen would give all others their defaults, what they are no command tells, and
+    it refuses nodes that QEMU named itself (those of -drive). qemu-io's `reopen` keeps them.
+
+    :param value: `off`, `on` or `unmap`.
+    :raise UnsupportedError: it had no effect.
+    """
+    said = "the node's name cannot be put on a command line"
+    if _NODE_NAME.fullmatch(node):
+        line = f'qemu-io {node} "reopen -o detect-zeroes={value}"'
+        said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    for info in await vm.monitor.execute("query-named-block-nodes", {"flat": True}):
+        if info["node-name"] == node and info.get("detect_zeroes") == value:
+            return
+    raise UnsupportedError(
+        f"QEMU does not set detect-zeroes of {printable(node)} to {value}: {printable(said)}"
+    )
+
+
+async def restore_zeroes(vm: VM, record: Record) -> None:
+    """Give the base its detect-zeroes back; that must not keep an overlay from coming home."""
+    try:
+        await set_detect_zeroes(vm, record.base, record.detect_zeroes)
+    except (CommandError, UnsupportedError) as error:
+        _log.warning("%s", error)
 
 
 async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: BlockGraph) -> None:

@@ -88,6 +88,7 @@ class Record:
         (target node, source node, name).
     :ivar throttle: the guest's I/O limits, as they were, where it lowers them; empty if not.
         Its `group` is in `throttle_group`.
+    :ivar detect_zeroes: of the base, where it is another one for a while; empty if not.
     :ivar images: every image file of the disks, the active ones first.
     """
 
@@ -115,6 +116,7 @@ class Record:
     merges: tuple[tuple[str, str, str], ...] = ()
     throttle: tuple[tuple[str, int], ...] = ()
     throttle_group: str = ""
+    detect_zeroes: str = ""
     images: tuple[str, ...] = ()
 
     @property
@@ -142,6 +144,8 @@ class Record:
         if not all(name.startswith(prefix) for name in ours):
             return None
         if not all(name.startswith("qmpblock-disk-") for name in record.locks):
+            return None
+        if record.detect_zeroes not in ("", "on", "unmap"):  # it goes into a command line
             return None
         return record
 

@@ -44,7 +44,8 @@ class Step:
     """One thing to do, and why, in words.
 
     :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `relink`,
-        `bring-home`, `restore-limits`, `delete-bitmap`, `delete-node` or `delete-file`.
+        `restore-zeroes`, `bring-home`, `restore-limits`, `delete-bitmap`, `delete-node` or
+        `delete-file`.
     :ivar what: the job, node (for a bitmap NODE/NAME) or file.
     """
 
@@ -126,6 +127,7 @@ def _way_home(record: Record, graph: BlockGraph) -> Iterable[Step]:
         unused = node in graph.nodes and not graph.users(node)
         if node != record.top and (unused or node == between):
             yield Step("delete-node", node, "it holds nothing but zeros")
+    yield from _zeroes(record, graph)
     yield Step("bring-home", record.top, "it holds what the guest wrote last")
 
 
@@ -167,6 +169,7 @@ def _leftovers(
     record: Record, graph: BlockGraph, made: Iterable[str], *, stale: bool | None
 ) -> Iterable[Step]:
     done = took_effect(record, graph)
+    yield from _zeroes(record, graph)
     if record.throttle:
         yield Step("restore-limits", record.devices[0], "the guest was slowed down for the pivot")
     if done is False:
@@ -189,6 +192,12 @@ def _leftovers(
     for file in made:
         if file not in used and not ours:
             yield Step("delete-file", file, "we made it, and it was never used")
+
+
+def _zeroes(record: Record, graph: BlockGraph) -> Iterable[Step]:
+    base = graph.nodes.get(record.base)
+    if record.detect_zeroes and base and base.detect_zeroes != record.detect_zeroes:
+        yield Step("restore-zeroes", base.name, "its detect-zeroes was off while it was frozen")
 
 
 def _may_hold_writes(record: Record, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:

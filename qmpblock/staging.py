@@ -6,7 +6,7 @@ in place, while the guest writes on (facts 0.C). For each slice of the disk::
     guest -> D                          1. make T, an empty overlay beside D, and take a snapshot
     guest -> T -> D                     2. D is frozen: now, and not before, read its map
     guest -> T -> D,  Z -> D            3. make Z: zeros as data, where D has nothing or zeros
-    guest -> T -> Z -> D                4. blockdev-reopen T
+    guest -> T -> Z -> D                4. blockdev-reopen T; D's detect-zeroes is off
     guest -> T -> D                     5. commit Z into D: D has the clusters
     guest -> D                          6. commit T into D, and pivot: T goes
 
@@ -30,6 +30,7 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, key_secret
 from qmpblock.change import Change, identify, lock_names, settle
+from qmpblock.driving import set_detect_zeroes
 from qmpblock.errors import (
     Error,
     GraphError,
@@ -101,6 +102,7 @@ async def reserve_by_staging(
         base=active.node.name,
         base_file=file,
         base_format=active.format,
+        detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
         nodes=(node, f"{node}-file", f"qmpblock-{run}-z"),
         files=(overlay, f"{overlay}-z"),
         images=host_files(vm, disk.chain),
@@ -148,13 +150,6 @@ def check_staging(disk: Disk) -> str:
             f"host space for {active.format} images cannot be had while they are in use; for "
             "raw, luks, qcow2 and qed it can",
             standing="nothing was touched",
-        )
-    if active.node.detect_zeroes != "off":
-        raise UnsupportedError(
-            f"{disk.name} has detect-zeroes={active.node.detect_zeroes}: QEMU would make zero "
-            "clusters of what is to be reserved",
-            standing="nothing was touched",
-            remedy="start the VM with detect-zeroes=off for this disk",
         )
     file = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
     if file is None or not hostfiles.same_files(disk.vm.monitor.peer_pid):
@@ -225,6 +220,7 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
     chosen = await _choose(disk, change, first, stop, size)
     if chosen:
         await _stage(disk, change, item, chosen)
+        await _prove(disk, chosen)
     # The overlay comes home, and goes; all that is left is removed.
     await undisturbed(settle(vm, record, journal, Choice.UNDO))
     await disk.refresh()
@@ -234,6 +230,12 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
             standing=f"{printable(record.top_file)} is a layer of the chain now, and needed there",
             remedy="when the disk is idle, commit that layer into the one below: qmpblock commit "
             "ADDRESS DISK --top LAYER --base LAYER",
+        )
+    if record.detect_zeroes and disk.chain.active.node.detect_zeroes != record.detect_zeroes:
+        raise Error(
+            f"QEMU does not give {disk.name} its detect-zeroes={record.detect_zeroes} back",
+            remedy="nothing is lost by it, but the guest's zeros take space from now on; "
+            "blockdev-reopen can set it",
         )
     return chosen
 
@@ -297,6 +299,10 @@ async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None
         },
     )
     await execute("blockdev-reopen", {"options": [item.node_options(node)]})
+    if record.detect_zeroes:
+        # It would make zero clusters of the zeros, which take no space. What the guest writes
+        # goes through the overlay, which detects zeros as the image did.
+        await set_detect_zeroes(vm, record.base, "off")
     job = Job(vm.monitor, record.helpers[1], "commit")
     try:
         chain = (await vm.graph()).device(disk.device.qom_path).chain
@@ -317,6 +323,22 @@ async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None
         job.end()
     if error is not None:
         raise JobError(job.id, "commit", error)
+
+
+async def _prove(disk: Disk, chosen: Ranges) -> None:
+    """See that the frozen image holds data there now: zeros with space of their own.
+
+    Only here can it be seen for certain: later the guest may discard what it likes.
+    """
+    await disk.refresh()
+    first = int(chosen.starts[0])
+    seen = await disk.map(first, int(chosen.stops[-1]) - first)
+    left = chosen - seen.where(depth=1, data=True) - seen.where(depth=0, present=True)
+    if left:
+        raise Error(
+            f"QEMU did not store {left.total} bytes of the zeros that were to reserve space in "
+            f"{disk.name}",
+        )
 
 
 def _zeros_cluster(frozen: Layer) -> int:

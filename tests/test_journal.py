@@ -58,6 +58,7 @@ FIELDS = {
     "merges": some(st.tuples(words, words, words)),
     "throttle": some(st.tuples(words, numbers)),
     "throttle_group": words,
+    "detect_zeroes": st.sampled_from(["", "on", "unmap"]),
     "images": some(words),
 }
 records = st.builds(Record, **FIELDS)
@@ -142,6 +143,7 @@ def test_a_field_of_the_wrong_kind_is_no_record(wanted, data):
         {"job": f"qmpblock-{RUN}"},
         {"locks": ("qmpblock-nbd",)},
         {"locks": ("sec0",)},
+        {"detect_zeroes": 'off"; quit "'},
         {"run": "DEADBEEF"},
         {"run": "deadbee"},
         {"run": f"{RUN}\n"},

@@ -345,6 +345,25 @@ def test_an_overlay_on_top_comes_home(choice):
     assert verbs(found) == ["delete-node", "bring-home"]
 
 
+@pytest.mark.parametrize("choice", Choice)
+def test_detect_zeroes_comes_back_before_the_overlay(choice):
+    """Or, where the guest was back already, at once; and only where it is another one now."""
+    wanted = of_staging(detect_zeroes="unmap")
+    drawing = staged("d0")
+    found = steps(wanted, drawing.graph(), choice, MADE, stale=False)
+    assert [(step.verb, step.what) for step in found] == [
+        ("restore-zeroes", "d0"),
+        ("bring-home", T),
+    ]
+    drawing.nodes["d0"]["detect_zeroes"] = "unmap"
+    assert verbs(steps(wanted, drawing.graph(), choice, MADE, stale=False)) == ["bring-home"]
+    back = chain("d0", "d1")
+    assert verbs(steps(wanted, back.graph(), choice, stale=True)) == ["restore-zeroes"]
+    assert steps(of_staging(), back.graph(), choice, stale=True) == ()
+    del back.nodes["d0"]
+    assert steps(wanted, back.device("d1").graph(), choice, stale=True) == ()
+
+
 def test_zeros_that_somebody_uses_stay():
     drawing = staged("d0", made=(T, Z)).export("theirs", Z)
     assert verbs(steps(of_staging(), drawing.graph(), UNDO)) == ["bring-home"]
@@ -412,6 +431,8 @@ class World:
         elif step.verb == "finalize":
             assert drawing.jobs[step.what][1] == "pending"
             drawing.job(step.what, "x", "concluded").rebase(wanted.keeper, wanted.base or None)
+        elif step.verb == "restore-zeroes":
+            drawing.nodes[step.what]["detect_zeroes"] = wanted.detect_zeroes
         elif step.verb == "relink":
             drawing.rebase(step.what, wanted.base)
         elif step.verb == "bring-home":
@@ -501,7 +522,7 @@ def preparing(status, done):
     drawing = staged("d0" if done else Z, made=(T, Z))
     if status:
         drawing.job(f"{PREFIX}zcommit", "commit", status, Z, "d0")
-    return World(drawing, of_staging(), MADE)
+    return World(drawing, of_staging(detect_zeroes="unmap"), MADE)
 
 
 SCENES = (streaming, committing, pivoting, snapping, staging, preparing)
@@ -540,6 +561,8 @@ def test_it_comes_to_an_end_and_nothing_of_ours_is_left(scene, status, done, cho
     assert HELPER not in names
     if scene in (committing, pivoting):
         assert "theirs" in names
+    if scene is preparing:
+        assert drawing.nodes["d0"]["detect_zeroes"] == "unmap"
 
 
 @given(

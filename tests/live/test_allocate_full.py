@@ -30,8 +30,6 @@ def refusal(scenario, disk, version):
         return None
     if image.format not in STAGED:
         return image.format
-    if disk.attach.detect_zeroes != "off":
-        return "detect-zeroes"
     return None
 
 
