@@ -409,7 +409,9 @@ async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> 
 def _or_undo(change: Change) -> AbstractAsyncContextManager[None]:
     return change.or_undo(
         lambda: "the chain is as it was; nothing of ours is left in the VM",
-        done="it was done all the same: the guest had moved on already; nothing of ours is left",
+        done=lambda: (
+            "it was done all the same: the guest had moved on already; nothing of ours is left"
+        ),
     )
 
 

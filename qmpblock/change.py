@@ -236,13 +236,15 @@ class Change:
         return done
 
     @asynccontextmanager
-    async def or_undo(self, undone: Callable[[], str], done: str = "") -> AsyncIterator[None]:
+    async def or_undo(
+        self, undone: Callable[[], str], done: Callable[[], str] | None = None
+    ) -> AsyncIterator[None]:
         """Undo the change where the body fails or is cancelled, and only then.
 
         The error is raised all the same; where it does not say what stands now, it is told.
 
         :param undone: what stands once it is undone.
-        :param done: what stands where it turned out to be done.
+        :param done: what stands where it turned out to be done (`took_effect`).
         """
         try:
             yield
@@ -252,7 +254,7 @@ class Change:
         except BaseException as error:
             took_effect = await undisturbed(self.undo())
             if isinstance(error, Error) and error.standing is None:
-                error.standing = done if took_effect and done else undone()
+                error.standing = done() if took_effect and done else undone()
             raise
 
     def _left(self) -> str:

@@ -148,7 +148,7 @@ async def snapshot(
     await change.begin()
     async with change.or_undo(
         lambda: "no snapshot was taken; nothing of ours is left",
-        done="the snapshot was taken all the same",
+        done=lambda: "the snapshot was taken all the same",
     ):
         again = await _plan(vm, run, overlays, format, backing_name, local=local)
         _unchanged(items, again)

@@ -115,9 +115,14 @@ async def reserve_by_staging(
     await change.begin()
     async with change.or_undo(
         lambda: (
+            f"{done} bytes were reserved. The guest is not back on {printable(file)}: somebody "
+            f"took a snapshot above the overlay {printable(overlay)}, which is a layer of the "
+            "chain now and needed there, or unplugged the disk"
+        ),
+        done=lambda: (
             f"the guest is back on {printable(file)}, with every write; {done} bytes were "
             "reserved and stay so; nothing of ours is left"
-        )
+        ),
     ):
         position = first
         while True:
@@ -220,7 +225,7 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
     chosen = await _choose(disk, change, first, stop, size)
     if chosen:
         await _stage(disk, change, item, chosen)
-        await _prove(disk, chosen)
+        await _prove(disk, record.top, chosen)
     # The overlay comes home, and goes; all that is left is removed.
     await undisturbed(settle(vm, record, journal, Choice.UNDO))
     await disk.refresh()
@@ -325,12 +330,14 @@ async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None
         raise JobError(job.id, "commit", error)
 
 
-async def _prove(disk: Disk, chosen: Ranges) -> None:
+async def _prove(disk: Disk, top: str, chosen: Ranges) -> None:
     """See that the frozen image holds data there now: zeros with space of their own.
 
     Only here can it be seen for certain: later the guest may discard what it likes.
     """
     await disk.refresh()
+    if disk.chain.layers[0].node.name != top:
+        return  # somebody took a snapshot; that is said once it is known where it all ended
     first = int(chosen.starts[0])
     seen = await disk.map(first, int(chosen.stops[-1]) - first)
     left = chosen - seen.where(depth=1, data=True) - seen.where(depth=0, present=True)
