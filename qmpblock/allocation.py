@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.change import Change, identify, lock_names, make_way
-from qmpblock.disk import check_range
+from qmpblock.disk import check_range, exported, read_map
 from qmpblock.driving import check_copy_on_read
 from qmpblock.errors import (
+    CommandError,
     Error,
     GraphError,
+    NBDError,
     RequestError,
     UnsupportedError,
     printable,
@@ -39,6 +41,8 @@ from qmpblock.staging import check_staging, reserve_by_staging
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
+    from qmpblock.extents import AllocationMap
+    from qmpblock.graph import Layer
     from qmpblock.nbd import Client
 
 __all__ = ["AllocationResult", "allocate", "check_thin"]
@@ -92,7 +96,6 @@ async def allocate(
 ) -> AllocationResult:
     """Make a range stand in the active layer. See `Disk.allocate`."""
     started = time.monotonic()
-    await disk.refresh()
     await make_way(disk.vm, lock_names([disk.device]))
     await disk.refresh()
     active = disk.chain.active
@@ -197,7 +200,8 @@ async def _allocate_thin(
         locks=lock_names([disk.device]),
         images=host_files(disk.vm, disk.chain),
     )
-    change = Change(disk.vm, record)
+    # Without a journal: nothing that it makes outlives QEMU, and the locks say what is there.
+    change = Change(disk.vm, record, journaled=False)
     await change.begin()
     async with change.or_undo(
         lambda: (
@@ -217,40 +221,72 @@ async def _bring_up(
     speed: Speed,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[int, int]:
-    """Copy up until nothing of the range is below; return bytes done, and there before."""
-    from qmpblock.export import Request, exports
+    """Copy up until nothing of the range is below; return bytes done, and there before.
 
+    The maps before and after, and the requests between, all go through one export.
+    """
     active = disk.chain.active
-    cluster = active.node.cluster_size or 512
-    seen = await disk.map(first, count)
-    total = below(seen).total
-    already = seen.where(depth=0, present=True).total
-    left = total
-    for _ in range(_ATTEMPTS):
-        request = Request(active.node.name, hold_writer=active.data_file is not None)
-        async with exports(
-            disk.vm.monitor, disk.device, [request], access=disk.vm.nbd, stall=disk.vm.stall
-        ) as [client]:
-            limits = [speed.piece(min(client.max_cache_length, n)) for n in (_REQUEST, _ZEROS)]
-            # A cluster of QED may be larger than a request; QEMU rounds that up by itself.
-            unit = min(cluster, client.max_cache_length)
-            batches = requests(seen, unit, disk.size, *limits)
-            report = _Report(total, total - left, progress)
-            await _cache(disk, client, batches, speed, report)
-        seen = await disk.map(first, count)
-        if disk.chain.active.node.name != active.node.name:
-            raise GraphError(
-                f"the active layer of {disk.name} is another one now: somebody took a snapshot",
-                remedy="look at it, then try again: qmpblock disks ADDRESS",
-            )
-        before, left = left, below(seen).total
-        if not left:
-            return total, already
-        if left >= before:
-            break
+    try:
+        async with exported(disk, [active], hold_writer=active.data_file is not None) as [client]:
+            seen = await read_map(client, disk.chain, first, count)
+            left = total = below(seen).total
+            already = seen.where(depth=0, present=True).total
+            for _ in range(_ATTEMPTS):
+                if left:
+                    report = _Report(total, total - left, progress)
+                    await _cache(disk, client, _batches(disk, client, seen, speed), speed, report)
+                    seen = await read_map(client, disk.chain, first, count)
+                seen = await _verified(disk, client, active, seen)
+                before, left = left, below(seen).total
+                if not left:
+                    return total, already
+                if 0 < before <= left:
+                    break
+    except (CommandError, NBDError):
+        await disk.refresh()
+        _check_active(disk, active)
+        raise
     raise UnsupportedError(
         f"{left} bytes of {disk.name} are still below the active layer: {active.format} does not "
         "take them, or the guest discards them as fast as they are allocated",
+    )
+
+
+def _batches(disk: Disk, client: Client, seen: AllocationMap, speed: Speed) -> Iterable[Batch]:
+    limits = [speed.piece(min(client.max_cache_length, n)) for n in (_REQUEST, _ZEROS)]
+    # A cluster of QED may be larger than a request; QEMU rounds that up by itself.
+    unit = min(disk.chain.active.node.cluster_size or 512, client.max_cache_length)
+    return requests(seen, unit, disk.size, *limits)
+
+
+async def _verified(
+    disk: Disk, client: Client, active: Layer, seen: AllocationMap
+) -> AllocationMap:
+    """Return the map once it is certain which chain it is of.
+
+    Depths count from the active layer, and somebody may have dropped a layer from under it.
+
+    :raise GraphError: the active layer itself is another one: an export follows it silently.
+    """
+    for _ in range(_ATTEMPTS):
+        chain = disk.chain  # which it was read for
+        await disk.refresh()
+        _check_active(disk, active)
+        if disk.chain.shape == chain.shape:
+            return seen
+        seen = await read_map(client, disk.chain, seen.start, seen.length)
+    raise GraphError(f"the chain of {disk.name} changed during each of {_ATTEMPTS} maps")
+
+
+def _check_active(disk: Disk, active: Layer) -> None:
+    if disk.chain.active.node.name != active.node.name:
+        raise _other_layer(disk)
+
+
+def _other_layer(disk: Disk) -> GraphError:
+    return GraphError(
+        f"the active layer of {disk.name} is another one now: somebody took a snapshot",
+        remedy="look at it, then try again: qmpblock disks ADDRESS",
     )
 
 
@@ -294,7 +330,7 @@ async def _cache(
     silently, and what is asked for would go to the overlay (facts 1.6).
     """
     clock = time.monotonic
-    looked = 0.0
+    looked = clock()
     flying: deque[tuple[asyncio.Task[None], int]] = deque()
     try:
         for batch in batches:
@@ -308,7 +344,6 @@ async def _cache(
             flying.append((sent, batch.length))
         while flying:
             await _landed(flying, report)
-        await _check_export(disk, client)
     finally:
         for task, _ in flying:
             task.cancel()
@@ -327,7 +362,4 @@ async def _check_export(disk: Disk, client: Client) -> None:
     wanted = disk.chain.active.node.name
     for export in await disk.vm.monitor.execute("query-block-exports"):
         if export["id"] == client.export and export["node-name"] != wanted:
-            raise GraphError(
-                f"the active layer of {disk.name} is another one now: somebody took a snapshot",
-                remedy="look at it, then try again: qmpblock disks ADDRESS",
-            )
+            raise _other_layer(disk)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qmpblock.allocation import AllocationResult
     from qmpblock.chainjobs import ChainJob
     from qmpblock.extents import AllocationMap
+    from qmpblock.headroom import RoomResult
     from qmpblock.job import Progress
     from qmpblock.nbd import Client
     from qmpblock.pace import Speed
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from qmpblock.snapshots import SnapshotResult
     from qmpblock.vm import VM
 
-__all__ = ["Disk", "LayerMap", "check_range"]
+__all__ = ["Disk", "LayerMap", "check_range", "exported", "read_map"]
 
 _CONTEXTS = ("base:allocation", "qemu:allocation-depth")
 _PARTS = 4  # of a range that are read at once
@@ -114,8 +115,8 @@ class Disk:
                 start, count = check_range(chain.active.size, offset, length)
             # A foreign snapshot silently redirects an export to the overlay (qemu-facts 1.6),
             # and the map is of neither chain then.
-            async with self._unless_changed(chain), self._export([chain.active]) as [client]:
-                found = await _read_map(client, chain.level_sizes, chain.levels, start, count)
+            async with self._unless_changed(chain), exported(self, [chain.active]) as [client]:
+                found = await read_map(client, chain, start, count)
             if self.chain.shape == chain.shape:
                 return self._mark_reserved(found, chain) if reserved else found
         raise GraphError(
@@ -140,7 +141,7 @@ class Disk:
             async with self._unless_changed(chain):
                 for first in range(0, len(through_qemu), _BATCH):
                     batch = through_qemu[first : first + _BATCH]
-                    async with self._export(batch) as clients:
+                    async with exported(self, batch) as clients:
                         for layer, client in zip(batch, clients, strict=True):
                             found[layer.depth] = await _read_layer(client, chain, layer)
             if self.chain.shape == chain.shape and (busy or not self.device.jobs):
@@ -192,6 +193,63 @@ class Disk:
             speed=speed if isinstance(speed, Speed) else Speed(speed),
             progress=progress,
         )
+
+    async def make_room(self, size: int, *, keep_free: int = 0) -> RoomResult:
+        """Reserve host space for the next `size` bytes that the guest writes, once.
+
+        So a host that runs full later does not fail them. Where the active layer grows at its
+        end (qcow2, QED, ...) the space lies past the end of its file, and holds data and
+        metadata alike; where it stores data as it is (raw, LUKS, a data file), it is the lowest
+        blank ranges of the disk. By fallocate(2): the guest is not paused, no content and no
+        size changes. Idempotent: what is missing of it is reserved. Cancelling leaves what is
+        reserved by then.
+
+        :param size: bytes; rounded up to 64 KiB.
+        :param keep_free: bytes of the host's file system that are to stay free.
+        :raise RequestError: no bytes.
+        :raise UnsupportedError: this format, file system or place cannot; nothing was touched.
+        :raise Error: there is no room on the host; what was reserved by then stays.
+        """
+        from qmpblock.headroom import make_room
+        from qmpblock.policyfile import Amount
+
+        return await make_room(self, size, keep_free=Amount(keep_free) if keep_free else None)
+
+    async def keep_ahead(
+        self,
+        size: int,
+        *,
+        keep_free: int = 0,
+        tell: Callable[[RoomResult], None] | None = None,
+    ) -> None:
+        """Keep host space reserved ahead of the guest for as long as the VM lives.
+
+        As `make_room`, again and again: up to `size` bytes, as soon as less than half of it is
+        left. QEMU wakes us by its event BLOCK_WRITE_THRESHOLD (block-set-write-threshold,
+        qapi/block-core.json), which is set on the storage node of the active layer and comes
+        once; a look every five seconds finds what no event tells, such as another active layer
+        after a snapshot or a commit, which is followed. A temporary overlay of another operation
+        of ours is left alone.
+
+        Returns when the VM has ended. Cancelling it is the way to end it before: the threshold
+        and the lock are taken away first; what is reserved stays.
+
+        :param size: bytes; rounded up to 64 KiB. What the guest writes in some seconds, at least.
+        :param keep_free: bytes of the host's file system that are to stay free.
+        :param tell: is called after each reservation, and when there is no room on the host
+            (`error`; it is tried again) or nothing left to reserve (`full`).
+        :raise RequestError: no bytes; or the disk was unplugged.
+        :raise UnsupportedError: this format, file system or place cannot, or that of a layer that
+            has become the active one.
+        :raise BusyError: another watcher keeps this disk's room, or somebody else has set a
+            write threshold on the node, which is left as it is.
+        :raise DisconnectedError: the connection was lost, but QEMU lives: `recover` removes what
+            is left.
+        """
+        from qmpblock.ahead import keep_ahead
+        from qmpblock.policyfile import Amount
+
+        await keep_ahead(self, size, keep_free=Amount(keep_free) if keep_free else None, tell=tell)
 
     async def snapshot(
         self,
@@ -271,23 +329,6 @@ class Disk:
         else:
             await self.refresh()
 
-    @asynccontextmanager
-    async def _export(self, layers: Sequence[Layer]) -> AsyncIterator[list[Client]]:
-        from qmpblock.export import Request, exports
-
-        requests = [Request(layer.node.name, _CONTEXTS) for layer in layers]
-        async with exports(
-            self.vm.monitor, self.device, requests, access=self.vm.nbd, stall=self.vm.stall
-        ) as clients:
-            for layer, client in zip(layers, clients, strict=True):
-                if client.size != layer.size:
-                    raise GraphError(
-                        f"the node {layer.node.name} has {layer.size} bytes, but its export "
-                        f"{client.size}",
-                        remedy="the disk was resized meanwhile; try again",
-                    )
-            yield clients
-
     async def _frozen_layers(self, chain: Chain) -> dict[int, LayerMap]:
         from qmpblock.qemuimg import QemuImg, blockdev
 
@@ -325,6 +366,39 @@ class Disk:
             return None
         path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
         return hostfiles.reserved_ranges(path, layer.size) if path is not None else None
+
+
+@asynccontextmanager
+async def exported(
+    disk: Disk, layers: Sequence[Layer], *, hold_writer: bool = False
+) -> AsyncIterator[list[Client]]:
+    """Export layers of a disk, read-only, with all that a map needs; yields the clients.
+
+    :param hold_writer: see `qmpblock.export.Request`.
+    :raise GraphError: the disk was resized meanwhile.
+    :raise Error: see `qmpblock.export.exports`.
+    """
+    from qmpblock.export import Request, exports
+
+    requests = [Request(layer.node.name, _CONTEXTS, hold_writer) for layer in layers]
+    vm = disk.vm
+    async with exports(vm.monitor, disk.device, requests, access=vm.nbd, stall=vm.stall) as clients:
+        for layer, client in zip(layers, clients, strict=True):
+            if client.size != layer.size:
+                raise GraphError(
+                    f"the node {layer.node.name} has {layer.size} bytes, but its export "
+                    f"{client.size}",
+                    remedy="the disk was resized meanwhile; try again",
+                )
+        yield clients
+
+
+async def read_map(client: Client, chain: Chain, offset: int, length: int) -> AllocationMap:
+    """Map a range through an export of the chain's active layer.
+
+    It is right only while the chain is the one given: look again afterwards (`Chain.shape`).
+    """
+    return await _read_map(client, chain.level_sizes, chain.levels, offset, length)
 
 
 def _has_offset(layer: Layer) -> bool:

@@ -81,7 +81,8 @@ def check_thin(before, after, cluster, size, ignored, first=0, count=None):
     data = (before.data() & came).align_out(cluster, size)
     zeros = (came - data - ignored).align_in(cluster, size)
     assert zeros - after.where(depth=0, present=True, zero=True, data=False) == Ranges()
-    assert (before.data() & span) - ignored - after.where(depth=0, data=True) == Ranges()
+    # Data comes up; where a request finds nothing but zeros in it, QEMU stores them as zeros.
+    assert (before.data() & span) - ignored - after.where(depth=0, present=True) == Ranges()
 
 
 async def without_space(subject, tools):
