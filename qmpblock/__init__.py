@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmpblock.disk import Disk, LayerMap
     from qmpblock.errors import Error
     from qmpblock.extents import AllocationMap
+    from qmpblock.headroom import RoomResult
     from qmpblock.job import Job, Progress
     from qmpblock.monitor import Monitor
     from qmpblock.pace import Speed
@@ -32,6 +33,7 @@ __all__ = [
     "LayerMap",
     "Monitor",
     "Progress",
+    "RoomResult",
     "Speed",
     "__version__",
     "connect",
@@ -47,6 +49,7 @@ _HOMES = {
     "LayerMap": "disk",
     "Monitor": "monitor",
     "Progress": "job",
+    "RoomResult": "headroom",
     "Speed": "pace",
     "VM": "vm",
     "connect": "vm",

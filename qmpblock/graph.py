@@ -113,6 +113,7 @@ class Node:
     :ivar bitmaps: its dirty bitmaps that have a name.
     :ivar detect_zeroes: QEMU's option: `off`, `on` or `unmap`.
     :ivar cache: QEMU's cache options that are on: of `writeback`, `direct`, `no-flush`.
+    :ivar write_threshold: the offset at whose crossing QEMU tells of a write; 0: it does not.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Node:
     bitmaps: tuple[Bitmap, ...] = ()
     detect_zeroes: str = "off"
     cache: frozenset[str] = frozenset()
+    write_threshold: int = 0
 
     @property
     def is_filter(self) -> bool:
@@ -543,6 +545,7 @@ class _Builder:
             cache=frozenset(
                 key for key, on in _mapping(info.get("cache", {})).items() if on is True
             ),
+            write_threshold=int(info.get("write_threshold", 0)),
         )
 
     def _job(self, info: Mapping[str, Any]) -> Job:

@@ -28,6 +28,7 @@ _EXTENT = struct.Struct("=QQQQQLLLL")  # logical, physical, length, 2 reserved, 
 _LAST = 0x1
 _UNWRITTEN = 0x800
 _BATCH = 1024
+_SYNC = 0x1  # FIEMAP_FLAG_SYNC
 
 
 def local_path(pid: int | None, layer: Layer) -> str | None:
@@ -87,18 +88,21 @@ def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
             continue  # closed since it was listed
 
 
-def reserved_ranges(path: str, size: int) -> Ranges | None:
-    """Return the ranges of a raw image that are fallocated but not written, in bytes.
+def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False) -> Ranges | None:
+    """Return the ranges of a file that are fallocated but not written, in bytes.
 
     To QEMU they are holes; only FIEMAP tells (qemu-facts 11.1). Reads metadata only.
 
     :param size: of the disk; what the file holds past it does not count.
+    :param first: where to begin.
+    :param sync: write back what is in the page cache first: until then, what is written to a
+        reserved range counts as not written.
     :return: None where the file system cannot tell.
     """
     from qmpblock.ranges import Ranges
 
     found: list[tuple[int, int]] = []
-    position = 0
+    position = first
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -106,7 +110,8 @@ def reserved_ranges(path: str, size: int) -> Ranges | None:
     try:
         buffer = bytearray(_HEADER.size + _BATCH * _EXTENT.size)
         while position < size:
-            _HEADER.pack_into(buffer, 0, position, size - position, 0, 0, _BATCH, 0)
+            want = _SYNC if sync else 0
+            _HEADER.pack_into(buffer, 0, position, size - position, want, 0, _BATCH, 0)
             try:
                 fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
             except OSError:
@@ -117,8 +122,8 @@ def reserved_ranges(path: str, size: int) -> Ranges | None:
                 fields = _EXTENT.unpack_from(buffer, _HEADER.size + index * _EXTENT.size)
                 logical, length, flags = fields[0], fields[2], fields[5]
                 position = logical + length
-                if flags & _UNWRITTEN:
-                    found.append((logical, min(position, size)))
+                if flags & _UNWRITTEN and logical < size:
+                    found.append((max(logical, first), min(position, size)))
             if count == 0 or flags & _LAST:
                 break
     finally:

@@ -33,7 +33,7 @@ from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.hostprocess import boot_id, pid_namespace, start_time
 from qmpblock.monitor import Monitor
 
-__all__ = ["Holder", "abandon", "acquire", "adopt", "read", "release"]
+__all__ = ["Holder", "abandon", "acquire", "adopt", "read", "release", "update"]
 
 _RUN = re.compile(r"[0-9a-z]{1,32}")
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
@@ -181,6 +181,13 @@ async def release(monitor: Monitor, name: str) -> None:
             raise
 
 
+async def update(monitor: Monitor, name: str, me: Holder) -> None:
+    """Have the lock, which is this holder's, say what it says now."""
+    await monitor.execute(
+        "qom-set", {"path": f"/objects/{name}", "property": "data", "value": me.text()}
+    )
+
+
 async def adopt(monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo) -> bool:
     """Become the holder of a dead one's lock, what it left untouched; False if it is gone.
 
@@ -196,9 +203,7 @@ async def _adopt_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, m
         now = await read(monitor, name)
         if not isinstance(now, Holder) or now != dead:
             return False
-        await monitor.execute(
-            "qom-set", {"path": f"/objects/{name}", "property": "data", "value": me.text()}
-        )
+        await update(monitor, name, me)
         return True
     finally:
         await release(monitor, turn)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import Error, RequestError, printable
+from qmpblock.headroom import RoomResult, make_room
 from qmpblock.pace import Speed
 from qmpblock.policylook import DiskPlan, Room, look, share_room
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from qmpblock.policyplan import Changes, Step
     from qmpblock.vm import VM
 
-__all__ = ["DiskPlan", "DiskResult", "apply", "plan"]
+__all__ = ["Connect", "DiskPlan", "DiskResult", "apply", "as_error", "connect_to", "plan"]
 
 Connect = Callable[[str], AbstractAsyncContextManager["VM"]]
 
@@ -44,6 +45,7 @@ class DiskResult:
     :ivar allocated: bytes that came from layers below; `reserved`: that got host space.
     :ivar dropped: files that left the chain.
     :ivar held: the longest time, in seconds, for which the guest's I/O was held.
+    :ivar ahead: the room ahead of the guest, if the policy wants any and it got so far.
     """
 
     policy: DiskPolicy
@@ -54,6 +56,7 @@ class DiskResult:
     dropped: tuple[str, ...] = ()
     held: float = 0.0
     seconds: float = 0.0
+    ahead: RoomResult | None = None
     warnings: tuple[str, ...] = ()
     error: Error | None = None
 
@@ -68,7 +71,7 @@ async def plan(policy: Policy, *, connect: Connect | None = None) -> tuple[DiskP
 
     :param connect: makes a VM of an address; by default `qmpblock.connect`.
     """
-    return share_room(await _look_at_all(policy, connect or _connect, undo=False))
+    return share_room(await _look_at_all(policy, connect or connect_to, undo=False))
 
 
 async def _look_at_all(policy: Policy, connect: Connect, *, undo: bool) -> tuple[DiskPlan, ...]:
@@ -112,18 +115,29 @@ async def _tried(
             )
         return await look(disk, wanted, undo=undo)
     except (Error, OSError) as error:
-        return DiskPlan(wanted, wanted.disk, error=_as_error(error))
+        return DiskPlan(wanted, wanted.disk, error=as_error(error))
 
 
-def _as_error(error: Error | OSError) -> Error:
+def as_error(error: Error | OSError) -> Error:
     """Say of a file of this host that cannot be opened what an Error would."""
     return error if isinstance(error, Error) else Error(f"on this host: {printable(error)}")
 
 
-def _connect(address: str) -> AbstractAsyncContextManager[VM]:
+def connect_to(address: str) -> AbstractAsyncContextManager[VM]:
+    """Connect to a VM as `qmpblock.connect` does."""
     from qmpblock.vm import connect
 
     return connect(address)
+
+
+def _nothing(plan: DiskPlan) -> DiskResult:
+    ahead = None
+    if plan.ahead is not None:
+        room = plan.ahead.room
+        ahead = RoomResult(
+            plan.name, plan.ahead.file, plan.ahead.wanted, room, 0, room, plan.ahead.full
+        )
+    return DiskResult(plan.policy, plan.name, "nothing", ahead=ahead, warnings=plan.warnings)
 
 
 # -- apply
@@ -148,7 +162,7 @@ async def apply(
     :param progress: is called with how far a disk is.
     :param ended: is called when a disk is done, or has failed.
     """
-    connect = connect or _connect
+    connect = connect or connect_to
     results: dict[DiskPolicy, DiskResult] = {}
 
     def end(result: DiskResult) -> None:
@@ -163,8 +177,8 @@ async def apply(
     for one in plans:
         if one.error is not None:
             end(DiskResult(one.policy, one.name, "failed", error=one.error))
-        elif one.changes is not None and not one.changes.steps:
-            end(DiskResult(one.policy, one.name, "nothing", warnings=one.warnings))
+        elif not one.has_work:
+            end(_nothing(one))
         else:
             todo.append(one.policy)
     work = _Applying(connect, progress)
@@ -218,7 +232,7 @@ class _Applying:
             async with self._connect(wanted.address) as vm:
                 result = await self._one(await vm.disk(wanted.disk), wanted)
         except (Error, OSError) as error:
-            result = DiskResult(wanted, wanted.disk, "failed", error=_as_error(error))
+            result = DiskResult(wanted, wanted.disk, "failed", error=as_error(error))
         finally:
             self._taking.pop(wanted, None)
         return replace(result, seconds=time.monotonic() - started)
@@ -226,8 +240,8 @@ class _Applying:
     async def _one(self, disk: Disk, wanted: DiskPolicy) -> DiskResult:
         plan = await look(disk, wanted, undo=True)  # again: hours may have passed
         assert plan.changes is not None  # look raises where it cannot say
-        if not plan.changes.steps:
-            return DiskResult(wanted, disk.name, "nothing", warnings=plan.warnings)
+        if not plan.has_work:
+            return _nothing(plan)
         if plan.room is not None:
             plan.room.check(self._promised(plan.room.device))
             self._taking[wanted] = plan.room, _used(plan.room.path)
@@ -271,7 +285,13 @@ class _Applying:
                 )
             before += step.bytes
         result = replace(result, dropped=changes.leaving)
-        if not (result.allocated or result.reserved or result.dropped):
+        ahead = 0
+        if wanted.ahead is not None:
+            size = wanted.ahead.of(disk.size) or 1
+            result = replace(result, ahead=await make_room(disk, size, keep_free=wanted.keep_free))
+            assert result.ahead is not None  # it was just made
+            ahead = result.ahead.reserved
+        if not (result.allocated or result.reserved or result.dropped or ahead):
             return replace(result, state="nothing")  # the zeros had host space: no live map tells
         return result
 

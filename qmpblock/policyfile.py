@@ -81,6 +81,7 @@ class DiskPolicy:
     :ivar parts: where `allocation` holds; empty is the whole disk.
     :ivar speed: bytes a second; 0 is no limit.
     :ivar keep_free: of the image's host file system.
+    :ivar ahead: room to be reserved for what the guest will write; None: none.
     :ivar order: those with less come first.
     :ivar place: file, line and column.
     """
@@ -95,6 +96,7 @@ class DiskPolicy:
     parts: tuple[Part, ...] = ()
     speed: int = 0
     keep_free: Amount | None = None
+    ahead: Amount | None = None
     order: int = 0
     place: str = ""
 
@@ -109,7 +111,8 @@ class DiskPolicy:
     def wanted(self) -> str:
         """What is wanted, in few words."""
         allocation = f"like {self.like}" if self.allocation == "like" else self.allocation
-        return f"backing {self.backing}, allocation {allocation}"
+        ahead = f", ahead {self.ahead}" if self.ahead is not None else ""
+        return f"backing {self.backing}, allocation {allocation}{ahead}"
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,7 @@ def _disk(entry: Mapping, address: str, general: DiskPolicy) -> DiskPolicy:
         parts=parts,
         speed=_speed(entry, general.speed),
         keep_free=_keep_free(entry, general.keep_free),
+        ahead=_ahead(entry),
         order=_number(entry, "order", 0),
         place=entry.place,
     )
@@ -259,6 +263,15 @@ def _speed(entry: Mapping, default: int) -> int:
 
 def _keep_free(entry: Mapping, default: Amount | None) -> Amount | None:
     return _amount(entry, "keep_free") if "keep_free" in entry else default
+
+
+def _ahead(entry: Mapping) -> Amount | None:
+    if "ahead" not in entry:
+        return None
+    found = _amount(entry, "ahead")
+    if found.of(_LARGEST) == 0:
+        entry.refuse("ahead", "is nothing; leave it out where no room is wanted")
+    return found
 
 
 def _amount(entry: Mapping, key: str) -> Amount:

@@ -6,7 +6,6 @@ Changes nothing; what cannot be done is refused here, before anything is touched
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +24,11 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph import Layer
+from qmpblock.headroom import RoomPlan, plan_room
 from qmpblock.lock import Holder
 from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
 from qmpblock.ranges import Ranges
-from qmpblock.reserving import raw_file
+from qmpblock.reserving import blank_ranges, raw_file
 from qmpblock.staging import check_staging
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class DiskPlan:
     :ivar name: of the disk in its VM.
     :ivar today: its layers; None where they could not be looked at.
     :ivar changes: None where it cannot be done, for the reason `error`.
+    :ivar room: on the host, for what is to be done.
+    :ivar ahead: the room ahead of the guest, if the policy wants any.
     """
 
     policy: DiskPolicy
@@ -101,8 +103,15 @@ class DiskPlan:
     today: Picture | None = None
     changes: Changes | None = None
     room: Room | None = None
+    ahead: RoomPlan | None = None
     warnings: tuple[str, ...] = ()
     error: Error | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to do, as far as can be told."""
+        steps = self.changes is not None and self.changes.steps
+        return bool(steps) or (self.ahead is not None and self.ahead.reserve > 0)
 
 
 def share_room(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
@@ -113,7 +122,7 @@ def share_room(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
     promised: dict[int, int] = {}
     shared = []
     for one in plans:
-        if one.room is not None and one.error is None and one.changes and one.changes.steps:
+        if one.room is not None and one.error is None and one.has_work:
             taken = promised.get(one.room.device, 0)
             try:
                 one.room.check(taken)
@@ -154,7 +163,7 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
                 check_staging(disk)
                 staged = True
             else:
-                blank = await asyncio.to_thread(_blank, *raw, disk.size)
+                blank = await asyncio.to_thread(blank_ranges, *raw, disk.size)
                 facts = replace(facts, blank=blank)
         except UnsupportedError as error:
             refusal = error  # which matters only if something is to be reserved
@@ -177,8 +186,14 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
             for name in recording
         ]
     temporary = min(changes.move + changes.reserve, _SLICE) if staged and reserves else 0
-    room = _room(disk, wanted, changes.move + changes.reserve + temporary)
-    return DiskPlan(wanted, disk.name, today, changes, room, tuple(warnings))
+    ahead = None
+    if wanted.ahead is not None:
+        # What is reserved inside a raw disk is room from then on.
+        coming = changes.reserve if facts.blank is not None else 0
+        ahead = await plan_room(disk, wanted.ahead.of(disk.size) or 1, coming)
+    needed = changes.move + changes.reserve + temporary + (ahead.reserve if ahead else 0)
+    room = _room(disk, wanted, needed)
+    return DiskPlan(wanted, disk.name, today, changes, room, ahead, tuple(warnings))
 
 
 async def _check_free(vm: VM, names: tuple[str, ...]) -> None:
@@ -253,39 +268,6 @@ async def _map_of_file(
     fmt = wanted.like_format or format_of(file)
     found = await QemuImg(stall=disk.vm.stall).map(blockdev(fmt, file), [fmt], shared=True)
     return found.own()
-
-
-def _blank(file: str, start: int, size: int) -> Ranges:
-    """Return which bytes of a disk that lies in a file as it is have no host space.
-
-    Metadata only: the file system's holes, less what it has reserved (FIEMAP). Where it cannot
-    tell that, a file with as many blocks as bytes counts as full.
-    """
-    stop, at = start + size, start
-    holes: list[tuple[int, int]] = []
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        while at < stop:
-            try:
-                data = min(os.lseek(fd, at, os.SEEK_DATA), stop)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                data = stop  # no data from here on
-            if data > at:
-                holes.append((at, data))
-            if data < stop:
-                data = os.lseek(fd, data, os.SEEK_HOLE)
-            at = data
-        status = os.fstat(fd)
-    finally:
-        os.close(fd)
-    reserved = hostfiles.reserved_ranges(file, stop)
-    if reserved is None:
-        full = status.st_blocks * 512 >= max(stop, status.st_size)
-        reserved = Ranges([(0, stop)]) if full else Ranges()
-    left = Ranges(holes) - reserved
-    return Ranges.from_arrays(left.starts - start, left.stops - start)
 
 
 def _room(disk: Disk, wanted: DiskPolicy, needed: int) -> Room | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock import lock
+from qmpblock.ahead import AHEAD_LOCKS, disarm_dead
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import carry_on
 from qmpblock.change import (
@@ -107,7 +108,7 @@ async def _holders(vm: VM) -> dict[str, Holder]:
     found = {}
     for item in await vm.monitor.execute("qom-list", {"path": "/objects"}):
         name = str(item.get("name", ""))
-        if name == NBD_LOCK or name.startswith((LOCKS, f"{NBD_LOCK}-undo-")):
+        if name == NBD_LOCK or name.startswith((LOCKS, AHEAD_LOCKS, f"{NBD_LOCK}-undo-")):
             holder = await lock.read(vm.monitor, name)
             if isinstance(holder, Holder):
                 found[name] = holder
@@ -243,7 +244,7 @@ async def _recover_orphans(
 
 
 async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -> list[Recovery]:
-    """Undo dead exports, and remove what is left of interrupted recoveries."""
+    """Undo dead exports and watchers, and remove what is left of interrupted recoveries."""
     done = []
     names: dict[str, Holder] = {}
     for name, holder in holders.items():
@@ -262,6 +263,8 @@ async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -
         async def undo(dead: Holder, name: str = name) -> None:
             if name == NBD_LOCK:
                 await undo_dead_run(vm.monitor, dead, vm.stall)
+            elif name.startswith(AHEAD_LOCKS):
+                await disarm_dead(vm, dead)
             else:
                 await undo_dead_change(vm, dead)
 

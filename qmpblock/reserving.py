@@ -11,18 +11,27 @@ import asyncio
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles
 from qmpblock.errors import Error, UnsupportedError, printable
 from qmpblock.graph import Layer
+from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
     from qmpblock.pace import Speed
 
-__all__ = ["raw_file", "reserve_by_fallocate"]
+__all__ = [
+    "blank_ranges",
+    "holes",
+    "host_file",
+    "raw_file",
+    "reserve_by_fallocate",
+    "reserve_ranges",
+]
 
 _KEEP_SIZE = 0x1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
 _SMALLEST = 1 << 20  # bytes of a call at a low speed
@@ -37,7 +46,6 @@ async def raw_file(disk: Disk) -> tuple[str, int] | None:
     :raise UnsupportedError: it does, but the file cannot be reached from here.
     """
     active = disk.chain.active
-    specific = await _format_specific(disk, active)
     if active.format == "raw":
         if active.node.filename.startswith("json:"):
             raise UnsupportedError(
@@ -47,27 +55,38 @@ async def raw_file(disk: Disk) -> tuple[str, int] | None:
             )
         start = 0
     elif active.format == "luks":
-        start = int(specific.get("payload-offset", 0))
-    elif specific.get("data-file-raw") is True and active.data_file is not None:
+        start = int((await _format_specific(disk, active)).get("payload-offset", 0))
+    elif (
+        active.data_file is not None
+        and (await _format_specific(disk, active)).get("data-file-raw") is True
+    ):
         active = Layer(0, active.node, active.data_file)
         start = 0
     else:
         return None
-    storage = active.storage
+    return host_file(disk, active), start
+
+
+def host_file(disk: Disk, layer: Layer) -> str:
+    """Return the path on this host of the file that a layer is stored in.
+
+    :raise UnsupportedError: it is a block device, or cannot be reached from here.
+    """
+    storage = layer.storage
     if storage is not None and storage.driver == "host_device":
         raise UnsupportedError(
             f"{printable(storage.filename)} is a block device: its space is its own already, and "
             "a thin volume below it is not ours to fill",
             standing="nothing was touched",
         )
-    file = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
+    file = hostfiles.local_path(disk.vm.monitor.peer_pid, layer)
     if file is None:
         raise UnsupportedError(
-            f"{printable(active.file)} is not on this host, where its space would be reserved",
+            f"{printable(layer.file)} is not on this host, where its space would be reserved",
             standing="nothing was touched",
             remedy="run qmpblock on the VM's host, by a UNIX monitor",
         )
-    return file, start
+    return file
 
 
 async def _format_specific(disk: Disk, layer: Layer) -> dict[str, Any]:
@@ -94,23 +113,84 @@ async def reserve_by_fallocate(
     :raise UnsupportedError: the file system cannot.
     :raise Error: there is no room, say; what was reserved by then stays.
     """
+    return await reserve_ranges(file, [(start, start + length)], speed=speed, tell=tell)
+
+
+async def reserve_ranges(
+    file: str,
+    ranges: Iterable[tuple[int, int]],
+    *,
+    speed: Speed,
+    tell: Callable[[int, int], None] | None = None,
+) -> int:
+    """Reserve several (start, stop) of a file, in their order, as `reserve_by_fallocate` does."""
+    wanted = list(ranges)
+    total, done = sum(stop - start for start, stop in wanted), 0
     fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
     try:
         before = os.fstat(fd).st_blocks
-        at = start
-        while at < start + length:
-            piece = min(speed.piece(_PIECE, _SMALLEST), start + length - at)
-            await speed.wait(piece)
-            try:
-                await asyncio.to_thread(_fallocate, fd, at, piece)
-            except OSError as error:
-                raise _cannot(file, error, at - start) from None
-            at += piece
-            if tell is not None:
-                tell(at - start, length)
+        for start, stop in wanted:
+            at = start
+            while at < stop:
+                piece = min(speed.piece(_PIECE, _SMALLEST), stop - at)
+                await speed.wait(piece)
+                try:
+                    await asyncio.to_thread(_fallocate, fd, at, piece)
+                except OSError as error:
+                    raise _cannot(file, error, done) from None
+                at += piece
+                done += piece
+                if tell is not None:
+                    tell(done, total)
         return max(0, os.fstat(fd).st_blocks - before) * 512
     finally:
         os.close(fd)
+
+
+def holes(file: str, start: int, stop: int) -> Ranges:
+    """Return what holds no data between two offsets of a file, past its end included.
+
+    What is reserved counts as a hole while it is neither written nor in the page cache, which
+    it is when it was read, too.
+    """
+    found: list[tuple[int, int]] = []
+    at = start
+    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while at < stop:
+            try:
+                data = min(os.lseek(fd, at, os.SEEK_DATA), stop)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = stop  # no data from here on
+            if data > at:
+                found.append((at, data))
+            if data < stop:
+                data = os.lseek(fd, data, os.SEEK_HOLE)
+            at = data
+    finally:
+        os.close(fd)
+    return Ranges(found)
+
+
+def blank_ranges(file: str, start: int, size: int) -> Ranges:
+    """Return which bytes of a disk that lies in a file as it is have no host space.
+
+    Metadata only: the file system's holes, less what it has reserved (FIEMAP). Where it cannot
+    tell that, a file with as many blocks as bytes counts as full.
+
+    :param start: where the disk begins in the file; what is returned counts from there.
+    """
+    stop = start + size
+    found = holes(file, start, stop)
+    reserved = hostfiles.reserved_ranges(file, stop)
+    if reserved is None:
+        status = Path(file).stat()
+        full = status.st_blocks * 512 >= max(stop, status.st_size)
+        reserved = Ranges([(0, stop)]) if full else Ranges()
+    left = found - reserved
+    return Ranges.from_arrays(left.starts - start, left.stops - start)
 
 
 def _fallocate(fd: int, offset: int, length: int) -> None:

@@ -1,7 +1,6 @@
 """Policies carried out, without a VM: turns, shares of the host's space, holes of files."""
 
 import asyncio
-import os
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ from qmpblock.extents import AllocationMap
 from qmpblock.job import Progress
 from qmpblock.policy import DiskPlan, DiskResult, _Applying, _in_turn, _unless_short
 from qmpblock.policyfile import DiskPolicy
-from qmpblock.policylook import Room, _blank, share_room
+from qmpblock.policylook import Room, share_room
 from qmpblock.policyplan import Changes, Picture, Step
 from qmpblock.ranges import Ranges
 
@@ -143,21 +142,6 @@ async def test_cancelled_the_work_is_waited_for(tmp_path):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert undone == [True]
-
-
-def test_what_of_a_file_has_no_host_space(tmp_path):
-    path = tmp_path / "file"
-    with path.open("wb") as file:
-        file.write(b"x" * M)
-        file.truncate(8 * M)
-        os.pwrite(file.fileno(), b"y" * M, 4 * M)
-        os.fsync(file.fileno())
-    assert _blank(str(path), 0, 8 * M) == Ranges([(M, 4 * M), (5 * M, 8 * M)])
-    # A disk that begins within the file, as LUKS's payload does.
-    assert _blank(str(path), 2 * M, 4 * M) == Ranges([(0, 2 * M), (3 * M, 4 * M)])
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, 8 * M)
-    assert _blank(str(path), 0, 8 * M) == Ranges()
 
 
 def told(wanted, step, before, total, news):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 
 import pytest
 
 from qmpblock import reserving
 from qmpblock.errors import Error, UnsupportedError
 from qmpblock.pace import Speed
+from qmpblock.ranges import Ranges
+from qmpblock.reserving import blank_ranges
 
 MIB = 1 << 20
 
@@ -62,3 +65,18 @@ async def test_what_cannot_be_is_said(tmp_path, monkeypatch, number, kind, words
     with pytest.raises(kind, match=words) as caught:
         await reserving.reserve_by_fallocate(str(file), 0, MIB, speed=Speed())
     assert caught.value.standing is not None
+
+
+def test_what_of_a_file_has_no_host_space(tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(b"x" * MIB)
+        file.truncate(8 * MIB)
+        os.pwrite(file.fileno(), b"y" * MIB, 4 * MIB)
+        os.fsync(file.fileno())
+    assert blank_ranges(str(path), 0, 8 * MIB) == Ranges([(MIB, 4 * MIB), (5 * MIB, 8 * MIB)])
+    # A disk that begins within the file, as LUKS's payload does.
+    assert blank_ranges(str(path), 2 * MIB, 4 * MIB) == Ranges([(0, 2 * MIB), (3 * MIB, 4 * MIB)])
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 8 * MIB)
+    assert blank_ranges(str(path), 0, 8 * MIB) == Ranges()

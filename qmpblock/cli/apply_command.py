@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,16 +16,24 @@ from qmpblock.cli.progress import Reporter, reporting_many
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
+    from qmpblock.errors import Error
+    from qmpblock.headroom import RoomResult
     from qmpblock.job import Progress
     from qmpblock.policy import DiskPlan, DiskResult
     from qmpblock.policyfile import DiskPolicy
+    from qmpblock.policywatch import Watched
 
 __all__ = ["command", "document"]
 
 
 @make_command
 @click.argument("policy", type=click.Path(dir_okay=False))
-async def command(options: Options, policy: str) -> int:
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Then stay, and keep the room ahead of every disk that has `ahead`.",
+)
+async def command(options: Options, policy: str, watch: bool) -> int:
     """Make the disks of running VMs as POLICY, a YAML file, says. The guests go on.
 
     What is as it should be is left alone, so it can be applied again at any time, also after
@@ -33,11 +42,18 @@ async def command(options: Options, policy: str) -> int:
 
     Where it gives host space to qcow2 or QED, and QEMU itself dies meanwhile, run `qmpblock
     recover IMAGE` before the image is started again.
+
+    With --watch it goes on until every VM has ended, or Ctrl-C: whenever less than half of a
+    disk's room is left, the whole is reserved anew. It keeps the connection to each VM.
     """
     from qmpblock.policy import apply
     from qmpblock.policyfile import load_policy
+    from qmpblock.policywatch import Watch
 
     found = load_policy(policy)
+    keeper = (
+        Watch(found, connect=options.connect, tell=_say_room, ended=_say_watched) if watch else None
+    )
     with reporting_many() as begin:
         shown = _Shown(begin)
         results = await apply(
@@ -47,16 +63,24 @@ async def command(options: Options, policy: str) -> int:
             progress=shown.progress,
             ended=_say_the_end,
         )
-    if options.json:
-        emit(json.dumps({"disks": [document(one) for one in results]}, indent=2) + "\n")
-    else:
+    if not options.json:
         _sum_up(results)
-    if any(one.state == "failed" for one in results):
+    watched = keeper.disks if keeper is not None else {}
+    try:
+        if keeper is not None:
+            count = f"{len(watched)} disk{'s' if len(watched) != 1 else ''}"
+            click.echo(f"keeping the room ahead of {count}; Ctrl-C ends it", err=True)
+            await keeper.run()
+    finally:
+        if options.json:
+            entries = [document(one, watched.get(one.policy)) for one in results]
+            emit(json.dumps({"disks": entries}, indent=2) + "\n")
+    if any(one.state == "failed" for one in results) or any(w.error for w in watched.values()):
         return 1
     return WARNED if any(one.warnings for one in results) else 0
 
 
-def document(one: DiskResult) -> dict[str, Any]:
+def document(one: DiskResult, watched: Watched | None = None) -> dict[str, Any]:
     """Return the entry of docs/schema/apply.schema.json."""
     return {
         "address": one.policy.address,
@@ -67,9 +91,52 @@ def document(one: DiskResult) -> dict[str, Any]:
         "dropped": list(one.dropped),
         "held": one.held,
         "seconds": one.seconds,
+        "ahead": None if one.ahead is None else _ahead(one.ahead),
+        "watch": None if watched is None else _watched(watched),
         "warnings": list(one.warnings),
         "error": None if one.error is None else str(one.error),
     }
+
+
+def _ahead(room: RoomResult) -> dict[str, Any]:
+    return {
+        "file": room.file,
+        "wanted": room.wanted,
+        "before": room.before,
+        "reserved": room.reserved,
+        "room": room.room,
+        "full": room.full,
+    }
+
+
+def _watched(one: Watched) -> dict[str, Any]:
+    return {
+        "file": None if one.last is None else one.last.file,
+        "room": None if one.last is None else one.last.room,
+        "top_ups": one.top_ups,
+        "reserved": one.reserved,
+        "error": None if one.error is None else str(one.error),
+    }
+
+
+def _say_room(one: Watched) -> None:
+    """Say a line about the room of a disk: when, which, how much was reserved, what there is."""
+    assert one.last is not None  # it was just told
+    text = f"{datetime.now():%Y-%m-%d %H:%M:%S} {_name(one.policy, one.name)}: "
+    if one.last.error is not None:
+        first, *_ = str(one.last.error).splitlines()
+        text += click.style("no room: ", fg="red", bold=True) + f"{first}; it is tried again"
+    else:
+        text += f"{one.last.reserved:,} bytes reserved"
+    room = "" if one.last.room is None else f"; {one.last.room:,} bytes of room"
+    click.echo(text + room + (", no blank is left" if one.last.full else ""), err=True)
+
+
+def _say_watched(one: Watched) -> None:
+    if one.error is None or (one.last is not None and one.last.error is one.error):
+        click.echo(f"{_name(one.policy, one.name)}: the VM has ended", err=True)
+    else:
+        _say_failure(_name(one.policy, one.name), one.error)
 
 
 class _Shown:
@@ -91,19 +158,22 @@ def _name(wanted: DiskPolicy, disk: str) -> str:
 
 def _say_what_comes(plans: tuple[DiskPlan, ...]) -> None:
     for one in plans:
-        if one.changes is not None and one.changes.steps and one.error is None:
-            what = summary(one.changes, one.policy.speed)
-            click.echo(f"{_name(one.policy, one.name)}: {what}", err=True)
+        if one.has_work and one.error is None:
+            click.echo(f"{_name(one.policy, one.name)}: {summary(one)}", err=True)
 
 
 def _say_the_end(one: DiskResult) -> None:
     name = _name(one.policy, one.name)
     if one.error is not None:
-        first, *rest = str(one.error).splitlines()
-        click.echo(f"{name}: " + click.style("failed: ", fg="red", bold=True) + first, err=True)
-        for line in rest:
-            click.echo(f"  {line}", err=True)
+        _say_failure(name, one.error)
     warn(tuple(f"{name}: {text}" for text in one.warnings))
+
+
+def _say_failure(name: str, error: Error) -> None:
+    first, *rest = str(error).splitlines()
+    click.echo(f"{name}: " + click.style("failed: ", fg="red", bold=True) + first, err=True)
+    for line in rest:
+        click.echo(f"  {line}", err=True)
 
 
 def _sum_up(results: tuple[DiskResult, ...]) -> None:
@@ -121,6 +191,8 @@ def _sum_up(results: tuple[DiskResult, ...]) -> None:
         )
         for file in one.dropped:
             click.echo(f"  no longer in the chain: {printable(file)}")
+        if one.ahead is not None and one.ahead.reserved:
+            click.echo(f"  {one.ahead.reserved:,} bytes of room ahead of the guest reserved")
         if one.held:
             click.echo(f"  the guest's I/O was held for {one.held * 1000:.1f} ms at the most")
     counts = {state: sum(one.state == state for one in results) for state in _WORDS}

@@ -14,6 +14,7 @@ from qmpblock.cli.chainwork import warn
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
+    from qmpblock.headroom import RoomPlan
     from qmpblock.policy import DiskPlan
     from qmpblock.policyplan import Changes, Picture
 
@@ -65,6 +66,7 @@ def document(one: DiskPlan) -> dict[str, Any]:
         "zeros": changes.zeros if changes else 0,
         "reserve": changes.reserve if changes else 0,
         "leaving": list(changes.leaving) if changes else [],
+        "ahead": None if one.ahead is None else _ahead(one.ahead),
         "speed": one.policy.speed,
         "seconds": changes.seconds(one.policy.speed) if changes else None,
         "warnings": list(one.warnings),
@@ -84,12 +86,36 @@ def _picture(picture: Picture) -> dict[str, Any]:
     }
 
 
-def summary(changes: Changes, speed: int) -> str:
+def _ahead(room: RoomPlan) -> dict[str, Any]:
+    return {"wanted": room.wanted, "room": room.room, "reserve": room.reserve, "full": room.full}
+
+
+def summary(one: DiskPlan) -> str:
     """Say in a line what is to be done."""
+    if not one.has_work:
+        return "nothing to do: it is as the policy says"
+    parts = []
+    if one.changes is not None and one.changes.steps:
+        parts.append(_summary(one.changes, one.policy.speed))
+    if one.ahead is not None and one.ahead.reserve:
+        parts.append(said_ahead(one.ahead))
+    return "; ".join(parts)
+
+
+def said_ahead(room: RoomPlan) -> str:
+    """Say in few words what there is of the room ahead of the guest."""
     from qmpblock.render import human_size
 
-    if not changes.steps:
-        return "nothing to do: it is as the policy says"
+    there = "as much as the file system cannot tell" if room.room is None else human_size(room.room)
+    text = f"room ahead of the guest: {there} of {human_size(room.wanted)}"
+    if room.reserve:
+        text += f", {human_size(room.reserve)} to reserve"
+    return text + (", no blank is left then" if room.full else "")
+
+
+def _summary(changes: Changes, speed: int) -> str:
+    from qmpblock.render import human_size
+
     parts = [f"{human_size(changes.move)} to copy", f"{human_size(changes.reserve)} to reserve"]
     if changes.zeros:
         parts.append(f"{human_size(changes.zeros)} to become explicit zeros")
@@ -113,7 +139,9 @@ def _show(one: DiskPlan) -> None:
         if changes is not None and changes.steps:
             click.echo(f"\nwanted\n{_drawn(changes.wanted, one.today)}", nl=False)
     if changes is not None:
-        click.echo(f"\n{summary(changes, one.policy.speed)}")
+        click.echo(f"\n{summary(one)}")
+    if one.ahead is not None and not one.ahead.reserve:
+        click.echo(said_ahead(one.ahead))
     if one.error is not None:
         first, *rest = str(one.error).splitlines()
         click.echo(click.style("cannot be done: ", fg="red", bold=True) + first)
@@ -142,9 +170,11 @@ def _drawn(picture: Picture, widest: Picture) -> str:
 def _show_sum(plans: tuple[DiskPlan, ...]) -> None:
     from qmpblock.render import human_size
 
-    doable = [one.changes for one in plans if one.changes is not None and one.error is None]
-    move, reserve = sum(c.move for c in doable), sum(c.reserve for c in doable)
-    busy = sum(bool(changes.steps) for changes in doable)
+    doable = [one for one in plans if one.changes is not None and one.error is None]
+    move = sum(one.changes.move for one in doable if one.changes)
+    reserve = sum(one.changes.reserve for one in doable if one.changes)
+    reserve += sum(one.ahead.reserve for one in doable if one.ahead)
+    busy = sum(one.has_work for one in doable)
     failed = len(plans) - len(doable)
     click.echo(
         f"\n{len(plans)} disks: {busy} to change, {len(doable) - busy} as they should be"

@@ -5,9 +5,9 @@ A state is lines of text in categories, so that a difference reads as a sentence
     appeared: export: qmpblock-1a2b nbd of d0
     disappeared: edge: d0 -backing-> d0-1 may consistent-read, shares write
 
-What is compared: run state, nodes (driver, file, recorded backing, options), edges with
-their permissions, the devices' attachments, jobs, exports, bitmaps, objects, QEMU's open
-files and sockets, and files on the host. What a guest or QEMU changes by itself is left
+What is compared: run state, nodes (driver, file, recorded backing, options, write threshold),
+edges with their permissions, the devices' attachments, jobs, exports, bitmaps, objects, QEMU's
+open files and sockets, and files on the host. What a guest or QEMU changes by itself is left
 out: dirty counts, sizes, event and timer descriptors, which monitor has a client is only
 waited for (see `check`).
 
@@ -106,6 +106,8 @@ def _node_lines(node: Mapping[str, Any]) -> list[str]:
         f"detect-zeroes {node.get('detect_zeroes')}",
         f"cache {sorted(key for key, value in cache.items() if value)}",
     ]
+    if node.get("write_threshold"):
+        words.append(f"write threshold {node['write_threshold']}")
     recorded = node.get("image", {}).get("backing-filename")
     if recorded is not None:
         words.append(f"records backing {recorded}")
