@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["boot_id", "is_running", "pid_namespace", "start_time"]
+__all__ = ["boot_id", "command_line", "is_running", "pid_namespace", "start_time"]
 
 
 def boot_id() -> str:
     """Return the id of this boot of the machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def command_line(pid: int | None) -> tuple[str, ...]:
+    """Return the words that a process was started with; none where that cannot be seen."""
+    if pid is None:
+        return ()
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ()
+    return tuple(os.fsdecode(word) for word in words[:-1])
 
 
 def pid_namespace() -> str:

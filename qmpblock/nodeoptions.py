@@ -2,11 +2,76 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 from qmpblock.graph import Node
 
-__all__ = ["cache_options", "overlay_options"]
+__all__ = ["aio_of", "cache_options", "overlay_options"]
+
+_AIO = ("threads", "native", "io_uring")
+_OPTION = re.compile(r"((?:[^,]|,,)*)(?:,(?!,)|$)")
+
+
+def aio_of(command: Sequence[str], storage: Node) -> str | None:
+    """Return the `aio` with which QEMU was told to open a file; None where it does not say.
+
+    No QMP command tells it; a node that was added later is not on the command line.
+
+    :param command: QEMU's own command line.
+    """
+    for option, value in pairwise(command):
+        if option.lstrip("-") == "blockdev":
+            for node in _described(value):
+                name = node.get("node-name")
+                if name == storage.name or (name is None and _names(node, storage)):
+                    return _aio(node.get("aio"))
+        elif option.lstrip("-") == "drive":
+            drive = _keyed(value)
+            if storage.filename in (drive.get("file"), drive.get("file.filename")):
+                return _aio(drive.get("aio", drive.get("file.aio")))
+    return None
+
+
+def _aio(value: Any) -> str | None:
+    return value if value in _AIO else None
+
+
+def _names(node: dict[str, Any], storage: Node) -> bool:
+    return node.get("driver") == storage.driver and node.get("filename") == storage.filename
+
+
+def _described(value: str) -> Iterator[dict[str, Any]]:
+    """Yield the nodes that the value of a -blockdev describes, those inside others too."""
+    if value.startswith("{"):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            return  # QEMU's JSON may have comments; ours is to know, not to judge
+    else:
+        found = {}
+        for key, text in _keyed(value).items():
+            *outer, last = key.split(".")
+            inner = found
+            for part in outer:
+                inner = inner.setdefault(part, {})
+                if not isinstance(inner, dict):
+                    return
+            inner[last] = text
+    todo = [found]
+    while todo:
+        node = todo.pop()
+        yield node
+        todo += [child for child in node.values() if isinstance(child, dict)]
+
+
+def _keyed(value: str) -> dict[str, str]:
+    """Read KEY=VALUE,... as QEMU does: a comma in a value is doubled; what has no = is a flag."""
+    pairs = (part.replace(",,", ",").partition("=") for part in _OPTION.findall(value) if part)
+    return {key: text for key, _, text in pairs}
 
 
 def cache_options(node: Node) -> dict[str, bool]:

@@ -39,9 +39,10 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
+from qmpblock.hostprocess import command_line
 from qmpblock.job import Job
 from qmpblock.journal import Record
-from qmpblock.nodeoptions import cache_options, overlay_options
+from qmpblock.nodeoptions import aio_of, cache_options, overlay_options
 from qmpblock.recoveryplan import Choice
 
 if TYPE_CHECKING:
@@ -280,16 +281,18 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
         make_file(change, item)
     else:
         await _have_file_made(vm, item)
-    await execute(
-        "blockdev-add",
-        {
-            "driver": "file",
-            "node-name": item.storage,
-            "filename": item.file,
-            "discard": "unmap",
-            "cache": cache_options(plan.active.node),
-        },
-    )
+    storage: dict[str, Any] = {
+        "driver": "file",
+        "node-name": item.storage,
+        "filename": item.file,
+        "discard": "unmap",
+        "cache": cache_options(plan.active.node),
+    }
+    if plan.active.storage is not None:
+        aio = aio_of(command_line(vm.monitor.peer_pid), plan.active.storage)
+        if aio is not None:
+            storage["aio"] = aio
+    await execute("blockdev-add", storage)
     header: dict[str, Any] = {
         "driver": fmt,
         "file": item.storage,

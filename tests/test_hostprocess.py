@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpblock.hostprocess import boot_id, is_running, pid_namespace, start_time
+from qmpblock.hostprocess import boot_id, command_line, is_running, pid_namespace, start_time
 
 
 @pytest.fixture
@@ -22,6 +22,14 @@ def test_this_process_runs():
     start = start_time(os.getpid())
     assert start > 0
     assert is_running(os.getpid(), start, boot_id())
+
+
+def test_its_command_line(sleeper):
+    assert command_line(sleeper.pid) == (sys.executable, "-c", "input()")
+    sleeper.kill()
+    sleeper.wait()
+    assert command_line(sleeper.pid) == ()
+    assert command_line(None) == ()
 
 
 def test_this_host_is_named():

@@ -18,6 +18,7 @@ from qmpblock.errors import Error, JobError
 from qmpblock.pace import Speed
 from qmpblock.testing import faults
 from qmpblock.testing.images import Tools, build
+from qmpblock.testing.qemu import QemuProcess
 from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
 pytestmark = pytest.mark.live
@@ -211,6 +212,44 @@ async def test_a_full_file_system_in_the_middle(
         expected = bytearray(before)
         expected[MIB : MIB + 4096] = b"\x11" * 4096
         await holds(vm, built, expected)
+
+
+# -- options
+
+
+async def test_the_overlay_is_opened_like_the_image(vm_dir, qemu_binary):
+    """Were its aio another one, the guest would notice for as long as it writes there."""
+    built = await build(blank(), vm_dir / "images", Tools.of(qemu_binary))
+    like = {"cache": {"direct": True}, "aio": "native"}
+    vm = QemuProcess.of(built, guest=True, qemu=qemu_binary, directory=vm_dir)
+    vm.command = tuple(opened(word, str(built.disks[0].active.path), like) for word in vm.command)
+    sent = []
+    async with vm, qmpblock.connect(vm.monitor_path) as controller:
+        real = controller.monitor._execute
+
+        async def execute(name, arguments):
+            sent.append((name, arguments))
+            return await real(name, arguments)
+
+        controller.monitor._execute = execute
+        [disk] = await controller.disks()
+        assert (await disk.allocate(AT, MIB, full=True)).reserved == MIB
+    [file] = [
+        arguments
+        for name, arguments in sent
+        if name == "blockdev-add" and arguments["driver"] == "file"
+    ]
+    assert file["aio"] == "native"
+    assert file["cache"] == {"direct": True, "no-flush": False}
+
+
+def opened(word, file, like):
+    """Return a word of QEMU's command line in which a file is opened with other options."""
+    if not word.startswith("{") or file not in word:
+        return word
+    described = json.loads(word)
+    described["file"] |= like
+    return json.dumps(described | {"cache": like["cache"]})
 
 
 # -- others
