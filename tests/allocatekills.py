@@ -1,6 +1,10 @@
-"""Kill matrices of allocation: the operations, for `killing.Matrix`."""
+"""Kill matrices of allocation and of policies: the operations, for `killing.Matrix`."""
 
-from killing import CHAIN, IOTHREAD, MOMENTS, Operation
+from dying import policy_of
+from killing import CHAIN, IOTHREAD, MOMENTS, TWO, Operation
+
+import qmpblock
+from qmpblock.planning import below
 
 
 class Allocation(Operation):
@@ -15,6 +19,29 @@ class Allocation(Operation):
         """Never: the overlay of a staged commit comes home."""
         return False
 
+    async def check_done(self, address, directory):
+        """See that nothing is below, and, in full, that all of it is somewhere."""
+        async with qmpblock.connect(address) as controller:
+            seen = await (await controller.disk(self.what["disk"])).map()
+        assert below(seen).total == 0
+        if self.what.get("full"):
+            assert seen.holes().total == 0
+
+
+class Apply(Allocation):
+    """A policy; several changes one after another, so a kill may leave some of them done."""
+
+    @property
+    def runs_a_job(self):
+        return True
+
+    async def check_done(self, address, directory):
+        """See that nothing is left to do."""
+        policy = policy_of(address, self.request(directory))
+        for plan in await qmpblock.policy.plan(policy):
+            assert plan.error is None
+            assert plan.changes.steps == ()
+
 
 def _operations():
     allocate = {"do": "allocate", "disk": "vd0"}
@@ -28,6 +55,25 @@ def _operations():
     yield Allocation("full-iothread", iothread, allocate | full, whole, scars=True)
     yield Allocation("independent", plain, allocate | independent, alone)
     yield Allocation("full-independent", plain, allocate | full | independent, alone, scars=True)
+    every = {"backing": "independent", "allocation": "full"}
+    yield Apply("apply-full", plain, _apply(vd0=every), alone, scars=True)
+    part = {"backing": {"base": "{}/d0-1.qcow2"}, "allocation": "thin", "ranges": [_HALF]}
+    short = (("d0-3.qcow2", "d0-1.qcow2", "d0-0.raw"),)
+    yield Apply("apply-base", plain, _apply(vd0=part), short)
+    yield Apply(
+        "apply-two",
+        TWO.format(),
+        _apply(vd0={"backing": "independent"}, vd1={"allocation": "full"}),
+        (("d0-1.qcow2",), ("d1-0.qcow2",)),
+        scars=True,
+    )
+
+
+_HALF = {"length": "50%"}
+
+
+def _apply(**disks):
+    return {"do": "apply", "disks": [{"disk": name, **disk} for name, disk in disks.items()]}
 
 
 ALLOCATIONS = tuple(_operations())

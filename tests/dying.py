@@ -20,10 +20,35 @@ import qmpblock.chainjobs
 import qmpblock.export
 import qmpblock.extents
 import qmpblock.nbd
+import qmpblock.policy
+import qmpblock.policyfile
 import qmpblock.recovery
 import qmpblock.snapshots
 
 DIED = 9
+
+
+async def run(address, what, connect=qmpblock.connect):
+    """Do what a request says to the VM at an address.
+
+    :param connect: makes a VM of the address; a policy is applied over more than one connection.
+    """
+    if what["do"] == "apply":
+        results = await qmpblock.policy.apply(policy_of(address, what), connect=connect)
+        for result in results:
+            if result.error is not None:
+                raise result.error
+    else:
+        async with connect(address) as vm:
+            await perform(vm, what)
+
+
+def policy_of(address, what):
+    """Return the policy of a request to apply one: its disks, all of one VM."""
+    content = {"vms": [{"address": address, "disks": what["disks"]}]}
+    if "speed" in what:
+        content["speed"] = what["speed"]
+    return qmpblock.policyfile.parse_policy(json.dumps(content))
 
 
 async def perform(vm, what):
@@ -42,14 +67,15 @@ async def perform(vm, what):
     return job.outcome
 
 
-def deadly(monitor, number, moment, die):
+def deadly(monitor, number, moment, die, trace=None):
     """Have a monitor call `die` before or after its command `number`; return the trace.
 
     :param monitor: a Monitor, or the class.
     :param number: 0: never.
     :param die: an async function.
+    :param trace: of the connections before, which count.
     """
-    trace = []
+    trace = [] if trace is None else trace
     real = monitor._execute
 
     async def execute(*arguments):
@@ -83,8 +109,7 @@ async def _control(request):
 
     os.environ |= request["environment"]
     trace = deadly(qmpblock.monitor.Monitor, request["number"], request["moment"], die)
-    async with qmpblock.connect(request["address"]) as vm:
-        await perform(vm, request["what"])
+    await run(request["address"], request["what"])
     _answer(0, trace)
 
 

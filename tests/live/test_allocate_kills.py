@@ -2,28 +2,23 @@
 
 import pytest
 from allocatekills import ALLOCATIONS, decisive
-from killing import DEATHS, Matrix
-from rounds import sample
+from killing import DEATHS, WAYS, Matrix
+from rounds import rounds
 
 pytestmark = pytest.mark.live
 
-_WAYS = ("undo", "carry-on", "again")
+_KILLS = 2  # of each operation; each takes a second, and the whole operation before them two
 
 
 @pytest.mark.parametrize("operation", ALLOCATIONS, ids=str)
 async def test_a_controller_or_qemu_killed_at_any_command(operation, vm_dir, qemu_binary):
-    chosen, tried, total = sample(0.015), 0, 0
+    _, chance = rounds(1)
+    tried = 0
     async with Matrix(operation, vm_dir, qemu_binary) as matrix:
-        points = [
-            (number, moment, way)
-            for number, moment in decisive(matrix)
-            for way in (*_WAYS, *DEATHS)
-        ]
-        for number, moment, way in points:
-            total += 1
-            if not chosen(total):
-                continue
-            kill = matrix.killed_qemu if way in DEATHS else matrix.killed_controller
-            tried += await kill(number, moment, way)
-    assert total > 40
-    print(f"kill matrix: {tried} of {total} points, {operation}")
+        points = list(decisive(matrix))
+        kills = [(matrix.killed_controller, point, way) for point in points for way in WAYS[:3]]
+        kills += [(matrix.killed_qemu, point, death) for point in points for death in DEATHS]
+        for kill, point, how in chance.sample(kills, _KILLS):
+            tried += await kill(*point, how)
+    print(f"kill matrix: {tried} of {len(kills)} points, {operation}")
+    assert len(kills) > 40
