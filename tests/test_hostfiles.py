@@ -1,6 +1,7 @@
 """Files of a VM on this host: which they are, and what FIEMAP tells of them."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -85,6 +86,22 @@ def test_what_lies_past_the_disk_does_not_count(tmp_path):
     make(path, fallocate=[(MIB, 2 * MIB)])
     assert list(reserved_ranges(str(path), 2 * MIB)) == [(MIB, 2 * MIB)]
     assert list(reserved_ranges(str(path), 0)) == []
+
+
+def test_from_somewhere_in_an_extent_on_past_the_end(tmp_path):
+    path = tmp_path / "image"
+    make(path, fallocate=[(MIB, 2 * MIB)])
+    subprocess.run(["fallocate", "-n", "-o", "16M", "-l", "4M", str(path)], check=True)
+    found = reserved_ranges(str(path), 1 << 60, first=2 * MIB)
+    assert list(found) == [(2 * MIB, 3 * MIB), (16 * MIB, 20 * MIB)]
+
+
+def test_what_is_in_the_page_cache_counts_once_it_is_written_back(tmp_path):
+    path = tmp_path / "image"
+    make(path, fallocate=[(0, 4 * MIB)])
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"x" * MIB, 0)
+        assert list(reserved_ranges(str(path), 4 * MIB, sync=True)) == [(MIB, 4 * MIB)]
 
 
 def test_no_such_file_or_no_fiemap(tmp_path):

@@ -32,6 +32,7 @@ vms:
           - {offset: 90%}
         speed: 0
         keep_free: 5G
+        ahead: 256M
   - address: tcp:host:4444
     disks:
       - disk: off
@@ -58,7 +59,7 @@ def test_everything_that_can_be_said():
             speed=100 << 20,
             keep_free=ten,
             order=-1,
-            place="p.yaml:23:9",
+            place="p.yaml:24:9",
         ),
         DiskPolicy(
             "/run/a.qmp",
@@ -72,6 +73,7 @@ def test_everything_that_can_be_said():
             ),
             speed=0,
             keep_free=Amount(5 << 30),
+            ahead=Amount(256 << 20),
             place="p.yaml:12:9",
         ),
         DiskPolicy(
@@ -90,7 +92,7 @@ def test_everything_that_can_be_said():
 def test_what_is_not_said_is_left_as_it_is():
     [disk] = parse("vms: [{address: a, disks: [{disk: vd0}]}]").disks
     assert (disk.backing, disk.allocation) == ("keep", "as-is")
-    assert (disk.speed, disk.keep_free, disk.parts) == (0, None, ())
+    assert (disk.speed, disk.keep_free, disk.ahead, disk.parts) == (0, None, None, ())
 
 
 def test_amounts_are_exact():
@@ -138,6 +140,11 @@ def disk(text):
         (disk("allocation: fat"), "p.yaml:4:27: vms[0].disks[0].allocation: 'fat' is not one of"),
         (disk("allocation: like"), "'like' is not one of as-is, thin, full"),
         (disk("allocation: {like: '@1'}"), "allocation.like: @1 is a depth"),
+        (disk("ahead: 0"), "p.yaml:4:22: vms[0].disks[0].ahead: is nothing"),
+        (disk("ahead: 0%"), "p.yaml:4:22: vms[0].disks[0].ahead: is nothing"),
+        (disk("ahead: much"), "p.yaml:4:22: vms[0].disks[0].ahead: 'much' is neither a size"),
+        (disk("ahead: 101%"), "p.yaml:4:22: vms[0].disks[0].ahead: '101%' is more than"),
+        (f"ahead: 1G\n{disk('order: 0')}", "p.yaml:1:1: ahead: is not a key that is known here"),
         (disk("ranges: [{}]"), "p.yaml:4:23: vms[0].disks[0].ranges: say where to allocate"),
         (
             disk("allocation: thin, backing: independent, ranges: [{}]"),
