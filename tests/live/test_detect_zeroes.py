@@ -60,6 +60,11 @@ async def test_full(fmt, attachment, value, start_qemu, vm_dir, qemu_binary, inv
     vm = await start_qemu(built, guest=True)
     await invariant.begin(vm)
     assert await detect_zeroes(vm) == value
+    background = 0
+    if fmt == "qed":
+        # QEMU may abort when it drains a QED image while the guest writes to new clusters.
+        background = 0xFF
+        await vm.guest.fill(0, STRESS.offset, STRESS.length, background)
     await vm.guest.stress(STRESS)
     async with qmpblock.connect(vm.monitor_path) as controller:
         [disk] = await controller.disks()
@@ -67,7 +72,7 @@ async def test_full(fmt, attachment, value, start_qemu, vm_dir, qemu_binary, inv
             result = await disk.allocate(full=True)
     assert trace.count("human-monitor-command") == 2 * trace.count("blockdev-reopen")
     assert "stop" not in trace
-    assert result.reserved > 16 * MIB
+    assert result.reserved > 16 * MIB, result
     assert await detect_zeroes(vm) == value
     done = await vm.guest.stop_stress()
     assert (done.bad, done.errors) == (0, 0), done
@@ -86,7 +91,9 @@ async def test_full(fmt, attachment, value, start_qemu, vm_dir, qemu_binary, inv
     assert left - zeros == Ranges(), "no host space"
     found = await content(built.disks[0].active, built.tools)
     area = slice(STRESS.offset, STRESS.offset + STRESS.length)
-    verdict = check_acknowledged(found[area], STRESS, done.acked, done.issued)
+    verdict = check_acknowledged(
+        found[area], STRESS, done.acked, done.issued, background=background
+    )
     assert verdict.ok, verdict
     assert found[: area.start] == before[: area.start]
     assert found[area.stop :] == before[area.stop :]
