@@ -26,7 +26,7 @@ SHARES = {
     "test_job_commands": 0.3,
     "test_job_control": 0.2,
     "test_job_faults": 0.2,
-    "test_policy": 0.06,
+    "test_policy": 0.04,
 }
 
 

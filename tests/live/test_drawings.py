@@ -27,7 +27,7 @@ from qmpblock.testing.images import Tools, build
 
 pytestmark = pytest.mark.live
 
-_ROUNDS = 4  # of 200 in soak; each takes two seconds
+_ROUNDS = 3  # of 200 in soak; each takes two seconds
 
 
 def test_all_eight_drawings_are_tried():

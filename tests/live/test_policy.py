@@ -155,7 +155,7 @@ async def test_a_warning_is_4(scenario, start_qemu, vm_dir):
 async def test_pictures_show_what_a_plan_will_change(scenario, start_qemu, invariant, vm_dir):
     vm = await start_qemu(scenario)
     invariant.expect(DROPPED)
-    path = written(vm_dir, one_disk(vm, "vd0", **FULL, speed="1M"))
+    path = written(vm_dir, one_disk(vm, "vd0", **FULL, speed="4M"))
     code, out, err = await cli("plan", path)
     assert (code, err) == (0, "")
     today, wanted = out.split("\nwanted\n")
@@ -163,7 +163,7 @@ async def test_pictures_show_what_a_plan_will_change(scenario, start_qemu, invar
     assert wanted.count("\n@") == 1
     # Both are drawn to the same scale, under each other.
     assert len({line.index("├") for line in out.splitlines() if "├" in line}) == 1
-    assert "3M to copy, 9M to reserve, 12 s at 1M/s" in wanted
+    assert "3M to copy, 9M to reserve, 3 s at 4M/s" in wanted
     assert "leaving the chain: " in wanted
     code, out, err = await cli("apply", path)
     assert code == 0, err
