@@ -62,8 +62,8 @@ class Watching:
         return error
 
     async def begun(self):
-        """Wait until the first threshold is set."""
-        await self.until(lambda: self.thresholds(), "set a threshold")
+        """Wait until the first threshold is set; what a dead watcher left is taken away before."""
+        await self.until(lambda: any(offset for _, offset in self.thresholds()), "set a threshold")
 
 
 @contextlib.asynccontextmanager
