@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from qmpblock.address import Address, parse_address
 from qmpblock.ahead import keep_ahead
 from qmpblock.errors import Error, RequestError
 from qmpblock.headroom import RoomResult
@@ -68,13 +69,13 @@ class Watch:
 
         Cancelling it ends all of them; nothing of ours is left.
         """
-        vms: dict[str, list[DiskPolicy]] = {}
-        for wanted in self.disks:
-            vms.setdefault(wanted.address, []).append(wanted)
+        vms: dict[Address, list[DiskPolicy]] = {}
+        for wanted in self.disks:  # a monitor serves one client, however its address is written
+            vms.setdefault(parse_address(wanted.address), []).append(wanted)
         try:
             async with asyncio.TaskGroup() as group:
-                for address, disks in vms.items():
-                    group.create_task(self._vm(address, disks))
+                for disks in vms.values():
+                    group.create_task(self._vm(disks[0].address, disks))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 

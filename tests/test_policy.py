@@ -7,12 +7,12 @@ import pytest
 
 from qmpblock.errors import Error
 from qmpblock.extents import AllocationMap
+from qmpblock.headroom import RoomPlan
 from qmpblock.job import Progress
-from qmpblock.policy import DiskPlan, DiskResult, _Applying, _in_turn, _unless_short
+from qmpblock.policy import DiskPlan, DiskResult, _Applying, _in_turn, _nothing, _unless_short
 from qmpblock.policyfile import DiskPolicy
 from qmpblock.policylook import Room, share_room
 from qmpblock.policyplan import Changes, Picture, Step
-from qmpblock.ranges import Ranges
 
 M = 1 << 20
 
@@ -99,6 +99,18 @@ def test_room_is_given_to_the_disks_in_their_order():
     assert "50 are promised" in str(shared[1].error)
     failed = replace(plans[0], error=Error("no"))
     assert share_room((failed, planned("2", 1, 90)))[1].error is None
+
+
+def test_room_ahead_takes_its_share_too():
+    only_ahead = replace(planned("1", 1, 60, steps=0), ahead=RoomPlan("/image", 60, 0, 60, False))
+    there = replace(planned("2", 1, 999, steps=0), ahead=RoomPlan("/image", 60, 60, 0, False))
+    assert only_ahead.has_work
+    assert not there.has_work
+    shared = share_room((only_ahead, there, planned("3", 1, 31)))
+    assert [one.error is None for one in shared] == [True, True, False]
+    result = _nothing(there)
+    assert (result.state, result.ahead.before, result.ahead.room) == ("nothing", 60, 60)
+    assert _nothing(planned("4", 1, 0, steps=0)).ahead is None
 
 
 async def test_work_is_given_up_where_the_host_runs_short(tmp_path):

@@ -16,7 +16,7 @@ from qmpblock.policywatch import Watch
 def policy(*names, ahead=100):
     """Return a policy; a name is of a VM and its disk: `a1`."""
     amount = Amount(ahead) if ahead else None
-    return Policy("p.yaml", tuple(DiskPolicy(one[0], one, ahead=amount) for one in names))
+    return Policy("p.yaml", tuple(DiskPolicy(f"/{one[0]}", one, ahead=amount) for one in names))
 
 
 class VMs:
@@ -31,7 +31,7 @@ class VMs:
     @asynccontextmanager
     async def connect(self, address):
         self.connections.append(address)
-        if address == "x":
+        if address == "/x":
             raise ConnectError("nothing listens")
 
         async def disk(name):
@@ -74,7 +74,7 @@ async def test_one_failure_does_not_end_the_others(monkeypatch):
     )
     task = asyncio.ensure_future(watch.run())
     await settled()
-    assert sorted(vms.connections) == ["a", "b", "x"]  # one connection a VM
+    assert sorted(vms.connections) == ["/a", "/b", "/x"]  # one connection a VM
     assert [name for name, _ in ended] == ["x1"]
     busy = BusyError("another one")
     vms.disks["a1"].end.set_exception(busy)
@@ -89,6 +89,17 @@ async def test_one_failure_does_not_end_the_others(monkeypatch):
     assert errors[0] is busy
     assert errors[1:3] == [None, None]
     assert isinstance(errors[3], ConnectError)
+
+
+async def test_one_connection_however_the_address_is_written(monkeypatch):
+    vms = VMs(monkeypatch)
+    disks = [DiskPolicy(address, "d", ahead=Amount(100)) for address in ("/a", "unix:/a", "/b")]
+    watch = Watch(Policy("p.yaml", tuple(disks)), connect=vms.connect)
+    task = asyncio.ensure_future(watch.run())
+    await settled()
+    assert vms.connections == ["/a", "/b"]
+    task.cancel()
+    await asyncio.wait({task})
 
 
 async def test_what_is_told_adds_up(monkeypatch):

@@ -35,6 +35,7 @@ class Watching:
         self.sent = []
         self.task = None
         self.disk = None
+        self.cancel_at = None  # the command before which the watch is cancelled
 
     def thresholds(self):
         """Return each (node, offset) that was set; 0 takes one away."""
@@ -76,6 +77,9 @@ async def watching(vm, size, *, disk="vd0", address=None, keep_free=0):
 
         async def execute(command, arguments):
             seen.sent.append((command, dict(arguments or {})))
+            if command == seen.cancel_at:
+                seen.cancel_at = None
+                seen.task.cancel()
             return await real(command, arguments)
 
         controller.monitor._execute = execute

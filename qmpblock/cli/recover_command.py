@@ -67,7 +67,9 @@ async def command(
     else:
         for one in found:
             _say(one, planned=dry_run or check)
-    return WARNED if check and found else 0
+    # A controller at work, such as a watcher, is no reason to recover.
+    needed = any(step.verb != "leave" for one in found for step in one.steps)
+    return WARNED if check and needed else 0
 
 
 def _is_image(target: str) -> bool:

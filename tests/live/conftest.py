@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 
 #: What share of a function's cases a run takes, by module.
 SHARES = {
+    "test_ahead": 0.3,
     "test_allocate": 0.1,
     "test_allocate_full": 0.1,
     "test_chains": 0.07,

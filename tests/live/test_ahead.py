@@ -263,18 +263,43 @@ async def test_writes_far_above_the_room_make_no_storm(start_qemu, invariant, vm
     await verified_closed(vm, spec, end)
 
 
+async def taken_away(vm):
+    """Take the room of a growing image away, as nobody should; its guest writes a little before."""
+    file = vm.disks[0].active.path
+    await vm.guest.write(0, 0, MIB, seq=1, seed=1)
+    os.truncate(file, file.stat().st_size)
+    assert past_the_end(file) == 0
+
+
 async def test_a_look_finds_what_no_event_tells(
     start_qemu, invariant, vm_dir, qemu_binary, monkeypatch
 ):
     monkeypatch.setattr(ahead, "_LOOK", 0.3)
-    vm = await start_qemu(await built(alone("raw"), vm_dir / "images", qemu_binary), guest=True)
+    vm = await start_qemu(await built(alone(), vm_dir / "images", qemu_binary), guest=True)
     async with watching(vm, 8 * MIB) as watch:
         await watch.begun()
-        # Below the threshold, which lies at half of the room; then above, beyond the room.
-        await vm.guest.write(0, 0, 4 * MIB, seq=1, seed=1)
-        await vm.guest.write(0, 4 * MIB, MIB, seq=2, seed=1)
-        await watch.until(lambda: len(watch.told) == 2, "make room again")
-        assert watch.told[1].room == 8 * MIB
+        await taken_away(vm)
+        await watch.until(lambda: len(watch.thresholds()) == 2, "make room again")
+        assert (watch.told[1].before, watch.told[1].room) == (0, 8 * MIB)
+        (_, first), (_, second) = watch.thresholds()
+        assert second > first
+    await invariant.verify(vm)
+
+
+@pytest.mark.parametrize("command", ["qom-set", "block-set-write-threshold"])
+async def test_given_up_between_two_thresholds(
+    command, start_qemu, invariant, vm_dir, qemu_binary, monkeypatch
+):
+    monkeypatch.setattr(ahead, "_LOOK", 0.3)
+    vm = await start_qemu(await built(alone(), vm_dir / "images", qemu_binary), guest=True)
+    async with watching(vm, 8 * MIB) as watch:
+        await watch.begun()
+        watch.cancel_at = command  # the first threshold is set still
+        await taken_away(vm)
+        await asyncio.wait({watch.task})
+        assert watch.task.cancelled()
+        assert await armed(vm) == {}
+        assert await locks(vm) == []
     await invariant.verify(vm)
 
 

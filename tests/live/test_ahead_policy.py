@@ -146,6 +146,8 @@ async def test_interrupted_is_130_and_nothing_is_left(start_qemu, invariant, vm_
     path = written(vm_dir, [(vm, [{"disk": "vd0", "ahead": "4M"}])])
     async with Controller(command("apply", path, "--watch", "--json"), vm_dir) as controller:
         await eventually(lambda: is_armed(vm), "watch")
+        # A watcher that lives is no reason to recover.
+        assert (await cli("recover", vm.second_monitor_path, "--check"))[0] == 0
         await vm.guest.write(0, 0, 3 * MIB, seq=1, seed=1)
         await controller.wait_for_output(r"\d:\d\d vd0 of .*: [1-9][\d,]+ bytes reserved; \d")
         await eventually(lambda: is_armed(vm), "be armed again")
