@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import statistics
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import qmpblock
 from bench.live import wall
@@ -22,40 +24,64 @@ RANGE = 64 << 10  # bytes of a small range
 
 
 @asynccontextmanager
-async def disk_of(folder: Path, tools: Tools, images: str) -> AsyncIterator[Disk]:
-    """Run a VM whose disk consists of `images`, made anew."""
-    text = f"about: A disk to allocate.\nimages: [{images}]\n"
-    built = await build(parse_scenario(text, "bench"), folder / "images", tools)
+async def disks_of(folder: Path, tools: Tools, text: str) -> AsyncIterator[list[Disk]]:
+    """Run a VM whose disks are made anew."""
+    built = await build(
+        parse_scenario(f"about: To allocate.\n{text}", "bench"), folder / "i", tools
+    )
     async with (
         QemuProcess.of(built, guest=True) as vm,
         qmpblock.connect(vm.monitor_path) as controller,
     ):
-        yield (await controller.disks())[0]
-    subprocess.run(["rm", "-r", str(folder / "images")], check=True)
+        yield await controller.disks()
+    subprocess.run(["rm", "-r", str(folder / "i")], check=True)
+
+
+@asynccontextmanager
+async def disk_of(folder: Path, tools: Tools, images: str) -> AsyncIterator[Disk]:
+    """Run a VM whose disk consists of `images`, made anew."""
+    async with disks_of(folder, tools, f"images: [{images}]\n") as [disk]:
+        yield disk
+
+
+_TWINS = """\
+disks:
+- {{name: one, images: [{{file: base, size: {size}, content: [write 0 {size} 0xaa]}}, {{}}]}}
+- {{name: other, images: [{{size: {size}, backing: base}}]}}
+"""
 
 
 async def thin_against_stream(folder: Path, tools: Tools, size: int, rounds: int) -> None:
-    """Bring a fully backed disk up: by CACHE, and by a stream job."""
+    """Bring two disks over one full base up: one by CACHE, the other by a stream job."""
     print(f"\nThin allocation of {size // MIB} MiB, all of it backed, {rounds} rounds in turn:")
-    images = f"{{size: {size}, content: [write 0 {size} 0xaa]}}, {{}}"
     loop = asyncio.get_running_loop()
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(rounds):
-        async with disk_of(folder, tools, images) as disk:
-            begin = loop.time()
-            result = await disk.allocate()
-            ours.append(loop.time() - begin)
-            assert result.allocated == size, result
-        async with disk_of(folder, tools, images) as disk:
-            begin = loop.time()
-            await _stream(disk)
-            theirs.append(loop.time() - begin)
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    seconds: dict[str, list[float]] = {"disk.allocate()": [], "block-stream": []}
+    for number in range(rounds):
+        async with disks_of(folder, tools, _TWINS.format(size=size)) as disks:
+            # Who comes first, and on which disk, changes from round to round.
+            labels = list(seconds)[:: 1 if number % 2 else -1]
+            for label, disk in zip(labels, disks[:: 1 if number % 4 < 2 else -1], strict=True):
+                os.sync()  # nobody waits for what was written before
+                begin = loop.time()
+                if label == "block-stream":
+                    await _stream(disk)
+                else:
+                    result = await disk.allocate()
+                    assert result.allocated == size, result
+                seconds[label].append(loop.time() - begin)
+    ours, theirs = seconds.values()
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     print(f"  block-stream                 {statistics.median(theirs):>9.2f} s")
-    print(
-        f"  disk.allocate()              {statistics.median(ours):>9.2f} s   ratio {ratio:.2f}   "
-        "at most 1.1"
+    print(f"  disk.allocate()              {statistics.median(ours):>9.2f} s   (at most 1.1)")
+    print(f"  ratio                        {spread(ratios)}")
+
+
+def spread(ratios: list[float]) -> str:
+    """Return the median of some ratios and where the middle half and all of them lie."""
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return (
+        f"{median:.2f} (half of them {low:.2f} to {high:.2f}, all {min(ratios):.2f} to "
+        f"{max(ratios):.2f})"
     )
 
 
@@ -99,8 +125,8 @@ async def full_against_writing(folder: Path, tools: Tools, size: int, rounds: in
     zeros.unlink()
     base = times["qemu-img convert -S 0"]
     for label, measured in times.items():
-        ratio = statistics.median(a / b for a, b in zip(measured, base, strict=True))
-        print(f"  {label:<28} {statistics.median(measured):>9.2f} s   ratio {ratio:.2f}")
+        ratios = [a / b for a, b in zip(measured, base, strict=True)]
+        print(f"  {label:<28} {statistics.median(measured):>9.2f} s   ratio {spread(ratios)}")
     print(
         "  the bound: the zeros are written twice, to the temporary image and to the disk, and "
         f"flushed;\n  the guest's I/O was held for {held * 1000:.1f} ms at the most"
@@ -108,22 +134,31 @@ async def full_against_writing(folder: Path, tools: Tools, size: int, rounds: in
 
 
 async def small_ranges(folder: Path, tools: Tools, size: int, count: int) -> None:
-    """Allocate small ranges at random, one call each."""
+    """Allocate small ranges at random, one call each; count the commands of a call, too."""
     images = f"{{size: {size}, content: [write 0 {size} 0xaa]}}, {{}}"
-    chance = random.Random(1)
-    places = chance.sample(range(0, size, RANGE), count)
+    places = random.Random(1).sample(range(0, size, RANGE), count)
     loop = asyncio.get_running_loop()
     async with disk_of(folder, tools, images) as disk:
+        commands, real = 0, disk.vm.monitor._execute
+
+        async def execute(*arguments: Any) -> Any:
+            nonlocal commands
+            commands += 1
+            return await real(*arguments)
+
+        disk.vm.monitor._execute = execute  # type: ignore[method-assign]
         begin = loop.time()
         for place in places:
             await disk.allocate(place, RANGE)
         seconds = loop.time() - begin
-    print(f"\nSmall ranges (64 KiB at random, one call each): {count / seconds:.0f} a second")
+    print(
+        f"\nSmall ranges (64 KiB at random, one call each): {count / seconds:.0f} a second, "
+        f"{commands // count} QMP commands each"
+    )
 
 
 async def all_of_it(folder: Path, tools: Tools, rounds: int) -> None:
     """Measure all of the above."""
-    rounds = max(3, rounds // 2)
-    await thin_against_stream(folder, tools, 1024 * MIB, rounds)
-    await full_against_writing(folder, tools, 512 * MIB, rounds)
+    await thin_against_stream(folder, tools, 1024 * MIB, max(9, rounds))
+    await full_against_writing(folder, tools, 512 * MIB, max(3, rounds // 2))
     await small_ranges(folder, tools, 256 * MIB, 200)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -329,33 +329,27 @@ async def _cache(
     Between them the export must still be of the active node: a foreign snapshot redirects it
     silently, and what is asked for would go to the overlay (facts 1.6).
     """
-    clock = time.monotonic
+    clock, left = time.monotonic, iter(batches)
     looked = clock()
-    flying: deque[tuple[asyncio.Task[None], int]] = deque()
-    try:
-        for batch in batches:
+    turn = asyncio.Lock()  # under a limit, one at a time
+
+    async def work() -> None:
+        nonlocal looked
+        for batch in left:
             if clock() - looked > _LOOK:
                 looked = clock()
                 await _check_export(disk, client)
-            while len(flying) >= (1 if speed.rate else _IN_FLIGHT):
-                await _landed(flying, report)
-            await speed.wait(batch.length)
-            sent = asyncio.create_task(client.cache(batch.start, batch.length))
-            flying.append((sent, batch.length))
-        while flying:
-            await _landed(flying, report)
-    finally:
-        for task, _ in flying:
-            task.cancel()
-        if flying:
-            await asyncio.wait([task for task, _ in flying])
+            async with turn if speed.rate else nullcontext():
+                await speed.wait(batch.length)
+                await client.cache(batch.start, batch.length)
+            report.add(batch.length)
 
-
-async def _landed(flying: deque[tuple[asyncio.Task[None], int]], report: _Report) -> None:
-    task, length = flying[0]
-    await task
-    flying.popleft()
-    report.add(length)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_IN_FLIGHT):
+                group.create_task(work())
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _check_export(disk: Disk, client: Client) -> None:

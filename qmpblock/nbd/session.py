@@ -121,16 +121,16 @@ class Session:
 
         :raise RangeError: saying which.
         """
-        what = f"{command.name} {offset}+{length}"
-        if offset < 0 or length < 1:
-            raise RangeError(f"{what}: an offset is at least 0 and a length at least 1")
-        if offset + length > self.size:
-            raise RangeError(f"{what} reaches past the end of the export, {self.size} bytes")
         block = self.block_sizes.minimum
-        if (offset | length) & (block - 1):
-            raise RangeError(
-                f"{what} is not aligned to the export's minimum block size, {block} bytes"
-            )
+        if offset < 0 or length < 1:
+            wrong = ": an offset is at least 0 and a length at least 1"
+        elif offset + length > self.size:
+            wrong = f" reaches past the end of the export, {self.size} bytes"
+        elif (offset | length) & (block - 1):
+            wrong = f" is not aligned to the export's minimum block size, {block} bytes"
+        else:
+            return
+        raise RangeError(f"{command.name} {offset}+{length}{wrong}")
 
     def _check_range(self, command: Command, offset: int, length: int) -> None:
         self.check_bounds(command, offset, length)
@@ -148,7 +148,7 @@ class Session:
         needed = _COMMAND_NEEDS.get(command)
         if needed is not None and not self.can(needed):
             raise self._unsupported(f"does not offer {command.name}")
-        for flag in flags:
+        for flag in flags if flags else ():  # looking for none among none takes its time
             needed = _FLAG_NEEDS.get(flag)
             if needed is not None and not self.can(needed):
                 raise self._unsupported(f"does not offer {command.name} with {flag.name}")
