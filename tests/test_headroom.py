@@ -221,9 +221,9 @@ async def test_a_file_that_is_gone(tmp_path):
 # -- formats
 
 
-def disk(fmt, *children, path="/nowhere", data_file=None):
+def disk(fmt, *children, path="/nowhere", driver="file", data_file=None):
     """Return what stands for a disk whose QEMU cannot be seen from here."""
-    storage = Node("f", "file", path, 0, False)
+    storage = Node("f", driver, path, 0, False)
     node = Node("d", fmt, path, 0, False, children=tuple(Edge(name, "f") for name in children))
     active = Layer(0, node, storage, data_file)
     return SimpleNamespace(
@@ -258,3 +258,11 @@ async def test_what_can_have_no_room_is_refused(fmt, children, words):
     with pytest.raises(UnsupportedError, match=words) as caught:
         await find_place(disk(fmt, *children))
     assert caught.value.standing == "nothing was touched"
+
+
+async def test_block_devices_and_remote_storage_are_refused():
+    for fmt in ("raw", "qcow2"):
+        with pytest.raises(UnsupportedError, match="is a block device"):
+            await find_place(disk(fmt, "file", driver="host_device"))
+        with pytest.raises(UnsupportedError, match="not on this host"):
+            await find_place(disk(fmt, "file", driver="nbd"))

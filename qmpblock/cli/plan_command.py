@@ -106,10 +106,14 @@ def said_ahead(room: RoomPlan) -> str:
     """Say in few words what there is of the room ahead of the guest."""
     from qmpblock.render import human_size
 
-    there = "as much as the file system cannot tell" if room.room is None else human_size(room.room)
-    text = f"room ahead of the guest: {there} of {human_size(room.wanted)}"
-    if room.reserve:
-        text += f", {human_size(room.reserve)} to reserve"
+    text = "room ahead of the guest: "
+    if room.room is None:
+        text += (
+            f"{human_size(room.wanted)}, some of which may be there: the file system cannot tell"
+        )
+    else:
+        text += f"{human_size(room.room)} of {human_size(room.wanted)}"
+        text += f", {human_size(room.reserve)} to reserve" if room.reserve else ""
     return text + (", no blank is left then" if room.full else "")
 
 

@@ -219,6 +219,9 @@ async def test_no_space_to_the_end_is_1(start_qemu, invariant, vm_dir, qemu_bina
             vm = await start_qemu(await built(alone(), small / "images", qemu_binary))
             fill_up(small, leave=MIB)
             path = written(vm_dir, [(vm, [{"disk": "vd0", "ahead": "8M"}])])
+            code, out, err = await cli("plan", path)
+            assert code == 1, err  # the file system has but one megabyte
+            assert "some of which may be there: the file system cannot tell" in out
             run = command("apply", path, "--watch", "--json")
             async with Controller(run, vm_dir) as controller:
                 await controller.wait_for_output("no room: .*; it is tried again")

@@ -247,6 +247,10 @@ async def _change_throttle(vm: QemuProcess) -> None:
     )
 
 
+async def _leave_threshold(vm: QemuProcess) -> None:
+    await vm.execute("block-set-write-threshold", node_name="d0-file", write_threshold=1 << 20)
+
+
 @pytest.mark.parametrize(
     ("leak", "line"),
     [
@@ -263,6 +267,7 @@ async def _change_throttle(vm: QemuProcess) -> None:
         (_leave_temporary, r"appeared: file: /.*/qmpblock-left"),
         (_leave_stopped, "disappeared: VM: running"),
         (_cut_backing, "disappeared: edge: d0 -backing-> d0-1 "),
+        (_leave_threshold, "appeared: node: d0-file file .*, write threshold 1048576"),
         (_change_throttle, r"appeared: object: group-d0 throttle-group, limits .*1048576"),
     ],
 )
