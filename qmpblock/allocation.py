@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmpblock import hostfiles
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.change import Change, identify, lock_names, make_way
@@ -24,7 +26,6 @@ from qmpblock.disk import check_range, exported, read_map
 from qmpblock.driving import check_copy_on_read
 from qmpblock.errors import (
     CommandError,
-    Error,
     GraphError,
     NBDError,
     RequestError,
@@ -34,9 +35,8 @@ from qmpblock.errors import (
 from qmpblock.job import Progress
 from qmpblock.journal import Record
 from qmpblock.pace import RateMeter, Speed
-from qmpblock.planning import Batch, below, requests, rounded
-from qmpblock.ranges import Ranges
-from qmpblock.reserving import raw_file, reserve_by_fallocate
+from qmpblock.planning import Batch, below, dataless, requests, rounded
+from qmpblock.reserving import blank_ranges, raw_file, reserve_by_fallocate
 from qmpblock.staging import check_staging, reserve_by_staging
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
     from qmpblock.graph import Layer
     from qmpblock.nbd import Client
+    from qmpblock.ranges import Ranges
 
 __all__ = ["AllocationResult", "allocate", "check_thin"]
 
@@ -93,6 +94,7 @@ async def allocate(
     independent: bool = False,
     speed: Speed | None = None,
     progress: Callable[[Progress], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> AllocationResult:
     """Make a range stand in the active layer. See `Disk.allocate`."""
     started = time.monotonic()
@@ -113,58 +115,131 @@ async def allocate(
     if full and raw is None:
         check_staging(disk)
     speed = speed or Speed()
+    staged = full and raw is None and count > 0
+    said = _Said(warn)
+    growing = await _tell_growth(disk, first, count, said) if staged else {}
     if len(disk.chain.layers) > 1 and count:
         allocated, already = await _allocate_thin(disk, first, count, speed, progress)
         result = replace(result, allocated=allocated, already=already)
+        if growing:  # data that came up and turned out to be zeros will be reserved, too
+            growing = await _tell_growth(disk, first, count, said, growing)
     if full and count:
         meter = _Report(0, 0, progress, "reserving")
         if raw is not None:
-            file, start = raw
             done = await reserve_by_fallocate(
-                file, start + first, count, speed=speed, tell=meter.set
+                raw[0], raw[1] + first, count, speed=speed, tell=meter.set
             )
             result = replace(result, reserved=done)
+            await _prove_raw(disk, first, count, raw, said)
         else:
-            warnings = await _growing_bitmaps(disk, first, count)
-            done, held = await reserve_by_staging(disk, first, count, speed=speed, tell=meter.set)
-            result = replace(result, reserved=done, held=held, warnings=warnings if done else ())
-        await _check_full(disk, first, count, raw)
+            done, held, had = await reserve_by_staging(
+                disk, first, count, speed=speed, tell=meter.set
+            )
+            if not done:
+                said.forget()  # no bitmap grew
+            result = replace(result, reserved=done, held=held)
+            await _prove_staged(disk, first, count, had, said)
     if independent and len(disk.chain.layers) > 1:
         async with disk.stream() as job:
             async for seen in job:
                 if progress is not None:
                     progress(seen)
-        result = replace(result, warnings=(*result.warnings, *job.warnings))
-    return replace(result, seconds=time.monotonic() - started)
+        for text in job.warnings:
+            said(text)
+    return replace(result, seconds=time.monotonic() - started, warnings=tuple(said.warnings))
 
 
-async def _growing_bitmaps(disk: Disk, first: int, count: int) -> tuple[str, ...]:
-    """Say which dirty bitmaps will count what is reserved as written."""
-    active = (await disk.vm.graph()).device(disk.device.qom_path).chain
-    assert active is not None  # VM.disk refuses empty drives
-    names = [b.name for b in active.active.node.bitmaps if b.recording]
-    if not names:
-        return ()
+class _Said:
+    """Takes warnings, and passes each on as soon as it is known."""
+
+    def __init__(self, warn: Callable[[str], None] | None) -> None:
+        self._warn = warn
+        self.warnings: list[str] = []
+
+    def __call__(self, text: str) -> None:
+        self.warnings.append(text)
+        if self._warn is not None:
+            self._warn(text)
+
+    def forget(self) -> None:
+        """Take back what was foreseen and did not happen."""
+        self.warnings.clear()
+
+
+async def _tell_growth(
+    disk: Disk, first: int, count: int, said: _Said, before: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Say by how much dirty bitmaps may grow; return it, by name.
+
+    :param before: what was said already; only what is more is said again.
+    """
+    active = disk.chain.active.node
+    recording = [bitmap for bitmap in active.bitmaps if bitmap.recording]
+    if not recording:
+        return {}
     seen = await disk.map(first, count)
-    total = (seen.holes() | seen.where(depth=0, present=True, zero=True, data=False)).total
-    return tuple(
-        f"the dirty bitmap {printable(name)} counts what is reserved, up to {total} bytes, as "
-        "written: the next incremental backup is as much larger"
-        for name in names
-    )
-
-
-async def _check_full(disk: Disk, first: int, count: int, raw: tuple[str, int] | None) -> None:
-    """See on the map that nothing of the range is without host space now."""
-    seen = await disk.map(first, count, reserved=True)
-    left = seen.holes() if raw is None else Ranges()
-    if left.total:
-        raise Error(
-            f"{left.total} bytes of {disk.name} are in no layer still: the guest discarded them "
-            "meanwhile, or QEMU did not store the zeros",
-            standing="the rest is reserved",
-            remedy="run it again",
+    wanted = dataless(seen, active.cluster_size or 512, disk.size)
+    found = {}
+    for bitmap in recording:
+        found[bitmap.name] = total = wanted.align_out(bitmap.granularity, disk.size).total
+        if total <= (before or {}).get(bitmap.name, 0):
+            continue
+        said(
+            f"the dirty bitmap {printable(bitmap.name)} counts what is reserved, up to {total} "
+            "bytes, as written: the next incremental backup is as much larger"
         )
+    return found
+
+
+async def _prove_raw(disk: Disk, first: int, count: int, raw: tuple[str, int], said: _Said) -> None:
+    """See that the host's file system has space for the whole range now."""
+    file, start = raw
+    left = await asyncio.to_thread(blank_ranges, file, start, disk.size)
+    left = left.clip(first, count)
+    if not left:
+        return
+    if hostfiles.reserved_ranges(file, start + first + count) is None:
+        said(
+            f"the file system of {printable(file)} does not tell what it has reserved, but by "
+            f"the success of the calls (fallocate): {left.total} bytes are not seen to be so"
+        )
+    else:
+        said(_given_back(disk, left.total))
+
+
+async def _prove_staged(disk: Disk, first: int, count: int, had: Ranges, said: _Said) -> None:
+    """See on the map that the whole range has host space now.
+
+    That the zeros were stored was seen while the image was frozen. What is not data by now is
+    the guest's doing since, or zeros that had host space before.
+    """
+    seen = await disk.map(first, count)
+    left = dataless(seen, disk.chain.active.node.cluster_size or 512, disk.size) - had
+    gone = left & seen.holes()
+    if gone:
+        said(_given_back(disk, gone.total))
+    if left - gone:
+        said(
+            f"{(left - gone).total} bytes of {disk.name} were discarded by the guest, or "
+            "overwritten with zeros, meanwhile. Whether they have host space now cannot be told "
+            "while the disk is in use; run it again, and they will"
+        )
+    # Clusters of preallocation=metadata: the image has a place for them, the file maybe none.
+    mapped = seen.where(depth=0, zero=True, data=True)
+    file = check_staging(disk)
+    if mapped and await asyncio.to_thread(blank_ranges, file, 0, Path(file).stat().st_size):
+        said(
+            f"{mapped.total} bytes of {disk.name} were preallocated when {printable(file)} was "
+            "made, but that file has holes: whether the host has space for them cannot be told "
+            "while it is in use"
+        )
+
+
+def _given_back(disk: Disk, total: int) -> str:
+    return (
+        f"{total} bytes of {disk.name} have no host space any more: the guest discarded them "
+        "meanwhile; run it again"
+    )
 
 
 def check_thin(disk: Disk) -> None:

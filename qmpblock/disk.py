@@ -159,6 +159,7 @@ class Disk:
         independent: bool = False,
         speed: Speed | int = 0,
         progress: Callable[[Progress], None] | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> AllocationResult:
         """Make a range stand in the active layer of the running disk, its content unchanged.
 
@@ -176,6 +177,8 @@ class Disk:
             link to it is dropped. For the whole disk only.
         :param speed: bytes a second; a `Speed` can be changed meanwhile.
         :param progress: is called with how far it is.
+        :param warn: is called with each of `result.warnings` as soon as it is known: that
+            dirty bitmaps will grow, and by how much, before the guest's disk is touched.
         :raise RangeError: the range is not inside the disk.
         :raise UnsupportedError: this format, or place, cannot; nothing was touched.
         :raise BusyError: another controller is at work on the disk.
@@ -192,6 +195,7 @@ class Disk:
             independent=independent,
             speed=speed if isinstance(speed, Speed) else Speed(speed),
             progress=progress,
+            warn=warn,
         )
 
     async def make_room(self, size: int, *, keep_free: int = 0) -> RoomResult:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
     from qmpblock.ranges import Ranges
 
-__all__ = ["Batch", "below", "requests", "rounded"]
+__all__ = ["Batch", "below", "dataless", "requests", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,14 @@ def below(amap: AllocationMap) -> Ranges:
     """Return what some layer under the active one supplies, or hides by being short."""
     hidden = amap.where(amap.depth < amap.layers - 1, present=False)
     return amap.not_in_active() | hidden
+
+
+def dataless(amap: AllocationMap, cluster: int, size: int) -> Ranges:
+    """Return the whole clusters in which no layer holds data: what a full allocation reserves.
+
+    Zero clusters that have host space already are among them: no live map tells those.
+    """
+    return amap.where(data=False).align_in(cluster, size)
 
 
 def requests(

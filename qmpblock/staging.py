@@ -22,6 +22,7 @@ import os
 import posixpath
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,11 +68,11 @@ async def reserve_by_staging(
     slice_size: int = _SLICE,
     speed: Speed | None = None,
     tell: Callable[[int, int], None] | None = None,
-) -> tuple[int, float]:
+) -> tuple[int, float, Ranges]:
     """Give host space to what no layer holds in a range.
 
-    Returns how many bytes got it, and the longest time in seconds for which the guest's I/O
-    was held by a pivot.
+    Returns how many bytes got it, the longest time in seconds for which the guest's I/O was
+    held by a pivot, and the zero clusters that had host space already.
 
     Cancelled or failed, the overlay of the slice under way first comes home; what was
     reserved by then stays.
@@ -79,6 +80,8 @@ async def reserve_by_staging(
     :param first: on a cluster; `count` whole clusters, or up to the disk's end.
     :param tell: is called with bytes done and bytes found to do.
     """
+    from qmpblock.ranges import Ranges
+
     vm = disk.vm
     await disk.refresh()
     active = disk.chain.active
@@ -108,7 +111,7 @@ async def reserve_by_staging(
         images=host_files(vm, disk.chain),
     )
     change = Change(vm, record, beside=Path(file))
-    done, held = 0, 0.0
+    done, held, had = 0, 0.0, [Ranges()]
     speed = speed or Speed()
     if speed.rate:
         slice_size = min(slice_size, max(speed.rate, _SMALLEST))
@@ -130,7 +133,7 @@ async def reserve_by_staging(
             if not left:
                 break
             _check_room(file, min(slice_size, left))
-            chosen = await _slice(disk, change, position, first + count, slice_size)
+            chosen = await _slice(disk, change, position, first + count, slice_size, had)
             reserved = chosen.total
             done += reserved
             held = max([held, *(change.journal.held if change.journal else ())])
@@ -141,7 +144,7 @@ async def reserve_by_staging(
                 break  # the frozen map had no more; what the live one shows has space already
             position = int(chosen.stops[-1])
         await undisturbed(change.end())
-    return done, held
+    return done, held, reduce(Ranges.union, had)
 
 
 def check_staging(disk: Disk) -> str:
@@ -192,8 +195,13 @@ async def _next(disk: Disk, position: int, stop: int) -> tuple[int, int]:
     return int(wanted.starts[0]), wanted.total
 
 
-async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -> Ranges:
-    """Reserve up to `size` bytes of [first, stop); return which."""
+async def _slice(
+    disk: Disk, change: Change, first: int, stop: int, size: int, had: list[Ranges]
+) -> Ranges:
+    """Reserve up to `size` bytes of [first, stop); return which.
+
+    :param had: is added to by `_choose`.
+    """
     vm, record, journal = disk.vm, change.record, change.journal
     assert journal is not None  # begin() wrote it
     await disk.refresh()
@@ -222,7 +230,7 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
     )
     await make_overlay(vm, change, item, "qcow2", local=True)
     await undisturbed(take(vm, [item]))
-    chosen = await _choose(disk, change, first, stop, size)
+    chosen = await _choose(disk, change, first, stop, size, had)
     if chosen:
         await _stage(disk, change, item, chosen)
         await _prove(disk, record.top, chosen)
@@ -245,8 +253,13 @@ async def _slice(disk: Disk, change: Change, first: int, stop: int, size: int) -
     return chosen
 
 
-async def _choose(disk: Disk, change: Change, first: int, stop: int, size: int) -> Ranges:
-    """Choose, on the map of the frozen image, what gets host space."""
+async def _choose(
+    disk: Disk, change: Change, first: int, stop: int, size: int, had: list[Ranges]
+) -> Ranges:
+    """Choose, on the map of the frozen image, what gets host space.
+
+    :param had: what has it already although it is mere zeros is added to it.
+    """
     from qmpblock.ranges import Ranges
 
     await disk.refresh()
@@ -259,8 +272,8 @@ async def _choose(disk: Disk, change: Change, first: int, stop: int, size: int) 
     last = seen.layers - 1
     wanted = seen.where(depth=1, present=True, zero=True, data=False)
     wanted = wanted | seen.where(depth=last, present=False)
-    wanted = wanted - await _reserved(disk, change.record.base_file, frozen.format)
-    whole = wanted.align_in(cluster, frozen.size)
+    had.append(wanted & await _reserved(disk, change.record.base_file, frozen.format))
+    whole = (wanted - had[-1]).align_in(cluster, frozen.size)
     return Ranges(_first_bytes(whole, size))
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpblock.extents import DATA, PRESENT, ZERO, AllocationMap
-from qmpblock.planning import below, requests, rounded
+from qmpblock.planning import below, dataless, requests, rounded
 from qmpblock.ranges import Ranges
 
 SECTOR = 512
@@ -89,3 +89,22 @@ def test_rounded(offset: int, length: int, cluster: int, more: int) -> None:
     assert start % cluster == 0
     assert (start + count) % cluster == 0 or start + count == size
     assert count < length + 2 * cluster
+
+
+@given(runs, clusters)
+def test_dataless_is_what_is_no_data_in_whole_clusters(
+    runs: list[tuple[int, int]], cluster: int
+) -> None:
+    amap = map_of(runs)
+    data = [bool(KINDS[kind][1] & DATA) for sectors, kind in runs for _ in range(sectors)]
+    step, expected = cluster // SECTOR, []
+    for first in range(0, len(data), step):
+        if not any(data[first : first + step]):  # the disk's end may cut the last one
+            expected.append((first * SECTOR, min(first + step, len(data)) * SECTOR))
+    assert dataless(amap, cluster, amap.stop) == Ranges(expected)
+
+
+def test_what_only_has_its_place_is_data() -> None:
+    """As preallocation=metadata makes it: mapped, and reading as zeros."""
+    amap = AllocationMap.uniform(0, SECTOR, flags=PRESENT | ZERO | DATA)
+    assert dataless(amap, SECTOR, SECTOR) == Ranges()

@@ -52,9 +52,14 @@ async def command(
         found = await vm.disk(disk)
         with reporting(f"allocation on {found.name}") as show:
             result = await found.allocate(
-                offset, length, full=full, independent=independent, speed=speed, progress=show
+                offset,
+                length,
+                full=full,
+                independent=independent,
+                speed=speed,
+                progress=show,
+                warn=lambda text: warn((text,)),
             )
-    warn(result.warnings)
     if options.json:
         emit(json.dumps(asdict(result), indent=2) + "\n")
     else:
