@@ -36,7 +36,8 @@ from qmpblock.job import Progress
 from qmpblock.journal import Record
 from qmpblock.pace import RateMeter, Speed
 from qmpblock.planning import Batch, below, dataless, requests, rounded
-from qmpblock.reserving import blank_ranges, raw_file, reserve_by_fallocate
+from qmpblock.ranges import Ranges
+from qmpblock.reserving import blank_ranges, raw_file, reserve_ranges
 from qmpblock.staging import check_staging, reserve_by_staging
 
 if TYPE_CHECKING:
@@ -44,9 +45,8 @@ if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
     from qmpblock.graph import Layer
     from qmpblock.nbd import Client
-    from qmpblock.ranges import Ranges
 
-__all__ = ["AllocationResult", "allocate", "check_thin"]
+__all__ = ["Allocated", "AllocationResult", "allocate", "allocate_ranges", "check_thin"]
 
 _ATTEMPTS = 4  # at what the guest discards again meanwhile
 # Bytes of data in one request, and requests in flight. QEMU takes a new buffer for each, which
@@ -111,42 +111,88 @@ async def allocate(
             standing="nothing was touched",
             remedy="leave --offset and --length out",
         )
-    raw = await raw_file(disk) if full else None
-    if full and raw is None:
-        check_staging(disk)
-    speed = speed or Speed()
-    staged = full and raw is None and count > 0
-    said = _Said(warn)
-    growing = await _tell_growth(disk, first, count, said) if staged else {}
-    if len(disk.chain.layers) > 1 and count:
-        allocated, already = await _allocate_thin(disk, first, count, speed, progress)
-        result = replace(result, allocated=allocated, already=already)
-        if growing:  # data that came up and turned out to be zeros will be reserved, too
-            growing = await _tell_growth(disk, first, count, said, growing)
-    if full and count:
-        meter = _Report(0, 0, progress, "reserving")
-        if raw is not None:
-            done = await reserve_by_fallocate(
-                raw[0], raw[1] + first, count, speed=speed, tell=meter.set
-            )
-            result = replace(result, reserved=done)
-            await _prove_raw(disk, first, count, raw, said)
-        else:
-            done, held, had = await reserve_by_staging(
-                disk, first, count, speed=speed, tell=meter.set
-            )
-            if not done:
-                said.forget()  # no bitmap grew
-            result = replace(result, reserved=done, held=held)
-            await _prove_staged(disk, first, count, had, said)
+    where = Ranges([(first, first + count)])
+    done = await allocate_ranges(disk, where, full=full, speed=speed, progress=progress, warn=warn)
+    result = replace(
+        result,
+        allocated=done.allocated,
+        reserved=done.reserved,
+        already=done.already,
+        held=done.held,
+        warnings=done.warnings,
+    )
     if independent and len(disk.chain.layers) > 1:
         async with disk.stream() as job:
             async for seen in job:
                 if progress is not None:
                     progress(seen)
-        for text in job.warnings:
-            said(text)
-    return replace(result, seconds=time.monotonic() - started, warnings=tuple(said.warnings))
+        if warn is not None:
+            for text in job.warnings:
+                warn(text)
+        result = replace(result, warnings=(*result.warnings, *job.warnings))
+    return replace(result, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """What an allocation of several ranges did. As in `AllocationResult`."""
+
+    allocated: int = 0
+    reserved: int = 0
+    already: int = 0
+    held: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+async def allocate_ranges(
+    disk: Disk,
+    where: Ranges,
+    *,
+    full: bool = False,
+    speed: Speed | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    warn: Callable[[str], None] | None = None,
+) -> Allocated:
+    """Make ranges stand in the active layer: as many as there are take no more than one does.
+
+    :param where: whole clusters of the active layer, inside the disk.
+    """
+    found = Allocated()
+    raw = await raw_file(disk) if full else None
+    if full and raw is None:
+        check_staging(disk)
+    if not where:
+        return found
+    speed = speed or Speed()
+    staged = full and raw is None
+    said = _Said(warn)
+    growing = await _tell_growth(disk, where, said) if staged else {}
+    if len(disk.chain.layers) > 1:
+        allocated, already = await _allocate_thin(disk, where, speed, progress)
+        found = replace(found, allocated=allocated, already=already)
+        if growing:  # data that came up and turned out to be zeros will be reserved, too
+            growing = await _tell_growth(disk, where, said, growing)
+    if full:
+        meter = _Report(0, 0, progress, "reserving")
+        if raw is not None:
+            file, begin = raw
+            in_file = [(begin + start, begin + stop) for start, stop in where]
+            done = await reserve_ranges(file, in_file, speed=speed, tell=meter.set)
+            found = replace(found, reserved=done)
+            await _prove_raw(disk, where, raw, said)
+        else:
+            done, held, had = await reserve_by_staging(disk, where, speed=speed, tell=meter.set)
+            if not done:
+                said.forget()  # no bitmap grew
+            found = replace(found, reserved=done, held=held)
+            await _prove_staged(disk, where, had, said)
+    return replace(found, warnings=tuple(said.warnings))
+
+
+def _span(where: Ranges) -> tuple[int, int]:
+    """Return offset and length of what reaches from the first of some ranges to the last."""
+    first = int(where.starts[0])
+    return first, int(where.stops[-1]) - first
 
 
 class _Said:
@@ -167,7 +213,7 @@ class _Said:
 
 
 async def _tell_growth(
-    disk: Disk, first: int, count: int, said: _Said, before: Mapping[str, int] | None = None
+    disk: Disk, where: Ranges, said: _Said, before: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Say by how much dirty bitmaps may grow; return it, by name.
 
@@ -177,8 +223,8 @@ async def _tell_growth(
     recording = [bitmap for bitmap in active.bitmaps if bitmap.recording]
     if not recording:
         return {}
-    seen = await disk.map(first, count)
-    wanted = dataless(seen, active.cluster_size or 512, disk.size)
+    seen = await disk.map(*_span(where))
+    wanted = dataless(seen, active.cluster_size or 512, disk.size) & where
     found = {}
     for bitmap in recording:
         found[bitmap.name] = total = wanted.align_out(bitmap.granularity, disk.size).total
@@ -191,14 +237,14 @@ async def _tell_growth(
     return found
 
 
-async def _prove_raw(disk: Disk, first: int, count: int, raw: tuple[str, int], said: _Said) -> None:
-    """See that the host's file system has space for the whole range now."""
+async def _prove_raw(disk: Disk, where: Ranges, raw: tuple[str, int], said: _Said) -> None:
+    """See that the host's file system has space for all of it now."""
     file, start = raw
     left = await asyncio.to_thread(blank_ranges, file, start, disk.size)
-    left = left.clip(first, count)
+    left = left & where
     if not left:
         return
-    if hostfiles.reserved_ranges(file, start + first + count) is None:
+    if hostfiles.reserved_ranges(file, start + disk.size) is None:
         said(
             f"the file system of {printable(file)} does not tell what it has reserved, but by "
             f"the success of the calls (fallocate): {left.total} bytes are not seen to be so"
@@ -207,14 +253,14 @@ async def _prove_raw(disk: Disk, first: int, count: int, raw: tuple[str, int], s
         said(_given_back(disk, left.total))
 
 
-async def _prove_staged(disk: Disk, first: int, count: int, had: Ranges, said: _Said) -> None:
-    """See on the map that the whole range has host space now.
+async def _prove_staged(disk: Disk, where: Ranges, had: Ranges, said: _Said) -> None:
+    """See on the map that all of it has host space now.
 
     That the zeros were stored was seen while the image was frozen. What is not data by now is
     the guest's doing since, or zeros that had host space before.
     """
-    seen = await disk.map(first, count)
-    left = dataless(seen, disk.chain.active.node.cluster_size or 512, disk.size) - had
+    seen = await disk.map(*_span(where))
+    left = (dataless(seen, disk.chain.active.node.cluster_size or 512, disk.size) & where) - had
     gone = left & seen.holes()
     if gone:
         said(_given_back(disk, gone.total))
@@ -225,7 +271,7 @@ async def _prove_staged(disk: Disk, first: int, count: int, had: Ranges, said: _
             "while the disk is in use; run it again, and they will"
         )
     # Clusters of preallocation=metadata: the image has a place for them, the file maybe none.
-    mapped = seen.where(depth=0, zero=True, data=True)
+    mapped = seen.where(depth=0, zero=True, data=True) & where
     file = check_staging(disk)
     if mapped and await asyncio.to_thread(blank_ranges, file, 0, Path(file).stat().st_size):
         said(
@@ -259,8 +305,7 @@ def check_thin(disk: Disk) -> None:
 
 async def _allocate_thin(
     disk: Disk,
-    first: int,
-    count: int,
+    where: Ranges,
     speed: Speed,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[int, int]:
@@ -284,35 +329,35 @@ async def _allocate_thin(
             "in the VM"
         )
     ):
-        found = await _bring_up(disk, first, count, speed, progress)
+        found = await _bring_up(disk, where, speed, progress)
         await undisturbed(change.end())
     return found
 
 
 async def _bring_up(
     disk: Disk,
-    first: int,
-    count: int,
+    where: Ranges,
     speed: Speed,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[int, int]:
-    """Copy up until nothing of the range is below; return bytes done, and there before.
+    """Copy up until nothing of the ranges is below; return bytes done, and there before.
 
     The maps before and after, and the requests between, all go through one export.
     """
-    active = disk.chain.active
+    active, span = disk.chain.active, _span(where)
     try:
         async with exported(disk, [active], hold_writer=active.data_file is not None) as [client]:
-            seen = await read_map(client, disk.chain, first, count)
-            left = total = below(seen).total
-            already = seen.where(depth=0, present=True).total
+            seen = await read_map(client, disk.chain, *span)
+            left = total = (below(seen) & where).total
+            already = (seen.where(depth=0, present=True) & where).total
             for _ in range(_ATTEMPTS):
                 if left:
                     report = _Report(total, total - left, progress)
-                    await _cache(disk, client, _batches(disk, client, seen, speed), speed, report)
-                    seen = await read_map(client, disk.chain, first, count)
+                    batches = _batches(disk, client, seen, where, speed)
+                    await _cache(disk, client, batches, speed, report)
+                    seen = await read_map(client, disk.chain, *span)
                 seen = await _verified(disk, client, active, seen)
-                before, left = left, below(seen).total
+                before, left = left, (below(seen) & where).total
                 if not left:
                     return total, already
                 if 0 < before <= left:
@@ -327,11 +372,13 @@ async def _bring_up(
     )
 
 
-def _batches(disk: Disk, client: Client, seen: AllocationMap, speed: Speed) -> Iterable[Batch]:
+def _batches(
+    disk: Disk, client: Client, seen: AllocationMap, where: Ranges, speed: Speed
+) -> Iterable[Batch]:
     limits = [speed.piece(min(client.max_cache_length, n)) for n in (_REQUEST, _ZEROS)]
     # A cluster of QED may be larger than a request; QEMU rounds that up by itself.
     unit = min(disk.chain.active.node.cluster_size or 512, client.max_cache_length)
-    return requests(seen, unit, disk.size, *limits)
+    return requests(seen, unit, disk.size, *limits, where=where)
 
 
 async def _verified(

@@ -62,7 +62,13 @@ def dataless(amap: AllocationMap, cluster: int, size: int) -> Ranges:
 
 
 def requests(
-    amap: AllocationMap, cluster: int, size: int, limit: int, zero_limit: int = 0
+    amap: AllocationMap,
+    cluster: int,
+    size: int,
+    limit: int,
+    zero_limit: int = 0,
+    *,
+    where: Ranges | None = None,
 ) -> Iterator[Batch]:
     """Yield the requests that bring all that is below into the active layer, in order.
 
@@ -73,8 +79,9 @@ def requests(
     :param size: of the disk.
     :param limit: bytes of one request; a multiple of the cluster, or one cluster is taken.
     :param zero_limit: the same of zeros, where it is more.
+    :param where: whole clusters, to which it is confined.
     """
-    wanted = below(amap)
+    wanted = below(amap) if where is None else below(amap) & where
     if not wanted:
         return
     data = (wanted & amap.data()).align_out(cluster, size)

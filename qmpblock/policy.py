@@ -10,23 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qmpblock.allocation import allocate_ranges
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import Error, RequestError, printable
 from qmpblock.headroom import RoomResult, make_room
 from qmpblock.pace import Speed
 from qmpblock.policylook import DiskPlan, Room, look, share_room
+from qmpblock.policyplan import Step
+from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
+    from qmpblock.allocation import Allocated, AllocationResult
     from qmpblock.disk import Disk
     from qmpblock.job import Progress
     from qmpblock.policyfile import DiskPolicy, Policy
-    from qmpblock.policyplan import Changes, Step
+    from qmpblock.policyplan import Changes
     from qmpblock.vm import VM
 
 __all__ = ["Connect", "DiskPlan", "DiskResult", "apply", "as_error", "connect_to", "plan"]
@@ -260,7 +265,7 @@ class _Applying:
         speed = Speed(wanted.speed)
         result = DiskResult(wanted, disk.name, "done", warnings=plan.warnings)
         before = 0
-        for step in changes.steps:
+        for step, where in _together(changes.steps):
             tell = self._teller(wanted, step, before, changes.work)
             if step.verb == "drop" and not wanted.independent:
                 async with disk.stream(base=wanted.base, speed=wanted.speed) as job:
@@ -268,14 +273,13 @@ class _Applying:
                         tell(seen)
                 result = replace(result, allocated=result.allocated + step.bytes)
             else:
-                done = await disk.allocate(
-                    step.offset,
-                    step.length,
-                    full=step.verb == "reserve",
-                    independent=step.verb == "drop",
-                    speed=speed,
-                    progress=tell,
-                )
+                done: Allocated | AllocationResult
+                if step.verb == "drop":
+                    done = await disk.allocate(independent=True, speed=speed, progress=tell)
+                else:
+                    await disk.refresh()
+                    full = step.verb == "reserve"
+                    done = await allocate_ranges(disk, where, full=full, speed=speed, progress=tell)
                 result = replace(
                     result,
                     allocated=result.allocated + done.allocated,
@@ -322,6 +326,16 @@ class _Applying:
             self._progress(wanted, replace(seen, done=done, total=total, eta=eta))
 
         return tell
+
+
+def _together(steps: Iterable[Step]) -> Iterator[tuple[Step, Ranges]]:
+    """Yield steps that are done at once, as one, each with the ranges that it is of."""
+    for verb, same in groupby(steps, key=lambda step: step.verb):
+        several = list(same)
+        where = Ranges((step.offset, step.offset + step.length) for step in several)
+        first = several[0].offset
+        total = sum(step.bytes for step in several)
+        yield Step(verb, first, int(where.stops[-1]) - first, total), where
 
 
 def _used(path: str) -> int:

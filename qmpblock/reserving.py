@@ -29,7 +29,6 @@ __all__ = [
     "holes",
     "host_file",
     "raw_file",
-    "reserve_by_fallocate",
     "reserve_ranges",
 ]
 
@@ -98,24 +97,6 @@ async def _format_specific(disk: Disk, layer: Layer) -> dict[str, Any]:
     return {}
 
 
-async def reserve_by_fallocate(
-    file: str,
-    start: int,
-    length: int,
-    *,
-    speed: Speed,
-    tell: Callable[[int, int], None] | None = None,
-) -> int:
-    """Reserve a range of a file; return how many bytes the file takes more.
-
-    Cancelling leaves what is reserved by then.
-
-    :raise UnsupportedError: the file system cannot.
-    :raise Error: there is no room, say; what was reserved by then stays.
-    """
-    return await reserve_ranges(file, [(start, start + length)], speed=speed, tell=tell)
-
-
 async def reserve_ranges(
     file: str,
     ranges: Iterable[tuple[int, int]],
@@ -123,7 +104,14 @@ async def reserve_ranges(
     speed: Speed,
     tell: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Reserve several (start, stop) of a file, in their order, as `reserve_by_fallocate` does."""
+    """Reserve several (start, stop) of a file, in their order; return what the file takes more.
+
+    In bytes. Cancelling leaves what is reserved by then.
+
+    :param tell: is called with bytes done and bytes to do.
+    :raise UnsupportedError: the file system cannot.
+    :raise Error: there is no room, say; what was reserved by then stays.
+    """
     wanted = list(ranges)
     total, done = sum(stop - start for start, stop in wanted), 0
     fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)

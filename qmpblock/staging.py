@@ -62,14 +62,13 @@ _RESERVE = 64 << 20  # bytes of the file system that stay free besides
 
 async def reserve_by_staging(
     disk: Disk,
-    first: int,
-    count: int,
+    where: Ranges,
     *,
     slice_size: int = _SLICE,
     speed: Speed | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> tuple[int, float, Ranges]:
-    """Give host space to what no layer holds in a range.
+    """Give host space to what no layer holds in some ranges, many of them in one slice.
 
     Returns how many bytes got it, the longest time in seconds for which the guest's I/O was
     held by a pivot, and the zero clusters that had host space already.
@@ -77,7 +76,7 @@ async def reserve_by_staging(
     Cancelled or failed, the overlay of the slice under way first comes home; what was
     reserved by then stays.
 
-    :param first: on a cluster; `count` whole clusters, or up to the disk's end.
+    :param where: whole clusters, at least one; the last may be cut by the disk's end.
     :param tell: is called with bytes done and bytes found to do.
     """
     from qmpblock.ranges import Ranges
@@ -127,13 +126,13 @@ async def reserve_by_staging(
             "reserved and stay so; nothing of ours is left"
         ),
     ):
-        position = first
-        while True:
-            position, left = await _next(disk, position, first + count)
+        end = int(where.stops[-1])
+        while where:
+            where, left = await _next(disk, where)
             if not left:
                 break
             _check_room(file, min(slice_size, left))
-            chosen = await _slice(disk, change, position, first + count, slice_size, had)
+            chosen = await _slice(disk, change, where, slice_size, had)
             reserved = chosen.total
             done += reserved
             held = max([held, *(change.journal.held if change.journal else ())])
@@ -142,7 +141,7 @@ async def reserve_by_staging(
                 tell(done, done - reserved + left)
             if reserved < slice_size:
                 break  # the frozen map had no more; what the live one shows has space already
-            position = int(chosen.stops[-1])
+            where = where.clip(int(chosen.stops[-1]), end)
         await undisturbed(change.end())
     return done, held, reduce(Ranges.union, had)
 
@@ -181,24 +180,22 @@ def _check_room(file: str, length: int) -> None:
         )
 
 
-async def _next(disk: Disk, position: int, stop: int) -> tuple[int, int]:
-    """Find where to go on, and how much is left there, on the live map.
+async def _next(disk: Disk, where: Ranges) -> tuple[Ranges, int]:
+    """Return what of the ranges is still of interest, and how much is left, on the live map.
 
     Only to know whether a slice is worth it: what is reserved is chosen on the frozen map.
     """
-    if position >= stop:
-        return stop, 0
-    seen = await disk.map(position, stop - position)
+    first, stop = int(where.starts[0]), int(where.stops[-1])
+    seen = await disk.map(first, stop - first)
     wanted = seen.holes() | seen.where(depth=0, present=True, zero=True, data=False)
+    wanted = wanted & where
     if not wanted:
-        return stop, 0
-    return int(wanted.starts[0]), wanted.total
+        return wanted, 0
+    return where.clip(int(wanted.starts[0]), stop), wanted.total
 
 
-async def _slice(
-    disk: Disk, change: Change, first: int, stop: int, size: int, had: list[Ranges]
-) -> Ranges:
-    """Reserve up to `size` bytes of [first, stop); return which.
+async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list[Ranges]) -> Ranges:
+    """Reserve up to `size` bytes of the ranges; return which.
 
     :param had: is added to by `_choose`.
     """
@@ -230,7 +227,7 @@ async def _slice(
     )
     await make_overlay(vm, change, item, "qcow2", local=True)
     await undisturbed(take(vm, [item]))
-    chosen = await _choose(disk, change, first, stop, size, had)
+    chosen = await _choose(disk, change, where, size, had)
     if chosen:
         await _stage(disk, change, item, chosen)
         await _prove(disk, record.top, chosen)
@@ -254,7 +251,7 @@ async def _slice(
 
 
 async def _choose(
-    disk: Disk, change: Change, first: int, stop: int, size: int, had: list[Ranges]
+    disk: Disk, change: Change, where: Ranges, size: int, had: list[Ranges]
 ) -> Ranges:
     """Choose, on the map of the frozen image, what gets host space.
 
@@ -267,11 +264,12 @@ async def _choose(
     if frozen.node.name != change.record.base:
         raise GraphError(f"somebody else is at work on {disk.name}")
     cluster = frozen.node.cluster_size or 65536
-    seen = await disk.map(first, stop - first)
+    first = int(where.starts[0])
+    seen = await disk.map(first, int(where.stops[-1]) - first)
     # In T's map the frozen image is at depth 1. What T holds already the guest has written.
     last = seen.layers - 1
     wanted = seen.where(depth=1, present=True, zero=True, data=False)
-    wanted = wanted | seen.where(depth=last, present=False)
+    wanted = (wanted | seen.where(depth=last, present=False)) & where
     had.append(wanted & await _reserved(disk, change.record.base_file, frozen.format))
     whole = (wanted - had[-1]).align_in(cluster, frozen.size)
     return Ranges(_first_bytes(whole, size))

@@ -77,6 +77,18 @@ def test_requests(runs: list[tuple[int, int]], cluster: int, sectors: int, zeros
         assert covered.get(start) == (any(held) if held else None)
 
 
+@given(runs, clusters, st.lists(st.integers(0, 200), max_size=8))
+def test_requests_within_ranges(
+    runs: list[tuple[int, int]], cluster: int, places: list[int]
+) -> None:
+    """As without them, but for what lies elsewhere."""
+    amap = map_of(runs)
+    where = Ranges((at * cluster, (at + 1) * cluster) for at in places).clip(0, amap.stop)
+    found = requests(amap, cluster, amap.stop, cluster, where=where)
+    every = requests(amap, cluster, amap.stop, cluster)
+    assert list(found) == [one for one in every if one.start in where]
+
+
 @given(st.integers(0, 4000), st.integers(0, 4000), clusters, st.integers(0, 64))
 def test_rounded(offset: int, length: int, cluster: int, more: int) -> None:
     size = -(-(offset + length) // SECTOR) * SECTOR + more * SECTOR

@@ -24,13 +24,14 @@ async def test_blocks_are_reserved_and_nothing_else_changes(tmp_path):
         written.seek(3 * MIB)
         written.write(b"data")
     before, told = file.read_bytes(), []
-    more = await reserving.reserve_by_fallocate(
-        str(file), MIB, 4 * MIB, speed=Speed(), tell=lambda *now: told.append(now)
+    ranges = [(MIB, 4 * MIB), (6 * MIB, 7 * MIB)]
+    more = await reserving.reserve_ranges(
+        str(file), ranges, speed=Speed(), tell=lambda *now: told.append(now)
     )
     assert file.read_bytes() == before
     assert more >= 4 * MIB - 64 * 1024
     assert told[-1] == (4 * MIB, 4 * MIB)
-    again = await reserving.reserve_by_fallocate(str(file), MIB, 4 * MIB, speed=Speed())
+    again = await reserving.reserve_ranges(str(file), ranges, speed=Speed())
     assert again == 0
 
 
@@ -39,7 +40,7 @@ async def test_a_speed_cuts_it_into_pieces(tmp_path, monkeypatch):
     file.write_bytes(bytes(MIB))
     pieces = []
     monkeypatch.setattr(reserving, "_fallocate", lambda fd, *piece: pieces.append(piece))
-    await reserving.reserve_by_fallocate(str(file), 512, 5 * MIB, speed=Speed(64 * MIB))
+    await reserving.reserve_ranges(str(file), [(512, 512 + 5 * MIB)], speed=Speed(64 * MIB))
     assert sum(length for _, length in pieces) == 5 * MIB
     assert pieces[0][0] == 512
     for (at, length), (after, _) in itertools.pairwise(pieces):
@@ -63,7 +64,7 @@ async def test_what_cannot_be_is_said(tmp_path, monkeypatch, number, kind, words
 
     monkeypatch.setattr(reserving, "_fallocate", fail)
     with pytest.raises(kind, match=words) as caught:
-        await reserving.reserve_by_fallocate(str(file), 0, MIB, speed=Speed())
+        await reserving.reserve_ranges(str(file), [(0, MIB)], speed=Speed())
     assert caught.value.standing is not None
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from allocating import at_command
 from applying import (
     DROPPED,
     FULL,
@@ -28,7 +29,7 @@ from qmpblock.change import Change, lock_names
 from qmpblock.lock import Holder
 from qmpblock.testing.faults import inject, small_file_system
 from qmpblock.testing.images import Tools, build
-from qmpblock.testing.scenario import Operation
+from qmpblock.testing.scenario import Operation, parse_scenario
 from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
 pytestmark = pytest.mark.live
@@ -73,6 +74,37 @@ async def test_like_the_master_image(scenario, start_qemu, invariant, vm_dir, qe
     assert digest  # of another content: the zeros were written since
     for number, byte in enumerate([0, 0, 0xB2, 0xB2, *[0xC4] * 4, *[0] * 8]):
         await vm.qemu_io("d0", f"read -P {byte} {number}M 1M")
+
+
+FRAGMENTS = 64
+
+
+async def test_like_a_pattern_of_many_fragments(start_qemu, vm_dir, qemu_binary, invariant):
+    """However many they are, one overlay does: each holds the guest for a moment."""
+    writes = ", ".join(f"write {2 * n * 64}K 64K 0xaa" for n in range(FRAGMENTS))
+    images = f"{{size: 16M, content: [{writes}]}}, {{content: [zero 0 16M]}}"
+    text = f"about: A pattern.\nimages: [{images}]\n"
+    built = await build(parse_scenario(text, "pattern"), vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(built)
+    await invariant.begin(vm)
+    traces = []
+
+    @contextlib.asynccontextmanager
+    async def connect(address):
+        async with qmpblock.connect(address) as controller:
+            with at_command(controller.monitor, 0, None) as trace:
+                traces.append(trace)
+                yield controller
+
+    policy = one_disk(vm, "vd0", allocation={"like": "d0-1"})
+    [result] = await apply_to(policy, connect=connect)
+    assert (result["state"], result["error"]) == ("done", None)
+    assert result["reserved"] == FRAGMENTS * 64 << 10
+    assert sum(trace.count("transaction") for trace in traces) == 1
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        active, below = await (await controller.disk("vd0")).layers()
+    assert active.map.where(data=True) == below.map.where(data=True)
+    assert (await plan_of(policy))[0]["steps"] == []
 
 
 @CHAIN
