@@ -35,7 +35,7 @@ from qmpblock.errors import (
 from qmpblock.job import Progress
 from qmpblock.journal import Record
 from qmpblock.pace import RateMeter, Speed
-from qmpblock.planning import Batch, below, dataless, requests, rounded
+from qmpblock.planning import Batch, below, dataless, growth_warning, requests, rounded
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file, reserve_ranges
 from qmpblock.staging import check_staging, reserve_by_staging
@@ -49,11 +49,12 @@ if TYPE_CHECKING:
 __all__ = ["Allocated", "AllocationResult", "allocate", "allocate_ranges", "check_thin"]
 
 _ATTEMPTS = 4  # at what the guest discards again meanwhile
-# Bytes of data in one request, and requests in flight. QEMU takes a new buffer for each, which
-# costs more the larger it is: at 256 KiB half the time of 4 MiB (7.2 and 11.1).
+# Bytes of data in one request. QEMU takes a new buffer for each, which costs more the larger it
+# is: at 256 KiB half the time of 4 MiB (7.2 and 11.1).
 _REQUEST = 256 << 10
 _ZEROS = 4 << 20
-_IN_FLIGHT = 16
+# QEMU works on 16 of one client at once; the others wait for it, and not it for us.
+_IN_FLIGHT = 64
 _LOOK = 0.2  # seconds between looks at where the export is
 # Their CACHE is known to do nothing over a backing image (facts 13).
 _USELESS = frozenset({"parallels", "raw", "vdi", "vhdx", "vpc"})
@@ -230,10 +231,7 @@ async def _tell_growth(
         found[bitmap.name] = total = wanted.align_out(bitmap.granularity, disk.size).total
         if total <= (before or {}).get(bitmap.name, 0):
             continue
-        said(
-            f"the dirty bitmap {printable(bitmap.name)} counts what is reserved, up to {total} "
-            "bytes, as written: the next incremental backup is as much larger"
-        )
+        said(growth_warning(bitmap.name, total))
     return found
 
 
@@ -346,7 +344,9 @@ async def _bring_up(
     """
     active, span = disk.chain.active, _span(where)
     try:
-        async with exported(disk, [active], hold_writer=active.data_file is not None) as [client]:
+        async with exported(
+            disk, [active], hold_writer=active.data_file is not None, in_flight=_IN_FLIGHT
+        ) as [client]:
             seen = await read_map(client, disk.chain, *span)
             left = total = (below(seen) & where).total
             already = (seen.where(depth=0, present=True) & where).total

@@ -374,17 +374,17 @@ class Disk:
 
 @asynccontextmanager
 async def exported(
-    disk: Disk, layers: Sequence[Layer], *, hold_writer: bool = False
+    disk: Disk, layers: Sequence[Layer], *, hold_writer: bool = False, in_flight: int = 16
 ) -> AsyncIterator[list[Client]]:
     """Export layers of a disk, read-only, with all that a map needs; yields the clients.
 
-    :param hold_writer: see `qmpblock.export.Request`.
+    :param hold_writer: see `qmpblock.export.Request`; also `in_flight`.
     :raise GraphError: the disk was resized meanwhile.
     :raise Error: see `qmpblock.export.exports`.
     """
     from qmpblock.export import Request, exports
 
-    requests = [Request(layer.node.name, _CONTEXTS, hold_writer) for layer in layers]
+    requests = [Request(layer.node.name, _CONTEXTS, hold_writer, in_flight) for layer in layers]
     vm = disk.vm
     async with exports(vm.monitor, disk.device, requests, access=vm.nbd, stall=vm.stall) as clients:
         for layer, client in zip(layers, clients, strict=True):

@@ -109,11 +109,13 @@ class Request:
     :ivar hold_writer: whether NBD_CMD_CACHE will be used on a node with a data file: QEMU
         aborts where no writer is attached (K4), and an unplug can make it so; a node of
         ours then holds the write permission.
+    :ivar in_flight: requests that the client may have in flight.
     """
 
     node: str
     contexts: tuple[str, ...] = ("base:allocation", "qemu:allocation-depth")
     hold_writer: bool = False
+    in_flight: int = 16
 
 
 @asynccontextmanager
@@ -354,6 +356,8 @@ class _Session:
 
     async def _start_server(self, address: dict[str, object], **more: object) -> None:
         self.server = True  # as intent, like all that leave() removes: it copes with "not there"
+        if Capabilities(self.monitor.version).nbd_handshake_limit_can_be_lifted:
+            more["handshake-max-seconds"] = 0  # our own wait has a limit, which the user chose
         try:
             await self.monitor.execute("nbd-server-start", {"addr": address, **more})
         except CommandError as error:
@@ -447,6 +451,7 @@ class _Session:
             target,
             export=slot.name,
             contexts=slot.request.contexts,
+            in_flight=slot.request.in_flight,
             tls=tls,
             tls_hostname=host,
             # Without custody an ordinary good-bye is right; under it, it would be K1.

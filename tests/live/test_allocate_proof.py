@@ -144,13 +144,25 @@ OLD = 'attach: {discard: unmap}\nimages: [{size: 32M, options: {compat: "0.10"}}
 GONE, DOUBT = "bytes of vd0 have no host space any more", "bytes of vd0 were discarded by the guest"
 CASES = {
     # (images, what reserves, what the guest does, what is said, what a second run reserves)
-    "qcow2-discard": (None, "staging", "discard", DOUBT, MIB),  # zero clusters, all the same
-    "qcow2-0.10-discard": (OLD, "staging", "discard", GONE, MIB),  # which knows none
-    "qcow2-zeroes": (None, "staging", "write_zeroes", DOUBT, 0),  # QEMU kept the clusters
-    "chain-discard": (CHAIN, "staging", "discard", DOUBT, MIB),
-    "chain-zeroes": (CHAIN, "staging", "write_zeroes", DOUBT, 0),
-    "raw-discard": (RAW, "fallocate", "discard", GONE, MIB),
-    "raw-zeroes": (RAW, "fallocate", "write_zeroes", None, 0),
+    "qcow2-discard": (
+        None,
+        "reserve_by_staging",
+        "discard",
+        DOUBT,
+        MIB,
+    ),  # zero clusters, all the same
+    "qcow2-0.10-discard": (OLD, "reserve_by_staging", "discard", GONE, MIB),  # which knows none
+    "qcow2-zeroes": (
+        None,
+        "reserve_by_staging",
+        "write_zeroes",
+        DOUBT,
+        0,
+    ),  # QEMU kept the clusters
+    "chain-discard": (CHAIN, "reserve_by_staging", "discard", DOUBT, MIB),
+    "chain-zeroes": (CHAIN, "reserve_by_staging", "write_zeroes", DOUBT, 0),
+    "raw-discard": (RAW, "reserve_ranges", "discard", GONE, MIB),
+    "raw-zeroes": (RAW, "reserve_ranges", "write_zeroes", None, 0),
 }
 
 
@@ -164,7 +176,7 @@ async def test_what_the_guest_gives_back_meanwhile_is_no_success(
     async def give_back():
         await getattr(vm.guest, how)(0, AT + MIB, MIB)
 
-    then(monkeypatch, f"reserve_by_{way}", give_back)
+    then(monkeypatch, way, give_back)
     async with qmpblock.connect(vm.monitor_path) as controller:
         [disk] = await controller.disks()
         result = await disk.allocate(AT, 4 * MIB, full=True)
