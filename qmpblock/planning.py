@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qmpblock.errors import printable
+
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
     from qmpblock.ranges import Ranges
 
-__all__ = ["Batch", "below", "dataless", "requests", "rounded"]
+__all__ = ["Batch", "below", "dataless", "growth_warning", "requests", "rounded"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,14 @@ def dataless(amap: AllocationMap, cluster: int, size: int) -> Ranges:
     Zero clusters that have host space already are among them: no live map tells those.
     """
     return amap.where(data=False).align_in(cluster, size)
+
+
+def growth_warning(bitmap: str, total: int) -> str:
+    """Say that a dirty bitmap will count what is reserved as written."""
+    return (
+        f"the dirty bitmap {printable(bitmap)} counts what is reserved, up to {total} bytes, as "
+        "written: the next incremental backup is as much larger"
+    )
 
 
 def requests(
