@@ -26,6 +26,7 @@ from qmpblock.errors import (
 from qmpblock.graph import Layer
 from qmpblock.headroom import RoomPlan, plan_room
 from qmpblock.lock import Holder
+from qmpblock.planning import growth_warning
 from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file
@@ -180,11 +181,7 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
         warnings += plan_stream(graph, device, None, wanted.base).warnings
     recording = [b.name for b in chain.active.node.bitmaps if b.recording]
     if staged and changes.reserve:
-        warnings += [
-            f"the dirty bitmap {printable(name)} counts what is reserved, {changes.reserve} "
-            "bytes, as written: the next incremental backup is as much larger"
-            for name in recording
-        ]
+        warnings += [growth_warning(name, changes.reserve) for name in recording]
     temporary = min(changes.move + changes.reserve, _SLICE) if staged and reserves else 0
     ahead = None
     if wanted.ahead is not None:

@@ -56,12 +56,13 @@ async def command(options: Options, policy: str, watch: bool) -> int:
     )
     with reporting_many() as begin:
         shown = _Shown(begin)
+        told = _Warnings()
         results = await apply(
             found,
             connect=options.connect,
-            planned=_say_what_comes,
+            planned=told.before,
             progress=shown.progress,
-            ended=_say_the_end,
+            ended=told.after,
         )
     if not options.json:
         _sum_up(results)
@@ -156,17 +157,29 @@ def _name(wanted: DiskPolicy, disk: str) -> str:
     return f"{printable(disk)} of {printable(wanted.address)}"
 
 
-def _say_what_comes(plans: tuple[DiskPlan, ...]) -> None:
-    for one in plans:
-        if one.has_work and one.error is None:
-            click.echo(f"{_name(one.policy, one.name)}: {summary(one)}", err=True)
+class _Warnings:
+    """Says what comes, and at the end what was not foreseen: each warning once."""
 
+    def __init__(self) -> None:
+        self._said: set[str] = set()
 
-def _say_the_end(one: DiskResult) -> None:
-    name = _name(one.policy, one.name)
-    if one.error is not None:
-        _say_failure(name, one.error)
-    warn(tuple(f"{name}: {text}" for text in one.warnings))
+    def before(self, plans: tuple[DiskPlan, ...]) -> None:
+        for one in plans:
+            if one.has_work and one.error is None:
+                name = _name(one.policy, one.name)
+                click.echo(f"{name}: {summary(one)}", err=True)
+                self._warn(name, one.warnings)
+
+    def after(self, one: DiskResult) -> None:
+        name = _name(one.policy, one.name)
+        if one.error is not None:
+            _say_failure(name, one.error)
+        self._warn(name, one.warnings)
+
+    def _warn(self, name: str, warnings: tuple[str, ...]) -> None:
+        texts = tuple(f"{name}: {text}" for text in warnings)
+        warn(tuple(text for text in texts if text not in self._said))
+        self._said.update(texts)
 
 
 def _say_failure(name: str, error: Error) -> None:
