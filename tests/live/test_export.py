@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import qmpblock
+from qmpblock import export
 from qmpblock.errors import (
     BusyError,
     DisconnectedError,
@@ -51,6 +52,23 @@ async def hanging_controller(address):
 
 async def objects(vm):
     return {item["name"] for item in await vm.execute("qom-list", path="/objects")}
+
+
+@CHAIN
+@pytest.mark.needs_qemu(">= 10.0", reason="older ones end a slow handshake after ten seconds")
+async def test_a_busy_host_does_not_end_a_handshake(scenario, start_qemu, invariant, monkeypatch):
+    """Ten seconds of somebody else's work between the server's start and ours."""
+    vm = await start_qemu(scenario)
+    real = export._Session.connect
+
+    async def connect(session, slot):
+        await asyncio.sleep(10.5)
+        return await real(session, slot)
+
+    monkeypatch.setattr(export._Session, "connect", connect)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        assert (await disk.map()).length == disk.size
 
 
 @IOTHREAD
