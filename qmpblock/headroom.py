@@ -50,7 +50,6 @@ __all__ = [
     "find_place",
     "look",
     "look_at",
-    "lowest",
     "make_room",
     "missing",
     "plan_room",
@@ -156,15 +155,6 @@ def rounded_room(size: int) -> int:
     return -(-size // _UNIT) * _UNIT
 
 
-def lowest(blank: Ranges, amount: int) -> Ranges:
-    """Return the lowest `amount` bytes of a set; all of it where it has fewer."""
-    lengths = blank.stops - blank.starts
-    before = np.cumsum(lengths) - lengths  # bytes of the set below each range
-    kept = before < amount
-    starts, lengths, before = blank.starts[kept], lengths[kept], before[kept]
-    return Ranges.from_arrays(starts, starts + np.minimum(lengths, amount - before))
-
-
 def missing(space: Space, size: int) -> Ranges:
     """Return what is to be reserved, so that the room is `size` bytes.
 
@@ -175,7 +165,7 @@ def missing(space: Space, size: int) -> Ranges:
         return Ranges()
     if space.blank is None:
         return Ranges([(space.end, space.end + size)]) - space.room
-    return lowest(space.blank, short)
+    return space.blank.lowest(short)
 
 
 def threshold(room: Ranges, half: int) -> int | None:

@@ -29,7 +29,7 @@ __all__ = ["Image", "QemuImg", "QemuIo", "blockdev", "format_of"]
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
-_PIECE = 64 << 20  # bytes that qemu-io writes at a time
+_PIECE = 4 << 20  # bytes that qemu-io writes at a time; larger ones take new memory each time
 _SUFFIXES = {
     ".img": "raw",
     ".luks": "luks",
@@ -128,7 +128,12 @@ class QemuImg:
                 )
 
     async def map(
-        self, image: Mapping[str, Any], formats: Sequence[str], *, shared: bool = False
+        self,
+        image: Mapping[str, Any],
+        formats: Sequence[str],
+        *,
+        shared: bool = False,
+        part: tuple[int, int] | None = None,
     ) -> AllocationMap:
         """Map an image, described by QEMU's blockdev options.
 
@@ -137,11 +142,14 @@ class QemuImg:
         :param formats: of its layers, the active one first.
         :param shared: open it although another process has it open for writing. Only right
             for frozen layers, which nobody writes to.
+        :param part: offset and length of the range to map; None: all.
         :raise ToolError: qemu-img failed.
         """
         from qmpblock.extents import AllocationMap
 
         options = ["-U"] if shared else []
+        if part is not None:
+            options += [f"--start-offset={part[0]}", f"--max-length={part[1]}"]
         name = "json:" + json.dumps(image)
         parts: list[AllocationMap] = []
         pending: list[str] = []

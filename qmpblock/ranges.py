@@ -122,6 +122,14 @@ class Ranges:
         """Return the bytes in [offset, offset + length)."""
         return self & Ranges([(offset, offset + length)])
 
+    def lowest(self, amount: int) -> Ranges:
+        """Return the lowest `amount` bytes of the set; all of it where it has fewer."""
+        lengths = self.stops - self.starts
+        before = np.cumsum(lengths) - lengths  # bytes of the set below each range
+        kept = before < amount
+        starts, lengths, before = self.starts[kept], lengths[kept], before[kept]
+        return Ranges.from_arrays(starts, starts + np.minimum(lengths, amount - before))
+
     def complement(self, offset: int, length: int) -> Ranges:
         """Return the bytes of [offset, offset + length) that are not in the set."""
         return Ranges([(offset, offset + length)]) - self

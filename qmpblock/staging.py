@@ -114,6 +114,8 @@ async def reserve_by_staging(
     speed = speed or Speed()
     if speed.rate:
         slice_size = min(slice_size, max(speed.rate, _SMALLEST))
+    cluster = active.node.cluster_size or 65536
+    slice_size = max(cluster, slice_size - slice_size % cluster)
     await change.begin()
     async with change.or_undo(
         lambda: (
@@ -265,34 +267,37 @@ async def _choose(
         raise GraphError(f"somebody else is at work on {disk.name}")
     cluster = frozen.node.cluster_size or 65536
     first = int(where.starts[0])
-    seen = await disk.map(first, int(where.stops[-1]) - first)
+    count = int(where.stops[-1]) - first
+    seen = await disk.map(first, count)
     # In T's map the frozen image is at depth 1. What T holds already the guest has written.
     last = seen.layers - 1
     wanted = seen.where(depth=1, present=True, zero=True, data=False)
     wanted = (wanted | seen.where(depth=last, present=False)) & where
-    had.append(wanted & await _reserved(disk, change.record.base_file, frozen.format))
-    whole = (wanted - had[-1]).align_in(cluster, frozen.size)
-    return Ranges(_first_bytes(whole, size))
+    left, chosen, reach = wanted.align_in(cluster, frozen.size), Ranges(), size
+    while left and chosen.total < size:
+        piece = left.lowest(reach)
+        had.append(piece & await _reserved(disk, change.record.base_file, piece))
+        chosen = (chosen | (piece - had[-1])).lowest(size)
+        left = left - piece
+        reach *= 2  # an image full of such zeros is not asked for bit by bit
+    return chosen
 
 
-def _first_bytes(ranges: Ranges, size: int) -> list[tuple[int, int]]:
-    found, left = [], size
-    for start, stop in ranges:
-        taken = min(stop - start, left)
-        if taken <= 0:
-            break
-        found.append((start, start + taken))
-        left -= taken
-    return found
+async def _reserved(disk: Disk, file: str, wanted: Ranges) -> Ranges:
+    """Return where zero clusters have host space already, which only qemu-img tells.
 
-
-async def _reserved(disk: Disk, file: str, fmt: str) -> Ranges:
-    """Return the zero clusters that have host space already, which only qemu-img tells."""
+    :param wanted: what is of interest; the answer is of no more than its span.
+    """
     from qmpblock.ranges import Ranges
 
-    if disk.chain.layers[1].node.encrypted:
-        return Ranges()  # not readable here; reserving them again does no harm
-    seen = await QemuImg(stall=disk.vm.stall).map(blockdev(fmt, file), [fmt], shared=True)
+    frozen = disk.chain.layers[1]
+    if frozen.node.encrypted:
+        return Ranges()  # not readable here; to reserve them again does no harm
+    fmt, first = frozen.format, int(wanted.starts[0])
+    part = (first, int(wanted.stops[-1]) - first)
+    seen = await QemuImg(stall=disk.vm.stall).map(
+        blockdev(fmt, file), [fmt], shared=True, part=part
+    )
     return seen.where(present=True, reserved=True)
 
 

@@ -18,7 +18,6 @@ from qmpblock.headroom import (
     fill,
     find_place,
     look,
-    lowest,
     missing,
     result_of,
     rounded_room,
@@ -40,11 +39,6 @@ def bytes_of(ranges):
 
 
 # -- pure
-
-
-@given(sets, st.integers(0, 500))
-def test_the_lowest_bytes_of_a_set(blank, amount):
-    assert bytes_of(lowest(blank, amount)) == bytes_of(blank)[:amount]
 
 
 @given(sets, st.integers(1, 500))

@@ -61,6 +61,11 @@ def test_within_a_range(given: list[tuple[int, int]], window: tuple[int, int]) -
     check(Ranges(given).complement(start, stop - start), inside - bytes_of(given))
 
 
+@given(lists, st.integers(-2, 2 * UNIVERSE))
+def test_the_lowest_bytes(given: list[tuple[int, int]], amount: int) -> None:
+    check(Ranges(given).lowest(amount), set(sorted(bytes_of(given))[: max(0, amount)]))
+
+
 @given(lists, st.integers(1, 12), st.integers(0, 8))
 def test_alignment(given: list[tuple[int, int]], cluster: int, more: int) -> None:
     held, size = bytes_of(given), UNIVERSE + more
