@@ -96,6 +96,7 @@ class Item:
 
     :ivar file: where; `node` and `storage`: what its nodes are called.
     :ivar job: the id of the job that writes its header.
+    :ivar cluster: of the overlay, in bytes; 0: QEMU's default.
     """
 
     plan: SnapshotPlan
@@ -104,6 +105,7 @@ class Item:
     storage: str
     job: str
     backing_name: str
+    cluster: int = 0
 
     def node_options(self, backing: str | None, fmt: str = "qcow2") -> dict[str, Any]:
         """Return the whole description of the overlay's node: blockdev-reopen forgets the rest.
@@ -300,6 +302,8 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
         "backing-file": item.backing_name,
         "backing-fmt": plan.active.format,
     }
+    if item.cluster:
+        header["cluster-size"] = item.cluster
     if plan.key_secret is not None:
         header["encrypt"] = {"format": "luks", "key-secret": plan.key_secret}
     await _create(vm, item.job, header)

@@ -57,6 +57,7 @@ __all__ = ["check_staging", "reserve_by_staging"]
 _SLICE = 256 << 20  # bytes that one slice reserves
 _SMALLEST = 1 << 20  # bytes of a slice at a low speed
 _LARGEST_CLUSTER = 2 << 20  # bytes, of a qcow2 image; QED knows larger ones
+_CLUSTER = 64 << 10  # bytes, QEMU's default of qcow2
 _RESERVE = 64 << 20  # bytes of the file system that stay free besides
 
 
@@ -226,6 +227,8 @@ async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list
         f"{record.top}-file",
         record.helpers[0],
         posixpath.basename(record.base_file),
+        # What the guest writes comes home in its clusters: no larger ones than the image's.
+        min(active.node.cluster_size or _CLUSTER, _CLUSTER),
     )
     await make_overlay(vm, change, item, "qcow2", local=True)
     await undisturbed(take(vm, [item]))

@@ -37,7 +37,6 @@ from qmpblock.testing.stamps import SECTOR, StressSpec, block_of, check_acknowle
 
 SCALE = 32  # a block of the drawing is 2 MiB
 RAW_CLUSTER = 4096  # bytes that a file system allocates at once, at most
-STAGED_CLUSTER = 64 << 10  # of a staged commit's overlay: what the guest writes there comes home so
 _QED_ABORT = "qed_aio_write_alloc: Assertion `s->allocating_acb == NULL' failed"
 _TURNS = 5  # of one round, at most
 _STALL = 60.0  # seconds without a write of the guest's that count as a hang
@@ -234,8 +233,6 @@ class _Round:
         written = self.writes(self.end.issued)
         touched = written.align_out(self.cluster, size)
         assert touched - layers[0].map.where(data=True) == Ranges()
-        if self.drawing.full and layers[0].layer.format != "raw":
-            touched = written.align_out(max(self.cluster, STAGED_CLUSTER), size)
         check_drawing(layers, self.drawing, touched)
         await invariant.verify(vm)
 
