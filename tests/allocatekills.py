@@ -53,6 +53,8 @@ def _operations():
     yield Allocation("allocate-iothread", iothread, allocate, whole)
     yield Allocation("full", plain, allocate | full, whole, scars=True)
     yield Allocation("full-iothread", iothread, allocate | full, whole, scars=True)
+    detects = CHAIN.format(attach="attach: {detect_zeroes: unmap, discard: unmap}\n")
+    yield Allocation("full-detect-zeroes", detects, allocate | full, whole, scars=True)
     yield Allocation("independent", plain, allocate | independent, alone)
     yield Allocation("full-independent", plain, allocate | full | independent, alone, scars=True)
     every = {"backing": "independent", "allocation": "full"}
@@ -78,7 +80,10 @@ def _apply(**disks):
 
 ALLOCATIONS = tuple(_operations())
 
-_DECISIVE = ("blockdev-", "block-commit", "block-stream", "job-", "transaction", "object-")
+_DECISIVE = (
+    *("blockdev-", "block-commit", "block-stream", "job-", "transaction", "object-"),
+    "human-monitor-command",
+)
 
 
 def decisive(matrix):
