@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from qmpblock.graph import Layer
     from qmpblock.nbd import Client
 
-__all__ = ["Allocated", "AllocationResult", "allocate", "allocate_ranges", "check_thin"]
+__all__ = ["AllocationResult", "allocate", "allocate_ranges", "check_thin"]
 
 _ATTEMPTS = 4  # at what the guest discards again meanwhile
 # Bytes of data in one request. QEMU takes a new buffer for each, which costs more the larger it
@@ -105,7 +105,6 @@ async def allocate(
     offset, length = check_range(disk.size, offset, length)
     cluster = active.node.cluster_size or 512
     first, count = rounded(offset, length, cluster, disk.size)
-    result = AllocationResult(disk.name, offset, length, first, count)
     if independent and (first, count) != (0, disk.size):
         raise RequestError(
             "to be independent of its backing images a disk must be allocated whole",
@@ -114,14 +113,7 @@ async def allocate(
         )
     where = Ranges([(first, first + count)])
     done = await allocate_ranges(disk, where, full=full, speed=speed, progress=progress, warn=warn)
-    result = replace(
-        result,
-        allocated=done.allocated,
-        reserved=done.reserved,
-        already=done.already,
-        held=done.held,
-        warnings=done.warnings,
-    )
+    result = replace(done, offset=offset, length=length, rounded_offset=first, rounded_length=count)
     if independent and len(disk.chain.layers) > 1:
         async with disk.stream() as job:
             async for seen in job:
@@ -134,17 +126,6 @@ async def allocate(
     return replace(result, seconds=time.monotonic() - started)
 
 
-@dataclass(frozen=True)
-class Allocated:
-    """What an allocation of several ranges did. As in `AllocationResult`."""
-
-    allocated: int = 0
-    reserved: int = 0
-    already: int = 0
-    held: float = 0.0
-    warnings: tuple[str, ...] = ()
-
-
 async def allocate_ranges(
     disk: Disk,
     where: Ranges,
@@ -153,12 +134,16 @@ async def allocate_ranges(
     speed: Speed | None = None,
     progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
-) -> Allocated:
+) -> AllocationResult:
     """Make ranges stand in the active layer: as many as there are take no more than one does.
+
+    Returns what was done, offset and length being those of the span from the first to the last.
 
     :param where: whole clusters of the active layer, inside the disk.
     """
-    found = Allocated()
+    started = time.monotonic()
+    span = _span(where) if where else (0, 0)
+    found = AllocationResult(disk.name, *span, *span)
     raw = await raw_file(disk) if full else None
     if full and raw is None:
         check_staging(disk)
@@ -187,7 +172,8 @@ async def allocate_ranges(
                 said.forget()  # no bitmap grew
             found = replace(found, reserved=done, held=held)
             await _prove_staged(disk, where, had, said)
-    return replace(found, warnings=tuple(said.warnings))
+    seconds = time.monotonic() - started
+    return replace(found, seconds=seconds, warnings=tuple(said.warnings))
 
 
 def _span(where: Ranges) -> tuple[int, int]:

@@ -27,7 +27,6 @@ from qmpblock.policyplan import Step
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
-    from qmpblock.allocation import Allocated, AllocationResult
     from qmpblock.disk import Disk
     from qmpblock.job import Progress
     from qmpblock.policyfile import DiskPolicy, Policy
@@ -273,7 +272,6 @@ class _Applying:
                         tell(seen)
                 result = replace(result, allocated=result.allocated + step.bytes)
             else:
-                done: Allocated | AllocationResult
                 if step.verb == "drop":
                     done = await disk.allocate(independent=True, speed=speed, progress=tell)
                 else:
