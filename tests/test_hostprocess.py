@@ -9,10 +9,15 @@ import pytest
 
 from qmpblock.hostprocess import boot_id, command_line, is_running, pid_namespace, start_time
 
+PROGRAM = "print(flush=True); input()"
+
 
 @pytest.fixture
 def sleeper():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()  # until then it is about to become that program
     yield process
     process.kill()
     process.communicate()
@@ -25,7 +30,7 @@ def test_this_process_runs():
 
 
 def test_its_command_line(sleeper):
-    assert command_line(sleeper.pid) == (sys.executable, "-c", "input()")
+    assert command_line(sleeper.pid) == (sys.executable, "-c", PROGRAM)
     sleeper.kill()
     sleeper.wait()
     assert command_line(sleeper.pid) == ()
