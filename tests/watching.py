@@ -112,6 +112,15 @@ async def armed(vm):
     return {n["node-name"]: n["write_threshold"] for n in nodes if n["write_threshold"]}
 
 
+async def armed_node(vm):
+    """Return the node that has a threshold; between an event and the next look none has."""
+    async with asyncio.timeout(20):
+        while not (found := await armed(vm)):
+            await asyncio.sleep(0.05)
+    [node] = found
+    return node
+
+
 async def locks(vm):
     """Return the locks of watchers."""
     objects = await vm.execute("qom-list", path="/objects")

@@ -13,6 +13,7 @@ from watching import (
     MIB,
     alone,
     armed,
+    armed_node,
     built,
     eventually,
     filled,
@@ -320,7 +321,7 @@ async def test_a_snapshot_is_followed_and_a_commit(
     overlay = vm_dir / "overlay.qcow2"
     async with watching(vm, 4 * MIB) as watch:
         await watch.begun()
-        [(old, _)] = (await armed(vm)).items()
+        old = await armed_node(vm)
         await vm.guest.stress(spec)
         async with qmpblock.connect(vm.second_monitor_path) as controller:
             disk = await controller.disk("vd0")
@@ -353,7 +354,7 @@ async def test_full_allocation_goes_on_meanwhile(
     spec = StressSpec(blocks=1024, queue_depth=4, rate=200, flush_every=50)
     async with watching(vm, 4 * MIB) as watch:
         await watch.begun()
-        [(node, _)] = (await armed(vm)).items()
+        node = await armed_node(vm)
         await vm.guest.stress(spec)
         async with qmpblock.connect(vm.second_monitor_path) as controller:
             disk = await controller.disk("vd0")
@@ -438,6 +439,7 @@ async def test_one_watcher_a_disk(start_qemu, invariant, vm_dir, qemu_binary):
     vm = await start_qemu(await built(alone(), vm_dir / "images", qemu_binary))
     async with watching(vm, 4 * MIB) as watch:
         await watch.begun()
+        await armed_node(vm)
         mine = await armed(vm)
         async with watching(vm, MIB, address=vm.second_monitor_path) as second:
             words = f"holds qmpblock-ahead-vd0.* process {os.getpid()} "
