@@ -134,8 +134,9 @@ async def full_against_writing(folder: Path, tools: Tools, size: int, rounds: in
         ratios = [a / b for a, b in zip(measured, base, strict=True)]
         print(f"  {label:<28} {statistics.median(measured):>9.2f} s   ratio {spread(ratios)}")
     print(
-        "  the bound: the zeros are written twice, to the temporary image and to the disk, and "
-        f"flushed;\n  the guest's I/O was held for {held * 1000:.1f} ms at the most"
+        "  the bound: the zeros are written twice, to a temporary image and, by a commit job, to "
+        "the disk,\n  which is flushed; the guest's I/O was held for "
+        f"{held * 1000:.1f} ms at the most"
     )
 
 

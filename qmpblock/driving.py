@@ -154,9 +154,10 @@ async def set_detect_zeroes(vm: VM, node: str, value: str) -> None:
     if _NODE_NAME.fullmatch(node):
         line = f'qemu-io {node} "reopen -o detect-zeroes={value}"'
         said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
-    for info in await vm.monitor.execute("query-named-block-nodes", {"flat": True}):
-        if info["node-name"] == node and info.get("detect_zeroes") == value:
-            return
+    # By the graph, which waits where a query of the nodes would crash QEMU 7.2 (K7).
+    found = (await vm.graph()).nodes.get(node)
+    if found is not None and found.detect_zeroes == value:
+        return
     raise UnsupportedError(
         f"QEMU does not set detect-zeroes of {printable(node)} to {value}: {printable(said)}"
     )

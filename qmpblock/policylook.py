@@ -30,7 +30,7 @@ from qmpblock.planning import growth_warning
 from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file
-from qmpblock.staging import check_staging
+from qmpblock.staging import SLICE, check_staging
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk, LayerMap
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from qmpblock.vm import VM
 
 __all__ = ["DiskPlan", "Room", "look", "share_room"]
-
-_SLICE = 256 << 20  # bytes that a staged commit puts beside the image for a while, at most
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,8 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
     recording = [b.name for b in chain.active.node.bitmaps if b.recording]
     if staged and changes.reserve:
         warnings += [growth_warning(name, changes.reserve) for name in recording]
-    temporary = min(changes.move + changes.reserve, _SLICE) if staged and reserves else 0
+    # A staged commit puts so much beside the image for a while.
+    temporary = min(changes.move + changes.reserve, SLICE) if staged and reserves else 0
     ahead = None
     if wanted.ahead is not None:
         # What is reserved inside a raw disk is room from then on.

@@ -52,9 +52,11 @@ if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
     from qmpblock.vm import VM
 
-__all__ = ["check_staging", "reserve_by_staging"]
+__all__ = ["SLICE", "check_staging", "reserve_by_staging"]
 
-_SLICE = 256 << 20  # bytes that one slice reserves
+SLICE = 256 << 20
+"""Bytes that one slice reserves, at most."""
+
 _SMALLEST = 1 << 20  # bytes of a slice at a low speed
 _LARGEST_CLUSTER = 2 << 20  # bytes, of a qcow2 image; QED knows larger ones
 _CLUSTER = 64 << 10  # bytes, QEMU's default of qcow2
@@ -65,7 +67,7 @@ async def reserve_by_staging(
     disk: Disk,
     where: Ranges,
     *,
-    slice_size: int = _SLICE,
+    slice_size: int = SLICE,
     speed: Speed | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> tuple[int, float, Ranges]:
