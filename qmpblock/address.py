@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import re
 import socket
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from typing import Any
 
 from qmpblock.errors import RequestError, printable
 
-__all__ = ["Address", "TCPAddress", "UnixAddress", "open_socket", "parse_address"]
+__all__ = ["Address", "TCPAddress", "UnixAddress", "absolute", "open_socket", "parse_address"]
 
 _HOST_PORT = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:/\[\]]+)):(?P<port>\d+)")
 _SUN_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
+_FULL = 0.02  # seconds between attempts to get into the queue of a listening socket
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,13 @@ def parse_address(text: str) -> Address:
     return _unix(text, text)
 
 
+def absolute(address: Address) -> str:
+    """Name an address so that another process can tell whether it is the same."""
+    if isinstance(address, UnixAddress):
+        return f"unix:{os.path.realpath(address.path)}"
+    return str(address)
+
+
 def _unix(text: str, path: str) -> UnixAddress:
     if not path or "\0" in path:
         raise RequestError(f"the address {printable(text)!r} names no socket")
@@ -111,8 +120,26 @@ async def _connect(family: int, target: Any) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, target)
+        if family == socket.AF_UNIX:
+            await _connect_unix(sock, target)
+        else:
+            await asyncio.get_running_loop().sock_connect(sock, target)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+async def _connect_unix(sock: socket.socket, path: str) -> None:
+    """Connect; while the listener's queue is full, wait.
+
+    The event loop's own sock_connect takes EAGAIN for "under way", which on a UNIX socket it never
+    is (connect(2)), and says connected.
+    """
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_FULL)
+        else:
+            return

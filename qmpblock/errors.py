@@ -11,6 +11,7 @@
     ├── MonitorError            exit 3: the monitor cannot be reached or used
     │   ├── ConnectError            nothing answers at that address
     │   ├── GreetingError           no greeting in time, or what came is not QMP
+    │   │   └── MonitorHeldError        another client holds the monitor (says who, if it can)
     │   └── DisconnectedError       the connection was lost; the outcome is unknown
     ├── CommandError            exit 1: QEMU refused a command (its words inside)
     ├── BusyError               exit 1: another controller or job holds what is needed
@@ -46,6 +47,7 @@ __all__ = [
     "GreetingError",
     "JobError",
     "MonitorError",
+    "MonitorHeldError",
     "NBDConnectError",
     "NBDDisconnectedError",
     "NBDError",
@@ -144,6 +146,19 @@ class ConnectError(MonitorError):
 
 class GreetingError(MonitorError):
     """No QMP greeting came in time, or what came was not one."""
+
+
+class MonitorHeldError(GreetingError):
+    """Another client holds the monitor, which serves one at a time.
+
+    :param holders: the processes that do, where that can be seen from here.
+    """
+
+    def __init__(
+        self, message: str, holders: Iterable[int] = (), *, remedy: str | None = None
+    ) -> None:
+        super().__init__(message, standing="nothing was touched", remedy=remedy)
+        self.holders = tuple(holders)
 
 
 class DisconnectedError(MonitorError):

@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["boot_id", "command_line", "is_running", "pid_namespace", "start_time"]
+from qmpblock.errors import printable
+
+__all__ = [
+    "boot_id",
+    "command_line",
+    "describe_process",
+    "is_running",
+    "pid_namespace",
+    "start_time",
+]
 
 
 def boot_id() -> str:
@@ -22,6 +31,13 @@ def command_line(pid: int | None) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(os.fsdecode(word) for word in words[:-1])
+
+
+def describe_process(pid: int) -> str:
+    """Say which process it is, for people: its number, and what it was started as."""
+    words = " ".join(command_line(pid))
+    itself = "this very process, " if pid == os.getpid() else "process "
+    return f"{itself}{pid}" + (f" ({printable(words, 200)})" if words else "")
 
 
 def pid_namespace() -> str:

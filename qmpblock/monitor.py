@@ -34,10 +34,13 @@ from qmpblock.errors import (
     DisconnectedError,
     Error,
     GreetingError,
+    MonitorHeldError,
     StalledError,
     UnsupportedError,
     printable,
 )
+from qmpblock.hostprocess import describe_process
+from qmpblock.socketholders import holders
 
 __all__ = ["Event", "Monitor", "Subscription"]
 
@@ -156,6 +159,19 @@ class _Client(QMPClient):
     def _cb_inbound(self, msg: Message) -> Message:
         return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
 
+    async def _readline(self) -> bytes:
+        """Read one message: a line; of a monitor with pretty=on, the lines from `{` to `}`."""
+        line = await super()._readline()
+        if line.rstrip() != b"{":
+            return line
+        lines, size = [line], len(line)
+        while lines[-1].rstrip(b"\r\n") != b"}":  # those of inner objects are indented
+            lines.append(await super()._readline())
+            size += len(lines[-1])
+            if size > _READ_LIMIT:
+                raise QMPError(f"a message of more than {_READ_LIMIT} bytes")
+        return b"".join(lines)
+
     async def _event_dispatch(self, msg: Message) -> None:
         if isinstance(msg.get("event"), str):
             self._deliver_event(msg)
@@ -196,6 +212,7 @@ class Monitor:
         :raise RequestError: the address cannot be read.
         :raise ConnectError: nothing listens there.
         :raise GreetingError: no greeting came, or it was not QMP.
+        :raise MonitorHeldError: another client holds it; says which process, if it can.
         """
         where = parse_address(address) if isinstance(address, str) else address
         monitor = cls(where, stall)
@@ -356,6 +373,12 @@ async def _connect_socket(address: Address, timeout: float) -> socket.socket:
         async with asyncio.timeout(timeout):
             return await open_socket(address)
     except TimeoutError:
+        if isinstance(address, UnixAddress):  # which connects at once, or has no room in its queue
+            raise _held(
+                address,
+                f"{address} did not take a connection within {timeout:g} s: its queue is full, and "
+                "so many clients wait for the one that holds this monitor",
+            ) from None
         raise ConnectError(f"{address} did not accept a connection within {timeout:g} s") from None
     except OSError as error:
         raise ConnectError(
@@ -374,10 +397,9 @@ async def _await_greeting(sock: socket.socket, address: Address, timeout: float)
         async with asyncio.timeout(timeout):
             await readable.wait()
     except TimeoutError:
-        raise GreetingError(
-            f"{address} accepted the connection but sent no greeting within {timeout:g} s: "
-            "most likely another client (libvirt, say) holds this monitor",
-            remedy=_SECOND_MONITOR,
+        raise _held(
+            address,
+            f"{address} accepted the connection but sent no greeting within {timeout:g} s",
         ) from None
     finally:
         loop.remove_reader(sock)
@@ -393,6 +415,20 @@ async def _await_greeting(sock: socket.socket, address: Address, timeout: float)
             f"{printable(begin.decode('latin-1'))!r}",
             remedy="give the address of a QMP monitor (-qmp, or -mon mode=control)",
         )
+
+
+def _held(address: Address, what: str) -> MonitorHeldError:
+    """Say which processes hold a monitor, where that can be seen."""
+    found = holders(address)
+    if not found:
+        return MonitorHeldError(
+            f"{what}. Most likely another client holds it; which, cannot be seen from here",
+            remedy=_SECOND_MONITOR,
+        )
+    who = ", ".join(describe_process(pid) for pid in found)
+    return MonitorHeldError(
+        f"{what}: it serves one client at a time, and that is {who}", found, remedy=_SECOND_MONITOR
+    )
 
 
 def _peer_pid(sock: socket.socket) -> int | None:

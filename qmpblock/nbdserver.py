@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qmpblock.address import TCPAddress, UnixAddress, open_socket
+from qmpblock.address import TCPAddress, absolute, open_socket
 from qmpblock.capabilities import Capabilities
 from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.lock import Holder
@@ -82,10 +81,7 @@ async def settle(monitor: Monitor) -> None:
 
 def monitor_name(monitor: Monitor) -> str:
     """Name a monitor so that another process can tell whether it is the same."""
-    address = monitor.address
-    if isinstance(address, UnixAddress):
-        return f"unix:{os.path.realpath(address.path)}"
-    return str(address)
+    return absolute(monitor.address)
 
 
 def is_listening(path: str) -> bool:

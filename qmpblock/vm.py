@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Literal
 from qmpblock.address import Address
 from qmpblock.capabilities import Capabilities
 from qmpblock.disk import Disk
-from qmpblock.errors import CommandError, GraphError, UnsupportedError, printable
+from qmpblock.errors import (
+    CommandError,
+    GraphError,
+    MonitorHeldError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.export import NBDAccess
 from qmpblock.graph import BlockGraph, Job, Replies
 from qmpblock.monitor import Monitor
@@ -46,10 +52,17 @@ async def connect(
     :param insecure: allow NBD over TCP without TLS.
     :param greeting_timeout: seconds for the monitor's greeting.
     :param stall: seconds without progress that count as a failure.
-    :raise MonitorError: the monitor cannot be reached or used.
+    :raise MonitorError: the monitor cannot be reached or used; a MonitorHeldError says which
+        process holds it, and what it is about where it is one of ours.
     :raise UnsupportedError: QEMU older than 7.2.
     """
-    monitor = await Monitor.connect(address, greeting_timeout=greeting_timeout, stall=stall)
+    try:
+        monitor = await Monitor.connect(address, greeting_timeout=greeting_timeout, stall=stall)
+    except MonitorHeldError as error:
+        from qmpblock.held import tell_of_our_own
+
+        tell_of_our_own(error, address)
+        raise
     async with monitor:
         Capabilities(monitor.version).check_supported()
         yield VM(monitor, NBDAccess(nbd, tls_creds, insecure), stall)

@@ -5,6 +5,7 @@ What a real QEMU does is in live/test_monitor.py.
 
 import asyncio
 import json
+import os
 import tracemalloc
 
 import pytest
@@ -16,6 +17,7 @@ from qmpblock.errors import (
     DisconnectedError,
     GreetingError,
     MonitorError,
+    MonitorHeldError,
     RequestError,
     StalledError,
     UnsupportedError,
@@ -44,9 +46,44 @@ async def test_bad_address_is_the_requests_fault():
 
 async def test_silence_means_another_client(tmp_path):
     async with fake_qmp(tmp_path / "q", greeting=None):
-        with pytest.raises(GreetingError, match="another client") as caught:
+        with pytest.raises(MonitorHeldError, match="this very process") as caught:
             await Monitor.connect(str(tmp_path / "q"), greeting_timeout=0.1)
+    assert caught.value.holders == (os.getpid(),)
     assert "<qemu:arg value='-qmp'/>" in caught.value.remedy
+
+
+async def test_silence_of_a_client_that_cannot_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr("qmpblock.monitor.holders", lambda address: ())
+    async with fake_qmp(tmp_path / "q", greeting=None):
+        with pytest.raises(MonitorHeldError, match="Most likely another client") as caught:
+            await Monitor.connect(str(tmp_path / "q"), greeting_timeout=0.1)
+    assert caught.value.holders == ()
+
+
+async def test_pretty_messages_are_whole_and_bounded(tmp_path, monkeypatch):
+    pretty = json.dumps(json.loads(HELLO), indent=4).encode() + b"\r\n"
+    nested = b'{\n    "return": {\n        "a": {\n        }\n    },\n    "id": "ID"\n}\n'
+    async with (
+        fake_qmp(tmp_path / "q", pretty) as fake,
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        asked = asyncio.create_task(monitor.execute("query-version"))
+        while len(fake.seen) < 2:
+            await asyncio.sleep(0.01)
+        await asked
+        fake.replies["query-name"] = b""
+        asked = asyncio.create_task(monitor.execute("query-name"))
+        while len(fake.seen) < 3:
+            await asyncio.sleep(0.01)
+        fake.writer.write(nested.replace(b"ID", fake.seen[-1]["id"].encode()))
+        assert await asked == {"a": {}}
+        monkeypatch.setattr("qmpblock.monitor._READ_LIMIT", 1000)
+        asked = asyncio.create_task(monitor.execute("query-name"))
+        while len(fake.seen) < 4:
+            await asyncio.sleep(0.01)
+        fake.writer.write(b"{\n" + b'    "a": 1,\n' * 1000)
+        with pytest.raises(DisconnectedError, match="lost during query-name"):
+            await asked
 
 
 @pytest.mark.parametrize(
