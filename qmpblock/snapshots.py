@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qmpblock import hostfiles
+from qmpblock import hostfiles, luks
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, plan_snapshot
@@ -306,7 +306,13 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
         header["cluster-size"] = item.cluster
     if plan.key_secret is not None:
         header["encrypt"] = {"format": "luks", "key-secret": plan.key_secret}
-    await _create(vm, item.job, header)
+
+    async def write_header() -> None:
+        if plan.key_secret is not None:  # what an attempt left is half a header
+            await _create(vm, item.job, {"driver": "file", "filename": item.file, "size": 0})
+        await _create(vm, item.job, header)
+
+    await luks.retried(write_header)
     if local:
         _sync(Path(item.file))
     assert change.journal is not None  # begin() wrote it

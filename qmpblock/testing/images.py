@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qmpblock import luks
 from qmpblock.errors import ToolError
 from qmpblock.testing.scenario import Disk, Image, Operation, Scenario
 
@@ -403,7 +404,11 @@ async def _create_encrypted(command: tuple[str, ...], path: Path, tools: Tools) 
     """
     if command not in _encrypted:
         *options, size = command
-        await tools.run(*options, str(path), size)
+
+        async def create() -> None:
+            await tools.run(*options, str(path), size)
+
+        await luks.retried(create)
         _encrypted[command] = list(_data(path))
         return
     with path.open("wb") as file:
