@@ -13,8 +13,8 @@ whoever finds the lock of a dead watcher can take its threshold away, and nobody
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles, lock
@@ -47,13 +47,14 @@ from qmpblock.hostprocess import start_time
 from qmpblock.lock import Holder
 from qmpblock.policyfile import Amount
 from qmpblock.ranges import Ranges
+from qmpblock.versioned import UnreadableError, read
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
     from qmpblock.monitor import Event, Subscription
     from qmpblock.vm import VM
 
-__all__ = ["AHEAD_LOCKS", "disarm_dead", "keep_ahead"]
+__all__ = ["AHEAD_LOCKS", "Watch", "disarm_dead", "keep_ahead"]
 
 #: What the ids of the locks of watchers begin with.
 AHEAD_LOCKS = "qmpblock-ahead-"
@@ -63,6 +64,26 @@ _LOOK = 5.0  # seconds between looks of a watcher that no event wakes
 _APART = 1.0  # seconds from one look to the next that an event asks for
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
 _REMEDY = "it keeps this disk's room already; end it, or leave the disk to it"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What the holder of a watcher's lock says: the node, and the offsets that may be its own."""
+
+    node: str | None
+    offsets: tuple[int, ...]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, holder: Holder) -> Watch:
+        """Read what a holder says.
+
+        :raise RecordError: it is not what this version understands.
+        """
+        try:
+            return read(cls, holder.details)
+        except UnreadableError as error:
+            raise lock.unreadable(f"of {holder}", error, holder.run) from None
 
 
 async def keep_ahead(
@@ -77,13 +98,16 @@ async def keep_ahead(
 
 
 async def disarm_dead(vm: VM, dead: Holder) -> None:
-    """Take away the write threshold that a dead watcher left. Idempotent."""
-    node, offsets = dead.details.get("node"), dead.details.get("offsets")
-    if isinstance(node, str) and isinstance(offsets, list):
-        await _disarm(vm, await vm.graph(), node, offsets)
+    """Take away the write threshold that a dead watcher left. Idempotent.
+
+    :raise RecordError: which one it is cannot be read: nothing is touched.
+    """
+    watch = Watch.of(dead)
+    if watch.node is not None:
+        await _disarm(vm, await vm.graph(), watch.node, watch.offsets)
 
 
-async def _disarm(vm: VM, graph: BlockGraph, name: str, offsets: list[Any]) -> None:
+async def _disarm(vm: VM, graph: BlockGraph, name: str, offsets: Sequence[int]) -> None:
     """Take a threshold away if it is one of those; one that somebody else set stays."""
     node = graph.nodes.get(name)
     if node is None or node.write_threshold not in offsets or not node.write_threshold:
@@ -268,9 +292,11 @@ class _Watcher:
         """Whether the active layer is an overlay of ours that will be gone in a while."""
         assert device.chain is not None  # graph.device refuses empty drives
         holder = await lock.read(self._vm.monitor, lock_name(device))
-        return isinstance(holder, Holder) and device.chain.active.node.name.startswith(
-            f"qmpblock-{holder.run}-"
-        )
+        if holder is None:
+            return False
+        # Of a lock that cannot be read, any overlay of ours may be.
+        run = holder.run if isinstance(holder, Holder) else ""
+        return device.chain.active.node.name.startswith(f"qmpblock-{run}")
 
     def _check_foreign(self, graph: BlockGraph, name: str, ours: list[int]) -> None:
         node = graph.nodes.get(name)

@@ -39,10 +39,12 @@ from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, p
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.hostprocess import boot_id, is_running, start_time
 from qmpblock.job import Job
-from qmpblock.journal import Journal, Record, VMIdentity, discard_torn, journals
+from qmpblock.journal import Journal, discard_torn, survey
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import monitor_name
+from qmpblock.record import Record, VMIdentity
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
+from qmpblock.versioned import UnreadableError
 
 if TYPE_CHECKING:
     from qmpblock.vm import VM
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LOCKS",
     "Change",
+    "check_all_said",
     "device_of",
     "find_journal",
     "identify",
@@ -95,16 +98,30 @@ async def identify(vm: VM) -> VMIdentity:
     )
 
 
-def record_of(holder: Holder) -> Record | None:
-    """Return what the holder of a disk's lock was about; None if it does not say."""
-    said = holder.details.get("record")
-    record = Record.from_json(_EMPTY | said if isinstance(said, dict) else None)
-    return record if record is not None and record.run == holder.run else None
+def record_of(holder: Holder, name: str = "") -> Record | None:
+    """Return what the holder of a disk's lock is about; None if it is about nothing yet.
+
+    :param name: of the lock, where it is known.
+    :raise RecordError: what it says is not what this version understands.
+    """
+    if "record" not in holder.details:
+        return None  # it only holds the lock to undo what another one left
+    try:
+        return Record.from_json(holder.details["record"], holder.run)
+    except UnreadableError as error:
+        raise lock.unreadable(name or f"of {holder}", error, holder.run) from None
 
 
 def find_journal(record: Record) -> Journal | None:
-    """Find the journal of a change on this host."""
-    for journal in journals((record.home,) if record.home else ()):
+    """Find the journal of a change on this host.
+
+    :raise RecordError: it is there, and cannot be read.
+    """
+    found = survey((record.home,) if record.home else ())
+    for error in found.unreadable:
+        if error.run == record.run:
+            raise error
+    for journal in found.journals:
         if journal.record == record:
             return journal
     return None
@@ -347,11 +364,14 @@ async def undo_dead_change(
     """Undo what the dead holder of a disk's lock left, its journal and other locks included.
 
     Idempotent. A pivot that was pending is finished, not undone.
+
+    :raise RecordError: what it was about cannot be read: nothing is touched.
     """
-    _log.warning("undoing what a controller that died left in the VM: %s", dead)
     record = record_of(dead)
+    check_all_said(dead, record, await vm.graph())
+    _log.warning("undoing what a controller that died left in the VM: %s", dead)
     if record is None:
-        return  # a lock that says nothing: it died before it did anything
+        return  # it died before it did anything
     discard_torn(record)
     journal = find_journal(record)
     await settle(vm, record, journal, Choice.UNDO, tell)
@@ -361,6 +381,20 @@ async def undo_dead_change(
         holder = await lock.read(vm.monitor, name)
         if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
             await lock.release(vm.monitor, name)
+
+
+def check_all_said(dead: Holder, record: Record | None, graph: BlockGraph, name: str = "") -> None:
+    """See that the holder of a disk's lock tells of all that bears the name of its run.
+
+    :param name: of the lock, where it is known.
+    :raise RecordError: there is a job or node that it does not tell of: another version made it.
+    """
+    said = {record.job, *record.helpers, *record.nodes} if record is not None else set()
+    prefix = f"qmpblock-{dead.run}-"
+    for one in (*(job.id for job in graph.jobs), *graph.nodes):
+        if one.startswith(prefix) and one not in said:
+            why = f"it does not say what {printable(one)} is for"
+            raise lock.unreadable(name or f"of {dead}", why, dead.run)
 
 
 async def settle(

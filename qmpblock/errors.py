@@ -15,6 +15,7 @@
     │   └── DisconnectedError       the connection was lost; the outcome is unknown
     ├── CommandError            exit 1: QEMU refused a command (its words inside)
     ├── BusyError               exit 1: another controller or job holds what is needed
+    │   └── RecordError             a lock or journal of ours cannot be read
     ├── GraphError              exit 1: the monitor's replies contradict each other
     ├── JobError                exit 1: a QEMU job failed (QEMU's verdict inside)
     ├── ToolError               exit 1: a program (qemu-img) failed
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "NBDRequestError",
     "NotFoundError",
     "RangeError",
+    "RecordError",
     "RequestError",
     "StalledError",
     "ToolError",
@@ -214,6 +217,32 @@ class CommandError(Error):
 
 class BusyError(Error):
     """Another controller, job, export or NBD server holds what is needed."""
+
+
+class RecordError(BusyError):
+    """A lock or a journal of ours cannot be read, so that what it guards is left alone.
+
+    Another version wrote it, or it is damaged.
+
+    :param path: of the journal; None where it is a lock.
+    :param run: the run that it is of, if that can be told.
+    :param files: the image files that it is about; None where that cannot be told.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        standing: str | None = None,
+        remedy: str | None = None,
+        path: Path | None = None,
+        run: str = "",
+        files: Iterable[str] | None = None,
+    ) -> None:
+        super().__init__(message, standing=standing, remedy=remedy)
+        self.path = path
+        self.run = run
+        self.files = None if files is None else tuple(files)
 
 
 class GraphError(Error):

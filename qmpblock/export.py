@@ -281,7 +281,7 @@ class _Session:
         self.locked = True
 
     async def _undo(self, dead: Holder) -> None:
-        await undo_dead_run(self.monitor, dead, self.stall)
+        await undo_dead_run(self.monitor, dead, self.stall, LOCK)
 
     async def _start_own(self) -> None:
         assert self.folder is not None  # lock() went before

@@ -21,160 +21,35 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from qmpblock.errors import Error, printable
+from qmpblock.errors import Error, RecordError, printable
+from qmpblock.record import Record, VMIdentity
+from qmpblock.versioned import UnreadableError, stamped, unstamped
 
 __all__ = [
     "PIVOTED",
     "Journal",
     "Record",
+    "Survey",
     "VMIdentity",
     "discard_torn",
+    "is_of",
     "journals",
     "pivoted",
     "state_directory",
+    "survey",
 ]
 
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
 
-_RUN = re.compile(r"[0-9a-f]{8}")
+_NAME = re.compile(r".*?[.-](?:qmpblock-)?([0-9a-f]{8})\.journal", re.DOTALL)
 _LIMIT = 16 << 20  # bytes of a journal that are read; one of ours has some kilobytes
-
-
-@dataclass(frozen=True)
-class VMIdentity:
-    """Which QEMU process it was.
-
-    :ivar uuid: of the VM; zeros where it has none.
-    :ivar pid: 0 where it is unknown (a TCP monitor); with `start`, its start time in clock
-        ticks since boot, and `boot`, the boot's id, it names one process for ever.
-    :ivar monitor: the address that the controller came by.
-    """
-
-    name: str
-    uuid: str
-    pid: int
-    start: int
-    boot: str
-    monitor: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one change intends: all that undoing it, or carrying it on, needs to know.
-
-    :ivar run: in the names of all that it makes.
-    :ivar operation: `snapshot`, `stream`, `commit` or `allocate`.
-    :ivar devices: QOM paths of the disks; `names`: what people call them.
-    :ivar locks: the ids of the locks that it holds.
-    :ivar job: the id of its job, or empty; `helpers`: of those that only prepare.
-    :ivar pivot: whether the job ends in a pivot: an active commit.
-    :ivar flush: the node that must be flushed before the job is finalized, or empty.
-    :ivar keeper: the node whose backing link will change; empty where the job pivots.
-    :ivar top: the node that is streamed into, or the upper end of a commit; `base` the lower.
-    :ivar top_file: its image file; also `base_file`, and `base_format` where that matters.
-    :ivar leaving: the nodes that leave the chain, each with its file name.
-    :ivar nodes: nodes that it adds, in the order in which they can be removed.
-    :ivar files: image files that it makes.
-    :ivar bitmaps: dirty bitmaps that it adds to nodes that were there: (node, name).
-    :ivar promotions: those of them that are to become persistent once their node is writable:
-        (node, name of the transient one, name, granularity).
-    :ivar merges: dirty bitmaps to be taken over before the job is finalized:
-        (target node, source node, name).
-    :ivar throttle: the guest's I/O limits, as they were, where it lowers them; empty if not.
-        Its `group` is in `throttle_group`.
-    :ivar detect_zeroes: of the base, where it is another one for a while; empty if not.
-    :ivar images: every image file of the disks, the active ones first.
-    """
-
-    run: str
-    operation: str
-    vm: VMIdentity
-    devices: tuple[str, ...]
-    names: tuple[str, ...]
-    locks: tuple[str, ...]
-    job: str = ""
-    helpers: tuple[str, ...] = ()
-    pivot: bool = False
-    flush: str = ""
-    keeper: str = ""
-    top: str = ""
-    base: str = ""
-    top_file: str = ""
-    base_file: str = ""
-    base_format: str = ""
-    leaving: tuple[tuple[str, str], ...] = ()
-    nodes: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    bitmaps: tuple[tuple[str, str], ...] = ()
-    promotions: tuple[tuple[str, str, str, int], ...] = ()
-    merges: tuple[tuple[str, str, str], ...] = ()
-    throttle: tuple[tuple[str, int], ...] = ()
-    throttle_group: str = ""
-    detect_zeroes: str = ""
-    images: tuple[str, ...] = ()
-
-    @property
-    def home(self) -> str:
-        """The image beside which its journal is kept too; empty where it pivots nothing."""
-        if not self.pivot:
-            return ""
-        return self.base_file if self.operation == "allocate" else self.top_file
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Any) -> Record | None:
-        """Read a record that somebody may have forged; None if it is none of ours.
-
-        Whatever it names that we would have made has our name in it.
-        """
-        record = _read(cls, data)
-        if not isinstance(record, Record) or not _RUN.fullmatch(record.run):
-            return None
-        prefix = f"qmpblock-{record.run}-"
-        ours = [*record.nodes, *record.helpers, *([record.job] if record.job else [])]
-        if not all(name.startswith(prefix) for name in ours):
-            return None
-        if not all(name.startswith("qmpblock-disk-") for name in record.locks):
-            return None
-        if record.detect_zeroes not in ("", "on", "unmap"):  # it goes into a command line
-            return None
-        return record
-
-    def describe(self) -> str:
-        """Say what it is, for people."""
-        return f"{self.operation} of {', '.join(map(printable, self.names))} (run {self.run})"
-
-
-def _read(kind: Any, data: Any) -> Any:
-    """Read a value of a dataclass's field type from JSON; None if it does not fit."""
-    if kind in (str, int, bool):
-        return data if type(data) is kind else None
-    if get_origin(kind) is tuple:
-        if not isinstance(data, list | tuple):
-            return None
-        kinds = get_args(kind)
-        if len(kinds) == 2 and kinds[1] is Ellipsis:
-            kinds = (kinds[0],) * len(data)
-        if len(kinds) != len(data):
-            return None
-        found = tuple(_read(k, item) for k, item in zip(kinds, data, strict=True))
-        return None if any(item is None for item in found) else found
-    if not isinstance(data, Mapping):
-        return None
-    hints = get_type_hints(kind)
-    if set(data) != {field.name for field in fields(kind)}:
-        return None
-    values = {name: _read(hints[name], value) for name, value in data.items()}
-    return None if any(value is None for value in values.values()) else kind(**values)
 
 
 def state_directory() -> Path:
@@ -215,7 +90,7 @@ class Journal:
         if beside is not None:
             paths.append(_beside(beside, record.run))
         journal = cls(record, (), [])
-        text = json.dumps(record.as_json()) + "\n"
+        text = json.dumps(stamped(record.as_json())) + "\n"
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in paths:
@@ -308,44 +183,128 @@ class Journal:
 
     @classmethod
     def load(cls, path: Path) -> Journal | None:
-        """Read a journal; None if it is none of ours, or was torn before it began."""
+        """Read a journal.
+
+        :return: None if there is none, if it was torn before it began, and if it is not
+            believed: others than this user and root could have written it.
+        :raise RecordError: it is ours, and cannot be read.
+        """
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(fd, "rb") as file:
-                status = os.fstat(file.fileno())
-                # Beside an image others may put files, and files are removed by what it says.
-                if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-                    return None
-                data = file.read(_LIMIT)
-        except OSError:
+            data = _content(path)
+        except _DistrustedError:
+            return None
+        return None if data is None else cls.parse(path, data)
+
+    @classmethod
+    def parse(cls, path: Path, data: bytes) -> Journal | None:
+        """Read what a journal's file holds; see `load`."""
+        if _is_torn(data):
             return None
         *lines, _torn = data.split(b"\n")
-        entries = []
-        for line in lines:
-            try:
-                entries.append(json.loads(line))
-            except ValueError:
-                return None
-        record = Record.from_json(entries[0]) if entries else None
-        if record is None or not all(isinstance(entry, dict) for entry in entries):
-            return None
-        return cls(record, (path,), entries[1:])
+        first: Any = None
+        record = None
+        try:
+            first = _parsed(lines, 0, len(data))
+            record = Record.from_json(unstamped(first))
+            record.check_journaled()
+            entries = [_parsed(lines, number) for number in range(1, len(lines))]
+        except UnreadableError as error:
+            raise RecordError(
+                f"the journal {printable(path)} is ours by its name and cannot be read: {error}",
+                standing="nothing was touched",
+                remedy=_REMEDY,
+                path=path,
+                run=_run_of(path),
+                files=_files_of(record.as_json() if record else first),
+            ) from None
+        return cls(record, (path,), entries)
 
 
-def discard_torn(record: Record) -> None:
-    """Remove a journal of this change whose first line was never complete.
+class _DistrustedError(Exception):
+    """Others could have written it, and files are removed by what it says. Says why."""
+
+
+def _content(path: Path) -> bytes | None:
+    """Read a file that is ours by its name; None if it is not there.
+
+    :raise RecordError: it cannot be read.
+    :raise _DistrustedError: it is not to be believed.
+    """
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise _DistrustedError("it is no plain file")
+        if status.st_uid not in (0, os.geteuid()):
+            raise _DistrustedError(f"it belongs to the user {status.st_uid}")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(fd, "rb") as file:
+            now = os.fstat(fd)
+            if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino) or now.st_mode & 0o022:
+                raise _DistrustedError("others may write to it")
+            return file.read(_LIMIT + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RecordError(
+            f"the journal {printable(path)} cannot be read: {error.strerror}",
+            standing="nothing was touched",
+            remedy="run this as root, or as the user who ran that qmpblock",
+            path=path,
+            run=_run_of(path),
+        ) from None
+
+
+_REMEDY = (
+    "have the qmpblock that wrote it, or a newer one, recover: qmpblock recover IMAGE. If it is "
+    "damaged: it describes a change that was not finished; find out which of the images is the "
+    "newest before any of them is used, then remove it"
+)
+
+
+def _is_torn(data: bytes) -> bool:
+    """Whether a journal's first line was never complete: it is what a record begins with.
 
     Its controller was killed while it wrote it, and had done nothing yet.
     """
+    return not data or (data.startswith(b"{") and b"\n" not in data and b"\0" not in data)
+
+
+def _parsed(lines: list[bytes], number: int, size: int = 0) -> dict[str, Any]:
+    if size > _LIMIT:
+        raise UnreadableError("it is longer than any of ours")
+    try:
+        found = json.loads(lines[number])
+    except (ValueError, IndexError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UnreadableError(f"its line {number + 1} is damaged")
+    return found
+
+
+def _run_of(path: Path) -> str:
+    match = _NAME.fullmatch(path.name)
+    return match[1] if match else ""
+
+
+def _files_of(data: Any) -> tuple[str, ...] | None:
+    """Return the image files that a record of any version is about; None if it does not say."""
+    if not isinstance(data, Mapping):
+        return None
+    found = [data.get("images"), data.get("files")]
+    if not all(isinstance(one, list | tuple) for one in found) or not found[0]:
+        return None
+    return tuple(str(file) for one in found for file in one or ())
+
+
+def discard_torn(record: Record) -> None:
+    """Remove a journal of this change whose first line was never complete."""
     paths = [state_directory() / _file_name(record)]
     if record.home:
         paths.append(_home_path(record))
     for path in paths:
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with os.fdopen(fd, "rb") as file:
-                torn = os.fstat(fd).st_uid == os.geteuid() and b"\n" not in file.read(_LIMIT)
-            if torn:
+        with contextlib.suppress(OSError, RecordError, _DistrustedError):
+            data = _content(path)
+            if data is not None and _is_torn(data) and path.stat().st_uid == os.geteuid():
                 path.unlink()
 
 
@@ -355,34 +314,65 @@ def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
     return bool(words) and words[-1] is True
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What was found of journals.
+
+    :ivar journals: those that can be read.
+    :ivar unreadable: one error for each that is ours by its name, and cannot.
+    :ivar distrusted: those beside the images that others could have written, and why.
+    """
+
+    journals: list[Journal] = field(default_factory=list)
+    unreadable: list[RecordError] = field(default_factory=list)
+    distrusted: list[tuple[Path, str]] = field(default_factory=list)
+
+
 def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
-    """Yield every journal on this host: of the state directory, and beside `images`.
+    """Yield every journal that can be read, as `survey` finds them."""
+    yield from survey(images).journals
+
+
+def survey(images: tuple[str, ...] = ()) -> Survey:
+    """Look for every journal on this host: of the state directory, and beside `images`.
 
     The two files of one change come as one journal. The one beside the image has every entry,
     in their order; which of two entries was the last only it can tell.
     """
+    result = Survey()
     found: dict[str, Journal] = {}
-    places = sorted(state_directory().glob("*.journal"))
+    places = _list(state_directory(), "", result)
+    about: dict[Path, tuple[str, ...]] = {}  # the image files that what lies there must be about
     for image in images:
         path = Path(image)
-        with contextlib.suppress(OSError):
-            places += sorted(
-                other
-                for other in path.parent.iterdir()
-                if other.name.startswith(f"{path.name}.qmpblock-")
-            )
+        beside = _list(path.parent, f"{path.name}.qmpblock-", result)
+        about |= dict.fromkeys(beside, (image,))
+        places += beside
+    asked = set(about)
     seen: set[Path] = set()
     while places:
         path = places.pop(0)
         if path in seen:
             continue
         seen.add(path)
-        journal = Journal.load(path)
+        try:
+            data = _content(path)
+            journal = None if data is None else Journal.parse(path, data)
+        except RecordError as error:
+            if path in about:
+                error.files = (*about[path], *(error.files or ()))
+            result.unreadable.append(error)
+            continue
+        except _DistrustedError as error:
+            if path in asked:
+                result.distrusted.append((path, str(error)))
+            continue
         if journal is None:
             continue
         record = journal.record
         if record.home:
             places.append(_home_path(record))
+            about.setdefault(places[-1], (*record.images, *record.files))
         known = found.get(record.run)
         if known is None:
             found[record.run] = journal
@@ -390,7 +380,30 @@ def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
             known.paths += journal.paths
             if path.name == _home_path(record).name:
                 known.entries = journal.entries
-    yield from found.values()
+        elif path in asked:
+            result.distrusted.append((path, f"it contradicts {printable(known.paths[0])}"))
+    result.journals.extend(found.values())
+    return result
+
+
+def _list(directory: Path, prefix: str, result: Survey) -> list[Path]:
+    """List what is a journal by its name."""
+    try:
+        return sorted(
+            path
+            for path in directory.iterdir()
+            if path.name.startswith(prefix) and _NAME.fullmatch(path.name)
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        result.unreadable.append(
+            RecordError(
+                f"whether journals lie in {printable(directory)} cannot be seen: {error.strerror}",
+                standing="nothing was touched",
+            )
+        )
+        return []
 
 
 def _cannot_write(path: Path, error: OSError) -> Error:
@@ -409,9 +422,17 @@ def _beside(image: Path, run: str) -> Path:
 
 
 def _file_name(record: Record) -> str:
-    vm = record.vm
     which = hashlib.sha256(" ".join(record.devices).encode()).hexdigest()[:8]
-    return f"{vm.uuid}-{vm.pid}-{vm.start}-{which}-{record.run}.journal"
+    return f"{_of_vm(record.vm)}{which}-{record.run}.journal"
+
+
+def _of_vm(vm: VMIdentity) -> str:
+    return f"{vm.uuid}-{vm.pid}-{vm.start}-"
+
+
+def is_of(error: RecordError, vm: VMIdentity) -> bool:
+    """Whether a journal that cannot be read is of that QEMU, by its name."""
+    return error.path is not None and error.path.name.startswith(_of_vm(vm))
 
 
 def _append_line(fd: int, text: str) -> None:

@@ -25,15 +25,26 @@ import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.errors import BusyError, CommandError, printable
+from qmpblock.errors import BusyError, CommandError, RecordError, printable
 from qmpblock.hostprocess import boot_id, pid_namespace, start_time
 from qmpblock.monitor import Monitor
+from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
+from qmpblock.versioned import read as read_fields
 
-__all__ = ["Holder", "abandon", "acquire", "adopt", "read", "release", "update"]
+__all__ = [
+    "Holder",
+    "abandon",
+    "acquire",
+    "adopt",
+    "read",
+    "release",
+    "unreadable",
+    "update",
+]
 
 _RUN = re.compile(r"[0-9a-z]{1,32}")
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
@@ -52,6 +63,7 @@ class Holder:
         pid, it names one process and never another.
     :ivar boot: the boot id of its machine; with `pids`, the namespace its pid counts in.
     :ivar details: what whoever undoes its work needs to know.
+    :ivar more: what another version wrote that this one does not know.
     """
 
     run: str
@@ -60,7 +72,8 @@ class Holder:
     start: int
     boot: str
     pids: str
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any]
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def me(cls, run: str, **details: Any) -> Holder:
@@ -77,26 +90,25 @@ class Holder:
         )
 
     @classmethod
-    def from_text(cls, text: str) -> Holder | None:
-        """Read what `text` wrote; None if it is not one of ours."""
+    def from_text(cls, text: str) -> Holder:
+        """Read what `text` wrote, of whatever version.
+
+        :raise UnreadableError: it is not one of ours, or not one that this version understands.
+        """
         try:
-            holder = cls(**json.loads(text))
-        except (ValueError, TypeError):
-            return None
-        strings = (holder.run, holder.host, holder.boot, holder.pids)
-        numbers = (holder.pid, holder.start)
-        if not (
-            all(isinstance(s, str) for s in strings)
-            and _RUN.fullmatch(holder.run)
-            and all(isinstance(n, int) for n in numbers)
-            and isinstance(holder.details, dict)
-        ):
-            return None
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UnreadableError(
+                f"it is no JSON, so an object not of ours, or damaged: {printable(text, 60)}"
+            ) from None
+        holder = read_fields(cls, unstamped(data))
+        if not _RUN.fullmatch(holder.run):
+            raise UnreadableError("its run is none")
         return holder
 
     def text(self) -> str:
         """Return the lock object's data."""
-        return json.dumps(asdict(self))
+        return json.dumps(stamped(plain(self)))
 
     def is_elsewhere(self) -> bool:
         """Whether it ran where this process cannot see whether it still does."""
@@ -135,6 +147,7 @@ async def acquire(
     :param stall: seconds to wait for a holder that does not go away.
     :param remedy: what to do when it does not.
     :raise BusyError: it did not; the message names the holder.
+    :raise RecordError: it cannot be read who holds it.
     """
     deadline = asyncio.get_running_loop().time() + stall
     while True:
@@ -149,7 +162,10 @@ async def acquire(
         if isinstance(holder, Holder) and holder.is_dead():
             await _take_over(monitor, name, holder, me, undo, stall)
             continue
-        if holder is not None and asyncio.get_running_loop().time() >= deadline:
+        late = asyncio.get_running_loop().time() >= deadline
+        if isinstance(holder, str) and late:
+            raise unreadable(name, holder)
+        if holder is not None and late:
             raise BusyError(
                 f"another controller holds {name} in this VM: {holder}",
                 standing="nothing was changed",
@@ -203,7 +219,9 @@ async def _adopt_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, m
         now = await read(monitor, name)
         if not isinstance(now, Holder) or now != dead:
             return False
-        await update(monitor, name, me)
+        # What another version wrote there, and this one does not know, stays.
+        kept = replace(me, details={**now.details, **me.details}, more=now.more)
+        await update(monitor, name, kept)
         return True
     finally:
         await release(monitor, turn)
@@ -253,11 +271,27 @@ async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
 
 
 async def read(monitor: Monitor, name: str) -> Holder | str | None:
-    """Return the holder, a text that is none of ours, or None if the lock is free by now."""
+    """Return the holder, why it cannot be read, or None if the lock is free by now."""
     try:
         text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
     except CommandError as error:
         if error.error_class == "DeviceNotFound":
             return None
         raise
-    return Holder.from_text(str(text)) or f"an object not of ours: {printable(text)}"
+    try:
+        return Holder.from_text(str(text))
+    except UnreadableError as error:
+        return str(error)
+
+
+def unreadable(name: str, why: object, run: str = "") -> RecordError:
+    """Say that a lock, which is ours by its name, cannot be read: its holder may be at work."""
+    return RecordError(
+        f"the lock {printable(name)} in this VM is ours by its name and cannot be read: {why}",
+        standing="nothing of what it guards was touched",
+        remedy="have the qmpblock that wrote it, or a newer one, recover: qmpblock recover "
+        "ADDRESS. Only if that is impossible, the controller is certainly dead, and nothing of it "
+        "is left (qmpblock jobs ADDRESS, qmpblock disks ADDRESS), remove the lock: object-del"
+        + ("" if " " in name else f' {{"id": "{printable(name)}"}}'),
+        run=run,
+    )

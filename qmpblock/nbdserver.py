@@ -8,17 +8,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qmpblock.address import TCPAddress, absolute, open_socket
 from qmpblock.capabilities import Capabilities
 from qmpblock.errors import BusyError, CommandError, printable
-from qmpblock.lock import Holder
+from qmpblock.lock import Holder, unreadable
 from qmpblock.monitor import Monitor
+from qmpblock.versioned import UnreadableError, read
 
 __all__ = [
+    "ServerUse",
     "answers",
     "delete_export",
     "delete_object",
@@ -94,23 +97,55 @@ def is_listening(path: str) -> bool:
     return False
 
 
-async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float) -> None:
+@dataclass(frozen=True)
+class ServerUse:
+    """What the holder of the lock of QEMU's NBD server says of its use.
+
+    :ivar exports: their names.
+    :ivar path: of the socket of a server of its own; empty on a foreign one.
+    :ivar ports: on which a server of its own may listen.
+    :ivar monitor: by which it came; `custody`: whether QEMU holds its sockets under names.
+    """
+
+    exports: tuple[str, ...]
+    path: str
+    ports: tuple[int, ...]
+    monitor: str
+    custody: bool
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, holder: Holder, name: str) -> ServerUse:
+        """Read what a holder says.
+
+        :param name: of the lock.
+        :raise RecordError: it is not what this version understands.
+        """
+        try:
+            return read(cls, holder.details)
+        except UnreadableError as error:
+            raise unreadable(name, error, holder.run) from None
+
+
+async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str) -> None:
     """Remove everything that the controller `dead` added to QEMU. Idempotent.
 
+    :param name: of its lock.
     :raise BusyError: that takes the monitor which the dead controller used.
+    :raise RecordError: what it added cannot be read: nothing is touched.
     """
+    use = ServerUse.of(dead, name)
     _log.warning("undoing what a controller that died left in the VM: %s", dead)
     prefix = f"qmpblock-{dead.run}-"
     # Read from QEMU, where anybody with a monitor may have written it: nothing of it is used
     # but names that are ours by their form.
-    exports, ports = dead.details.get("exports"), dead.details.get("ports")
-    names = [f"{prefix}{i}" for i in range(len(exports[:64]))] if isinstance(exports, list) else []
-    path = str(dead.details.get("path", ""))
+    names = [f"{prefix}{i}" for i in range(len(use.exports[:64]))]
+    path = use.path
     if Path(path).parent.name != prefix.rstrip("-"):
         path = ""
     # Named descriptors belong to a monitor. On the one that the dead controller came by, a
     # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
-    elsewhere = dead.details.get("monitor") != monitor_name(monitor)
+    elsewhere = use.monitor != monitor_name(monitor)
     found = half_open = False
     for name in names:
         there, had_client = await _delete_dead_export(monitor, name, stall)
@@ -124,19 +159,18 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float) -> None:
     # With an export of the dead run there, its server runs. Without, it died between two
     # commands; then its listening socket tells. On a foreign server it has no path.
     listening = is_listening(path)
-    if isinstance(monitor.address, TCPAddress) and isinstance(ports, list):
-        listening = listening or await answers(monitor.address.host, ports[:16])
+    if isinstance(monitor.address, TCPAddress):
+        listening = listening or await answers(monitor.address.host, use.ports[:16])
     if path and (found or listening):
         hangs = Capabilities(monitor.version).nbd_server_stop_hangs_in_handshake
-        if elsewhere and (not found or (hangs and half_open and dead.details.get("custody"))):
+        if elsewhere and (not found or (hangs and half_open and use.custody)):
             # Stopping a server with a half-open connection would hang this QEMU; and without
             # an export there, the server that runs may be somebody else's by now.
             raise BusyError(
                 f"{dead} died before its NBD handshake was complete, and QEMU holds its sockets "
                 "under names that only the monitor it came by can close",
                 standing="the VM is well; the dead controller's lock and sockets are left in it",
-                remedy="run the same command once by the monitor "
-                f"{printable(dead.details.get('monitor'))}",
+                remedy=f"run the same command once by the monitor {printable(use.monitor)}",
             )
         await settle(monitor)
         await tolerate("not running", monitor.execute("nbd-server-stop"))

@@ -25,7 +25,6 @@ from qmpblock.errors import (
 )
 from qmpblock.graph import Layer
 from qmpblock.headroom import RoomPlan, plan_room
-from qmpblock.lock import Holder
 from qmpblock.planning import growth_warning
 from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
 from qmpblock.ranges import Ranges
@@ -197,7 +196,9 @@ async def _check_free(vm: VM, names: tuple[str, ...]) -> None:
         holder = await lock.read(vm.monitor, name)
         if holder is None:
             continue
-        if isinstance(holder, Holder) and holder.is_dead():
+        if isinstance(holder, str):
+            raise lock.unreadable(name, holder)
+        if holder.is_dead():
             raise BusyError(
                 f"a controller that died left this disk in the middle of a change: {holder}",
                 standing="nothing was touched",

@@ -11,6 +11,7 @@ A pivot that is pending comes first, before any lock is taken: it holds the gues
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock import lock
-from qmpblock.ahead import AHEAD_LOCKS, disarm_dead
+from qmpblock.ahead import AHEAD_LOCKS, Watch, disarm_dead
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import carry_on
 from qmpblock.change import (
     LOCKS,
     Change,
+    check_all_said,
     find_journal,
     identify,
     make_way,
@@ -33,15 +35,24 @@ from qmpblock.change import (
     undo_dead_change,
 )
 from qmpblock.driving import pivot
-from qmpblock.errors import BusyError, CommandError, Error, NotFoundError, ToolError, printable
+from qmpblock.errors import (
+    BusyError,
+    CommandError,
+    Error,
+    NotFoundError,
+    RecordError,
+    ToolError,
+    printable,
+)
 from qmpblock.export import LOCK as NBD_LOCK
 from qmpblock.graph import BlockGraph
 from qmpblock.hostprocess import is_running
 from qmpblock.job import Job
-from qmpblock.journal import PIVOTED, Journal, Record, journals
+from qmpblock.journal import PIVOTED, Journal, is_of, journals, survey
 from qmpblock.lock import Holder
-from qmpblock.nbdserver import undo_dead_run
+from qmpblock.nbdserver import ServerUse, undo_dead_run
 from qmpblock.qemuimg import QemuImg, blockdev
+from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice, ImageVerdict, Step, image_verdict, steps, took_effect
 
 if TYPE_CHECKING:
@@ -49,6 +60,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageRecovery", "Recovery", "recover", "recover_images", "recover_journal"]
 
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"qmpblock-([0-9a-f]{8})-(.+)")
 _TURN = re.compile(r"(.+?)-undo-[0-9a-z]+")
 
@@ -79,7 +91,7 @@ async def recover(
 ) -> list[Recovery]:
     """Undo, or carry on, what controllers that died left in a VM. See `VM.recover`."""
     graph = await vm.graph()  # before the locks: what has no lock by then has no controller
-    holders = await _holders(vm)
+    holders, unread = await _holders(vm, graph)
     dead = {
         holder.run: holder
         for name, holder in holders.items()
@@ -96,23 +108,51 @@ async def recover(
             found.append(_foresee(record, graph, choice))
         else:
             found.append(await _recover_change(vm, holder, record, choice, tell))
-    found += await _recover_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
+    if not unread:  # whose lock cannot be read, of that nothing else tells what it left
+        found += await _recover_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
     found += await _recover_locks(vm, holders, dry_run=dry_run)
-    found += await _forget_journals(vm, dry_run=dry_run)
+    if not unread:
+        unread += await _forget_journals(vm, found, dry_run=dry_run)
     _refuse_the_unknown(holders)
+    if unread:
+        raise unread[0]
     return found
 
 
-async def _holders(vm: VM) -> dict[str, Holder]:
-    """Return who holds each lock of ours in the VM, by the lock's name."""
-    found = {}
+async def _holders(vm: VM, graph: BlockGraph) -> tuple[dict[str, Holder], list[RecordError]]:
+    """Return who holds each lock of ours in the VM, by the lock's name, and those unreadable."""
+    found: dict[str, Holder] = {}
+    unread: list[RecordError] = []
     for item in await vm.monitor.execute("qom-list", {"path": "/objects"}):
         name = str(item.get("name", ""))
         if name == NBD_LOCK or name.startswith((LOCKS, AHEAD_LOCKS, f"{NBD_LOCK}-undo-")):
             holder = await lock.read(vm.monitor, name)
-            if isinstance(holder, Holder):
-                found[name] = holder
-    return found
+            try:
+                if isinstance(holder, str):
+                    raise lock.unreadable(name, holder)
+                if holder is not None and holder.is_dead():
+                    _check_details(name, holder, graph)
+            except RecordError as error:
+                unread.append(error)
+            else:
+                if holder is not None:
+                    found[name] = holder
+    return found, unread
+
+
+def _check_details(name: str, dead: Holder, graph: BlockGraph) -> None:
+    """See that what a dead holder says of its work can be read, and is all.
+
+    :raise RecordError: it cannot.
+    """
+    if _TURN.fullmatch(name):
+        return  # it was about to undo what another one left, whose lock is there too
+    if name == NBD_LOCK:
+        ServerUse.of(dead, name)
+    elif name.startswith(AHEAD_LOCKS):
+        Watch.of(dead)
+    else:
+        check_all_said(dead, record_of(dead, name), graph, name)
 
 
 def _left_alone(holders: dict[str, Holder]) -> list[Recovery]:
@@ -148,7 +188,13 @@ async def _finalize_pivots(vm: VM, graph: BlockGraph, records: Iterable[Record])
             follower = Job(vm.monitor, job.id, job.type)
             try:
                 with contextlib.suppress(CommandError):  # another recovery was faster
-                    await undisturbed(pivot(find_journal(record), follower))
+                    try:
+                        journal = find_journal(record)
+                    except RecordError:
+                        # Nothing can be marked: the guest stays on the overlay, which has it all.
+                        await undisturbed(follower.cancel())
+                    else:
+                        await undisturbed(pivot(journal, follower))
             finally:
                 follower.end()
 
@@ -262,7 +308,7 @@ async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -
 
         async def undo(dead: Holder, name: str = name) -> None:
             if name == NBD_LOCK:
-                await undo_dead_run(vm.monitor, dead, vm.stall)
+                await undo_dead_run(vm.monitor, dead, vm.stall, name)
             elif name.startswith(AHEAD_LOCKS):
                 await disarm_dead(vm, dead)
             else:
@@ -273,12 +319,18 @@ async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -
     return done
 
 
-async def _forget_journals(vm: VM, *, dry_run: bool) -> list[Recovery]:
-    """Remove journals of this VM whose change has no lock any more: it ended."""
+async def _forget_journals(vm: VM, done: list[Recovery], *, dry_run: bool) -> list[RecordError]:
+    """Remove journals of this VM whose change has no lock any more: it ended.
+
+    Returns an error for each that cannot be read.
+
+    :param done: is added to.
+    """
     me = await identify(vm)
-    held = {holder.run for holder in (await _holders(vm)).values()}
-    done = []
-    for journal in journals():
+    held = {holder.run for holder in (await _holders(vm, await vm.graph()))[0].values()}
+    found = survey()
+    unread = [error for error in found.unreadable if error.run not in held and is_of(error, me)]
+    for journal in found.journals:
         same = journal.record.vm
         if (same.pid, same.start, same.boot, same.uuid) != (me.pid, me.start, me.boot, me.uuid):
             continue
@@ -292,7 +344,7 @@ async def _forget_journals(vm: VM, *, dry_run: bool) -> list[Recovery]:
             done.append(Recovery(journal.record.describe(), journal.record.run, (step,), None))
         if not dry_run:
             journal.remove()
-    return done
+    return unread
 
 
 # QEMU is gone
@@ -339,17 +391,23 @@ async def recover_images(
     :param dry_run: change nothing.
     :return: one for each change that was interrupted; none where the images are safe.
     :raise NotFoundError: there is no such image.
+    :raise RecordError: a journal that may be about them cannot be read; nothing was touched.
     :raise BusyError: the QEMU that the change was made in still runs.
     """
     names = [os.path.realpath(image) for image in images]
     for image, name in zip(images, names, strict=True):
         if not Path(name).exists():
             raise NotFoundError(f"there is no image {printable(os.fspath(image))}")
+    seen = survey(tuple(names))
+    for error in seen.unreadable:
+        if error.files is None or _is_about(error.files, names):
+            raise error
+    for path, why in seen.distrusted:
+        _log.warning("the journal %s is not believed: %s", printable(path), why)
     found = []
-    for journal in list(journals(tuple(names))):
+    for journal in seen.journals:
         record = journal.record
-        known = {os.path.realpath(file) for file in (*record.images, *record.files)}
-        if not known & set(names):
+        if not _is_about((*record.images, *record.files), names):
             continue
         if is_running(record.vm.pid, record.vm.start, record.vm.boot):
             raise BusyError(
@@ -362,6 +420,10 @@ async def recover_images(
             await _check_unused(record)
         found.append(await recover_journal(journal, dry_run=dry_run))
     return found
+
+
+def _is_about(files: Iterable[str], names: Iterable[str]) -> bool:
+    return not {os.path.realpath(file) for file in files}.isdisjoint(names)
 
 
 async def _check_unused(record: Record) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock import lock
 from qmpblock.change import LOCKS, record_of
-from qmpblock.errors import BusyError, NotFoundError, RequestError, printable
+from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError, printable
 from qmpblock.graph import Job as JobInfo
 from qmpblock.job import Job
 from qmpblock.jobstate import VERBS, allows
@@ -43,16 +43,27 @@ async def find_job(vm: VM, name: str) -> JobInfo:
 
 
 async def holder_of(vm: VM, job: JobInfo) -> Holder | None:
-    """Return the controller of a job of ours, dead or alive; None if nothing tells."""
+    """Return the controller of a job of ours, dead or alive; None if nothing tells.
+
+    :raise RecordError: a lock that may be that controller's cannot be read.
+    """
+    unread: RecordError | None = None
     for item in await vm.monitor.execute("qom-list", {"path": "/objects"}):
         name = str(item.get("name", ""))
         if not name.startswith(LOCKS):
             continue
         holder = await lock.read(vm.monitor, name)
-        if isinstance(holder, Holder):
-            record = record_of(holder)
-            if record is not None and job.id in (record.job, *record.helpers):
-                return holder
+        try:
+            if isinstance(holder, str):
+                raise lock.unreadable(name, holder)
+            record = record_of(holder, name) if holder is not None else None
+        except RecordError as error:
+            unread = error
+            continue
+        if holder and record and job.id in (record.job, *record.helpers):
+            return holder
+    if unread is not None:
+        raise unread
     return None
 
 
@@ -64,6 +75,7 @@ async def steer(vm: VM, name: str, verb: str, speed: int = 0) -> str:
     :raise NotFoundError: there is no such job.
     :raise RequestError: it is not ours, or its status does not allow the verb.
     :raise BusyError: its controller does that by itself.
+    :raise RecordError: who its controller is cannot be read.
     """
     job = await find_job(vm, name)
     if not job.ours:

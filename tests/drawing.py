@@ -21,6 +21,7 @@ def record(**changes):
             "devices": ("/machine/peripheral/vd0",),
             "names": ("vd0",),
             "locks": ("qmpblock-disk-vd0",),
+            "images": ("/i/d0",),
         }
         | changes
     )

@@ -19,7 +19,7 @@ from qmpblock.change import (
     record_of,
     settle,
 )
-from qmpblock.errors import BusyError, Error
+from qmpblock.errors import BusyError, Error, RecordError
 from qmpblock.hostprocess import boot_id, start_time
 from qmpblock.journal import Journal
 from qmpblock.lock import Holder
@@ -66,7 +66,6 @@ def test_run_ids_are_what_a_record_takes():
 @pytest.mark.parametrize(
     "details",
     [
-        {},
         {"record": None},
         {"record": {}},
         {"record": record(run="cafebabe").as_json()},  # another run's words in its mouth
@@ -74,7 +73,13 @@ def test_run_ids_are_what_a_record_takes():
     ],
 )
 def test_a_holder_that_does_not_say(details):
-    assert record_of(Holder.me(RUN, **details)) is None
+    with pytest.raises(RecordError, match="the lock qmpblock-disk-vd0 in this VM") as caught:
+        record_of(Holder.me(RUN, **details), LOCK)
+    assert f'object-del {{"id": "{LOCK}"}}' in caught.value.remedy
+
+
+def test_a_holder_that_is_about_nothing_yet():
+    assert record_of(Holder.me(RUN)) is None
 
 
 def test_the_disk_of_a_change_also_when_it_is_unplugged():

@@ -16,7 +16,7 @@ def _state(tmp_path, monkeypatch):
 
 def journal(monitor):
     identity = VMIdentity("", "unknown", 1, 1, "boot", monitor)
-    record = Record("0123abcd", "commit", identity, ("/machine/x",), ("vd0",), ())
+    record = Record("0123abcd", "commit", identity, ("/machine/x",), ("vd0",), (), images=("/i/a",))
     return Journal.create(record)
 
 

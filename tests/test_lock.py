@@ -1,15 +1,18 @@
 """Who holds a lock, and whether it is dead. The lock itself: live/test_lock.py."""
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import oldrecords
 import pytest
 
-from qmpblock import lock
+from qmpblock import __version__, lock
 from qmpblock.hostprocess import start_time
 from qmpblock.lock import Holder
+from qmpblock.versioned import FORMAT, UnreadableError
 
 
 def test_this_process_is_alive_and_reads_back():
@@ -70,4 +73,36 @@ def test_an_abandoned_run_of_this_process_is_dead():
     ],
 )
 def test_other_texts_are_none_of_ours(text):
-    assert Holder.from_text(text) is None
+    with pytest.raises(UnreadableError):
+        Holder.from_text(text)
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Holder) if one.name != "more"])
+def test_a_field_fewer_is_never_taken_for_a_free_lock(name):
+    said = json.loads(Holder.me("r", path="/x").text())
+    del said[name]
+    with pytest.raises(UnreadableError, match=f"field {name} is absent"):
+        Holder.from_text(json.dumps(said))
+
+
+def test_a_field_more_is_kept():
+    said = json.loads(Holder.me("r", path="/x").text()) | {"later": [1]}
+    found = Holder.from_text(json.dumps(said))
+    assert found.more == {"later": [1]}
+    assert json.loads(found.text()) == said
+
+
+def test_the_text_says_format_and_version():
+    said = json.loads(Holder.me("r").text())
+    assert (said["format"], said["version"]) == (FORMAT, __version__)
+
+
+def test_a_newer_format_names_its_version():
+    said = json.loads(Holder.me("r").text()) | {"format": FORMAT + 1, "version": "9.9"}
+    with pytest.raises(UnreadableError, match=r"written by qmpblock 9\.9"):
+        Holder.from_text(json.dumps(said))
+
+
+def test_a_lock_from_before_there_was_a_format_is_read():
+    found = Holder.from_text(oldrecords.LOCK)
+    assert (found.run, found.host, found.more) == (oldrecords.RUN, "host", {})

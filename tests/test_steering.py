@@ -4,7 +4,7 @@ import pytest
 from drawing import RUN, chain, record
 from fake_objects import dead, fake_vm
 
-from qmpblock.errors import BusyError, NotFoundError, RequestError
+from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError
 from qmpblock.jobstate import VERBS
 from qmpblock.lock import Holder
 from qmpblock.steering import find_job, holder_of, steer
@@ -152,10 +152,15 @@ async def test_whose_job_it_is(tmp_path):
     async with fake_vm(tmp_path / "q", drawing) as (vm, qemu):
         job = await find_job(vm, STREAM)
         assert await holder_of(vm, job) is None
-        qemu.objects["qmpblock-disk-x"] = "a secret of somebody's"
         qemu.objects["sec0"] = Holder.me(RUN, record=of(STREAM)).text()
-        qemu.hold("qmpblock-disk-vd1", Holder.me("cafebabe", record=of(STREAM)))  # another run's
         assert await holder_of(vm, job) is None
+        # What is not understood may be its controller's, unless that is found.
+        qemu.objects["qmpblock-disk-x"] = "a secret of somebody's"
+        with pytest.raises(RecordError, match="qmpblock-disk-x"):
+            await holder_of(vm, job)
+        qemu.hold("qmpblock-disk-x", Holder.me("cafebabe", record=of(STREAM)))  # another run's
+        with pytest.raises(RecordError, match="run"):
+            await holder_of(vm, job)
         me = Holder.me(RUN, record=of(STREAM, helpers=(f"qmpblock-{RUN}-create-0",)))
         qemu.hold(LOCK, me)
         for name in (STREAM, f"qmpblock-{RUN}-create-0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.app import command as make_command
+from qmpblock.errors import RecordError
 
 if TYPE_CHECKING:
     from qmpblock.recovery import ImageRecovery, Recovery
@@ -57,9 +59,14 @@ async def command(
     if len(targets) > 1:
         raise click.UsageError("give one ADDRESS")
     async with options.connect(targets[0]) as vm:
-        found = await vm.recover(
-            carry_on=carry_on, dry_run=dry_run or check, tell=None if dry_run or check else _tell
-        )
+        try:
+            found = await vm.recover(
+                carry_on=carry_on,
+                dry_run=dry_run or check,
+                tell=None if dry_run or check else _tell,
+            )
+        except RecordError as error:
+            return _unread(options, error, check=check)
     if options.json:
         emit(json.dumps([_document(one) for one in found], indent=2) + "\n")
     elif not found:
@@ -104,19 +111,37 @@ def _say(one: Recovery, *, planned: bool) -> None:
 async def _recover_images(
     options: Options, images: list[str], *, dry_run: bool, check: bool
 ) -> int:
+    from qmpblock.journal import survey
     from qmpblock.recovery import recover_images
 
-    found = await recover_images(images, dry_run=dry_run or check)
+    try:
+        found = await recover_images(images, dry_run=dry_run or check)
+    except RecordError as error:
+        return _unread(options, error, check=check)
+    doubtful = survey(tuple(map(os.path.realpath, images))).distrusted
     if options.json:
         emit(json.dumps([_image_document(one) for one in found], indent=2) + "\n")
     elif not found:
-        click.echo("safe: no change of ours to these images was interrupted")
+        if doubtful:
+            click.echo("no journal that can be believed is about these images")
+        else:
+            click.echo("safe: no change of ours to these images was interrupted")
     for one in found:
         if not options.json:
             click.echo(f"{one.what}: {one.describe()}")
     if check:
-        return WARNED if found else 0
-    return WARNED if any(one.verdict.stale for one in found) else 0
+        return WARNED if found or doubtful else 0
+    return WARNED if doubtful or any(one.verdict.stale for one in found) else 0
+
+
+def _unread(options: Options, error: RecordError, *, check: bool) -> int:
+    """Say what cannot be read. Asked whether recovery is needed, it is: nobody can say no."""
+    if not check:
+        raise error
+    if options.json:
+        emit("[]\n")
+    click.echo(f"qmpblock: {error}", err=True)
+    return WARNED
 
 
 def _image_document(one: ImageRecovery) -> dict[str, Any]:

@@ -136,6 +136,32 @@ def test_check_only_tells(image, capsys):
     assert "start the VM from" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("how", ["newer", "damaged"])
+def test_what_cannot_be_read_is_never_safe(image, capsys, how):
+    left(image)
+    (path,) = image.parent.glob("*.journal")
+    text = '{"format": 2, "version": "9.9"}\n' if how == "newer" else "damaged\n"
+    path.write_text(text)
+    assert run(["recover", "--check", "--json", str(image)]) == 4
+    out, err = capsys.readouterr()
+    assert json.loads(out) == []
+    assert str(path) in err
+    assert run(["recover", str(image)]) == 1
+    assert ("9.9" if how == "newer" else "damaged") in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_what_is_not_believed_is_said(image, capsys, caplog):
+    left(image)
+    for path in (*image.parent.glob("*.journal"), *image.parent.glob("state/*.journal")):
+        path.chmod(0o666)
+    for more in ([], ["--check"]):
+        assert run(["recover", str(image), *more]) == 4
+        assert "is not believed: others may write to it" in caplog.text
+        assert "safe" not in capsys.readouterr().out
+        caplog.clear()
+
+
 def test_another_image_than_before_is_4(image, capsys):
     left(image, pivoted=True)
     assert run(["recover", "--dry-run", str(image)]) == 4
