@@ -3,8 +3,9 @@
 ::
 
     begin                                    end
-    1. lock each disk (objects in QEMU)      1. remove the journal
-    2. write the journal, fsynced            2. release the locks
+    1. no iothread polls (polling.py)        1. remove the journal
+    2. lock each disk (objects in QEMU)      2. iothreads poll again
+    3. write the journal, fsynced            3. release the locks
 
 The lock outlasts the journal on both sides: a journal without a lock belongs to a QEMU that is
 gone. What lies between is undone, or carried on, by one piece of code, whoever does it: this
@@ -24,7 +25,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles, lock
+from qmpblock import hostfiles, lock, polling
 from qmpblock.cancellation import undisturbed
 from qmpblock.driving import (
     before_finalize,
@@ -160,6 +161,7 @@ class Change:
         self._beside = beside
         self._journaled = journaled
         self._locked: list[str] = []
+        self._unpolled = False
 
     @staticmethod
     def new_run() -> str:
@@ -182,6 +184,7 @@ class Change:
         :raise BusyError: another controller is at work on one of the disks.
         :raise Error: the journal cannot be written.
         """
+        await self._hold_polling()
         try:
             for name in sorted(self.record.locks):
                 await lock.acquire(
@@ -201,21 +204,36 @@ class Change:
             raise
         except DisconnectedError:
             lock.abandon(self.record.run)
+            await undisturbed(self._let_go_polling())
             raise
         except BaseException:
             await undisturbed(self.end())
             raise
 
+    async def _hold_polling(self) -> None:
+        await polling.hold(self.vm.monitor)
+        self._unpolled = True
+
+    async def _let_go_polling(self) -> None:
+        if self._unpolled:
+            self._unpolled = False
+            await polling.let_go(self.vm.monitor)
+
     async def adopt(self, dead: Holder, journal: Journal | None) -> bool:
         """Take a dead controller's change over as it is; False if somebody else did."""
         adopted = False
-        for name in sorted(self.record.locks):
-            holder = await lock.read(self.vm.monitor, name)
-            # Who adopts keeps the run: another one may have been faster, and lives.
-            if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
-                adopted |= await lock.adopt(
-                    self.vm.monitor, name, holder, self.holder(), self._undo_dead
-                )
+        await self._hold_polling()
+        try:
+            for name in sorted(self.record.locks):
+                holder = await lock.read(self.vm.monitor, name)
+                # Who adopts keeps the run: another one may have been faster, and lives.
+                if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
+                    adopted |= await lock.adopt(
+                        self.vm.monitor, name, holder, self.holder(), self._undo_dead
+                    )
+        finally:
+            if not adopted:
+                await undisturbed(self._let_go_polling())
         if adopted:
             self._locked = list(self.record.locks)
             if journal is None:
@@ -225,8 +243,12 @@ class Change:
 
     async def end(self) -> None:
         """Remove the journal, release the locks: the change is done, or undone. Idempotent."""
-        if self.journal is not None:
-            self.journal.remove()
+        try:
+            if self.journal is not None:
+                self.journal.remove()
+        finally:
+            # Before the locks: who comes next sees these, if this process is killed here.
+            await self._let_go_polling()
         for name in reversed(self._locked):
             await lock.release(self.vm.monitor, name)
         self._locked.clear()
@@ -239,13 +261,15 @@ class Change:
         whoever comes next undoes it. The error says so.
         """
         try:
-            done = await settle(self.vm, self.record, self.journal, Choice.UNDO)
-            await self.end()
+            async with polling.unpolled(self.vm.monitor):
+                done = await settle(self.vm, self.record, self.journal, Choice.UNDO)
+                await self.end()
         except DisconnectedError as error:
             await self.after_disconnect(error)
             raise
         except BaseException as error:
             lock.abandon(self.record.run)
+            await undisturbed(self._let_go_polling())
             if isinstance(error, Error):
                 error.standing = self._left()
                 error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
@@ -292,6 +316,7 @@ class Change:
         from qmpblock.vm import connect
 
         monitor, record = self.vm.monitor, self.record
+        await self._let_go_polling()
         pid, gone = record.vm.pid, False
         deadline = asyncio.get_running_loop().time() + _ENDING
         while pid and not gone:
@@ -355,7 +380,8 @@ async def make_way(
 
     for name in names:
         if await lock.read(vm.monitor, name) is not None:
-            await undisturbed(clear(name))
+            async with polling.unpolled(vm.monitor):
+                await undisturbed(clear(name))
 
 
 async def undo_dead_change(

@@ -41,7 +41,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpblock import lock
 from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
@@ -57,6 +57,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph import Device
+from qmpblock.iothread import iothread_of
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
 from qmpblock.nbdserver import (
@@ -70,6 +71,7 @@ from qmpblock.nbdserver import (
     tolerate,
     undo_dead_run,
 )
+from qmpblock.polling import unpolled
 
 if TYPE_CHECKING:
     from qmpblock.nbd import Client
@@ -140,19 +142,20 @@ async def exports(
     """
     session = _Session(monitor, access or NBDAccess(), stall)
     await session.check(device)
-    try:
+    async with unpolled(monitor, session.iothreads):
         try:
-            await session.reach(requests)
-            await session.lock()
-            await undisturbed(session.enter())
-            clients = [await session.connect(slot) for slot in session.slots]
-        except CommandError as error:
-            if error.standing is None:
-                error.standing = "nothing of ours is left in the VM"
-            raise
-        yield clients
-    finally:
-        await undisturbed(session.leave())
+            try:
+                await session.reach(requests)
+                await session.lock()
+                await undisturbed(session.enter())
+                clients = [await session.connect(slot) for slot in session.slots]
+            except CommandError as error:
+                if error.standing is None:
+                    error.standing = "nothing of ours is left in the VM"
+                raise
+            yield clients
+        finally:
+            await undisturbed(session.leave())
 
 
 @dataclass
@@ -187,6 +190,7 @@ class _Session:
         self.slots: list[_Slot] = []
         self.folder: Path | None = None
         self.custody = monitor.can_pass_fds
+        self.iothreads: list[dict[str, Any]] | None = None  # where that had to be asked
         self.iothread: str | None = None
         self.locked = False
         self.server = False
@@ -203,7 +207,8 @@ class _Session:
         address = self.monitor.address
         capabilities = Capabilities(self.monitor.version)
         if capabilities.nbd_clients_endanger_iothreads:
-            self.iothread = await _iothread(self.monitor, device)
+            self.iothreads = await self.monitor.execute("query-iothreads")
+            self.iothread = await iothread_of(self.monitor, device, self.iothreads)
         if isinstance(address, UnixAddress):
             # On a foreign server custody is a danger of its own; see above.
             self.custody = self.access.address is None or self.iothread is not None
@@ -548,33 +553,4 @@ def _no_server(address: str, why: str) -> NBDConnectError:
         f"no NBD server answers at {printable(address)}: {why}",
         standing="nothing was touched",
         remedy="look whether --nbd names the server that runs in this VM",
-    )
-
-
-async def _iothread(monitor: Monitor, device: Device) -> str | None:
-    """Return the id of the iothread of the device, or of the controller that it hangs on.
-
-    :raise UnsupportedError: the VM has iothreads, and it cannot be told.
-    """
-    if not await monitor.execute("query-iothreads"):
-        return None
-    path = device.qom_path.removesuffix("/virtio-backend")
-    for _ in range(8):  # device, bus, controller; QEMU's trees are not deeper
-        try:
-            found = await monitor.execute("qom-get", {"path": path, "property": "iothread"})
-        except CommandError:
-            found = ""  # this kind of device has no such property; look further up
-        if found:
-            return str(found).rpartition("/")[2]
-        try:
-            bus = await monitor.execute("qom-get", {"path": path, "property": "parent_bus"})
-        except CommandError:
-            return None
-        path = str(bus).rpartition("/")[0].removesuffix("/virtio-backend")
-        if not path.startswith("/machine/") or "/" not in path.removeprefix("/machine/"):
-            return None
-    raise UnsupportedError(
-        f"whether {device.name} runs in an iothread cannot be told",
-        standing="nothing was touched",
-        remedy="use QEMU 10.0 or newer",
     )

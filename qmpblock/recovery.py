@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import lock
+from qmpblock import lock, polling
 from qmpblock.ahead import AHEAD_LOCKS, Watch, disarm_dead
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import carry_on
@@ -62,6 +62,8 @@ __all__ = ["ImageRecovery", "Recovery", "recover", "recover_images", "recover_jo
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"qmpblock-([0-9a-f]{8})-(.+)")
+_OTHER_LOCKS = (NBD_LOCK, polling.LOCK)
+_TURNS = tuple(f"{name}-undo-" for name in _OTHER_LOCKS)
 _TURN = re.compile(r"(.+?)-undo-[0-9a-z]+")
 
 
@@ -98,8 +100,24 @@ async def recover(
         if name.startswith(LOCKS) and holder.is_dead()
     }
     records = [(holder, record_of(holder)) for holder in dead.values()]
-    if not dry_run:
-        await _finalize_pivots(vm, graph, [record for _, record in records if record])
+    if dry_run:
+        return await _recover(vm, choice, graph, holders, records, dry_run=True, tell=tell)
+    # First, for until then the guest is held by a drain; and before polling is touched (K9).
+    await _finalize_pivots(vm, graph, [record for _, record in records if record])
+    async with polling.unpolled(vm.monitor, wake=True):
+        return await _recover(vm, choice, graph, holders, records, dry_run=False, tell=tell)
+
+
+async def _recover(
+    vm: VM,
+    choice: Choice,
+    graph: BlockGraph,
+    holders: dict[str, Holder],
+    records: Sequence[tuple[Holder, Record | None]],
+    *,
+    dry_run: bool,
+    tell: Callable[[str, Step], None] | None,
+) -> list[Recovery]:
     found = _left_alone(holders)
     for holder, record in records:
         if record is None:
@@ -125,7 +143,7 @@ async def _holders(vm: VM, graph: BlockGraph) -> tuple[dict[str, Holder], list[R
     unread: list[RecordError] = []
     for item in await vm.monitor.execute("qom-list", {"path": "/objects"}):
         name = str(item.get("name", ""))
-        if name == NBD_LOCK or name.startswith((LOCKS, AHEAD_LOCKS, f"{NBD_LOCK}-undo-")):
+        if name in _OTHER_LOCKS or name.startswith((LOCKS, AHEAD_LOCKS, polling.GUARDS, *_TURNS)):
             holder = await lock.read(vm.monitor, name)
             try:
                 if isinstance(holder, str):
@@ -151,7 +169,9 @@ def _check_details(name: str, dead: Holder, graph: BlockGraph) -> None:
         ServerUse.of(dead, name)
     elif name.startswith(AHEAD_LOCKS):
         Watch.of(dead)
-    else:
+    elif name.startswith(polling.GUARDS):
+        polling.Guard.of(dead, name)
+    elif name != polling.LOCK:  # which says nothing
         check_all_said(dead, record_of(dead, name), graph, name)
 
 
@@ -165,8 +185,13 @@ def _left_alone(holders: dict[str, Holder]) -> list[Recovery]:
             None,
         )
         for name, holder in holders.items()
-        if not holder.is_dead() and not holder.is_elsewhere()
+        if not holder.is_dead() and not holder.is_elsewhere() and not _is_of_polling(name)
     ]
+
+
+def _is_of_polling(name: str) -> bool:
+    """Whether it is a lock that says nothing but that iothreads do not poll meanwhile."""
+    return name == polling.LOCK or name.startswith(polling.GUARDS)
 
 
 def _refuse_the_unknown(holders: dict[str, Holder]) -> None:
@@ -297,12 +322,18 @@ async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -
         if not holder.is_dead():
             continue
         turn = _TURN.fullmatch(name)
-        if turn or name == NBD_LOCK or record_of(holder) is None:
+        if turn or name in _OTHER_LOCKS or record_of(holder) is None:
             names.setdefault(turn[1] if turn else name, holder)
     for name, holder in names.items():
         step = Step("remove", name, "the lock of a controller that died, and what it guards")
         done.append(Recovery(f"use of {name}", holder.run, (step,), None))
         if dry_run:
+            continue
+        if _is_of_polling(name):
+            # The guard around this recovery has taken it over by now, if there is an iothread.
+            left = await lock.read(vm.monitor, name)
+            if isinstance(left, Holder) and left.is_dead():
+                await lock.release(vm.monitor, name)
             continue
         me = Holder.me(Change.new_run())
 

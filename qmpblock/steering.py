@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qmpblock import lock
+from qmpblock import lock, polling
 from qmpblock.change import LOCKS, record_of
 from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError, printable
 from qmpblock.graph import Job as JobInfo
@@ -104,6 +104,12 @@ async def steer(vm: VM, name: str, verb: str, speed: int = 0) -> str:
             choice = Choice.UNDO if verb == "dismiss" else Choice.CONTINUE
             await recover(vm, choice)
             return f"the controller of {name} had died; what it left was brought to its end"
+    async with polling.unpolled(vm.monitor):
+        return await _apply(vm, job, verb, speed)
+
+
+async def _apply(vm: VM, job: JobInfo, verb: str, speed: int) -> str:
+    name = job.id
     qemu = Job(vm.monitor, name, job.type)
     try:
         if verb == "speed":

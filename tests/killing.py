@@ -426,19 +426,8 @@ class _Point:
                 if getattr(seen, what) > getattr(first, what):
                     break
                 late = asyncio.get_running_loop().time() > deadline
-                assert not late, f"the guest hangs: {seen}\n{await self._what_holds()}"
+                assert not late, f"the guest hangs: {seen}\n{await self.vm.diagnose()}"
                 await asyncio.sleep(0.005)
-
-    async def _what_holds(self):
-        """Tell a QEMU that holds the guest from a disk of the host that does."""
-        lines = [f"jobs: {await self.vm.execute('query-jobs')}"]
-        for task in sorted(Path(f"/proc/{self.vm.pid}/task").iterdir()):
-            with contextlib.suppress(OSError):  # a thread that has ended meanwhile
-                name, waits = ((task / file).read_text().strip() for file in ("comm", "wchan"))
-                lines.append(f"thread {name} waits in {waits}")
-        with contextlib.suppress(OSError):  # a kernel that does not tell
-            lines += Path("/proc/pressure/io").read_text().splitlines()
-        return "\n".join(lines)
 
     async def _note_progress(self):
         self.progress = [await self.vm.guest.progress(n) for n, _ in enumerate(self.specs)]

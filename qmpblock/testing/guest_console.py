@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Self, TypeVar
@@ -53,10 +53,13 @@ class GuestConsole:
 
     A QEMU that connects after another one went away takes its place, so a killed VM can be
     started again on the same socket.
+
+    :ivar diagnose: says why the guest does not answer; for the error that its silence raises.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.diagnose: Callable[[], Awaitable[str]] | None = None
         self.connected = False
         self._connections = 0
         self._greeted = False  # by the guest on this connection
@@ -181,6 +184,15 @@ class GuestConsole:
         _, ok, rest = self._answer
         return ok, rest
 
+    async def stalled(self, message: str, standing: str = "") -> StalledError:
+        """Make the error of a guest that does not go on, with the diagnosis if there can be one.
+
+        :param standing: more that is known.
+        """
+        why = [] if self.diagnose is None else [await self.diagnose()]
+        known = "\n".join([*([standing] if standing else []), *why, evidence(self.transcript)])
+        return StalledError(message, standing=known)
+
     async def wait(
         self, what: str, find: Callable[[], T | None], stall: float, *, fresh: bool = False
     ) -> T:
@@ -203,9 +215,8 @@ class GuestConsole:
                 )
             left = self._heard + stall - loop.time()
             if left <= 0:
-                raise StalledError(
-                    f"the guest was silent for {stall:g} s while waiting for {what}",
-                    standing=evidence(self.transcript),
+                raise await self.stalled(
+                    f"the guest was silent for {stall:g} s while waiting for {what}"
                 )
             self._news.clear()
             try:

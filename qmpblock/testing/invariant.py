@@ -6,10 +6,10 @@ A state is lines of text in categories, so that a difference reads as a sentence
     disappeared: edge: d0 -backing-> d0-1 may consistent-read, shares write
 
 What is compared: run state, nodes (driver, file, recorded backing, options, write threshold),
-edges with their permissions, the devices' attachments, jobs, exports, bitmaps, objects, QEMU's
-open files and sockets, and files on the host. What a guest or QEMU changes by itself is left
-out: dirty counts, sizes, event and timer descriptors, which monitor has a client is only
-waited for (see `check`).
+edges with their permissions, the devices' attachments, jobs, exports, bitmaps, objects, how long
+iothreads poll, QEMU's open files and sockets, and files on the host. What a guest or QEMU
+changes by itself is left out: dirty counts, sizes, event and timer descriptors, which monitor
+has a client is only waited for (see `check`).
 
 QEMU makes up names (`#block123`) for nodes that nobody named and counts on whenever it
 opens one; so the number says when, not what, and is dropped. A leaked node is still seen:
@@ -85,6 +85,8 @@ async def snapshot(monitor: Monitor, pid: int, directories: Iterable[Path] = ())
         closing = ", shutting down" if export["shutting-down"] else ""
         node = _implicit(export["node-name"])
         lines[f"export: {export['id']} {export['type']} of {node}{closing}"] += 1
+    for thread in await monitor.execute("query-iothreads"):
+        lines[f"iothread: {thread['id']} polls for {thread['poll-max-ns']} ns"] += 1
     for child in await monitor.execute("qom-list", {"path": "/objects"}):
         if child["type"].startswith("child<"):
             lines[await _object_line(monitor, child["name"], child["type"][6:-1])] += 1

@@ -239,6 +239,7 @@ class QemuProcess:
         try:
             self._control = await self._connect_control()
             if self._console is not None:
+                self._console.diagnose = self.diagnose
                 self.guest = await self._wait_for_guest(self._console)
             self._io = DiskIO(self._control, self.disks, self.directory / "stdout", self.guest)
         except BaseException:
@@ -410,6 +411,14 @@ class QemuProcess:
     def failure(self, what: str) -> QemuFailure:
         """Make a failure of this QEMU that carries the evidence."""
         return QemuFailure(what, self.command, self.returncode, self.stdout, self.stderr)
+
+    async def diagnose(self) -> str:
+        """Say why the guest hangs, for people; see `qmpblock.testing.hang`."""
+        from qmpblock.testing.hang import diagnose
+
+        if not self.running:
+            return "QEMU has ended"
+        return await diagnose(self.control, self.pid)
 
     # -- what it does
 
