@@ -15,6 +15,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,37 +101,25 @@ async def recover(
         if name.startswith(LOCKS) and holder.is_dead()
     }
     records = [(holder, record_of(holder)) for holder in dead.values()]
-    if dry_run:
-        return await _recover(vm, choice, graph, holders, records, dry_run=True, tell=tell)
     # First, for until then the guest is held by a drain; and before polling is touched (K9).
-    await _finalize_pivots(vm, graph, [record for _, record in records if record])
-    async with polling.unpolled(vm.monitor, wake=True):
-        return await _recover(vm, choice, graph, holders, records, dry_run=False, tell=tell)
-
-
-async def _recover(
-    vm: VM,
-    choice: Choice,
-    graph: BlockGraph,
-    holders: dict[str, Holder],
-    records: Sequence[tuple[Holder, Record | None]],
-    *,
-    dry_run: bool,
-    tell: Callable[[str, Step], None] | None,
-) -> list[Recovery]:
-    found = _left_alone(holders)
-    for holder, record in records:
-        if record is None:
-            continue
-        if dry_run:
-            found.append(_foresee(record, graph, choice))
-        else:
-            found.append(await _recover_change(vm, holder, record, choice, tell))
-    if not unread:  # whose lock cannot be read, of that nothing else tells what it left
-        found += await _recover_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
-    found += await _recover_locks(vm, holders, dry_run=dry_run)
-    if not unread:
-        unread += await _forget_journals(vm, found, dry_run=dry_run)
+    if not dry_run:
+        await _finalize_pivots(vm, graph, [record for _, record in records if record])
+    async with AsyncExitStack() as guard:
+        if not dry_run:
+            await guard.enter_async_context(polling.unpolled(vm.monitor, wake=True))
+        found = _left_alone(holders)
+        for holder, record in records:
+            if record is None:
+                continue
+            if dry_run:
+                found.append(_foresee(record, graph, choice))
+            else:
+                found.append(await _recover_change(vm, holder, record, choice, tell))
+        if not unread:  # whose lock cannot be read, of that nothing else tells what it left
+            found += await _recover_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
+        found += await _recover_locks(vm, holders, dry_run=dry_run)
+        if not unread:
+            unread += await _forget_journals(vm, found, dry_run=dry_run)
     _refuse_the_unknown(holders)
     if unread:
         raise unread[0]
