@@ -233,12 +233,7 @@ def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
 
 def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
     """Return name and file name of every node of these layers, the format nodes first."""
-    found = [
-        (node.name, node.filename)
-        for layer in layers
-        for node in (layer.node, layer.storage, layer.data_file)
-        if node is not None
-    ]
+    found = [(node.name, node.filename) for layer in layers for node in layer.nodes]
     return tuple(dict.fromkeys(found))
 
 

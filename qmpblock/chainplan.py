@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from qmpblock.errors import BusyError, RequestError, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Chain, Device, Layer
+from qmpblock.layeruse import check_bitmaps, check_readers, overlays_of
 
 __all__ = [
     "CommitPlan",
@@ -158,11 +159,12 @@ def plan_stream(
     if not leaving:
         return StreamPlan(device, into, keep, ())
     check_idle(device)
-    _check_bitmaps_idle(leaving)
+    check_bitmaps(graph, _nodes(leaving), standing=_UNTOUCHED)
     _check_encryption(leaving, into)
     _check_recorder(into)
     if into.depth:
         _check_unshared(graph, device, into)
+    check_readers(graph, device, "stream", into.node.name, "", standing=_UNTOUCHED)
     merges, warnings = _bitmaps_of_stream(into, leaving)
     return StreamPlan(
         device,
@@ -203,9 +205,10 @@ def plan_commit(
     _check_encryption(leaving, last)
     for layer in (*leaving, last):
         _check_unshared(graph, device, layer)
+    check_readers(graph, device, "commit", first.node.name, last.node.name, standing=_UNTOUCHED)
+    check_bitmaps(graph, _nodes(leaving), standing=_UNTOUCHED)
     if above is not None:
         _check_recorder(above)
-        _check_bitmaps_idle(leaving)
     if above is None and last.size > first.size:
         raise RequestError(
             f"the base {_name(last)} is larger ({last.size} bytes) than the disk ({first.size}); "
@@ -368,21 +371,8 @@ def check_idle(device: Device) -> None:
         )
 
 
-def _check_bitmaps_idle(leaving: Iterable[Layer]) -> None:
-    """Refuse what makes QEMU abort: a node goes at the end of a job, its bitmap in use.
-
-    Measured on 7.2.22 and 11.1.2, each time, of streams and of commits of middle layers
-    (`bdrv_release_dirty_bitmap_locked: Assertion '!bdrv_dirty_bitmap_busy(bitmap)' failed`).
-    """
-    for layer in leaving:
-        for bitmap in layer.node.bitmaps:
-            if bitmap.busy:
-                raise BusyError(
-                    f"the dirty bitmap {printable(bitmap.name)} of {_name(layer)} is in use (an "
-                    "export of a backup, say); QEMU aborts when that layer goes",
-                    standing=_UNTOUCHED,
-                    remedy="wait for whoever uses it",
-                )
+def _nodes(layers: Iterable[Layer]) -> list[str]:
+    return [node.name for layer in layers for node in layer.nodes]
 
 
 def _check_encryption(sources: Iterable[Layer], target: Layer) -> None:
@@ -415,7 +405,6 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer) -> None:
     QEMU refuses some of it, by its permissions; it silently rewires both chains where two
     disks share a middle layer, and changes the content of an overlay that no device uses.
     """
-    own = device.node_names()
     for other in graph.devices:
         if other.qom_path == device.qom_path or other.chain is None:
             continue
@@ -427,26 +416,12 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer) -> None:
                     f"{_name(layer)} is also a layer of {other.name}, which this would change",
                     standing=_UNTOUCHED,
                 )
-    for name in {layer.node.name, *([layer.storage.name] if layer.storage else [])}:
-        for parent in _images_above(graph, name):
-            if parent not in own:
-                raise BusyError(
-                    f"{_name(layer)} is used by the node {printable(parent)} too, which this would "
-                    "change",
-                    standing=_UNTOUCHED,
-                    remedy="remove that node, if nobody needs it: blockdev-del",
-                )
-
-
-def _images_above(graph: BlockGraph, name: str) -> Iterator[str]:
-    """Yield the nodes that are no filters and lie on this one, through filters."""
-    todo = [name]
-    while todo:
-        for parent in graph.parents(todo.pop()):
-            if graph.nodes[parent].is_filter:
-                todo.append(parent)
-            else:
-                yield parent
+    for use in overlays_of(graph, device, layer):
+        raise BusyError(
+            f"{_name(layer)} is used by {use.what} too, which this would change",
+            standing=_UNTOUCHED,
+            remedy=use.remedy,
+        )
 
 
 def _hidden(above: Layer, leaving: Sequence[Layer], below: Layer) -> tuple[Hidden, ...]:

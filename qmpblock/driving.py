@@ -30,6 +30,7 @@ from qmpblock.errors import (
 from qmpblock.graph import BlockGraph, Device, Layer
 from qmpblock.job import Job, Progress
 from qmpblock.journal import PIVOTED, Journal, Record
+from qmpblock.layeruse import check_bitmaps, check_readers
 from qmpblock.nodeoptions import overlay_options
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "before_finalize",
     "bring_home",
-    "check_bitmaps",
     "check_copy_on_read",
+    "check_unused",
     "delete_bitmap",
     "drive",
     "flush",
@@ -96,6 +97,7 @@ async def drive(
                 await undisturbed(job.cancel())
                 raise
         elif seen.ready and job.completion_asked and not asked:
+            await _until_unused(vm, record)
             asked, asked_at = True, time.monotonic()
             await promote_bitmaps(vm, record)
             await job.complete_now()
@@ -230,6 +232,8 @@ async def before_finalize(vm: VM, record: Record, device: Device) -> None:
 
     What the job wrote is flushed before the link to where it came from is dropped (K6), and
     dirty bitmaps of layers that leave are merged.
+
+    :raise BusyError: see `check_unused`.
     """
     await promote_bitmaps(vm, record)
     for target, source, name in record.merges:
@@ -237,13 +241,22 @@ async def before_finalize(vm: VM, record: Record, device: Device) -> None:
             "block-dirty-bitmap-merge",
             {"node": target, "target": name, "bitmaps": [{"node": source, "name": name}]},
         )
-    deadline = asyncio.get_running_loop().time() + vm.stall
+    await _until_unused(vm, record, device)
+
+
+async def _until_unused(vm: VM, record: Record, device: Device | None = None) -> None:
+    """Wait until nobody else uses what is to go, or to change: an export may have come since.
+
+    :param device: the disk, if the record's node is to be flushed first.
+    :raise BusyError: somebody does for half the stall limit.
+    """
+    deadline = asyncio.get_running_loop().time() + vm.stall / 2
     while True:
         try:
-            if record.flush:
+            if record.flush and device is not None:
                 await flush(vm, device, record.flush)
-            check_bitmaps(record, await vm.graph())
-        except BusyError:  # somebody's NBD server or export has come since the job began
+            check_unused(record, await vm.graph())
+        except BusyError:  # of an NBD server, or of what the job works on
             if asyncio.get_running_loop().time() > deadline:
                 raise
             await asyncio.sleep(1)
@@ -251,19 +264,18 @@ async def before_finalize(vm: VM, record: Record, device: Device) -> None:
             return
 
 
-def check_bitmaps(record: Record, graph: BlockGraph) -> None:
-    """Refuse to let a layer go while somebody uses a dirty bitmap of it: QEMU would abort.
+def check_unused(record: Record, graph: BlockGraph) -> None:
+    """Refuse to end a job under somebody who has come since it began.
 
-    :raise BusyError: somebody does, since the job began (`qmpblock.chainplan` looks before).
+    `qmpblock.chainplan` looks before.
+
+    :raise BusyError: somebody uses a dirty bitmap of a layer that goes, or reads what changes.
     """
-    for node, _ in record.leaving:
-        for bitmap in graph.nodes[node].bitmaps if node in graph.nodes else ():
-            if bitmap.busy:
-                raise BusyError(
-                    f"the dirty bitmap {printable(bitmap.name)} of {printable(node)} is in use (an "
-                    "export of a backup, say); QEMU aborts when that layer goes",
-                    remedy="wait for whoever uses it",
-                )
+    going = [*(node for node, _ in record.leaving), *record.nodes]
+    check_bitmaps(graph, going)
+    for device in graph.devices:
+        if device.qom_path in record.devices and record.operation in ("commit", "stream"):
+            check_readers(graph, device, record.operation, record.top, record.base)
 
 
 async def flush(vm: VM, device: Device, node: str) -> None:

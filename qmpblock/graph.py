@@ -114,6 +114,9 @@ class Node:
     :ivar detect_zeroes: QEMU's option: `off`, `on` or `unmap`.
     :ivar cache: QEMU's cache options that are on: of `writeback`, `direct`, `no-flush`.
     :ivar write_threshold: the offset at whose crossing QEMU tells of a write; 0: it does not.
+    :ivar corrupt: whether QEMU marked the image as corrupt (qcow2).
+    :ivar unclean: whether the image says that it was not closed, or is in use (qcow2 with
+        lazy refcounts, QED, parallels).
     """
 
     name: str
@@ -130,6 +133,8 @@ class Node:
     detect_zeroes: str = "off"
     cache: frozenset[str] = frozenset()
     write_threshold: int = 0
+    corrupt: bool = False
+    unclean: bool = False
 
     @property
     def is_filter(self) -> bool:
@@ -153,12 +158,14 @@ class Layer:
     :ivar node: the format node.
     :ivar storage: the protocol node under it; None where the format node is itself one.
     :ivar data_file: the protocol node of a separate data file, if there is one.
+    :ivar between: what lies between the format node and those two: a raw node, a throttle.
     """
 
     depth: int
     node: Node
     storage: Node | None
     data_file: Node | None = None
+    between: tuple[Node, ...] = ()
 
     @property
     def file(self) -> str:
@@ -170,6 +177,12 @@ class Layer:
         if self.storage is not None and self.node.filename.startswith("json:"):
             return self.storage.filename
         return self.node.filename
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Every node that is this image and nothing else, the format node first."""
+        found = (self.node, *self.between, self.storage, self.data_file)
+        return tuple(node for node in found if node is not None)
 
     @property
     def format(self) -> str:
@@ -216,7 +229,7 @@ class Chain:
         """
         nodes = [*self.filters]
         for layer in self.layers:
-            nodes += [node for node in (layer.node, layer.storage, layer.data_file) if node]
+            nodes += layer.nodes
         return self.levels, self.level_sizes, tuple((node.name, node.driver) for node in nodes)
 
     def layer(self, text: str) -> Layer:
@@ -235,9 +248,7 @@ class Chain:
             found = [
                 layer
                 for layer in self.layers
-                if layer.node.name == text
-                or (layer.storage is not None and layer.storage.name == text)
-                or _same_file(text, layer.file)
+                if any(node.name == text for node in layer.nodes) or _same_file(text, layer.file)
             ]
         candidates = [f"@{x.depth} {x.node.name} {x.file}" for x in (found or self.layers)]
         if not found:
@@ -299,9 +310,7 @@ class Device:
         yield self.qom_path.removesuffix("/virtio-backend")
         if self.chain is not None:
             yield from (node.name for node in self.chain.filters)
-            yield self.chain.active.node.name
-            if self.chain.active.storage is not None:
-                yield self.chain.active.storage.name
+            yield from (node.name for node in self.chain.active.nodes)
 
     def describe(self) -> str:
         """One line for a list of candidates."""
@@ -311,12 +320,12 @@ class Device:
         return f"{self.name} (node {active.node.name}, file {active.file})"
 
     def node_names(self) -> frozenset[str]:
-        """Every node in this device's chain: filters, layers, storage."""
+        """Every node in this device's chain: filters above it, layers, what those lie on."""
         if self.chain is None:
             return frozenset()
         names = {node.name for node in self.chain.filters}
         for layer in self.chain.layers:
-            names.update(node.name for node in (layer.node, layer.storage, layer.data_file) if node)
+            names.update(node.name for node in layer.nodes)
         return frozenset(names)
 
 
@@ -546,6 +555,8 @@ class _Builder:
                 key for key, on in _mapping(info.get("cache", {})).items() if on is True
             ),
             write_threshold=int(info.get("write_threshold", 0)),
+            corrupt=_format_data(image).get("corrupt") is True,
+            unclean=image.get("dirty-flag") is True,
         )
 
     def _job(self, info: Mapping[str, Any]) -> Job:
@@ -630,12 +641,15 @@ class _Builder:
                     raise GraphError(f"the filter node {printable(node.name)} has no child")
                 continue
             levels.append((len(layers), node.size))
+            file = self._column(node.child("file", "data-file"))
+            data = self._column(node.child("data-file"))
             layers.append(
                 Layer(
                     depth=len(layers),
                     node=node,
-                    storage=self._storage(node.child("file", "data-file")),
-                    data_file=self._storage(node.child("data-file")),
+                    storage=file[-1] if file else None,
+                    data_file=data[-1] if data else None,
+                    between=tuple(dict.fromkeys(file[:-1] + data[:-1])),
                 )
             )
             name = node.child("backing")
@@ -646,19 +660,16 @@ class _Builder:
             tuple(size for _, size in levels),
         )
 
-    def _storage(self, name: str | None) -> Node | None:
-        """Return the protocol node at the end of a `file` edge, through any filters."""
-        seen: set[str] = set()
+    def _column(self, name: str | None) -> list[Node]:
+        """Return what lies below a `file` edge, down to the protocol node at its end."""
+        found: list[Node] = []
         while name is not None:
-            if name in seen:
-                raise GraphError(f"the block graph has a cycle at {printable(name)}")
-            seen.add(name)
             node = self._known(name)
-            below = node.child(FILTERS.get(node.driver, "file"), "file")
-            if below is None:
-                return node
-            name = below
-        return None
+            if node in found:
+                raise GraphError(f"the block graph has a cycle at {printable(name)}")
+            found.append(node)
+            name = node.child(FILTERS.get(node.driver, "file"), "file")
+        return found
 
     def _known(self, name: str) -> Node:
         if name not in self.nodes:

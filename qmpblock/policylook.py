@@ -237,7 +237,7 @@ async def _pattern(
     except NotFoundError as error:
         own = await _map_of_file(disk, wanted, wanted.like, error)
     else:
-        nodes = (layer.node.name, layer.storage.name if layer.storage else "")
+        nodes = [node.name for node in layer.nodes]
         if 0 < layer.depth < base and wanted.like in nodes:
             raise RequestError(
                 f"the node {printable(wanted.like)} goes with its layer, and the policy could not "

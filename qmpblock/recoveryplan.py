@@ -28,6 +28,7 @@ from qmpblock.errors import printable
 from qmpblock.graph import BlockGraph, Job
 from qmpblock.jobstate import ACTIVE
 from qmpblock.journal import Record, pivoted
+from qmpblock.layeruse import may_go
 
 __all__ = ["Choice", "ImageVerdict", "Step", "image_verdict", "steps", "took_effect"]
 
@@ -178,13 +179,15 @@ def _leftovers(
         yield from _bitmaps(graph, [(node, helper) for node, helper, _, _ in record.promotions])
     if done:
         for node, file in record.leaving:
-            if node in graph.nodes and graph.nodes[node].filename == file and not graph.users(node):
+            if node in graph.nodes and graph.nodes[node].filename == file and may_go(graph, node):
                 yield Step("delete-node", node, "it left the chain, and nothing uses it")
     for node in record.nodes:
         # An overlay that lies on an image has been written to by the guest, or could be, also
         # if its disk was unplugged since.
-        if node in graph.nodes and not (
-            graph.users(node) or _may_hold_writes(record, graph, node, stale=stale)
+        if (
+            node in graph.nodes
+            and may_go(graph, node)
+            and not _may_hold_writes(record, graph, node, stale=stale)
         ):
             yield Step("delete-node", node, "we made it, and nothing uses it")
     used = {node.filename for node in graph.nodes.values()}

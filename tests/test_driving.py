@@ -4,7 +4,7 @@ import pytest
 from drawing import bitmap, chain, record
 
 from qmpblock.capabilities import Capabilities
-from qmpblock.driving import check_bitmaps, check_copy_on_read
+from qmpblock.driving import check_copy_on_read, check_unused
 from qmpblock.errors import BusyError, UnsupportedError
 
 LEAVING = record(leaving=(("d1", "/i/d1"), ("d1-f", "/i/d1"), ("gone", "/i/gone")))
@@ -13,13 +13,13 @@ LEAVING = record(leaving=(("d1", "/i/d1"), ("d1-f", "/i/d1"), ("gone", "/i/gone"
 def test_a_layer_goes_only_when_nobody_uses_a_bitmap_of_it():
     """QEMU aborts otherwise; an export may have begun to while the job ran."""
     drawing = chain("d0", "d1", "d2")
-    check_bitmaps(LEAVING, drawing.graph())
+    check_unused(LEAVING, drawing.graph())
     drawing.nodes["d1"]["dirty-bitmaps"] = [bitmap("a")]
     drawing.nodes["d2"]["dirty-bitmaps"] = [bitmap("stays", busy=True)]
-    check_bitmaps(LEAVING, drawing.graph())
+    check_unused(LEAVING, drawing.graph())
     drawing.nodes["d1"]["dirty-bitmaps"].append(bitmap("b\x1b", busy=True))
     with pytest.raises(BusyError, match=r"b\\x1b of d1 .* QEMU aborts"):
-        check_bitmaps(LEAVING, drawing.graph())
+        check_unused(LEAVING, drawing.graph())
 
 
 @pytest.mark.parametrize("version", [(7, 2, 22), (11, 1, 2)])
