@@ -25,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock import hostfiles
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainplan import (
     CommitPlan,
@@ -50,6 +49,8 @@ from qmpblock.errors import (
 from qmpblock.graph import Chain, Device, Layer
 from qmpblock.job import Job, Progress
 from qmpblock.journal import Record
+from qmpblock.openfiles import OpenFiles, sees_directory
+from qmpblock.places import Place
 from qmpblock.recoveryplan import Choice
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ async def stream(
 
     See `Disk.stream`.
     """
-    plan = await _plan(disk, lambda graph, device: plan_stream(graph, device, top, base))
+    plan = await _plan(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, StreamPlan)
     run = Change.new_run()
     record = replace(
@@ -144,7 +145,7 @@ async def commit(
 
     See `Disk.commit`.
     """
-    plan = await _plan(disk, lambda graph, device: plan_commit(graph, device, top, base))
+    plan = await _plan(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, CommitPlan)
     run = Change.new_run()
     assert plan.device.chain is not None  # VM.disk refuses empty drives
@@ -198,7 +199,8 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
     await make_way(disk.vm, lock_names([disk.device]))
     graph = await disk.vm.graph()
     disk.device = graph.device(disk.device.qom_path)
-    plan: StreamPlan | CommitPlan = make(graph, disk.device)
+    places = OpenFiles(disk.vm.monitor.peer_pid).places(graph.nodes.values())
+    plan: StreamPlan | CommitPlan = make(graph, disk.device, places)
     _check_copy_on_read(disk.vm, plan)
     return plan
 
@@ -227,8 +229,12 @@ async def _record(disk: Disk, device: Device, operation: str, run: str) -> Recor
 
 def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
     """Return the image files of a chain, by their paths on this host where they have one."""
-    pid = vm.monitor.peer_pid
-    return tuple(hostfiles.local_path(pid, layer) or layer.file for layer in chain.layers)
+    files = OpenFiles(vm.monitor.peer_pid)
+    found = []
+    for layer in chain.layers:
+        place = files.place(layer.storage or layer.node)
+        found.append(place.here if isinstance(place, Place) else layer.file)
+    return tuple(found)
 
 
 def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
@@ -265,7 +271,8 @@ async def _running(
         record = replace(record, top_file=record.images[plan.top.depth])
         record = replace(record, base_file=record.images[plan.base.depth if plan.base else 0])
         local = Path(record.top_file)
-        beside = local if hostfiles.same_files(vm.monitor.peer_pid) and local.exists() else None
+        elsewhere = sees_directory(vm.monitor.peer_pid, str(local.parent))
+        beside = local if elsewhere is None and local.exists() else None
     change = Change(vm, record, beside=beside)
     await change.begin()
     try:

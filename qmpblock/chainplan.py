@@ -21,13 +21,14 @@ is part of the plan.
 from __future__ import annotations
 
 import json
-import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from qmpblock.backingname import name_of_base
 from qmpblock.errors import BusyError, RequestError, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Chain, Device, Layer
 from qmpblock.layeruse import check_bitmaps, check_readers, overlays_of
+from qmpblock.places import Places
 
 __all__ = [
     "CommitPlan",
@@ -41,7 +42,6 @@ __all__ = [
     "plan_commit",
     "plan_snapshot",
     "plan_stream",
-    "recorded_name",
 ]
 
 _UNTOUCHED = "nothing was touched"
@@ -136,12 +136,17 @@ class SnapshotPlan:
 
 
 def plan_stream(
-    graph: BlockGraph, device: Device, top: str | None = None, base: str | None = None
+    graph: BlockGraph,
+    device: Device,
+    top: str | None = None,
+    base: str | None = None,
+    places: Places | None = None,
 ) -> StreamPlan:
     """Plan a stream.
 
     :param top: the LAYER that is written to; the active one by default.
     :param base: the LAYER to stop above; by default none.
+    :param places: where the files are, as far as that can be seen.
     :raise RequestError: no such layers, wrong order, or not possible safely.
     :raise BusyError: a job runs on the disk.
     """
@@ -171,7 +176,7 @@ def plan_stream(
         into,
         keep,
         leaving,
-        backing_name=None if keep is None else recorded_name(chain, into, keep),
+        backing_name=None if keep is None else name_of_base(graph, chain, into, keep, places or {}),
         hidden=() if keep is None else _hidden(into, leaving, keep),
         merges=merges,
         warnings=warnings,
@@ -179,12 +184,17 @@ def plan_stream(
 
 
 def plan_commit(
-    graph: BlockGraph, device: Device, top: str | None = None, base: str | None = None
+    graph: BlockGraph,
+    device: Device,
+    top: str | None = None,
+    base: str | None = None,
+    places: Places | None = None,
 ) -> CommitPlan:
     """Plan a commit.
 
     :param top: the uppermost LAYER to commit; the active one by default.
     :param base: the LAYER that takes it all; by default the lowest (as QEMU has it).
+    :param places: where the files are, as far as that can be seen.
     :raise RequestError: no such layers, wrong order or sizes, or not possible safely.
     :raise BusyError: a job runs on the disk, or something else uses one of the layers.
     """
@@ -223,7 +233,9 @@ def plan_commit(
         last,
         leaving,
         above,
-        backing_name=None if above is None else recorded_name(chain, above, last),
+        backing_name=None
+        if above is None
+        else name_of_base(graph, chain, above, last, places or {}),
         hidden=() if above is None else _hidden(above, leaving, last),
         bitmaps=bitmaps,
         warnings=warnings,
@@ -293,51 +305,6 @@ def key_secret(layer: Layer) -> str:
         "make over it would hold its plaintext",
         standing=_UNTOUCHED,
     )
-
-
-def recorded_name(chain: Chain, recorder: Layer, base: Layer) -> str:
-    """Return the backing file name that `recorder` is to record for `base`.
-
-    It is the name that the layer above `base` records now, so that relative stays relative
-    and absolute stays absolute; adapted where the two lie in different directories. Not
-    where that is another image's name, because QEMU was told to use this one instead. Never a
-    `json:` text, which QEMU records where nobody says better.
-
-    :raise UnsupportedError: there is no plain name.
-    """
-    via = chain.layers[base.depth - 1]
-    now = via.node.backing_filename
-    if now and not now.startswith("json:"):
-        if ":" in now.partition("/")[0]:
-            return now  # of a protocol: the same from everywhere
-        here, there = posixpath.dirname(via.file), posixpath.dirname(recorder.file)
-        full = posixpath.normpath(posixpath.join(here, now))
-        if _may_be(full, base.file):
-            if here == there or now.startswith("/"):
-                return now
-            if full.startswith("/"):
-                return full
-    if base.file.startswith("/") or ("://" in base.file and not base.file.startswith("json:")):
-        return base.file
-    directory = posixpath.dirname(recorder.file)
-    if not base.file.startswith("json:") and not recorder.file.startswith(("/", "json:")):
-        return posixpath.relpath(base.file, directory or ".")  # both from QEMU's directory
-    raise UnsupportedError(
-        f"no plain file name is known by which {_name(recorder)} could record {_name(base)} as "
-        "its backing file",
-        standing=_UNTOUCHED,
-    )
-
-
-def _may_be(path: str, file: str) -> bool:
-    """Whether a path may be that of the image that QEMU has open as `file`."""
-    if file.startswith("json:"):
-        return True  # it has no other name
-    if "://" in file:
-        return False
-    if path.startswith("/") != file.startswith("/"):
-        return True  # from which directory a relative one counts is not known
-    return path == posixpath.normpath(file)
 
 
 def _chain(device: Device) -> Chain:

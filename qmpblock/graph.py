@@ -64,6 +64,7 @@ class Replies:
     """What `BlockGraph` is built from: one monitor's replies, as they came.
 
     :ivar debug_graph: of x-debug-query-block-graph, or None where QEMU has none.
+    :ivar fdsets: of query-fdsets; asked where a node's file name says that it is in one.
     """
 
     block: Any
@@ -72,6 +73,7 @@ class Replies:
     jobs: Any
     exports: Any
     debug_graph: Any = None
+    fdsets: Any = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Node:
     :ivar corrupt: whether QEMU marked the image as corrupt (qcow2).
     :ivar unclean: whether the image says that it was not closed, or is in use (qcow2 with
         lazy refcounts, QED, parallels).
+    :ivar data_filename: the data file that the image's header records, or None.
+    :ivar descriptors: QEMU's own, of the set that its file name `/dev/fdset/N` means.
     """
 
     name: str
@@ -135,6 +139,8 @@ class Node:
     write_threshold: int = 0
     corrupt: bool = False
     unclean: bool = False
+    data_filename: str | None = None
+    descriptors: tuple[int, ...] = ()
 
     @property
     def is_filter(self) -> bool:
@@ -430,6 +436,10 @@ class _Builder:
         self.job_nodes: dict[str, frozenset[str]] = {}
 
     def build(self) -> BlockGraph:
+        self.fdsets = {
+            str(found["fdset-id"]): tuple(int(one["fd"]) for one in _records(found["fds"]))
+            for found in _records(list(self.replies.fdsets))
+        }
         self._collect_edges()
         self.nodes = {name: self._node(name, info) for name, info in self.infos.items()}
         self.parents: dict[str, list[str]] = {}
@@ -527,6 +537,7 @@ class _Builder:
                 )
         backing = image.get("backing-filename")
         cluster = image.get("cluster-size")
+        data = _format_data(image).get("data-file")
         return Node(
             name=name,
             driver=_text(info, "drv"),
@@ -557,6 +568,8 @@ class _Builder:
             write_threshold=int(info.get("write_threshold", 0)),
             corrupt=_format_data(image).get("corrupt") is True,
             unclean=image.get("dirty-flag") is True,
+            data_filename=data if isinstance(data, str) else None,
+            descriptors=self.fdsets.get(_text(info, "file").removeprefix("/dev/fdset/"), ()),
         )
 
     def _job(self, info: Mapping[str, Any]) -> Job:

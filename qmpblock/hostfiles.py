@@ -1,8 +1,6 @@
-"""Image files of a running VM that are on this host too.
+"""Image files of a running VM that are on this host too, and what of them has host space.
 
-A file name that QEMU reports means nothing here unless QEMU runs here, and in the same view
-of the file system: under another mount namespace the same name may be another file. So a
-file counts as the VM's only where the QEMU process has that very inode open.
+Which file is the VM's, its own descriptors tell (`qmpblock.openfiles`).
 """
 
 from __future__ import annotations
@@ -10,16 +8,16 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.graph import Layer
+from qmpblock.openfiles import OpenFiles
+from qmpblock.places import Missing, Place
 
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
 
-__all__ = ["local_path", "open_inodes", "reserved_ranges", "same_files"]
+__all__ = ["local_path", "open_inodes", "reserved_ranges", "why_not_local"]
 
 # linux/fiemap.h, linux/fs.h
 _FS_IOC_FIEMAP = 0xC020660B
@@ -36,56 +34,27 @@ def local_path(pid: int | None, layer: Layer) -> str | None:
 
     :param pid: the process at the other end of the monitor.
     """
-    storage = layer.storage
-    if pid is None or storage is None or storage.driver != "file":
-        return None
-    try:
-        held = list(_open_files(pid))
-    except OSError:
-        return None  # no such process here, or not ours to look at
-    # QEMU may have changed its directory since it opened a relative name (-daemonize); but it
-    # has the file open, so the one open file that ends in that name is the one.
-    tail = "/" + storage.filename.removeprefix("./")
-    named = {path for path, _ in held if path == storage.filename or path.endswith(tail)}
-    inodes = {inode for path, inode in held if path in named}
-    if len(inodes) != 1:
-        return None
-    for path in sorted(named):
-        try:
-            status = Path(path).stat()
-        except (OSError, ValueError):
-            continue  # another view of the file system, or unlinked
-        if (status.st_dev, status.st_ino) in inodes:
-            return path
-    return None
+    place = _place(pid, layer)
+    return place.here if isinstance(place, Place) and not place.file.is_device else None
+
+
+def why_not_local(pid: int | None, layer: Layer) -> str:
+    """Say why `local_path` returned None, in words that follow the file's name."""
+    place = _place(pid, layer)
+    if isinstance(place, Missing):
+        return place.reason
+    return "is a block device" if place.file.is_device else "has just come to be known here"
+
+
+def _place(pid: int | None, layer: Layer) -> Place | Missing:
+    if layer.storage is None:
+        return Missing("has no file of its own")
+    return OpenFiles(pid).place(layer.storage)
 
 
 def open_inodes(pid: int) -> set[tuple[int, int]]:
     """Return the device and inode of every file that a process has open, as far as we may look."""
-    try:
-        return {inode for _, inode in _open_files(pid)}
-    except OSError:
-        return set()
-
-
-def same_files(pid: int | None) -> bool:
-    """Whether a process sees the same file system as this one: a path means the same to both."""
-    if pid is None:
-        return False
-    try:
-        return Path(f"/proc/{pid}/ns/mnt").readlink() == Path("/proc/self/ns/mnt").readlink()
-    except OSError:
-        return False
-
-
-def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield the path and the inode of everything that a process has open."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            status = entry.stat()
-            yield str(entry.readlink()), (status.st_dev, status.st_ino)
-        except OSError:
-            continue  # closed since it was listed
+    return {(one.device, one.inode) for one in OpenFiles(pid).ids() if one.inode is not None}
 
 
 def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False) -> Ranges | None:

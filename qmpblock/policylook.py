@@ -25,6 +25,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph import Layer
 from qmpblock.headroom import RoomPlan, plan_room
+from qmpblock.openfiles import sees_directory
 from qmpblock.planning import growth_warning
 from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
 from qmpblock.ranges import Ranges
@@ -259,7 +260,8 @@ async def _map_of_file(
     """Map an image that is not, or no longer, in the chain."""
     from qmpblock.qemuimg import QemuImg, blockdev, format_of
 
-    if not hostfiles.same_files(disk.vm.monitor.peer_pid) or not Path(file).is_file():
+    elsewhere = sees_directory(disk.vm.monitor.peer_pid, str((Path.cwd() / file).parent))
+    if elsewhere is not None or not Path(file).is_file():
         error.remedy = "a layer that has left the chain must be a file on this host, by its path"
         raise error
     fmt = wanted.like_format or format_of(file)
@@ -279,7 +281,9 @@ def _room(disk: Disk, wanted: DiskPolicy, needed: int) -> Room | None:
     ):
         return None  # a block device has no file system that it could fill
     raise UnsupportedError(
-        f"the policy keeps host space free, but {printable(active.file)} is not on this host",
+        f"the policy keeps host space free, but {printable(active.file)} "
+        f"{hostfiles.why_not_local(disk.vm.monitor.peer_pid, active)}",
         standing="nothing was touched",
-        remedy="run qmpblock on the VM's host, by a UNIX monitor, or leave keep_free out",
+        remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; or "
+        "leave keep_free out",
     )

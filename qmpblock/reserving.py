@@ -78,12 +78,15 @@ def host_file(disk: Disk, layer: Layer) -> str:
             "a thin volume below it is not ours to fill",
             standing="nothing was touched",
         )
-    file = hostfiles.local_path(disk.vm.monitor.peer_pid, layer)
+    pid = disk.vm.monitor.peer_pid
+    file = hostfiles.local_path(pid, layer)
     if file is None:
         raise UnsupportedError(
-            f"{printable(layer.file)} is not on this host, where its space would be reserved",
+            f"{printable(layer.file)}, where space would be reserved, "
+            f"{hostfiles.why_not_local(pid, layer)}",
             standing="nothing was touched",
-            remedy="run qmpblock on the VM's host, by a UNIX monitor",
+            remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; "
+            "the image must be there under the name by which the VM has it",
         )
     return file
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmpblock import hostfiles, luks
+from qmpblock.backingname import name_of_frozen, storage_of
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, plan_snapshot
@@ -36,13 +37,14 @@ from qmpblock.errors import (
     GraphError,
     JobError,
     RequestError,
-    UnsupportedError,
     printable,
 )
 from qmpblock.hostprocess import command_line
 from qmpblock.job import Job
 from qmpblock.journal import Record
 from qmpblock.nodeoptions import aio_of, cache_options, overlay_options
+from qmpblock.openfiles import NOWHERE, OpenFiles, sees_directory
+from qmpblock.places import known
 from qmpblock.recoveryplan import Choice
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ class Item:
     :ivar file: where; `node` and `storage`: what its nodes are called.
     :ivar job: the id of the job that writes its header.
     :ivar cluster: of the overlay, in bytes; 0: QEMU's default.
+    :ivar local: whether a file made here is there for QEMU.
     """
 
     plan: SnapshotPlan
@@ -106,6 +109,7 @@ class Item:
     job: str
     backing_name: str
     cluster: int = 0
+    local: bool = True
 
     def node_options(self, backing: str | None, fmt: str = "qcow2") -> dict[str, Any]:
         """Return the whole description of the overlay's node: blockdev-reopen forgets the rest.
@@ -128,10 +132,9 @@ async def snapshot(
     started = time.monotonic()
     if not overlays:
         raise RequestError("a snapshot of no disk is none")
-    local = hostfiles.same_files(vm.monitor.peer_pid)
     await make_way(vm, lock_names([disk.device for disk in overlays]))
     run = Change.new_run()
-    items = await _plan(vm, run, overlays, format, backing_name, local=local)
+    items = await _plan(vm, run, overlays, format, backing_name)
     devices = [item.plan.device for item in items]
     chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
     record = Record(
@@ -153,10 +156,10 @@ async def snapshot(
         lambda: "no snapshot was taken; nothing of ours is left",
         done=lambda: "the snapshot was taken all the same",
     ):
-        again = await _plan(vm, run, overlays, format, backing_name, local=local)
+        again = await _plan(vm, run, overlays, format, backing_name)
         _unchanged(items, again)
         for item in items:
-            await make_overlay(vm, change, item, format, local=local)
+            await make_overlay(vm, change, item, format, local=item.local)
         await undisturbed(take(vm, items))
         await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
         await undisturbed(change.end())
@@ -193,22 +196,22 @@ async def _plan(
     overlays: Mapping[Disk, str | os.PathLike[str]],
     fmt: str,
     naming: str,
-    *,
-    local: bool,
 ) -> list[Item]:
     """Say what will be made, or refuse; nothing is touched."""
     graph = await vm.graph()
+    pid = vm.monitor.peer_pid
+    places = OpenFiles(pid).places(graph.nodes.values())
     items: list[Item] = []
     for number, (disk, wanted) in enumerate(overlays.items()):
         device = graph.device(disk.device.qom_path)
         plan = plan_snapshot(graph, device, fmt)
-        file = _overlay_path(wanted, local=local)
-        if local and not os.path.lexists(Path(file).parent):
-            raise RequestError(f"there is no directory {printable(Path(file).parent)}")
+        file, local = _overlay_path(pid, wanted)
         if any(item.file == file for item in items):
             raise RequestError(f"{printable(file)} is named for two disks")
         if any(item.plan.device.qom_path == device.qom_path for item in items):
             raise RequestError(f"{device.name} is named twice")
+        unseen = known(places, storage_of(plan.active)) is None
+        directory = os.path.realpath(posixpath.dirname(file)) if local or unseen else None
         node = f"qmpblock-{run}-{number}"
         items.append(
             Item(
@@ -217,16 +220,18 @@ async def _plan(
                 node,
                 f"{node}-file",
                 f"qmpblock-{run}-create-{number}",
-                _backing_name(vm, plan, file, naming),
+                name_of_frozen(
+                    graph, plan.active, places, directory, relative=naming != "absolute"
+                ),
+                local=local,
             )
         )
-    if local:
-        for item in items:
-            if os.path.lexists(item.file):
-                raise RequestError(
-                    f"{printable(item.file)} exists already; an overlay is always a new file",
-                    standing="nothing was touched",
-                )
+    for item in items:
+        if item.local and os.path.lexists(item.file):
+            raise RequestError(
+                f"{printable(item.file)} exists already; an overlay is always a new file",
+                standing="nothing was touched",
+            )
     return items
 
 
@@ -236,40 +241,24 @@ def _unchanged(before: list[Item], now: list[Item]) -> None:
         raise GraphError("a chain has just been changed by somebody else; try again")
 
 
-def _overlay_path(wanted: str | os.PathLike[str], *, local: bool) -> str:
+def _overlay_path(pid: int | None, wanted: str | os.PathLike[str]) -> tuple[str, bool]:
+    """Return the path of an overlay, and whether it is made here: else QEMU makes it."""
     file = os.fspath(wanted)
     if not file or "\0" in file or "://" in file or file.startswith("json:"):
         raise RequestError(f"{printable(repr(file))} is not the path of a file")
-    if local:
-        # Without resolving links: the name is the user's.
-        return os.path.normpath(Path.cwd() / file)
+    # Without resolving links: the name is the user's.
+    full = os.path.normpath(Path.cwd() / file)
+    elsewhere = sees_directory(pid, posixpath.dirname(full))
+    if elsewhere is None:
+        return full, True
+    if elsewhere == NOWHERE:
+        raise RequestError(f"there is no directory {printable(posixpath.dirname(full))}")
     if not file.startswith("/"):
         raise RequestError(
-            f"{printable(file)} is not an absolute path, and the VM is not on this host (or in "
-            "another container): from which directory it counts cannot be told"
+            f"{printable(file)} is not an absolute path, and from which directory it counts "
+            f"cannot be told: {printable(posixpath.dirname(full))} {elsewhere}"
         )
-    return posixpath.normpath(file)
-
-
-def _backing_name(vm: VM, plan: SnapshotPlan, overlay: str, naming: str) -> str:
-    active = plan.active
-    file = hostfiles.local_path(vm.monitor.peer_pid, active) or active.file
-    if "://" in file and not file.startswith("json:"):
-        return file
-    if not file.startswith("/"):
-        raise UnsupportedError(
-            f"where {printable(file)} lies cannot be told, so that no overlay could name it",
-            standing="nothing was touched",
-            remedy="start the VM with absolute paths of its images",
-        )
-    if naming == "absolute":
-        return file
-    # Between real directories: a relative name is looked up from where the overlay really is.
-    here = os.path.realpath(posixpath.dirname(overlay))
-    there = os.path.realpath(posixpath.dirname(file))
-    name = posixpath.relpath(posixpath.join(there, posixpath.basename(file)), here)
-    # QEMU takes what stands before a colon for a protocol.
-    return f"./{name}" if ":" in name.partition("/")[0] else name
+    return posixpath.normpath(file), False
 
 
 async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: bool) -> None:

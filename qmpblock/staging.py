@@ -41,6 +41,7 @@ from qmpblock.errors import (
 )
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
+from qmpblock.openfiles import sees_directory
 from qmpblock.pace import Speed
 from qmpblock.qemuimg import QemuImg, QemuIo, blockdev
 from qmpblock.recoveryplan import Choice
@@ -163,20 +164,29 @@ def check_staging(disk: Disk) -> str:
             "raw, luks, qcow2 and qed it can",
             standing="nothing was touched",
         )
-    file = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
-    if file is None or not hostfiles.same_files(disk.vm.monitor.peer_pid):
-        raise UnsupportedError(
-            f"{printable(active.file)} is not on this host, and an overlay must lie beside it",
-            standing="nothing was touched",
-            remedy="run qmpblock on the VM's host, by a UNIX monitor",
-        )
+    pid = disk.vm.monitor.peer_pid
+    file = hostfiles.local_path(pid, active)
+    if file is None:
+        raise _no_overlay(active, hostfiles.why_not_local(pid, active))
+    elsewhere = sees_directory(pid, posixpath.dirname(file))
+    if elsewhere is not None:
+        raise _no_overlay(active, f"is there, but its directory {elsewhere}")
     return file
+
+
+def _no_overlay(active: Layer, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{printable(active.file)}, beside which an overlay must lie for a while, {reason}",
+        standing="nothing was touched",
+        remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; the "
+        "image must be a file there, under the name by which the VM has it",
+    )
 
 
 def _check_room(file: str, length: int) -> None:
     """See that twice the slice, and a reserve, is free: the image grows, and Z is real zeros."""
-    free = os.statvfs(Path(file).parent)
-    room, needed = free.f_bavail * free.f_frsize, 2 * length + _RESERVE
+    free = [os.statvfs(path) for path in (file, Path(file).parent)]  # it may be a link
+    room, needed = min(one.f_bavail * one.f_frsize for one in free), 2 * length + _RESERVE
     if room < needed:
         raise Error(
             f"the file system of {printable(file)} has {room} bytes free; reserving the next "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qmpblock.address import Address
 from qmpblock.capabilities import Capabilities
@@ -68,6 +68,12 @@ async def connect(
         yield VM(monitor, NBDAccess(nbd, tls_creds, insecure), stall)
 
 
+def _in_fdset(nodes: Any) -> bool:
+    return isinstance(nodes, list) and any(
+        isinstance(node, dict) and str(node.get("file")).startswith("/dev/fdset/") for node in nodes
+    )
+
+
 class VM:
     """One running QEMU. Get it from `connect`."""
 
@@ -111,6 +117,7 @@ class VM:
             jobs=await execute("query-jobs"),
             exports=await execute("query-block-exports"),
             debug_graph=debug,
+            fdsets=await execute("query-fdsets") if _in_fdset(nodes) else [],
         )
 
     async def _wait_for_dismissals(self) -> None:

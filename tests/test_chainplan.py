@@ -16,7 +16,6 @@ from qmpblock.chainplan import (
     plan_commit,
     plan_snapshot,
     plan_stream,
-    recorded_name,
 )
 from qmpblock.errors import BusyError, NotFoundError, RequestError, UnsupportedError
 
@@ -459,100 +458,6 @@ def test_formats_of_overlays(fmt):
         snapshot(chain("d0"), fmt)
     assert "\x1b" not in str(caught.value)
     assert snapshot(chain("d0"), "qed").active.node.name == "d0"
-
-
-# what is recorded
-
-
-def placed(*files, recorded, base_driver="qcow2"):
-    """Draw images at these paths, the active one first; the last but one records `recorded`."""
-    drawing = Drawing()
-    last = len(files) - 1
-    for depth in reversed(range(last + 1)):
-        below = f"d{depth + 1}" if depth < last else None
-        drawing.image(f"d{depth}", backing=below, file=files[depth])
-        if depth == last - 1:
-            if recorded is None:
-                del drawing.nodes[f"d{depth}"]["image"]["backing-filename"]
-            else:
-                drawing.nodes[f"d{depth}"]["image"]["backing-filename"] = recorded
-    chain_ = drawing.device("d0").graph().device("vd0").chain
-    return chain_, chain_.layers[0], chain_.layers[last]
-
-
-@pytest.mark.parametrize(
-    ("files", "recorded", "wanted"),
-    [
-        # As it was, whatever that was.
-        (("/i/top", "/i/mid", "/i/base"), "base", "base"),
-        (("/i/top", "/i/mid", "/i/base"), "./base", "./base"),
-        (("/i/top", "/i/mid", "/i/base"), "/i/base", "/i/base"),
-        (("/i/top", "/i/mid", "/b/base"), "../b/base", "../b/base"),
-        (("top", "mid", "base"), "base", "base"),
-        # A relative name counts from the directory of whoever records it.
-        (("/i/top", "/m/mid", "/m/base"), "base", "/m/base"),
-        (("/i/top", "/m/mid", "/b/base"), "../b/base", "/b/base"),
-        (("/i/top", "/m/mid", "/b/base"), "/b/base", "/b/base"),
-        (("top", "sub/mid", "sub/base"), "base", "sub/base"),
-        (("x/top", "sub/mid", "sub/base"), "base", "../sub/base"),
-        (("/i/top", "/m/mid", "/m/deep/base"), "deep/base", "/m/deep/base"),
-        # Never QEMU's own text.
-        (("/i/top", "/i/mid", "/i/base"), 'json:{"driver":"qcow2"}', "/i/base"),
-        (("/i/top", "/i/mid", "/i/base"), None, "/i/base"),
-        (("/i/top", "/i/mid", "/i/base"), "", "/i/base"),
-        # Other protocols have no directories.
-        (("/i/top", "/m/mid", "nbd://h/e"), "nbd://h/e", "nbd://h/e"),
-        (
-            ("/i/top", "/m/mid", "nbd://h:10809/e"),
-            "nbd:h:10809:exportname=e",
-            "nbd:h:10809:exportname=e",
-        ),
-        (("/i/top", "/i/mid", "nbd://h/e"), None, "nbd://h/e"),
-        (("nbd://h/top", "/i/mid", "/i/base"), "base", "/i/base"),
-        # A header that names another image than the one in use: a name given by hand since.
-        (("/i/top", "/i/mid", "/new/base"), "base", "/new/base"),
-        (("/i/top", "/i/mid", "/new/base"), "/old/base", "/new/base"),
-        (("/i/top", "/m/mid", "/new/base"), "base", "/new/base"),
-        (("top", "mid", "new/base"), "base", "new/base"),
-        (("/i/top", "/i/mid", "nbd://h/e"), "base", "nbd://h/e"),
-        (("/i/top", "/i/mid", 'json:{"driver":"x"}'), "base", "base"),  # it cannot be told
-        (("/i/top", "/i/mid", "i/base"), "base", "base"),
-        (("/i/top", "/i/mid", "/i/./base"), "base", "base"),
-    ],
-)
-def test_the_name_that_is_recorded(files, recorded, wanted):
-    assert recorded_name(*placed(*files, recorded=recorded)) == wanted
-
-
-@pytest.mark.parametrize(
-    ("files", "recorded"),
-    [
-        (("/i/top", "/i/mid", 'json:{"driver":"x"}'), None),
-        (("/i/top", "/m/mid", 'json:{"driver":"x"}'), 'json:{"driver":"x"}'),
-        (("/i/top", "mid", "base"), None),  # relative to where QEMU was started: unknown
-        (("/i/top", "mid", "base"), "base"),
-    ],
-)
-def test_without_a_plain_name_nothing_is_recorded(files, recorded):
-    with pytest.raises(UnsupportedError, match="no plain file name"):
-        recorded_name(*placed(*files, recorded=recorded))
-
-
-paths = st.lists(st.sampled_from(["a", "b", ".."]), max_size=3).map("/".join)
-
-
-@given(paths, paths, paths)
-def test_what_is_recorded_leads_to_the_base(above, via, below):
-    """As QEMU looks it up: from the directory of whoever records it."""
-    import posixpath
-
-    files = [
-        posixpath.normpath(f"/i/{place}/{name}")
-        for place, name in ((above, "top"), (via, "mid"), (below, "base"))
-    ]
-    recorded = posixpath.relpath(files[2], posixpath.dirname(files[1]))
-    name = recorded_name(*placed(*files, recorded=recorded))
-    assert posixpath.normpath(posixpath.join(posixpath.dirname(files[0]), name)) == files[2]
 
 
 # dirty bitmaps
