@@ -38,7 +38,7 @@ from qmpblock.pace import RateMeter, Speed
 from qmpblock.planning import Batch, below, dataless, growth_warning, requests, rounded
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file, reserve_ranges
-from qmpblock.staging import check_staging, reserve_by_staging
+from qmpblock.staging import check_staged, check_staging, reserve_by_staging
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -146,7 +146,7 @@ async def allocate_ranges(
     found = AllocationResult(disk.name, *span, *span)
     raw = await raw_file(disk) if full else None
     if full and raw is None:
-        check_staging(disk)
+        await check_staged(disk)
     if not where:
         return found
     speed = speed or Speed()

@@ -47,6 +47,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph import Chain, Device, Layer
+from qmpblock.heldio import check_held_io
 from qmpblock.job import Job, Progress
 from qmpblock.journal import Record
 from qmpblock.openfiles import OpenFiles, sees_directory
@@ -202,6 +203,13 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
     places = OpenFiles(disk.vm.monitor.peer_pid).places(graph.nodes.values())
     plan: StreamPlan | CommitPlan = make(graph, disk.device, places)
     _check_copy_on_read(disk.vm, plan)
+    if isinstance(plan, CommitPlan) and plan.pivots and plan.leaving:
+        await check_held_io(
+            disk.vm.monitor,
+            plan.device,
+            remedy="stream, which leaves the guest on its active image; or commit by qemu-img when "
+            "the VM is off",
+        )
     return plan
 
 

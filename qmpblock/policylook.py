@@ -30,7 +30,7 @@ from qmpblock.planning import growth_warning
 from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file
-from qmpblock.staging import SLICE, check_staging
+from qmpblock.staging import SLICE, check_staged
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk, LayerMap
@@ -159,7 +159,7 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
         try:
             raw = await raw_file(disk)
             if raw is None:
-                check_staging(disk)
+                await check_staged(disk)
                 staged = True
             else:
                 blank = await asyncio.to_thread(blank_ranges, *raw, disk.size)

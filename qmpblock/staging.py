@@ -39,6 +39,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
+from qmpblock.heldio import check_held_io
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
 from qmpblock.openfiles import sees_directory
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
     from qmpblock.vm import VM
 
-__all__ = ["SLICE", "check_staging", "reserve_by_staging"]
+__all__ = ["SLICE", "check_staged", "check_staging", "reserve_by_staging"]
 
 SLICE = 256 << 20
 """Bytes that one slice reserves, at most."""
@@ -180,6 +181,20 @@ def _no_overlay(active: Layer, reason: str) -> UnsupportedError:
         standing="nothing was touched",
         remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; the "
         "image must be a file there, under the name by which the VM has it",
+    )
+
+
+async def check_staged(disk: Disk) -> None:
+    """Refuse what a staged commit is not for, before anything is touched.
+
+    :raise UnsupportedError: as `check_staging`, or the guest's device cannot be held.
+    """
+    check_staging(disk)
+    await check_held_io(
+        disk.vm.monitor,
+        disk.device,
+        remedy="convert it with preallocation=full when the VM is off (qemu-img convert -o); "
+        "thin allocation works",
     )
 
 
