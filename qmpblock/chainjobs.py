@@ -46,12 +46,13 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.graph import Chain, Device, Layer
+from qmpblock.graph import Chain, Device, Layer, Node
 from qmpblock.heldio import check_held_io
 from qmpblock.job import Job, Progress
-from qmpblock.journal import Record
+from qmpblock.opened import as_text, is_plain, opened
 from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.places import Place
+from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Outcome:
     :ivar made_explicit: bytes that read as zeros only because of a short layer, and are
         explicit zeros in the active layer now.
     :ivar pivoted: whether the active layer is another one.
+    :ivar opened: after a pivot the options that open it (as blockdev-add takes them, in JSON),
+        where its file name and format do not suffice; else empty.
     :ivar warnings: what is worth acting on.
     """
 
@@ -88,6 +91,7 @@ class Outcome:
     pivoted: bool = False
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    opened: str = ""
 
 
 class ChainJob(Job):
@@ -160,6 +164,7 @@ async def commit(
         top_file=plan.top.file,
         base=plan.base.node.name,
         base_file=plan.base.file,
+        base_opened=await _how_to_start(disk.vm, plan.base) if plan.pivots else "",
         leaving=_nodes_of(plan.leaving),
         bitmaps=tuple(
             (bitmap.node, name)
@@ -245,6 +250,32 @@ def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
     return tuple(found)
 
 
+async def opened_as(vm: VM, layer: Layer) -> dict[str, Any]:
+    """Return the options that open a layer from outside as QEMU has it, with all below it.
+
+    :raise UnsupportedError: nobody could open it so.
+    """
+    files = OpenFiles(vm.monitor.peer_pid)
+
+    def path_of(node: Node) -> str | None:
+        place = files.place(node)
+        # What only the VM sees ends with it.
+        seen = isinstance(place, Place) and not place.here.startswith("/proc/")
+        return place.here if isinstance(place, Place) and seen else None
+
+    return opened(await vm.graph(), layer.node.name, path_of)
+
+
+async def _how_to_start(vm: VM, base: Layer) -> str:
+    """Return how a base is opened, where its name and format do not suffice; else nothing."""
+    if is_plain(base):
+        return ""
+    try:
+        return as_text(await opened_as(vm, base))
+    except UnsupportedError:
+        return base.node.filename.removeprefix("json:")  # as good as QEMU itself can say it
+
+
 def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
     """Return name and file name of every node of these layers, the format nodes first."""
     found = [(node.name, node.filename) for layer in layers for node in layer.nodes]
@@ -314,6 +345,7 @@ async def _running(
         pivoted=record.pivot,
         seconds=time.monotonic() - started,
         warnings=plan.warnings,
+        opened=record.base_opened,
     )
 
 

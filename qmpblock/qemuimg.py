@@ -206,18 +206,31 @@ class QemuImg:
         async for _ in self._lines(*command):
             pass
 
-    async def commit(self, overlay: str, fmt: str, base: str, base_fmt: str) -> None:
-        """Copy what a closed overlay holds into its backing image.
+    async def rebase(self, overlay: str, fmt: str, base: str, base_fmt: str) -> None:
+        """Have a closed overlay's header name another backing image; no data is copied.
 
-        The overlay's header is made to name the base first: an interrupted job may have left
-        another name, or none. Can be repeated.
-
+        :param base: empty: none.
         :raise ToolError: qemu-img failed.
         """
-        rebase = ("rebase", "-q", "-u", "-f", fmt, "-b", base, "-F", base_fmt, overlay)
-        for command in (rebase, ("commit", "-q", "-f", fmt, "-d", overlay)):
-            async for _ in self._lines(*command):
-                pass
+        named = ("-F", base_fmt) if base else ()
+        command = ("rebase", "-q", "-u", "-f", fmt, "-b", base, *named, overlay)
+        async for _ in self._lines(*command):
+            pass
+
+    async def commit(self, overlay: str, fmt: str, base: Mapping[str, Any] | None = None) -> None:
+        """Copy what a closed overlay holds into its backing image. Can be repeated.
+
+        :param base: how that is opened; None: as the headers say.
+        :raise ToolError: qemu-img failed.
+        """
+        command = ["commit", "-q", "-d"]
+        if base is None:
+            command += ["-f", fmt, overlay]
+        else:
+            image = {"driver": fmt, "file": {"driver": "file", "filename": overlay}}
+            command += ["json:" + json.dumps(image | {"backing": base})]
+        async for _ in self._lines(*command):
+            pass
 
     async def _lines(
         self, *arguments: str, exclusive: bool = True, given: str | None = None

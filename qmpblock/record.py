@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpblock.errors import printable
+from qmpblock.opened import from_text
 from qmpblock.versioned import UnreadableError, plain, read
 
 __all__ = ["OPERATIONS", "Record", "VMIdentity"]
@@ -54,6 +55,8 @@ class Record:
     :ivar keeper: the node whose backing link will change; empty where the job pivots.
     :ivar top: the node that is streamed into, or the upper end of a commit; `base` the lower.
     :ivar top_file: its image file; also `base_file`, and `base_format` where that matters.
+    :ivar base_opened: the options that open the base as QEMU had it (`qmpblock.opened`), as
+        text; empty where its name and format suffice, or an older version wrote this.
     :ivar leaving: the nodes that leave the chain, each with its file name.
     :ivar nodes: nodes that it adds, in the order in which they can be removed.
     :ivar files: image files that it makes.
@@ -85,6 +88,7 @@ class Record:
     top_file: str = ""
     base_file: str = ""
     base_format: str = ""
+    base_opened: str = ""
     leaving: tuple[tuple[str, str], ...] = ()
     nodes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -130,6 +134,8 @@ class Record:
             raise UnreadableError("it names locks that are none")
         if record.detect_zeroes not in ("", "on", "unmap"):  # it goes into a command line
             raise UnreadableError("its detect_zeroes is none")
+        if record.base_opened and not from_text(record.base_opened).get("driver"):
+            raise UnreadableError("its base_opened opens nothing")
         if record.job and record.job.endswith("-pivot") != record.pivot:
             raise UnreadableError("whether its job pivots is contradicted by the job's name")
         return record

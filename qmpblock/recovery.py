@@ -52,6 +52,7 @@ from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Journal, is_of, journals, survey
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import ServerUse, undo_dead_run
+from qmpblock.opened import from_text, is_nested
 from qmpblock.qemuimg import QemuImg, blockdev
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice, ImageVerdict, Step, image_verdict, steps, took_effect
@@ -376,16 +377,21 @@ class ImageRecovery:
 
     :ivar what: what it was about, for people.
     :ivar removed: files that were (in a dry run: would be) removed.
+    :ivar opened: the options that open the image to start from, where it is another one than
+        before, and its file name and format do not suffice; else empty.
     """
 
     what: str
     run: str
     verdict: ImageVerdict
     removed: tuple[str, ...]
+    opened: str = ""
 
     def describe(self) -> str:
         """Say what is to be done, for people."""
         text = f"start the VM from {_list(self.verdict.start)}: {self.verdict.why}."
+        if self.opened:
+            text += f" Its name does not suffice; it was open as {printable(self.opened, 4000)}."
         if self.verdict.stale:
             text += f" Never use or commit {_list(self.verdict.stale)} again: stale."
         for overlay, base in self.verdict.commit:
@@ -502,16 +508,28 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             with contextlib.suppress(FileNotFoundError):
                 Path(file).unlink()
         journal.remove()
-    return ImageRecovery(record.describe(), record.run, verdict, verdict.unused)
+    moved = record.operation == "commit" and verdict.start == (record.base_file,)
+    how = record.base_opened if moved else ""
+    return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, how)
 
 
 async def _commit(record: Record, overlay: str, fmt: str, base: str) -> None:
     tool = QemuImg()
-    # Refuses a chain in which a format would have to be guessed.
-    await tool.chain(base, record.base_format)
+    how = from_text(record.base_opened) or None
+    if how is None:
+        # Refuses a chain in which a format would have to be guessed.
+        await tool.chain(base, record.base_format)
+    # An interrupted job may have left another name, or none.
+    await tool.rebase(overlay, fmt, base, record.base_format)
+    hidden = how is not None and is_nested(how)
     try:
-        await tool.commit(overlay, fmt, base, record.base_format)
+        if hidden:  # or the name would count, and what is said besides would contradict it
+            await tool.rebase(overlay, fmt, "", "")
+        await tool.commit(overlay, fmt, how)
     except ToolError as error:
+        if hidden:
+            with contextlib.suppress(ToolError):
+                await tool.rebase(overlay, fmt, base, record.base_format)
         if "key-secret" in error.stderr:
             error.standing = f"nothing was touched; {printable(overlay)} holds the newest data"
             error.remedy = (

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles
 from qmpblock.cancellation import undisturbed
-from qmpblock.chainjobs import host_files
+from qmpblock.chainjobs import host_files, opened_as
 from qmpblock.chainplan import SnapshotPlan, key_secret
 from qmpblock.change import Change, identify, lock_names, settle
 from qmpblock.driving import set_detect_zeroes
@@ -39,18 +39,19 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
+from qmpblock.graph import Layer
 from qmpblock.heldio import check_held_io
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
+from qmpblock.opened import alone, as_text, from_text
 from qmpblock.openfiles import sees_directory
 from qmpblock.pace import Speed
-from qmpblock.qemuimg import QemuImg, QemuIo, blockdev
+from qmpblock.qemuimg import QemuImg, QemuIo
 from qmpblock.recoveryplan import Choice
 from qmpblock.snapshots import Item, make_file, make_overlay, take
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
-    from qmpblock.graph import Layer
     from qmpblock.ranges import Ranges
     from qmpblock.vm import VM
 
@@ -92,6 +93,7 @@ async def reserve_by_staging(
     file = check_staging(disk)
     run = Change.new_run()
     device = disk.device
+    how = as_text(await opened_as(disk.vm, active))
     overlay = f"{file}.qmpblock-{run}"
     node = f"qmpblock-{run}-0"
     record = Record(
@@ -109,6 +111,7 @@ async def reserve_by_staging(
         base=active.node.name,
         base_file=file,
         base_format=active.format,
+        base_opened=how,
         detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
         nodes=(node, f"{node}-file", f"qmpblock-{run}-z"),
         files=(overlay, f"{overlay}-z"),
@@ -233,7 +236,8 @@ async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list
     assert journal is not None  # begin() wrote it
     await disk.refresh()
     active = disk.chain.active
-    if active.node.name != record.base or disk.device.jobs:
+    changed = as_text(await opened_as(vm, active)) != record.base_opened
+    if active.node.name != record.base or disk.device.jobs or changed:
         raise GraphError(f"somebody else is at work on {disk.name}")
     for left in filter(os.path.lexists, record.files):
         # Were it taken for the next one, a crash would bring old data home.
@@ -306,16 +310,17 @@ async def _choose(
     left, chosen, reach = wanted.align_in(cluster, frozen.size), Ranges(), size
     while left and chosen.total < size:
         piece = left.lowest(reach)
-        had.append(piece & await _reserved(disk, change.record.base_file, piece))
+        had.append(piece & await _reserved(disk, change.record.base_opened, piece))
         chosen = (chosen | (piece - had[-1])).lowest(size)
         left = left - piece
         reach *= 2  # an image full of such zeros is not asked for bit by bit
     return chosen
 
 
-async def _reserved(disk: Disk, file: str, wanted: Ranges) -> Ranges:
+async def _reserved(disk: Disk, base: str, wanted: Ranges) -> Ranges:
     """Return where zero clusters have host space already, which only qemu-img tells.
 
+    :param base: how the frozen image is opened.
     :param wanted: what is of interest; the answer is of no more than its span.
     """
     from qmpblock.ranges import Ranges
@@ -326,7 +331,7 @@ async def _reserved(disk: Disk, file: str, wanted: Ranges) -> Ranges:
     fmt, first = frozen.format, int(wanted.starts[0])
     part = (first, int(wanted.stops[-1]) - first)
     seen = await QemuImg(stall=disk.vm.stall).map(
-        blockdev(fmt, file), [fmt], shared=True, part=part
+        alone(from_text(base)), [fmt], shared=True, part=part
     )
     return seen.where(present=True, reserved=True)
 

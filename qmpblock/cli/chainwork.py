@@ -64,4 +64,8 @@ def _say(outcome: Outcome) -> None:
         click.echo(f"  no longer in the chain: {printable(file)}")
     if outcome.pivoted:
         click.echo(f"  the active layer is now {printable(outcome.active)}: start the VM from it")
+        if outcome.opened:
+            click.echo(
+                f"  its name does not suffice; it is open as {printable(outcome.opened, 4000)}"
+            )
         click.echo(f"  {printable(outcome.left[0])} is stale from now on: never use it again")

@@ -152,5 +152,6 @@ def _image_document(one: ImageRecovery) -> dict[str, Any]:
         "stale": list(one.verdict.stale),
         "committed": [overlay for overlay, _ in one.verdict.commit],
         "removed": list(one.removed),
+        "opened": one.opened,
         "why": one.verdict.why,
     }
