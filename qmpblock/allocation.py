@@ -39,6 +39,7 @@ from qmpblock.planning import Batch, below, dataless, growth_warning, requests, 
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file, reserve_ranges
 from qmpblock.staging import check_staged, check_staging, reserve_by_staging
+from qmpblock.writable import check_disk
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -142,6 +143,7 @@ async def allocate_ranges(
     :param where: whole clusters of the active layer, inside the disk.
     """
     started = time.monotonic()
+    check_disk(disk.device)
     span = _span(where) if where else (0, 0)
     found = AllocationResult(disk.name, *span, *span)
     raw = await raw_file(disk) if full else None

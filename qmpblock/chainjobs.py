@@ -48,12 +48,14 @@ from qmpblock.errors import (
 )
 from qmpblock.graph import Chain, Device, Layer, Node
 from qmpblock.heldio import check_held_io
+from qmpblock.hostprocess import command_line
 from qmpblock.job import Job, Progress
 from qmpblock.opened import as_text, is_plain, opened
 from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.places import Place
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice
+from qmpblock.writable import refusal
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -320,7 +322,7 @@ async def _running(
             try:
                 await job.start(command, {**arguments, "on-error": "enospc"})
             except CommandError as error:
-                raise _refusal(error) from None
+                raise _refusal(disk.vm, plan, error) from None
             driver = asyncio.ensure_future(
                 drive(vm, record, change.journal, job, plan.device, throttle_guest=throttle_guest)
             )
@@ -381,16 +383,10 @@ async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan) -> None:
         )
 
 
-def _refusal(error: CommandError) -> Error:
+def _refusal(vm: VM, plan: StreamPlan | CommitPlan, error: CommandError) -> Error:
     """Say in our words why QEMU did not start a job."""
-    if "read-only" in error.description:
-        return UnsupportedError(
-            f"QEMU has an image open for reading only: {printable(error.description)}",
-            standing="nothing was changed",
-            remedy="its storage node was given read-only=on; auto-read-only=on lets jobs write",
-        )
-    error.standing = "nothing was changed"
-    return error
+    written = plan.top if isinstance(plan, StreamPlan) else plan.base
+    return refusal(error, written, command_line(vm.monitor.peer_pid))
 
 
 async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:

@@ -29,6 +29,7 @@ from qmpblock.errors import BusyError, RequestError, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Chain, Device, Layer
 from qmpblock.layeruse import check_bitmaps, check_readers, overlays_of
 from qmpblock.places import Places
+from qmpblock.writable import check_disk, check_sound
 
 __all__ = [
     "CommitPlan",
@@ -164,6 +165,8 @@ def plan_stream(
     if not leaving:
         return StreamPlan(device, into, keep, ())
     check_idle(device)
+    check_disk(device)
+    check_sound(into)
     check_bitmaps(graph, _nodes(leaving), standing=_UNTOUCHED)
     _check_encryption(leaving, into)
     _check_recorder(into)
@@ -212,12 +215,15 @@ def plan_commit(
     leaving = chain.layers[first.depth : last.depth]
     above = chain.layers[first.depth - 1] if first.depth else None
     check_idle(device)
+    check_disk(device)
+    check_sound(last)
     _check_encryption(leaving, last)
     for layer in (*leaving, last):
         _check_unshared(graph, device, layer)
     check_readers(graph, device, "commit", first.node.name, last.node.name, standing=_UNTOUCHED)
     check_bitmaps(graph, _nodes(leaving), standing=_UNTOUCHED)
     if above is not None:
+        check_sound(above)  # its header will name another backing image
         _check_recorder(above)
     if above is None and last.size > first.size:
         raise RequestError(
@@ -251,6 +257,7 @@ def plan_snapshot(graph: BlockGraph, device: Device, fmt: str) -> SnapshotPlan:
     chain = _chain(device)
     active = chain.active
     check_idle(device)
+    check_disk(device)
     if fmt not in ("qcow2", "qed"):
         raise UnsupportedError(
             f"an overlay of format {printable(fmt)} cannot be made; qcow2 and qed can",

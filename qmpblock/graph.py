@@ -118,7 +118,7 @@ class Node:
     :ivar write_threshold: the offset at whose crossing QEMU tells of a write; 0: it does not.
     :ivar corrupt: whether QEMU marked the image as corrupt (qcow2).
     :ivar unclean: whether the image says that it was not closed, or is in use (qcow2 with
-        lazy refcounts, QED, parallels).
+        lazy refcounts).
     :ivar data_filename: the data file that the image's header records, or None.
     :ivar descriptors: QEMU's own, of the set that its file name `/dev/fdset/N` means.
     """

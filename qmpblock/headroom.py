@@ -37,6 +37,7 @@ from qmpblock.pace import Speed
 from qmpblock.policyfile import Amount
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import holes, host_file, raw_file, reserve_ranges
+from qmpblock.writable import check_disk
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -190,6 +191,7 @@ async def find_place(disk: Disk) -> Place:
 
     :raise UnsupportedError: it cannot have any, or not from here; nothing was touched.
     """
+    check_disk(disk.device)
     active = disk.chain.active
     if active.format in ("raw", "luks"):
         found = await raw_file(disk)

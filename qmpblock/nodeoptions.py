@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from qmpblock.graph import Node
 
-__all__ = ["aio_of", "cache_options", "overlay_options"]
+__all__ = ["aio_of", "cache_options", "options_of", "overlay_options"]
 
 _AIO = ("threads", "native", "io_uring")
 _OPTION = re.compile(r"((?:[^,]|,,)*)(?:,(?!,)|$)")
 
 
-def aio_of(command: Sequence[str], storage: Node) -> str | None:
-    """Return the `aio` with which QEMU was told to open a file; None where it does not say.
+def options_of(command: Sequence[str], node: Node) -> Mapping[str, Any]:
+    """Return the options by which QEMU was told to open a file; empty where it does not say.
 
-    No QMP command tells it; a node that was added later is not on the command line.
+    Most of them no QMP command tells. A node that was added later is not on the command line.
 
     :param command: QEMU's own command line.
+    :param node: of the file; for a legacy -drive the answer has the drive's options too.
     """
     for option, value in pairwise(command):
         if option.lstrip("-") == "blockdev":
-            for node in _described(value):
-                name = node.get("node-name")
-                if name == storage.name or (name is None and _names(node, storage)):
-                    return _aio(node.get("aio"))
+            for described in _described(value):
+                name = described.get("node-name")
+                if name == node.name or (name is None and _names(described, node)):
+                    return described
         elif option.lstrip("-") == "drive":
             drive = _keyed(value)
-            if storage.filename in (drive.get("file"), drive.get("file.filename")):
-                return _aio(drive.get("aio", drive.get("file.aio")))
-    return None
+            if node.filename in (drive.get("file"), drive.get("file.filename")):
+                return {key.removeprefix("file."): drive[key] for key in drive} | drive
+    return {}
 
 
-def _aio(value: Any) -> str | None:
+def aio_of(command: Sequence[str], storage: Node) -> str | None:
+    """Return the `aio` with which QEMU was told to open a file; None where it does not say.
+
+    :param command: QEMU's own command line.
+    """
+    value = options_of(command, storage).get("aio")
     return value if value in _AIO else None
 
 

@@ -31,6 +31,7 @@ from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file
 from qmpblock.staging import SLICE, check_staged
+from qmpblock.writable import check_disk
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk, LayerMap
@@ -167,6 +168,8 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
         except UnsupportedError as error:
             refusal = error  # which matters only if something is to be reserved
     changes = plan_changes(wanted, facts)
+    if changes.steps:
+        check_disk(disk.device)
     reserves = any(step.verb == "reserve" for step in changes.steps)
     if reserves and refusal is not None:
         raise refusal

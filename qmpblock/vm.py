@@ -12,6 +12,7 @@ from qmpblock.capabilities import Capabilities
 from qmpblock.disk import Disk
 from qmpblock.errors import (
     CommandError,
+    Error,
     GraphError,
     MonitorHeldError,
     UnsupportedError,
@@ -105,7 +106,10 @@ class VM:
         execute = self.monitor.execute
         if self.capabilities.concluded_streams_kill:
             await self._wait_for_dismissals()
-        nodes = await execute("query-named-block-nodes", {"flat": True})
+        try:
+            nodes = await execute("query-named-block-nodes", {"flat": True})
+        except CommandError as error:
+            raise _given_up(error) from None
         try:
             debug = await execute("x-debug-query-block-graph")
         except CommandError:
@@ -212,3 +216,19 @@ class VM:
 
         choice = Choice.CONTINUE if carry_on else Choice.UNDO
         return await recover(self, choice, dry_run=dry_run, tell=tell)
+
+
+def _given_up(error: CommandError) -> Error:
+    """Say what it means that QEMU does not describe its nodes: one of them has no driver.
+
+    That is so where it found an image corrupt while the guest used it (qcow2): from then on its
+    I/O fails, and QEMU says "Block device NODE is ejected" of it.
+    """
+    if "is ejected" not in error.description:
+        return error
+    return UnsupportedError(
+        "QEMU found an image corrupt while the guest used it, and gave it up: "
+        f"{printable(error.description)}",
+        standing="nothing was touched; the guest's I/O on that disk fails",
+        remedy="end the VM, save the image, then: qemu-img check -r all IMAGE",
+    )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qmpblock import headroom, hostfiles, reserving
 from qmpblock.errors import Error, RequestError, UnsupportedError
-from qmpblock.graph import Edge, Layer, Node
+from qmpblock.graph import Chain, Device, Edge, Layer, Node
 from qmpblock.headroom import (
     Place,
     Space,
@@ -219,9 +219,10 @@ def disk(fmt, *children, path="/nowhere", driver="file", data_file=None):
     """Return what stands for a disk whose QEMU cannot be seen from here."""
     storage = Node("f", driver, path, 0, False)
     node = Node("d", fmt, path, 0, False, children=tuple(Edge(name, "f") for name in children))
-    active = Layer(0, node, storage, data_file)
+    chain = Chain((), (Layer(0, node, storage, data_file),), (0,), (0,))
     return SimpleNamespace(
-        chain=SimpleNamespace(active=active),
+        chain=chain,
+        device=Device("vd0", None, "/machine/peripheral/vd0", False, False, chain),
         size=M,
         vm=SimpleNamespace(monitor=SimpleNamespace(peer_pid=os.getpid())),
     )

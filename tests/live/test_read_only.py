@@ -1,0 +1,196 @@
+"""Read-only means read-only: disks that a VM has only to read, and images it may not write to."""
+
+import asyncio
+import json
+import os
+import subprocess
+from contextlib import asynccontextmanager
+
+import pytest
+from chains import cli
+from disturbed import nothing_of_ours, until
+
+import qmpblock
+from qmpblock.errors import UnsupportedError
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.scenario import parse_scenario
+
+pytestmark = pytest.mark.live
+
+CHAIN = """\
+about: Three layers.
+images:
+  - {size: 16M, content: [write 0 1M 0xaa]}
+  - {content: [write 1M 1M 0xbb]}
+  - {content: [write 2M 1M 0xcc]}
+"""
+RAW = "about: One.\nimages:\n  - {format: raw, size: 16M, content: [write 0 1M 0xaa]}\n"
+
+
+def files_of(built):
+    """Return content and blocks of each image."""
+    paths = [layer.path for layer in built.disks[0].active.chain()]
+    return {path: (path.read_bytes(), path.stat().st_blocks) for path in paths}
+
+
+def blockdev(built):
+    described = built.disks[0].active.describe(node="d0", live=True)
+    described["read-only"] = described["file"]["read-only"] = True
+    described["file"]["auto-read-only"] = False
+    described.pop("discard", None)
+    return ["-blockdev", json.dumps(described), "-device", "virtio-blk-pci,drive=d0,id=vd0"]
+
+
+def drive(built):
+    active = built.disks[0].active
+    text = f"file={active.path},format={active.spec.format},if=none,id=d0,read-only=on"
+    return ["-drive", text, "-device", "virtio-blk-pci,drive=d0,id=vd0"]
+
+
+def cd(built):
+    active = built.disks[0].active
+    text = f"file={active.path},format={active.spec.format},if=none,id=d0,media=cdrom"
+    return ["-drive", text, "-device", "ide-cd,drive=d0,id=vd0"]
+
+
+def verbs(disk, directory):
+    """Return every verb that writes to a disk, as coroutines."""
+
+    async def run(job):
+        async with job:
+            pass
+
+    found = {
+        "snapshot": disk.snapshot(directory / "overlay.qcow2"),
+        "allocate": disk.allocate(0, 4 << 20),
+        "allocate full": disk.allocate(full=True),
+        "allocate independent": disk.allocate(independent=True),
+        "make_room": disk.make_room(1 << 20),
+        "keep_ahead": asyncio.wait_for(disk.keep_ahead(1 << 20), 10),
+    }
+    if len(disk.chain.layers) > 1:
+        found |= {
+            "commit": run(disk.commit()),
+            "commit of middle layers": run(disk.commit(top="@1")),
+            "stream": run(disk.stream()),
+            "stream into a middle layer": run(disk.stream(top="@1")),
+        }
+    return found
+
+
+@pytest.mark.parametrize("text", [CHAIN, RAW], ids=["chain", "raw"])
+@pytest.mark.parametrize("attach", [blockdev, drive, cd])
+async def test_a_disk_for_reading_only_is_not_written(
+    attach, text, start_qemu, vm_dir, qemu_binary
+):
+    built = await build(parse_scenario(text, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu([], extra=attach(built))
+    before = files_of(built)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = await controller.disk("vd0")
+        assert disk.device.read_only
+        for name, verb in verbs(disk, vm_dir / "images").items():
+            with pytest.raises(UnsupportedError, match="for reading only") as caught:
+                await verb
+            assert caught.value.standing == "nothing was touched", name
+        await disk.refresh()
+        assert disk.device.read_only
+        await disk.map()  # which writes nothing
+    assert files_of(built) == before
+    assert not (vm_dir / "images" / "overlay.qcow2").exists()
+    await nothing_of_ours(vm)
+
+
+async def test_a_policy_for_it_is_refused(start_qemu, vm_dir, qemu_binary):
+    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu([], extra=blockdev(built))
+    before = files_of(built)
+    policy = vm_dir / "policy.yaml"
+    text = f"vms:\n- address: {vm.monitor_path}\n  disks:\n  - {{disk: vd0, allocation: full}}\n"
+    policy.write_text(text)
+    for command in ("plan", "apply"):
+        code, out, err = await cli(command, str(policy))
+        assert code in (1, 2), err
+        assert "for reading only" in out + err
+    assert files_of(built) == before
+
+
+# -- images that QEMU may not open for writing: the remedy fits the cause
+
+
+async def remedy(vm):
+    """Return the remedy when the base is to be written to."""
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = await controller.disk("vd0")
+        with pytest.raises(UnsupportedError, match="for reading only") as caught:
+            async with disk.commit():
+                pass
+    assert caught.value.standing == "nothing was changed"
+    await nothing_of_ours(vm)
+    return caught.value.remedy
+
+
+@asynccontextmanager
+async def served(tools, path, socket):
+    """Serve an image read-only by NBD."""
+    program = tools.img.replace("qemu-img", "qemu-nbd")
+    options = ("--read-only", "-t", "-f", "raw", "-k", str(socket))
+    server = subprocess.Popen([program, *options, str(path)])
+    try:
+        await until(socket.exists, "the NBD server's socket")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+async def test_the_remedy_for_an_nbd_server_that_serves_it_read_only(
+    start_qemu, vm_dir, qemu_binary
+):
+    tools = Tools.of(qemu_binary)
+    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", tools)
+    top, *_, base = built.disks[0].active.chain()
+    socket = vm_dir / "nbd"
+    server = {"type": "unix", "path": str(socket)}
+    storage = {"driver": "nbd", "node-name": "far", "server": server, "auto-read-only": True}
+    layer = {"driver": "qcow2", "node-name": "d1", "file": "far", "read-only": True}
+    active = {"driver": "qcow2", "node-name": "d0", "backing": "d1"}
+    active["file"] = {"driver": "file", "filename": str(top.path)}
+    extra = [word for node in (storage, layer, active) for word in ("-blockdev", json.dumps(node))]
+    extra += ["-device", "virtio-blk-pci,drive=d0,id=vd0"]
+    async with served(tools, base.path, socket):
+        vm = await start_qemu([], extra=extra)
+        assert "NBD client, and the server" in await remedy(vm)
+        await vm.quit()
+
+
+async def test_the_remedy_for_a_file_that_may_not_be_written(
+    start_qemu, vm_dir, qemu_binary, invariant
+):
+    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+    base = built.disks[0].active.chain()[-1].path
+    root = os.geteuid() == 0
+    if root and subprocess.run(["chattr", "+i", str(base)], capture_output=True).returncode:
+        pytest.skip("root may write to anything on this file system")
+    base.chmod(0o444) if not root else None
+    try:
+        vm = await start_qemu(built)
+        invariant.forget(vm)
+        said = await remedy(vm)
+        assert f"the right to write to {base}" in said
+        await vm.quit()
+    finally:
+        if root:
+            subprocess.run(["chattr", "-i", str(base)], check=True)
+
+
+async def test_the_remedy_for_a_storage_node_that_is_read_only(start_qemu, vm_dir, qemu_binary):
+    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+    described = built.disks[0].active.describe(node="d0", live=True)
+    lowest = described["backing"]["backing"]
+    lowest["file"] |= {"read-only": True, "auto-read-only": False}
+    lowest["read-only"] = True
+    extra = ["-blockdev", json.dumps(described), "-device", "virtio-blk-pci,drive=d0,id=vd0"]
+    vm = await start_qemu([], extra=extra)
+    said = await remedy(vm)
+    assert "was started with read-only=on for its storage node d0-2-file" in said
