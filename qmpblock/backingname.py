@@ -4,14 +4,9 @@ QEMU looks a relative name up from the directory of whoever records it, by the n
 opened that one. So a relative name is right between real directories, and only where the image
 that records it has no other name in another directory (`Place.linked`).
 
-A file name and a format do not always open an image as it is open now::
-
-    file    |..........|== part ==|.......|      raw with offset and size
-    file    |..........|= qcow2 ==|.......|      an image inside such a part
-    file    |= qcow2 =| + data file              named on the command line only
-
-There a `json:` text says it all. What it names is absolute: QEMU looks no name in it up from
-where the text is recorded.
+Where a file name and a format do not open an image as it is open now (`qmpblock.openings`), a
+`json:` text does. What it names is absolute: QEMU looks no name in it up from where the text is
+recorded.
 """
 
 from __future__ import annotations
@@ -22,109 +17,43 @@ from collections.abc import Mapping
 from typing import Any
 
 from qmpblock.errors import UnsupportedError, printable
-from qmpblock.graph import BlockGraph, Chain, Layer, Node
-from qmpblock.places import Place, Places, known
+from qmpblock.graph import Chain, Layer
+from qmpblock.openings import description, is_plain, no_name, storage_of
+from qmpblock.places import Missing, Place, Places, known
 
-__all__ = ["name_of_base", "name_of_frozen", "opening", "part_of", "storage_of"]
+__all__ = ["check_found", "name_of_base", "name_of_frozen"]
 
 _UNTOUCHED = "nothing was touched"
 _LONGEST = 1023  # bytes of a backing file name (docs/interop/qcow2.txt)
 
 
-def storage_of(layer: Layer) -> Node:
-    """Return the protocol node of a layer: its own where it has no other."""
-    return layer.storage or layer.node
+def check_found(layer: Layer, places: Places) -> None:
+    """Refuse an image of which it is known that its name leads elsewhere, or nowhere.
 
-
-def part_of(node: Node) -> tuple[int, int | None] | None:
-    """Return offset and size of a raw node that shows only a part of its file; None: it is whole.
-
-    The size is None where the part reaches to the end. QEMU tells it in the `json:` file name
-    that it makes of such a node.
+    :raise UnsupportedError: it was renamed, replaced or removed.
     """
-    if node.driver != "raw" or not node.filename.startswith("json:"):
-        return None
-    try:
-        options = json.loads(node.filename.removeprefix("json:"))
-        offset, size = options.get("offset"), options.get("size")
-        if offset is None and size is None:
-            return None
-        return int(offset or 0), None if size is None else int(size)
-    except (ValueError, TypeError, AttributeError):
-        return None
+    for node in (storage_of(layer), layer.data_file):
+        place = places.get(node.name) if node is not None else None
+        if node is not None and isinstance(place, Missing) and place.certain:
+            raise UnsupportedError(
+                f"{printable(node.filename)} {place.reason}: who starts the VM by that name finds "
+                "other data, or none",
+                standing=_UNTOUCHED,
+                remedy="give the file that the VM has open its name back. If it is removed (a "
+                "temporary one of -snapshot, say), copy the disk before the VM ends",
+            )
 
 
-def opening(graph: BlockGraph, layer: Layer, places: Places) -> dict[str, Any] | None:
-    """Describe how an image is opened; None where its file name and format say it all.
-
-    :raise UnsupportedError: they do not, and a description would not do either.
-    """
-    below = _below(graph, layer)
-    parts = [part for node in below if (part := part_of(node))]
-    data = layer.data_file
-    by_header = data is None or _by_header(layer, data, places)
-    if not parts and by_header:
-        return None
-    if layer.node.encrypted:
-        raise _no_name(layer, "it is encrypted, and not the whole of what its file name opens")
-    place, strange = known(places, layer.storage), [one for one in below if one.driver != "raw"]
-    if place is None or len(parts) > 1 or strange[1:] or (strange and strange[0] != layer.node):
-        raise _no_name(layer, "it is not the whole of what its file name opens")
-    assert layer.storage is not None  # it has a place
-    inner: dict[str, Any] = {"driver": layer.storage.driver, "filename": place.path}
-    if parts and part_of(layer.node) is None:
-        inner = {"driver": "raw", **_options(parts[0]), "file": inner}
-    found = {"driver": layer.format, **_options(part_of(layer.node)), "file": inner}
-    if data is not None and not by_header:
-        there = known(places, data)
-        if there is None:
-            raise _no_name(layer, f"where its data file {printable(data.filename)} is is not known")
-        found["data-file"] = {"driver": data.driver, "filename": there.path}
-    return found
-
-
-def _options(part: tuple[int, int | None] | None) -> dict[str, int]:
-    if part is None:
-        return {}
-    offset, size = part
-    return {"offset": offset} if size is None else {"offset": offset, "size": size}
-
-
-def _below(graph: BlockGraph, layer: Layer) -> list[Node]:
-    """Return the nodes from a layer's own down to above its protocol node, without filters."""
-    found, name = [], layer.node.name
-    while layer.storage is not None and name != layer.storage.name:
-        node = graph.nodes[name]
-        if not node.is_filter:
-            found.append(node)
-        child = node.child("file", *(edge.name for edge in node.children))
-        if child is None:
-            break
-        name = child
-    return found
-
-
-def _by_header(layer: Layer, data: Node, places: Places) -> bool:
-    """Whether the data file is the one that the image's header names."""
-    recorded, place = layer.node.data_filename, known(places, data)
-    if recorded is None:
-        return False
-    # Where it is relative it counts from QEMU's directory, as ever: nothing changes for it.
-    return recorded == data.filename or (place is not None and recorded in (place.path, place.real))
-
-
-def name_of_frozen(
-    graph: BlockGraph, base: Layer, places: Places, directory: str | None, *, relative: bool
-) -> str:
+def name_of_frozen(base: Layer, places: Places, directory: str | None, *, relative: bool) -> str:
     """Return the name by which an overlay records the image that it freezes.
 
     :param directory: of the overlay, without links; None where it is not known.
     :param relative: whether a relative name is wanted, where one can be.
     :raise UnsupportedError: there is no name that leads back to it.
     """
-    described = opening(graph, base, places)
-    if described is not None:
-        return _text(base, described)
+    check_found(base, places)
+    if not is_plain(base, places):
+        return _text(base, description(base, places))
     place = known(places, storage_of(base))
     file = base.file
     if place is None:
@@ -144,9 +73,7 @@ def name_of_frozen(
     return _relative(directory, place.real)
 
 
-def name_of_base(
-    graph: BlockGraph, chain: Chain, recorder: Layer, base: Layer, places: Places
-) -> str:
+def name_of_base(chain: Chain, recorder: Layer, base: Layer, places: Places) -> str:
     """Return the name by which a layer that stays records its new backing image.
 
     It is the name that the layer above `base` records now, so that relative stays relative
@@ -155,9 +82,9 @@ def name_of_base(
 
     :raise UnsupportedError: there is no name that leads back to it.
     """
-    described = opening(graph, base, places)
-    if described is not None:
-        return _text(base, described)
+    check_found(base, places)
+    if not is_plain(base, places):
+        return _text(base, description(base, places))
     via = chain.layers[base.depth - 1]
     now = via.node.backing_filename
     if now and now.startswith("json:"):
@@ -232,14 +159,5 @@ def _relative(directory: str, file: str) -> str:
 def _text(layer: Layer, described: Mapping[str, Any]) -> str:
     text = "json:" + json.dumps(described)
     if len(text.encode()) > _LONGEST:
-        raise _no_name(layer, "what describes it is too long for a header")
+        raise no_name(layer, "what describes it is too long for a header")
     return text
-
-
-def _no_name(layer: Layer, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"no name could be recorded that leads back to @{layer.depth} {printable(layer.file)} as "
-        f"the VM has it open: {reason}",
-        standing=_UNTOUCHED,
-        remedy="copy the disk into an image of its own",
-    )

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qmpblock.backingproof import check_record
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainplan import (
     CommitPlan,
@@ -129,6 +130,7 @@ async def stream(
         top_file=plan.top.file,
         base=plan.base.node.name if plan.base else "",
         base_file=plan.base.file if plan.base else "",
+        backing_name=plan.backing_name or "",
         leaving=_nodes_of(plan.leaving),
         merges=tuple((merge.target, merge.source, merge.name) for merge in plan.merges),
     )
@@ -167,6 +169,7 @@ async def commit(
         base=plan.base.node.name,
         base_file=plan.base.file,
         base_opened=await _how_to_start(disk.vm, plan.base) if plan.pivots else "",
+        backing_name=plan.backing_name or "",
         leaving=_nodes_of(plan.leaving),
         bitmaps=tuple(
             (bitmap.node, name)
@@ -353,7 +356,7 @@ async def _running(
 
 async def _prepare(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) -> int:
     """Do what must come before the job; return the bytes that were made explicit."""
-    await _unchanged(disk, plan)
+    await _unchanged(disk, plan, record)
     if record.flush:
         # What will be needed at the end, after hours perhaps: rather be refused now.
         await flush(disk.vm, plan.device, record.flush)
@@ -370,7 +373,7 @@ async def _prepare(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) ->
     return explicit
 
 
-async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan) -> None:
+async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) -> None:
     """Look again, now that no controller of ours can change the disk."""
     graph = await disk.vm.graph()
     now = graph.device(disk.device.qom_path)
@@ -381,6 +384,7 @@ async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan) -> None:
             f"the chain of {disk.name} has just been changed by somebody else",
             remedy="look at it, then try again: qmpblock disks ADDRESS",
         )
+    check_record(record, graph, disk.vm.monitor.peer_pid)
 
 
 def _refusal(vm: VM, plan: StreamPlan | CommitPlan, error: CommandError) -> Error:

@@ -24,7 +24,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qmpblock.backingname import name_of_base
+from qmpblock.backingname import check_found, name_of_base
 from qmpblock.errors import BusyError, RequestError, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Chain, Device, Layer
 from qmpblock.layeruse import check_bitmaps, check_readers, overlays_of
@@ -179,7 +179,7 @@ def plan_stream(
         into,
         keep,
         leaving,
-        backing_name=None if keep is None else name_of_base(graph, chain, into, keep, places or {}),
+        backing_name=None if keep is None else name_of_base(chain, into, keep, places or {}),
         hidden=() if keep is None else _hidden(into, leaving, keep),
         merges=merges,
         warnings=warnings,
@@ -232,6 +232,8 @@ def plan_commit(
             standing=_UNTOUCHED,
             remedy="resize the disk to the base's size first (block_resize)",
         )
+    if above is None:
+        check_found(last, places or {})
     bitmaps, warnings = _bitmaps_of_commit(leaving, last)
     return CommitPlan(
         device,
@@ -239,9 +241,7 @@ def plan_commit(
         last,
         leaving,
         above,
-        backing_name=None
-        if above is None
-        else name_of_base(graph, chain, above, last, places or {}),
+        backing_name=None if above is None else name_of_base(chain, above, last, places or {}),
         hidden=() if above is None else _hidden(above, leaving, last),
         bitmaps=bitmaps,
         warnings=warnings,

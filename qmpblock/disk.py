@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qmpblock import hostfiles
 from qmpblock.errors import CommandError, GraphError, NBDError, RangeError, ToolError
 from qmpblock.graph import Chain, Device, Layer
+from qmpblock.openings import is_plain
 
 if TYPE_CHECKING:
     import os
@@ -339,7 +340,7 @@ class Disk:
         found = {}
         for layer in chain.layers[1:]:
             path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
-            if path is None or layer.node.encrypted or layer.data_file or _has_offset(layer):
+            if path is None or layer.node.encrypted or layer.data_file or _is_part(layer):
                 continue
             try:
                 seen = await QemuImg(stall=self.vm.stall).map(
@@ -366,7 +367,7 @@ class Disk:
         return found
 
     def _fallocated(self, layer: Layer) -> Ranges | None:
-        if layer.format != "raw" or _has_offset(layer):
+        if layer.format != "raw" or _is_part(layer):
             return None
         path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
         return hostfiles.reserved_ranges(path, layer.size) if path is not None else None
@@ -405,9 +406,10 @@ async def read_map(client: Client, chain: Chain, offset: int, length: int) -> Al
     return await _read_map(client, chain.level_sizes, chain.levels, offset, length)
 
 
-def _has_offset(layer: Layer) -> bool:
-    """Whether a raw layer may be only a part of its file, which QEMU tells by a json: name."""
-    return layer.format == "raw" and layer.node.filename.startswith("json:")
+def _is_part(layer: Layer) -> bool:
+    """Whether a layer may be only a part of its file, which QEMU tells by a json: name."""
+    raw = layer.format == "raw" and layer.node.filename.startswith("json:")
+    return raw or (layer.data_file is None and not is_plain(layer, {}))
 
 
 def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qmpblock.backingproof import check_record
 from qmpblock.cancellation import undisturbed
 from qmpblock.capabilities import Capabilities
 from qmpblock.chainplan import key_secret
@@ -234,6 +235,7 @@ async def before_finalize(vm: VM, record: Record, device: Device) -> None:
     dirty bitmaps of layers that leave are merged.
 
     :raise BusyError: see `check_unused`.
+    :raise Error: see `_check_base`.
     """
     await promote_bitmaps(vm, record)
     for target, source, name in record.merges:
@@ -249,19 +251,33 @@ async def _until_unused(vm: VM, record: Record, device: Device | None = None) ->
 
     :param device: the disk, if the record's node is to be flushed first.
     :raise BusyError: somebody does for half the stall limit.
+    :raise Error: see `_check_base`.
     """
     deadline = asyncio.get_running_loop().time() + vm.stall / 2
     while True:
         try:
             if record.flush and device is not None:
                 await flush(vm, device, record.flush)
-            check_unused(record, await vm.graph())
+            graph = await vm.graph()
+            check_unused(record, graph)
+            _check_base(record, graph, vm)
         except BusyError:  # of an NBD server, or of what the job works on
             if asyncio.get_running_loop().time() > deadline:
                 raise
             await asyncio.sleep(1)
         else:
             return
+
+
+def _check_base(record: Record, graph: BlockGraph, vm: VM) -> None:
+    """Refuse to end a job where the name of what stays below has come to lead elsewhere.
+
+    :raise Error: it has; QEMU would find other data, or none, at the next start.
+    """
+    try:
+        check_record(record, graph, vm.monitor.peer_pid)
+    except UnsupportedError as error:
+        raise Error(error.message, remedy=error.remedy) from None
 
 
 def check_unused(record: Record, graph: BlockGraph) -> None:

@@ -110,6 +110,10 @@ class OpenFiles:
         names += [one.name for one in self._open if one.file == file and not one.deleted]
         return self._placed(file, names)
 
+    def leads(self, path: str, file: FileId) -> bool:
+        """Whether an absolute path leads to a file, as QEMU sees files (before -chroot: as we)."""
+        return self.pid is not None and any(view.file(path) == file for view in _views(self.pid))
+
     def _named(self, node: Node) -> Iterator[tuple[FileId, str]]:
         """Yield the open files that a node's name may mean, with an absolute name of each."""
         name = node.filename

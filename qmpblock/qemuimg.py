@@ -97,13 +97,15 @@ class QemuImg:
         if path.startswith("-"):  # not an option
             path = f"./{path}"
         while True:
-            if not Path(path).exists():
+            described = _described(path)
+            if not Path(_file_of(described) or path).exists():
                 named = f", the backing file of {printable(images[-1].file)}" if images else ""
                 raise NotFoundError(f"there is no image {printable(path)}{named}")
             if any(image.file == path for image in images):
                 raise RequestError(f"{printable(path)} is in its own backing chain")
             # Without backing images: `info` opens only the image that it is given.
-            info = await self._json("info", "--output=json", "-f", fmt, path)
+            given = () if described else ("-f", fmt)
+            info = await self._json("info", "--output=json", *given, path)
             images.append(Image(path, fmt, int(info["virtual-size"])))
             backing = info.get("full-backing-filename") or info.get("backing-filename")
             if not backing:
@@ -113,6 +115,8 @@ class QemuImg:
             fmt = str(info.get("backing-filename-format") or "") or _SUFFIXES.get(
                 Path(path).suffix.lower(), ""
             )
+            if described := _described(path):
+                fmt = str(described.get("driver") or "")
             if not fmt:
                 raise UnsupportedError(
                     f"{printable(overlay)} does not record the format of its backing file "
@@ -121,7 +125,7 @@ class QemuImg:
                     remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
                     f"{printable(info.get('backing-filename'))} {printable(overlay)}",
                 )
-            if path.startswith("json:") or "://" in path:
+            if "://" in path or (path.startswith("json:") and not _file_of(described)):
                 raise UnsupportedError(
                     f"the backing file {printable(path)} is not a local file",
                     remedy="map it through the monitor of a VM that has it open",
@@ -297,12 +301,35 @@ class QemuImg:
 
 def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:
     """Return blockdev options that open `file`, over exactly `backing`, probing nothing."""
-    options: dict[str, Any] = {"driver": fmt, "file": {"driver": "file", "filename": file}}
+    options: dict[str, Any] = _described(file) or {
+        "driver": fmt,
+        "file": {"driver": "file", "filename": file},
+    }
     if fmt in _WITH_BACKING:
         options["backing"] = (
             blockdev(backing[0].format, backing[0].file, backing[1:]) if backing else None
         )
     return options
+
+
+def _described(file: str) -> dict[str, Any]:
+    """Return what a `json:` file name says; nothing where the name is none."""
+    if not file.startswith("json:"):
+        return {}
+    try:
+        found = json.loads(file.removeprefix("json:"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _file_of(described: Mapping[str, Any]) -> str:
+    """Return the local file that such a description is of, or nothing."""
+    options: Any = described
+    while isinstance(options, dict) and "file" in options:
+        options = options["file"]
+    local = isinstance(options, dict) and options.get("driver") in ("file", "host_device")
+    return str(options.get("filename") or "") if local else ""
 
 
 _WITH_BACKING = frozenset({"qcow", "qcow2", "qed", "vmdk"})

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmpblock import hostfiles, luks
-from qmpblock.backingname import name_of_frozen, storage_of
+from qmpblock.backingname import name_of_frozen
+from qmpblock.backingproof import check_made, check_name
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, plan_snapshot
@@ -44,6 +45,7 @@ from qmpblock.job import Job
 from qmpblock.journal import Record
 from qmpblock.nodeoptions import aio_of, cache_options, overlay_options
 from qmpblock.openfiles import NOWHERE, OpenFiles, sees_directory
+from qmpblock.openings import storage_of
 from qmpblock.places import known
 from qmpblock.recoveryplan import Choice
 
@@ -160,6 +162,7 @@ async def snapshot(
         _unchanged(items, again)
         for item in items:
             await make_overlay(vm, change, item, format, local=item.local)
+        await prove(vm, change, items)
         await undisturbed(take(vm, items))
         await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
         await undisturbed(change.end())
@@ -220,9 +223,7 @@ async def _plan(
                 node,
                 f"{node}-file",
                 f"qmpblock-{run}-create-{number}",
-                name_of_frozen(
-                    graph, plan.active, places, directory, relative=naming != "absolute"
-                ),
+                name_of_frozen(plan.active, places, directory, relative=naming != "absolute"),
                 local=local,
             )
         )
@@ -307,6 +308,20 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
     assert change.journal is not None  # begin() wrote it
     change.journal.add(created=item.file, format=fmt)
     await execute("blockdev-add", item.node_options(None, fmt))
+
+
+async def prove(vm: VM, change: Change, items: list[Item]) -> None:
+    """See, at the last moment, that overlays are ours and that their headers lead back.
+
+    :raise Error: somebody has changed files meanwhile; nothing final was done.
+    """
+    graph = await vm.graph()
+    files = OpenFiles(vm.monitor.peer_pid)
+    places = files.places(graph.nodes.values())
+    made = change.journal.made() if change.journal is not None else {}
+    for item in items:
+        check_name(files, places, item.backing_name, item.file, item.plan.active)
+        check_made(places.get(item.storage), item.file, made.get(item.file))
 
 
 async def _create(vm: VM, job_id: str, options: dict[str, Any]) -> None:

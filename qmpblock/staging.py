@@ -48,7 +48,7 @@ from qmpblock.openfiles import sees_directory
 from qmpblock.pace import Speed
 from qmpblock.qemuimg import QemuImg, QemuIo
 from qmpblock.recoveryplan import Choice
-from qmpblock.snapshots import Item, make_file, make_overlay, take
+from qmpblock.snapshots import Item, make_file, make_overlay, prove, take
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -262,6 +262,7 @@ async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list
         min(active.node.cluster_size or _CLUSTER, _CLUSTER),
     )
     await make_overlay(vm, change, item, "qcow2", local=True)
+    await prove(vm, change, [item])
     await undisturbed(take(vm, [item]))
     chosen = await _choose(disk, change, where, size, had)
     if chosen:

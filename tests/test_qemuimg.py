@@ -1,5 +1,6 @@
 """Closed images, by qemu-img, and never by probing."""
 
+import json
 import shutil
 import subprocess
 
@@ -80,6 +81,42 @@ async def test_a_chain_that_bites_its_tail_ends(tmp_path):
 async def test_a_remote_backing_file_is_refused(tmp_path):
     create("-u", "-f", "qcow2", "-F", "raw", "-b", "nbd://host/x", "a.qcow2", "1M", cwd=tmp_path)
     with pytest.raises(UnsupportedError, match="not a local file"):
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+
+
+async def test_a_backing_file_that_is_described(tmp_path):
+    whole = tmp_path / "whole"
+    whole.write_bytes(bytes(1 << 20) + b"\x01" * (1 << 20))
+    file = {"driver": "file", "filename": str(whole)}
+    part = "json:" + json.dumps({"driver": "raw", "offset": 1 << 20, "size": 1 << 20, "file": file})
+    create("-f", "qcow2", "-F", "raw", "-b", part, "top.qcow2", cwd=tmp_path)
+    images = await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+    assert [(image.format, image.size) for image in images] == [
+        ("qcow2", 1 << 20),
+        ("raw", 1 << 20),
+    ]
+    found = await QemuImg().map(
+        blockdev(images[0].format, images[0].file, images[1:]), [image.format for image in images]
+    )
+    assert found.where(depth=1, data=True).total == 1 << 20
+    whole.unlink()
+    with pytest.raises(NotFoundError, match="backing file of"):
+        await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'json:{"driver":"raw","file":{"driver":"nbd","host":"h"}}',
+        'json:{"file":{"driver":"file","filename":"/dev/null"}}',
+        "json:[]",
+        "json:[",
+    ],
+)
+async def test_a_description_that_does_not_do(name, tmp_path):
+    """Of something remote; of what would have to be probed; of nothing."""
+    create("-u", "-f", "qcow2", "-F", "raw", "-b", name, "a.qcow2", "1M", cwd=tmp_path)
+    with pytest.raises(UnsupportedError, match=r"not a local file|does not record"):
         await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from chains import cli
 
+import qmpblock
+from qmpblock.errors import Error
 from qmpblock.testing.images import Tools
 
 pytestmark = pytest.mark.live
@@ -314,3 +316,242 @@ async def test_an_image_with_a_name_in_another_directory(images, start_qemu, inv
     await vm.quit()
     assert await images.content(top) == before
     assert await images.content(vm_dir / "store" / "real.qcow2") == before
+
+
+# what does not lead back by a plain name
+
+
+async def refused(vm, words, *reasons):
+    """Run a command that must be refused, with nothing touched."""
+    before = await vm.execute("query-named-block-nodes", flat=True)
+    code, _, err = await cli(*words)
+    assert code == 2, err
+    assert "nothing was touched" in err
+    for reason in reasons:
+        assert reason in err
+    after = await vm.execute("query-named-block-nodes", flat=True)
+    assert [one["node-name"] for one in after] == [one["node-name"] for one in before]
+
+
+PART = ",offset=1048576,size=4194304"
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+async def test_an_overlay_of_a_part_of_a_file(fmt, images, start_qemu, invariant, vm_dir):
+    """Recorded as a plain name, the overlay would show the file's beginning."""
+    whole = vm_dir / "whole.raw"
+    inner = await images.make("inner", (7, MIB, MIB), fmt=fmt, size=4 * MIB)
+    assert inner.stat().st_size <= 4 * MIB
+    whole.write_bytes(b"\x01" * MIB + inner.read_bytes().ljust(4 * MIB, b"\0") + b"\x02" * MIB)
+    before = await images.content(inner, fmt)
+    words = ["-blockdev", f"driver=file,node-name=f,filename={whole}"]
+    top = "slice"
+    words += ["-blockdev", f"driver=raw,node-name=slice,file=f{PART}"]
+    if fmt == "qcow2":
+        top = "d0"
+        words += ["-blockdev", "driver=qcow2,node-name=d0,file=slice"]
+    words += ["-device", f"virtio-blk-pci,drive={top},id=vd0"]
+    vm = await start_qemu([], extra=words)
+    if fmt == "raw":
+        await refused(vm, ("allocate", vm.monitor_path, "vd0", "--full"), "a part of a file")
+    overlay, second = vm_dir / "over.qcow2", vm_dir / "second.qcow2"
+    for file in (overlay, second):
+        code, _, err = await cli("snapshot", vm.monitor_path, f"vd0={file}")
+        assert code == 0, err
+        await guest(vm, "write -P 9 3M 64K" if file == overlay else "write -P 8 2M 64K")
+    invariant.forget(vm)
+    code, _, err = await cli("stream", vm.monitor_path, "vd0", "--base", "@2")
+    assert code == 0, err
+    code, out, err = await cli("map", vm.monitor_path, "vd0", "--layers", "--json")
+    assert code == 0, err
+    await vm.quit()
+    after = bytearray(before)
+    after[3 * MIB : 3 * MIB + 65536] = b"\x09" * 65536
+    assert await images.content(overlay) == after
+    after[2 * MIB : 2 * MIB + 65536] = b"\x08" * 65536
+    assert await images.content(second) == after
+    code, out, err = await cli("map", str(second), "--json")
+    assert code == 0, err
+    printed = await images.img("map", "-f", "qcow2", "--output=json", second)
+    kept = ("start", "length", "depth", "present", "zero", "data")
+    assert json.loads(out) == merged(
+        [{key: one[key] for key in kept} for one in json.loads(printed)]
+    )
+    # And in QEMU itself.
+    vm = await start_qemu([], extra=disk(second))
+    await guest(vm, "read -P 9 3M 64K")
+    await guest(vm, "read -P 8 2M 64K")
+    if fmt == "raw":
+        await guest(vm, "read -P 7 1M 1M")
+
+
+def merged(records):
+    """Merge neighbours that differ in nothing but their place."""
+    found = []
+    for one in records:
+        last = found[-1] if found else None
+        if last and {**last, "start": 0, "length": 0} == {**one, "start": 0, "length": 0}:
+            last["length"] += one["length"]
+        else:
+            found.append(dict(one))
+    return found
+
+
+@pytest.mark.parametrize("what", ["renamed", "replaced", "removed", "link", "data-file"])
+async def test_an_image_that_is_not_under_its_name_any_more(
+    what, images, start_qemu, invariant, vm_dir
+):
+    """At the next start QEMU would find another file, or none, without a word."""
+    options = ("data_file=" + str(vm_dir / "data"),) if what == "data-file" else ()
+    base = await images.make("store/base.qcow2", (1, MIB, MIB), options=options)
+    top = await images.make("store/top.qcow2", (2, 2 * MIB, MIB), backing="base.qcow2")
+    await images.make("store/other.qcow2", (6, 0, MIB))
+    name = top
+    if what == "link":
+        name = vm_dir / "store" / "link.qcow2"
+        name.symlink_to("top.qcow2")
+    elif what == "data-file":
+        name = base
+    vm = await start_qemu([], extra=disk(name))
+    saved = vm_dir / "store" / "saved"
+    if what == "renamed":
+        top.rename(saved)
+    elif what == "replaced":
+        os.link(top, saved)
+        (vm_dir / "store" / "other.qcow2").replace(top)
+    elif what == "removed":
+        os.link(top, saved)
+        top.unlink()
+    elif what == "link":
+        name.unlink()
+        name.symlink_to("other.qcow2")
+    else:
+        (vm_dir / "data").rename(vm_dir / "moved")
+        (vm_dir / "data").write_bytes(bytes(SIZE))
+    overlay = vm_dir / "store" / "over.qcow2"
+    words = ("snapshot", vm.monitor_path, f"vd0={overlay}")
+    await refused(vm, words, "who starts the VM by that name")
+    assert not overlay.exists()
+    if what != "data-file":
+        await refused(vm, ("allocate", vm.monitor_path, "vd0", "--full"))
+    # Given back its name, it goes.
+    if what == "link":
+        name.unlink()
+        name.symlink_to("top.qcow2")
+    elif what == "data-file":
+        (vm_dir / "moved").replace(vm_dir / "data")
+    else:
+        saved.replace(top)
+    code, _, err = await cli(*words)
+    assert code == 0, err
+    invariant.forget(vm)
+    await guest(vm, "write -P 9 8M 64K")
+    await vm.quit()
+    assert (await images.content(overlay))[8 * MIB] == 9
+
+
+@pytest.mark.parametrize("operation", ["pivot", "commit", "stream"])
+async def test_a_base_that_is_not_under_its_name_any_more(
+    operation, images, start_qemu, invariant, vm_dir
+):
+    """A commit would end in a file that no name leads to, a stream record another one's name."""
+    base = await images.make("base.qcow2", (1, MIB, MIB))
+    await images.make("middle.qcow2", (2, 2 * MIB, MIB), backing="base.qcow2")
+    top = await images.make("top.qcow2", (3, 3 * MIB, MIB), backing="middle.qcow2")
+    third = await images.make("third.qcow2", backing="top.qcow2")
+    before = await images.content(third)
+    vm = await start_qemu([], extra=disk(third))
+    os.link(base, vm_dir / "saved")
+    base.write_bytes((vm_dir / "saved").read_bytes())  # the same file still
+    base.unlink()
+    base.write_bytes((vm_dir / "saved").read_bytes())  # another one of the same content
+    words = {
+        "pivot": ("commit", vm.monitor_path, "vd0"),
+        "commit": ("commit", vm.monitor_path, "vd0", "--top", "@1", "--base", "@3"),
+        "stream": ("stream", vm.monitor_path, "vd0", "--base", "@3"),
+    }[operation]
+    await refused(vm, words, "is another file now")
+    (vm_dir / "saved").replace(base)
+    assert top.exists()
+    code, _, err = await cli(*words)
+    assert code == 0, err
+    invariant.forget(vm)
+    await vm.quit()
+    assert await images.content(base if operation == "pivot" else third) == before
+
+
+async def test_descriptors_that_were_passed(images, start_qemu, invariant, vm_dir, qemu_binary):
+    """/dev/fdset/N is no name for the next start; the file has one, which leads back."""
+    image = await images.make("store/disk.qcow2", (7, MIB, MIB))
+    qemu = wrapped(vm_dir, qemu_binary, before=f"exec 7<>{image}; exec 8<{image}")
+    sets = ["-add-fd", "fd=7,set=3", "-add-fd", "fd=8,set=3"]
+    vm = await start_qemu([], qemu=qemu, extra=[*sets, *disk("/dev/fdset/3")])
+    invariant.forget(vm)
+    code, _, err = await cli("allocate", vm.monitor_path, "vd0", "--full")
+    assert code == 0, err
+    overlay = vm_dir / "over.qcow2"
+    code, _, err = await cli("snapshot", vm.monitor_path, f"vd0={overlay}")
+    assert code == 0, err
+    await guest(vm, "write -P 9 8M 64K")
+    await vm.quit()
+    assert await images.backing(overlay) == "store/disk.qcow2"
+    content = await images.content(overlay)
+    assert content[MIB : 2 * MIB] == b"\x07" * MIB
+    assert content[8 * MIB] == 9
+    assert image.stat().st_blocks * 512 >= SIZE - MIB
+
+
+async def test_a_temporary_overlay(images, start_qemu, invariant, vm_dir):
+    """-snapshot: the overlay has no name from the beginning, and ends with the VM."""
+    image = await images.make("disk.qcow2", (7, MIB, MIB))
+    words = ["-drive", f"if=none,id=d0,file={image},format=qcow2,snapshot=on,discard=unmap"]
+    vm = await start_qemu([], extra=[*words, "-device", "virtio-blk-pci,drive=d0,id=vd0"])
+    overlay = vm_dir / "over.qcow2"
+    await refused(
+        vm, ("snapshot", vm.monitor_path, f"vd0={overlay}"), "has been removed", "-snapshot"
+    )
+    await refused(vm, ("allocate", vm.monitor_path, "vd0", "--full"), "has been removed")
+    assert not overlay.exists()
+
+
+async def test_a_data_file_that_only_the_command_line_names(images, start_qemu, invariant, vm_dir):
+    """The header names another; described in full, the image opens with the right one."""
+    first, second = vm_dir / "first", vm_dir / "second"
+    image = await images.make("disk.qcow2", (1, 0, MIB), options=(f"data_file={first}",))
+    shutil.copyfile(first, second)
+    with second.open("r+b") as file:
+        file.write(b"\x05" * MIB)
+    data = ["-blockdev", f"driver=file,node-name=data,filename={second}"]
+    vm = await start_qemu([], extra=[*data, *disk(image, more=",data-file=data")])
+    await guest(vm, "read -P 5 0 1M")
+    overlay = vm_dir / "over.qcow2"
+    code, _, err = await cli("snapshot", vm.monitor_path, f"vd0={overlay}")
+    assert code == 0, err
+    invariant.forget(vm)
+    await vm.quit()
+    assert (await images.content(overlay))[: 2 * MIB] == b"\x05" * MIB + bytes(MIB)
+
+
+@pytest.mark.parametrize("operation", ["pivot", "stream"])
+async def test_a_base_that_is_renamed_while_the_job_runs(
+    operation, images, start_qemu, invariant, vm_dir
+):
+    """Seen before the job is finalized: the chain stays as it was."""
+    base = await images.make("base.qcow2", (1, MIB, MIB))
+    await images.make("middle.qcow2", (2, 2 * MIB, MIB), backing="base.qcow2")
+    top = await images.make("top.qcow2", (3, 3 * MIB, MIB), backing="middle.qcow2")
+    before = await images.content(top)
+    vm = await start_qemu([], extra=disk(top))
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        subject = await controller.disk("vd0")
+        do = subject.commit if operation == "pivot" else subject.stream
+        with pytest.raises(Error, match="who starts the VM by that name") as caught:
+            async with do(base="@2"):
+                base.rename(vm_dir / "moved")
+        assert "the chain is as it was" in str(caught.value)
+        await subject.refresh()
+        assert len(subject.chain.layers) == 3
+    invariant.forget(vm)  # the images hold what was copied by then
+    await vm.quit()
+    (vm_dir / "moved").rename(base)
+    assert await images.content(top) == before
