@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from qmpblock.errors import printable
@@ -14,6 +15,7 @@ __all__ = [
     "is_running",
     "pid_namespace",
     "start_time",
+    "times_slept",
 ]
 
 
@@ -62,3 +64,16 @@ def start_time(pid: int) -> int | None:
 def is_running(pid: int, start: int, boot: str) -> bool:
     """Whether exactly that process runs on this host."""
     return pid > 0 and boot == boot_id() and start_time(pid) == start
+
+
+def times_slept(pid: int | None, thread: int) -> int | None:
+    """Return how often a thread has gone to sleep by itself; None where that cannot be seen.
+
+    :param thread: its id as the process itself knows it, which is another in another namespace.
+    """
+    try:
+        text = Path(f"/proc/{pid}/task/{thread}/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else None

@@ -38,6 +38,7 @@ from qmpblock import lock
 from qmpblock.cancellation import undisturbed
 from qmpblock.capabilities import Capabilities
 from qmpblock.errors import CommandError, DisconnectedError, Error, RecordError
+from qmpblock.hostprocess import times_slept
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
 from qmpblock.versioned import UnreadableError, read
@@ -53,7 +54,9 @@ _log = logging.getLogger(__name__)
 # Nanoseconds: so long that a thread which begins to poll does it once for certain, whatever it
 # has learned. No user's value: whoever finds it knows that a controller was killed.
 _WAKING = 3600 * 10**9
-_AWAKE = 0.02  # seconds; three times 0.01 was too short for 1 of 40 hung guests on a busy host
+_CLOCK = 32768 - 1  # nanoseconds; QEMU's default but for the last bit: no user's value either
+_AWAKE = 0.02  # seconds for a thread that has a CPU to look at its queues
+_BUSY = 1.0  # seconds that a busy host may take to give it one
 _PENDING = 2.0  # seconds to wait for a pivot of somebody's that is pending
 
 
@@ -195,8 +198,7 @@ async def _join_in_turn(monitor: Monitor, guard: _Ours, run: str) -> None:
                 "object-add",
                 {"qom-type": "secret", "id": f"{GUARDS}{run}", "data": holder.text()},
             )
-        for name in polling:
-            await _set(monitor, name, 0)
+        await _set(monitor, dict.fromkeys(polling, 0))
         for name in dead:  # what they say, ours says
             await lock.release(monitor, name)
     finally:
@@ -208,8 +210,7 @@ async def _leave(monitor: Monitor, guard: _Ours) -> None:
     try:
         await lock.acquire(monitor, LOCK, me, _nothing, stall=monitor.stall)
         try:
-            if await _wait_for_pivots(monitor):
-                await _put_back(monitor, guard)
+            if await _put_back(monitor, guard):
                 await lock.release(monitor, f"{GUARDS}{guard.run}")
             else:
                 _log.warning("a pivot is pending: polling stays off until the next command of ours")
@@ -221,8 +222,11 @@ async def _leave(monitor: Monitor, guard: _Ours) -> None:
         raise
 
 
-async def _put_back(monitor: Monitor, guard: _Ours) -> None:
-    """Set what no other living guard says to what it was, where it is as we left it."""
+async def _put_back(monitor: Monitor, guard: _Ours) -> bool:
+    """Set what no other living guard says to what it was, where it is as we left it.
+
+    Returns False, and leaves all as it is, while somebody's pivot is pending.
+    """
     others = await _others(monitor, guard.run)
     wanted = {
         name
@@ -235,13 +239,15 @@ async def _put_back(monitor: Monitor, guard: _Ours) -> None:
         for name, value in (await _poll_max_ns(monitor)).items()
         if name in guard.values and name not in wanted and not _is_set(value)
     }
+    if ours and not await _wait_for_pivots(monitor):
+        return False
     if guard.wake and not wanted and ours:
-        for name in ours:
-            await _set(monitor, name, _WAKING)
-        await asyncio.sleep(_AWAKE)
-    for name, value in ours.items():
-        if value or guard.wake:
-            await _set(monitor, name, value)
+        # With 0 a thread keeps no clock of its turns, and takes the next one for a very long one,
+        # after which it does not poll; so another value comes first.
+        await _set(monitor, dict.fromkeys(ours, _CLOCK))
+        await _set(monitor, dict.fromkeys(ours, _WAKING), rest=_AWAKE)
+    await _set(monitor, {name: value for name, value in ours.items() if value or guard.wake})
+    return True
 
 
 async def _nothing(_: Holder) -> None:
@@ -267,7 +273,7 @@ async def _others(monitor: Monitor, run: str) -> dict[str, tuple[Holder, Guard]]
 
 def _is_set(value: int) -> bool:
     """Whether a user's will stands in a thread's poll-max-ns, and not ours."""
-    return value not in (0, _WAKING)
+    return value not in (0, _CLOCK, _WAKING)
 
 
 async def _poll_max_ns(monitor: Monitor) -> dict[str, int]:
@@ -276,14 +282,36 @@ async def _poll_max_ns(monitor: Monitor) -> dict[str, int]:
     }
 
 
-async def _set(monitor: Monitor, name: str, value: int) -> None:
-    try:
-        await monitor.execute(
-            "qom-set", {"path": f"/objects/{name}", "property": "poll-max-ns", "value": value}
-        )
-    except CommandError as error:
-        if error.error_class != "DeviceNotFound":  # unplugged meanwhile
-            raise
+async def _set(monitor: Monitor, values: Mapping[str, int], rest: float = 0) -> None:
+    """Set poll-max-ns of threads, and wait until each has taken notice: it goes to sleep again.
+
+    On a busy host it may take a while until it gets a CPU. Were a drain to begin before that, a
+    thread that polls would end it in the drain. Where it cannot be seen it is given some time.
+
+    :param rest: seconds to wait once they have.
+    """
+    threads = {one["id"]: one["thread-id"] for one in await monitor.execute("query-iothreads")}
+    pid = monitor.peer_pid
+    seen = {}
+    for name, value in values.items():
+        if name in threads:
+            seen[threads[name]] = times_slept(pid, threads[name])
+        try:
+            await monitor.execute(
+                "qom-set", {"path": f"/objects/{name}", "property": "poll-max-ns", "value": value}
+            )
+        except CommandError as error:
+            if error.error_class != "DeviceNotFound":  # unplugged meanwhile
+                raise
+    deadline = asyncio.get_running_loop().time() + _BUSY
+    for thread, before in seen.items():
+        if before is None:
+            await asyncio.sleep(_AWAKE)
+        while before is not None and times_slept(pid, thread) == before:
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.001)
+    await asyncio.sleep(rest)
 
 
 async def _is_pivot_pending(monitor: Monitor) -> bool:

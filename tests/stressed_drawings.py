@@ -255,9 +255,11 @@ class _Round:
 
     async def _some_writes(self, vm, count):
         """Wait until so many writes are acknowledged."""
-        async with asyncio.timeout(_STALL):
-            while (await vm.guest.progress()).acked < count:
-                await asyncio.sleep(0.005)
+        deadline = asyncio.get_running_loop().time() + _STALL
+        while (seen := await vm.guest.progress()).acked < count:
+            if asyncio.get_running_loop().time() > deadline:
+                raise AssertionError(f"the guest hangs: {seen}\n{await vm.diagnose()}")
+            await asyncio.sleep(0.005)
 
     def _backing(self, vm):
         return [image.path for image in vm.disks[0].active.chain()[1:]]

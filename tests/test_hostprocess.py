@@ -3,11 +3,20 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from qmpblock.hostprocess import boot_id, command_line, is_running, pid_namespace, start_time
+from qmpblock.hostprocess import (
+    boot_id,
+    command_line,
+    is_running,
+    pid_namespace,
+    start_time,
+    times_slept,
+)
 
 PROGRAM = "print(flush=True); input()"
 
@@ -91,3 +100,12 @@ def test_a_command_name_full_of_traps(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_how_often_a_thread_has_slept():
+    me, thread = os.getpid(), threading.get_native_id()
+    before = times_slept(me, thread)
+    time.sleep(0.01)
+    assert times_slept(me, thread) > before
+    assert times_slept(None, thread) is None
+    assert times_slept(me, 1 << 30) is None

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmpblock.errors import Error, printable
+from qmpblock.errors import CommandError, Error, printable
 from qmpblock.monitor import Monitor
 
 __all__ = ["Look", "Queue", "diagnose", "look", "wake"]
@@ -34,6 +34,8 @@ _ANSWER = 5.0  # seconds for QEMU to answer one question
 _MOVES = 1.0  # seconds in which a guest that was woken goes on
 _POLL = 0.02  # seconds
 _POLLING = 3600 * 10**9  # nanoseconds: a thread that begins to poll does it once for certain
+_CLOCK = 32768  # nanoseconds; a thread whose value was 0 must have slept with another one first
+_QUEUES = 1024  # of one device, at most (VIRTIO_QUEUE_MAX)
 _PIDFD_GETFD = 438  # the system call, on every architecture but alpha
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -211,10 +213,16 @@ async def _ask(monitor: Monitor, command: str, **arguments: object) -> Any:
 
 
 async def _queues(monitor: Monitor, path: str) -> list[Queue]:
-    status = await _ask(monitor, "x-query-virtio-status", path=path)
+    """Look at every queue of a device.
+
+    How many there are, x-query-virtio-status tells, which makes QEMU 11.1 abort.
+    """
     found = []
-    for number in range(int(status.get("num-vqs", 0))):
-        one = await _ask(monitor, "x-query-virtio-queue-status", path=path, queue=number)
+    for number in range(_QUEUES):
+        try:
+            one = await _ask(monitor, "x-query-virtio-queue-status", path=path, queue=number)
+        except CommandError:
+            break
         if one["vring-desc"]:  # else the guest does not use it
             found.append(await _queue(monitor, path, number, one))
     return found
@@ -303,7 +311,7 @@ async def _kick(pid: int, fd: int) -> None:
 async def _poll_once(monitor: Monitor) -> None:
     """Have each iothread poll once: it then looks at all of its queues."""
     before = await _ask(monitor, "query-iothreads")
-    for value in (_POLLING, None):
+    for value in (_CLOCK, _POLLING, None):
         for thread in before:
             await _ask(
                 monitor,
