@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -200,7 +200,7 @@ async def find_place(disk: Disk) -> Place:
         return Place(file, active, start, disk.size)
     if active.data_file is not None:
         # A guest's byte lies at its own offset there, whatever data_file_raw says.
-        data = Layer(0, active.node, active.data_file)
+        data = replace(active, storage=active.data_file)
         return Place(host_file(disk, data), data, 0, disk.size)
     extents = any(edge.name.startswith("extents.") for edge in active.node.children)
     if active.format not in _GROWING or extents:

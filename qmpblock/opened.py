@@ -20,7 +20,7 @@ from typing import Any
 from qmpblock.errors import UnsupportedError, printable
 from qmpblock.graph import FILTERS, BlockGraph, Layer, Node
 
-__all__ = ["alone", "as_text", "from_text", "is_nested", "is_plain", "opened"]
+__all__ = ["alone", "as_text", "from_text", "in_part", "is_nested", "is_plain", "opened"]
 
 _LEAVES = ("file", "host_device")
 _PLACE = ("offset", "size")  # options of the raw format that say which part of the file it is
@@ -116,6 +116,20 @@ def is_nested(options: dict[str, Any]) -> bool:
 def alone(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that open an image without what lies below it."""
     return options | {"backing": None} if "backing" in options else options
+
+
+def in_part(layer: Layer) -> bool:
+    """Whether an image lies in a part of its file: byte 0 of the one is not that of the other.
+
+    A raw node says so, the format node itself or one between it and the storage; one whose options
+    cannot be read counts as such.
+    """
+    for node in (layer.node, *layer.between):
+        if node.driver == "raw" and node.filename.startswith("json:"):
+            said = from_text(node.filename.removeprefix("json:"))
+            if not said or any(key in said for key in _PLACE):
+                return True
+    return False
 
 
 def as_text(options: dict[str, Any]) -> str:

@@ -23,7 +23,6 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.graph import Layer
 from qmpblock.headroom import RoomPlan, plan_room
 from qmpblock.openfiles import sees_directory
 from qmpblock.planning import growth_warning
@@ -275,7 +274,7 @@ async def _map_of_file(
 def _room(disk: Disk, wanted: DiskPolicy, needed: int) -> Room | None:
     active = disk.chain.active
     if active.data_file is not None:
-        active = Layer(0, active.node, active.data_file)
+        active = replace(active, storage=active.data_file)
     path = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
     if path is not None:
         return Room.of(path, wanted.keep_free, needed)

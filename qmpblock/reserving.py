@@ -12,12 +12,14 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles
 from qmpblock.errors import Error, UnsupportedError, printable
 from qmpblock.graph import Layer
+from qmpblock.opened import in_part
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -46,12 +48,6 @@ async def raw_file(disk: Disk) -> tuple[str, int] | None:
     """
     active = disk.chain.active
     if active.format == "raw":
-        if active.node.filename.startswith("json:"):
-            raise UnsupportedError(
-                f"{printable(active.file)} is a raw image with options (a part of a file, say): "
-                "where its data lies cannot be told",
-                standing="nothing was touched",
-            )
         start = 0
     elif active.format == "luks":
         start = int((await _format_specific(disk, active)).get("payload-offset", 0))
@@ -59,7 +55,7 @@ async def raw_file(disk: Disk) -> tuple[str, int] | None:
         active.data_file is not None
         and (await _format_specific(disk, active)).get("data-file-raw") is True
     ):
-        active = Layer(0, active.node, active.data_file)
+        active = replace(active, storage=active.data_file)
         start = 0
     else:
         return None
@@ -69,9 +65,16 @@ async def raw_file(disk: Disk) -> tuple[str, int] | None:
 def host_file(disk: Disk, layer: Layer) -> str:
     """Return the path on this host of the file that a layer is stored in.
 
-    :raise UnsupportedError: it is a block device, or cannot be reached from here.
+    :raise UnsupportedError: it is a block device or a part of a file, or cannot be reached from
+        here.
     """
     storage = layer.storage
+    if in_part(layer):
+        raise UnsupportedError(
+            f"{printable(layer.file)} is a file of which the image is only a part: space cannot be "
+            "reserved there",
+            standing="nothing was touched",
+        )
     if storage is not None and storage.driver == "host_device":
         raise UnsupportedError(
             f"{printable(storage.filename)} is a block device: its space is its own already, and "

@@ -5,7 +5,7 @@ from drawing import Drawing
 
 from qmpblock.errors import UnsupportedError
 from qmpblock.graph import BlockGraph, Edge, Layer, Node
-from qmpblock.opened import alone, as_text, from_text, is_nested, is_plain, opened
+from qmpblock.opened import alone, as_text, from_text, in_part, is_nested, is_plain, opened
 
 PART = 'json:{"driver": "raw", "offset": 1048576, "size": 4096, "file": {}}'
 
@@ -167,3 +167,18 @@ def test_the_data_file_that_the_header_records_comes_from_qemu():
     drawing = Drawing().image("d0")
     drawing.nodes["d0"]["image"]["format-specific"] = {"data": {"data-file": "x"}}
     assert drawing.graph().nodes["d0"].data_filename == "x"
+
+
+def test_whether_an_image_lies_in_a_part_of_its_file():
+    def layer(filename, *, raw):
+        drawing = Drawing().image("d0", "raw" if raw else "qcow2", under=None if raw else "r")
+        drawing.filter("r", "raw", "d0-f").device("d0")
+        drawing.nodes["d0" if raw else "r"]["file"] = filename
+        return drawing.graph().device("vd0").chain.active
+
+    for raw in (True, False):
+        assert not in_part(layer("/i/d0", raw=raw))
+        assert not in_part(layer('json:{"driver": "raw", "file": {"driver": "throttle"}}', raw=raw))
+        assert in_part(layer('json:{"driver": "raw", "offset": 512, "file": {}}', raw=raw))
+        assert in_part(layer('json:{"driver": "raw", "size": 512, "file": {}}', raw=raw))
+        assert in_part(layer('json:{"driver": "raw", "file": {"dri', raw=raw))
