@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qmpblock import hostfiles
 from qmpblock.errors import CommandError, GraphError, NBDError, RangeError, ToolError
 from qmpblock.graph import Chain, Device, Layer
+from qmpblock.opened import in_part
 from qmpblock.openings import is_plain
 
 if TYPE_CHECKING:
@@ -407,9 +408,8 @@ async def read_map(client: Client, chain: Chain, offset: int, length: int) -> Al
 
 
 def _is_part(layer: Layer) -> bool:
-    """Whether a layer may be only a part of its file, which QEMU tells by a json: name."""
-    raw = layer.format == "raw" and layer.node.filename.startswith("json:")
-    return raw or (layer.data_file is None and not is_plain(layer, {}))
+    """Whether a layer may be only a part of its file, or not what its file name opens."""
+    return in_part(layer) or (layer.data_file is None and not is_plain(layer, {}))
 
 
 def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
