@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from qmpblock import hostfiles, lock
+from qmpblock import hostfiles, lock, ownership
 from qmpblock.cancellation import undisturbed
 from qmpblock.change import LOCKS, Change, lock_name
 from qmpblock.errors import (
@@ -29,6 +29,7 @@ from qmpblock.errors import (
     NotFoundError,
     RequestError,
     StalledError,
+    UnsupportedError,
     printable,
 )
 from qmpblock.graph import BlockGraph, Device
@@ -45,6 +46,7 @@ from qmpblock.headroom import (
 )
 from qmpblock.hostprocess import start_time
 from qmpblock.lock import Holder
+from qmpblock.ownership import Owner
 from qmpblock.policyfile import Amount
 from qmpblock.ranges import Ranges
 from qmpblock.versioned import UnreadableError, read
@@ -170,6 +172,7 @@ class _Watcher:
         start = start_time(pid)
         with monitor.subscribe(_EVENT, match=self._is_ours) as events:
             try:
+                await ownership.ask(monitor, [self._disk.device])
                 await lock.acquire(
                     monitor, self._lock, self._holder(), self._undo, stall=0, remedy=_REMEDY
                 )
@@ -235,6 +238,8 @@ class _Watcher:
             self._settled = False
 
     async def _look(self) -> None:
+        if not await self._is_ours_still():
+            return
         names = await self._names()
         if (self._place is None or names != self._seen) and not await self._follow(names):
             return
@@ -247,6 +252,20 @@ class _Watcher:
         await self._top_up(place)
         if not self._settled:
             await self._arm(place)
+
+    async def _is_ours_still(self) -> bool:
+        """Whether to go on now: not while a migration is under way, whose end is waited for.
+
+        :raise UnsupportedError: it has gone through: the room is the destination's to keep.
+        """
+        found = await ownership.look(self._vm.monitor, [self._disk.device])
+        if found.owner not in (Owner.THIS, Owner.LEAVING):
+            raise UnsupportedError(
+                found.why,
+                standing="what is reserved stays so, and nothing of ours is left in the VM",
+                remedy=found.remedy,
+            )
+        return found.owner is Owner.THIS
 
     async def _names(self) -> tuple[object, ...]:
         """Return the nodes from the disk's root down to its storage: cheap, and tells of most."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles
+from qmpblock import hostfiles, ownership
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.change import Change, identify, lock_names, make_way
@@ -34,6 +34,7 @@ from qmpblock.errors import (
 )
 from qmpblock.job import Progress
 from qmpblock.journal import Record
+from qmpblock.managers import Work
 from qmpblock.pace import RateMeter, Speed
 from qmpblock.planning import Batch, below, dataless, growth_warning, requests, rounded
 from qmpblock.ranges import Ranges
@@ -100,9 +101,12 @@ async def allocate(
 ) -> AllocationResult:
     """Make a range stand in the active layer. See `Disk.allocate`."""
     started = time.monotonic()
+    await ownership.ask(disk.vm.monitor, [disk.device])
     await make_way(disk.vm, lock_names([disk.device]))
     await disk.refresh()
     active = disk.chain.active
+    if independent and len(disk.chain.layers) > 1:
+        await ownership.ask_for_change(disk.vm, Work("independent", active.file))
     offset, length = check_range(disk.size, offset, length)
     cluster = active.node.cluster_size or 512
     first, count = rounded(offset, length, cluster, disk.size)
@@ -149,6 +153,7 @@ async def allocate_ranges(
     raw = await raw_file(disk) if full else None
     if full and raw is None:
         await check_staged(disk)
+        await ownership.ask_for_change(disk.vm, Work("reserve", disk.chain.active.file))
     if not where:
         return found
     speed = speed or Speed()
@@ -164,6 +169,7 @@ async def allocate_ranges(
         meter = _Report(0, 0, progress, "reserving")
         if raw is not None:
             file, begin = raw
+            await ownership.ask(disk.vm.monitor, [disk.device], standing=None)
             in_file = [(begin + start, begin + stop) for start, stop in where]
             done = await reserve_ranges(file, in_file, speed=speed, tell=meter.set)
             found = replace(found, reserved=done)
@@ -351,6 +357,7 @@ async def _bring_up(
                 if 0 < before <= left:
                     break
     except (CommandError, NBDError):
+        await ownership.ask(disk.vm.monitor, [disk.device], standing=None)
         await disk.refresh()
         _check_active(disk, active)
         raise
@@ -463,6 +470,7 @@ async def _cache(
 
 
 async def _check_export(disk: Disk, client: Client) -> None:
+    await ownership.ask(disk.vm.monitor, standing=None)  # where QEMU is not held from migrating
     wanted = disk.chain.active.node.name
     for export in await disk.vm.monitor.execute("query-block-exports"):
         if export["id"] == client.export and export["node-name"] != wanted:

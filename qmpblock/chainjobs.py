@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qmpblock import ownership
 from qmpblock.backingproof import check_record
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainplan import (
@@ -51,6 +52,7 @@ from qmpblock.graph import Chain, Device, Layer, Node
 from qmpblock.heldio import check_held_io
 from qmpblock.hostprocess import command_line
 from qmpblock.job import Job, Progress
+from qmpblock.managers import Work
 from qmpblock.opened import as_text, is_plain, opened
 from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.places import Place
@@ -207,12 +209,15 @@ def _helper(run: str, bitmap: NewBitmap) -> str:
 
 
 async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
+    await ownership.ask(disk.vm.monitor, [disk.device])
     await make_way(disk.vm, lock_names([disk.device]))
     graph = await disk.vm.graph()
     disk.device = graph.device(disk.device.qom_path)
     places = OpenFiles(disk.vm.monitor.peer_pid).places(graph.nodes.values())
     plan: StreamPlan | CommitPlan = make(graph, disk.device, places)
     _check_copy_on_read(disk.vm, plan)
+    if plan.leaving:
+        await ownership.ask_for_change(disk.vm, _work(disk, plan))
     if isinstance(plan, CommitPlan) and plan.pivots and plan.leaving:
         await check_held_io(
             disk.vm.monitor,
@@ -221,6 +226,18 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
             "the VM is off",
         )
     return plan
+
+
+def _work(disk: Disk, plan: StreamPlan | CommitPlan) -> Work:
+    """Say what is to be done, for a manager that does it by itself."""
+    base = plan.base.file if plan.base is not None and plan.base.depth else ""
+    lowest = plan.base is not None and plan.base.depth == len(disk.chain.layers) - 1
+    active = disk.chain.active.file
+    if isinstance(plan, StreamPlan):
+        return Work("stream", active, plan.top.file if plan.top.depth else "", base)
+    if plan.pivots:
+        return Work("pivot", active, base="" if lowest else base)
+    return Work("commit", active, plan.top.file, base)
 
 
 def _check_copy_on_read(vm: VM, plan: StreamPlan | CommitPlan) -> None:
@@ -322,12 +339,21 @@ async def _running(
     try:
         async with _or_undo(change):
             explicit = await _prepare(disk, plan, record)
+            await ownership.ask(vm.monitor, [plan.device], standing=None)
             try:
                 await job.start(command, {**arguments, "on-error": "enospc"})
             except CommandError as error:
                 raise _refusal(disk.vm, plan, error) from None
             driver = asyncio.ensure_future(
-                drive(vm, record, change.journal, job, plan.device, throttle_guest=throttle_guest)
+                drive(
+                    vm,
+                    record,
+                    change.journal,
+                    job,
+                    plan.device,
+                    throttle_guest=throttle_guest,
+                    held=change.held,
+                )
             )
             driver.add_done_callback(lambda _: job.end())
             try:
@@ -471,7 +497,8 @@ async def carry_on(vm: VM, change: Change) -> Progress | None:
             known = graph.job(record.job)
             if known is not None and known.status != "concluded":
                 job.complete()
-                await drive(vm, record, change.journal, job, device_of(record, graph))
+                device = device_of(record, graph)
+                await drive(vm, record, change.journal, job, device, held=change.held)
             elif known is not None and known.error is not None:
                 raise JobError(job.id, job.type, known.error)
             await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))

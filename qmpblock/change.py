@@ -3,14 +3,17 @@
 ::
 
     begin                                    end
-    1. no iothread polls (polling.py)        1. remove the journal
-    2. lock each disk (objects in QEMU)      2. iothreads poll again
-    3. write the journal, fsynced            3. release the locks
+    1. no iothread polls (polling.py)        1. let QEMU migrate again
+    2. lock each disk (objects in QEMU)      2. remove the journal
+    3. QEMU migrates nothing from now on     3. iothreads poll again
+    4. write the journal, fsynced            4. release the locks
 
-The lock outlasts the journal on both sides: a journal without a lock belongs to a QEMU that is
-gone. What lies between is undone, or carried on, by one piece of code, whoever does it: this
-controller after an error or a cancellation, the next one after this one was killed, or
-`qmpblock recover` (`settle`, which performs what `qmpblock.recoveryplan` says).
+It begins only where the images are this QEMU's (`qmpblock.ownership`), and they stay so, for QEMU
+refuses to migrate meanwhile (`qmpblock.nomigration`). The lock outlasts the journal on both sides:
+a journal without a lock belongs to a QEMU that is gone. What lies between is undone, or carried
+on, by one piece of code, whoever does it: this controller after an error or a cancellation, the
+next one after this one was killed, or `qmpblock recover` (`settle`, which performs what
+`qmpblock.recoveryplan` says).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles, lock, polling
+from qmpblock import hostfiles, lock, ownership, polling
 from qmpblock.cancellation import undisturbed
 from qmpblock.driving import (
     before_finalize,
@@ -43,6 +46,7 @@ from qmpblock.job import Job
 from qmpblock.journal import Journal, discard_torn, survey
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import monitor_name
+from qmpblock.nomigration import allow_migration, blocker_name, forbid_migration
 from qmpblock.record import Record, VMIdentity
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
 from qmpblock.versioned import UnreadableError
@@ -158,6 +162,7 @@ class Change:
         self.vm = vm
         self.record = record
         self.journal: Journal | None = None
+        self.held = False  # whether QEMU refuses to migrate meanwhile
         self._beside = beside
         self._journaled = journaled
         self._locked: list[str] = []
@@ -177,13 +182,15 @@ class Change:
         return Holder.me(self.record.run, record=said)
 
     async def begin(self) -> None:
-        """Take the locks, write the journal. Cancelling leaves nothing.
+        """Take the locks, hold the VM where it is, write the journal. Cancelling leaves nothing.
 
         What a dead controller left on one of the disks is undone first.
 
+        :raise UnsupportedError: the images are not this QEMU's, or not for long.
         :raise BusyError: another controller is at work on one of the disks.
         :raise Error: the journal cannot be written.
         """
+        await ownership.ask(self.vm.monitor)
         await self._hold_polling()
         try:
             for name in sorted(self.record.locks):
@@ -196,6 +203,8 @@ class Change:
                     remedy=_OWN_REMEDY,
                 )
                 self._locked.append(name)
+            self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
+            await ownership.ask(self.vm.monitor)
             if self._journaled:
                 self.journal = Journal.create(self.record, self._beside)
         except BusyError as error:
@@ -236,6 +245,7 @@ class Change:
                 await undisturbed(self._let_go_polling())
         if adopted:
             self._locked = list(self.record.locks)
+            self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
             if journal is None:
                 discard_torn(self.record)
             self.journal = journal or Journal.create(self.record, self._beside)
@@ -244,6 +254,8 @@ class Change:
     async def end(self) -> None:
         """Remove the journal, release the locks: the change is done, or undone. Idempotent."""
         try:
+            if self._locked:  # QEMU may die at any command: the journal must not go before
+                await allow_migration(self.vm.monitor, self.record.run)
             if self.journal is not None:
                 self.journal.remove()
         finally:
@@ -401,6 +413,7 @@ async def undo_dead_change(
     discard_torn(record)
     journal = find_journal(record)
     await settle(vm, record, journal, Choice.UNDO, tell)
+    await allow_migration(vm.monitor, record.run)
     if journal is not None:
         journal.remove()
     for name in record.locks:
@@ -416,6 +429,7 @@ def check_all_said(dead: Holder, record: Record | None, graph: BlockGraph, name:
     :raise RecordError: there is a job or node that it does not tell of: another version made it.
     """
     said = {record.job, *record.helpers, *record.nodes} if record is not None else set()
+    said.add(blocker_name(dead.run))
     prefix = f"qmpblock-{dead.run}-"
     for one in (*(job.id for job in graph.jobs), *graph.nodes):
         if one.startswith(prefix) and one not in said:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles
+from qmpblock import hostfiles, ownership
 from qmpblock.errors import CommandError, GraphError, NBDError, RangeError, ToolError
 from qmpblock.graph import Chain, Device, Layer
 from qmpblock.opened import in_part
@@ -104,6 +104,8 @@ class Disk:
         :param reserved: also mark what raw layers on this host have fallocated but not
             written (by FIEMAP).
         :raise RangeError: the range is not inside the disk; nothing was touched.
+        :raise UnsupportedError: the VM waits for a migration, is being migrated or was migrated
+            away (or: see `qmpblock.export.exports`).
         :raise GraphError: another controller keeps changing the chain.
         :raise Error: see `qmpblock.export.exports`.
         """
@@ -329,11 +331,22 @@ class Disk:
         try:
             yield
         except (NBDError, CommandError, GraphError):
+            await self._still_ours()
             await self.refresh()
             if self.chain.shape == chain.shape:
                 raise
         else:
+            await self._still_ours()
             await self.refresh()
+
+    async def _still_ours(self) -> None:
+        """See that no migration has taken the images meanwhile: what was read is the past then.
+
+        :raise UnsupportedError: one has, or is about to.
+        """
+        await ownership.ask(
+            self.vm.monitor, [self.device], standing="nothing of ours is left in the VM"
+        )
 
     async def _frozen_layers(self, chain: Chain) -> dict[int, LayerMap]:
         from qmpblock.qemuimg import QemuImg, blockdev

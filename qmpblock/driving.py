@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qmpblock import ownership
 from qmpblock.backingproof import check_record
 from qmpblock.cancellation import undisturbed
 from qmpblock.capabilities import Capabilities
@@ -75,6 +76,7 @@ async def drive(
     device: Device | None,
     *,
     throttle_guest: int = 0,
+    held: bool = True,
 ) -> None:
     """Follow a job to its end, doing what is ours to do on the way.
 
@@ -82,13 +84,18 @@ async def drive(
 
     :param device: the job's disk, to flush it and to slow it down; a pivot needs none.
     :param throttle_guest: see `Disk.commit`.
+    :param held: whether QEMU refuses to migrate meanwhile (`qmpblock.nomigration`). Where it does
+        not, a migration that begins ends the job: it would write on where the images have gone.
     :raise JobError: QEMU's verdict is a failure.
+    :raise UnsupportedError: a migration began.
     """
     asked, finalized, slowed = False, False, False
     asked_at = 0.0
     last: Progress | None = None
     async for seen in job.follow(converging=vm.stall):
         last = seen
+        if not held and not finalized and seen.status != "concluded":
+            await ownership.ask(vm.monitor, standing=None)
         if seen.status == "pending" and not finalized:
             finalized = True
             try:

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock import lock
+from qmpblock import lock, ownership
 from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
 from qmpblock.cancellation import undisturbed
 from qmpblock.capabilities import Capabilities
@@ -83,6 +83,7 @@ LOCK = "qmpblock-nbd"
 
 _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16
+_NOTHING_LEFT = "nothing of ours is left in the VM"
 _BOOTING = 1.0  # seconds to wait for a guest that is about to drive its disk
 
 
@@ -134,7 +135,8 @@ async def exports(
     On leaving, by whatever way, all that was added to QEMU is removed again. Cancelling
     waits for that; it takes milliseconds.
 
-    :raise UnsupportedError: not safe, or not possible, over this monitor.
+    :raise UnsupportedError: not safe, or not possible, over this monitor; or the images are not
+        this QEMU's (`qmpblock.ownership`).
     :raise BusyError: a foreign NBD server listens in this VM, or another controller of
         ours does not let go.
     :raise CommandError: QEMU refused an export.
@@ -151,7 +153,7 @@ async def exports(
                 clients = [await session.connect(slot) for slot in session.slots]
             except CommandError as error:
                 if error.standing is None:
-                    error.standing = "nothing of ours is left in the VM"
+                    error.standing = _NOTHING_LEFT
                 raise
             yield clients
         finally:
@@ -192,6 +194,7 @@ class _Session:
         self.custody = monitor.can_pass_fds
         self.iothreads: list[dict[str, Any]] | None = None  # where that had to be asked
         self.iothread: str | None = None
+        self.devices: tuple[Device, ...] = ()
         self.locked = False
         self.server = False
         self.unsure = False  # whether the server that runs is ours
@@ -204,6 +207,8 @@ class _Session:
 
     async def check(self, device: Device) -> None:
         """Refuse what this QEMU or this transport cannot do safely."""
+        self.devices = (device,)
+        await ownership.ask(self.monitor, [device])
         address = self.monitor.address
         capabilities = Capabilities(self.monitor.version)
         if capabilities.nbd_clients_endanger_iothreads:
@@ -295,7 +300,7 @@ class _Session:
         except OSError as error:
             raise Error(
                 f"cannot make the directory {self.folder} for a socket: {error.strerror}",
-                standing="nothing of ours is left in the VM",
+                standing=_NOTHING_LEFT,
                 remedy="set TMPDIR to a directory that this user may write to",
             ) from None
         if self.monitor.can_pass_fds:
@@ -386,6 +391,8 @@ class _Session:
         await self.monitor.pass_fd(slot.name, slot.sock.fileno())
 
     async def _add_export(self, slot: _Slot) -> None:
+        # Now at the latest: an export activates images that are another QEMU's.
+        await ownership.ask(self.monitor, self.devices, standing=_NOTHING_LEFT)
         if slot.request.hold_writer:
             slot.holder = True
             await self.monitor.execute(
@@ -436,7 +443,7 @@ class _Session:
             f"not drive it: it boots or resets, or has no driver. QEMU "
             f"{Capabilities(self.monitor.version)} may abort when a guest begins to drive a disk "
             "that has an NBD client",
-            standing="nothing of ours is left in the VM",
+            standing=_NOTHING_LEFT,
             remedy="try again when the guest uses the disk, or while the VM is paused; or use "
             "QEMU 10.0 or newer",
         )

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qmpblock import hostfiles
+from qmpblock import hostfiles, ownership
 from qmpblock.errors import Error, RequestError, UnsupportedError, printable
 from qmpblock.graph import Layer
 from qmpblock.pace import Speed
@@ -251,8 +251,10 @@ async def make_room(disk: Disk, size: int, *, keep_free: Amount | None = None) -
     """Have the disk's next `size` bytes reserved. See `Disk.make_room`."""
     wanted = rounded_room(size)
     await disk.refresh()
+    await ownership.ask(disk.vm.monitor, [disk.device])
     place = await find_place(disk)
     before = await look_at(place, wanted)
+    await ownership.ask(disk.vm.monitor, [disk.device])
     reserved, after = await fill(place, before, wanted, keep_free)
     return result_of(disk, place, wanted, before, reserved, after)
 

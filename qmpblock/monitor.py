@@ -62,7 +62,10 @@ to QEMU, or, under libvirt, to the domain's XML:
       <qemu:arg value='-qmp'/>
       <qemu:arg value='unix:/run/qmpblock/VM.qmp,server=on,wait=off'/>
     </qemu:commandline>
-  </domain>"""
+  </domain>
+There QEMU must be able to make the socket; once, as root (its user is qemu on Fedora):
+  echo 'd /run/qmpblock 0700 libvirt-qemu root -' > /etc/tmpfiles.d/qmpblock.conf
+  systemd-tmpfiles --create qmpblock.conf"""
 
 
 class Subscription:

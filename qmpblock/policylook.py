@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles, lock
+from qmpblock import hostfiles, lock, ownership
 from qmpblock.allocation import check_thin
 from qmpblock.chainplan import plan_stream
 from qmpblock.change import lock_names, make_way
@@ -24,6 +24,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.headroom import RoomPlan, plan_room
+from qmpblock.managers import Verb, Work
 from qmpblock.openfiles import sees_directory
 from qmpblock.planning import growth_warning
 from qmpblock.policyplan import Changes, Facts, Picture, plan_changes
@@ -139,6 +140,7 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
     :param undo: also undo what a controller that died left; else that is an error.
     """
     vm = disk.vm
+    await ownership.ask(vm.monitor, [disk.device])
     if undo:
         await make_way(vm, lock_names([disk.device]))
     else:
@@ -175,7 +177,12 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
     if changes.move or changes.zeros:
         check_thin(disk)
     warnings: list[str] = []
+    if staged and reserves:
+        await ownership.ask_for_change(vm, Work("reserve", chain.active.file))
     if changes.leaving:
+        verb: Verb = "independent" if wanted.independent else "stream"
+        kept = "" if base >= len(layers) else chain.layers[base].file
+        await ownership.ask_for_change(vm, Work(verb, chain.active.file, base=kept))
         graph = await vm.graph()
         device = graph.device(disk.device.qom_path)
         warnings += plan_stream(graph, device, None, wanted.base).warnings

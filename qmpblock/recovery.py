@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import lock, polling
+from qmpblock import lock, ownership, polling
 from qmpblock.ahead import AHEAD_LOCKS, Watch, disarm_dead
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import carry_on
@@ -43,6 +43,7 @@ from qmpblock.errors import (
     NotFoundError,
     RecordError,
     ToolError,
+    UnsupportedError,
     printable,
 )
 from qmpblock.export import LOCK as NBD_LOCK
@@ -94,6 +95,16 @@ async def recover(
     tell: Callable[[str, Step], None] | None = None,
 ) -> list[Recovery]:
     """Undo, or carry on, what controllers that died left in a VM. See `VM.recover`."""
+    if not dry_run:
+        try:
+            await ownership.ask(vm.monitor)
+        except UnsupportedError:
+            # There may be nothing to do, and that can be said. What there is would be done to
+            # images that are somebody else's: a change that is undone writes, too.
+            found = await recover(vm, choice, dry_run=True)
+            if any(step.verb != "leave" for one in found for step in one.steps):
+                raise
+            return found
     graph = await vm.graph()  # before the locks: what has no lock by then has no controller
     holders, unread = await _holders(vm, graph)
     dead = {

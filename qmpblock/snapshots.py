@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qmpblock import hostfiles, luks
+from qmpblock import hostfiles, luks, ownership
 from qmpblock.backingname import name_of_frozen
 from qmpblock.backingproof import check_made, check_name
 from qmpblock.cancellation import undisturbed
@@ -43,6 +43,7 @@ from qmpblock.errors import (
 from qmpblock.hostprocess import command_line
 from qmpblock.job import Job
 from qmpblock.journal import Record
+from qmpblock.managers import Work
 from qmpblock.nodeoptions import aio_of, cache_options, overlay_options
 from qmpblock.openfiles import NOWHERE, OpenFiles, sees_directory
 from qmpblock.openings import storage_of
@@ -134,10 +135,12 @@ async def snapshot(
     started = time.monotonic()
     if not overlays:
         raise RequestError("a snapshot of no disk is none")
+    await ownership.ask(vm.monitor, [disk.device for disk in overlays])
     await make_way(vm, lock_names([disk.device for disk in overlays]))
     run = Change.new_run()
     items = await _plan(vm, run, overlays, format, backing_name)
     devices = [item.plan.device for item in items]
+    await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))
     chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
     record = Record(
         run=run,
@@ -163,6 +166,7 @@ async def snapshot(
         for item in items:
             await make_overlay(vm, change, item, format, local=item.local)
         await prove(vm, change, items)
+        await ownership.ask(vm.monitor, devices, standing=None)
         await undisturbed(take(vm, items))
         await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
         await undisturbed(change.end())

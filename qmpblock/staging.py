@@ -26,7 +26,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles
+from qmpblock import hostfiles, ownership
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files, opened_as
 from qmpblock.chainplan import SnapshotPlan, key_secret
@@ -263,6 +263,7 @@ async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list
     )
     await make_overlay(vm, change, item, "qcow2", local=True)
     await prove(vm, change, [item])
+    await ownership.ask(vm.monitor, [disk.device], standing=None)
     await undisturbed(take(vm, [item]))
     chosen = await _choose(disk, change, where, size, had)
     if chosen:

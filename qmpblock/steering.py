@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qmpblock import lock, polling
+from qmpblock import lock, ownership, polling
 from qmpblock.change import LOCKS, record_of
 from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError, printable
 from qmpblock.graph import Job as JobInfo
@@ -91,6 +91,8 @@ async def steer(vm: VM, name: str, verb: str, speed: int = 0) -> str:
             f"{' or '.join(sorted(VERBS[qemus]))}",
             standing="nothing was touched",
         )
+    if verb not in ("pause", "cancel"):  # which keep a job from writing where it should not
+        await ownership.ask(vm.monitor)
     if verb in ("complete", "finalize", "dismiss"):
         holder = await holder_of(vm, job)
         if holder is not None and not holder.is_dead():

@@ -42,6 +42,7 @@ async def connect(
     nbd: str | None = None,
     tls_creds: str | None = None,
     insecure: bool = False,
+    unmanaged: bool = False,
     greeting_timeout: float = 5.0,
     stall: float = 60.0,
 ) -> AsyncIterator[VM]:
@@ -51,6 +52,8 @@ async def connect(
     :param nbd: address of a foreign NBD server that already listens in this VM.
     :param tls_creds: directory of TLS credentials for NBD over TCP (QEMU's x509 layout).
     :param insecure: allow NBD over TCP without TLS.
+    :param unmanaged: change chains also where libvirt or another manager owns them, and will not
+        know of it (docs/safety.md).
     :param greeting_timeout: seconds for the monitor's greeting.
     :param stall: seconds without progress that count as a failure.
     :raise MonitorError: the monitor cannot be reached or used; a MonitorHeldError says which
@@ -66,7 +69,7 @@ async def connect(
         raise
     async with monitor:
         Capabilities(monitor.version).check_supported()
-        yield VM(monitor, NBDAccess(nbd, tls_creds, insecure), stall)
+        yield VM(monitor, NBDAccess(nbd, tls_creds, insecure), stall, unmanaged=unmanaged)
 
 
 def _in_fdset(nodes: Any) -> bool:
@@ -78,10 +81,13 @@ def _in_fdset(nodes: Any) -> bool:
 class VM:
     """One running QEMU. Get it from `connect`."""
 
-    def __init__(self, monitor: Monitor, nbd: NBDAccess, stall: float) -> None:
+    def __init__(
+        self, monitor: Monitor, nbd: NBDAccess, stall: float, *, unmanaged: bool = False
+    ) -> None:
         self.monitor = monitor
         self.nbd = nbd
         self.stall = stall
+        self.unmanaged = unmanaged
 
     @property
     def capabilities(self) -> Capabilities:

@@ -21,6 +21,8 @@ class Objects(dict):
                 "qmp_capabilities": {"return": {}},
                 "query-uuid": {"return": {"UUID": "0" * 36}},
                 "query-block-jobs": {"return": []},
+                "query-status": {"return": {"status": "running", "running": True}},
+                "query-chardev": {"return": []},
             }
         )
         self.drawing = drawing

@@ -628,9 +628,14 @@ class _Point:
         locks = [
             n for n, one in enumerate(self.trace) if one.startswith("object-add qmpblock-disk")
         ]
-        # After the last lock it looks for what others left, by qom-list; then comes the journal.
-        begun = bool(locks) and len(self.trace) > locks[-1] + 2
+        # After the last lock it looks for what others left, holds the VM and asks whose the images
+        # are, query-status being the last of it; then comes the journal.
+        asked = locks and [n for n in range(locks[-1], len(self.trace)) if self._asks(n)]
+        begun = bool(asked) and len(self.trace) > asked[0] + 1
         return begun, any(one.startswith("object-del qmpblock-disk") for one in self.trace)
+
+    def _asks(self, number):
+        return self.trace[number].startswith("query-status")
 
     def _named(self):
         """Return the images that the controller's error says to start from, if it says any."""

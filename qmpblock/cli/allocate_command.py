@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, Rate, Size, emit
+from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.chainwork import warn
 from qmpblock.cli.progress import reporting
@@ -30,6 +30,7 @@ __all__ = ["command"]
     "--independent", is_flag=True, help="Drop the backing chain afterwards. Whole disks only."
 )
 @click.option("--speed", type=Rate(), default=0, help="Bytes a second (suffixes K, M, G).")
+@unmanaged_option
 async def command(
     options: Options,
     address: str,
@@ -39,6 +40,7 @@ async def command(
     full: bool,
     independent: bool,
     speed: int,
+    unmanaged: bool,
 ) -> int:
     """Make a range of a running disk stand in its active layer, its content unchanged.
 
@@ -48,7 +50,7 @@ async def command(
     --full on qcow2 and QED puts an overlay beside the image for a while, slice by slice. If
     QEMU itself dies then, run `qmpblock recover IMAGE` before the image is started again.
     """
-    async with options.connect(address) as vm:
+    async with options.connect(address, unmanaged=unmanaged) as vm:
         found = await vm.disk(disk)
         with reporting(f"allocation on {found.name}") as show:
             result = await found.allocate(

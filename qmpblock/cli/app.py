@@ -27,7 +27,7 @@ from qmpblock.errors import Error
 if TYPE_CHECKING:
     from qmpblock.vm import VM
 
-__all__ = ["WARNED", "Options", "Rate", "Size", "command", "emit", "run"]
+__all__ = ["WARNED", "Options", "Rate", "Size", "command", "emit", "run", "unmanaged_option"]
 
 _COMMANDS = {
     "allocate": "Make a range of a running disk stand in its active layer, thin or in full.",
@@ -125,8 +125,11 @@ class Options:
     insecure: bool
 
     @asynccontextmanager
-    async def connect(self, address: str) -> AsyncIterator[VM]:
-        """Connect to a VM with these options."""
+    async def connect(self, address: str, *, unmanaged: bool = False) -> AsyncIterator[VM]:
+        """Connect to a VM with these options.
+
+        :param unmanaged: the option of that name (`unmanaged_option`).
+        """
         from qmpblock.vm import connect
 
         async with connect(
@@ -134,6 +137,7 @@ class Options:
             nbd=self.nbd,
             tls_creds=self.tls_creds,
             insecure=self.insecure,
+            unmanaged=unmanaged,
             stall=self.stall,
         ) as vm:
             yield vm
@@ -198,6 +202,14 @@ _SHARED = (
         help="TLS credentials for NBD over TCP, laid out as for QEMU's tls-creds-x509.",
     ),
     click.option("--insecure", is_flag=True, help="Allow NBD over TCP without TLS."),
+)
+
+
+#: Of the commands that change chains.
+unmanaged_option = click.option(
+    "--unmanaged",
+    is_flag=True,
+    help="Do it also where libvirt or another manager owns the chain, and will not know of it.",
 )
 
 

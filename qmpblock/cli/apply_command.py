@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.chainwork import warn
 from qmpblock.cli.plan_command import summary
@@ -33,7 +34,8 @@ __all__ = ["command", "document"]
     is_flag=True,
     help="Then stay, and keep the room ahead of every disk that has `ahead`.",
 )
-async def command(options: Options, policy: str, watch: bool) -> int:
+@unmanaged_option
+async def command(options: Options, policy: str, watch: bool, unmanaged: bool) -> int:
     """Make the disks of running VMs as POLICY, a YAML file, says. The guests go on.
 
     What is as it should be is left alone, so it can be applied again at any time, also after
@@ -59,7 +61,7 @@ async def command(options: Options, policy: str, watch: bool) -> int:
         told = _Warnings()
         results = await apply(
             found,
-            connect=options.connect,
+            connect=partial(options.connect, unmanaged=unmanaged),
             planned=told.before,
             progress=shown.progress,
             ended=told.after,

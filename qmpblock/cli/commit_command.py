@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qmpblock.cli.app import Options, Rate
+from qmpblock.cli.app import Options, Rate, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.chainwork import run_job
 
@@ -25,6 +25,7 @@ __all__ = ["command"]
     help="Slow the guest's I/O on this disk down to RATE bytes a second, until the pivot, if it "
     "writes faster than the job copies.",
 )
+@unmanaged_option
 async def command(
     options: Options,
     address: str,
@@ -33,6 +34,7 @@ async def command(
     base: str | None,
     speed: int,
     throttle_guest: int,
+    unmanaged: bool,
 ) -> int:
     """Copy what upper layers of a running disk hold into a lower one, and drop them.
 
@@ -42,7 +44,7 @@ async def command(
 
     LAYER is a node name, a file name or @N: @0 is the active layer, @1 its backing image.
     """
-    async with options.connect(address) as vm:
+    async with options.connect(address, unmanaged=unmanaged) as vm:
         found = await vm.disk(disk)
         running = found.commit(top=top, base=base, speed=speed, throttle_guest=throttle_guest)
         return await run_job(options, found, running)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from posixpath import basename
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.chainwork import warn
 from qmpblock.errors import printable
@@ -23,7 +24,8 @@ __all__ = ["command", "document", "summary"]
 
 @make_command
 @click.argument("policy", type=click.Path(dir_okay=False))
-async def command(options: Options, policy: str) -> int:
+@unmanaged_option
+async def command(options: Options, policy: str, unmanaged: bool) -> int:
     """Show what POLICY, a YAML file, would do to the disks of running VMs. Changes nothing.
 
     For each disk: today's picture and the wanted one, what is to be copied and reserved, how
@@ -32,7 +34,7 @@ async def command(options: Options, policy: str) -> int:
     from qmpblock.policy import plan
     from qmpblock.policyfile import load_policy
 
-    plans = await plan(load_policy(policy), connect=options.connect)
+    plans = await plan(load_policy(policy), connect=partial(options.connect, unmanaged=unmanaged))
     if options.json:
         emit(json.dumps({"disks": [document(one) for one in plans]}, indent=2) + "\n")
     else:

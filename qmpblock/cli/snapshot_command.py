@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.chainwork import warn
 from qmpblock.errors import printable
@@ -27,12 +27,14 @@ __all__ = ["command"]
     show_default=True,
     help="How an overlay records the image below it.",
 )
+@unmanaged_option
 async def command(
     options: Options,
     address: str,
     overlays: tuple[str, ...],
     fmt: str,
     backing_name: Literal["relative", "absolute"],
+    unmanaged: bool,
 ) -> int:
     """Freeze the active layer of disks of a running VM, all at one point in time.
 
@@ -41,7 +43,7 @@ async def command(
     from then on.
     """
     pairs = [_pair(text) for text in overlays]
-    async with options.connect(address) as vm:
+    async with options.connect(address, unmanaged=unmanaged) as vm:
         wanted = {await vm.disk(disk): file for disk, file in pairs}
         if len(wanted) < len(pairs):
             raise click.UsageError("a disk is named twice")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qmpblock.cli.app import Options, Rate
+from qmpblock.cli.app import Options, Rate, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.chainwork import run_job
 
@@ -17,8 +17,15 @@ __all__ = ["command"]
 @click.option("--top", metavar="LAYER", help="The layer to stream into; by default the active one.")
 @click.option("--base", metavar="LAYER", help="Stop above this layer; by default stream it all.")
 @click.option("--speed", type=Rate(), default=0, help="Bytes a second (suffixes K, M, G).")
+@unmanaged_option
 async def command(
-    options: Options, address: str, disk: str, top: str | None, base: str | None, speed: int
+    options: Options,
+    address: str,
+    disk: str,
+    top: str | None,
+    base: str | None,
+    speed: int,
+    unmanaged: bool,
 ) -> int:
     """Copy what lower layers hold into a layer of a running disk, and drop them from its chain.
 
@@ -27,6 +34,6 @@ async def command(
 
     LAYER is a node name, a file name or @N: @0 is the active layer, @1 its backing image.
     """
-    async with options.connect(address) as vm:
+    async with options.connect(address, unmanaged=unmanaged) as vm:
         found = await vm.disk(disk)
         return await run_job(options, found, found.stream(top=top, base=base, speed=speed))

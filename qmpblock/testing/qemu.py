@@ -120,6 +120,8 @@ class QemuProcess:
     :param empty_tray: adds a CD-ROM drive without a medium.
     :param guest: run the tiny guest (`vm.guest`); otherwise the CPU halts at once, and
         nothing reads the disks (a BIOS would: copy-on-read would show it).
+    :param incoming: wait for a migration there (`-incoming`). The tiny guest is then the one
+        that comes; once it runs here, `attach_guest` takes it over.
     :param qemu: the program; None for the QEMU under test.
     :param directory: for sockets and output; None makes one, removed at the end.
     :param extra: more command line options.
@@ -132,6 +134,7 @@ class QemuProcess:
         machine: str = "pc",
         empty_tray: bool = False,
         guest: bool = False,
+        incoming: str | None = None,
         qemu: str | None = None,
         directory: Path | None = None,
         extra: Sequence[str] = (),
@@ -144,6 +147,7 @@ class QemuProcess:
         self.guest: TinyGuest | None = None
         self._console: GuestConsole | None = None
         self._io: DiskIO | None = None
+        self._incoming = incoming is not None
         self._own_directory = directory is None
         self._control_path = str(self.directory / "control")
         self._control: Monitor | None = None
@@ -159,6 +163,7 @@ class QemuProcess:
             qemu or find_qemu(),
             *self._arguments(guest),
             *disk_arguments(self.disks, machine, empty_tray=empty_tray),
+            *(("-incoming", incoming) if incoming is not None else ()),
             *extra,
         )
 
@@ -240,8 +245,9 @@ class QemuProcess:
             self._control = await self._connect_control()
             if self._console is not None:
                 self._console.diagnose = self.diagnose
+            if self._console is not None and not self._incoming:
                 self.guest = await self._wait_for_guest(self._console)
-            self._io = DiskIO(self._control, self.disks, self.directory / "stdout", self.guest)
+            self._make_io()
         except BaseException:
             await self.close()
             raise
@@ -275,6 +281,21 @@ class QemuProcess:
         except (GuestError, StalledError) as error:
             await self.kill()
             raise self.failure(f"the tiny guest did not start: {error}") from error
+
+    async def attach_guest(self) -> TinyGuest:
+        """Take over the tiny guest that has come by migration, and runs.
+
+        :raise StalledError: it does not answer.
+        """
+        from qmpblock.testing.guest import TinyGuest
+
+        assert self._console is not None, "started without a guest"
+        self.guest = await TinyGuest.attach(self._console)
+        self._make_io()
+        return self.guest
+
+    def _make_io(self) -> None:
+        self._io = DiskIO(self.control, self.disks, self.directory / "stdout", self.guest)
 
     async def wait(self, timeout: float | None = None) -> int:
         """Wait until QEMU has ended; return its exit code (negative for a signal).

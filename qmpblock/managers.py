@@ -1,0 +1,252 @@
+"""Managers: programs that own the chains of their VMs, and start them from what they remember.
+
+After a snapshot behind its back a manager knows nothing of the overlay: at the next start the
+guest is back on the old image, and every write since is gone from its view (measured with
+libvirt 9.0: domblklist, dumpxml and domstats unchanged). The same holds for whatever else leaves
+the VM with another active image or another recorded chain, and for windows in which the newest
+data is in an overlay of ours: a save, a backup or a restart in them does not know of it.
+
+A manager is known by what it names inside QEMU, so over whatever socket we came. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from qmpblock.errors import printable
+
+__all__ = ["Manager", "Traits", "Verb", "Work", "recognise"]
+
+Verb = Literal["snapshot", "pivot", "commit", "stream", "independent", "reserve"]
+
+_EFFECTS: Mapping[str, str] = {
+    "snapshot": "the VM goes on in an overlay: started again, it would be from the old image",
+    "pivot": "the VM goes on in another image: started again, it would be from a stale one",
+    "commit": "images leave the chain that it has recorded",
+    "stream": "images leave the chain that it has recorded",
+    "independent": "images leave the chain that it has recorded",
+    "reserve": "the newest data is in an overlay for a while: a start, a save or a backup in "
+    "that time would not see it",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done to a chain that somebody may own.
+
+    :ivar verb: `pivot` is a commit of the active layer, `reserve` a staged commit (allocate
+        --full of qcow2 and QED).
+    :ivar file: of the active layer; `top` and `base`: of the layers that were named.
+    """
+
+    verb: Verb
+    file: str
+    top: str = ""
+    base: str = ""
+
+    @property
+    def effect(self) -> str:
+        """What the manager is not told of, as the end of a sentence."""
+        return _EFFECTS[self.verb]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a VM shows of whoever started it.
+
+    :ivar nodes: node names and their drivers.
+    :ivar devices: every name of the guest's disks: qdev ids, drive ids, QOM paths.
+    :ivar chardevs: labels and QEMU's descriptions (`unix:/run/x.qmp,server=on`) of them.
+    :ivar name: of query-name.
+    :ivar arguments: of the process, where they can be seen.
+    """
+
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+    chardevs: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manager:
+    """A manager that owns a VM's chain.
+
+    :ivar vm: what it calls the VM; empty where that cannot be told.
+    :ivar told_by: by what it was recognised.
+    """
+
+    name: str
+    vm: str
+    told_by: str
+
+    def way(self, work: Work) -> str:
+        """Say how it does that by itself."""
+        return _WAYS[self.name](self.vm, work)
+
+
+def recognise(traits: Traits) -> Manager | None:
+    """Return the manager of a VM, or None."""
+    for find in (_libvirt, _proxmox, _incus, _ganeti):
+        manager = find(traits)
+        if manager is not None:
+            return manager
+    return None
+
+
+# -- libvirt, and all that stands on it: oVirt, OpenStack, KubeVirt, CloudStack, virt-manager
+
+_LIBVIRT_NODE = re.compile(r"libvirt-\d+-\w+")
+
+
+def _libvirt(traits: Traits) -> Manager | None:
+    node = next((name for name in traits.nodes if _LIBVIRT_NODE.fullmatch(name)), None)
+    if node is not None:
+        return Manager("libvirt", traits.name, f"the node {node}")
+    if "charmonitor" in traits.chardevs:
+        return Manager("libvirt", traits.name, "the monitor charmonitor")
+    return None
+
+
+def _libvirts_way(vm: str, work: Work) -> str:
+    domain, disk = _word(vm, "DOMAIN"), _word(work.file, "DISK")
+    top, base = _option("top", work.top), _option("base", work.base)
+    ways = {
+        "snapshot": f"virsh snapshot-create-as {domain} --disk-only --atomic",
+        "pivot": f"virsh blockcommit {domain} {disk}{base} --active --pivot",
+        "commit": f"virsh blockcommit {domain} {disk}{top}{base} --wait",
+        "stream": f"virsh blockpull {domain} {disk}{base} --wait",
+        "independent": f"virsh blockpull {domain} {disk} --wait",
+    }
+    if work.verb == "stream" and work.top:
+        return (
+            f"libvirt has no way to stream into {printable(work.top)}; virsh blockcommit {domain} "
+            f"{disk} --top TOP --base BASE shortens a chain from above"
+        )
+    if work.verb not in ways:
+        return (
+            "libvirt has no way of its own while the VM runs; thin allocation, and --full of raw "
+            "images, change nothing that it knows"
+        )
+    return ways[work.verb]
+
+
+# -- Proxmox VE
+
+_PVE_DRIVE = re.compile(r"drive-(?:ide|sata|scsi|virtio|efidisk|tpmstate)\d+")
+_PVE_SOCKET = re.compile(r"/qemu-server/(\d+)\.(?:qmp|qga|vnc|serial\d*)")
+
+
+def _proxmox(traits: Traits) -> Manager | None:
+    said = " ".join((*traits.chardevs.values(), *traits.arguments))
+    socket = _PVE_SOCKET.search(said)
+    drive = next(
+        (
+            name
+            for name, driver in traits.nodes.items()
+            if driver == "throttle" and _PVE_DRIVE.fullmatch(name)
+        ),
+        None,
+    )
+    legacy = next((name for name in traits.devices if _PVE_DRIVE.fullmatch(name)), None)
+    told = None
+    if socket is not None:
+        told = f"the socket {socket[0].lstrip('/')}"
+    elif "qmp-event" in traits.chardevs:
+        told = "the monitor qmp-event"
+    elif drive is not None:
+        told = f"the throttle node {drive}"
+    elif legacy is not None and _after("-id", traits.arguments).isdigit():
+        told = f"the drive {legacy} and -id"
+    if told is None:
+        return None
+    vmid = _after("-id", traits.arguments) or (socket[1] if socket else "")
+    return Manager("Proxmox VE", vmid, told)
+
+
+def _proxmoxs_way(vm: str, work: Work) -> str:
+    vmid = _word(vm, "VMID")
+    move = f"qm disk move {vmid} DISK STORAGE"
+    return {
+        "snapshot": f"qm snapshot {vmid} NAME",
+        "pivot": f"qm delsnapshot {vmid} NAME",
+        "commit": f"qm delsnapshot {vmid} NAME",
+        "stream": f"{move} copies the disk whole",
+        "independent": f"{move} copies the disk whole",
+        "reserve": f"{move}, to a storage with preallocation",
+    }[work.verb]
+
+
+# -- Incus, and LXD, of which it is a fork
+
+_INCUS = re.compile(r"(?:dev-)?(incus|lxd)_.+")
+_INCUS_SOCKET = re.compile(r"/(incus|lxd)/(?:[^,]*/)?([^/,]+)/qemu\.(?:monitor|qmp)")
+
+
+def _incus(traits: Traits) -> Manager | None:
+    names = (*traits.nodes, *traits.devices)
+    found = next((match for match in map(_INCUS.fullmatch, names) if match), None)
+    sockets = map(_INCUS_SOCKET.search, traits.chardevs.values())
+    socket = next((match for match in sockets if match), None)
+    match = found or socket
+    if match is None:
+        return None
+    kind = "Incus" if match[1] == "incus" else "LXD"
+    where = "the node or device" if found else "the socket"
+    return Manager(kind, traits.name, f"{where} {match[0].lstrip('/')}")
+
+
+def _incuss_way(command: str, vm: str, work: Work) -> str:
+    instance = _word(vm, "INSTANCE")
+    return {
+        "snapshot": f"{command} snapshot create {instance}",
+        "pivot": f"{command} snapshot delete {instance} SNAPSHOT",
+        "commit": f"{command} snapshot delete {instance} SNAPSHOT",
+    }.get(work.verb, f"{command} copy {instance} NEW makes an instance of its own")
+
+
+# -- Ganeti
+
+
+def _ganeti(traits: Traits) -> Manager | None:
+    for description in traits.chardevs.values():
+        if "/ganeti/kvm-hypervisor/" in description:
+            return Manager("Ganeti", traits.name, "its monitor's socket")
+    return None
+
+
+def _ganetis_way(vm: str, work: Work) -> str:
+    del work
+    return f"gnt-instance shutdown {_word(vm, 'INSTANCE')}, then work on its closed images"
+
+
+_WAYS = {
+    "libvirt": _libvirts_way,
+    "Proxmox VE": _proxmoxs_way,
+    "Incus": lambda vm, work: _incuss_way("incus", vm, work),
+    "LXD": lambda vm, work: _incuss_way("lxc", vm, work),
+    "Ganeti": _ganetis_way,
+}
+
+
+# -- words
+
+
+def _after(option: str, arguments: tuple[str, ...]) -> str:
+    """Return the word that follows an option."""
+    for at, word in enumerate(arguments[:-1]):
+        if word == option:
+            return arguments[at + 1]
+    return ""
+
+
+def _word(text: str, placeholder: str) -> str:
+    return shlex.quote(printable(text)) if text else placeholder
+
+
+def _option(name: str, text: str) -> str:
+    return f" --{name} {shlex.quote(printable(text))}" if text else ""
