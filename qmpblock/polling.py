@@ -181,15 +181,15 @@ async def _join_in_turn(monitor: Monitor, guard: _Ours, run: str) -> None:
         dead = [name for name, (holder, _) in others.items() if holder.is_dead()]
         guard.wake |= bool(dead)  # what its controller was about when it died is not known
         known = {name: value for _, said in others.values() for name, value in said.poll_max_ns}
-        now = await _poll_max_ns(monitor)
-        polling = [name for name, value in now.items() if _is_set(value)]
+        now = await _threads(monitor)
+        polling = [name for name, thread in now.items() if _is_set(thread.poll_max_ns)]
         if polling and await _is_pivot_pending(monitor):
             _log.warning("a pivot is pending: the polling of iothreads is left as it is")
             polling = []
-        for name, value in now.items():
+        for name, thread in now.items():
             if name in polling:
-                guard.values[name] = value
-            elif not _is_set(value) and (name in known or guard.wake):
+                guard.values[name] = thread.poll_max_ns
+            elif not _is_set(thread.poll_max_ns) and (name in known or guard.wake):
                 guard.values[name] = known.get(name, 0)
         if guard.values:
             guard.run = run
@@ -198,7 +198,7 @@ async def _join_in_turn(monitor: Monitor, guard: _Ours, run: str) -> None:
                 "object-add",
                 {"qom-type": "secret", "id": f"{GUARDS}{run}", "data": holder.text()},
             )
-        await _set(monitor, dict.fromkeys(polling, 0))
+        await _set_and_see(monitor, now, dict.fromkeys(polling, 0))
         for name in dead:  # what they say, ours says
             await lock.release(monitor, name)
     finally:
@@ -234,19 +234,23 @@ async def _put_back(monitor: Monitor, guard: _Ours) -> bool:
         if not holder.is_dead()
         for name, _ in said.poll_max_ns
     }
+    now = await _threads(monitor)
     ours = {
         name: guard.values[name]
-        for name, value in (await _poll_max_ns(monitor)).items()
-        if name in guard.values and name not in wanted and not _is_set(value)
+        for name, thread in now.items()
+        if name in guard.values and name not in wanted and not _is_set(thread.poll_max_ns)
     }
     if ours and not await _wait_for_pivots(monitor):
         return False
     if guard.wake and not wanted and ours:
         # With 0 a thread keeps no clock of its turns, and takes the next one for a very long one,
         # after which it does not poll; so another value comes first.
-        await _set(monitor, dict.fromkeys(ours, _CLOCK))
-        await _set(monitor, dict.fromkeys(ours, _WAKING), rest=_AWAKE)
-    await _set(monitor, {name: value for name, value in ours.items() if value or guard.wake})
+        await _set_and_see(monitor, now, dict.fromkeys(ours, _CLOCK))
+        await _set_and_see(monitor, now, dict.fromkeys(ours, _WAKING))
+        await asyncio.sleep(_AWAKE)
+    for name, value in ours.items():
+        if value or guard.wake:
+            await _set(monitor, name, value)
     return True
 
 
@@ -276,42 +280,52 @@ def _is_set(value: int) -> bool:
     return value not in (0, _CLOCK, _WAKING)
 
 
-async def _poll_max_ns(monitor: Monitor) -> dict[str, int]:
+@dataclass(frozen=True)
+class _Thread:
+    """An iothread: its thread's id, as QEMU knows it, and for how long it polls."""
+
+    id: int
+    poll_max_ns: int
+
+
+async def _threads(monitor: Monitor) -> dict[str, _Thread]:
     return {
-        str(one["id"]): int(one["poll-max-ns"]) for one in await monitor.execute("query-iothreads")
+        str(one["id"]): _Thread(int(one["thread-id"]), int(one["poll-max-ns"]))
+        for one in await monitor.execute("query-iothreads")
     }
 
 
-async def _set(monitor: Monitor, values: Mapping[str, int], rest: float = 0) -> None:
+async def _set_and_see(
+    monitor: Monitor, threads: Mapping[str, _Thread], values: Mapping[str, int]
+) -> None:
     """Set poll-max-ns of threads, and wait until each has taken notice: it goes to sleep again.
 
     On a busy host it may take a while until it gets a CPU. Were a drain to begin before that, a
     thread that polls would end it in the drain. Where it cannot be seen it is given some time.
-
-    :param rest: seconds to wait once they have.
     """
-    threads = {one["id"]: one["thread-id"] for one in await monitor.execute("query-iothreads")}
-    pid = monitor.peer_pid
-    seen = {}
+    pid, seen = monitor.peer_pid, []
     for name, value in values.items():
-        if name in threads:
-            seen[threads[name]] = times_slept(pid, threads[name])
-        try:
-            await monitor.execute(
-                "qom-set", {"path": f"/objects/{name}", "property": "poll-max-ns", "value": value}
-            )
-        except CommandError as error:
-            if error.error_class != "DeviceNotFound":  # unplugged meanwhile
-                raise
+        thread = threads[name].id
+        seen.append((thread, times_slept(pid, thread)))
+        await _set(monitor, name, value)
     deadline = asyncio.get_running_loop().time() + _BUSY
-    for thread, before in seen.items():
+    for thread, before in seen:
         if before is None:
             await asyncio.sleep(_AWAKE)
         while before is not None and times_slept(pid, thread) == before:
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(0.001)
-    await asyncio.sleep(rest)
+
+
+async def _set(monitor: Monitor, name: str, value: int) -> None:
+    try:
+        await monitor.execute(
+            "qom-set", {"path": f"/objects/{name}", "property": "poll-max-ns", "value": value}
+        )
+    except CommandError as error:
+        if error.error_class != "DeviceNotFound":  # unplugged meanwhile
+            raise
 
 
 async def _is_pivot_pending(monitor: Monitor) -> bool:
