@@ -39,16 +39,24 @@ from qmpblock.driving import (
     restore_limits,
     restore_zeroes,
 )
-from qmpblock.errors import BusyError, CommandError, DisconnectedError, Error, printable
+from qmpblock.errors import (
+    BusyError,
+    CommandError,
+    DisconnectedError,
+    Error,
+    NoRoomError,
+    printable,
+)
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.hostprocess import boot_id, is_running, start_time
 from qmpblock.job import Job
-from qmpblock.journal import Journal, discard_torn, survey
+from qmpblock.journal import Journal, discard_torn
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import monitor_name
 from qmpblock.nomigration import allow_migration, blocker_name, forbid_migration
 from qmpblock.record import Record, VMIdentity
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
+from qmpblock.survey import survey
 from qmpblock.versioned import UnreadableError
 
 if TYPE_CHECKING:
@@ -206,7 +214,7 @@ class Change:
             self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
             await ownership.ask(self.vm.monitor)
             if self._journaled:
-                self.journal = Journal.create(self.record, self._beside)
+                self.journal = self._create_journal()
         except BusyError as error:
             await undisturbed(self.end())
             error.standing = "nothing was touched"
@@ -228,6 +236,17 @@ class Change:
             self._unpolled = False
             await polling.let_go(self.vm.monitor)
 
+    def _create_journal(self) -> Journal | None:
+        try:
+            return Journal.create(self.record, self._beside)
+        except NoRoomError as error:
+            if self.record.pivot or self.record.operation not in ("stream", "commit"):
+                raise
+            # Whatever dies, such a chain is whole, and starts from where it did: to have no
+            # journal says so, too. And it may be what is to make room.
+            _log.warning("%s; without one, that this change was broken off will not be said", error)
+            return None
+
     async def adopt(self, dead: Holder, journal: Journal | None) -> bool:
         """Take a dead controller's change over as it is; False if somebody else did."""
         adopted = False
@@ -248,7 +267,7 @@ class Change:
             self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
             if journal is None:
                 discard_torn(self.record)
-            self.journal = journal or Journal.create(self.record, self._beside)
+            self.journal = journal or self._create_journal()
         return adopted
 
     async def end(self) -> None:

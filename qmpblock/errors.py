@@ -19,6 +19,7 @@
     ├── GraphError              exit 1: the monitor's replies contradict each other
     ├── JobError                exit 1: a QEMU job failed (QEMU's verdict inside)
     ├── ToolError               exit 1: a program (qemu-img) failed
+    ├── NoRoomError             exit 1: no room for what must be written before anything is done
     ├── StalledError            exit 1: no progress for longer than the stall limit
     └── NBDError                exit 1
         ├── NBDConnectError         no connection, or the handshake was refused
@@ -55,6 +56,7 @@ __all__ = [
     "NBDError",
     "NBDProtocolError",
     "NBDRequestError",
+    "NoRoomError",
     "NotFoundError",
     "RangeError",
     "RecordError",
@@ -243,6 +245,10 @@ class RecordError(BusyError):
         self.path = path
         self.run = run
         self.files = None if files is None else tuple(files)
+
+
+class NoRoomError(Error):
+    """There is no room for what must be written before anything is done; nothing was touched."""
 
 
 class GraphError(Error):

@@ -11,7 +11,7 @@ from pathlib import Path
 from qmpblock.address import Address, absolute, parse_address
 from qmpblock.errors import MonitorHeldError
 from qmpblock.hostprocess import command_line
-from qmpblock.journal import journals
+from qmpblock.survey import journals
 
 __all__ = ["tell_of_our_own"]
 

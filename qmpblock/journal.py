@@ -8,6 +8,11 @@ A change is described by one `Record`. It is kept in two places with different l
   image to start from is another one (an active commit) also keeps its journal beside the
   active image, as `IMAGE.qmpblock-RUN.journal`, so that whoever finds the image finds it.
 
+Where the image's file system is full, the one in the state directory stands alone, and says so;
+an empty file `IMAGE.qmpblock-RUN.elsewhere` tells other hosts. Where the state directory's is,
+the one beside the image does. What either will need besides is reserved when it is made, so that
+a mark, and all undoing, works with no byte free.
+
 A journal is a text file: the record as JSON in the first line, then one line an entry, each
 written and fsynced before what it announces. A last line that is torn was never acted upon.
 What happened is otherwise read from QEMU itself, or from the images: the journal says only
@@ -17,38 +22,46 @@ what cannot be seen there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qmpblock.errors import Error, RecordError, printable
+from qmpblock.errors import Error, NoRoomError, RecordError, printable
+from qmpblock.fallocate import UNSUPPORTED, keep_size
 from qmpblock.record import Record, VMIdentity
 from qmpblock.versioned import UnreadableError, stamped, unstamped
 
 __all__ = [
     "PIVOTED",
+    "DistrustedError",
     "Journal",
     "Record",
-    "Survey",
     "VMIdentity",
+    "content",
     "discard_torn",
-    "is_of",
-    "journals",
+    "home_path",
+    "is_elsewhere",
+    "of_vm",
     "pivoted",
+    "run_of",
     "state_directory",
-    "survey",
 ]
 
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
 
-_NAME = re.compile(r".*?[.-](?:qmpblock-)?([0-9a-f]{8})\.journal", re.DOTALL)
+_NAME = re.compile(r".*?[.-](?:qmpblock-)?([0-9a-f]{8})\.(?:journal|elsewhere)", re.DOTALL)
+ELSEWHERE = ".elsewhere"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SPARE = 2048  # bytes that the entries of one slice, or the marks of a pivot, will need
+_log = logging.getLogger(__name__)
 _LIMIT = 16 << 20  # bytes of a journal that are read; one of ours has some kilobytes
 
 
@@ -69,11 +82,21 @@ class Journal:
     else of this process may run between the last entry and what it announces.
 
     :ivar record: what the change intends.
+    :ivar paths: its files; that in the state directory comes first.
     :ivar entries: what was added since, oldest first.
+    :ivar alone: whether it lies in the state directory alone although its change has a home.
     """
 
-    def __init__(self, record: Record, paths: tuple[Path, ...], entries: list[dict[str, Any]]):
+    def __init__(
+        self,
+        record: Record,
+        paths: tuple[Path, ...],
+        entries: list[dict[str, Any]],
+        *,
+        alone: bool = False,
+    ):
         self.record = record
+        self.alone = alone
         self.paths = paths
         self.entries = entries
         self.held: list[float] = []  # seconds that each pivot of this process held the guest
@@ -82,37 +105,80 @@ class Journal:
     def create(cls, record: Record, beside: Path | None = None) -> Journal:
         """Write the record where it is to be found after a crash.
 
+        Where one of the two places has no room, the other one suffices.
+
         :param beside: the image beside which it is also kept, and where `mark` writes.
+        :raise NoRoomError: there is no room for it; nothing is left of it.
         :raise Error: it cannot be written; nothing is left of it.
         """
-        directory = state_directory()
-        paths = [directory / _file_name(record)]
-        if beside is not None:
-            paths.append(_beside(beside, record.run))
         journal = cls(record, (), [])
-        text = json.dumps(stamped(record.as_json())) + "\n"
+        said = record.as_json()
+        inside = state_directory() / _file_name(record)
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in paths:
-                # Exclusive: a path beside an image may be in a directory that others write to.
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                journal.paths += (path,)  # what was there before is not ours to remove
-                try:
-                    _write(fd, text)
-                finally:
-                    os.close(fd)
-                _sync_directory(path.parent)
+            lacking = _make_directory(inside.parent)
+            if beside is not None:
+                journal.alone = bool(journal._write_first(_beside(beside, record.run), said))
+            if not lacking:
+                said |= {"alone": True} if journal.alone else {}
+                lacking = journal._write_first(inside, said)
         except OSError as error:
             journal.remove()
-            raise Error(
-                f"cannot write the journal {printable(error.filename)}: {error.strerror}",
+            raise _cannot_begin(error, beside) from None
+        if not journal.paths:
+            raise NoRoomError(
+                f"there is no room for the journal of this change in {printable(inside.parent)}"
+                + (f", nor beside {printable(beside)}" if beside is not None else ""),
                 standing="nothing was changed",
-                remedy="set QMPBLOCK_STATE to a directory that this user may write to"
-                if error.filename and str(error.filename).startswith(str(directory))
-                else "the directory of the image must be writable: what tells which image to "
-                "start from after a crash is kept there",
-            ) from None
+                remedy="set QMPBLOCK_STATE to a directory on a file system with some kilobytes "
+                "free, that outlives a crash of this host; recover looks there only if it is set "
+                "then, too",
+            )
+        if journal.alone:
+            journal._mark_elsewhere()
+        elif lacking:
+            _log.warning("no room in %s: the journal lies beside the image alone", inside.parent)
         return journal
+
+    def _write_first(self, path: Path, said: dict[str, Any]) -> bool:
+        """Write the first line of a new file; return whether there was no room for it."""
+        text = json.dumps(stamped(said)) + "\n"
+        try:
+            # Exclusive: a path beside an image may be in a directory that others write to.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno in _FULL:
+                return True
+            raise
+        try:
+            # What was there before is not ours to remove; this is.
+            before, self.paths = self.paths, (path, *self.paths)
+            _reserve(fd, len(text))
+            _write(fd, text)
+            _sync_directory(path.parent)
+        except OSError as error:
+            error.filename = path
+            if error.errno not in _FULL:
+                raise
+            path.unlink()
+            self.paths = before
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def _mark_elsewhere(self) -> None:
+        home = self.record.home
+        _log.warning(
+            "no room beside %s: the journal lies in %s alone. If QEMU and qmpblock die, run on "
+            "this host: qmpblock recover %s",
+            printable(home),
+            printable(self.paths[0].parent),
+            printable(home),
+        )
+        path = _elsewhere(self.record)
+        with contextlib.suppress(OSError):  # without it, only other hosts know less
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            _sync_directory(path.parent)
 
     def add(self, **entry: Any) -> None:
         """Write an entry everywhere.
@@ -135,7 +201,8 @@ class Journal:
         for path in self.paths:
             try:
                 with path.open("r+b") as file:
-                    file.truncate(len(file.readline()))
+                    size = file.truncate(len(file.readline()))
+                    _reserve(file.fileno(), size)
                     os.fsync(file.fileno())
             except OSError as error:
                 raise _cannot_write(path, error) from None
@@ -157,7 +224,11 @@ class Journal:
     def complete(self) -> bool:
         """Whether every entry is here: that is so beside the image, where it is kept there."""
         home = self.record.home
-        return not home or any(path.name == _home_path(self.record).name for path in self.paths)
+        return (
+            self.alone
+            or not home
+            or any(path.name == home_path(self.record).name for path in self.paths)
+        )
 
     @property
     def pivoted(self) -> bool:
@@ -176,7 +247,8 @@ class Journal:
 
     def remove(self) -> None:
         """Remove it: the change has ended. Idempotent."""
-        for path in self.paths:
+        elsewhere = (_elsewhere(self.record),) if self.alone else ()
+        for path in (*elsewhere, *self.paths):
             with contextlib.suppress(OSError):
                 path.unlink()
                 _sync_directory(path.parent)
@@ -190,8 +262,8 @@ class Journal:
         :raise RecordError: it is ours, and cannot be read.
         """
         try:
-            data = _content(path)
-        except _DistrustedError:
+            data = content(path)
+        except DistrustedError:
             return None
         return None if data is None else cls.parse(path, data)
 
@@ -205,7 +277,9 @@ class Journal:
         record = None
         try:
             first = _parsed(lines, 0, len(data))
-            record = Record.from_json(unstamped(first))
+            said = unstamped(first)
+            alone = said.pop("alone", False) is True
+            record = Record.from_json(said)
             record.check_journaled()
             entries = [_parsed(lines, number) for number in range(1, len(lines))]
         except UnreadableError as error:
@@ -214,33 +288,33 @@ class Journal:
                 standing="nothing was touched",
                 remedy=_REMEDY,
                 path=path,
-                run=_run_of(path),
+                run=run_of(path),
                 files=_files_of(record.as_json() if record else first),
             ) from None
-        return cls(record, (path,), entries)
+        return cls(record, (path,), entries, alone=alone)
 
 
-class _DistrustedError(Exception):
+class DistrustedError(Exception):
     """Others could have written it, and files are removed by what it says. Says why."""
 
 
-def _content(path: Path) -> bytes | None:
+def content(path: Path) -> bytes | None:
     """Read a file that is ours by its name; None if it is not there.
 
     :raise RecordError: it cannot be read.
-    :raise _DistrustedError: it is not to be believed.
+    :raise DistrustedError: it is not to be believed.
     """
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
-            raise _DistrustedError("it is no plain file")
+            raise DistrustedError("it is no plain file")
         if status.st_uid not in (0, os.geteuid()):
-            raise _DistrustedError(f"it belongs to the user {status.st_uid}")
+            raise DistrustedError(f"it belongs to the user {status.st_uid}")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
             now = os.fstat(fd)
             if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino) or now.st_mode & 0o022:
-                raise _DistrustedError("others may write to it")
+                raise DistrustedError("others may write to it")
             return file.read(_LIMIT + 1)
     except FileNotFoundError:
         return None
@@ -250,7 +324,7 @@ def _content(path: Path) -> bytes | None:
             standing="nothing was touched",
             remedy="run this as root, or as the user who ran that qmpblock",
             path=path,
-            run=_run_of(path),
+            run=run_of(path),
         ) from None
 
 
@@ -281,7 +355,13 @@ def _parsed(lines: list[bytes], number: int, size: int = 0) -> dict[str, Any]:
     return found
 
 
-def _run_of(path: Path) -> str:
+def is_elsewhere(path: Path) -> bool:
+    """Whether a file that is ours by its name says that its journal is elsewhere."""
+    return path.suffix == ELSEWHERE
+
+
+def run_of(path: Path) -> str:
+    """Return the run of a file that is ours by its name; empty if it is not."""
     match = _NAME.fullmatch(path.name)
     return match[1] if match else ""
 
@@ -300,10 +380,10 @@ def discard_torn(record: Record) -> None:
     """Remove a journal of this change whose first line was never complete."""
     paths = [state_directory() / _file_name(record)]
     if record.home:
-        paths.append(_home_path(record))
+        paths.append(home_path(record))
     for path in paths:
-        with contextlib.suppress(OSError, RecordError, _DistrustedError):
-            data = _content(path)
+        with contextlib.suppress(OSError, RecordError, DistrustedError):
+            data = content(path)
             if data is not None and _is_torn(data) and path.stat().st_uid == os.geteuid():
                 path.unlink()
 
@@ -314,96 +394,27 @@ def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
     return bool(words) and words[-1] is True
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What was found of journals.
-
-    :ivar journals: those that can be read.
-    :ivar unreadable: one error for each that is ours by its name, and cannot.
-    :ivar distrusted: those beside the images that others could have written, and why.
-    """
-
-    journals: list[Journal] = field(default_factory=list)
-    unreadable: list[RecordError] = field(default_factory=list)
-    distrusted: list[tuple[Path, str]] = field(default_factory=list)
-
-
-def journals(images: tuple[str, ...] = ()) -> Iterator[Journal]:
-    """Yield every journal that can be read, as `survey` finds them."""
-    yield from survey(images).journals
-
-
-def survey(images: tuple[str, ...] = ()) -> Survey:
-    """Look for every journal on this host: of the state directory, and beside `images`.
-
-    The two files of one change come as one journal. The one beside the image has every entry,
-    in their order; which of two entries was the last only it can tell.
-    """
-    result = Survey()
-    found: dict[str, Journal] = {}
-    places = _list(state_directory(), "", result)
-    about: dict[Path, tuple[str, ...]] = {}  # the image files that what lies there must be about
-    for image in images:
-        path = Path(image)
-        beside = _list(path.parent, f"{path.name}.qmpblock-", result)
-        about |= dict.fromkeys(beside, (image,))
-        places += beside
-    asked = set(about)
-    seen: set[Path] = set()
-    while places:
-        path = places.pop(0)
-        if path in seen:
-            continue
-        seen.add(path)
-        try:
-            data = _content(path)
-            journal = None if data is None else Journal.parse(path, data)
-        except RecordError as error:
-            if path in about:
-                error.files = (*about[path], *(error.files or ()))
-            result.unreadable.append(error)
-            continue
-        except _DistrustedError as error:
-            if path in asked:
-                result.distrusted.append((path, str(error)))
-            continue
-        if journal is None:
-            continue
-        record = journal.record
-        if record.home:
-            places.append(_home_path(record))
-            about.setdefault(places[-1], (*record.images, *record.files))
-        known = found.get(record.run)
-        if known is None:
-            found[record.run] = journal
-        elif known.record == record:
-            known.paths += journal.paths
-            if path.name == _home_path(record).name:
-                known.entries = journal.entries
-        elif path in asked:
-            result.distrusted.append((path, f"it contradicts {printable(known.paths[0])}"))
-    result.journals.extend(found.values())
-    return result
-
-
-def _list(directory: Path, prefix: str, result: Survey) -> list[Path]:
-    """List what is a journal by its name."""
+def _make_directory(path: Path) -> bool:
+    """Make the state directory, if it is not there; return whether there was no room for it."""
     try:
-        return sorted(
-            path
-            for path in directory.iterdir()
-            if path.name.startswith(prefix) and _NAME.fullmatch(path.name)
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        result.unreadable.append(
-            RecordError(
-                f"whether journals lie in {printable(directory)} cannot be seen: {error.strerror}",
-                standing="nothing was touched",
-            )
-        )
-        return []
+        if error.errno not in _FULL:
+            raise
+        return True
+    return False
+
+
+def _cannot_begin(error: OSError, beside: Path | None) -> Error:
+    home = beside is not None and Path(str(error.filename)).parent == beside.parent
+    return Error(
+        f"cannot write the journal {printable(error.filename)}: {error.strerror}",
+        standing="nothing was changed",
+        remedy="the directory of the image must be writable: what tells which image to start from "
+        "after a crash is kept there"
+        if home
+        else "set QMPBLOCK_STATE to a directory that this user may write to",
+    )
 
 
 def _cannot_write(path: Path, error: OSError) -> Error:
@@ -413,7 +424,12 @@ def _cannot_write(path: Path, error: OSError) -> Error:
     )
 
 
-def _home_path(record: Record) -> Path:
+def _elsewhere(record: Record) -> Path:
+    return home_path(record).with_suffix(ELSEWHERE)
+
+
+def home_path(record: Record) -> Path:
+    """Return where the journal of a change that has a home lies beside its image."""
     return _beside(Path(record.home), record.run)
 
 
@@ -423,16 +439,21 @@ def _beside(image: Path, run: str) -> Path:
 
 def _file_name(record: Record) -> str:
     which = hashlib.sha256(" ".join(record.devices).encode()).hexdigest()[:8]
-    return f"{_of_vm(record.vm)}{which}-{record.run}.journal"
+    return f"{of_vm(record.vm)}{which}-{record.run}.journal"
 
 
-def _of_vm(vm: VMIdentity) -> str:
+def of_vm(vm: VMIdentity) -> str:
+    """Return what the names of the journals of a VM begin with in the state directory."""
     return f"{vm.uuid}-{vm.pid}-{vm.start}-"
 
 
-def is_of(error: RecordError, vm: VMIdentity) -> bool:
-    """Whether a journal that cannot be read is of that QEMU, by its name."""
-    return error.path is not None and error.path.name.startswith(_of_vm(vm))
+def _reserve(fd: int, size: int) -> None:
+    """Give a journal of `size` bytes room for what it will need besides."""
+    try:
+        keep_size(fd, 0, size + _SPARE)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def _append_line(fd: int, text: str) -> None:
@@ -441,6 +462,8 @@ def _append_line(fd: int, text: str) -> None:
     before = os.pread(fd, size, 0).rfind(b"\n") + 1
     if before < size:
         os.ftruncate(fd, before)  # a dead controller's last line, torn
+        with contextlib.suppress(OSError):
+            _reserve(fd, before)
     try:
         _write(fd, text)
     except OSError:

@@ -50,13 +50,14 @@ from qmpblock.export import LOCK as NBD_LOCK
 from qmpblock.graph import BlockGraph
 from qmpblock.hostprocess import is_running
 from qmpblock.job import Job
-from qmpblock.journal import PIVOTED, Journal, is_of, journals, survey
+from qmpblock.journal import PIVOTED, Journal
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import ServerUse, undo_dead_run
 from qmpblock.opened import from_text, is_nested
 from qmpblock.qemuimg import QemuImg, blockdev
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice, ImageVerdict, Step, image_verdict, steps, took_effect
+from qmpblock.survey import is_of, journals, survey
 
 if TYPE_CHECKING:
     from qmpblock.vm import VM
@@ -513,7 +514,8 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             fmt = formats.get(overlay) or "qcow2"
             await _commit(record, overlay, fmt, base)
             # Killed here, and the VM started: the overlay must not be committed again.
-            journal.mark(**{PIVOTED: True})
+            with contextlib.suppress(Error):  # no room: then it goes the sooner
+                journal.mark(**{PIVOTED: True})
             Path(overlay).unlink()
         for file in verdict.unused:
             with contextlib.suppress(FileNotFoundError):
@@ -548,6 +550,12 @@ async def _commit(record: Record, overlay: str, fmt: str, base: str) -> None:
                 f"{printable(overlay)}, which lies on {printable(base)}, and commit it there: "
                 "qmpblock commit ADDRESS DISK --base @1"
             )
+        elif "No space left" in error.stderr:
+            error.standing = (
+                f"nothing is lost: {printable(overlay)} holds what the guest wrote last, and "
+                f"{printable(base)} the rest"
+            )
+            error.remedy = "make room there, and run this again before the VM is started"
         raise
 
 

@@ -8,7 +8,6 @@ begins at an offset), and qcow2 images whose external data file is raw.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles
 from qmpblock.errors import Error, UnsupportedError, printable
+from qmpblock.fallocate import UNSUPPORTED, keep_size
 from qmpblock.graph import Layer
 from qmpblock.opened import in_part
 from qmpblock.ranges import Ranges
@@ -34,7 +34,6 @@ __all__ = [
     "reserve_ranges",
 ]
 
-_KEEP_SIZE = 0x1  # FALLOC_FL_KEEP_SIZE, linux/falloc.h
 _SMALLEST = 1 << 20  # bytes of a call at a low speed
 _PIECE = 64 << 20  # bytes of one call; it may take a while on some file systems
 
@@ -136,7 +135,7 @@ async def reserve_ranges(
                 piece = min(speed.piece(_PIECE, _SMALLEST), stop - at)
                 await speed.wait(piece)
                 try:
-                    await asyncio.to_thread(_fallocate, fd, at, piece)
+                    await asyncio.to_thread(keep_size, fd, at, piece)
                 except OSError as error:
                     raise _cannot(file, error, done) from None
                 at += piece
@@ -194,18 +193,8 @@ def blank_ranges(file: str, start: int, size: int) -> Ranges:
     return Ranges.from_arrays(left.starts - start, left.stops - start)
 
 
-def _fallocate(fd: int, offset: int, length: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = libc.fallocate
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    while call(fd, _KEEP_SIZE, offset, length) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-
-
 def _cannot(file: str, error: OSError, done: int) -> Error:
-    if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+    if error.errno in UNSUPPORTED:
         return UnsupportedError(
             f"the file system of {printable(file)} cannot reserve space (fallocate)",
             standing="nothing was changed",

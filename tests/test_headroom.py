@@ -202,7 +202,7 @@ async def test_no_space_on_the_host(file, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(reserving, "_fallocate", fail)
+    monkeypatch.setattr(reserving, "keep_size", fail)
     with pytest.raises(Error, match="No space left"):
         await fill(place(file), look(place(file), M), M, None)
 

@@ -12,8 +12,9 @@ from drawing import MIB, RUN, record
 
 from qmpblock.errors import BusyError, Error, NotFoundError, ToolError, UnsupportedError
 from qmpblock.hostprocess import boot_id, start_time
-from qmpblock.journal import Journal, VMIdentity, journals
+from qmpblock.journal import Journal, VMIdentity
 from qmpblock.recovery import recover_images, recover_journal
+from qmpblock.survey import journals
 
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,

@@ -39,7 +39,7 @@ async def test_a_speed_cuts_it_into_pieces(tmp_path, monkeypatch):
     file = tmp_path / "disk.raw"
     file.write_bytes(bytes(MIB))
     pieces = []
-    monkeypatch.setattr(reserving, "_fallocate", lambda fd, *piece: pieces.append(piece))
+    monkeypatch.setattr(reserving, "keep_size", lambda fd, *piece: pieces.append(piece))
     await reserving.reserve_ranges(str(file), [(512, 512 + 5 * MIB)], speed=Speed(64 * MIB))
     assert sum(length for _, length in pieces) == 5 * MIB
     assert pieces[0][0] == 512
@@ -62,7 +62,7 @@ async def test_what_cannot_be_is_said(tmp_path, monkeypatch, number, kind, words
     def fail(*_):
         raise OSError(number, "No space left on device")
 
-    monkeypatch.setattr(reserving, "_fallocate", fail)
+    monkeypatch.setattr(reserving, "keep_size", fail)
     with pytest.raises(kind, match=words) as caught:
         await reserving.reserve_ranges(str(file), [(0, MIB)], speed=Speed())
     assert caught.value.standing is not None

@@ -111,8 +111,8 @@ def _say(one: Recovery, *, planned: bool) -> None:
 async def _recover_images(
     options: Options, images: list[str], *, dry_run: bool, check: bool
 ) -> int:
-    from qmpblock.journal import survey
     from qmpblock.recovery import recover_images
+    from qmpblock.survey import survey
 
     try:
         found = await recover_images(images, dry_run=dry_run or check)
