@@ -97,3 +97,15 @@ class Capabilities:
         it. So a stream job must dismiss itself there. 10.0.13 and 11.1.2 do not crash.
         """
         return self.version < (10, 0, 0)
+
+    @property
+    def create_jobs_endanger_queries(self) -> bool:
+        """Whether anybody's query-named-block-nodes can make QEMU abort during a create job.
+
+        While blockdev-create opens the qcow2 image that it has just made, in a coroutine that
+        yields, the node is there and its header is not read yet: `qcow2_get_specific_info:
+        Assertion false` (qemu-facts, K11). 7.2.22 dies within 1 or 2 snapshots under tight polling;
+        10.0.13 (48 snapshots) and 11.1.3 do not. blockdev-add and blockdev-reopen are no jobs,
+        and no other command runs meanwhile; blockdev-create of a plain file opens no node.
+        """
+        return self.version < (10, 0, 0)

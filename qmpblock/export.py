@@ -1,4 +1,6 @@
-"""Export: read-only NBD exports of nodes inside QEMU, entered and left safely.
+"""Export: NBD exports of nodes inside QEMU, entered and left safely.
+
+They are read-only, but where a new image is written that QEMU does not use yet.
 
 Three defects of QEMU 7.2 make this hard:
 
@@ -76,7 +78,7 @@ from qmpblock.polling import unpolled
 if TYPE_CHECKING:
     from qmpblock.nbd import Client
 
-__all__ = ["LOCK", "NBDAccess", "Request", "exports"]
+__all__ = ["LOCK", "NBDAccess", "Request", "check_access", "exports"]
 
 #: The id of the lock object around our NBD server.
 LOCK = "qmpblock-nbd"
@@ -113,24 +115,37 @@ class Request:
         aborts where no writer is attached (K4), and an unplug can make it so; a node of
         ours then holds the write permission.
     :ivar in_flight: requests that the client may have in flight.
+    :ivar writable: whether the client may write; only to a node of ours that nothing uses yet.
     """
 
     node: str
     contexts: tuple[str, ...] = ("base:allocation", "qemu:allocation-depth")
     hold_writer: bool = False
     in_flight: int = 16
+    writable: bool = False
+
+
+async def check_access(monitor: Monitor, access: NBDAccess, device: Device | None = None) -> None:
+    """Refuse what this QEMU or this transport cannot do safely; nothing is touched.
+
+    :param device: whose nodes are to be exported; None where no device uses them.
+    :raise UnsupportedError: says why, and what would do.
+    """
+    await _Session(monitor, access, 0).check(device)
 
 
 @asynccontextmanager
 async def exports(
     monitor: Monitor,
-    device: Device,
+    device: Device | None,
     requests: Sequence[Request],
     *,
     access: NBDAccess | None = None,
     stall: float = 60.0,
 ) -> AsyncIterator[list[Client]]:
     """Export nodes of one device's graph, and yield a connected NBD client for each.
+
+    Without a device: nodes that none uses.
 
     On leaving, by whatever way, all that was added to QEMU is removed again. Cancelling
     waits for that; it takes milliseconds.
@@ -205,20 +220,20 @@ class _Session:
 
     # before anything is touched
 
-    async def check(self, device: Device) -> None:
+    async def check(self, device: Device | None) -> None:
         """Refuse what this QEMU or this transport cannot do safely."""
-        self.devices = (device,)
-        await ownership.ask(self.monitor, [device])
+        self.devices = () if device is None else (device,)
+        await ownership.ask(self.monitor, self.devices)
         address = self.monitor.address
         capabilities = Capabilities(self.monitor.version)
-        if capabilities.nbd_clients_endanger_iothreads:
+        if device is not None and capabilities.nbd_clients_endanger_iothreads:
             self.iothreads = await self.monitor.execute("query-iothreads")
             self.iothread = await iothread_of(self.monitor, device, self.iothreads)
         if isinstance(address, UnixAddress):
             # On a foreign server custody is a danger of its own; see above.
             self.custody = self.access.address is None or self.iothread is not None
             return
-        if self.iothread is not None:
+        if device is not None and self.iothread is not None:
             raise UnsupportedError(
                 f"{device.name} runs in an iothread, and QEMU {capabilities} aborts when an NBD "
                 "client of such a disk goes away; only a UNIX monitor can prevent it",
@@ -228,7 +243,7 @@ class _Session:
             )
         if not self.access.address and not self._over_tcp() and not address.loopback:
             raise UnsupportedError(
-                f"the monitor {address} is on another host, and a map needs an NBD connection "
+                f"the monitor {address} is on another host, and this needs an NBD connection "
                 "to it, which would be neither encrypted nor authenticated",
                 standing="nothing was touched",
                 remedy="give --tls-creds DIR, or --nbd ADDRESS of a server of your own, or "
@@ -408,7 +423,7 @@ class _Session:
             "id": slot.name,
             "name": slot.name,
             "node-name": slot.request.node,
-            "writable": False,
+            "writable": slot.request.writable,
             "allocation-depth": True,
         }
         slot.exported = True

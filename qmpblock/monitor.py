@@ -155,12 +155,16 @@ class _Client(QMPClient):
         super().__init__(readbuflen=_READ_LIMIT)
         self._deliver_event = on_event
         self._deliver_end = on_end
+        self.unlogged = False
 
     def _cb_outbound(self, msg: Message) -> Message:
-        return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+        return super()._cb_outbound(msg) if self._is_logged() else msg
 
     def _cb_inbound(self, msg: Message) -> Message:
-        return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+        return super()._cb_inbound(msg) if self._is_logged() else msg
+
+    def _is_logged(self) -> bool:
+        return not self.unlogged and self.logger.isEnabledFor(logging.DEBUG)
 
     async def _readline(self) -> bytes:
         """Read one message: a line; of a monitor with pretty=on, the lines from `{` to `}`."""
@@ -296,6 +300,18 @@ class Monitor:
         """
         async with self._turn:
             return await self._execute(command, arguments)
+
+    async def read_key(self, path: str, name: str) -> str:
+        """Read a property of a `secret` object, by `qom-get`; no log has it.
+
+        :raise Error: as `execute`.
+        """
+        async with self._turn:
+            self._client.unlogged = True
+            try:
+                return str(await self._execute("qom-get", {"path": path, "property": name}))
+            finally:
+                self._client.unlogged = False
 
     async def _execute(self, command: str, arguments: Mapping[str, object] | None) -> Any:
         if self.closed:

@@ -7,12 +7,16 @@ and an image whose backing format is not recorded is refused (design.md, safety 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
+import os
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qmpblock import luks
 from qmpblock.errors import (
     NotFoundError,
     RequestError,
@@ -25,7 +29,7 @@ from qmpblock.errors import (
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
 
-__all__ = ["Image", "QemuImg", "QemuIo", "blockdev", "format_of"]
+__all__ = ["Contents", "Image", "Key", "QemuImg", "QemuIo", "blockdev", "format_of"]
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
@@ -57,6 +61,60 @@ class Image:
     file: str
     format: str
     size: int
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a `secret` object of QEMU's holds; never shown.
+
+    :ivar text: its data, in its format (`raw`, `base64`).
+    :ivar iv: where the data is encrypted, by the key before this one: its initialisation
+        vector; empty where it is not.
+    """
+
+    text: bytes = field(repr=False)
+    format: str = "raw"
+    iv: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The bytes of an image file that is yet to be.
+
+    :ivar length: of the file, in bytes.
+    :ivar pieces: what is data in it, by its offset; the rest is a hole.
+    """
+
+    length: int
+    pieces: tuple[tuple[int, bytes], ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, fd: int) -> Contents:
+        """Read a sparse file."""
+        length, at = os.fstat(fd).st_size, 0
+        pieces: list[tuple[int, bytes]] = []
+        while at < length:
+            try:
+                start = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # no data after `at`
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+            pieces.append((start, os.pread(fd, at - start, start)))
+        return cls(length, tuple(pieces))
+
+    def write_to(self, fd: int) -> None:
+        """Make an empty file hold them.
+
+        :raise OSError: it cannot.
+        """
+        os.ftruncate(fd, self.length)
+        for at, data in self.pieces:
+            view = memoryview(data)
+            while view:
+                done = os.pwrite(fd, view, at)
+                view, at = view[done:], at + done
 
 
 def format_of(path: str) -> str:
@@ -200,15 +258,58 @@ class QemuImg:
             return True
         return False
 
-    async def create(self, path: str, size: int, cluster: int) -> None:
-        """Make an empty qcow2 image of a file that is there; a backing image is not recorded.
+    async def create(
+        self,
+        fmt: str,
+        size: int,
+        options: Mapping[str, str | int],
+        *,
+        backing: tuple[str, str] | None = None,
+        keys: Sequence[Key] = (),
+    ) -> Contents:
+        """Make an empty image, and return what its file is to hold; no file is made.
 
-        :raise ToolError: qemu-img failed.
+        It is made in memory, and no other image is opened. So nothing is left of it, whatever
+        dies, and no key is written to a disk.
+
+        :param options: of the format, whatever its defaults are.
+        :param backing: the name and the format to record of its backing image.
+        :param keys: the one that encrypts the image, after those that encrypt it in turn; the
+            image's option `key-secret` (`encrypt.key-secret`) is `key<N>`, N counted from 0.
+        :raise ToolError: qemu-img failed; no key is in it.
         """
-        options = f"cluster_size={cluster}"
-        command = ("create", "-q", "-f", "qcow2", "-o", options, path, str(size))
-        async for _ in self._lines(*command):
-            pass
+        command = ["create", "-q", "-f", fmt]
+        with contextlib.ExitStack() as stack:
+            fds = [_in_memory(stack)]
+            for number, key in enumerate(keys):
+                fds.append(_in_memory(stack, key.text))
+                described = (
+                    f"secret,id=key{number},file=/proc/self/fd/{fds[-1]},format={key.format}"
+                )
+                if key.iv:
+                    described += f",keyid=key{number - 1},iv={key.iv}"
+                command += ["--object", described]
+            if options:
+                command += ["-o", ",".join(f"{name}={value}" for name, value in options.items())]
+            if backing is not None:
+                command += ["-u", "-b", backing[0], "-F", backing[1]]
+            command += [f"/proc/self/fd/{fds[0]}", str(size)]
+
+            async def attempt() -> None:
+                os.ftruncate(fds[0], 0)
+                try:
+                    async for _ in self._lines(*command, fds=fds):
+                        pass
+                except ToolError as error:
+                    # Its file has no name that could be deleted, and need not be.
+                    lines = error.stderr.splitlines()
+                    said = [line for line in lines if "Error when deleting file" not in line]
+                    raise ToolError(
+                        error.command, error.returncode, "\n".join(said), remedy=error.remedy
+                    ) from None
+
+            await luks.retried(attempt)
+            return Contents.of(fds[0])
 
     async def rebase(self, overlay: str, fmt: str, base: str, base_fmt: str) -> None:
         """Have a closed overlay's header name another backing image; no data is copied.
@@ -237,11 +338,16 @@ class QemuImg:
             pass
 
     async def _lines(
-        self, *arguments: str, exclusive: bool = True, given: str | None = None
+        self,
+        *arguments: str,
+        exclusive: bool = True,
+        given: str | None = None,
+        fds: Sequence[int] = (),
     ) -> AsyncIterator[str]:
         """Run qemu-img and yield what it prints, line by line.
 
         :param given: what it is to read on stdin.
+        :param fds: descriptors that it gets too.
 
         :raise ToolError: it cannot be started, or fails.
         :raise StalledError: it prints nothing, and does not end, for the stall limit.
@@ -254,6 +360,7 @@ class QemuImg:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 limit=_LINE,
+                pass_fds=fds,
             )
         except OSError as error:
             raise ToolError(
@@ -297,6 +404,14 @@ class QemuImg:
                 if exclusive and "lock" in said
                 else None,
             )
+
+
+def _in_memory(stack: contextlib.ExitStack, data: bytes = b"") -> int:
+    """Return a file that is in no directory, for as long as the stack lives."""
+    fd = os.memfd_create("qmpblock")
+    stack.callback(os.close, fd)
+    os.write(fd, data)
+    return fd
 
 
 def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Snapshot: overlays over the active layers of one or several disks, at one point in time.
 
-The overlays are made by QEMU itself (`blockdev-create`), in files that we made for it: so it
-has the right to open them, an encrypted overlay gets its key from the same secret object
-without our ever seeing it, and no program of another version writes their headers.
+The overlays are made by us, owner and mode as the active image's, so that QEMU has the right
+to open them, and it only opens them; why, and what is done where we cannot, is in
+`qmpblock.headers`.
 
 For each disk, then for all at once::
 
-    file      without a name yet (O_TMPFILE), as its record in the journal is fsynced; then linked
-    header    backing name and format explicit, as asked; fsynced with its directory
+    header    in memory; backing name and format explicit, as asked
+    file      without a name yet (O_TMPFILE), as it gets that header, and as its record in the
+              journal is fsynced; then linked, whole, and fsynced with its directory
     node      of the overlay, with no backing: the recorded one is never opened a second time
     bitmaps   that record in the active layer go on in the overlay
     snapshot  one transaction: bitmaps and overlays of every disk, or nothing
@@ -40,6 +41,8 @@ from qmpblock.errors import (
     RequestError,
     printable,
 )
+from qmpblock.export import Request, exports
+from qmpblock.headers import CLUSTER, Header, by_qemu_img, make
 from qmpblock.hostprocess import command_line
 from qmpblock.job import Job
 from qmpblock.journal import Record
@@ -48,6 +51,7 @@ from qmpblock.nodeoptions import aio_of, cache_options, overlay_options
 from qmpblock.openfiles import NOWHERE, OpenFiles, sees_directory
 from qmpblock.openings import storage_of
 from qmpblock.places import known
+from qmpblock.qemuimg import Contents
 from qmpblock.recoveryplan import Choice
 
 if TYPE_CHECKING:
@@ -63,6 +67,9 @@ __all__ = [
     "snapshot",
     "take",
 ]
+
+_EMPTY_FILE = {"driver": "file", "size": 0}
+_BLOCK = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,8 @@ class Item:
     """One overlay that is to be made.
 
     :ivar file: where; `node` and `storage`: what its nodes are called.
-    :ivar job: the id of the job that writes its header.
-    :ivar cluster: of the overlay, in bytes; 0: QEMU's default.
+    :ivar job: the id of the job that writes its header, where QEMU itself does.
+    :ivar cluster: of the overlay, in bytes.
     :ivar local: whether a file made here is there for QEMU.
     """
 
@@ -111,8 +118,18 @@ class Item:
     storage: str
     job: str
     backing_name: str
-    cluster: int = 0
+    cluster: int = CLUSTER
     local: bool = True
+
+    def header(self, fmt: str) -> Header:
+        """Return what the overlay is to be."""
+        return Header(
+            fmt,
+            self.plan.active.size,
+            (self.backing_name, self.plan.active.format),
+            self.cluster,
+            self.plan.key_secret,
+        )
 
     def node_options(self, backing: str | None, fmt: str = "qcow2") -> dict[str, Any]:
         """Return the whole description of the overlay's node: blockdev-reopen forgets the rest.
@@ -141,6 +158,8 @@ async def snapshot(
     items = await _plan(vm, run, overlays, format, backing_name)
     devices = [item.plan.device for item in items]
     await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))
+    for item in items:
+        await by_qemu_img(vm, item.plan.key_secret, local=item.local)  # or refuse
     chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
     record = Record(
         run=run,
@@ -158,7 +177,7 @@ async def snapshot(
     change = Change(vm, record)
     await change.begin()
     async with change.or_undo(
-        lambda: "no snapshot was taken; nothing of ours is left",
+        lambda: _not_taken(items),
         done=lambda: "the snapshot was taken all the same",
     ):
         again = await _plan(vm, run, overlays, format, backing_name)
@@ -240,6 +259,14 @@ async def _plan(
     return items
 
 
+def _not_taken(items: list[Item]) -> str:
+    text = "no snapshot was taken; nothing of ours is left"
+    if all(item.local for item in items):
+        return text
+    files = ", ".join(printable(item.file) for item in items if not item.local)
+    return f"{text} in the VM; if {files} is on its host now, it is to be removed there"
+
+
 def _unchanged(before: list[Item], now: list[Item]) -> None:
     names = [[one.plan.active.node.name for one in items] for items in (before, now)]
     if names[0] != names[1]:
@@ -272,11 +299,13 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
     :param local: whether QEMU sees the same files as this process.
     """
     execute = vm.monitor.execute
-    plan = item.plan
+    plan, header = item.plan, item.header(fmt)
+    ours = await by_qemu_img(vm, plan.key_secret, local=local)
+    contents = await make(vm, header) if ours else Contents(0, ())
     if local:
-        make_file(change, item)
+        make_file(change, item, contents)
     else:
-        await _have_file_made(vm, item)
+        await _have_file_made(vm, item, _whole_blocks(contents.length))
     storage: dict[str, Any] = {
         "driver": "file",
         "node-name": item.storage,
@@ -289,29 +318,23 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
         if aio is not None:
             storage["aio"] = aio
     await execute("blockdev-add", storage)
-    header: dict[str, Any] = {
-        "driver": fmt,
-        "file": item.storage,
-        "size": plan.active.size,
-        "backing-file": item.backing_name,
-        "backing-fmt": plan.active.format,
-    }
-    if item.cluster:
-        header["cluster-size"] = item.cluster
-    if plan.key_secret is not None:
-        header["encrypt"] = {"format": "luks", "key-secret": plan.key_secret}
-
-    async def write_header() -> None:
-        if plan.key_secret is not None:  # what an attempt left is half a header
-            await _create(vm, item.job, {"driver": "file", "filename": item.file, "size": 0})
-        await _create(vm, item.job, header)
-
-    await luks.retried(write_header)
+    if not ours:
+        await _create(vm, item, header)
+    elif not local:
+        await _send(vm, item, contents)
     if local:
         _sync(Path(item.file))
     assert change.journal is not None  # begin() wrote it
     change.journal.add(created=item.file, format=fmt)
-    await execute("blockdev-add", item.node_options(None, fmt))
+    try:
+        await execute("blockdev-add", item.node_options(None, fmt))
+    except CommandError as error:
+        if ours and plan.key_secret is not None and "password" in error.description:
+            error.remedy = (
+                f"the secret object {printable(plan.key_secret)} tells of another key than QEMU "
+                "holds: its file was changed since. Write the VM's own key into it"
+            )
+        raise
 
 
 async def prove(vm: VM, change: Change, items: list[Item]) -> None:
@@ -328,7 +351,18 @@ async def prove(vm: VM, change: Change, items: list[Item]) -> None:
         check_made(places.get(item.storage), item.file, made.get(item.file))
 
 
-async def _create(vm: VM, job_id: str, options: dict[str, Any]) -> None:
+async def _create(vm: VM, item: Item, header: Header) -> None:
+    """Have QEMU write a header."""
+
+    async def attempt() -> None:
+        if header.key_secret is not None:  # what an attempt left is half a header
+            await _run_create(vm, item.job, {**_EMPTY_FILE, "filename": item.file})
+        await _run_create(vm, item.job, header.job(item.storage))
+
+    await luks.retried(attempt)
+
+
+async def _run_create(vm: VM, job_id: str, options: dict[str, Any]) -> None:
     job = Job(vm.monitor, job_id, "create")
     try:
         await vm.monitor.execute("blockdev-create", {"job-id": job_id, "options": options})
@@ -340,8 +374,11 @@ async def _create(vm: VM, job_id: str, options: dict[str, Any]) -> None:
         raise JobError(job_id, "create", error)
 
 
-def make_file(change: Change, item: Item) -> None:
-    """Make the overlay's empty file, in such an order that it is never there unrecorded."""
+def make_file(change: Change, item: Item, contents: Contents) -> None:
+    """Make the overlay's file, in such an order that it is never there unrecorded.
+
+    Where the file system allows it, it is never there half-written either.
+    """
     assert change.journal is not None  # begin() wrote it
     path = Path(item.file)
     file = hostfiles.local_path(change.vm.monitor.peer_pid, item.plan.active)
@@ -349,6 +386,7 @@ def make_file(change: Change, item: Item) -> None:
         fd = _open_nameless(path.parent)
         try:
             _give_to_qemu(fd, file)
+            contents.write_to(fd)
             status = os.fstat(fd)
             change.journal.add(made=item.file, dev=status.st_dev, ino=status.st_ino)
             # src_dir_fd is not used with an absolute path, but has os.link call linkat(2).
@@ -358,14 +396,14 @@ def make_file(change: Change, item: Item) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise _cannot_make(path, error) from None
-        _make_named_file(change, item, file)
+        _make_named_file(change, item, file, contents)
 
 
 def _open_nameless(directory: Path) -> int:
     return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
-def _make_named_file(change: Change, item: Item, like: str | None) -> None:
+def _make_named_file(change: Change, item: Item, like: str | None, contents: Contents) -> None:
     """Make it where the file system knows no nameless files (NFS)."""
     assert change.journal is not None  # begin() wrote it
     path = Path(item.file)
@@ -377,6 +415,9 @@ def _make_named_file(change: Change, item: Item, like: str | None) -> None:
         status = os.fstat(fd)
         change.journal.add(made=item.file, dev=status.st_dev, ino=status.st_ino)
         _give_to_qemu(fd, like)
+        contents.write_to(fd)
+    except OSError as error:
+        raise _cannot_make(path, error) from None
     finally:
         os.close(fd)
 
@@ -397,7 +438,7 @@ def _cannot_make(path: Path, error: OSError) -> Error:
     return Error(f"cannot make {printable(path)}: {error.strerror}")
 
 
-async def _have_file_made(vm: VM, item: Item) -> None:
+async def _have_file_made(vm: VM, item: Item, size: int) -> None:
     """Have QEMU make the file on its host, if there is none: creating would empty it."""
     probe = {"driver": "file", "node-name": item.storage, "filename": item.file}
     try:
@@ -411,7 +452,21 @@ async def _have_file_made(vm: VM, item: Item) -> None:
             f"{printable(item.file)} exists already on the VM's host; an overlay is always a new "
             "file"
         )
-    await _create(vm, item.job, {"driver": "file", "filename": item.file, "size": 0})
+    await _run_create(vm, item.job, {**_EMPTY_FILE, "filename": item.file, "size": size})
+
+
+async def _send(vm: VM, item: Item, contents: Contents) -> None:
+    """Write an image into its file on the VM's host."""
+    request = Request(item.storage, (), writable=True)
+    async with exports(vm.monitor, None, [request], access=vm.nbd, stall=vm.stall) as (client,):
+        for at, data in contents.pieces:  # each begins at a page of memory
+            await client.write(at, data.ljust(_whole_blocks(len(data)), b"\0"))
+        await client.flush()
+
+
+def _whole_blocks(length: int) -> int:
+    """Round up to what any storage can write."""
+    return -(-length // _BLOCK) * _BLOCK
 
 
 def _sync(path: Path) -> None:

@@ -40,6 +40,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph import Layer
+from qmpblock.headers import Header, by_qemu_img, make
 from qmpblock.heldio import check_held_io
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
@@ -91,6 +92,8 @@ async def reserve_by_staging(
     await disk.refresh()
     active = disk.chain.active
     file = check_staging(disk)
+    secret = key_secret(active) if active.node.encrypted else None
+    await by_qemu_img(vm, secret, local=True)  # or refuse
     run = Change.new_run()
     device = disk.device
     how = as_text(await opened_as(disk.vm, active))
@@ -344,8 +347,8 @@ async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None
     execute = vm.monitor.execute
     frozen = disk.chain.layers[1]
     node, file = record.nodes[2], record.files[1]
-    make_file(change, replace(item, file=file))
-    await QemuImg(stall=vm.stall).create(file, frozen.size, _zeros_cluster(frozen))
+    header = Header("qcow2", frozen.size, cluster=_zeros_cluster(frozen))
+    make_file(change, replace(item, file=file), await make(vm, header))
     await QemuIo(stall=vm.stall).write_zeros_as_data(file, chosen)
     await execute(
         "blockdev-add",

@@ -313,7 +313,6 @@ class Matrix:
             "object-add": "after",
             "block-export-add": "after",
             "blockdev-add": "after",
-            "blockdev-create": "after",
             "block-stream": "after",
             "block-commit": "after",
             "job-complete": "after",

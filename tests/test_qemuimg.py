@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from qmpblock.errors import NotFoundError, RequestError, ToolError, UnsupportedError
-from qmpblock.qemuimg import QemuImg, blockdev, format_of
+from qmpblock.qemuimg import Contents, Key, QemuImg, blockdev, format_of
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here")
 
@@ -132,3 +132,46 @@ async def test_no_qemu_img_says_what_to_install(tmp_path):
     with pytest.raises(ToolError) as caught:
         await QemuImg("no-such-qemu-img").chain(str(tmp_path / "a.raw"), "raw")
     assert "install" in caught.value.remedy
+
+
+def test_contents_are_written_where_they_were(tmp_path):
+    contents = Contents(20000, ((0, b"head"), (8192, b"x" * 5000)))
+    with (tmp_path / "image").open("w+b") as file:
+        contents.write_to(file.fileno())
+        file.seek(0)
+        data = file.read()
+        again = Contents.of(file.fileno())
+    assert len(data) == 20000
+    assert data[:5] == b"head\0"
+    assert data[8192:13193] == b"x" * 5000 + b"\0"
+    assert again.length == 20000
+    for at, piece in again.pieces:
+        assert data[at : at + len(piece)] == piece
+    with (tmp_path / "empty").open("w+b") as file:
+        assert Contents.of(file.fileno()) == Contents(0, ())
+
+
+async def test_an_image_is_made_in_memory(tmp_path):
+    options = {"cluster_size": 4096}
+    made = await QemuImg().create("qcow2", 1 << 30, options, backing=("-b,c=d", "raw"))
+    with (tmp_path / "image").open("wb") as file:
+        made.write_to(file.fileno())
+    info = await QemuImg()._json("info", "--output=json", "-f", "qcow2", str(tmp_path / "image"))
+    assert info["virtual-size"] == 1 << 30
+    assert info["cluster-size"] == 4096
+    assert (info["backing-filename"], info["backing-filename-format"]) == ("-b,c=d", "raw")
+
+
+async def test_a_key_is_in_no_error():
+    key = Key(b"c2VzYW1l!", "base64")  # it is no base64
+    with pytest.raises(ToolError) as caught:
+        await QemuImg().create("luks", 1 << 20, {"key-secret": "key0"}, keys=[key])
+    assert "c2VzYW1l" not in str(caught.value) + repr(caught.value.command) + repr(key)
+    assert "invalid characters" in caught.value.stderr
+
+
+async def test_what_qemu_img_says_of_its_own_file_is_left_out():
+    with pytest.raises(ToolError) as caught:
+        await QemuImg().create("luks", 1 << 20, {"key-secret": "key0"}, keys=[Key(b"\xff")])
+    assert "UTF-8" in caught.value.stderr
+    assert "deleting" not in caught.value.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import zlib
 from collections import defaultdict
 from pathlib import Path
@@ -33,6 +34,9 @@ SHARES = {
     "test_harness::test_every_scenario_boots_and_its_images_verify": 0.3,
     "test_harness::test_the_invariant_finds_a_leak": 0.4,
     "test_harness::test_the_same_writes_without_a_guest": 0.4,
+    "test_headers::test_a_key_is_handed_on_and_never_shown": 0.25,
+    "test_headers::test_a_key_that_cannot_be_had": 0.3,
+    "test_headers::test_it_is_what_a_create_job_makes": 0.4,
     "test_job_commands": 0.2,
     "test_job_control": 0.2,
     "test_job_faults": 0.2,
@@ -51,6 +55,14 @@ SHARES = {
 def _every_vm_ends_as_it_began(request: pytest.FixtureRequest) -> None:
     if "start_qemu" in request.fixturenames:
         request.getfixturevalue("invariant")
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a TCP port of this host that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def seed() -> int:

@@ -429,15 +429,6 @@ async def tcp_monitor(vm):
     )
 
 
-@pytest.fixture
-def free_port():
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 @IOTHREAD
 async def test_a_tcp_monitor_and_an_iothread(scenario, start_qemu, invariant, free_port):
     """Refused where the QEMU is affected; elsewhere mapped."""
