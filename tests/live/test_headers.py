@@ -23,6 +23,7 @@ from qmpblock.testing.images import Tools, build
 pytestmark = pytest.mark.live
 CHAIN = pytest.mark.scenarios("chain-3.yaml")
 MIB = 1 << 20
+PATIENCE = 300.0  # seconds; on a busy host a key takes longer than a minute to derive
 OVER = ("active.qcow2", "qcow2")
 
 HEADERS = {
@@ -117,7 +118,7 @@ async def test_it_is_what_a_create_job_makes(header, scenario, start_qemu, vm_di
     invariant.forget(vm)  # the job and its node are the test's
     theirs = vm_dir / "theirs"
     theirs.touch()
-    async with qmpblock.connect(vm.monitor_path) as controller:
+    async with qmpblock.connect(vm.monitor_path, stall=PATIENCE) as controller:
         ours = store(await headers.make(controller, header), vm_dir / "ours")
         storage = {"driver": "file", "node-name": "t", "filename": str(theirs)}
         await vm.execute("blockdev-add", **storage)
@@ -237,7 +238,7 @@ async def test_a_key_that_cannot_be_had(
         monkeypatch.setenv("PATH", str(vm_dir))
         assert shutil.which("qemu-img") is None
     overlay = built.directory / "overlay"
-    async with qmpblock.connect(vm.monitor_path) as controller:
+    async with qmpblock.connect(vm.monitor_path, stall=PATIENCE) as controller:
         disk = await controller.disk("vd0")
         if case == "changed":
             with pytest.raises(CommandError, match="nvalid password") as failed:
@@ -274,7 +275,7 @@ async def test_an_overlay_on_another_host(
     invariant.forget(vm)
     await subject.attach(vm)
     with Poller(vm.second_monitor_path) as poller:
-        async with qmpblock.connect(f"127.0.0.1:{free_port}") as controller:
+        async with qmpblock.connect(f"127.0.0.1:{free_port}", stall=PATIENCE) as controller:
             disk = await controller.disk("vd0")
             overlay = built.directory / "overlay"
             await disk.snapshot(overlay)
