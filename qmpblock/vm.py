@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from qmpblock.address import Address
 from qmpblock.capabilities import Capabilities
 from qmpblock.disk import Disk
+from qmpblock.elsewhere import check_served_here
 from qmpblock.errors import (
     CommandError,
     Error,
     GraphError,
     MonitorHeldError,
+    NotFoundError,
     UnsupportedError,
     printable,
 )
@@ -69,6 +71,7 @@ async def connect(
         raise
     async with monitor:
         Capabilities(monitor.version).check_supported()
+        await _check_is_vm(monitor)
         yield VM(monitor, NBDAccess(nbd, tls_creds, insecure), stall, unmanaged=unmanaged)
 
 
@@ -76,6 +79,26 @@ def _in_fdset(nodes: Any) -> bool:
     return isinstance(nodes, list) and any(
         isinstance(node, dict) and str(node.get("file")).startswith("/dev/fdset/") for node in nodes
     )
+
+
+async def _check_is_vm(monitor: Monitor) -> None:
+    """Refuse a storage daemon, whose monitor greets as a QEMU's does.
+
+    :raise UnsupportedError: it is one.
+    """
+    try:
+        await monitor.execute("query-status")
+    except CommandError as error:
+        if error.error_class != "CommandNotFound":
+            raise
+        raise UnsupportedError(
+            f"what answers at {monitor.address} is no VM but a storage daemon "
+            f"(qemu-storage-daemon {Capabilities(monitor.version)}): it has no guest and no disks, "
+            "only nodes and exports, which others use",
+            standing="nothing was touched",
+            remedy="give the monitor of the VM that uses its images. A disk that the daemon serves "
+            "by vhost-user is not that VM's QEMU's to change either",
+        ) from None
 
 
 class VM:
@@ -165,9 +188,14 @@ class VM:
         """Find a disk by qdev id, QOM path, drive id, node name or active image file.
 
         :raise NotFoundError: there is none; the error lists those that there are.
+        :raise UnsupportedError: another process serves it (vhost-user).
         :raise AmbiguousError: more than one goes by that name.
         """
-        return Disk(self, (await self.graph()).device(name))
+        try:
+            return Disk(self, (await self.graph()).device(name))
+        except NotFoundError:
+            await check_served_here(self.monitor, name)
+            raise
 
     async def jobs(self) -> tuple[Job, ...]:
         """Return every background job, of whomever; `job.ours` says whose it is."""

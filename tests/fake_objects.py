@@ -98,11 +98,12 @@ def dead(run, **details):
 
 
 @asynccontextmanager
-async def fake_vm(path, drawing):
+async def fake_vm(path, drawing, **answers):
     """Yield a VM that is connected to such a peer, and the peer's Objects."""
     greeting = json.loads(json.dumps(GREETING))
     greeting["QMP"]["version"]["qemu"]["major"] = 11
     objects = Objects(drawing)
+    objects.update(answers)
     async with fake_qmp(path, json.dumps(greeting).encode() + b"\n", objects) as fake:
         objects.fake = fake
         async with connect(str(path)) as vm:

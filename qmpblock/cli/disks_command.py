@@ -9,14 +9,16 @@ import click
 
 from qmpblock.cli.app import Options, emit
 from qmpblock.cli.app import command as make_command
+from qmpblock.elsewhere import disks_served_elsewhere
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from qmpblock.elsewhere import ServedDisk
     from qmpblock.graph import Device
 
-__all__ = ["command", "document"]
+__all__ = ["command", "document", "served_document"]
 
 
 @make_command
@@ -29,10 +31,12 @@ async def command(options: Options, address: str) -> None:
     """
     async with options.connect(address) as vm:
         devices = (await vm.graph()).devices
+        served = await disks_served_elsewhere(vm.monitor)
     if options.json:
-        emit(json.dumps([document(device) for device in devices], indent=2) + "\n")
+        documents = [document(one) for one in devices] + [served_document(one) for one in served]
+        emit(json.dumps(documents, indent=2) + "\n")
     else:
-        _show(devices)
+        _show(devices, served)
 
 
 def document(device: Device) -> dict[str, Any]:
@@ -72,12 +76,30 @@ def document(device: Device) -> dict[str, Any]:
     }
 
 
-def _show(devices: tuple[Device, ...]) -> None:
+def served_document(disk: ServedDisk) -> dict[str, Any]:
+    """Return the record of a disk that another process serves."""
+    return {
+        "device": disk.name,
+        "qom_path": disk.qom_path,
+        "root_node": None,
+        "format_node": None,
+        "size": None,
+        "read_only": False,
+        "layers": [],
+        "filters": [],
+        "jobs": [],
+        "exports": [],
+        "served_elsewhere": {"driver": disk.driver, "socket": disk.socket},
+    }
+
+
+def _show(devices: tuple[Device, ...], served: tuple[ServedDisk, ...]) -> None:
     from rich.console import Console
+    from rich.text import Text
     from rich.tree import Tree
 
     console = Console(highlight=False, soft_wrap=True)
-    if not devices:
+    if not devices and not served:
         console.print("This VM has no disks.")
     for device in devices:
         tree = Tree(_title(device), guide_style="dim")
@@ -98,6 +120,9 @@ def _show(devices: tuple[Device, ...]) -> None:
         for export in device.exports:
             tree.add(_line("export", export))
         console.print(tree)
+    for disk in served:
+        console.print(Text(printable(disk.name), style="bold"), end="  ")
+        console.print(Text(f"{printable(disk.driver)}: {disk.where()} has its images"))
 
 
 def _title(device: Device) -> Text:
