@@ -11,9 +11,11 @@ can finalize the pivot, and QEMU hangs for good (qemu-facts, K12). Measured on 7
     sd-card        a block is written, by PIO    hangs
     ide-hd         a sector is read, by PIO      its request is in flight, the monitor answers
 
-By the code the same as the first three, not run: cfi.pflash02, at24c-eeprom, NAND and OneNAND
-flash, spapr-nvram, e-fuses. So only devices that are known to go on are given a pivot. A human
-monitor's `qemu-io` on the disk hangs QEMU just so, and cannot be prevented.
+So does a guest's own CPU that programs its pflash in a loop, at the first pivot, on both. (Were
+the pivot finalized by QEMU itself it would go on; but then no journal could say which image is
+to be trusted.) By the code the same as the first three, not run: cfi.pflash02, at24c-eeprom,
+NAND and OneNAND flash, spapr-nvram, e-fuses. So only devices that are known to go on are given a
+pivot. A human monitor's `qemu-io` on the disk hangs QEMU just so, and cannot be prevented.
 """
 
 from __future__ import annotations
