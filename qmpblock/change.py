@@ -259,15 +259,17 @@ class Change:
                     adopted |= await lock.adopt(
                         self.vm.monitor, name, holder, self.holder(), self._undo_dead
                     )
-        finally:
-            if not adopted:
-                await undisturbed(self._let_go_polling())
-        if adopted:
-            self._locked = list(self.record.locks)
-            self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
-            if journal is None:
-                discard_torn(self.record)
-            self.journal = journal or self._create_journal()
+            if adopted:
+                self._locked = list(self.record.locks)
+                self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
+                if journal is None:
+                    discard_torn(self.record)
+                self.journal = journal or self._create_journal()
+        except BaseException:
+            await undisturbed(self._let_go_polling())
+            raise
+        if not adopted:
+            await undisturbed(self._let_go_polling())
         return adopted
 
     async def end(self) -> None:
