@@ -40,6 +40,7 @@ from qmpblock.chainplan import (
 from qmpblock.change import Change, device_of, identify, lock_names, make_way, settle
 from qmpblock.driving import check_copy_on_read, drive, flush, io_limits
 from qmpblock.errors import (
+    BusyError,
     CommandError,
     Error,
     GraphError,
@@ -48,6 +49,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
+from qmpblock.filelocks import foreign_users
 from qmpblock.graph import Chain, Device, Layer, Node
 from qmpblock.heldio import check_held_io
 from qmpblock.hostprocess import command_line
@@ -55,9 +57,10 @@ from qmpblock.job import Job, Progress
 from qmpblock.managers import Work
 from qmpblock.opened import as_text, is_plain, opened
 from qmpblock.openfiles import OpenFiles, sees_directory
-from qmpblock.places import Place
+from qmpblock.places import Place, Places, known
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice
+from qmpblock.sharedfiles import files_of
 from qmpblock.writable import refusal
 
 if TYPE_CHECKING:
@@ -213,8 +216,11 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
     await make_way(disk.vm, lock_names([disk.device]))
     graph = await disk.vm.graph()
     disk.device = graph.device(disk.device.qom_path)
-    places = OpenFiles(disk.vm.monitor.peer_pid).places(graph.nodes.values())
+    files = OpenFiles(disk.vm.monitor.peer_pid)
+    places = files.places(graph.nodes.values())
     plan: StreamPlan | CommitPlan = make(graph, disk.device, places)
+    if plan.leaving:
+        _check_other_processes(plan, files, places)
     _check_copy_on_read(disk.vm, plan)
     if plan.leaving:
         await ownership.ask_for_change(disk.vm, _work(disk, plan))
@@ -238,6 +244,26 @@ def _work(disk: Disk, plan: StreamPlan | CommitPlan) -> Work:
     if plan.pivots:
         return Work("pivot", active, base="" if lowest else base)
     return Work("commit", active, plan.top.file, base)
+
+
+def _check_other_processes(plan: StreamPlan | CommitPlan, files: OpenFiles, places: Places) -> None:
+    """Refuse to write to an image that another process uses too: a second VM over one base.
+
+    :raise BusyError: one does.
+    """
+    written = plan.base if isinstance(plan, CommitPlan) else plan.top
+    if written.depth == 0:
+        return  # the guest writes to it all the time
+    for node in files_of(written):
+        place = known(places, node)
+        who = foreign_users(files, place.file) if place is not None else None
+        if who is not None:
+            raise BusyError(
+                f"@{written.depth} {printable(written.file)} is open in {who} too, which writes "
+                "to it or would see it change (a second VM over the same image?)",
+                standing="nothing was touched",
+                remedy="end that process, or give it an image of its own",
+            )
 
 
 def _check_copy_on_read(vm: VM, plan: StreamPlan | CommitPlan) -> None:

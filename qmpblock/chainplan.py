@@ -29,6 +29,7 @@ from qmpblock.errors import BusyError, RequestError, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Chain, Device, Layer
 from qmpblock.layeruse import check_bitmaps, check_readers, overlays_of
 from qmpblock.places import Places
+from qmpblock.sharedfiles import second_nodes
 from qmpblock.writable import check_disk, check_sound
 
 __all__ = [
@@ -171,7 +172,7 @@ def plan_stream(
     _check_encryption(leaving, into)
     _check_recorder(into)
     if into.depth:
-        _check_unshared(graph, device, into)
+        _check_unshared(graph, device, into, places or {})
     check_readers(graph, device, "stream", into.node.name, "", standing=_UNTOUCHED)
     merges, warnings = _bitmaps_of_stream(into, leaving)
     return StreamPlan(
@@ -219,7 +220,7 @@ def plan_commit(
     check_sound(last)
     _check_encryption(leaving, last)
     for layer in (*leaving, last):
-        _check_unshared(graph, device, layer)
+        _check_unshared(graph, device, layer, places or {})
     check_readers(graph, device, "commit", first.node.name, last.node.name, standing=_UNTOUCHED)
     check_bitmaps(graph, _nodes(leaving), standing=_UNTOUCHED)
     if above is not None:
@@ -373,7 +374,7 @@ def _check_recorder(layer: Layer) -> None:
         )
 
 
-def _check_unshared(graph: BlockGraph, device: Device, layer: Layer) -> None:
+def _check_unshared(graph: BlockGraph, device: Device, layer: Layer, places: Places) -> None:
     """Refuse to change a layer that something else depends on too.
 
     QEMU refuses some of it, by its permissions; it silently rewires both chains where two
@@ -383,13 +384,19 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer) -> None:
         if other.qom_path == device.qom_path or other.chain is None:
             continue
         for theirs in other.chain.layers:
-            if theirs.node.name == layer.node.name or (
-                theirs.file == layer.file and theirs.file.startswith("/")
-            ):
+            if theirs.node.name == layer.node.name:
                 raise BusyError(
                     f"{_name(layer)} is also a layer of {other.name}, which this would change",
                     standing=_UNTOUCHED,
                 )
+    for node in second_nodes(graph, layer, places):
+        disks = [one.name for one in graph.devices if node.name in one.node_names()]
+        what = f"is also a layer of {', '.join(disks)}" if disks else "is open a second time"
+        raise BusyError(
+            f"{_name(layer)} {what}, by the node {printable(node.name)}, which this would change",
+            standing=_UNTOUCHED,
+            remedy="unplug that disk, or remove that node, if nobody needs it",
+        )
     for use in overlays_of(graph, device, layer):
         raise BusyError(
             f"{_name(layer)} is used by {use.what} too, which this would change",

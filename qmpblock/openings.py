@@ -4,23 +4,23 @@
     file    |..........|= qcow2 ==|.......|      an image inside such a part
     file    |= qcow2 =| + data file              named on the command line only
 
-QEMU tells of parts in the `json:` file name that it makes of such a node; it tells nothing of a
-data file there, but which one the header names. Such an image needs a description (the options
-of blockdev-add, as JSON); any other opens by its file name and format.
+QEMU tells of a part in the `json:` file name that it makes of such a raw node (those of the nodes
+above may be cut off); of a data file it tells which one the header names. Such an image needs a
+description (the options of blockdev-add, as JSON); any other opens by its file name and format.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qmpblock.errors import UnsupportedError, printable
-from qmpblock.graph import FILTERS, Layer, Node
+from qmpblock.graph import Layer, Node
 from qmpblock.places import Places, known
 
-__all__ = ["Part", "description", "is_plain", "no_name", "part_of", "storage_of"]
+__all__ = ["Part", "description", "is_plain", "no_name", "part_of", "part_of_node", "storage_of"]
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,37 @@ def part_of(layer: Layer) -> Part | None:
     :raise UnsupportedError: that cannot be told.
     """
     found = [part for _, part in _levels(layer) if part is not None]
-    if len(found) > 1:
-        raise no_name(layer, "it lies in a part of a part of a file")
+    if len(found) > 1 or (found and layer.data_file is not None):
+        raise no_name(layer, "it lies in a part of a part of a file, or its data file in one")
     return found[0] if found else None
+
+
+def part_of_node(node: Node) -> Part | None:
+    """Return which part a raw node shows of what lies below it; None where it shows all.
+
+    :raise ValueError: it does not say it so that it can be read.
+    """
+    if node.driver != "raw" or not node.filename.startswith("json:"):
+        return None
+    options = json.loads(node.filename.removeprefix("json:"))
+    if not isinstance(options, dict):
+        raise ValueError("no JSON object")  # noqa: TRY004 - as JSON that is none
+    offset, size = options.get("offset"), options.get("size")
+    if offset is None and size is None:
+        return None
+    try:
+        return Part(int(offset or 0), None if size is None else int(size))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def is_plain(layer: Layer, places: Places) -> bool:
     """Whether an image opens as it is by its file name and its format."""
-    return not any(part for _, part in _levels(layer)) and _by_header(layer, places)
+    try:
+        part = part_of(layer)
+    except UnsupportedError:
+        return False
+    return part is None and _by_header(layer, places)
 
 
 def description(layer: Layer, places: Places) -> dict[str, Any]:
@@ -106,30 +129,13 @@ def no_name(layer: Layer, reason: str) -> UnsupportedError:
 
 def _levels(layer: Layer) -> Iterator[tuple[str, Part | None]]:
     """Yield the driver of each node from the format node to above the file, filters left out."""
-    if not layer.node.filename.startswith("json:"):
-        return
-    try:
-        options = json.loads(layer.node.filename.removeprefix("json:"))
-    except ValueError:
-        return
-    while isinstance(options, Mapping):
-        driver = str(options.get("driver"))
-        below = options.get(FILTERS.get(driver, "file"), options.get("file"))
-        if not isinstance(below, Mapping):
-            return  # the protocol node, which has a file name
-        if driver not in FILTERS:
-            yield driver, _part(driver, options)
-        options = below
-
-
-def _part(driver: str, options: Mapping[str, Any]) -> Part | None:
-    offset, size = options.get("offset"), options.get("size")
-    if driver != "raw" or (offset is None and size is None):
-        return None
-    try:
-        return Part(int(offset or 0), None if size is None else int(size))
-    except (TypeError, ValueError):
-        return None
+    for node in (layer.node, *layer.between):
+        if node.is_filter:
+            continue
+        try:
+            yield node.driver, part_of_node(node)
+        except ValueError:
+            raise no_name(layer, "which part of its file it is cannot be read") from None
 
 
 def _by_header(layer: Layer, places: Places) -> bool:

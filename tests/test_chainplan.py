@@ -18,6 +18,7 @@ from qmpblock.chainplan import (
     plan_stream,
 )
 from qmpblock.errors import BusyError, NotFoundError, RequestError, UnsupportedError
+from qmpblock.places import FileId, Place
 
 
 def stream(drawing, top=None, base=None):
@@ -341,11 +342,23 @@ def test_what_a_stream_only_reads_may_be_shared():
     assert names(stream(drawing).leaving) == ["d1"]
 
 
-def test_relative_names_of_two_disks_may_be_two_files():
-    """QEMU may have been started elsewhere for each: a node alone tells that they are one."""
+def test_relative_names_of_two_disks_may_be_one_file():
+    """Where they cannot be seen; where they can, they are what they are."""
     drawing = Drawing().image("d1", file="base").image("d0", backing="d1").device("d0")
     drawing.image("e1", file="base").image("e0", backing="e1").device("e0", "vd1")
-    assert commit(drawing).leaving
+    with pytest.raises(BusyError, match="also a layer of vd1, by the node e1-f"):
+        commit(drawing)
+    graph = drawing.graph()
+    for number, refused in ((1, True), (2, False)):
+        places = {
+            f"{name}-f": Place(FileId(1, inode), f"/{name}", f"/{name}", f"/{name}")
+            for name, inode in (("d0", 7), ("d1", 1), ("e0", 8), ("e1", number))
+        }
+        if refused:
+            with pytest.raises(BusyError, match="also a layer of vd1"):
+                plan_commit(graph, graph.device("vd0"), places=places)
+        else:
+            assert plan_commit(graph, graph.device("vd0"), places=places).leaving
 
 
 # formats and encryption

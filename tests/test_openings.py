@@ -18,65 +18,82 @@ def place(path, number=0, *, real=None):
 DISK = {"d0-f": place("/i/disk")}
 
 
-def opened(described, fmt="raw", **more):
-    """Draw an image that QEMU describes so."""
-    text = described if isinstance(described, str) else "json:" + json.dumps(described)
-    drawing = Drawing().image("d0", fmt, file="/i/disk", filename=text, **more).device("d0")
-    return drawing.graph().device("vd0").chain.active
+def opened(*levels, **more):
+    """Draw an image of these nodes, each a driver and what QEMU calls it; the format node first."""
+    drawing = Drawing()
+    for number in reversed(range(1, len(levels))):
+        driver, text = levels[number]
+        drawing.filter(
+            f"d0-{number}", driver, "d0-f" if number == len(levels) - 1 else f"d0-{number + 1}"
+        )
+        drawing.nodes[f"d0-{number}"]["file"] = text
+    driver, text = levels[0]
+    above = Drawing().image("d0", driver, file="/i/disk", filename=text, **more)
+    drawing.nodes |= above.nodes
+    if len(levels) > 1:
+        drawing.nodes["d0"]["children"] = [{"child": "file", "node-name": "d0-1"}]
+    return drawing.device("d0").graph().device("vd0").chain.active
 
 
 FILE = {"driver": "file", "filename": "/i/disk"}
 PART = {"driver": "raw", "offset": 512, "size": 1024, "file": FILE}
 
 
+def text(**options):
+    return "json:" + json.dumps({"driver": "raw", **options, "file": FILE})
+
+
+RAW = ("raw", text(offset=512, size=1024))
+CUT = ("qcow2", 'json:{"driver": "qcow2", "file": {"driver": "ra')  # by QEMU: it was too long
+
+
 @pytest.mark.parametrize(
-    ("described", "wanted"),
+    ("levels", "wanted"),
     [
-        ("/i/d", None),
-        ({"driver": "raw", "file": FILE}, None),
-        (PART, Part(512, 1024)),
-        ({"driver": "raw", "offset": "512", "file": FILE}, Part(512, None)),
-        ({"driver": "raw", "size": 1024, "file": FILE}, Part(0, 1024)),
-        (
-            {"driver": "raw", "offset": 512, "file": {"driver": "throttle", "file": FILE}},
-            Part(512, None),
-        ),
-        ({"driver": "qcow2", "file": PART}, Part(512, 1024)),
-        ({"driver": "qcow2", "file": {"driver": "raw", "file": FILE}}, None),
-        ({"driver": "raw", "offset": ["x"], "file": FILE}, None),
-        ("json:[", None),
-        ("json:7", None),
+        ([("raw", "/i/d")], None),
+        ([("raw", text())], None),
+        ([("qcow2", text(offset=512))], None),  # another format's options
+        ([RAW], Part(512, 1024)),
+        ([("raw", text(offset="512"))], Part(512, None)),
+        ([("raw", text(size=1024))], Part(0, 1024)),
+        ([CUT, RAW], Part(512, 1024)),
+        ([CUT, ("throttle", ""), RAW], Part(512, 1024)),
+        ([CUT, ("raw", "/i/disk")], None),
     ],
 )
-def test_parts_of_files(described, wanted):
-    layer = opened(described)
+def test_parts_of_files(levels, wanted):
+    layer = opened(*levels)
     assert part_of(layer) == wanted
     assert is_plain(layer, {}) == (wanted is None)
 
 
+@pytest.mark.parametrize("said", ["json:[", "json:7", text(offset=["x"]), text(size="x")])
+def test_what_cannot_be_read_is_not_taken_for_the_whole(said):
+    layer = opened(("raw", said))
+    assert not is_plain(layer, {})
+    with pytest.raises(UnsupportedError, match="cannot be read"):
+        part_of(layer)
+
+
 def test_the_description_opens_it_again():
-    assert description(opened(PART), DISK) == PART
-    inside = {"driver": "qcow2", "file": PART, "backing": FILE, "cache": {"direct": True}}
-    assert description(opened(inside, "qcow2"), DISK) == {"driver": "qcow2", "file": PART}
+    assert description(opened(RAW), DISK) == PART
+    assert description(opened(CUT, RAW), DISK) == {"driver": "qcow2", "file": PART}
 
 
 @pytest.mark.parametrize(
-    ("described", "words"),
-    [
-        ({"driver": "qcow2", "file": {"driver": "luks", "file": PART}}, "not the whole"),
-        ({"driver": "raw", "offset": 512, "file": PART}, "a part of a part"),
-    ],
+    ("levels", "words"),
+    [([CUT, ("luks", ""), RAW], "not the whole"), ([RAW, RAW], "a part of a part")],
 )
-def test_what_cannot_be_described(described, words):
+def test_what_cannot_be_described(levels, words):
     with pytest.raises(UnsupportedError, match=words):
-        description(opened(described, described["driver"]), DISK)
+        description(opened(*levels), DISK)
 
 
 def test_encrypted_or_unseen():
     with pytest.raises(UnsupportedError, match="it is encrypted"):
-        description(opened(PART, encrypted=True), DISK)
+        description(opened(RAW, encrypted=True), DISK)
     with pytest.raises(UnsupportedError, match="not the whole"):
-        description(opened(PART), {})
+        description(opened(RAW), {})
     with pytest.raises(UnsupportedError, match="not the whole"):
         description(Layer(0, Node("f", "file", "/i/disk", 512, False), None), DISK)
 

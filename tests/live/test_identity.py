@@ -321,11 +321,11 @@ async def test_an_image_with_a_name_in_another_directory(images, start_qemu, inv
 # what does not lead back by a plain name
 
 
-async def refused(vm, words, *reasons):
+async def refused(vm, words, *reasons, code=2):
     """Run a command that must be refused, with nothing touched."""
     before = await vm.execute("query-named-block-nodes", flat=True)
-    code, _, err = await cli(*words)
-    assert code == 2, err
+    found, _, err = await cli(*words)
+    assert found == code, err
     assert "nothing was touched" in err
     for reason in reasons:
         assert reason in err
@@ -555,3 +555,108 @@ async def test_a_base_that_is_renamed_while_the_job_runs(
     await vm.quit()
     (vm_dir / "moved").rename(base)
     assert await images.content(top) == before
+
+
+# one file, open twice
+
+WAYS = ["same-name", "hard-link", "link", "relative", "json"]
+
+
+def unlocked(file, below=None, **more):
+    """Describe an image whose file is opened without locks."""
+    place = {"driver": "file", "filename": str(file), "locking": "off", **more}
+    found = {"driver": "qcow2", "file": place}
+    return found | ({"backing": below} if below else {})
+
+
+def device(described, node):
+    words = ["-blockdev", json.dumps({**described, "node-name": node})]
+    return [*words, "-device", f"virtio-blk-pci,drive={node},id=v{node}"]
+
+
+@pytest.mark.parametrize("operation", ["pivot", "commit", "stream"])
+@pytest.mark.parametrize("way", WAYS)
+async def test_two_disks_over_one_file_that_is_open_twice(
+    way, operation, images, start_qemu, invariant, vm_dir, qemu_binary
+):
+    """Without locks QEMU knows nothing of it: what goes into the one changes the other."""
+    base = await images.make("base.qcow2", (1, MIB, MIB))
+    middle = await images.make("middle.qcow2", (2, 2 * MIB, MIB), backing=base)
+    one = await images.make("one.qcow2", (3, 3 * MIB, MIB), backing=middle)
+    top = await images.make("top.qcow2", backing=one)
+    shared = middle if operation == "stream" else base
+    second = await images.make("second.qcow2", (4, 4 * MIB, MIB), backing=shared)
+    other, more = shared, {}
+    if way == "hard-link":
+        other = vm_dir / "hard.qcow2"
+        os.link(shared, other)
+    elif way == "link":
+        other = vm_dir / "link.qcow2"
+        other.symlink_to(shared.name)
+    elif way == "relative":
+        other = shared.name
+    elif way == "json":
+        more = {"cache": {"direct": False}, "aio": "threads"}
+    chain = unlocked(top, unlocked(one, unlocked(middle, unlocked(base))))
+    words = device(chain, "d0")
+    words += device(unlocked(second, unlocked(other, **more)), "d1")
+    qemu = wrapped(vm_dir, qemu_binary, before=f"cd {vm_dir}")
+    vm = await start_qemu([], qemu=qemu, extra=words)
+    command = {
+        "pivot": ("commit", vm.monitor_path, "vd0"),
+        "commit": ("commit", vm.monitor_path, "vd0", "--top", "@1", "--base", "@3"),
+        "stream": ("stream", vm.monitor_path, "vd0", "--top", "@2"),
+    }[operation]
+    await refused(vm, command, "is also a layer of vd1", code=1)
+    await guest(vm, "read -P 1 1M 1M", "vd1")
+    await guest(vm, "read -P 0 3M 1M", "vd1")
+
+
+async def test_two_disks_in_two_parts_of_one_file(images, start_qemu, invariant, vm_dir):
+    """The parts do not meet: a commit into the one leaves the other alone."""
+    whole = vm_dir / "whole.raw"
+    whole.write_bytes(b"\x01" * 4 * MIB + b"\x02" * 4 * MIB)
+    words = []
+    for number in range(2):
+        part = {
+            "driver": "raw",
+            "offset": number * 4 * MIB,
+            "size": 4 * MIB,
+            "file": {"driver": "file", "filename": str(whole), "locking": "off"},
+        }
+        name = f"over{number}.qcow2"
+        await images.img(
+            *("create", "-q", "-f", "qcow2", "-F", "raw", "-b", "json:" + json.dumps(part)),
+            *(vm_dir / name, 4 * MIB),
+        )
+        top = {"driver": "qcow2", "node-name": f"d{number}", "backing": part}
+        top["file"] = {"driver": "file", "filename": str(vm_dir / name)}
+        words += ["-blockdev", json.dumps(top)]
+        words += ["-device", f"virtio-blk-pci,drive=d{number},id=vd{number}"]
+    vm = await start_qemu([], extra=words)
+    invariant.forget(vm)
+    await guest(vm, "write -P 9 1M 64K")
+    code, _, err = await cli("commit", vm.monitor_path, "vd0")
+    assert code == 0, err
+    await guest(vm, "read -P 2 0 4M", "vd1")
+    await vm.quit()
+    content = bytearray(b"\x01" * 4 * MIB + b"\x02" * 4 * MIB)
+    content[MIB : MIB + 65536] = b"\x09" * 65536
+    assert whole.read_bytes() == content
+
+
+async def test_a_base_that_another_vm_uses(images, start_qemu, invariant, vm_dir):
+    """Our VM takes no locks, and sees none; the other one's say that it relies on the base."""
+    base = await images.make("base.qcow2", (1, MIB, MIB))
+    for name in ("one.qcow2", "two.qcow2"):
+        await images.make(name, (3, 3 * MIB, MIB), backing=base)
+    off = f",backing.driver=qcow2,backing.file.driver=file,backing.file.filename={base}"
+    off += ",backing.file.locking=off"
+    vm = await start_qemu([], extra=disk(vm_dir / "one.qcow2", more=off, extra=",locking=off"))
+    other = await start_qemu([], extra=disk(vm_dir / "two.qcow2"))
+    command = ("commit", vm.monitor_path, "vd0")
+    await refused(vm, command, f"is open in process {other.pid} too", code=1)
+    await other.quit()
+    invariant.forget(vm)
+    code, _, err = await cli(*command)
+    assert code == 0, err
