@@ -80,13 +80,6 @@ def host_file(disk: Disk, layer: Layer) -> str:
             "a thin volume below it is not ours to fill",
             standing="nothing was touched",
         )
-    between = disk.chain.active.between
-    if any(node.driver == "raw" and node.filename.startswith("json:") for node in between):
-        raise UnsupportedError(
-            f"{printable(layer.file)} holds the image, or its data, in a part of it (a raw node "
-            "with an offset or a size): where its space would be is not worked out",
-            standing="nothing was touched",
-        )
     pid = disk.vm.monitor.peer_pid
     file = hostfiles.local_path(pid, layer)
     if file is None:

@@ -353,7 +353,7 @@ async def test_an_overlay_of_a_part_of_a_file(fmt, images, start_qemu, invariant
     words += ["-device", f"virtio-blk-pci,drive={top},id=vd0"]
     vm = await start_qemu([], extra=words)
     if fmt == "raw":
-        await refused(vm, ("allocate", vm.monitor_path, "vd0", "--full"), "a part of a file")
+        await refused(vm, ("allocate", vm.monitor_path, "vd0", "--full"), "only a part")
     overlay, second = vm_dir / "over.qcow2", vm_dir / "second.qcow2"
     for file in (overlay, second):
         code, _, err = await cli("snapshot", vm.monitor_path, f"vd0={file}")
