@@ -68,6 +68,7 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"qmpblock-([0-9a-f]{8})-(.+)")
 _OTHER_LOCKS = (NBD_LOCK, polling.LOCK)
 _TURNS = tuple(f"{name}-undo-" for name in _OTHER_LOCKS)
+_INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
 _TURN = re.compile(r"(.+?)-undo-[0-9a-z]+")
 
 
@@ -461,7 +462,11 @@ async def recover_images(
 
 
 def _is_about(files: Iterable[str], names: Iterable[str]) -> bool:
-    return not {os.path.realpath(file) for file in files}.isdisjoint(names)
+    files = tuple(files)
+    # What only the VM saw under its name lies here under another one, which ends in that.
+    inside = [match[1] for file in files if (match := _INSIDE.fullmatch(file))]
+    known = {os.path.realpath(file) for file in files if not _INSIDE.fullmatch(file)}
+    return any(name in known or any(name.endswith(end) for end in inside) for name in names)
 
 
 async def _check_unused(record: Record) -> None:
@@ -500,7 +505,7 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
     pivoting = record.operation == "commit" and record.pivot and not journal.pivoted
     if not journal.complete and (
         # Where the image is not on this host, all is in the one journal that there is.
-        verdict.commit or (pivoting and Path(record.home).exists())
+        verdict.commit or (pivoting and os.path.lexists(record.home))
     ):
         raise Error(
             f"whether {printable(record.top_file)} or {printable(record.base_file)} is newer "

@@ -304,6 +304,26 @@ async def test_any_image_of_it_finds_it(staging, disk, tmp_path, monkeypatch):
         assert len(await recover_images([name], dry_run=True)) == 1
 
 
+async def test_an_image_that_only_the_vm_saw_under_its_name(disk, state):
+    """QEMU had mounts of its own, and the way through its process ended with it."""
+    inside = f"/proc/{1 << 30}/root/{disk.name}"
+    Journal.create(
+        record(
+            operation="commit",
+            pivot=True,
+            job=f"qmpblock-{RUN}-pivot",
+            top_file=inside,
+            base_file="/proc/1/root/base",
+            images=(inside, "/proc/1/root/base"),
+        )
+    ).mark(pivoted=True)
+    (found,) = await recover_images([disk], dry_run=True)
+    assert found.verdict.stale == (inside,)
+    other = disk.with_name(f"x{disk.name}")
+    create(other)
+    assert await recover_images([other], dry_run=True) == []
+
+
 async def test_other_images_are_safe(staging, disk):
     other = disk.with_name("other.qcow2")
     create(other)
