@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles, lock, ownership
 from qmpblock.cancellation import undisturbed
-from qmpblock.change import LOCKS, Change, lock_name
+from qmpblock.change import Change, ahead_lock_name, lock_name
 from qmpblock.errors import (
     BusyError,
     CommandError,
@@ -56,10 +56,7 @@ if TYPE_CHECKING:
     from qmpblock.monitor import Event, Subscription
     from qmpblock.vm import VM
 
-__all__ = ["AHEAD_LOCKS", "Watch", "disarm_dead", "keep_ahead"]
-
-#: What the ids of the locks of watchers begin with.
-AHEAD_LOCKS = "qmpblock-ahead-"
+__all__ = ["Watch", "disarm_dead", "keep_ahead"]
 
 _EVENT = "BLOCK_WRITE_THRESHOLD"
 _LOOK = 5.0  # seconds between looks of a watcher that no event wakes
@@ -151,7 +148,7 @@ class _Watcher:
         self._keep_free = keep_free
         self._tell = tell
         self._run = Change.new_run()
-        self._lock = AHEAD_LOCKS + lock_name(disk.device).removeprefix(LOCKS)
+        self._lock = ahead_lock_name(disk.device)
         self._place: Place | None = None
         self._seen: tuple[object, ...] = ()  # node names, when the place was looked up
         # Of the threshold that may be ours; QEMU takes it away when it sends the event.

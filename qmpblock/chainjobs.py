@@ -37,7 +37,7 @@ from qmpblock.chainplan import (
     plan_commit,
     plan_stream,
 )
-from qmpblock.change import Change, device_of, identify, lock_names, make_way, settle
+from qmpblock.change import Change, device_of, identify, is_watched, lock_names, make_way, settle
 from qmpblock.driving import check_copy_on_read, drive, flush, io_limits
 from qmpblock.errors import (
     BusyError,
@@ -60,6 +60,7 @@ from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.places import Place, Places, known
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice
+from qmpblock.settings import discard_to_restore, lost_by_commit
 from qmpblock.sharedfiles import files_of
 from qmpblock.writable import refusal
 
@@ -163,6 +164,7 @@ async def commit(
     assert isinstance(plan, CommitPlan)
     run = Change.new_run()
     assert plan.device.chain is not None  # VM.disk refuses empty drives
+    root = plan.device.chain.root.name
     record = replace(
         await _record(disk, plan.device, "commit", run),
         job=f"qmpblock-{run}-{'pivot' if plan.pivots else 'commit'}",
@@ -189,11 +191,13 @@ async def commit(
             if bitmap.persistent
         ),
     )
+    if plan.pivots and plan.leaving:
+        plan, record = await _with_settings(disk.vm, plan, record)
     if throttle_guest and plan.pivots and plan.leaving:
         limits, group = await io_limits(disk.vm, plan.device)
         record = replace(record, throttle=tuple(limits.items()), throttle_group=group)
     arguments: dict[str, Any] = {
-        "device": plan.device.chain.root.name,
+        "device": root,
         "top-node": plan.top.node.name,
         "base-node": plan.base.node.name,
         "speed": speed,
@@ -204,6 +208,19 @@ async def commit(
         disk, plan, record, "block-commit", arguments, throttle_guest=throttle_guest
     ) as job:
         yield job
+
+
+async def _with_settings(vm: VM, plan: CommitPlan, record: Record) -> tuple[CommitPlan, Record]:
+    """Have the base get what the guest's disk is set to, and say what it will not have."""
+    command, device = command_line(vm.monitor.peer_pid), plan.device
+    assert device.chain is not None  # VM.disk refuses empty drives
+    lost = lost_by_commit(command, device, plan.base, watched=await is_watched(vm, device))
+    now, there = plan.top.node.detect_zeroes, plan.base.node.detect_zeroes
+    return replace(plan, warnings=(*plan.warnings, *lost)), replace(
+        record,
+        detect_zeroes="" if now == there else now,
+        discard=discard_to_restore(command, device.chain, plan.base),
+    )
 
 
 def _helper(run: str, bitmap: NewBitmap) -> str:
@@ -389,7 +406,7 @@ async def _running(
             finally:
                 driver.cancel()
                 await undisturbed(asyncio.wait({driver}))
-            await undisturbed(_finish(change, disk, plan))
+            missing = await undisturbed(_finish(change, disk, plan))
     finally:
         job.end()
     job.outcome = replace(
@@ -401,7 +418,7 @@ async def _running(
         made_explicit=explicit,
         pivoted=record.pivot,
         seconds=time.monotonic() - started,
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *missing),
         opened=record.base_opened,
     )
 
@@ -480,15 +497,18 @@ async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
     )
 
 
-async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> None:
-    """Remove what the job left, see that the chain is what it should be, and end."""
+async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> tuple[str, ...]:
+    """Remove what the job left, see that the chain is what it should be, and end.
+
+    Returns warnings: what the disk could not be given back.
+    """
     record = change.record
     done = await settle(disk.vm, record, change.journal, Choice.CONTINUE)
     graph = await disk.vm.graph()
     gone = not any(device.qom_path == record.devices[0] for device in graph.devices)
     await change.end()
     if gone:
-        return  # unplugged; the images are as the journal's end says
+        return ()  # unplugged; the images are as the journal's end says
     await disk.refresh()
     names = {layer.node.name for layer in disk.chain.layers}
     left = [layer for layer in plan.leaving if layer.node.name in names]
@@ -498,6 +518,11 @@ async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> 
             f"{', '.join(printable(layer.file) for layer in disk.chain.layers)}",
             remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
         )
+    found = disk.chain.active.node.detect_zeroes
+    if record.operation == "commit" and record.detect_zeroes not in ("", found):
+        wanted = record.detect_zeroes
+        return (f"detect-zeroes of {disk.name} is {found} now: QEMU does not set it to {wanted}",)
+    return ()
 
 
 def _or_undo(change: Change) -> AbstractAsyncContextManager[None]:

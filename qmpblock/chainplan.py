@@ -21,7 +21,7 @@ is part of the plan.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qmpblock.backingname import check_found, name_of_base
@@ -183,7 +183,7 @@ def plan_stream(
         backing_name=None if keep is None else name_of_base(chain, into, keep, places or {}),
         hidden=() if keep is None else _hidden(into, leaving, keep),
         merges=merges,
-        warnings=warnings,
+        warnings=(*warnings, *_snapshots_lost(leaving)),
     )
 
 
@@ -245,7 +245,7 @@ def plan_commit(
         backing_name=None if above is None else name_of_base(chain, above, last, places or {}),
         hidden=() if above is None else _hidden(above, leaving, last),
         bitmaps=bitmaps,
-        warnings=warnings,
+        warnings=(*warnings, *_snapshots_lost(leaving)),
     )
 
 
@@ -480,3 +480,14 @@ def _bitmaps_of_commit(
 
 def _lost(layer: Layer, name: str) -> str:
     return f"the dirty bitmap {printable(name)} of {_name(layer)} ends with that layer"
+
+
+def _snapshots_lost(leaving: Iterable[Layer]) -> Iterator[str]:
+    """Say which internal snapshots nobody reaches any more through the disk."""
+    for layer in leaving:
+        if layer.node.snapshots:
+            names = ", ".join(printable(name) for name in layer.node.snapshots)
+            yield (
+                f"{_name(layer)} holds internal snapshots (savevm): {names}. They stay in that "
+                "file, and the VM cannot load them when it has left the chain"
+            )

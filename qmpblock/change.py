@@ -36,6 +36,7 @@ from qmpblock.driving import (
     delete_bitmap,
     pivot,
     relink,
+    restore_discard,
     restore_limits,
     restore_zeroes,
 )
@@ -63,12 +64,15 @@ if TYPE_CHECKING:
     from qmpblock.vm import VM
 
 __all__ = [
+    "AHEAD_LOCKS",
     "LOCKS",
     "Change",
+    "ahead_lock_name",
     "check_all_said",
     "device_of",
     "find_journal",
     "identify",
+    "is_watched",
     "lock_name",
     "lock_names",
     "record_of",
@@ -78,6 +82,8 @@ __all__ = [
 
 #: What the ids of our disk locks begin with.
 LOCKS = "qmpblock-disk-"
+#: What the ids of the locks of watchers begin with (`qmpblock.ahead`).
+AHEAD_LOCKS = "qmpblock-ahead-"
 
 _log = logging.getLogger(__name__)
 _ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
@@ -94,6 +100,16 @@ def lock_name(device: Device) -> str:
     if device.id is not None:
         return f"{LOCKS}{device.id}"
     return f"{LOCKS}-{hashlib.sha256(device.qom_path.encode()).hexdigest()[:12]}"
+
+
+def ahead_lock_name(device: Device) -> str:
+    """Return the id of the lock of the watcher of a disk's room."""
+    return AHEAD_LOCKS + lock_name(device).removeprefix(LOCKS)
+
+
+async def is_watched(vm: VM, device: Device) -> bool:
+    """Whether a watcher of ours keeps a disk's room: its write threshold follows the guest."""
+    return await lock.read(vm.monitor, ahead_lock_name(device)) is not None
 
 
 async def identify(vm: VM) -> VMIdentity:
@@ -506,6 +522,8 @@ async def _perform(
         await relink(vm, record, graph)
     elif step.verb == "restore-zeroes":
         await restore_zeroes(vm, record)
+    elif step.verb == "restore-discard":
+        await restore_discard(vm, record)
     elif step.verb == "bring-home":
         await bring_home(vm, record, journal, graph)
     elif step.verb == "restore-limits":

@@ -50,6 +50,7 @@ __all__ = [
     "pivot",
     "promote_bitmaps",
     "relink",
+    "restore_discard",
     "restore_limits",
     "restore_zeroes",
     "set_detect_zeroes",
@@ -179,6 +180,25 @@ async def restore_zeroes(vm: VM, record: Record) -> None:
         await set_detect_zeroes(vm, record.base, record.detect_zeroes)
     except (CommandError, UnsupportedError) as error:
         _log.warning("%s", error)
+
+
+async def restore_discard(vm: VM, record: Record) -> None:
+    """Give the base the `discard` of the layer that the guest comes from.
+
+    Nothing tells whether it is so, but that QEMU does not complain. Idempotent.
+    """
+    if not _NODE_NAME.fullmatch(record.base):
+        _log.warning("the name of %s cannot be put on a command line", printable(record.base))
+        return
+    line = f'qemu-io {record.base} "reopen -o discard={record.discard}"'
+    said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    if said:
+        _log.warning(
+            "QEMU does not set discard of %s to %s: %s",
+            printable(record.base),
+            record.discard,
+            printable(said.strip()),
+        )
 
 
 async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: BlockGraph) -> None:

@@ -116,6 +116,7 @@ class Node:
     :ivar detect_zeroes: QEMU's option: `off`, `on` or `unmap`.
     :ivar cache: QEMU's cache options that are on: of `writeback`, `direct`, `no-flush`.
     :ivar write_threshold: the offset at whose crossing QEMU tells of a write; 0: it does not.
+    :ivar snapshots: the names of its internal snapshots (savevm, qemu-img snapshot).
     :ivar corrupt: whether QEMU marked the image as corrupt (qcow2).
     :ivar unclean: whether the image says that it was not closed, or is in use (qcow2 with
         lazy refcounts).
@@ -137,6 +138,7 @@ class Node:
     detect_zeroes: str = "off"
     cache: frozenset[str] = frozenset()
     write_threshold: int = 0
+    snapshots: tuple[str, ...] = ()
     corrupt: bool = False
     unclean: bool = False
     data_filename: str | None = None
@@ -566,6 +568,10 @@ class _Builder:
                 key for key, on in _mapping(info.get("cache", {})).items() if on is True
             ),
             write_threshold=int(info.get("write_threshold", 0)),
+            snapshots=tuple(
+                str(one.get("name") or one.get("id", ""))
+                for one in _records(image.get("snapshots", []))
+            ),
             corrupt=_format_data(image).get("corrupt") is True,
             unclean=image.get("dirty-flag") is True,
             data_filename=data if isinstance(data, str) else None,

@@ -10,31 +10,51 @@ from typing import Any
 
 from qmpblock.graph import Node
 
-__all__ = ["aio_of", "cache_options", "options_of", "overlay_options"]
+__all__ = ["aio_of", "cache_options", "discard_of", "options_of", "overlay_options"]
 
 _AIO = ("threads", "native", "io_uring")
 _OPTION = re.compile(r"((?:[^,]|,,)*)(?:,(?!,)|$)")
 
 
 def options_of(command: Sequence[str], node: Node) -> Mapping[str, Any]:
-    """Return the options by which QEMU was told to open a file; empty where it does not say.
+    """Return the options by which QEMU was told to open a node; empty where it does not say.
 
     Most of them no QMP command tells. A node that was added later is not on the command line.
 
     :param command: QEMU's own command line.
-    :param node: of the file; for a legacy -drive the answer has the drive's options too.
+    :param node: for a legacy -drive, that of its format or of its file, the answer has all the
+        drive's options.
     """
+    return _found(command, node)[0]
+
+
+def discard_of(command: Sequence[str], node: Node) -> str | None:
+    """Return the `discard` of a node: `unmap` or `ignore`; None where nothing tells.
+
+    No QMP command does. A node that is described inside another one, or that QEMU opened by
+    itself because another image names it, has `unmap` by default; any other `ignore`.
+    """
+    options, inside = _found(command, node)
+    if not options:
+        return "unmap" if node.name.startswith("#block") else None
+    value = str(options.get("discard", "unmap" if inside else "ignore"))
+    value = {"on": "unmap", "off": "ignore"}.get(value, value)
+    return value if value in ("ignore", "unmap") else None
+
+
+def _found(command: Sequence[str], node: Node) -> tuple[Mapping[str, Any], bool]:
+    """Return the options of a node, and whether they stand inside those of another one."""
     for option, value in pairwise(command):
         if option.lstrip("-") == "blockdev":
-            for described in _described(value):
+            for number, described in enumerate(_described(value)):
                 name = described.get("node-name")
                 if name == node.name or (name is None and _names(described, node)):
-                    return described
+                    return described, number > 0
         elif option.lstrip("-") == "drive":
             drive = _keyed(value)
             if node.filename in (drive.get("file"), drive.get("file.filename")):
-                return {key.removeprefix("file."): drive[key] for key in drive} | drive
-    return {}
+                return {key.removeprefix("file."): drive[key] for key in drive} | drive, False
+    return {}, False
 
 
 def aio_of(command: Sequence[str], storage: Node) -> str | None:
@@ -92,6 +112,7 @@ def overlay_options(
     key_secret: str | None,
     backing: str | None,
     fmt: str = "qcow2",
+    discard: str = "unmap",
 ) -> dict[str, Any]:
     """Return the whole description of an overlay's node.
 
@@ -105,7 +126,7 @@ def overlay_options(
         "node-name": name,
         "file": storage,
         "backing": backing,
-        "discard": "unmap",
+        "discard": discard,
         "detect-zeroes": like.detect_zeroes,
         "cache": cache_options(like),
     }

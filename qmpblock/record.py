@@ -68,7 +68,8 @@ class Record:
         (target node, source node, name).
     :ivar throttle: the guest's I/O limits, as they were, where it lowers them; empty if not.
         Its `group` is in `throttle_group`.
-    :ivar detect_zeroes: of the base, where it is another one for a while; empty if not.
+    :ivar detect_zeroes: that the base is to have at the end, where it has another one, or has
+        for a while; empty if not. Likewise `discard`, of a commit.
     :ivar images: every image file of the disks, the active ones first.
     :ivar more: what another version wrote that this one does not know.
     """
@@ -100,6 +101,7 @@ class Record:
     throttle: tuple[tuple[str, int], ...] = ()
     throttle_group: str = ""
     detect_zeroes: str = ""
+    discard: str = ""
     images: tuple[str, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -134,8 +136,11 @@ class Record:
             raise UnreadableError("it names jobs or nodes that are not of its run")
         if not all(name.startswith("qmpblock-disk-") for name in record.locks):
             raise UnreadableError("it names locks that are none")
-        if record.detect_zeroes not in ("", "on", "unmap"):  # it goes into a command line
+        # What goes into a command line.
+        if record.detect_zeroes not in ("", "off", "on", "unmap"):
             raise UnreadableError("its detect_zeroes is none")
+        if record.discard not in ("", "ignore", "unmap"):
+            raise UnreadableError("its discard is none")
         if record.base_opened and not from_text(record.base_opened).get("driver"):
             raise UnreadableError("its base_opened opens nothing")
         if record.job and record.job.endswith("-pivot") != record.pivot:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock import lock, ownership, polling
-from qmpblock.ahead import AHEAD_LOCKS, Watch, disarm_dead
+from qmpblock.ahead import Watch, disarm_dead
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import carry_on
 from qmpblock.change import (
+    AHEAD_LOCKS,
     LOCKS,
     Change,
     check_all_said,

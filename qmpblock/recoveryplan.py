@@ -45,8 +45,8 @@ class Step:
     """One thing to do, and why, in words.
 
     :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `relink`,
-        `restore-zeroes`, `bring-home`, `restore-limits`, `delete-bitmap`, `delete-node` or
-        `delete-file`.
+        `restore-zeroes`, `restore-discard`, `bring-home`, `restore-limits`, `delete-bitmap`,
+        `delete-node` or `delete-file`.
     :ivar what: the job, node (for a bitmap NODE/NAME) or file.
     """
 
@@ -170,7 +170,8 @@ def _leftovers(
     record: Record, graph: BlockGraph, made: Iterable[str], *, stale: bool | None
 ) -> Iterable[Step]:
     done = took_effect(record, graph)
-    yield from _zeroes(record, graph)
+    if done or record.operation != "commit":
+        yield from _settings(record, graph)
     if record.throttle:
         yield Step("restore-limits", record.devices[0], "the guest was slowed down for the pivot")
     if done is False:
@@ -197,10 +198,23 @@ def _leftovers(
             yield Step("delete-file", file, "we made it, and it was never used")
 
 
+def _settings(record: Record, graph: BlockGraph) -> Iterable[Step]:
+    zeroes = tuple(_zeroes(record, graph))
+    discard: tuple[Step, ...] = ()
+    if record.discard and record.base in graph.nodes:
+        why = "the guest's disk had it before the pivot"
+        discard = (Step("restore-discard", record.base, why),)
+    # QEMU takes detect-zeroes=unmap only beside discard=unmap.
+    yield from (*discard, *zeroes) if record.discard == "unmap" else (*zeroes, *discard)
+
+
 def _zeroes(record: Record, graph: BlockGraph) -> Iterable[Step]:
     base = graph.nodes.get(record.base)
     if record.detect_zeroes and base and base.detect_zeroes != record.detect_zeroes:
-        yield Step("restore-zeroes", base.name, "its detect-zeroes was off while it was frozen")
+        why = "its detect-zeroes was off while it was frozen"
+        if record.operation == "commit":
+            why = "the guest's disk had it before the pivot"
+        yield Step("restore-zeroes", base.name, why)
 
 
 def _may_hold_writes(record: Record, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:

@@ -21,7 +21,7 @@ import os
 import posixpath
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,7 +31,7 @@ from qmpblock.backingproof import check_made, check_name
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, plan_snapshot
-from qmpblock.change import Change, identify, lock_names, make_way, settle
+from qmpblock.change import Change, identify, is_watched, lock_names, make_way, settle
 from qmpblock.errors import (
     CommandError,
     DisconnectedError,
@@ -53,6 +53,7 @@ from qmpblock.openings import storage_of
 from qmpblock.places import known
 from qmpblock.qemuimg import Contents
 from qmpblock.recoveryplan import Choice
+from qmpblock.settings import lost_by_snapshot, wanted_discard
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -110,6 +111,7 @@ class Item:
     :ivar job: the id of the job that writes its header, where QEMU itself does.
     :ivar cluster: of the overlay, in bytes.
     :ivar local: whether a file made here is there for QEMU.
+    :ivar discard: what the guest's discards do to it.
     """
 
     plan: SnapshotPlan
@@ -120,6 +122,7 @@ class Item:
     backing_name: str
     cluster: int = CLUSTER
     local: bool = True
+    discard: str = "unmap"
 
     def header(self, fmt: str) -> Header:
         """Return what the overlay is to be."""
@@ -137,7 +140,13 @@ class Item:
         :param backing: the node that it lies on; None for none.
         """
         return overlay_options(
-            self.node, self.storage, self.plan.active.node, self.plan.key_secret, backing, fmt
+            self.node,
+            self.storage,
+            self.plan.active.node,
+            self.plan.key_secret,
+            backing,
+            fmt,
+            self.discard,
         )
 
 
@@ -227,10 +236,14 @@ async def _plan(
     graph = await vm.graph()
     pid = vm.monitor.peer_pid
     places = OpenFiles(pid).places(graph.nodes.values())
+    command = command_line(pid)
     items: list[Item] = []
     for number, (disk, wanted) in enumerate(overlays.items()):
         device = graph.device(disk.device.qom_path)
         plan = plan_snapshot(graph, device, fmt)
+        assert device.chain is not None  # plan_snapshot refuses empty drives
+        lost = lost_by_snapshot(command, device, watched=await is_watched(vm, device))
+        plan = replace(plan, warnings=(*plan.warnings, *lost))
         file, local = _overlay_path(pid, wanted)
         if any(item.file == file for item in items):
             raise RequestError(f"{printable(file)} is named for two disks")
@@ -248,6 +261,7 @@ async def _plan(
                 f"qmpblock-{run}-create-{number}",
                 name_of_frozen(plan.active, places, directory, relative=naming != "absolute"),
                 local=local,
+                discard=wanted_discard(command, device.chain) or "unmap",
             )
         )
     for item in items:

@@ -51,7 +51,8 @@ FIELDS = {
     "merges": some(st.tuples(words, words, words)),
     "throttle": some(st.tuples(words, numbers)),
     "throttle_group": words,
-    "detect_zeroes": st.sampled_from(["", "on", "unmap"]),
+    "detect_zeroes": st.sampled_from(["", "off", "on", "unmap"]),
+    "discard": st.sampled_from(["", "ignore", "unmap"]),
     "images": some(words),
     "more": unknown,
 }

@@ -33,6 +33,7 @@ async def run_job(
                     job.complete()
     outcome = job.outcome
     assert outcome is not None  # leaving without an error sets it
+    warn(outcome.warnings[len(job.warnings) :])
     if options.json:
         emit(json.dumps(asdict(outcome), indent=2) + "\n")
     else:
