@@ -118,6 +118,7 @@ def test_a_field_of_the_wrong_kind_is_no_record(wanted, data):
         {"locks": ("qmpblock-nbd",)},
         {"locks": ("sec0",)},
         {"detect_zeroes": 'off"; quit "'},
+        {"discard": 'unmap"; quit "'},
         {"base_opened": "{}"},
         {"base_opened": "x"},
         {"run": "DEADBEEF"},
