@@ -226,8 +226,8 @@ async def ask_for_change(vm: VM, work: Work) -> None:
     manager = recognise(traits)
     if manager is not None:
         raise UnsupportedError(
-            f"this VM is managed by {manager.name} ({printable(manager.told_by)}), and would not "
-            f"tell it that {work.effect}",
+            f"this VM is managed by {manager.name} ({printable(manager.told_by)}), which would not "
+            f"know that {work.effect}",
             standing="nothing was touched",
             remedy=f"{manager.way(work)}; --unmanaged (unmanaged=True) does it all the same",
         )

@@ -236,7 +236,7 @@ async def refused_by_qemu(two, run):
 async def test_qemu_migrates_nothing_while_we_change_it(how, pair, vm_dir):
     """A stream, or thin allocation, went on writing at the source after the images had gone."""
     two = await pair()
-    speed = 8 << 20
+    speed, seen = 8 << 20, asyncio.Event()
     async with qmpblock.connect(two.source.monitor_path) as controller:
         disk = await controller.disk("vd0")
 
@@ -245,8 +245,9 @@ async def test_qemu_migrates_nothing_while_we_change_it(how, pair, vm_dir):
                 async with disk.stream(speed=speed):
                     pass
             elif how == "commit":
-                async with disk.commit(speed=speed):
-                    pass
+                async with disk.commit(speed=speed) as job:
+                    await seen.wait()
+                    await job.set_speed(0)  # or it never catches up with the guest
             elif how == "allocate":
                 await disk.allocate(speed=speed)
             elif how == "full":
@@ -263,6 +264,7 @@ async def test_qemu_migrates_nothing_while_we_change_it(how, pair, vm_dir):
             name = await until(holding, "the hold")
             await refused_by_qemu(two, name.split("-")[1])
             assert not working.done()
+        seen.set()
         await working
         assert await holding() is None
         assert await two.source.execute("query-fdsets") == []
