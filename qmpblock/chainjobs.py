@@ -52,6 +52,7 @@ from qmpblock.errors import (
 from qmpblock.filelocks import foreign_users
 from qmpblock.graph import Chain, Device, Layer, Node
 from qmpblock.heldio import check_held_io
+from qmpblock.hostfiles import home_of
 from qmpblock.hostprocess import command_line
 from qmpblock.job import Job, Progress
 from qmpblock.managers import Work
@@ -311,7 +312,10 @@ def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
     found = []
     for layer in chain.layers:
         place = files.place(layer.storage or layer.node)
-        found.append(place.here if isinstance(place, Place) else layer.file)
+        if not isinstance(place, Place):
+            found.append(layer.file)
+        else:
+            found.append(place.here if place.file.is_device else home_of(place.here))
     return tuple(found)
 
 

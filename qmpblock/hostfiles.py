@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.graph import Layer
@@ -17,7 +18,7 @@ from qmpblock.places import Missing, Place
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
 
-__all__ = ["local_path", "open_inodes", "reserved_ranges", "why_not_local"]
+__all__ = ["home_of", "local_path", "open_inodes", "reserved_ranges", "why_not_local"]
 
 # linux/fiemap.h, linux/fs.h
 _FS_IOC_FIEMAP = 0xC020660B
@@ -36,6 +37,15 @@ def local_path(pid: int | None, layer: Layer) -> str | None:
     """
     place = _place(pid, layer)
     return place.here if isinstance(place, Place) and not place.file.is_device else None
+
+
+def home_of(path: str) -> str:
+    """Return the name of an image beside which others look for it, whatever link they came by.
+
+    That is its real one; the given one where that leads elsewhere (/proc/PID/root).
+    """
+    real = Path(os.path.realpath(path))
+    return str(real) if real.exists() and real.samefile(path) else path
 
 
 def why_not_local(pid: int | None, layer: Layer) -> str:

@@ -175,6 +175,7 @@ def check_staging(disk: Disk) -> str:
     file = hostfiles.local_path(pid, active)
     if file is None:
         raise _no_overlay(active, hostfiles.why_not_local(pid, active))
+    file = hostfiles.home_of(file)
     elsewhere = sees_directory(pid, posixpath.dirname(file))
     if elsewhere is not None:
         raise _no_overlay(active, f"is there, but its directory {elsewhere}")

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from qmpblock.graph import Layer, Node
-from qmpblock.hostfiles import local_path, reserved_ranges
+from qmpblock.hostfiles import home_of, local_path, reserved_ranges
 
 MIB = 1 << 20
 
@@ -49,6 +49,15 @@ def test_what_cannot_be_told_is_not_local(tmp_path):
         assert local_path(os.getpid(), layer(tmp_path / "gone")) is None
         assert local_path(os.getpid(), layer("bad\0name")) is None
         assert local_path(os.getpid(), Layer(0, layer(path).node, None)) is None
+
+
+def test_an_image_is_at_home_under_its_real_name(tmp_path):
+    (tmp_path / "image").touch()
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "link").symlink_to("../image")
+    assert home_of(str(tmp_path / "dir" / "link")) == str(tmp_path / "image")
+    gone = str(tmp_path / "gone")
+    assert home_of(gone) == gone
 
 
 def make(path, *, fallocate=(), write=()):

@@ -165,6 +165,28 @@ async def test_an_image_that_is_on_this_host_is_found(
     assert not list(vm_dir.rglob("*qmpblock-*"))
 
 
+async def test_an_overlay_of_ours_lies_beside_the_real_file(
+    images, start_qemu, invariant, vm_dir, qemu_binary
+):
+    """Where `recover IMAGE` looks for it after a crash, by whatever name it is called."""
+    image = await images.make("store/disk.qcow2", (7, MIB, MIB))
+    vm = await start_in("file-link", image, start_qemu, vm_dir, qemu_binary)
+    invariant.forget(vm)
+    seen = set()
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        subject = await controller.disk("vd0")
+        real = controller.monitor._execute
+
+        async def execute(name, arguments):
+            if name == "blockdev-reopen":
+                seen.update(path.parent for path in vm_dir.rglob("*.qmpblock-*"))
+            return await real(name, arguments)
+
+        controller.monitor._execute = execute
+        await subject.allocate(8 * MIB, MIB, full=True)
+    assert seen == {image.parent}
+
+
 async def test_a_vm_that_left_its_directory(images, start_qemu, vm_dir, qemu_binary):
     """-daemonize goes to the root directory; what a relative name was, the descriptors tell."""
     image = await images.make("store/disk.qcow2", (7, MIB, MIB))
