@@ -57,6 +57,8 @@ class Record:
     :ivar top_file: its image file; also `base_file`, and `base_format` where that matters.
     :ivar base_opened: the options that open the base as QEMU had it (`qmpblock.opened`), as
         text; empty where its name and format suffice, or an older version wrote this.
+    :ivar written: the files that bringing an overlay home writes to, each with its inode; none
+        where an older version wrote this.
     :ivar backing_name: that `keeper` will record for `base`, or empty.
     :ivar leaving: the nodes that leave the chain, each with its file name.
     :ivar nodes: nodes that it adds, in the order in which they can be removed.
@@ -91,6 +93,7 @@ class Record:
     base_file: str = ""
     base_format: str = ""
     base_opened: str = ""
+    written: tuple[tuple[str, int], ...] = ()
     backing_name: str = ""
     leaving: tuple[tuple[str, str], ...] = ()
     nodes: tuple[str, ...] = ()

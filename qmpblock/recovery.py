@@ -515,6 +515,8 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             remedy=f"look for {printable(record.home)}.qmpblock-{record.run}.journal, which "
             "must belong to this user or root, and be writable for nobody else",
         )
+    if verdict.commit:
+        _check_same_files(record)
     if not dry_run:
         for overlay, base in verdict.commit:
             fmt = formats.get(overlay) or "qcow2"
@@ -530,6 +532,30 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
     moved = record.operation == "commit" and verdict.start == (record.base_file,)
     how = record.base_opened if moved else ""
     return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, how)
+
+
+def _check_same_files(record: Record) -> None:
+    """See that what an overlay would be committed into is what it was taken of.
+
+    By inode only: a device may have another number after the host was started again.
+
+    :raise Error: it was replaced since, by a copy or a backup say; nothing was touched.
+    """
+    for file, inode in record.written:
+        try:
+            same = Path(file).stat().st_ino == inode
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise Error(
+                f"{printable(file)} is not the file any more that {printable(record.top_file)} was "
+                "made over: it has been removed or replaced since. The overlay holds only what the "
+                "guest wrote last, and in another image that would be corruption",
+                standing=f"nothing was touched; {printable(record.top_file)} is kept",
+                remedy="put the file itself back at its name, and run this again. If only an exact "
+                "copy of it is left, one that was made after QEMU had ended: qemu-img rebase -u "
+                "-F FMT -b COPY OVERLAY, then qemu-img commit OVERLAY",
+            )
 
 
 async def _commit(record: Record, overlay: str, fmt: str, base: str) -> None:

@@ -45,8 +45,9 @@ from qmpblock.heldio import check_held_io
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
 from qmpblock.opened import alone, as_text, from_text
-from qmpblock.openfiles import sees_directory
+from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.pace import Speed
+from qmpblock.places import Place
 from qmpblock.qemuimg import QemuImg, QemuIo
 from qmpblock.recoveryplan import Choice
 from qmpblock.snapshots import Item, make_file, make_overlay, prove, take
@@ -115,6 +116,7 @@ async def reserve_by_staging(
         base_file=file,
         base_format=active.format,
         base_opened=how,
+        written=tuple((path, Path(path).stat().st_ino) for path in _written(disk, file)),
         detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
         nodes=(node, f"{node}-file", f"qmpblock-{run}-z"),
         files=(overlay, f"{overlay}-z"),
@@ -189,6 +191,15 @@ def _no_overlay(active: Layer, reason: str) -> UnsupportedError:
         remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; the "
         "image must be a file there, under the name by which the VM has it",
     )
+
+
+def _written(disk: Disk, file: str) -> list[str]:
+    """Return the files that an overlay's content comes home to: the image, its data file."""
+    data = disk.chain.active.data_file
+    if data is None:
+        return [file]
+    place = OpenFiles(disk.vm.monitor.peer_pid).place(data)
+    return [file, place.here] if isinstance(place, Place) else [file]
 
 
 async def check_staged(disk: Disk) -> None:

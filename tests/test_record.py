@@ -42,6 +42,7 @@ FIELDS = {
     "base_file": words,
     "base_format": words,
     "base_opened": st.just("") | st.just('{"driver": "x"}'),
+    "written": some(st.tuples(words, numbers)),
     "backing_name": words,
     "leaving": some(st.tuples(words, words)),
     "nodes": some(ours),

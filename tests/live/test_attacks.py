@@ -5,11 +5,12 @@ import contextlib
 import os
 import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 
 import qmpblock
-from qmpblock.errors import Error, StalledError
+from qmpblock.errors import Error, RecordError, StalledError
 from qmpblock.export import LOCK
 from qmpblock.hostprocess import boot_id, pid_namespace
 from qmpblock.lock import Holder
@@ -149,22 +150,28 @@ async def test_a_forged_lock_deletes_nothing(scenario, start_qemu, invariant, vm
     victim = vm_dir / "qmpblock-victim1"
     victim.mkdir()
     (victim / "nbd").write_text("precious")
-    for details in (
-        {"path": str(victim / "nbd"), "exports": ["d0"], "ports": 5},
-        {"path": "/", "exports": 5},
-        {"path": ["x"], "exports": [{}] * 3, "monitor": 7},
+    whole = {"exports": ["d0"], "path": str(victim / "nbd"), "ports": [5], "monitor": "x"}
+    for details, readable in (
+        ({**whole, "custody": False}, True),
+        ({**whole, "custody": True, "path": "/"}, True),
+        ({"path": str(victim / "nbd"), "exports": ["d0"], "ports": 5}, False),
+        ({"path": ["x"], "exports": [{}] * 3, "monitor": 7}, False),
     ):
         forged = Holder(dead.run, dead.host, 1 << 22, 1, dead.boot, dead.pids, details)
         await vm.execute("object-add", qom_type="secret", id=LOCK, data=forged.text())
         async with qmpblock.connect(vm.monitor_path) as controller:
-            await (await controller.disks())[0].map()
+            disk = (await controller.disks())[0]
+            with nullcontext() if readable else pytest.raises(RecordError, match="cannot be read"):
+                await disk.map()
+        if not readable:
+            await vm.execute("object-del", id=LOCK)
     assert (victim / "nbd").read_text() == "precious"
 
 
 @CHAIN
 async def test_turns_of_the_dead_are_swept(scenario, start_qemu, invariant):
     vm = await start_qemu(scenario)
-    dead = Holder("gone", "h", 1 << 22, 1, boot_id(), pid_namespace())
+    dead = Holder("gone", "h", 1 << 22, 1, boot_id(), pid_namespace(), {})
     alive = Holder.me("alive")
     for holder, of in ((dead, "first"), (alive, "second")):
         await vm.execute(

@@ -178,6 +178,51 @@ async def test_both_die_in_the_window(shape, command, vm_dir, qemu_binary, monke
         img("check", "-q", "-f", "qcow2", file)
 
 
+@pytest.mark.parametrize("shape", ["no-format", "data-file"])
+async def test_the_overlay_comes_home_to_no_other_file(shape, vm_dir, qemu_binary, monkeypatch):
+    """Somebody restored a backup over the image, or its data file, before recovery."""
+    vm, file, options = await opened(SHAPES[shape], vm_dir, qemu_binary)
+    wanted = expected()
+    async with vm, qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+
+        async def strike():
+            await vm.guest.fill(0, AT, MIB, LAST)
+            await vm.guest.flush(0)
+            await vm.kill()
+
+        async def dead(*_, **__):
+            raise Error("the controller is dead too")
+
+        with monkeypatch.context() as patching:
+            patching.setattr(recovery, "recover_journal", dead)
+            with (
+                at_command(controller.monitor, "blockdev-reopen", strike),
+                pytest.raises(DisconnectedError),
+            ):
+                await disk.allocate(AT, 4 * MIB, full=True)
+    wanted[AT : AT + MIB] = bytes([LAST]) * MIB
+    other = file.parent / "right.raw" if shape == "data-file" else file
+    kept, copy = file.parent / "kept", file.parent / "copy"
+    other.rename(kept)
+    for gone in (True, False):
+        if gone and other == file:
+            continue  # that there is no such image is said anyway
+        if not gone:
+            copy.write_bytes(kept.read_bytes())
+            copy.rename(other)
+        with pytest.raises(Error, match=f"{other} is not the file any more") as caught:
+            await qmpblock.recover_images([file])
+        assert "is kept" in caught.value.standing
+        assert "put the file itself back" in caught.value.remedy
+    assert other.read_bytes() == kept.read_bytes()
+    assert [one.name for one in file.parent.glob(f"{file.name}.qmpblock-*")]
+    kept.rename(other)
+    [found] = await qmpblock.recover_images([file])
+    assert found.verdict.commit
+    assert holds(options, vm_dir) == wanted
+
+
 async def test_a_controller_that_lives_brings_it_home_at_once(vm_dir, qemu_binary):
     vm, file, options = await opened(part, vm_dir, qemu_binary)
     wanted = expected()
