@@ -11,13 +11,13 @@ recorded.
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Mapping
 from typing import Any
 
 from qmpblock.errors import UnsupportedError, printable
 from qmpblock.graph import Chain, Layer
+from qmpblock.jsonname import as_name
 from qmpblock.openings import description, is_plain, no_name, storage_of
 from qmpblock.places import Missing, Place, Places, known
 
@@ -157,7 +157,7 @@ def _relative(directory: str, file: str) -> str:
 
 
 def _text(layer: Layer, described: Mapping[str, Any]) -> str:
-    text = "json:" + json.dumps(described)
+    text = as_name(described)
     if len(text.encode()) > _LONGEST:
         raise no_name(layer, "what describes it is too long for a header")
     return text

@@ -9,14 +9,13 @@ Over TCP, and of other protocols, nothing can be looked up: there names are as g
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Iterator
-from typing import Any
 
 from qmpblock.backingname import check_found
 from qmpblock.errors import Error, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Layer, Node
+from qmpblock.jsonname import innermost, said_by
 from qmpblock.openfiles import OpenFiles
 from qmpblock.openings import storage_of
 from qmpblock.places import FileId, Missing, Place, Places, known
@@ -86,19 +85,12 @@ def _path(places: Places, layer: Layer) -> str:
 
 def _named(name: str, recorder: str | None, layer: Layer) -> Iterator[tuple[Node | None, str]]:
     """Yield the nodes whose files a name means, each with an absolute path."""
-    if name.startswith("json:"):
-        described = json.loads(name.removeprefix("json:"))
-        yield layer.storage, _innermost(described.get("file"))
+    if described := said_by(name):
+        yield layer.storage, str(innermost(described).get("filename"))
         if "data-file" in described:
-            yield layer.data_file, _innermost(described["data-file"])
+            yield layer.data_file, str(innermost(described["data-file"]).get("filename"))
         return
     if name.startswith("/"):
         yield storage_of(layer), name
     elif name and recorder is not None:
         yield storage_of(layer), posixpath.join(posixpath.dirname(recorder), name)
-
-
-def _innermost(options: Any) -> str:
-    while isinstance(options, dict) and "file" in options:
-        options = options["file"]
-    return str(options.get("filename")) if isinstance(options, dict) else ""

@@ -55,8 +55,9 @@ from qmpblock.heldio import check_held_io
 from qmpblock.hostfiles import home_of
 from qmpblock.hostprocess import command_line
 from qmpblock.job import Job, Progress
+from qmpblock.jsonname import as_text
 from qmpblock.managers import Work
-from qmpblock.opened import as_text, is_plain, opened
+from qmpblock.opened import name_suffices, opened
 from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.places import Place, Places, known
 from qmpblock.record import Record
@@ -337,7 +338,7 @@ async def opened_as(vm: VM, layer: Layer) -> dict[str, Any]:
 
 async def _how_to_start(vm: VM, base: Layer) -> str:
     """Return how a base is opened, where its name and format do not suffice; else nothing."""
-    if is_plain(base):
+    if name_suffices(base):
         return ""
     try:
         return as_text(await opened_as(vm, base))

@@ -20,13 +20,13 @@ is part of the plan.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qmpblock.backingname import check_found, name_of_base
 from qmpblock.errors import BusyError, RequestError, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Chain, Device, Layer
+from qmpblock.jsonname import said_by
 from qmpblock.layeruse import check_bitmaps, check_readers, overlays_of
 from qmpblock.places import Places
 from qmpblock.sharedfiles import second_nodes
@@ -293,21 +293,15 @@ def key_secret(layer: Layer) -> str:
 
     :raise UnsupportedError: it does not.
     """
-    name = layer.node.filename
-    if name.startswith("json:"):
-        try:
-            options = json.loads(name.removeprefix("json:"))
-        except ValueError:
-            options = {}
-        if isinstance(options, dict):
-            nested = options.get("encrypt")
-            for found in (
-                options.get("key-secret"),
-                options.get("encrypt.key-secret"),
-                nested.get("key-secret") if isinstance(nested, dict) else None,
-            ):
-                if isinstance(found, str) and found:
-                    return found
+    options = said_by(layer.node.filename)
+    nested = options.get("encrypt")
+    for found in (
+        options.get("key-secret"),
+        options.get("encrypt.key-secret"),
+        nested.get("key-secret") if isinstance(nested, dict) else None,
+    ):
+        if isinstance(found, str) and found:
+            return found
     raise UnsupportedError(
         f"{_name(layer)} is encrypted, and QEMU does not tell with which secret object; what we "
         "make over it would hold its plaintext",

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from qmpblock import hostfiles, ownership
 from qmpblock.errors import CommandError, GraphError, NBDError, RangeError, ToolError
 from qmpblock.graph import Chain, Device, Layer
-from qmpblock.opened import in_part
-from qmpblock.openings import is_plain
+from qmpblock.openings import in_part
 
 if TYPE_CHECKING:
     import os
@@ -354,7 +353,7 @@ class Disk:
         found = {}
         for layer in chain.layers[1:]:
             path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
-            if path is None or layer.node.encrypted or layer.data_file or _is_part(layer):
+            if path is None or layer.node.encrypted or layer.data_file or in_part(layer):
                 continue
             try:
                 seen = await QemuImg(stall=self.vm.stall).map(
@@ -381,7 +380,7 @@ class Disk:
         return found
 
     def _fallocated(self, layer: Layer) -> Ranges | None:
-        if layer.format != "raw" or _is_part(layer):
+        if layer.format != "raw" or in_part(layer):
             return None
         path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
         return hostfiles.reserved_ranges(path, layer.size) if path is not None else None
@@ -418,11 +417,6 @@ async def read_map(client: Client, chain: Chain, offset: int, length: int) -> Al
     It is right only while the chain is the one given: look again afterwards (`Chain.shape`).
     """
     return await _read_map(client, chain.level_sizes, chain.levels, offset, length)
-
-
-def _is_part(layer: Layer) -> bool:
-    """Whether a layer may be only a part of its file, or not what its file name opens."""
-    return in_part(layer) or (layer.data_file is None and not is_plain(layer, {}))
 
 
 def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:

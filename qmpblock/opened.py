@@ -12,18 +12,18 @@ must name no backing image (`is_nested`). That is so, or the image is refused.
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Callable
 from typing import Any
 
 from qmpblock.errors import UnsupportedError, printable
 from qmpblock.graph import FILTERS, BlockGraph, Layer, Node
+from qmpblock.jsonname import said_by
+from qmpblock.openings import part_of_node
 
-__all__ = ["alone", "as_text", "from_text", "in_part", "is_nested", "is_plain", "opened"]
+__all__ = ["alone", "is_nested", "name_suffices", "opened"]
 
 _LEAVES = ("file", "host_device")
-_PLACE = ("offset", "size")  # options of the raw format that say which part of the file it is
 _DEEPEST = 400  # nodes above each other; QEMU's own JSON reader takes 1024
 
 
@@ -62,9 +62,12 @@ def _options(
     if node.child("file") is None:
         return _protocol(node)
     options: dict[str, Any] = {"driver": node.driver}
-    if node.driver == "raw" and node.filename.startswith("json:"):
-        said = from_text(node.filename.removeprefix("json:"))
-        options |= {key: said[key] for key in _PLACE if type(said.get(key)) is int}
+    try:
+        part = part_of_node(node)
+    except ValueError:
+        raise _cannot(node, "which part of its file it is cannot be read") from None
+    if part is not None:
+        options |= part.options
     if storage and options == {"driver": "raw"}:  # the whole of what lies below
         return _options(graph, node.child("file"), path_of, deep - 1, storage=True)
     for edge in ("file", "data-file", "backing"):
@@ -81,9 +84,9 @@ def _options(
 
 def _protocol(node: Node) -> dict[str, Any]:
     """Return what QEMU itself says of a node that is neither a file nor on one: NBD, say."""
-    if node.filename.startswith("json:"):
-        return from_text(node.filename.removeprefix("json:"))
-    if not node.filename:
+    if said := said_by(node.filename):
+        return said
+    if not node.filename or node.filename.startswith("json:"):
         raise _cannot(node, f"its driver is {printable(node.driver)}")
     return {"filename": node.filename}
 
@@ -97,7 +100,7 @@ def _cannot(node: Node, why: str) -> UnsupportedError:
     )
 
 
-def is_plain(layer: Layer) -> bool:
+def name_suffices(layer: Layer) -> bool:
     """Whether an image's file name and format suffice to open it as it is open now."""
     if layer.node.filename.startswith("json:"):
         return False
@@ -116,31 +119,3 @@ def is_nested(options: dict[str, Any]) -> bool:
 def alone(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that open an image without what lies below it."""
     return options | {"backing": None} if "backing" in options else options
-
-
-def in_part(layer: Layer) -> bool:
-    """Whether an image lies in a part of its file: byte 0 of the one is not that of the other.
-
-    A raw node says so, the format node itself or one between it and the storage; one whose options
-    cannot be read counts as such.
-    """
-    for node in (layer.node, *layer.between):
-        if node.driver == "raw" and node.filename.startswith("json:"):
-            said = from_text(node.filename.removeprefix("json:"))
-            if not said or any(key in said for key in _PLACE):
-                return True
-    return False
-
-
-def as_text(options: dict[str, Any]) -> str:
-    """Return options as text, as a record keeps them."""
-    return json.dumps(options)
-
-
-def from_text(text: str) -> dict[str, Any]:
-    """Return options from such text, or none where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

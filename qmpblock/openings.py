@@ -11,16 +11,25 @@ description (the options of blockdev-add, as JSON); any other opens by its file 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from qmpblock.errors import UnsupportedError, printable
 from qmpblock.graph import Layer, Node
+from qmpblock.jsonname import as_bytes, said_by
 from qmpblock.places import Places, known
 
-__all__ = ["Part", "description", "is_plain", "no_name", "part_of", "part_of_node", "storage_of"]
+__all__ = [
+    "Part",
+    "description",
+    "in_part",
+    "is_plain",
+    "no_name",
+    "part_of",
+    "part_of_node",
+    "storage_of",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,17 @@ def part_of(layer: Layer) -> Part | None:
     return found[0] if found else None
 
 
+def in_part(layer: Layer) -> bool:
+    """Whether an image lies in a part of its file: byte 0 of the one is not that of the other.
+
+    Where that cannot be told it counts as such.
+    """
+    try:
+        return part_of(layer) is not None
+    except UnsupportedError:
+        return True
+
+
 def part_of_node(node: Node) -> Part | None:
     """Return which part a raw node shows of what lies below it; None where it shows all.
 
@@ -70,25 +90,18 @@ def part_of_node(node: Node) -> Part | None:
     """
     if node.driver != "raw" or not node.filename.startswith("json:"):
         return None
-    options = json.loads(node.filename.removeprefix("json:"))
-    if not isinstance(options, dict):
-        raise ValueError("no JSON object")  # noqa: TRY004 - as JSON that is none
+    options = said_by(node.filename)
+    if not options:
+        raise ValueError("its options are cut off")
     offset, size = options.get("offset"), options.get("size")
     if offset is None and size is None:
         return None
-    try:
-        return Part(int(offset or 0), None if size is None else int(size))
-    except TypeError as error:
-        raise ValueError(str(error)) from None
+    return Part(as_bytes(offset or 0), None if size is None else as_bytes(size))
 
 
 def is_plain(layer: Layer, places: Places) -> bool:
     """Whether an image opens as it is by its file name and its format."""
-    try:
-        part = part_of(layer)
-    except UnsupportedError:
-        return False
-    return part is None and _by_header(layer, places)
+    return not in_part(layer) and _by_header(layer, places)
 
 
 def description(layer: Layer, places: Places) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
+from qmpblock.jsonname import as_name, innermost, said_by
 
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
@@ -155,7 +156,7 @@ class QemuImg:
         if path.startswith("-"):  # not an option
             path = f"./{path}"
         while True:
-            described = _described(path)
+            described = said_by(path)
             if not Path(_file_of(described) or path).exists():
                 named = f", the backing file of {printable(images[-1].file)}" if images else ""
                 raise NotFoundError(f"there is no image {printable(path)}{named}")
@@ -173,7 +174,7 @@ class QemuImg:
             fmt = str(info.get("backing-filename-format") or "") or _SUFFIXES.get(
                 Path(path).suffix.lower(), ""
             )
-            if described := _described(path):
+            if described := said_by(path):
                 fmt = str(described.get("driver") or "")
             if not fmt:
                 raise UnsupportedError(
@@ -212,7 +213,7 @@ class QemuImg:
         options = ["-U"] if shared else []
         if part is not None:
             options += [f"--start-offset={part[0]}", f"--max-length={part[1]}"]
-        name = "json:" + json.dumps(image)
+        name = as_name(image)
         parts: list[AllocationMap] = []
         pending: list[str] = []
 
@@ -333,7 +334,7 @@ class QemuImg:
             command += ["-f", fmt, overlay]
         else:
             image = {"driver": fmt, "file": {"driver": "file", "filename": overlay}}
-            command += ["json:" + json.dumps(image | {"backing": base})]
+            command += [as_name(image | {"backing": base})]
         async for _ in self._lines(*command):
             pass
 
@@ -416,7 +417,7 @@ def _in_memory(stack: contextlib.ExitStack, data: bytes = b"") -> int:
 
 def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:
     """Return blockdev options that open `file`, over exactly `backing`, probing nothing."""
-    options: dict[str, Any] = _described(file) or {
+    options: dict[str, Any] = said_by(file) or {
         "driver": fmt,
         "file": {"driver": "file", "filename": file},
     }
@@ -427,23 +428,10 @@ def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, An
     return options
 
 
-def _described(file: str) -> dict[str, Any]:
-    """Return what a `json:` file name says; nothing where the name is none."""
-    if not file.startswith("json:"):
-        return {}
-    try:
-        found = json.loads(file.removeprefix("json:"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _file_of(described: Mapping[str, Any]) -> str:
     """Return the local file that such a description is of, or nothing."""
-    options: Any = described
-    while isinstance(options, dict) and "file" in options:
-        options = options["file"]
-    local = isinstance(options, dict) and options.get("driver") in ("file", "host_device")
+    options = innermost(described)
+    local = options.get("driver") in ("file", "host_device")
     return str(options.get("filename") or "") if local else ""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpblock.errors import printable
-from qmpblock.opened import from_text
+from qmpblock.jsonname import from_text
 from qmpblock.versioned import UnreadableError, plain, read
 
 __all__ = ["OPERATIONS", "Record", "VMIdentity"]

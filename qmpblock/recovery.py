@@ -52,9 +52,10 @@ from qmpblock.graph import BlockGraph
 from qmpblock.hostprocess import is_running
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Journal
+from qmpblock.jsonname import from_text
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import ServerUse, undo_dead_run
-from qmpblock.opened import from_text, is_nested
+from qmpblock.opened import is_nested
 from qmpblock.qemuimg import QemuImg, blockdev
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice, ImageVerdict, Step, image_verdict, steps, took_effect

@@ -19,7 +19,7 @@ from qmpblock import hostfiles
 from qmpblock.errors import Error, UnsupportedError, printable
 from qmpblock.fallocate import UNSUPPORTED, keep_size
 from qmpblock.graph import Layer
-from qmpblock.opened import in_part
+from qmpblock.openings import in_part
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ may be of one file count as such.
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Iterator
 
 from qmpblock.graph import FILTERS, BlockGraph, Layer, Node
+from qmpblock.jsonname import said_by
 from qmpblock.openings import Part, part_of, part_of_node, storage_of
 from qmpblock.places import Places, known
 
@@ -66,14 +66,8 @@ def _same(one: Node, other: Node, places: Places) -> bool:
 
 def _name(node: Node) -> str:
     """Return a file name, also out of a `json:` text."""
-    if node.filename.startswith("json:"):
-        try:
-            options = json.loads(node.filename.removeprefix("json:"))
-        except ValueError:
-            return node.filename
-        if isinstance(options, dict) and isinstance(options.get("filename"), str):
-            return str(options["filename"])
-    return node.filename
+    found = said_by(node.filename).get("filename")
+    return found if isinstance(found, str) else node.filename
 
 
 def _may_be_one(one: str, other: str) -> bool:

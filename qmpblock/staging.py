@@ -44,7 +44,8 @@ from qmpblock.headers import Header, by_qemu_img, make
 from qmpblock.heldio import check_held_io
 from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
-from qmpblock.opened import alone, as_text, from_text
+from qmpblock.jsonname import as_text, from_text
+from qmpblock.opened import alone
 from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.pace import Speed
 from qmpblock.places import Place

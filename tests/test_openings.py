@@ -7,7 +7,7 @@ from drawing import Drawing
 
 from qmpblock.errors import UnsupportedError
 from qmpblock.graph import Layer, Node
-from qmpblock.openings import Part, description, is_plain, part_of
+from qmpblock.openings import Part, description, in_part, is_plain, part_of
 from qmpblock.places import FileId, Place
 
 
@@ -55,6 +55,7 @@ CUT = ("qcow2", 'json:{"driver": "qcow2", "file": {"driver": "ra')  # by QEMU: i
         ([("qcow2", text(offset=512))], None),  # another format's options
         ([RAW], Part(512, 1024)),
         ([("raw", text(offset="512"))], Part(512, None)),
+        ([("raw", text(offset="1M", size="0x200"))], Part(1 << 20, 512)),
         ([("raw", text(size=1024))], Part(0, 1024)),
         ([CUT, RAW], Part(512, 1024)),
         ([CUT, ("throttle", ""), RAW], Part(512, 1024)),
@@ -67,7 +68,7 @@ def test_parts_of_files(levels, wanted):
     assert is_plain(layer, {}) == (wanted is None)
 
 
-@pytest.mark.parametrize("said", ["json:[", "json:7", text(offset=["x"]), text(size="x")])
+@pytest.mark.parametrize("said", ["json:[", "json:7", text(offset=["x"]), text(size="1.5M")])
 def test_what_cannot_be_read_is_not_taken_for_the_whole(said):
     layer = opened(("raw", said))
     assert not is_plain(layer, {})
@@ -128,3 +129,18 @@ def test_a_data_file_that_the_header_does_not_name(recorded, plain):
 )
 def test_parts_that_meet(one, other, meet):
     assert one.meets(other) == other.meets(one) == meet
+
+
+def test_whether_an_image_lies_in_a_part_of_its_file():
+    def layer(filename, *, raw):
+        drawing = Drawing().image("d0", "raw" if raw else "qcow2", under=None if raw else "r")
+        drawing.filter("r", "raw", "d0-f").device("d0")
+        drawing.nodes["d0" if raw else "r"]["file"] = filename
+        return drawing.graph().device("vd0").chain.active
+
+    for raw in (True, False):
+        assert not in_part(layer("/i/d0", raw=raw))
+        assert not in_part(layer('json:{"driver": "raw", "file": {"driver": "throttle"}}', raw=raw))
+        assert in_part(layer('json:{"driver": "raw", "offset": 512, "file": {}}', raw=raw))
+        assert in_part(layer('json:{"driver": "raw", "size": 512, "file": {}}', raw=raw))
+        assert in_part(layer('json:{"driver": "raw", "file": {"dri', raw=raw))

@@ -48,6 +48,21 @@ def part(directory, base):
     return file, {"driver": "qcow2", "file": {**place, "file": in_file(file)}, "backing": base}
 
 
+def part_of_a_drive(directory, base):
+    """The same by a legacy -drive: QEMU tells its numbers as they were written."""
+    file, options = part(directory, base)
+    options["file"] |= {"offset": "1M", "size": "0x10000000"}
+    return file, options | {"drive": True}
+
+
+def in_words(options, outer=""):
+    """Write options as KEY=VALUE,..."""
+    return ",".join(
+        in_words(value, f"{outer}{key}.") if isinstance(value, dict) else f"{outer}{key}={value}"
+        for key, value in options.items()
+    )
+
+
 def data_file(directory, base):
     """The header names another data file."""
     file, right, wrong = (directory / name for name in ("image", "right.raw", "wrong.raw"))
@@ -79,7 +94,13 @@ def no_format(directory, base):
     return file, {"driver": "qed", "file": in_file(file), "backing": lower}
 
 
-SHAPES = {"part": part, "data-file": data_file, "backing": backing, "no-format": no_format}
+SHAPES = {
+    "part": part,
+    "part-of-a-drive": part_of_a_drive,
+    "data-file": data_file,
+    "backing": backing,
+    "no-format": no_format,
+}
 SHAPE = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -92,16 +113,24 @@ async def opened(shape, vm_dir, qemu_binary):
     base = {"driver": "raw", "file": in_file(lowest)}
     file, options = shape(vm_dir / "images", base)
     vm = QemuProcess.of(built, guest=True, qemu=qemu_binary, directory=vm_dir)
+    drive = options.pop("drive", False)
     own = {key: value for key, value in options.items() if key != "apart"}
-    disk = json.dumps({**own, "node-name": "d0", "discard": "unmap"})
+    own["discard"] = "unmap"
+    disk = ("-blockdev", json.dumps({**own, "node-name": "d0"}))
+    if drive:
+        disk = ("-drive", f"if=none,id=d0,{in_words(own)}")
     apart = [options.pop("apart")] if "apart" in options else []
+    [at] = [
+        number
+        for number, word in enumerate(vm.command)
+        if word.startswith("{") and json.loads(word).get("node-name") == "d0"
+    ]
     vm.command = (
         *vm.command[:1],
         *(word for one in apart for word in ("-blockdev", json.dumps(one))),
-        *(
-            disk if word.startswith("{") and json.loads(word).get("node-name") == "d0" else word
-            for word in vm.command[1:]
-        ),
+        *vm.command[1 : at - 1],
+        *disk,
+        *vm.command[at + 1 :],
     )
     return vm, file, options
 
@@ -174,7 +203,7 @@ async def test_both_die_in_the_window(shape, command, vm_dir, qemu_binary, monke
     assert holds(options, vm_dir) == wanted
     assert await qmpblock.recover_images([file]) == []
     assert not list(file.parent.glob("*qmpblock*"))
-    if shape == "part":  # the other image in that file is as it was
+    if shape.startswith("part"):  # the other image in that file is as it was
         img("check", "-q", "-f", "qcow2", file)
 
 
