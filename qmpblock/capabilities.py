@@ -62,6 +62,14 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def adding_over_iothreads_aborts(self) -> bool:
+        """Whether a node cannot be added over one that is at work in an iothread.
+
+        See `qmpblock.joint`. Measured: 7.2.22 aborts, 11.1.2 does not; between was not run.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def nbd_server_stop_hangs_in_handshake(self) -> bool:
         """Whether nbd-server-stop never returns while a client's handshake is incomplete.
 

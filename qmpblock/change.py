@@ -86,6 +86,7 @@ LOCKS = "qmpblock-disk-"
 AHEAD_LOCKS = "qmpblock-ahead-"
 
 _log = logging.getLogger(__name__)
+_LOOK = 0.05  # seconds between looks at a node that is being mapped
 _ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
 _RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
@@ -489,12 +490,18 @@ async def settle(
     :param tell: is called before each step.
     """
     done: set[Step] = set()
+    deadline = asyncio.get_running_loop().time() + vm.stall
     for _ in range(_ROUNDS):
         graph = await vm.graph()
         made = _made(journal)
         stale = None if journal is None else journal.pivoted
         found = steps(record, graph, choice, made, stale=stale)
         todo = [step for step in found if step not in done]
+        late = asyncio.get_running_loop().time() > deadline
+        if not todo and not late and _being_mapped(record, graph):
+            done = {step for step in done if step.verb != "delete-node"}
+            await asyncio.sleep(_LOOK)
+            continue
         if not todo or todo[0].verb == "follow":
             return took_effect(record, graph) is True
         for step in todo:
@@ -506,6 +513,17 @@ async def settle(
     raise Error(
         f"what was left of {record.describe()} does not come to an end",
         remedy="look at it with: qmpblock disks ADDRESS; qmpblock jobs ADDRESS",
+    )
+
+
+def _being_mapped(record: Record, graph: BlockGraph) -> bool:
+    """Whether a node of the change is left only because some process of ours maps it.
+
+    One that saw it as the active layer, and exports it a moment after it was that.
+    """
+    users = [graph.users(node) for node in record.nodes if node in graph.nodes]
+    return any(
+        names and all(name.startswith("export qmpblock-") for name in names) for names in users
     )
 
 

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles, ownership
-from qmpblock.errors import CommandError, GraphError, NBDError, RangeError, ToolError
+from qmpblock.errors import (
+    BusyError,
+    CommandError,
+    GraphError,
+    NBDError,
+    RangeError,
+    ToolError,
+)
 from qmpblock.graph import Chain, Device, Layer
 from qmpblock.openings import in_part
 
@@ -36,6 +43,7 @@ _CONTEXTS = ("base:allocation", "qemu:allocation-depth")
 _PARTS = 4  # of a range that are read at once
 _SMALLEST_PART = 1 << 20  # bytes
 _BATCH = 32  # layers exported at once; an NBD server takes 100 connections by default
+_LOOK = 0.05  # seconds between looks at a chain that cannot be mapped now
 _ATTEMPTS = 4  # maps of a chain that another controller keeps changing
 
 
@@ -109,6 +117,7 @@ class Disk:
         :raise Error: see `qmpblock.export.exports`.
         """
         for _ in range(_ATTEMPTS):
+            await self._unveiled()
             chain = self.chain  # as last seen: if it is so no more, that is noticed at the end
             try:
                 start, count = check_range(chain.active.size, offset, length)
@@ -137,6 +146,7 @@ class Disk:
         """
         for _ in range(_ATTEMPTS):
             await self.refresh()
+            await self._unveiled()
             chain, busy = self.chain, bool(self.device.jobs)
             # A job may be writing to a layer that only looks frozen.
             found = await self._frozen_layers(chain) if local and not busy else {}
@@ -323,6 +333,25 @@ class Disk:
         from qmpblock.chainjobs import commit
 
         return commit(self, top=top, base=base, speed=speed, throttle_guest=throttle_guest)
+
+    async def _unveiled(self) -> None:
+        """Wait while an allocation has the active layer see the others through a view of them.
+
+        :raise BusyError: that lasts for the stall limit.
+        """
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        while self.chain.veiled:
+            if clock() - began > self.vm.stall:
+                raise BusyError(
+                    f"the layers of {self.name} are seen through a snapshot-access node, and QEMU "
+                    "does not tell which of them supplies what",
+                    standing="nothing was touched",
+                    remedy="wait for whoever put it there; if that was qmpblock, and it died: "
+                    f"qmpblock recover {self.vm.monitor.address}",
+                )
+            await asyncio.sleep(_LOOK)
+            await self.refresh()
 
     @asynccontextmanager
     async def _unless_changed(self, chain: Chain) -> AsyncIterator[None]:

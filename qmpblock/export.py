@@ -60,6 +60,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph import Device
 from qmpblock.iothread import iothread_of
+from qmpblock.joint import Joint
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
 from qmpblock.nbdserver import (
@@ -78,7 +79,7 @@ from qmpblock.polling import unpolled
 if TYPE_CHECKING:
     from qmpblock.nbd import Client
 
-__all__ = ["LOCK", "NBDAccess", "Request", "check_access", "exports"]
+__all__ = ["LOCK", "NBDAccess", "Request", "check_access", "exports", "no_exports"]
 
 #: The id of the lock object around our NBD server.
 LOCK = "qmpblock-nbd"
@@ -175,6 +176,33 @@ async def exports(
             await undisturbed(session.leave())
 
 
+@asynccontextmanager
+async def no_exports(monitor: Monitor, *, stall: float) -> AsyncIterator[None]:
+    """Keep all controllers of ours from exporting anything in the VM, for as long as this lasts.
+
+    :param stall: seconds to wait for one that does.
+    :raise BusyError: it did not end.
+    """
+
+    async def undo(dead: Holder) -> None:
+        await undo_dead_run(monitor, dead, stall, LOCK)
+
+    run = secrets.token_hex(4)
+    me = Holder.me(run, monitor=monitor_name(monitor), path="", ports=[], custody=False, exports=[])
+    try:
+        await lock.acquire(monitor, LOCK, me, undo, stall=stall)
+    except BaseException:
+        lock.abandon(run)
+        raise
+    try:
+        yield
+    finally:
+        try:
+            await undisturbed(lock.release(monitor, LOCK))
+        except DisconnectedError:
+            lock.abandon(run)
+
+
 @dataclass
 class _Slot:
     """One export and the socket of its client."""
@@ -217,6 +245,7 @@ class _Session:
         self.path = ""
         self.ports: list[int] = []
         self.where: Address | None = None
+        self.device: Device | None = None
 
     # before anything is touched
 
@@ -225,6 +254,7 @@ class _Session:
         self.devices = () if device is None else (device,)
         await ownership.ask(self.monitor, self.devices)
         address = self.monitor.address
+        self.device = device
         capabilities = Capabilities(self.monitor.version)
         if device is not None and capabilities.nbd_clients_endanger_iothreads:
             self.iothreads = await self.monitor.execute("query-iothreads")
@@ -410,14 +440,14 @@ class _Session:
         await ownership.ask(self.monitor, self.devices, standing=_NOTHING_LEFT)
         if slot.request.hold_writer:
             slot.holder = True
-            await self.monitor.execute(
-                "blockdev-add",
-                {
-                    "driver": "copy-on-read",
-                    "node-name": f"{slot.name}-w",
-                    "file": slot.request.node,
-                },
-            )
+            assert self.device is not None  # check() went before
+            chain = self.device.chain
+            holder, name, _ = _holder(slot)
+            joint = Joint(self.monitor, name)
+            await joint.add(chain.active.size if chain is not None else 0)
+            node = {"driver": "copy-on-read", "node-name": holder, "file": name}
+            await self.monitor.execute("blockdev-add", node)
+            await joint.put_on(slot.request.node, self.device)
         options: dict[str, object] = {
             "type": "nbd",
             "id": slot.name,
@@ -529,10 +559,10 @@ class _Session:
         for slot in self.slots:
             if slot.exported:
                 lost |= not await delete_export(self.monitor, slot.name, self.stall)
-            if slot.holder:
+            for node in _holder(slot) if slot.holder else ():
                 await tolerate(
                     "Failed to find node",
-                    self.monitor.execute("blockdev-del", {"node-name": f"{slot.name}-w"}),
+                    self.monitor.execute("blockdev-del", {"node-name": node}),
                 )
         # An export that went away by itself means that somebody stopped our server, and may
         # have started one of their own since.
@@ -562,6 +592,11 @@ class _Session:
         if self.folder is not None:
             remove_socket(self.path)
             self.folder = None
+
+
+def _holder(slot: _Slot) -> tuple[str, ...]:
+    """Return the names of the nodes that hold the write permission, each before what it is over."""
+    return f"{slot.name}-w", *Joint.names(f"{slot.name}-w-j")
 
 
 def _socket_folder(name: str) -> Path:

@@ -212,12 +212,15 @@ class Chain:
         between layers included, the depth of the layer whose data it shows. QEMU's
         allocation depth counts these nodes: depth d names `levels[d - 1]`.
     :ivar level_sizes: the virtual size of each of those nodes, in bytes.
+    :ivar veiled: whether a layer is seen through a snapshot-access node: QEMU does not tell
+        then which of the layers below supplies what.
     """
 
     filters: tuple[Node, ...]
     layers: tuple[Layer, ...]
     levels: tuple[int, ...]
     level_sizes: tuple[int, ...]
+    veiled: bool = False
 
     @property
     def active(self) -> Layer:
@@ -644,6 +647,7 @@ class _Builder:
         layers: list[Layer] = []
         levels: list[tuple[int, int]] = []
         seen: set[str] = set()
+        veiled = False
         name: str | None = root
         while name is not None:
             if name in seen:
@@ -652,6 +656,7 @@ class _Builder:
             node = self._known(name)
             if node.is_filter:
                 if layers:
+                    veiled = veiled or node.driver == "snapshot-access"
                     levels.append((len(layers), node.size))
                 else:
                     filters.append(node)
@@ -677,6 +682,7 @@ class _Builder:
             tuple(layers),
             tuple(depth for depth, _ in levels),
             tuple(size for _, size in levels),
+            veiled,
         )
 
     def _column(self, name: str | None) -> list[Node]:

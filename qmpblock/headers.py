@@ -57,6 +57,7 @@ class Header:
     :ivar backing: the name and the format to record of its backing image; None for none.
     :ivar cluster: in bytes.
     :ivar key_secret: the id of the secret object that encrypts it.
+    :ivar data_elsewhere: whether whoever opens it names another file for its data (qcow2).
     """
 
     format: str
@@ -64,6 +65,7 @@ class Header:
     backing: tuple[str, str] | None = None
     cluster: int = CLUSTER
     key_secret: str | None = None
+    data_elsewhere: bool = False
 
     def options(self, key: str) -> dict[str, str | int]:
         """Return the options for qemu-img.
@@ -148,4 +150,5 @@ async def make(vm: VM, header: Header) -> Contents:
         header.options(f"key{len(keys) - 1}"),
         backing=header.backing,
         keys=keys,
+        data_elsewhere=header.data_elsewhere,
     )

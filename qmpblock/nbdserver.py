@@ -152,9 +152,12 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
         found |= there
         closed = await tolerate("not found", monitor.execute("closefd", {"fdname": name}))
         half_open |= elsewhere and not had_client and not closed
-    for node in await monitor.execute("query-named-block-nodes", {"flat": True}):
-        if str(node.get("node-name", "")).startswith(prefix):
-            await monitor.execute("blockdev-del", {"node-name": node["node-name"]})
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    ours = [
+        name for name in (str(node.get("node-name")) for node in nodes) if name.startswith(prefix)
+    ]
+    for name in sorted(ours, key=len):  # the name of each begins with that of what is over it
+        await monitor.execute("blockdev-del", {"node-name": name})
     await tolerate("not found", monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
     # With an export of the dead run there, its server runs. Without, it died between two
     # commands; then its listening socket tells. On a foreign server it has no path.

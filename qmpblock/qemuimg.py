@@ -30,7 +30,7 @@ from qmpblock.jsonname import as_name, innermost, said_by
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
 
-__all__ = ["Contents", "Image", "Key", "QemuImg", "QemuIo", "blockdev", "format_of"]
+__all__ = ["Contents", "Image", "Key", "QemuImg", "QemuIo", "blockdev", "format_of", "null_data"]
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
@@ -267,6 +267,7 @@ class QemuImg:
         *,
         backing: tuple[str, str] | None = None,
         keys: Sequence[Key] = (),
+        data_elsewhere: bool = False,
     ) -> Contents:
         """Make an empty image, and return what its file is to hold; no file is made.
 
@@ -277,6 +278,7 @@ class QemuImg:
         :param backing: the name and the format to record of its backing image.
         :param keys: the one that encrypts the image, after those that encrypt it in turn; the
             image's option `key-secret` (`encrypt.key-secret`) is `key<N>`, N counted from 0.
+        :param data_elsewhere: its data lies in another file (qcow2), which whoever opens it names.
         :raise ToolError: qemu-img failed; no key is in it.
         """
         command = ["create", "-q", "-f", fmt]
@@ -290,6 +292,9 @@ class QemuImg:
                 if key.iv:
                     described += f",keyid=key{number - 1},iv={key.iv}"
                 command += ["--object", described]
+            if data_elsewhere:  # qemu-img insists on a file
+                fds.append(_in_memory(stack))
+                options = {**options, "data_file": f"/proc/self/fd/{fds[-1]}"}
             if options:
                 command += ["-o", ",".join(f"{name}={value}" for name, value in options.items())]
             if backing is not None:
@@ -444,18 +449,31 @@ class QemuIo(QemuImg):
     def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
         super().__init__(program, stall=stall)
 
-    async def write_zeros_as_data(self, path: str, ranges: Iterable[tuple[int, int]]) -> None:
-        """Write zeros to ranges of a closed qcow2 image, stored as data; nothing is flushed.
+    async def mark_as_data(self, path: str, size: int, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have a closed qcow2 image hold data in ranges, in a data file that is nowhere.
 
-        :raise ToolError: qemu-io failed; there may be no room.
+        :param path: made by `QemuImg.create` with `data_elsewhere`; nothing is flushed.
+        :param size: of the image, in bytes.
+        :raise ToolError: qemu-io failed; there may be no room for the metadata.
         """
+        image = {
+            "driver": "qcow2",
+            "file": {"driver": "file", "filename": path},
+            "data-file": null_data(size),
+        }
         lines = [
             f"write -q -P 0 {at} {min(_PIECE, stop - at)}"
             for start, stop in ranges
             for at in range(start, stop, _PIECE)
         ]
         text = "\n".join([*lines, "quit", ""])
-        said = [line async for line in self._lines("-t", "unsafe", "-f", "qcow2", path, given=text)]
+        name = "json:" + json.dumps(image)
+        said = [line async for line in self._lines("-t", "unsafe", name, given=text)]
         wrong = [line for line in said if "failed" in line]
         if wrong:
             raise ToolError([self.program, path], 1, wrong[0])
+
+
+def null_data(size: int) -> dict[str, Any]:
+    """Return the options of a node that reads as zeros, and forgets what is written to it."""
+    return {"driver": "null-co", "size": size, "read-zeroes": True}

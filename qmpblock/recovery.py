@@ -302,7 +302,9 @@ async def _recover_orphans(
         )
         for journal in journals():
             if journal.record.run == run:
-                record = replace(journal.record, nodes=record.nodes)
+                known = journal.record.nodes
+                others = tuple(node for node in record.nodes if node not in known)
+                record = replace(journal.record, nodes=known + others)
         if dry_run:
             done.append(_foresee(record, graph, Choice.UNDO))
             continue

@@ -120,16 +120,27 @@ def _is_out(record: Record, graph: BlockGraph, stale: bool | None) -> bool:
 
 def _way_home(record: Record, graph: BlockGraph) -> Iterable[Step]:
     """Bring it home without the zeros that were to get there first: there may be no room."""
-    between = _below(graph, record.top)
-    if between in record.nodes:
-        yield Step("relink", record.top, "it is to lie on the image itself again")
-    for node in record.nodes:
-        # While it lies on the image, that cannot be written to.
-        unused = node in graph.nodes and not graph.users(node)
-        if node != record.top and (unused or node == between):
-            yield Step("delete-node", node, "it holds nothing but zeros")
+    yield from _without_zeros(record, graph)
     yield from _zeroes(record, graph)
     yield Step("bring-home", record.top, "it holds what the guest wrote last")
+
+
+def _without_zeros(record: Record, graph: BlockGraph) -> Iterable[Step]:
+    """Have an overlay of ours lie on its image itself, and remove what brought zeros there.
+
+    While that lies on the image, the image cannot be written to by anybody else; and while it
+    may write there, nobody may lie on the image who has to see it as it was.
+    """
+    overlay = graph.nodes.get(record.top)
+    between = overlay.child("backing") if overlay is not None else None
+    gone: set[str] = set()
+    for node in record.nodes:  # each before those that it lies on
+        if node == between:
+            yield Step("relink", record.top, "it is to lie on the image itself again")
+            gone.add(f"node {record.top}")
+        if node in graph.nodes and node != record.top and gone.issuperset(graph.users(node)):
+            gone.add(f"node {node}")
+            yield Step("delete-node", node, "it served to bring zeros there, and holds none")
 
 
 def _below(graph: BlockGraph, node: str) -> str | None:
@@ -178,6 +189,12 @@ def _leftovers(
         yield from _bitmaps(graph, record.bitmaps)
     else:
         yield from _bitmaps(graph, [(node, helper) for node, helper, _, _ in record.promotions])
+    going: set[str] = set()
+    if record.operation == "allocate":
+        # Under somebody's snapshot the overlay stays, but not what it was put on for a while.
+        for step in _without_zeros(record, graph):
+            going.add(step.what)
+            yield step
     if done:
         for node, file in record.leaving:
             if node in graph.nodes and graph.nodes[node].filename == file and may_go(graph, node):
@@ -187,6 +204,7 @@ def _leftovers(
         # if its disk was unplugged since.
         if (
             node in graph.nodes
+            and node not in going
             and may_go(graph, node)
             and not _may_hold_writes(record, graph, node, stale=stale)
         ):

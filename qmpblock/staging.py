@@ -5,15 +5,17 @@ in place, while the guest writes on (facts 0.C). For each slice of the disk::
 
     guest -> D                          1. make T, an empty overlay beside D, and take a snapshot
     guest -> T -> D                     2. D is frozen: now, and not before, read its map
-    guest -> T -> D,  Z -> D            3. make Z: zeros as data, where D has nothing or zeros
-    guest -> T -> Z -> D                4. blockdev-reopen T; D's detect-zeroes is off
-    guest -> T -> D                     5. commit Z into D: D has the clusters
-    guest -> D                          6. commit T into D, and pivot: T goes
+    guest -> T -> view of D             3. write zeros, as data, into D, where it has nothing or
+                                           zeros (`qmpblock.filling`); D's detect-zeroes is off
+    guest -> T -> D                     4. see that D has the clusters
+    guest -> D                          5. commit T into D, and pivot: T goes
 
 What the guest writes meanwhile is in T, which comes home at once, whatever fails: T holds the
-newest data from 1 to 6. So T lies beside D, as `D.qmpblock-RUN`, with a journal that says
-whether T or D is to be trusted; `qmpblock recover` brings T home after a crash. Z is never
-needed: it hides nothing but holes.
+newest data from 1 to 5. So T lies beside D, as `D.qmpblock-RUN`, with a journal that says
+whether T or D is to be trusted; `qmpblock recover` brings T home after a crash.
+
+A slice takes as long as its zeros take to be written, and some milliseconds: no step of it looks
+at the whole disk.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Callable
-from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,32 +32,29 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files, opened_as
 from qmpblock.chainplan import SnapshotPlan, key_secret
 from qmpblock.change import Change, identify, lock_names, settle
-from qmpblock.driving import set_detect_zeroes
 from qmpblock.errors import (
     Error,
     GraphError,
-    JobError,
     UnsupportedError,
     printable,
 )
-from qmpblock.graph import Layer
-from qmpblock.headers import Header, by_qemu_img, make
+from qmpblock.filling import SPAN, Parts, fill
+from qmpblock.headers import by_qemu_img
 from qmpblock.heldio import check_held_io
-from qmpblock.job import Job
 from qmpblock.journal import PIVOTED, Record
 from qmpblock.jsonname import as_text, from_text
 from qmpblock.opened import alone
 from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.pace import Speed
 from qmpblock.places import Place
-from qmpblock.qemuimg import QemuImg, QemuIo
+from qmpblock.qemuimg import QemuImg
 from qmpblock.recoveryplan import Choice
-from qmpblock.snapshots import Item, make_file, make_overlay, prove, take
+from qmpblock.snapshots import Item, make_overlay, prove, take
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
+    from qmpblock.graph import Layer
     from qmpblock.ranges import Ranges
-    from qmpblock.vm import VM
 
 __all__ = ["SLICE", "check_staged", "check_staging", "reserve_by_staging"]
 
@@ -64,7 +62,6 @@ SLICE = 256 << 20
 """Bytes that one slice reserves, at most."""
 
 _SMALLEST = 1 << 20  # bytes of a slice at a low speed
-_LARGEST_CLUSTER = 2 << 20  # bytes, of a qcow2 image; QED knows larger ones
 _CLUSTER = 64 << 10  # bytes, QEMU's default of qcow2
 _RESERVE = 64 << 20  # bytes of the file system that stay free besides
 
@@ -101,6 +98,7 @@ async def reserve_by_staging(
     how = as_text(await opened_as(disk.vm, active))
     overlay = f"{file}.qmpblock-{run}"
     node = f"qmpblock-{run}-0"
+    parts = Parts(run, overlay)
     record = Record(
         run=run,
         operation="allocate",
@@ -109,7 +107,7 @@ async def reserve_by_staging(
         names=(device.name,),
         locks=lock_names([device]),
         job=f"qmpblock-{run}-pivot",
-        helpers=(f"qmpblock-{run}-create-0", f"qmpblock-{run}-z"),
+        helpers=(f"qmpblock-{run}-create-0", parts.job, parts.making),
         pivot=True,
         top=node,
         top_file=overlay,
@@ -119,8 +117,8 @@ async def reserve_by_staging(
         base_opened=how,
         written=tuple((path, Path(path).stat().st_ino) for path in _written(disk, file)),
         detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
-        nodes=(node, f"{node}-file", f"qmpblock-{run}-z"),
-        files=(overlay, f"{overlay}-z"),
+        nodes=(node, f"{node}-file", *parts.nodes),
+        files=(overlay, *parts.files),
         images=host_files(vm, disk.chain),
     )
     change = Change(vm, record, beside=Path(file))
@@ -142,22 +140,27 @@ async def reserve_by_staging(
             "reserved and stay so; nothing of ours is left"
         ),
     ):
+        left = await _blank(disk, where)
         end = int(where.stops[-1])
-        while where:
-            where, left = await _next(disk, where)
-            if not left:
-                break
-            _check_room(file, min(slice_size, left))
-            chosen = await _slice(disk, change, where, slice_size, had)
-            reserved = chosen.total
-            done += reserved
-            held = max([held, *(change.journal.held if change.journal else ())])
-            await speed.wait(reserved)
+
+        def copied(now: int) -> None:
             if tell is not None:
-                tell(done, done - reserved + left)
-            if reserved < slice_size:
-                break  # the frozen map had no more; what the live one shows has space already
-            where = where.clip(int(chosen.stops[-1]), end)
+                tell(done + now, done + max(now, left.total))
+
+        while left:
+            size = min(slice_size, left.total)
+            _check_room(file, size)
+            copied(0)
+            where = where.clip(int(left.starts[0]), end)
+            chosen, finished = await _slice(disk, change, where, slice_size, had, copied)
+            done += chosen.total
+            held = max([held, *(change.journal.held if change.journal else ())])
+            await speed.wait(chosen.total)
+            if finished:
+                left = Ranges()  # what the live map shows beyond has space already
+            elif chosen:
+                left = left.clip(int(chosen.stops[-1]), end)
+            copied(0)
         await undisturbed(change.end())
     return done, held, reduce(Ranges.union, had)
 
@@ -218,9 +221,9 @@ async def check_staged(disk: Disk) -> None:
 
 
 def _check_room(file: str, length: int) -> None:
-    """See that twice the slice, and a reserve, is free: the image grows, and Z is real zeros."""
+    """See that the slice, and a reserve, is free."""
     free = [os.statvfs(path) for path in (file, Path(file).parent)]  # it may be a link
-    room, needed = min(one.f_bavail * one.f_frsize for one in free), 2 * length + _RESERVE
+    room, needed = min(one.f_bavail * one.f_frsize for one in free), length + _RESERVE
     if room < needed:
         raise Error(
             f"the file system of {printable(file)} has {room} bytes free; reserving the next "
@@ -229,24 +232,28 @@ def _check_room(file: str, length: int) -> None:
         )
 
 
-async def _next(disk: Disk, where: Ranges) -> tuple[Ranges, int]:
-    """Return what of the ranges is still of interest, and how much is left, on the live map.
+async def _blank(disk: Disk, where: Ranges) -> Ranges:
+    """Return what of the ranges is still of interest, on the live map.
 
     Only to know whether a slice is worth it: what is reserved is chosen on the frozen map.
     """
-    first, stop = int(where.starts[0]), int(where.stops[-1])
-    seen = await disk.map(first, stop - first)
-    wanted = seen.holes() | seen.where(depth=0, present=True, zero=True, data=False)
-    wanted = wanted & where
-    if not wanted:
-        return wanted, 0
-    return where.clip(int(wanted.starts[0]), stop), wanted.total
+    first = int(where.starts[0])
+    seen = await disk.map(first, int(where.stops[-1]) - first)
+    return where & (seen.holes() | seen.where(depth=0, present=True, zero=True, data=False))
 
 
-async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list[Ranges]) -> Ranges:
-    """Reserve up to `size` bytes of the ranges; return which.
+async def _slice(
+    disk: Disk,
+    change: Change,
+    where: Ranges,
+    size: int,
+    had: list[Ranges],
+    tell: Callable[[int], None],
+) -> tuple[Ranges, bool]:
+    """Reserve up to `size` bytes of the ranges; return which, and whether there are no more.
 
     :param had: is added to by `_choose`.
+    :param tell: is called with the bytes of them that are stored.
     """
     vm, record, journal = disk.vm, change.record, change.journal
     assert journal is not None  # begin() wrote it
@@ -281,9 +288,9 @@ async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list
     await prove(vm, change, [item])
     await ownership.ask(vm.monitor, [disk.device], standing=None)
     await undisturbed(take(vm, [item]))
-    chosen = await _choose(disk, change, where, size, had)
+    chosen, finished = await _choose(disk, change, where, size, had)
     if chosen:
-        await _stage(disk, change, item, chosen)
+        await fill(vm, change, item, disk.chain.layers[1], chosen, tell)
         await _prove(disk, record.top, chosen)
     # The overlay comes home, and goes; all that is left is removed.
     await undisturbed(settle(vm, record, journal, Choice.UNDO))
@@ -301,13 +308,15 @@ async def _slice(disk: Disk, change: Change, where: Ranges, size: int, had: list
             remedy="nothing is lost by it, but the guest's zeros take space from now on; "
             "blockdev-reopen can set it",
         )
-    return chosen
+    return chosen, finished
 
 
 async def _choose(
     disk: Disk, change: Change, where: Ranges, size: int, had: list[Ranges]
-) -> Ranges:
-    """Choose, on the map of the frozen image, what gets host space.
+) -> tuple[Ranges, bool]:
+    """Choose, on the map of the frozen image, what gets host space; whether that is the last.
+
+    The map is read as far as it takes: a few slices on, where there is nothing to choose.
 
     :param had: what has it already although it is mere zeros is added to it.
     """
@@ -318,21 +327,25 @@ async def _choose(
     if frozen.node.name != change.record.base:
         raise GraphError(f"somebody else is at work on {disk.name}")
     cluster = frozen.node.cluster_size or 65536
-    first = int(where.starts[0])
-    count = int(where.stops[-1]) - first
-    seen = await disk.map(first, count)
-    # In T's map the frozen image is at depth 1. What T holds already the guest has written.
-    last = seen.layers - 1
-    wanted = seen.where(depth=1, present=True, zero=True, data=False)
-    wanted = (wanted | seen.where(depth=last, present=False)) & where
-    left, chosen, reach = wanted.align_in(cluster, frozen.size), Ranges(), size
-    while left and chosen.total < size:
-        piece = left.lowest(reach)
-        had.append(piece & await _reserved(disk, change.record.base_opened, piece))
-        chosen = (chosen | (piece - had[-1])).lowest(size)
-        left = left - piece
-        reach *= 2  # an image full of such zeros is not asked for bit by bit
-    return chosen
+    chosen, reach = Ranges(), size
+    while where and chosen.total < size:
+        window = where.lowest(reach)
+        first = int(window.starts[0])
+        seen = await disk.map(first, int(window.stops[-1]) - first)
+        # In T's map the frozen image is at depth 1. What T holds already the guest has written.
+        blank = seen.where(depth=seen.layers - 1, present=False)
+        zeros = seen.where(depth=1, present=True, zero=True, data=False)
+        wanted = ((blank | zeros) & window).align_in(cluster, frozen.size)
+        if zeros & wanted:
+            had.append(wanted & await _reserved(disk, change.record.base_opened, zeros & wanted))
+            wanted = wanted - had[-1]
+        chosen = chosen | wanted
+        where = where - window
+        reach *= 2
+    some = chosen.lowest(size)
+    if some:
+        some = some.clip(int(some.starts[0]), SPAN - SPAN % cluster)
+    return some, not where and some == chosen
 
 
 async def _reserved(disk: Disk, base: str, wanted: Ranges) -> Ranges:
@@ -354,53 +367,6 @@ async def _reserved(disk: Disk, base: str, wanted: Ranges) -> Ranges:
     return seen.where(present=True, reserved=True)
 
 
-async def _stage(disk: Disk, change: Change, item: Item, chosen: Ranges) -> None:
-    """Bring zeros as data into the frozen image, from below the overlay."""
-    vm, record = disk.vm, change.record
-    execute = vm.monitor.execute
-    frozen = disk.chain.layers[1]
-    node, file = record.nodes[2], record.files[1]
-    header = Header("qcow2", frozen.size, cluster=_zeros_cluster(frozen))
-    make_file(change, replace(item, file=file), await make(vm, header))
-    await QemuIo(stall=vm.stall).write_zeros_as_data(file, chosen)
-    await execute(
-        "blockdev-add",
-        {
-            "driver": "qcow2",
-            "node-name": node,
-            "file": {"driver": "file", "filename": file},
-            "backing": record.base,
-            # Nobody will miss it after a crash, and to flush it takes longer than all else.
-            "cache": {"no-flush": True},
-        },
-    )
-    await execute("blockdev-reopen", {"options": [item.node_options(node)]})
-    if record.detect_zeroes:
-        # It would make zero clusters of the zeros, which take no space. What the guest writes
-        # goes through the overlay, which detects zeros as the image did.
-        await set_detect_zeroes(vm, record.base, "off")
-    job = Job(vm.monitor, record.helpers[1], "commit")
-    try:
-        chain = (await vm.graph()).device(disk.device.qom_path).chain
-        assert chain is not None  # the disk was there a moment ago
-        await job.start(
-            "block-commit",
-            {
-                "device": chain.root.name,
-                "top-node": node,
-                "base-node": record.base,
-                "backing-file": item.backing_name,
-                # Never waited for: the overlay is to come home, and grows meanwhile.
-                "on-error": "report",
-            },
-        )
-        error = await _finish(vm, job)
-    finally:
-        job.end()
-    if error is not None:
-        raise JobError(job.id, "commit", error)
-
-
 async def _prove(disk: Disk, top: str, chosen: Ranges) -> None:
     """See that the frozen image holds data there now: zeros with space of their own.
 
@@ -417,20 +383,3 @@ async def _prove(disk: Disk, top: str, chosen: Ranges) -> None:
             f"QEMU did not store {left.total} bytes of the zeros that were to reserve space in "
             f"{disk.name}",
         )
-
-
-def _zeros_cluster(frozen: Layer) -> int:
-    return min(frozen.node.cluster_size or 65536, _LARGEST_CLUSTER)
-
-
-async def _finish(vm: VM, job: Job) -> str | None:
-    """Follow a job of ours that only has to end; return its error."""
-    finalized = False
-    error = None
-    async for seen in job.follow(converging=vm.stall):
-        error = seen.error
-        if seen.status == "pending" and not finalized:
-            finalized = True
-            await job.finalize()
-    await job.dismiss()
-    return error

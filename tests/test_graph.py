@@ -5,6 +5,7 @@ import copy
 import json
 from pathlib import Path
 
+import drawing
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -414,3 +415,14 @@ def test_mutated_replies_give_a_graph_or_an_error_of_ours(data, version, moment)
 def test_arbitrary_replies_give_a_graph_or_an_error_of_ours(replies):
     with contextlib.suppress(GraphError):
         BlockGraph.from_replies(Replies(**replies))
+
+
+def test_a_layer_seen_through_a_view_is_veiled():
+    """QEMU's depths end at a snapshot-access node below the active layer."""
+    seen = drawing.chain("d0", "d1").filter("f", "copy-before-write", "d0")
+    seen.filter("v", "snapshot-access", "f").image("t", backing="v").device("t")
+    [device] = seen.graph().devices
+    assert device.chain.veiled
+    assert [layer.node.name for layer in device.chain.layers] == ["t", "d0", "d1"]
+    above = drawing.chain("d0").filter("v", "snapshot-access", "d0").device("v")
+    assert not above.graph().devices[0].chain.veiled

@@ -364,6 +364,48 @@ def test_detect_zeroes_comes_back_before_the_overlay(choice):
     assert steps(wanted, back.device("d1").graph(), choice, stale=True) == ()
 
 
+def filled(over=True, active=T, more=()):
+    """Draw d0 with overlay T, and what fills d0: T lies on the view, or on d0 still."""
+    names = [f"{PREFIX}{name}" for name in ("z", "window", "view", "filter", "kept", "joint", "n")]
+    z, window, view, filter_, kept, joint, nothing = names
+    drawing = chain("d0", "d1").image(kept, file="/i/d0.k").image(nothing, file="null-co://")
+    drawing.filter(joint, "raw", "d0").filter(filter_, "copy-before-write", joint)
+    drawing.nodes[filter_]["children"].append({"child": "target", "node-name": kept})
+    drawing.filter(view, "snapshot-access", filter_).filter(window, "raw", filter_)
+    drawing.image(z, file="/i/d0.z", backing=window)
+    drawing.image(T, file="/i/d0.t", backing=view if over else "d0").device(active)
+    for name in (z, kept, nothing, T):  # QEMU deletes the file nodes with them
+        edges = drawing.nodes[name]["children"]
+        drawing.nodes[name]["children"] = [edge for edge in edges if edge["child"] != "file"]
+        del drawing.nodes[f"{name}-f"]
+    wanted = of_staging(nodes=(T, f"{T}-f", *names), files=(*MADE, "/i/d0.k"))
+    return drawing, wanted
+
+
+@pytest.mark.parametrize("over", [True, False])
+@pytest.mark.parametrize("choice", Choice)
+def test_what_fills_the_image_goes_before_the_overlay_comes_home(over, choice):
+    """Each node before what it lies on; what may write there before the overlay lies there."""
+    drawing, wanted = filled(over)
+    found = steps(wanted, drawing.graph(), choice, stale=False)
+    said = [step.what.removeprefix(PREFIX) for step in found]
+    between = ["t"] if over else []
+    assert said == ["z", "window", *between, "view", "filter", "kept", "joint", "n", "t"]
+    assert verbs(found)[-1] == "bring-home"
+    world = World(drawing, wanted, wanted.files)
+    assert world.settle(choice) is False
+    assert set(world.drawing.nodes) == {"d0", "d0-f", "d1", "d1-f"}
+    assert world.made == []
+
+
+def test_under_somebodys_snapshot_only_the_overlay_stays():
+    drawing, wanted = filled()
+    drawing.image("theirs", backing=T).device("theirs")
+    world = World(drawing, wanted, wanted.files)
+    world.settle(UNDO)
+    assert set(world.drawing.nodes) == {"d0", "d0-f", "d1", "d1-f", T, "theirs", "theirs-f"}
+
+
 def test_zeros_that_somebody_uses_stay():
     drawing = staged("d0", made=(T, Z)).export("theirs", Z)
     assert verbs(steps(of_staging(), drawing.graph(), UNDO)) == ["bring-home"]
