@@ -29,6 +29,7 @@ def test_defects_are_gated(version, affected):
     assert capabilities.copy_on_read_breaks_subclusters is affected
     assert capabilities.concluded_streams_kill is affected
     assert capabilities.polling_forgets_queues is affected
+    assert capabilities.adding_over_iothreads_aborts is affected
     assert capabilities.create_jobs_endanger_queries is affected
     assert capabilities.nbd_handshake_limit_can_be_lifted is not affected
 

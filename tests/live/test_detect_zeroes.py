@@ -6,7 +6,7 @@ from chains import subjects
 from disturbed import nothing_of_ours
 
 import qmpblock
-from qmpblock import staging
+from qmpblock import driving, filling
 from qmpblock.errors import Error
 from qmpblock.ranges import Ranges
 from qmpblock.testing.images import Tools, build
@@ -70,7 +70,9 @@ async def test_full(fmt, attachment, value, start_qemu, vm_dir, qemu_binary, inv
         [disk] = await controller.disks()
         with at_command(controller.monitor, 0, None) as trace:
             result = await disk.allocate(full=True)
-    assert trace.count("human-monitor-command") == 2 * trace.count("blockdev-reopen")
+    # Writable, off, and back: each slice three; and it puts three nodes upon others.
+    assert trace.count("human-monitor-command") == 3 * trace.count("transaction")
+    assert trace.count("blockdev-reopen") == 3 * trace.count("transaction")
     assert "stop" not in trace
     assert result.reserved > 16 * MIB, result
     assert await detect_zeroes(vm) == value
@@ -106,7 +108,7 @@ async def test_left_on_it_would_reserve_nothing(start_qemu, vm_dir, qemu_binary,
     async def nothing(*_):
         pass
 
-    monkeypatch.setattr(staging, "set_detect_zeroes", nothing)
+    monkeypatch.setattr(filling, "set_detect_zeroes", nothing)
     built = await build(scenario(), vm_dir / "images", Tools.of(qemu_binary))
     vm = await start_qemu(built, guest=True)
     blocks = built.disks[0].active.path.stat().st_blocks
@@ -124,6 +126,8 @@ async def test_nodes_whose_option_cannot_be_set(start_qemu, vm_dir, qemu_binary,
     vm = await start_qemu(built, guest=True)
     async with qmpblock.connect(vm.monitor_path) as controller:
         with pytest.raises(Error, match=r"does not set detect-zeroes of no\.such to off: .*such"):
-            await staging.set_detect_zeroes(controller, "no.such", "off")
+            await driving.set_detect_zeroes(controller, "no.such", "off")
         with pytest.raises(Error, match="cannot be put on a command line"):
-            await staging.set_detect_zeroes(controller, 'd0 "help"', "off")
+            await driving.set_detect_zeroes(controller, 'd0 "help"', "off")
+        with pytest.raises(Error, match=r"does not make no\.such writable: .*such"):
+            await driving.set_writable(controller, "no.such")
