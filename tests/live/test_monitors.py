@@ -1,6 +1,7 @@
 """Monitors as people have them: pretty, held by somebody, with a queue that is full."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -100,23 +101,22 @@ async def test_somebody_else_holds_it(scenario, start_qemu, invariant):
 async def test_its_queue_is_full(scenario, start_qemu, invariant):
     """So many wait that not one more may: that is said, and it is waited for."""
     vm = await start_qemu(scenario)
-    others = []
-    try:
-        while True:
-            others.append(socket.socket(socket.AF_UNIX))
-            others[-1].setblocking(False)
-            others[-1].connect(str(vm.monitor_path))
-    except BlockingIOError:
-        pass
-    with pytest.raises(MonitorHeldError, match=r"queue is full.*this very process") as caught:
-        async with qmpblock.connect(vm.monitor_path, greeting_timeout=0.3):
-            pass
-    assert caught.value.exit_code == 3
-    assert caught.value.holders == (os.getpid(),)
-    waiting = asyncio.create_task(first_version(vm.monitor_path))
-    await asyncio.sleep(0.2)
-    for other in others:
-        other.close()
+    with contextlib.ExitStack() as others:
+        held = others.enter_context(socket.socket(socket.AF_UNIX))
+        held.connect(str(vm.monitor_path))
+        await asyncio.to_thread(held.recv, 1)  # QEMU has taken it out of its queue
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other = others.enter_context(socket.socket(socket.AF_UNIX))
+                other.setblocking(False)
+                other.connect(str(vm.monitor_path))
+        with pytest.raises(MonitorHeldError, match=r"queue is full.*this very process") as caught:
+            async with qmpblock.connect(vm.monitor_path, greeting_timeout=0.3):
+                pass
+        assert caught.value.exit_code == 3
+        assert caught.value.holders == (os.getpid(),)
+        waiting = asyncio.create_task(first_version(vm.monitor_path))
+        await asyncio.sleep(0.2)
     assert await waiting == vm.version
 
 
