@@ -49,7 +49,6 @@ from qmpblock.lock import Holder
 from qmpblock.ownership import Owner
 from qmpblock.policyfile import Amount
 from qmpblock.ranges import Ranges
-from qmpblock.versioned import UnreadableError, read
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -73,17 +72,6 @@ class Watch:
     offsets: tuple[int, ...]
     more: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, holder: Holder) -> Watch:
-        """Read what a holder says.
-
-        :raise RecordError: it is not what this version understands.
-        """
-        try:
-            return read(cls, holder.details)
-        except UnreadableError as error:
-            raise lock.unreadable(f"of {holder}", error, holder.run) from None
-
 
 async def keep_ahead(
     disk: Disk,
@@ -101,7 +89,7 @@ async def disarm_dead(vm: VM, dead: Holder) -> None:
 
     :raise RecordError: which one it is cannot be read: nothing is touched.
     """
-    watch = Watch.of(dead)
+    watch = dead.says(Watch)
     if watch.node is not None:
         await _disarm(vm, await vm.graph(), watch.node, watch.offsets)
 

@@ -26,7 +26,7 @@ import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import BusyError, CommandError, RecordError, printable
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _RUN = re.compile(r"[0-9a-z]{1,32}")
+T = TypeVar("T")
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
 
 # Runs of this process that lost their monitor before they could clean up: the process is
@@ -109,6 +110,17 @@ class Holder:
     def text(self) -> str:
         """Return the lock object's data."""
         return json.dumps(stamped(plain(self)))
+
+    def says(self, kind: type[T], name: str = "") -> T:
+        """Read its details: what it says of its work.
+
+        :param kind: a dataclass (`qmpblock.versioned`); `name`: of the lock, where it is known.
+        :raise RecordError: it is not what this version understands.
+        """
+        try:
+            return read_fields(kind, self.details)
+        except UnreadableError as error:
+            raise unreadable(name or f"of {self}", error, self.run) from None
 
     def is_elsewhere(self) -> bool:
         """Whether it ran where this process cannot see whether it still does."""

@@ -16,9 +16,8 @@ from typing import Any
 from qmpblock.address import TCPAddress, absolute, open_socket
 from qmpblock.capabilities import Capabilities
 from qmpblock.errors import BusyError, CommandError, printable
-from qmpblock.lock import Holder, unreadable
+from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
-from qmpblock.versioned import UnreadableError, read
 
 __all__ = [
     "ServerUse",
@@ -114,18 +113,6 @@ class ServerUse:
     custody: bool
     more: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, holder: Holder, name: str) -> ServerUse:
-        """Read what a holder says.
-
-        :param name: of the lock.
-        :raise RecordError: it is not what this version understands.
-        """
-        try:
-            return read(cls, holder.details)
-        except UnreadableError as error:
-            raise unreadable(name, error, holder.run) from None
-
 
 async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str) -> None:
     """Remove everything that the controller `dead` added to QEMU. Idempotent.
@@ -134,7 +121,7 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
     :raise BusyError: that takes the monitor which the dead controller used.
     :raise RecordError: what it added cannot be read: nothing is touched.
     """
-    use = ServerUse.of(dead, name)
+    use = dead.says(ServerUse, name)
     _log.warning("undoing what a controller that died left in the VM: %s", dead)
     prefix = f"qmpblock-{dead.run}-"
     # Read from QEMU, where anybody with a monitor may have written it: nothing of it is used

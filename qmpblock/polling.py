@@ -41,7 +41,6 @@ from qmpblock.errors import CommandError, DisconnectedError, Error, RecordError
 from qmpblock.hostprocess import times_slept
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
-from qmpblock.versioned import UnreadableError, read
 
 __all__ = ["GUARDS", "LOCK", "Guard", "hold", "let_go", "unpolled"]
 
@@ -69,18 +68,6 @@ class Guard:
 
     poll_max_ns: tuple[tuple[str, int], ...]
     more: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, holder: Holder, name: str) -> Guard:
-        """Read what a holder says.
-
-        :param name: of the guard.
-        :raise RecordError: it is not what this version understands.
-        """
-        try:
-            return read(cls, holder.details)
-        except UnreadableError as error:
-            raise lock.unreadable(name, error, holder.run) from None
 
 
 @dataclass
@@ -271,7 +258,7 @@ async def _others(monitor: Monitor, run: str) -> dict[str, tuple[Holder, Guard]]
             holder = await lock.read(monitor, name)
             if isinstance(holder, Holder):
                 with contextlib.suppress(RecordError):
-                    found[name] = holder, Guard.of(holder, name)
+                    found[name] = holder, holder.says(Guard, name)
     return found
 
 

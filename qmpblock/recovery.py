@@ -171,11 +171,11 @@ def _check_details(name: str, dead: Holder, graph: BlockGraph) -> None:
     if _TURN.fullmatch(name):
         return  # it was about to undo what another one left, whose lock is there too
     if name == NBD_LOCK:
-        ServerUse.of(dead, name)
+        dead.says(ServerUse, name)
     elif name.startswith(AHEAD_LOCKS):
-        Watch.of(dead)
+        dead.says(Watch, name)
     elif name.startswith(polling.GUARDS):
-        polling.Guard.of(dead, name)
+        dead.says(polling.Guard, name)
     elif name != polling.LOCK:  # which says nothing
         check_all_said(dead, record_of(dead, name), graph, name)
 

@@ -13,7 +13,7 @@ from qmpblock.lock import Holder
 
 def test_a_guard_reads_back():
     said = json.loads(json.dumps({"poll_max_ns": [["io0", 32768], ["io1", 0]], "new": 1}))
-    guard = polling.Guard.of(Holder.me("run", **said), "a")
+    guard = Holder.me("run", **said).says(polling.Guard)
     assert guard.poll_max_ns == (("io0", 32768), ("io1", 0))
     assert guard.more == {"new": 1}
 
@@ -21,7 +21,7 @@ def test_a_guard_reads_back():
 @pytest.mark.parametrize("said", [{}, {"poll_max_ns": {"io0": 1}}, {"poll_max_ns": [["io0", "1"]]}])
 def test_what_a_guard_may_not_say(said):
     with pytest.raises(RecordError, match="qmpblock-poll-run"):
-        polling.Guard.of(Holder.me("run", **said), "qmpblock-poll-run")
+        Holder.me("run", **said).says(polling.Guard, "qmpblock-poll-run")
 
 
 async def test_a_qemu_without_the_defect_is_asked_nothing(tmp_path):
