@@ -40,10 +40,10 @@ from qmpblock.chainplan import (
 from qmpblock.change import Change, device_of, identify, is_watched, lock_names, make_way, settle
 from qmpblock.driving import check_copy_on_read, drive, flush, io_limits
 from qmpblock.errors import (
-    BusyError,
     CommandError,
     Error,
     GraphError,
+    InUseError,
     JobError,
     RequestError,
     UnsupportedError,
@@ -268,7 +268,7 @@ def _work(disk: Disk, plan: StreamPlan | CommitPlan) -> Work:
 def _check_other_processes(plan: StreamPlan | CommitPlan, files: OpenFiles, places: Places) -> None:
     """Refuse to write to an image that another process uses too: a second VM over one base.
 
-    :raise BusyError: one does.
+    :raise InUseError: one does.
     """
     written = plan.base if isinstance(plan, CommitPlan) else plan.top
     if written.depth == 0:
@@ -277,7 +277,7 @@ def _check_other_processes(plan: StreamPlan | CommitPlan, files: OpenFiles, plac
         place = known(places, node)
         who = foreign_users(files, place.file) if place is not None else None
         if who is not None:
-            raise BusyError(
+            raise InUseError(
                 f"@{written.depth} {printable(written.file)} is open in {who} too, which writes "
                 "to it or would see it change (a second VM over the same image?)",
                 standing="nothing was touched",

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qmpblock.backingname import check_found, name_of_base
-from qmpblock.errors import BusyError, RequestError, UnsupportedError, printable
+from qmpblock.errors import BusyError, InUseError, RequestError, UnsupportedError, printable
 from qmpblock.graph import BlockGraph, Chain, Device, Layer
 from qmpblock.jsonname import said_by
 from qmpblock.layeruse import check_bitmaps, check_readers, overlays_of
@@ -386,7 +386,7 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer, places: Pla
     for node in second_nodes(graph, layer, places):
         disks = [one.name for one in graph.devices if node.name in one.node_names()]
         what = f"is also a layer of {', '.join(disks)}" if disks else "is open a second time"
-        raise BusyError(
+        raise InUseError(
             f"{_name(layer)} {what}, by the node {printable(node.name)}, which this would change",
             standing=_UNTOUCHED,
             remedy="unplug that disk, or remove that node, if nobody needs it",

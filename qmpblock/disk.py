@@ -297,7 +297,8 @@ class Disk:
         :param speed: bytes a second; 0 is no limit. `job.set_speed` changes it.
         :raise RequestError: no such layer, wrong order, or not safely possible; nothing was
             touched.
-        :raise BusyError: a job, or another controller, is at work on the disk.
+        :raise BusyError: a job, or another controller, is at work on the disk; an InUseError:
+            somebody else uses a layer that would change, or go.
         :raise JobError: QEMU's job failed; the chain is as it was.
         :raise StalledError: it did not move for the stall limit; undone.
         """

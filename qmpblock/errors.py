@@ -15,6 +15,7 @@
     │   └── DisconnectedError       the connection was lost; the outcome is unknown
     ├── CommandError            exit 1: QEMU refused a command (its words inside)
     ├── BusyError               exit 1: another controller or job holds what is needed
+    │   ├── InUseError              exit 2: somebody else uses a layer that would change
     │   └── RecordError             a lock or journal of ours cannot be read
     ├── GraphError              exit 1: the monitor's replies contradict each other
     ├── JobError                exit 1: a QEMU job failed (QEMU's verdict inside)
@@ -48,6 +49,7 @@ __all__ = [
     "Error",
     "GraphError",
     "GreetingError",
+    "InUseError",
     "JobError",
     "MonitorError",
     "MonitorHeldError",
@@ -219,6 +221,12 @@ class CommandError(Error):
 
 class BusyError(Error):
     """Another controller, job, export or NBD server holds what is needed."""
+
+
+class InUseError(BusyError):
+    """Somebody else uses a layer, and would see it change, or lose it; nothing was touched."""
+
+    exit_code = 2
 
 
 class RecordError(BusyError):

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qmpblock.errors import BusyError, printable
+from qmpblock.errors import BusyError, InUseError, printable
 from qmpblock.graph import BlockGraph, Device, Layer, Node
 
 __all__ = ["Use", "check_bitmaps", "check_readers", "may_go", "overlays_of", "readers_of"]
@@ -84,7 +84,8 @@ def check_readers(
     :param operation: `commit` or `stream`.
     :param top: the node of that layer; also `base`. Where the disk has them no more there is
         nothing to refuse.
-    :raise BusyError: somebody does; names the first.
+    :param standing: what stands, before anything is touched; None at the end of a job.
+    :raise BusyError: somebody does; names the first. Before anything is touched, an InUseError.
     """
     layers = () if device.chain is None else device.chain.layers
     depths = {layer.node.name: layer.depth for layer in layers}
@@ -100,7 +101,7 @@ def check_readers(
         changed = [(into, into.nodes[1:])] if into.depth else []
     for layer, nodes in changed:
         for use in readers_of(graph, device, nodes):
-            raise BusyError(
+            raise _in_use(standing)(
                 f"@{layer.depth} {printable(layer.file)} is read by {use.what} too, which would "
                 "see it change, and no point in time",
                 standing=standing,
@@ -116,11 +117,12 @@ def check_bitmaps(graph: BlockGraph, nodes: Iterable[str], *, standing: str | No
     (7.2.22 and 11.1.2, each time).
 
     :param nodes: that are to go; those that are not there any more do not count.
-    :raise BusyError: somebody does.
+    :param standing: as for `check_readers`.
+    :raise BusyError: somebody does; before anything is touched, an InUseError.
     """
     for name in nodes:
         if bitmap := _busy(graph, name):
-            raise BusyError(
+            raise _in_use(standing)(
                 f"the dirty bitmap {printable(bitmap)} of {printable(name)} is in use (an export "
                 "of a backup, say); QEMU aborts when that layer goes",
                 standing=standing,
@@ -131,6 +133,11 @@ def check_bitmaps(graph: BlockGraph, nodes: Iterable[str], *, standing: str | No
 def may_go(graph: BlockGraph, name: str) -> bool:
     """Whether a node can be deleted: nothing uses it, nor a dirty bitmap of it."""
     return not graph.users(name) and not _busy(graph, name)
+
+
+def _in_use(standing: str | None) -> type[BusyError]:
+    """Return what is raised: at the end of a job it is no refusal any more."""
+    return BusyError if standing is None else InUseError
 
 
 def _busy(graph: BlockGraph, name: str) -> str | None:

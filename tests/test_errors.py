@@ -29,6 +29,7 @@ def test_every_public_class_is_drawn_in_the_docstring():
         ("CommandError", 1),
         ("NBDError", 1),
         ("BusyError", 1),
+        ("InUseError", 2),
     ],
 )
 def test_exit_codes(cls, code):

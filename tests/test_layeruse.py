@@ -100,3 +100,7 @@ def test_a_node_goes_only_without_bitmaps_in_use():
     with pytest.raises(BusyError, match=r"b of alone .* QEMU aborts") as caught:
         check_bitmaps(graph, ["d1", "alone"], standing="as before")
     assert caught.value.standing == "as before"
+    assert caught.value.exit_code == 2
+    with pytest.raises(BusyError) as caught:  # at the end of a job
+        check_bitmaps(graph, ["d1", "alone"])
+    assert caught.value.exit_code == 1

@@ -629,7 +629,7 @@ async def test_two_disks_over_one_file_that_is_open_twice(
         "commit": ("commit", vm.monitor_path, "vd0", "--top", "@1", "--base", "@3"),
         "stream": ("stream", vm.monitor_path, "vd0", "--top", "@2"),
     }[operation]
-    await refused(vm, command, "is also a layer of vd1", code=1)
+    await refused(vm, command, "is also a layer of vd1")
     await guest(vm, "read -P 1 1M 1M", "vd1")
     await guest(vm, "read -P 0 3M 1M", "vd1")
 
@@ -677,7 +677,7 @@ async def test_a_base_that_another_vm_uses(images, start_qemu, invariant, vm_dir
     vm = await start_qemu([], extra=disk(vm_dir / "one.qcow2", more=off, extra=",locking=off"))
     other = await start_qemu([], extra=disk(vm_dir / "two.qcow2"))
     command = ("commit", vm.monitor_path, "vd0")
-    await refused(vm, command, f"is open in process {other.pid} too", code=1)
+    await refused(vm, command, f"is open in process {other.pid} too")
     await other.quit()
     invariant.forget(vm)
     code, _, err = await cli(*command)

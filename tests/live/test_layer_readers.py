@@ -12,7 +12,7 @@ import pytest
 from disturbed import SLOW, begin, nothing_of_ours, seen, until
 
 import qmpblock
-from qmpblock.errors import BusyError
+from qmpblock.errors import BusyError, InUseError
 from qmpblock.testing.images import Tools, build
 
 pytestmark = [pytest.mark.live, pytest.mark.scenarios("chain-3.yaml")]
@@ -104,6 +104,7 @@ async def test_what_somebody_reads_is_not_written(use, node, arguments, scenario
         with pytest.raises(BusyError, match=r"is read by the (export|job) theirs") as caught:
             async with disk.commit(**arguments):
                 pass
+        assert caught.value.exit_code == 2
         assert caught.value.standing == "nothing was touched"
         assert caught.value.remedy is not None
     assert files(vm) == before
@@ -177,6 +178,7 @@ async def test_a_reader_that_comes_while_the_job_runs(
         else:
             with pytest.raises(BusyError, match="is read by the export theirs") as caught:
                 await work()
+            assert caught.value.exit_code == 1
             assert "the chain is as it was" in caught.value.standing
             await disk.refresh()
             assert [one.node.name for one in disk.chain.layers] == ["d0", "d0-1", "d0-2"]
@@ -200,7 +202,7 @@ async def test_a_bitmap_in_use_of_the_active_layer_does_not_kill_qemu(
         node = disk.chain.active.node.name
         await vm.execute("block-dirty-bitmap-add", node=node, name="backup", disabled=True)
         await export(vm, node, bitmaps=["backup"])
-        with pytest.raises(BusyError, match=r"the dirty bitmap backup .* QEMU aborts"):
+        with pytest.raises(InUseError, match=r"the dirty bitmap backup .* QEMU aborts"):
             async with disk.commit():
                 pass
         await disk.refresh()
