@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from qmpblock.monitor import Monitor
     from qmpblock.pace import Speed
     from qmpblock.recovery import recover_images
+    from qmpblock.thin import Allocator
     from qmpblock.vm import VM, connect
 
 __all__ = [
     "VM",
     "AllocationMap",
     "AllocationResult",
+    "Allocator",
     "Disk",
     "Error",
     "Job",
@@ -43,6 +45,7 @@ __all__ = [
 _HOMES = {
     "AllocationMap": "extents",
     "AllocationResult": "allocation",
+    "Allocator": "thin",
     "Disk": "disk",
     "Error": "errors",
     "Job": "job",

@@ -1,9 +1,7 @@
 """Allocate: make a range of a running disk stand in its active layer, contents unchanged.
 
-*Thin*: what some layer below holds comes into the active layer; what no layer holds stays
-blank. By NBD_CMD_CACHE on a read-only export of the active node, for which QEMU copies the
-range up by itself, serialised with the guest's writes: no data crosses the socket, nothing is
-paused, and no write can be lost (facts 0.B). What came of it is read back from the map.
+*Thin*: what some layer below holds comes into the active layer; what no layer holds stays blank
+(`qmpblock.thin`).
 
 *Full*: what no layer holds, and mere zeros, get host space too (`qmpblock.reserving`).
 """
@@ -12,80 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock import hostfiles, ownership
-from qmpblock.cancellation import undisturbed
-from qmpblock.chainjobs import host_files
-from qmpblock.change import Change, identify, lock_names, make_way
-from qmpblock.disk import check_range, exported, read_map
-from qmpblock.driving import check_copy_on_read
-from qmpblock.errors import (
-    CommandError,
-    GraphError,
-    NBDError,
-    RequestError,
-    UnsupportedError,
-    printable,
-)
-from qmpblock.job import Progress
-from qmpblock.journal import Record
+from qmpblock.change import lock_names, make_way
+from qmpblock.disk import check_range
+from qmpblock.errors import RequestError, printable
 from qmpblock.managers import Work
-from qmpblock.pace import RateMeter, Speed
-from qmpblock.planning import Batch, below, dataless, growth_warning, requests, rounded
+from qmpblock.pace import Speed
+from qmpblock.planning import dataless, growth_warning, rounded
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file, reserve_ranges
 from qmpblock.staging import check_staged, check_staging, reserve_by_staging
+from qmpblock.thin import AllocationResult, Report, allocator, check_thin
 from qmpblock.writable import check_disk
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
-    from qmpblock.extents import AllocationMap
-    from qmpblock.graph import Layer
-    from qmpblock.nbd import Client
+    from qmpblock.job import Progress
 
 __all__ = ["AllocationResult", "allocate", "allocate_ranges", "check_thin"]
-
-_ATTEMPTS = 4  # at what the guest discards again meanwhile
-# Bytes of data in one request. QEMU takes a new buffer for each, which costs more the larger it
-# is: at 256 KiB half the time of 4 MiB (7.2 and 11.1).
-_REQUEST = 256 << 10
-_ZEROS = 4 << 20
-# QEMU works on 16 of one client at once; the others wait for it, and not it for us.
-_IN_FLIGHT = 64
-_LOOK = 0.2  # seconds between looks at where the export is
-# Their CACHE is known to do nothing over a backing image (facts 13).
-_USELESS = frozenset({"parallels", "raw", "vdi", "vhdx", "vpc"})
-
-
-@dataclass(frozen=True)
-class AllocationResult:
-    """What an allocation did. All in bytes.
-
-    :ivar offset: as asked; also `length`.
-    :ivar rounded_offset: outwards to whole clusters of the active layer; also `rounded_length`.
-    :ivar allocated: came from layers below into the active layer: data and explicit zeros.
-    :ivar reserved: got host space, which no layer had, or only as zeros.
-    :ivar already: of the rounded range, stood in the active layer before.
-    :ivar held: the longest time, in seconds, for which the guest's I/O was held.
-    :ivar warnings: what is worth acting on.
-    """
-
-    disk: str
-    offset: int
-    length: int
-    rounded_offset: int
-    rounded_length: int
-    allocated: int = 0
-    reserved: int = 0
-    already: int = 0
-    held: float = 0.0
-    seconds: float = 0.0
-    warnings: tuple[str, ...] = ()
 
 
 async def allocate(
@@ -161,12 +108,13 @@ async def allocate_ranges(
     said = _Said(warn)
     growing = await _tell_growth(disk, where, said) if staged else {}
     if len(disk.chain.layers) > 1:
-        allocated, already = await _allocate_thin(disk, where, speed, progress)
+        async with allocator(disk) as thin:
+            allocated, already = await thin.allocate_ranges(where, speed=speed, progress=progress)
         found = replace(found, allocated=allocated, already=already)
         if growing:  # data that came up and turned out to be zeros will be reserved, too
             growing = await _tell_growth(disk, where, said, growing)
     if full:
-        meter = _Report(0, 0, progress, "reserving")
+        meter = Report(0, 0, progress, "reserving")
         if raw is not None:
             file, begin = raw
             await ownership.ask(disk.vm.monitor, [disk.device], standing=None)
@@ -278,200 +226,3 @@ def _given_back(disk: Disk, total: int) -> str:
         f"{total} bytes of {disk.name} have no host space any more: the guest discarded them "
         "meanwhile; run it again"
     )
-
-
-def check_thin(disk: Disk) -> None:
-    """Refuse an active layer into which nothing can be brought from below.
-
-    :raise UnsupportedError: its format, or this QEMU with it.
-    """
-    active = disk.chain.active
-    if active.format in _USELESS:
-        raise UnsupportedError(
-            f"a range of a {active.format} image cannot be allocated from its backing image: QEMU "
-            "does not do it for that format",
-            standing="nothing was touched",
-        )
-    check_copy_on_read(disk.vm.capabilities, active)
-
-
-async def _allocate_thin(
-    disk: Disk,
-    where: Ranges,
-    speed: Speed,
-    progress: Callable[[Progress], None] | None,
-) -> tuple[int, int]:
-    """Bring what lies below into the active layer; return bytes done, and there before."""
-    check_thin(disk)
-    record = Record(
-        run=Change.new_run(),
-        operation="allocate",
-        vm=await identify(disk.vm),
-        devices=(disk.device.qom_path,),
-        names=(disk.name,),
-        locks=lock_names([disk.device]),
-        images=host_files(disk.vm, disk.chain),
-    )
-    # Without a journal: nothing that it makes outlives QEMU, and the locks say what is there.
-    change = Change(disk.vm, record, journaled=False)
-    await change.begin()
-    async with change.or_undo(
-        lambda: (
-            "what was allocated by then stays: its content is the same. Nothing of ours is left "
-            "in the VM"
-        )
-    ):
-        found = await _bring_up(disk, where, speed, progress)
-        await undisturbed(change.end())
-    return found
-
-
-async def _bring_up(
-    disk: Disk,
-    where: Ranges,
-    speed: Speed,
-    progress: Callable[[Progress], None] | None,
-) -> tuple[int, int]:
-    """Copy up until nothing of the ranges is below; return bytes done, and there before.
-
-    The maps before and after, and the requests between, all go through one export.
-    """
-    active, span = disk.chain.active, _span(where)
-    try:
-        async with exported(
-            disk, [active], hold_writer=active.data_file is not None, in_flight=_IN_FLIGHT
-        ) as [client]:
-            seen = await read_map(client, disk.chain, *span)
-            left = total = (below(seen) & where).total
-            already = (seen.where(depth=0, present=True) & where).total
-            for _ in range(_ATTEMPTS):
-                if left:
-                    report = _Report(total, total - left, progress)
-                    batches = _batches(disk, client, seen, where, speed)
-                    await _cache(disk, client, batches, speed, report)
-                    seen = await read_map(client, disk.chain, *span)
-                seen = await _verified(disk, client, active, seen)
-                before, left = left, (below(seen) & where).total
-                if not left:
-                    return total, already
-                if 0 < before <= left:
-                    break
-    except (CommandError, NBDError):
-        await ownership.ask(disk.vm.monitor, [disk.device], standing=None)
-        await disk.refresh()
-        _check_active(disk, active)
-        raise
-    raise UnsupportedError(
-        f"{left} bytes of {disk.name} are still below the active layer: {active.format} does not "
-        "take them, or the guest discards them as fast as they are allocated",
-    )
-
-
-def _batches(
-    disk: Disk, client: Client, seen: AllocationMap, where: Ranges, speed: Speed
-) -> Iterable[Batch]:
-    limits = [speed.piece(min(client.max_cache_length, n)) for n in (_REQUEST, _ZEROS)]
-    # A cluster of QED may be larger than a request; QEMU rounds that up by itself.
-    unit = min(disk.chain.active.node.cluster_size or 512, client.max_cache_length)
-    return requests(seen, unit, disk.size, *limits, where=where)
-
-
-async def _verified(
-    disk: Disk, client: Client, active: Layer, seen: AllocationMap
-) -> AllocationMap:
-    """Return the map once it is certain which chain it is of.
-
-    Depths count from the active layer, and somebody may have dropped a layer from under it.
-
-    :raise GraphError: the active layer itself is another one: an export follows it silently.
-    """
-    for _ in range(_ATTEMPTS):
-        chain = disk.chain  # which it was read for
-        await disk.refresh()
-        _check_active(disk, active)
-        if disk.chain.shape == chain.shape:
-            return seen
-        seen = await read_map(client, disk.chain, seen.start, seen.length)
-    raise GraphError(f"the chain of {disk.name} changed during each of {_ATTEMPTS} maps")
-
-
-def _check_active(disk: Disk, active: Layer) -> None:
-    if disk.chain.active.node.name != active.node.name:
-        raise _other_layer(disk)
-
-
-def _other_layer(disk: Disk) -> GraphError:
-    return GraphError(
-        f"the active layer of {disk.name} is another one now: somebody took a snapshot",
-        remedy="look at it, then try again: qmpblock disks ADDRESS",
-    )
-
-
-class _Report:
-    """Adds up what is done and tells it."""
-
-    def __init__(
-        self,
-        total: int,
-        done: int,
-        progress: Callable[[Progress], None] | None,
-        phase: str = "allocating",
-    ) -> None:
-        self._total = total
-        self._done = done
-        self._tell = progress
-        self._phase = phase
-        self._meter = RateMeter()
-
-    def add(self, length: int) -> None:
-        """Count `length` bytes as done."""
-        self.set(min(self._total, self._done + length), self._total)
-
-    def set(self, done: int, total: int) -> None:
-        """Say how far it is."""
-        self._done, self._total = done, total
-        if self._tell is None:
-            return
-        self._meter.add(time.monotonic(), self._done)
-        rate = self._meter.rate
-        eta = (self._total - self._done) / rate if rate > 0 else None
-        self._tell(Progress("running", self._phase, self._done, self._total, rate, eta))
-
-
-async def _cache(
-    disk: Disk, client: Client, batches: Iterable[Batch], speed: Speed, report: _Report
-) -> None:
-    """Send the requests, some in flight, as fast as `speed` allows.
-
-    Between them the export must still be of the active node: a foreign snapshot redirects it
-    silently, and what is asked for would go to the overlay (facts 1.6).
-    """
-    clock, left = time.monotonic, iter(batches)
-    looked = clock()
-    turn = asyncio.Lock()  # under a limit, one at a time
-
-    async def work() -> None:
-        nonlocal looked
-        for batch in left:
-            if clock() - looked > _LOOK:
-                looked = clock()
-                await _check_export(disk, client)
-            async with turn if speed.rate else nullcontext():
-                await speed.wait(batch.length)
-                await client.cache(batch.start, batch.length)
-            report.add(batch.length)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(_IN_FLIGHT):
-                group.create_task(work())
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-
-
-async def _check_export(disk: Disk, client: Client) -> None:
-    await ownership.ask(disk.vm.monitor, standing=None)  # where QEMU is not held from migrating
-    wanted = disk.chain.active.node.name
-    for export in await disk.vm.monitor.execute("query-block-exports"):
-        if export["id"] == client.export and export["node-name"] != wanted:
-            raise _other_layer(disk)
