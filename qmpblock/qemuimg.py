@@ -184,7 +184,8 @@ class QemuImg:
                     remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
                     f"{printable(info.get('backing-filename'))} {printable(overlay)}",
                 )
-            if "://" in path or (path.startswith("json:") and not _file_of(described)):
+            beyond = any(key.partition(".")[0] == "backing" for key in described)
+            if "://" in path or (path.startswith("json:") and (beyond or not _file_of(described))):
                 raise UnsupportedError(
                     f"the backing file {printable(path)} is not a local file",
                     remedy="map it through the monitor of a VM that has it open",

@@ -46,7 +46,7 @@ async def full(start_qemu, vm_dir, qemu_binary, *, guest=False):
     async with small_file_system(vm_dir / "small", 16 * MIB) as small:
         scenario = parse_scenario(SCENARIO, "no-room")
         built = await build(scenario, small / "images", Tools.of(qemu_binary))
-        base = built.disks[0].active.chain()[1].path
+        base = built.disks[0].active.chain()[1].path.resolve()
         shutil.move(base, vm_dir / base.name)
         base.symlink_to(vm_dir / base.name)
         vm = await start_qemu(built, guest=guest)
@@ -92,7 +92,7 @@ async def test_both_die_on_the_way(
 
     async with full(start_qemu, vm_dir, qemu_binary) as (vm, small, built):
         top = built.disks[0].active.path.resolve()
-        base = built.disks[0].active.chain()[1].path
+        base = built.disks[0].active.chain()[1].path.resolve()
         async with qmpblock.connect(vm.monitor_path) as controller:
             disk = await controller.disk("vd0")
 
