@@ -52,8 +52,6 @@ async def allocate(
     await make_way(disk.vm, lock_names([disk.device]))
     await disk.refresh()
     active = disk.chain.active
-    if independent and len(disk.chain.layers) > 1:
-        await ownership.ask_for_change(disk.vm, Work("independent", active.file))
     offset, length = check_range(disk.size, offset, length)
     cluster = active.node.cluster_size or 512
     first, count = rounded(offset, length, cluster, disk.size)
@@ -63,6 +61,9 @@ async def allocate(
             standing="nothing was touched",
             remedy="leave --offset and --length out",
         )
+    check_disk(disk.device)
+    if independent and len(disk.chain.layers) > 1:
+        await ownership.ask_for_change(disk.vm, Work("independent", active.file))
     where = Ranges([(first, first + count)])
     done = await allocate_ranges(disk, where, full=full, speed=speed, progress=progress, warn=warn)
     result = replace(done, offset=offset, length=length, rounded_offset=first, rounded_length=count)

@@ -241,8 +241,6 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
     if plan.leaving:
         _check_other_processes(plan, files, places)
     _check_copy_on_read(disk.vm, plan)
-    if plan.leaving:
-        await ownership.ask_for_change(disk.vm, _work(disk, plan))
     if isinstance(plan, CommitPlan) and plan.pivots and plan.leaving:
         await check_held_io(
             disk.vm.monitor,
@@ -250,6 +248,8 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
             remedy="stream, which leaves the guest on its active image; or commit by qemu-img when "
             "the VM is off",
         )
+    if plan.leaving:
+        await ownership.ask_for_change(disk.vm, _work(disk, plan))
     return plan
 
 

@@ -8,6 +8,18 @@
     3. QEMU migrates nothing from now on     3. iothreads poll again
     4. write the journal, fsynced            4. release the locks
 
+Before it begins every verb refuses in the same order what must not be, the cheap and certain first::
+
+    the images are another QEMU's: migration    ownership.ask, again in `begin` and last
+    what dead controllers of ours left goes     make_way
+    a job is at work on the disk                chainplan.check_idle
+    it is for reading only                      writable.check_disk
+    an image is corrupt, or was never closed    writable.check_sound
+    somebody else uses a layer                  layeruse, sharedfiles, filelocks
+    no name leads back to an image              backingname, backingproof; again last
+    the device cannot be held                   heldio
+    a manager owns the chain                    ownership.ask_for_change: the one that can be waived
+
 It begins only where the images are this QEMU's (`qmpblock.ownership`), and they stay so, for QEMU
 refuses to migrate meanwhile (`qmpblock.nomigration`). The lock outlasts the journal on both sides:
 a journal without a lock belongs to a QEMU that is gone. What lies between is undone, or carried

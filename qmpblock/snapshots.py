@@ -166,9 +166,9 @@ async def snapshot(
     run = Change.new_run()
     items = await _plan(vm, run, overlays, format, backing_name)
     devices = [item.plan.device for item in items]
-    await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))
     for item in items:
         await by_qemu_img(vm, item.plan.key_secret, local=item.local)  # or refuse
+    await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))
     chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
     record = Record(
         run=run,
