@@ -8,7 +8,7 @@
     3. QEMU migrates nothing from now on     3. iothreads poll again
     4. write the journal, fsynced            4. release the locks
 
-Before it begins every verb refuses in the same order what must not be, the cheap and certain first::
+Before it begins every verb refuses, in the same order, what must not be::
 
     the images are another QEMU's: migration    ownership.ask, again in `begin` and last
     what dead controllers of ours left goes     make_way
