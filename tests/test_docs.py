@@ -407,6 +407,29 @@ class Walk:
         return False
 
 
+def test_the_tree_names_each_module_once_and_imports_point_up_in_it():
+    """As a module loads; what a function imports when it is called does not count."""
+    tree = README.read_text().partition("\nqmpblock/  ")[2].partition("\nfixtures/")[0]
+    names = re.findall(r"(\w+)\.py", tree)
+    modules = {path.stem: path for path in (ROOT / "qmpblock").glob("[!_]*.py")}
+    assert sorted(names) == sorted(modules)
+    for at, name in enumerate(names):
+        parsed = ast.parse(modules[name].read_text())
+        assert ast.get_docstring(parsed), name
+        assert not imported(parsed) & set(names[at:]), name
+
+
+def imported(module: ast.Module) -> set[str]:
+    """Return the modules of the library that one imports as it loads."""
+    found = set()
+    for one in module.body:
+        if isinstance(one, ast.ImportFrom) and one.module == "qmpblock":
+            found |= {alias.name for alias in one.names}
+        elif isinstance(one, ast.ImportFrom) and str(one.module).startswith("qmpblock."):
+            found.add(str(one.module).split(".")[1])
+    return found
+
+
 def steps(page: Path) -> list[Block]:
     return [b for b in blocks(page) if b.words[:1] == ("console",) or "run=script" in b.words]
 
