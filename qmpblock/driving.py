@@ -191,8 +191,15 @@ async def set_detect_zeroes(vm: VM, node: str, value: str) -> None:
 async def set_writable(vm: VM, node: str) -> None:
     """Make a node writable again that a snapshot has made read-only, as a commit job does.
 
+    Only if it has: where QEMU cannot open the file again by its name (a relative one, and
+    -daemonize), the snapshot left the node as it was, and to reopen it would spoil it: a job that
+    writes to it then fails ("Could not open").
+
     :raise UnsupportedError: it had no effect.
     """
+    known = (await vm.graph()).nodes.get(node)
+    if known is not None and not known.read_only:
+        return
     found, said = await _reopen(vm, node, "-w")
     if found is None or found.read_only:
         raise UnsupportedError(f"QEMU does not make {printable(node)} writable: {printable(said)}")
