@@ -77,7 +77,7 @@ class OpenFiles:
         except PermissionError:
             self.blind = (
                 f"cannot be found from here: what the VM's process {pid} has open only its user "
-                "and root may see"
+                "and root may see (in a container, with the capability SYS_PTRACE)"
             )
         except OSError:
             self.blind = f"cannot be found from here: the VM's process {pid} cannot be seen"
@@ -242,8 +242,10 @@ def sees_directory(pid: int | None, directory: str) -> str | None:
 def _descriptors(pid: int) -> Iterator[_Open]:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            status = entry.stat()
             name = str(entry.readlink())
+            status = entry.stat()
+        except PermissionError:
+            raise  # they may be listed, but not looked into: by root without CAP_SYS_PTRACE
         except OSError:
             continue  # closed since it was listed
         file = FileId.of(status)

@@ -209,9 +209,14 @@ def _written(disk: Disk, file: str) -> list[str]:
 async def check_staged(disk: Disk) -> None:
     """Refuse what a staged commit is not for, before anything is touched.
 
-    :raise UnsupportedError: as `check_staging`, or the guest's device cannot be held.
+    :raise UnsupportedError: as `check_staging`, or nobody could open the image again after a
+        crash, or make an overlay of it, or the guest's device cannot be held.
     """
     check_staging(disk)
+    active = disk.chain.active
+    await opened_as(disk.vm, active)
+    secret = key_secret(active) if active.node.encrypted else None
+    await by_qemu_img(disk.vm, secret, local=True)
     await check_held_io(
         disk.vm.monitor,
         disk.device,

@@ -139,6 +139,18 @@ def test_only_its_user_and_root_may_look(tmp_path):
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_root_that_may_list_descriptors_and_not_look_into_them():
+    if os.geteuid():
+        pytest.skip("to be another user takes root")
+    with subprocess.Popen(["sleep", "60"], user=65534) as other:
+        try:
+            code = f"from qmpblock.openfiles import OpenFiles; print(OpenFiles({other.pid}).blind)"
+            words = ["setpriv", "--bounding-set", "-sys_ptrace", sys.executable, "-c", code]
+            assert "SYS_PTRACE" in subprocess.check_output(words, text=True)
+        finally:
+            other.kill()
+
+
 def test_directories(tmp_path, qemu):
     assert sees_directory(ME, str(tmp_path)) is None
     assert sees_directory(ME, str(tmp_path / "none")) == NOWHERE

@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -682,3 +683,47 @@ async def test_a_base_that_another_vm_uses(images, start_qemu, invariant, vm_dir
     invariant.forget(vm)
     code, _, err = await cli(*command)
     assert code == 0, err
+
+
+async def test_root_that_may_not_look_into_processes(images, start_qemu, invariant):
+    """In a container, say: what is not seen is no reason to refuse, and none is made up."""
+    if os.geteuid():
+        pytest.skip("capabilities are root's to drop")
+    base = await images.make("store/base.qcow2", (1, MIB, MIB))
+    vm = await start_qemu([], extra=disk(base))
+    without = ("setpriv", "--bounding-set", "-sys_ptrace")
+
+    async def run(*words):
+        ran = await asyncio.to_thread(
+            subprocess.run,
+            [*without, sys.executable, "-m", "qmpblock", *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return ran.returncode, ran.stderr
+
+    code, err = await run("allocate", vm.monitor_path, "vd0", "--full")
+    assert code == 2
+    assert "with the capability SYS_PTRACE" in err
+    code, err = await run("snapshot", vm.monitor_path, f"vd0={base.parent / 'over.qcow2'}")
+    assert code == 0, err
+    invariant.forget(vm)
+    await guest(vm, "write -P 9 8M 64K")
+    code, err = await run("commit", vm.monitor_path, "vd0")
+    assert code == 0, err
+    await vm.quit()
+    assert (await images.content(base))[8 * MIB : 8 * MIB + 65536] == b"\x09" * 65536
+
+
+async def test_allocate_that_is_refused_has_allocated_nothing(images, start_qemu):
+    """A base under another name could not be opened after a crash: that is known beforehand."""
+    base = await images.make("store/base.qcow2", (1, MIB, MIB))
+    top = await images.make("store/top.qcow2", backing="base.qcow2")
+    vm = await start_qemu([], extra=disk(top))
+    moved = base.rename(base.parent / "moved.qcow2")
+    await refused(vm, ("allocate", vm.monitor_path, "vd0", "--full"), "after a crash")
+    moved.rename(base)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        seen = await (await controller.disk("vd0")).map(MIB, MIB)
+    assert all(extent.depth == 1 for extent in seen), "it came up to the active layer"
