@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from qmpblock.errors import Error
     from qmpblock.extents import AllocationMap
     from qmpblock.headroom import RoomResult
+    from qmpblock.imagerecovery import recover_images
     from qmpblock.job import Job, Progress
     from qmpblock.monitor import Monitor
     from qmpblock.pace import Speed
-    from qmpblock.recovery import recover_images
     from qmpblock.thin import Allocator
     from qmpblock.vm import VM, connect
 
@@ -56,7 +56,7 @@ _HOMES = {
     "Speed": "pace",
     "VM": "vm",
     "connect": "vm",
-    "recover_images": "recovery",
+    "recover_images": "imagerecovery",
 }
 
 

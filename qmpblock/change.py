@@ -374,7 +374,8 @@ class Change:
         If QEMU lives, connect again and undo. If it is gone, do what `qmpblock recover IMAGE`
         would. Sets the error's words accordingly.
         """
-        from qmpblock.recovery import recover, recover_journal
+        from qmpblock.imagerecovery import recover_journal
+        from qmpblock.recovery import recover
         from qmpblock.vm import connect
 
         monitor, record = self.vm.monitor, self.record

@@ -1,9 +1,7 @@
-"""Recovery: after a controller died (`recover`), or QEMU did (`recover_images`).
+"""Recovery after a controller died (`recover`); after QEMU did, see `qmpblock.imagerecovery`.
 
 While QEMU lives, everything that a dead controller left can be read from QEMU itself: the
-lock's data says what it was about, the graph and the jobs how far it got. Once QEMU is gone,
-the journals on this host say what the images' headers cannot: which image holds the newest
-data.
+lock's data says what it was about, the graph and the jobs how far it got.
 
 A pivot that is pending comes first, before any lock is taken: it holds the guest's I/O (K5).
 """
@@ -11,10 +9,8 @@ A pivot that is pending comes first, before any lock is taken: it holds the gues
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,37 +36,26 @@ from qmpblock.driving import pivot
 from qmpblock.errors import (
     BusyError,
     CommandError,
-    Error,
-    NotFoundError,
     RecordError,
-    ToolError,
     UnsupportedError,
-    printable,
 )
 from qmpblock.export import LOCK as NBD_LOCK
 from qmpblock.graph import BlockGraph
-from qmpblock.hostprocess import is_running
 from qmpblock.job import Job
-from qmpblock.journal import PIVOTED, Journal
-from qmpblock.jsonname import from_text
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import ServerUse, undo_dead_run
-from qmpblock.opened import is_nested
-from qmpblock.qemuimg import QemuImg, blockdev
 from qmpblock.record import Record
-from qmpblock.recoveryplan import Choice, ImageVerdict, Step, image_verdict, steps, took_effect
+from qmpblock.recoveryplan import Choice, Step, steps, took_effect
 from qmpblock.survey import is_of, journals, survey
 
 if TYPE_CHECKING:
     from qmpblock.vm import VM
 
-__all__ = ["ImageRecovery", "Recovery", "recover", "recover_images", "recover_journal"]
+__all__ = ["Recovery", "recover"]
 
-_log = logging.getLogger(__name__)
 _NAME = re.compile(r"qmpblock-([0-9a-f]{8})-(.+)")
 _OTHER_LOCKS = (NBD_LOCK, polling.LOCK)
 _TURNS = tuple(f"{name}-undo-" for name in _OTHER_LOCKS)
-_INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
 _TURN = re.compile(r"(.+?)-undo-[0-9a-z]+")
 
 
@@ -383,223 +368,3 @@ async def _forget_journals(vm: VM, done: list[Recovery], *, dry_run: bool) -> li
         if not dry_run:
             journal.remove()
     return unread
-
-
-# QEMU is gone
-
-
-@dataclass(frozen=True)
-class ImageRecovery:
-    """What a change that QEMU's end interrupted means for the images.
-
-    :ivar what: what it was about, for people.
-    :ivar removed: files that were (in a dry run: would be) removed.
-    :ivar opened: the options that open the image to start from, where it is another one than
-        before, and its file name and format do not suffice; else empty.
-    """
-
-    what: str
-    run: str
-    verdict: ImageVerdict
-    removed: tuple[str, ...]
-    opened: str = ""
-
-    def describe(self) -> str:
-        """Say what is to be done, for people."""
-        text = f"start the VM from {_list(self.verdict.start)}: {self.verdict.why}."
-        if self.opened:
-            text += f" Its name does not suffice; it was open as {printable(self.opened, 4000)}."
-        if self.verdict.stale:
-            text += f" Never use or commit {_list(self.verdict.stale)} again: stale."
-        for overlay, base in self.verdict.commit:
-            text += f" {printable(overlay)} is committed into {printable(base)} and removed."
-        if self.removed:
-            text += f" Removed: {_list(self.removed)}."
-        return text
-
-
-def _list(files: Sequence[str]) -> str:
-    return ", ".join(printable(file) for file in files)
-
-
-async def recover_images(
-    images: Sequence[str | os.PathLike[str]], *, dry_run: bool = False
-) -> list[ImageRecovery]:
-    """Say which image to start from, after QEMU died in the middle of a change of ours.
-
-    Finds the change's journal in the state directory or beside the image. Overlays that
-    nothing was ever written to are removed, then the journal; no image is changed.
-
-    :param images: any image of the chain; the active one is best.
-    :param dry_run: change nothing.
-    :return: one for each change that was interrupted; none where the images are safe.
-    :raise NotFoundError: there is no such image.
-    :raise RecordError: a journal that may be about them cannot be read; nothing was touched.
-    :raise BusyError: the QEMU that the change was made in still runs.
-    """
-    names = [os.path.realpath(image) for image in images]
-    for image, name in zip(images, names, strict=True):
-        if not Path(name).exists():
-            raise NotFoundError(f"there is no image {printable(os.fspath(image))}")
-    seen = survey(tuple(names))
-    for error in seen.unreadable:
-        if error.files is None or _is_about(error.files, names):
-            raise error
-    for path, why in seen.distrusted:
-        _log.warning("the journal %s is not believed: %s", printable(path), why)
-    found = []
-    for journal in seen.journals:
-        record = journal.record
-        if not _is_about((*record.images, *record.files), names):
-            continue
-        if is_running(record.vm.pid, record.vm.start, record.vm.boot):
-            raise BusyError(
-                f"the VM still runs (process {record.vm.pid}) in which {record.describe()} was "
-                "not finished",
-                standing="nothing was touched",
-                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
-            )
-        if not record.vm.pid:  # a TCP monitor: the locks on the images tell
-            await _check_unused(record)
-        found.append(await recover_journal(journal, dry_run=dry_run))
-    return found
-
-
-def _is_about(files: Iterable[str], names: Iterable[str]) -> bool:
-    files = tuple(files)
-    # What only the VM saw under its name lies here under another one, which ends in that.
-    inside = [match[1] for file in files if (match := _INSIDE.fullmatch(file))]
-    known = {os.path.realpath(file) for file in files if not _INSIDE.fullmatch(file)}
-    return any(name in known or any(name.endswith(end) for end in inside) for name in names)
-
-
-async def _check_unused(record: Record) -> None:
-    """See that no QEMU has the images open for writing.
-
-    :raise BusyError: one has.
-    """
-    for file in filter(os.path.exists, (*record.images, *record.files)):
-        if await QemuImg().in_use(file):
-            raise BusyError(
-                f"{printable(file)} is in use: the VM in which {record.describe()} was not "
-                "finished still runs, or another has been started",
-                standing="nothing was touched",
-                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
-            )
-
-
-async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRecovery:
-    """Do what `recover_images` does, for one journal whose QEMU is gone.
-
-    :raise ToolError: an overlay cannot be looked at; nothing was removed.
-    """
-    record = journal.record
-    empty = {}
-    formats: dict[str, str] = {}
-    for entry in journal.entries:  # a file that was made anew has no header yet
-        formats.pop(str(entry.get("made")), None)
-        if "created" in entry:
-            formats[str(entry["created"])] = str(entry.get("format", ""))
-    for file, identity in journal.made().items():
-        with contextlib.suppress(FileNotFoundError):
-            status = Path(file).lstat()
-            if (status.st_dev, status.st_ino) == identity:
-                empty[file] = file not in formats or await _holds_nothing(file, formats[file])
-    verdict = image_verdict(record, journal.entries, empty)
-    pivoting = record.operation == "commit" and record.pivot and not journal.pivoted
-    if not journal.complete and (
-        # Where the image is not on this host, all is in the one journal that there is.
-        verdict.commit or (pivoting and os.path.lexists(record.home))
-    ):
-        raise Error(
-            f"whether {printable(record.top_file)} or {printable(record.base_file)} is newer "
-            "cannot be told: the journal that says so, beside the image, cannot be read",
-            standing="nothing was touched",
-            remedy=f"look for {printable(record.home)}.qmpblock-{record.run}.journal, which "
-            "must belong to this user or root, and be writable for nobody else",
-        )
-    if verdict.commit:
-        _check_same_files(record)
-    if not dry_run:
-        for overlay, base in verdict.commit:
-            fmt = formats.get(overlay) or "qcow2"
-            await _commit(record, overlay, fmt, base)
-            # Killed here, and the VM started: the overlay must not be committed again.
-            with contextlib.suppress(Error):  # no room: then it goes the sooner
-                journal.mark(**{PIVOTED: True})
-            Path(overlay).unlink()
-        for file in verdict.unused:
-            with contextlib.suppress(FileNotFoundError):
-                Path(file).unlink()
-        journal.remove()
-    moved = record.operation == "commit" and verdict.start == (record.base_file,)
-    how = record.base_opened if moved else ""
-    return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, how)
-
-
-def _check_same_files(record: Record) -> None:
-    """See that what an overlay would be committed into is what it was taken of.
-
-    By inode only: a device may have another number after the host was started again.
-
-    :raise Error: it was replaced since, by a copy or a backup say; nothing was touched.
-    """
-    for file, inode in record.written:
-        try:
-            same = Path(file).stat().st_ino == inode
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise Error(
-                f"{printable(file)} is not the file any more that {printable(record.top_file)} was "
-                "made over: it has been removed or replaced since. The overlay holds only what the "
-                "guest wrote last, and in another image that would be corruption",
-                standing=f"nothing was touched; {printable(record.top_file)} is kept",
-                remedy="put the file itself back at its name, and run this again. If only an exact "
-                "copy of it is left, one that was made after QEMU had ended: qemu-img rebase -u "
-                "-F FMT -b COPY OVERLAY, then qemu-img commit OVERLAY",
-            )
-
-
-async def _commit(record: Record, overlay: str, fmt: str, base: str) -> None:
-    tool = QemuImg()
-    how = from_text(record.base_opened) or None
-    if how is None:
-        # Refuses a chain in which a format would have to be guessed.
-        await tool.chain(base, record.base_format)
-    # An interrupted job may have left another name, or none.
-    await tool.rebase(overlay, fmt, base, record.base_format)
-    hidden = how is not None and is_nested(how)
-    try:
-        if hidden:  # or the name would count, and what is said besides would contradict it
-            await tool.rebase(overlay, fmt, "", "")
-        await tool.commit(overlay, fmt, how)
-    except ToolError as error:
-        if hidden:
-            with contextlib.suppress(ToolError):
-                await tool.rebase(overlay, fmt, base, record.base_format)
-        if "key-secret" in error.stderr:
-            error.standing = f"nothing was touched; {printable(overlay)} holds the newest data"
-            error.remedy = (
-                "the images are encrypted, and we have no key. Start the VM from "
-                f"{printable(overlay)}, which lies on {printable(base)}, and commit it there: "
-                "qmpblock commit ADDRESS DISK --base @1"
-            )
-        elif "No space left" in error.stderr:
-            error.standing = (
-                f"nothing is lost: {printable(overlay)} holds what the guest wrote last, and "
-                f"{printable(base)} the rest"
-            )
-            error.remedy = "make room there, and run this again before the VM is started"
-        raise
-
-
-async def _holds_nothing(file: str, fmt: str) -> bool:
-    """Whether an overlay holds nothing; False where that cannot be told: it is kept then."""
-    try:
-        seen = await QemuImg().map(blockdev(fmt, file), [fmt])
-    except ToolError as error:
-        if "lock" in error.stderr:
-            raise
-        return False  # encrypted, say
-    return not seen.where(present=True)

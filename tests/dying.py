@@ -22,7 +22,6 @@ import qmpblock.extents
 import qmpblock.nbd
 import qmpblock.policy
 import qmpblock.policyfile
-import qmpblock.recovery
 import qmpblock.snapshots
 
 DIED = 9

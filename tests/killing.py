@@ -607,8 +607,8 @@ class _Point:
 
     async def _recover_images(self, chain, again=False):
         """Do what `recover IMAGE...` does, its dry run first; return which images it names."""
-        planned = await qmpblock.recovery.recover_images(chain, dry_run=True)
-        found = await qmpblock.recovery.recover_images(chain)
+        planned = await qmpblock.recover_images(chain, dry_run=True)
+        found = await qmpblock.recover_images(chain)
         assert found == planned
         if again or self.standing is not None:
             assert found == []  # the controller that outlived QEMU did it by itself

@@ -15,7 +15,8 @@ from qmpblock.cli.app import command as make_command
 from qmpblock.errors import RecordError
 
 if TYPE_CHECKING:
-    from qmpblock.recovery import ImageRecovery, Recovery
+    from qmpblock.imagerecovery import ImageRecovery
+    from qmpblock.recovery import Recovery
     from qmpblock.recoveryplan import Step
 
 __all__ = ["command"]
@@ -111,7 +112,7 @@ def _say(one: Recovery, *, planned: bool) -> None:
 async def _recover_images(
     options: Options, images: list[str], *, dry_run: bool, check: bool
 ) -> int:
-    from qmpblock.recovery import recover_images
+    from qmpblock.imagerecovery import recover_images
     from qmpblock.survey import survey
 
     try:

@@ -10,7 +10,7 @@ from allocating import at_command, blank
 from disturbed import nothing_of_ours
 
 import qmpblock
-from qmpblock import recovery
+from qmpblock import imagerecovery
 from qmpblock.errors import DisconnectedError, Error, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.qemu import QemuProcess
@@ -101,6 +101,8 @@ SHAPES = {
     "backing": backing,
     "no-format": no_format,
 }
+#: The first and the last command of the window in which the guest writes to the overlay.
+WHEN = {"transaction": "after", "job-complete": "before"}
 SHAPE = pytest.mark.parametrize("shape", SHAPES)
 
 
@@ -169,7 +171,7 @@ async def test_it_is_opened_so_for_its_map_too(shape, vm_dir, qemu_binary):
 
 
 @SHAPE
-@pytest.mark.parametrize("command", ["blockdev-reopen", "job-complete"])
+@pytest.mark.parametrize("command", ["transaction", "job-complete"])
 async def test_both_die_in_the_window(shape, command, vm_dir, qemu_binary, monkeypatch):
     vm, file, options = await opened(SHAPES[shape], vm_dir, qemu_binary)
     wanted = expected()
@@ -187,9 +189,9 @@ async def test_both_die_in_the_window(shape, command, vm_dir, qemu_binary, monke
             raise Error("the controller is dead too")
 
         with monkeypatch.context() as patching:
-            patching.setattr(recovery, "recover_journal", dead)
+            patching.setattr(imagerecovery, "recover_journal", dead)
             with (
-                at_command(controller.monitor, command, strike),
+                at_command(controller.monitor, command, strike, WHEN[command]),
                 pytest.raises(DisconnectedError) as caught,
             ):
                 await disk.allocate(AT, 4 * MIB, full=True)
@@ -224,9 +226,9 @@ async def test_the_overlay_comes_home_to_no_other_file(shape, vm_dir, qemu_binar
             raise Error("the controller is dead too")
 
         with monkeypatch.context() as patching:
-            patching.setattr(recovery, "recover_journal", dead)
+            patching.setattr(imagerecovery, "recover_journal", dead)
             with (
-                at_command(controller.monitor, "blockdev-reopen", strike),
+                at_command(controller.monitor, "transaction", strike, "after"),
                 pytest.raises(DisconnectedError),
             ):
                 await disk.allocate(AT, 4 * MIB, full=True)
@@ -264,7 +266,7 @@ async def test_a_controller_that_lives_brings_it_home_at_once(vm_dir, qemu_binar
             await vm.kill()
 
         with (
-            at_command(controller.monitor, "blockdev-reopen", strike),
+            at_command(controller.monitor, "transaction", strike, "after"),
             pytest.raises(DisconnectedError) as caught,
         ):
             await disk.allocate(AT, 4 * MIB, full=True)

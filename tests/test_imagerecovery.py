@@ -12,8 +12,8 @@ from drawing import MIB, RUN, record
 
 from qmpblock.errors import BusyError, Error, NotFoundError, ToolError, UnsupportedError
 from qmpblock.hostprocess import boot_id, start_time
+from qmpblock.imagerecovery import recover_images, recover_journal
 from qmpblock.journal import Journal, VMIdentity
-from qmpblock.recovery import recover_images, recover_journal
 from qmpblock.survey import journals
 
 pytestmark = pytest.mark.skipif(
