@@ -141,15 +141,19 @@ async def let_go(monitor: Monitor) -> None:
         return
     async with guard.turn:
         guard.users -= 1
-        if guard.users or not guard.run:
-            return
-        try:
-            await _leave(monitor, guard)
-        except DisconnectedError:
-            lock.abandon(guard.run)
-        except Error as error:  # no reason for what was done to have failed
-            lock.abandon(guard.run)
-            _log.warning("polling of iothreads stays off until the next command of ours: %s", error)
+        if not guard.users and guard.run:
+            await _end(monitor, guard)
+
+
+async def _end(monitor: Monitor, guard: _Ours) -> None:
+    """Put back what our guard says, and remove it."""
+    try:
+        await _leave(monitor, guard)
+    except DisconnectedError:
+        lock.abandon(guard.run)
+    except Error as error:  # no reason for what was done to have failed
+        lock.abandon(guard.run)
+        _log.warning("polling of iothreads stays off until the next command of ours: %s", error)
 
 
 async def _join(monitor: Monitor, guard: _Ours) -> None:
@@ -158,6 +162,8 @@ async def _join(monitor: Monitor, guard: _Ours) -> None:
         await lock.acquire(monitor, LOCK, me, _nothing, stall=monitor.stall)
         await undisturbed(_join_in_turn(monitor, guard, me.run))
     except BaseException:
+        if guard.run:  # cancelled, it is finished all the same, and nobody will let go
+            await undisturbed(_end(monitor, guard))
         lock.abandon(me.run)  # should the guard be there after all, it is nobody's
         raise
 

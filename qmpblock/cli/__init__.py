@@ -16,6 +16,10 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(100_000)
 
-    from qmpblock.cli.app import run
+    try:
+        from qmpblock.cli.app import run
+    except KeyboardInterrupt:  # the half second before anybody handles it
+        sys.stderr.write("qmpblock: interrupted; nothing was touched\n")
+        sys.exit(130)
 
     sys.exit(run(sys.argv[1:]))

@@ -393,6 +393,35 @@ async def test_one_of_two_guards_ends(start_qemu, invariant):
     await poll(vm, POLL)
 
 
+async def test_cancelled_as_polling_is_switched_off(start_qemu, invariant):
+    """Ctrl-C at any moment of it: whoever is cancelled there never comes to let go."""
+    vm = await start_qemu(ONE, guest=True)
+    await poll(vm, POLL)
+    await invariant.begin(vm)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        execute, sent = controller.monitor.execute, 0
+
+        async def cancelling(*words, **more):
+            nonlocal sent
+            sent += 1
+            if sent == at:
+                task.cancel()
+            return await execute(*words, **more)
+
+        controller.monitor.execute = cancelling
+        for at in range(1, 20):
+            sent = 0
+            task = asyncio.ensure_future(polling.hold(controller.monitor))
+            await asyncio.wait({task})
+            if not task.cancelled():
+                break
+            assert await guards(vm) == [], f"cancelled at command {at}"
+            assert await poll(vm) == {THREAD: POLL}
+        assert (at > 6) == (vm.version < AFFECTED)
+        await polling.let_go(controller.monitor)
+    assert await poll(vm) == {THREAD: POLL}
+
+
 @pytest.mark.needs_qemu("< 10.0", reason="elsewhere polling is left alone")
 async def test_who_has_polling_switched_off_keeps_it_so(start_qemu, invariant):
     vm = await start_qemu(ONE, guest=True)
