@@ -37,7 +37,7 @@ from qmpblock.chainplan import (
     plan_commit,
     plan_stream,
 )
-from qmpblock.change import Change, device_of, identify, is_watched, lock_names, make_way, settle
+from qmpblock.change import Change, identify, is_watched, lock_names, make_way
 from qmpblock.driving import check_copy_on_read, drive, flush, io_limits
 from qmpblock.errors import (
     CommandError,
@@ -63,6 +63,7 @@ from qmpblock.places import Place, Places, known
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice
 from qmpblock.settings import discard_to_restore, lost_by_commit
+from qmpblock.settling import device_of, settle
 from qmpblock.sharedfiles import files_of
 from qmpblock.writable import refusal
 

@@ -24,8 +24,7 @@ It begins only where the images are this QEMU's (`qmpblock.ownership`), and they
 refuses to migrate meanwhile (`qmpblock.nomigration`). The lock outlasts the journal on both sides:
 a journal without a lock belongs to a QEMU that is gone. What lies between is undone, or carried
 on, by one piece of code, whoever does it: this controller after an error or a cancellation, the
-next one after this one was killed, or `qmpblock recover` (`settle`, which performs what
-`qmpblock.recoveryplan` says).
+next one after this one was killed, or `qmpblock recover` (`qmpblock.settling`).
 """
 
 from __future__ import annotations
@@ -40,21 +39,10 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles, lock, ownership, polling
+from qmpblock import lock, ownership, polling
 from qmpblock.cancellation import undisturbed
-from qmpblock.driving import (
-    before_finalize,
-    bring_home,
-    delete_bitmap,
-    pivot,
-    relink,
-    restore_discard,
-    restore_limits,
-    restore_zeroes,
-)
 from qmpblock.errors import (
     BusyError,
-    CommandError,
     DisconnectedError,
     Error,
     NoRoomError,
@@ -62,13 +50,13 @@ from qmpblock.errors import (
 )
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.hostprocess import boot_id, is_running, start_time
-from qmpblock.job import Job
 from qmpblock.journal import Journal, discard_torn
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import monitor_name
 from qmpblock.nomigration import allow_migration, blocker_name, forbid_migration
 from qmpblock.record import Record, VMIdentity
-from qmpblock.recoveryplan import Choice, Step, steps, took_effect
+from qmpblock.recoveryplan import Choice, Step, took_effect
+from qmpblock.settling import settle
 from qmpblock.survey import survey
 from qmpblock.versioned import UnreadableError
 
@@ -81,14 +69,12 @@ __all__ = [
     "Change",
     "ahead_lock_name",
     "check_all_said",
-    "device_of",
     "find_journal",
     "identify",
     "is_watched",
     "lock_name",
     "lock_names",
     "record_of",
-    "settle",
     "undo_dead_change",
 ]
 
@@ -98,8 +84,6 @@ LOCKS = "qmpblock-disk-"
 AHEAD_LOCKS = "qmpblock-ahead-"
 
 _log = logging.getLogger(__name__)
-_LOOK = 0.05  # seconds between looks at a node that is being mapped
-_ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
 _RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
 _EMPTY = {f.name: f.default for f in fields(Record) if f.default is not MISSING}
@@ -167,21 +151,6 @@ def find_journal(record: Record) -> Journal | None:
         if journal.record == record:
             return journal
     return None
-
-
-def device_of(record: Record, graph: BlockGraph) -> Device:
-    """Return the disk of a change, or, if it was unplugged, what stands for it."""
-    for device in graph.devices:
-        if device.qom_path == record.devices[0]:
-            return device
-    return Device(
-        id=record.names[0],
-        drive=None,
-        qom_path=record.devices[0],
-        removable=False,
-        read_only=False,
-        chain=None,
-    )
 
 
 class Change:
@@ -486,135 +455,6 @@ def check_all_said(dead: Holder, record: Record | None, graph: BlockGraph, name:
         if one.startswith(prefix) and one not in said:
             why = f"it does not say what {printable(one)} is for"
             raise lock.unreadable(name or f"of {dead}", why, dead.run)
-
-
-async def settle(
-    vm: VM,
-    record: Record,
-    journal: Journal | None,
-    choice: Choice,
-    tell: Callable[[Step], None] | None = None,
-) -> bool:
-    """Perform what is left of a change, until nothing is; return whether it took effect.
-
-    Idempotent; can itself be killed anywhere. With `Choice.CONTINUE` a job that still works
-    is left alone: whoever carries it on follows it.
-
-    :param tell: is called before each step.
-    """
-    done: set[Step] = set()
-    deadline = asyncio.get_running_loop().time() + vm.stall
-    for _ in range(_ROUNDS):
-        graph = await vm.graph()
-        made = _made(journal)
-        stale = None if journal is None else journal.pivoted
-        found = steps(record, graph, choice, made, stale=stale)
-        todo = [step for step in found if step not in done]
-        late = asyncio.get_running_loop().time() > deadline
-        if not todo and not late and _being_mapped(record, graph):
-            done = {step for step in done if step.verb != "delete-node"}
-            await asyncio.sleep(_LOOK)
-            continue
-        if not todo or todo[0].verb == "follow":
-            return took_effect(record, graph) is True
-        for step in todo:
-            if tell is not None:
-                tell(step)
-            await _perform(vm, record, journal, graph, step)
-            if step.verb not in ("wait", "cancel", "bring-home"):
-                done.add(step)
-    raise Error(
-        f"what was left of {record.describe()} does not come to an end",
-        remedy="look at it with: qmpblock disks ADDRESS; qmpblock jobs ADDRESS",
-    )
-
-
-def _being_mapped(record: Record, graph: BlockGraph) -> bool:
-    """Whether a node of the change is left only because some process of ours maps it.
-
-    One that saw it as the active layer, and exports it a moment after it was that.
-    """
-    users = [graph.users(node) for node in record.nodes if node in graph.nodes]
-    return any(
-        names and all(name.startswith("export qmpblock-") for name in names) for names in users
-    )
-
-
-async def _perform(
-    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, step: Step
-) -> None:
-    if step.verb in ("cancel", "wait", "pivot", "finalize", "dismiss"):
-        job = Job(vm.monitor, step.what, record.operation)
-        try:
-            await _perform_on_job(vm, record, journal, graph, job, step.verb)
-        finally:
-            job.end()
-    elif step.verb == "relink":
-        await relink(vm, record, graph)
-    elif step.verb == "restore-zeroes":
-        await restore_zeroes(vm, record)
-    elif step.verb == "restore-discard":
-        await restore_discard(vm, record)
-    elif step.verb == "bring-home":
-        await bring_home(vm, record, journal, graph)
-    elif step.verb == "restore-limits":
-        await restore_limits(vm, record, device_of(record, graph))
-    elif step.verb == "delete-bitmap":
-        node, _, name = step.what.partition("/")
-        await delete_bitmap(vm, node, name)
-    elif step.verb == "delete-node":
-        await _delete_node(vm, step.what)
-    elif step.verb == "delete-file":
-        _delete_file(vm, journal, step.what)
-
-
-async def _perform_on_job(
-    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, job: Job, verb: str
-) -> None:
-    if verb == "cancel":
-        await job.cancel()
-    elif verb == "pivot":
-        await pivot(journal, job)
-    elif verb == "finalize":
-        await before_finalize(vm, record, device_of(record, graph))
-        await job.finalize()
-    if verb == "dismiss":
-        await job.dismiss()
-    else:
-        await job.wait_concluded()
-
-
-async def _delete_node(vm: VM, node: str) -> None:
-    """Delete a node that nothing uses; one that goes with its parents goes by itself."""
-    try:
-        await vm.monitor.execute("blockdev-del", {"node-name": node})
-    except CommandError as error:
-        expected = ("not owned by the monitor", "in use", "is busy", "Failed to find node")
-        if not any(words in error.description for words in expected):
-            raise
-
-
-def _made(journal: Journal | None) -> list[str]:
-    """Return the image files that the change made, are there, and are still those."""
-    if journal is None:
-        return []
-    found = []
-    for file, identity in journal.made().items():
-        with contextlib.suppress(OSError):
-            status = Path(file).lstat()
-            if (status.st_dev, status.st_ino) == identity:
-                found.append(file)
-    return found
-
-
-def _delete_file(vm: VM, journal: Journal | None, file: str) -> None:
-    assert journal is not None  # only it says what we made
-    identity = journal.made()[file]
-    pid = vm.monitor.peer_pid
-    if pid is not None and identity in hostfiles.open_inodes(pid):
-        return  # QEMU has it open: it is in use, under whatever name
-    with contextlib.suppress(FileNotFoundError):
-        Path(file).unlink()
 
 
 def lock_names(devices: Sequence[Device]) -> tuple[str, ...]:

@@ -29,7 +29,6 @@ from qmpblock.change import (
     identify,
     make_way,
     record_of,
-    settle,
     undo_dead_change,
 )
 from qmpblock.driving import pivot
@@ -46,6 +45,7 @@ from qmpblock.lock import Holder
 from qmpblock.nbdserver import ServerUse, undo_dead_run
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
+from qmpblock.settling import settle
 from qmpblock.survey import is_of, journals, survey
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from qmpblock.backingproof import check_made, check_name
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files
 from qmpblock.chainplan import SnapshotPlan, plan_snapshot
-from qmpblock.change import Change, identify, is_watched, lock_names, make_way, settle
+from qmpblock.change import Change, identify, is_watched, lock_names, make_way
 from qmpblock.errors import (
     CommandError,
     DisconnectedError,
@@ -54,6 +54,7 @@ from qmpblock.places import known
 from qmpblock.qemuimg import Contents
 from qmpblock.recoveryplan import Choice
 from qmpblock.settings import lost_by_snapshot, wanted_discard
+from qmpblock.settling import settle
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk

@@ -31,7 +31,7 @@ from qmpblock import hostfiles, ownership
 from qmpblock.cancellation import undisturbed
 from qmpblock.chainjobs import host_files, opened_as
 from qmpblock.chainplan import SnapshotPlan, key_secret
-from qmpblock.change import Change, identify, lock_names, settle
+from qmpblock.change import Change, identify, lock_names
 from qmpblock.errors import (
     Error,
     GraphError,
@@ -49,6 +49,7 @@ from qmpblock.pace import Speed
 from qmpblock.places import Place
 from qmpblock.qemuimg import QemuImg
 from qmpblock.recoveryplan import Choice
+from qmpblock.settling import settle
 from qmpblock.snapshots import Item, make_overlay, prove, take
 
 if TYPE_CHECKING:

@@ -494,7 +494,7 @@ class World:
             assert step.verb == "restore-limits"
 
     def settle(self, choice):
-        """Do as `qmpblock.change.settle` does; return whether it was carried on."""
+        """Do as `qmpblock.settling.settle` does; return whether it was carried on."""
         limited = False
         for _ in range(50):
             found = steps(self.record, self.drawing.graph(), choice, self.made, stale=self.stale)
