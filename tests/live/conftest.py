@@ -32,6 +32,7 @@ SHARES = {
     "test_detect_zeroes": 0.3,
     "test_drawings": 0.06,
     "test_export::test_the_guest_goes_away_in_the_middle": 0.3,
+    "test_filling::test_what_lies_beside_the_ranges_stays_to_be_seen": 0.5,
     "test_harness::test_every_scenario_boots_and_its_images_verify": 0.3,
     "test_harness::test_the_invariant_finds_a_leak": 0.4,
     "test_harness::test_the_same_writes_without_a_guest": 0.4,

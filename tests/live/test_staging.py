@@ -349,6 +349,6 @@ async def test_slices_and_speed(start_qemu, vm_dir, qemu_binary, invariant):
     assert trace.count("transaction") > 3
     assert "stop" not in trace
     # Two and more slices at 4 MiB a second, of which a fifth of a second may come at once.
-    third = max(when for done, when in told if done == 8 * MIB)  # is begun
+    third = min(when for done, when in told if done > 8 * MIB)  # is begun
     assert 8 * MIB / (third - told[0][1]) < 6 * MIB
     await holds(vm, built, expected)
