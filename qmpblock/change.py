@@ -401,6 +401,7 @@ async def make_way(
     :param names: of the disks' locks.
     :raise BusyError: another controller is at work on one of them; names it.
     """
+    from qmpblock.export import clear_dead
 
     async def undo(dead: Holder) -> None:
         await undo_dead_change(vm, dead, tell)
@@ -409,6 +410,8 @@ async def make_way(
         me = Holder.me(Change.new_run())
         await lock.acquire(vm.monitor, name, me, undo, stall=0, remedy=_OWN_REMEDY)
         await lock.release(vm.monitor, name)
+        # Exports come and go within a change: one that was killed may have left some, too.
+        await clear_dead(vm.monitor, stall=vm.stall)
 
     for name in names:
         if await lock.read(vm.monitor, name) is not None:

@@ -79,7 +79,7 @@ from qmpblock.polling import unpolled
 if TYPE_CHECKING:
     from qmpblock.nbd import Client
 
-__all__ = ["LOCK", "NBDAccess", "Request", "check_access", "exports", "no_exports"]
+__all__ = ["LOCK", "NBDAccess", "Request", "check_access", "clear_dead", "exports", "no_exports"]
 
 #: The id of the lock object around our NBD server.
 LOCK = "qmpblock-nbd"
@@ -201,6 +201,18 @@ async def no_exports(monitor: Monitor, *, stall: float) -> AsyncIterator[None]:
             await undisturbed(lock.release(monitor, LOCK))
         except DisconnectedError:
             lock.abandon(run)
+
+
+async def clear_dead(monitor: Monitor, *, stall: float) -> None:
+    """Undo what a controller that died left of the VM's NBD server. Idempotent.
+
+    :param stall: seconds to wait for another controller that is doing so.
+    :raise BusyError: it does not end, or that takes the monitor which the dead one used.
+    """
+    holder = await lock.read(monitor, LOCK)
+    if isinstance(holder, Holder) and holder.is_dead():
+        async with no_exports(monitor, stall=stall):
+            pass  # to have taken the lock is to have undone it
 
 
 @dataclass

@@ -94,7 +94,8 @@ MOMENTS = (("stream", False), ("commit", False), ("pivot", False), ("pivot", Tru
 async def nothing_of_ours(vm):
     """Assert that a VM, and this host, have nothing left of any controller of ours."""
     objects = {item["name"] for item in await vm.execute("qom-list", path="/objects")}
-    assert not {name for name in objects if "qmpblock" in name}
+    left = {name for name in objects if "qmpblock" in name}
+    assert not left, left
     jobs = [job["id"] for job in await vm.execute("query-jobs")]
     assert not [job for job in jobs if job.startswith("qmpblock")]
     assert not [e for e in await vm.execute("query-block-exports") if "qmpblock" in e["id"]]
