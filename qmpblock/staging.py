@@ -150,13 +150,13 @@ async def reserve_by_staging(
 
         while left:
             size = min(slice_size, left.total)
+            await speed.wait(size)
             _check_room(file, size)
             copied(0)
             where = where.clip(int(left.starts[0]), end)
             chosen, finished = await _slice(disk, change, where, slice_size, had, copied)
             done += chosen.total
             held = max([held, *(change.journal.held if change.journal else ())])
-            await speed.wait(chosen.total)
             if finished:
                 left = Ranges()  # what the live map shows beyond has space already
             elif chosen:
