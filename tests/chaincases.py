@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from qmpblock.errors import BusyError, Error, RequestError, UnsupportedError
+from qmpblock.errors import Error, InUseError, RequestError, UnsupportedError
 from qmpblock.testing.scenario import Image, Scenario, load_scenarios
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
@@ -68,7 +68,7 @@ class Case:
             return UnsupportedError
         others = [one.name for one in scenario.disks if one.name != disk]
         if any(image in images_of(scenario, other) for other in others for image in changed):
-            return BusyError
+            return InUseError
         if self.operation == "commit" and above is None and target.size > chain[0].size:
             return RequestError
         if above is not None and above.format not in ("qcow2", "qed"):

@@ -132,6 +132,7 @@ async def test_an_unplug_in_the_middle_does_not_kill_qemu(
     """The image has then no writer, and QEMU writes to it all the same (K4)."""
     vm, every = await started(scenario, "d0", start_qemu, vm_dir, qemu_binary)
     [subject] = every.values()
+    await subject.keeps_writing()
     await subject.writer.stop()
     async with qmpblock.connect(vm.monitor_path) as controller:
         disk = await controller.disk(subject.path)
