@@ -318,7 +318,7 @@ async def _keep_exports_away(vm: VM, record: Record, alone: AsyncExitStack) -> N
     """Have no map of ours come or go while the job pivots, until `alone` is left.
 
     QEMU hung for good, in job-finalize, where an export of the node that goes was deleted in that
-    very moment: 1 of 12 maps that were begun there on 11.1.2, 1 of 5 on 7.2.22; with this 0 of 30.
+    very moment: 1 of 12 maps that were begun there on 11.1.2; with this 0 of 30. 7.2 is not known.
     """
     from qmpblock.export import no_exports
 
