@@ -104,14 +104,20 @@ class Ranges:
 
     def union(self, other: Ranges) -> Ranges:
         """Return the bytes in either set."""
+        if not self or not other:
+            return self or other
         return self._combine(other, np.logical_or)
 
     def intersection(self, other: Ranges) -> Ranges:
         """Return the bytes in both sets."""
+        if not self or not other:
+            return Ranges()
         return self._combine(other, np.logical_and)
 
     def difference(self, other: Ranges) -> Ranges:
         """Return the bytes in this set that are not in the other."""
+        if not self or not other:
+            return self
         return self._combine(other, lambda mine, theirs: mine & ~theirs)
 
     __or__ = union
@@ -200,6 +206,8 @@ def _canonical(starts: _Edges, stops: _Edges) -> _Edges:
     full = starts < stops
     if not full.all():
         starts, stops = starts[full], stops[full]
+    if len(starts) < 2:  # the map of a small range: NumPy takes longer for each step than for all
+        return np.array([*starts, *stops], np.int64)
     if np.any(starts[1:] < starts[:-1]):
         order = np.argsort(starts, kind="stable")
         starts, stops = starts[order], stops[order]
