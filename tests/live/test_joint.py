@@ -82,4 +82,5 @@ async def test_which_qemu_does_not_survive_it_otherwise(start_qemu, vm_dir, qemu
             await vm.execute("blockdev-del", node_name="r")
     except DisconnectedError:
         died = True
+        await vm.wait(30)  # its last word is not its end
     assert died == breaks
