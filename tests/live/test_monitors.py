@@ -9,6 +9,7 @@ import socket
 import sys
 
 import pytest
+from chains import cli
 
 import qmpblock
 from qmpblock.errors import MonitorHeldError
@@ -18,23 +19,10 @@ pytestmark = pytest.mark.live
 CHAIN = pytest.mark.scenarios("chain-3.yaml")
 
 
-async def start(*arguments):
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "qmpblock",
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-
-
 async def run(*arguments, code=0):
-    process = await start(*arguments)
-    out, err = await process.communicate()
-    assert process.returncode == code, err.decode()
-    return out.decode(), err.decode()
+    returned, out, err = await cli(*map(str, arguments))
+    assert returned == code, err
+    return out, err
 
 
 @CHAIN
@@ -58,7 +46,12 @@ async def test_a_run_of_ours_holds_it(scenario, start_qemu, invariant):
     """Who asks is told which process it is, what it does, and how to end it; all that is true."""
     vm = await start_qemu(scenario)
     path = str(vm.monitor_path)
-    job = await start("stream", path, "d0", "--speed", "1")
+    job = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "qmpblock", "stream", path, "d0", "--speed", "1"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
     while not await vm.execute("query-jobs"):
         await asyncio.sleep(0.01)
     asked = [run("disks", path, code=3), run("job", path, "x", "cancel", code=3)]
