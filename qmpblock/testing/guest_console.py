@@ -145,7 +145,9 @@ class GuestConsole:
     def _take(self, line: str) -> None:
         self._lines.append(f"< {line}")
         self._heard = asyncio.get_running_loop().time()
-        word, _, rest = line.partition(" ")
+        # a reset cuts off whatever was being said, a greeting too
+        _, greeting, rest = line.rpartition("*READY ")
+        word, _, rest = (greeting + rest).partition(" ")
         if word == "*READY":
             self._ready, self._greeted = rest, True
         elif word == "*DONE" and (found := re.match(r"disk=(\d{1,3}) ", rest)):

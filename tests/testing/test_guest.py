@@ -166,6 +166,12 @@ async def test_a_qemu_that_dies_before_its_guest_starts(tmp_path: Path) -> None:
             await waiting
 
 
+@pytest.mark.parametrize("cut", ["*", "*READY version=", "OK 1"])
+async def test_a_reset_in_the_middle_of_a_line_hides_no_greeting(tmp_path: Path, cut: str) -> None:
+    async with scripted(tmp_path, ready=f"{cut}{READY}", hello="OK #") as (guest, _):
+        assert guest.console.connected
+
+
 async def test_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GuestError, match="speaks version 9"):
         async with scripted(tmp_path, ready="*READY version=9"):
