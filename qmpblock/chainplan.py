@@ -200,7 +200,7 @@ def plan_commit(
     :param base: the LAYER that takes it all; by default the lowest (as QEMU has it).
     :param places: where the files are, as far as that can be seen.
     :raise RequestError: no such layers, wrong order or sizes, or not possible safely.
-    :raise BusyError: a job runs on the disk, or something else uses one of the layers.
+    :raise BusyError: a job runs on the disk; an InUseError: somebody else uses one of the layers.
     """
     chain = _chain(device)
     first = chain.active if top is None else chain.layer(top)
@@ -379,7 +379,7 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer, places: Pla
             continue
         for theirs in other.chain.layers:
             if theirs.node.name == layer.node.name:
-                raise BusyError(
+                raise InUseError(
                     f"{_name(layer)} is also a layer of {other.name}, which this would change",
                     standing=_UNTOUCHED,
                 )
@@ -392,7 +392,7 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer, places: Pla
             remedy="unplug that disk, or remove that node, if nobody needs it",
         )
     for use in overlays_of(graph, device, layer):
-        raise BusyError(
+        raise InUseError(
             f"{_name(layer)} is used by {use.what} too, which this would change",
             standing=_UNTOUCHED,
             remedy=use.remedy,

@@ -17,7 +17,7 @@ from qmpblock.chainplan import (
     plan_snapshot,
     plan_stream,
 )
-from qmpblock.errors import BusyError, NotFoundError, RequestError, UnsupportedError
+from qmpblock.errors import BusyError, InUseError, NotFoundError, RequestError, UnsupportedError
 from qmpblock.places import FileId, Place
 
 
@@ -283,15 +283,17 @@ def test_a_layer_of_another_disk_is_not_changed(change, how):
         drawing.image("x2", file="/i/d2").image("x1", file="/i/d1", backing="x2")
         drawing.image("e0", backing="x1")
     drawing.device("e0", "vd1")
-    with pytest.raises(BusyError, match=r"@1 /i/d1 is also a layer of vd1"):
+    with pytest.raises(InUseError, match=r"@1 /i/d1 is also a layer of vd1") as caught:
         change(drawing)
+    assert caught.value.exit_code == 2
+    assert caught.value.standing == "nothing was touched"
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_layer_under_a_node_that_no_disk_uses_is_not_changed(change):
     """An overlay that somebody keeps for later, a backup's, say."""
     drawing = chain("d0", "d1", "d2").image("later", backing="d1")
-    with pytest.raises(BusyError, match="used by the node later") as caught:
+    with pytest.raises(InUseError, match="used by the node later") as caught:
         change(drawing)
     assert "blockdev-del" in caught.value.remedy
 
@@ -301,7 +303,7 @@ def test_a_file_that_a_second_node_uses_is_not_changed(change):
     """A format node of somebody's right on the protocol node of ours."""
     drawing = chain("d0", "d1", "d2")
     drawing._node("twin", "qcow2", 64 * MIB, "/i/d1", {"file": "d1-f"})
-    with pytest.raises(BusyError, match="used by the node twin"):
+    with pytest.raises(InUseError, match="used by the node twin"):
         change(drawing)
 
 
@@ -332,7 +334,7 @@ def test_filters_of_ones_own_are_nobody_else(change, drivers, where):
 
 def test_filters_do_not_hide_somebody_else():
     drawing = chain("d0", "d1", "d2").filter("f", "throttle", "d1").image("later", backing="f")
-    with pytest.raises(BusyError, match="used by the node later"):
+    with pytest.raises(InUseError, match="used by the node later"):
         commit(drawing)
 
 
@@ -346,7 +348,7 @@ def test_relative_names_of_two_disks_may_be_one_file():
     """Where they cannot be seen; where they can, they are what they are."""
     drawing = Drawing().image("d1", file="base").image("d0", backing="d1").device("d0")
     drawing.image("e1", file="base").image("e0", backing="e1").device("e0", "vd1")
-    with pytest.raises(BusyError, match="also a layer of vd1, by the node e1-f"):
+    with pytest.raises(InUseError, match="also a layer of vd1, by the node e1-f"):
         commit(drawing)
     graph = drawing.graph()
     for number, refused in ((1, True), (2, False)):
@@ -355,7 +357,7 @@ def test_relative_names_of_two_disks_may_be_one_file():
             for name, inode in (("d0", 7), ("d1", 1), ("e0", 8), ("e1", number))
         }
         if refused:
-            with pytest.raises(BusyError, match="also a layer of vd1"):
+            with pytest.raises(InUseError, match="also a layer of vd1"):
                 plan_commit(graph, graph.device("vd0"), places=places)
         else:
             assert plan_commit(graph, graph.device("vd0"), places=places).leaving
