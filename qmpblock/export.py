@@ -40,7 +40,7 @@ import secrets
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +88,9 @@ _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16
 _NOTHING_LEFT = "nothing of ours is left in the VM"
 _BOOTING = 1.0  # seconds to wait for a guest that is about to drive its disk
+_HANDSHAKE = (
+    10.0  # seconds after which QEMU hangs up, from 7.2.14 on, where it can be told no other
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,34 @@ async def exports(
     :raise CommandError: QEMU refused an export.
     :raise NBDError: the connection failed.
     """
-    session = _Session(monitor, access or NBDAccess(), stall)
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    async with AsyncExitStack() as stack:
+        while True:
+            tried = clock()
+            try:
+                entering = _exports(monitor, device, requests, access or NBDAccess(), stall)
+                clients = await stack.enter_async_context(entering)
+                break
+            except _LateError:  # this process was stopped, or the host too busy for it
+                if tried - began >= stall:
+                    raise
+        yield clients
+
+
+@asynccontextmanager
+async def _exports(
+    monitor: Monitor,
+    device: Device | None,
+    requests: Sequence[Request],
+    access: NBDAccess,
+    stall: float,
+) -> AsyncIterator[list[Client]]:
+    """Do what `exports` does, once.
+
+    :raise _LateError: it could do so again.
+    """
+    session = _Session(monitor, access, stall)
     await session.check(device)
     async with unpolled(monitor, session.iothreads):
         try:
@@ -215,6 +245,10 @@ async def clear_dead(monitor: Monitor, *, stall: float) -> None:
             pass  # to have taken the lock is to have undone it
 
 
+class _LateError(NBDConnectError):
+    """QEMU has hung up, since the handshake came too late."""
+
+
 @dataclass
 class _Slot:
     """One export and the socket of its client."""
@@ -258,6 +292,7 @@ class _Session:
         self.ports: list[int] = []
         self.where: Address | None = None
         self.device: Device | None = None
+        self.reached = 0.0  # when the first connection was made, or could be
 
     # before anything is touched
 
@@ -304,6 +339,7 @@ class _Session:
         self.slots = [_Slot(r, f"{self.prefix}-{i}") for i, r in enumerate(requests)]
         if self.access.address is None:
             return
+        self.reached = asyncio.get_running_loop().time()
         for slot in self.slots:
             try:
                 async with asyncio.timeout(self.stall):
@@ -352,6 +388,7 @@ class _Session:
 
     async def _start_own(self) -> None:
         assert self.folder is not None  # lock() went before
+        self.reached = asyncio.get_running_loop().time()
         try:
             self.folder.mkdir(mode=0o700)
         except OSError as error:
@@ -516,17 +553,27 @@ class _Session:
             tls = tls_context(self.access.tls_creds)
             reached = parse_address(self.access.address) if self.access.address else self.where
             host = reached.host if isinstance(reached, TCPAddress) else None
-        slot.client = await Client.connect(
-            target,
-            export=slot.name,
-            contexts=slot.request.contexts,
-            in_flight=slot.request.in_flight,
-            tls=tls,
-            tls_hostname=host,
-            # Without custody an ordinary good-bye is right; under it, it would be K1.
-            polite=not slot.in_custody,
-            stall=self.stall,
-        )
+        try:
+            slot.client = await Client.connect(
+                target,
+                export=slot.name,
+                contexts=slot.request.contexts,
+                in_flight=slot.request.in_flight,
+                tls=tls,
+                tls_hostname=host,
+                # Without custody an ordinary good-bye is right; under it, it would be K1.
+                polite=not slot.in_custody,
+                stall=self.stall,
+            )
+        except NBDConnectError as error:
+            late = asyncio.get_running_loop().time() - self.reached
+            if late < _HANDSHAKE:
+                raise
+            raise _LateError(
+                f"{error.message}, {late:.0f} s after it was made: QEMU waits for {_HANDSHAKE:g} s",
+                standing=_NOTHING_LEFT,
+                remedy="try again when this host is less busy",
+            ) from error
         return slot.client
 
     # leaving
