@@ -24,7 +24,7 @@ from qmpblock.pace import Speed
 from qmpblock.planning import dataless, growth_warning, rounded
 from qmpblock.ranges import Ranges
 from qmpblock.reserving import blank_ranges, raw_file, reserve_ranges
-from qmpblock.staging import check_staged, check_staging, reserve_by_staging
+from qmpblock.staging import check_staged, reserve_by_staging
 from qmpblock.thin import AllocationResult, Report, allocator, check_thin
 from qmpblock.writable import check_disk
 
@@ -213,13 +213,21 @@ async def _prove_staged(disk: Disk, where: Ranges, had: Ranges, said: _Said) -> 
         )
     # Clusters of preallocation=metadata: the image has a place for them, the file maybe none.
     mapped = seen.where(depth=0, zero=True, data=True) & where
-    file = check_staging(disk)
-    if mapped and await asyncio.to_thread(blank_ranges, file, 0, Path(file).stat().st_size):
-        said(
-            f"{mapped.total} bytes of {disk.name} were preallocated when {printable(file)} was "
-            "made, but that file has holes: whether the host has space for them cannot be told "
-            "while it is in use"
-        )
+    if not mapped:
+        return
+    active = disk.chain.active
+    file = hostfiles.local_path(disk.vm.monitor.peer_pid, active)
+    if file is None:
+        why = "cannot be seen any more"
+    elif await asyncio.to_thread(blank_ranges, file, 0, Path(file).stat().st_size):
+        why = "has holes"
+    else:
+        return
+    said(
+        f"{mapped.total} bytes of {disk.name} were preallocated when {printable(active.file)} was "
+        f"made, but that file {why}: whether the host has space for them cannot be told while it "
+        "is in use"
+    )
 
 
 def _given_back(disk: Disk, total: int) -> str:

@@ -236,3 +236,30 @@ async def test_a_file_system_that_does_not_tell(
         # A file with as many blocks as bytes has no holes: that is seen without FIEMAP.
         whole = await disk.allocate(full=True)
         assert whole.warnings == ()
+
+
+async def test_a_qemu_that_dies_when_all_is_done_takes_nothing_back(
+    start_qemu, vm_dir, qemu_binary, invariant, monkeypatch
+):
+    """It was refused with "nothing was touched": the image was looked for once more."""
+    vm = await one_disk(start_qemu, vm_dir, qemu_binary)
+    invariant.forget(vm)
+    real = allocation._prove_staged
+
+    async def prove(disk, *arguments):
+        look = disk.map
+
+        async def last_look(*span):
+            found = await look(*span)
+            vm.expect_exit()
+            await vm.kill()
+            return found
+
+        monkeypatch.setattr(disk, "map", last_look)
+        await real(disk, *arguments)
+
+    monkeypatch.setattr(allocation, "_prove_staged", prove)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        result = await disk.allocate(AT, 4 * MIB, full=True)
+    assert (result.reserved, result.warnings) == (4 * MIB, ())
