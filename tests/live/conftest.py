@@ -31,6 +31,7 @@ SHARES = {
     "test_commands::test_a_closed_image_maps_as_qemu_img_says": 0.3,
     "test_detect_zeroes": 0.3,
     "test_drawings": 0.06,
+    "test_export::test_a_busy_host_does_not_end_a_handshake": 0.5,
     "test_export::test_the_guest_goes_away_in_the_middle": 0.3,
     "test_filling::test_what_lies_beside_the_ranges_stays_to_be_seen": 0.5,
     "test_harness::test_every_scenario_boots_and_its_images_verify": 0.3,
