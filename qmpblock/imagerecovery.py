@@ -34,7 +34,7 @@ from qmpblock.survey import survey
 if TYPE_CHECKING:
     pass
 
-__all__ = ["ImageRecovery", "recover_images", "recover_journal"]
+__all__ = ["ImageRecovery", "is_about", "recover_images", "recover_journal"]
 
 _log = logging.getLogger(__name__)
 _INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
@@ -85,13 +85,13 @@ async def recover_images(
     :param images: any image of the chain; the active one is best.
     :param dry_run: change nothing.
     :return: one for each change that was interrupted; none where the images are safe.
-    :raise NotFoundError: there is no such image.
+    :raise NotFoundError: there is no such image, and no journal is about one.
     :raise RecordError: a journal that may be about them cannot be read; nothing was touched.
     :raise BusyError: the QEMU that the change was made in still runs.
     """
     names = [os.path.realpath(image) for image in images]
     for image, name in zip(images, names, strict=True):
-        if not Path(name).exists():
+        if not Path(name).exists() and not is_about(name):
             raise NotFoundError(f"there is no image {printable(os.fspath(image))}")
     seen = survey(tuple(names))
     for error in seen.unreadable:
@@ -115,6 +115,18 @@ async def recover_images(
             await _check_unused(record)
         found.append(await recover_journal(journal, dry_run=dry_run))
     return found
+
+
+def is_about(image: str) -> bool:
+    """Whether a change that was not finished is about an image, which may be gone by now.
+
+    As far as the journals say that can be read.
+    """
+    name = os.path.realpath(image)
+    return any(
+        _is_about((*journal.record.images, *journal.record.files), [name])
+        for journal in survey((name,)).journals
+    )
 
 
 def _is_about(files: Iterable[str], names: Iterable[str]) -> bool:

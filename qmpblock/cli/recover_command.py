@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +14,13 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.app import command as make_command
-from qmpblock.errors import RecordError
+from qmpblock.errors import ConnectError, RecordError, printable
 
 if TYPE_CHECKING:
     from qmpblock.imagerecovery import ImageRecovery
     from qmpblock.recovery import Recovery
     from qmpblock.recoveryplan import Step
+    from qmpblock.vm import VM
 
 __all__ = ["command"]
 
@@ -59,7 +62,7 @@ async def command(
         return await _recover_images(options, images, dry_run=dry_run, check=check)
     if len(targets) > 1:
         raise click.UsageError("give one ADDRESS")
-    async with options.connect(targets[0]) as vm:
+    async with _connected(options, targets[0]) as vm:
         try:
             found = await vm.recover(
                 carry_on=carry_on,
@@ -81,12 +84,34 @@ async def command(
 
 
 def _is_image(target: str) -> bool:
-    """Whether it is a file that is there and no socket."""
+    """Whether it is a file that is there and no socket, or one that a change of ours made."""
     try:
         mode = Path(target).stat().st_mode
+    except FileNotFoundError:
+        from qmpblock.imagerecovery import is_about
+
+        return is_about(target)
     except (OSError, ValueError):
         return False
     return not stat.S_ISSOCK(mode)
+
+
+@asynccontextmanager
+async def _connected(options: Options, target: str) -> AsyncIterator[VM]:
+    """Connect to what is no image that is there; nothing may be there at all."""
+    async with AsyncExitStack() as stack:
+        try:
+            vm = await stack.enter_async_context(options.connect(target))
+        except ConnectError as error:
+            if target.startswith(("unix:", "tcp:")) or os.path.lexists(target):
+                raise
+            raise ConnectError(
+                f"there is neither a monitor nor an image at {printable(target)}",
+                standing="nothing was touched",
+                remedy=f"of a monitor: {error.remedy}. Of an image: it has been removed or "
+                "renamed; give the name of one that is there",
+            ) from None
+        yield vm
 
 
 def _tell(what: str, step: Step) -> None:

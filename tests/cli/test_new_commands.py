@@ -204,6 +204,24 @@ def test_a_socket_is_no_image(tmp_path, capsys):
     assert "cannot connect" in capsys.readouterr().err
 
 
+def test_an_image_that_is_gone_is_known_by_its_journal(image, capsys):
+    left(image)
+    image.unlink()
+    assert run(["recover", "--check", str(image)]) == 4
+    assert "start the VM from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--check"], ["--dry-run"]])
+def test_where_nothing_is_both_are_named(image, more, capsys):
+    """An overlay that was removed is no monitor that does not answer."""
+    image.unlink()
+    assert run(["recover", str(image), *more]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"neither a monitor nor an image at {image}" in err
+    assert "removed or renamed" in err
+
+
 # what is shown
 
 
