@@ -50,7 +50,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.filelocks import foreign_users
-from qmpblock.graph import Chain, Device, Layer, Node
+from qmpblock.graph import Chain, Layer, Node
 from qmpblock.heldio import check_held_io
 from qmpblock.hostfiles import home_of
 from qmpblock.hostprocess import command_line
@@ -62,6 +62,7 @@ from qmpblock.openfiles import OpenFiles, sees_directory
 from qmpblock.places import Place, Places, known
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice
+from qmpblock.renamed import name_now
 from qmpblock.settings import discard_to_restore, lost_by_commit
 from qmpblock.settling import device_of, settle
 from qmpblock.sharedfiles import files_of
@@ -86,6 +87,8 @@ class Outcome:
     :ivar changed: False where there was nothing to do.
     :ivar active: the file of the active layer afterwards.
     :ivar left: files of the images that left the chain, and are closed now.
+    :ivar nameless: those of `left` that were not under that name any more: what is there now, if
+        anything is, is another file.
     :ivar made_explicit: bytes that read as zeros only because of a short layer, and are
         explicit zeros in the active layer now.
     :ivar pivoted: whether the active layer is another one.
@@ -104,6 +107,7 @@ class Outcome:
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
     opened: str = ""
+    nameless: tuple[str, ...] = ()
 
 
 class ChainJob(Job):
@@ -131,7 +135,7 @@ async def stream(
     assert isinstance(plan, StreamPlan)
     run = Change.new_run()
     record = replace(
-        await _record(disk, plan.device, "stream", run),
+        await _record(disk, plan, "stream", run),
         job=f"qmpblock-{run}-stream",
         flush=plan.top.node.name,
         keeper=plan.top.node.name,
@@ -169,7 +173,7 @@ async def commit(
     assert plan.device.chain is not None  # VM.disk refuses empty drives
     root = plan.device.chain.root.name
     record = replace(
-        await _record(disk, plan.device, "commit", run),
+        await _record(disk, plan, "commit", run),
         job=f"qmpblock-{run}-{'pivot' if plan.pivots else 'commit'}",
         pivot=plan.pivots,
         flush="" if plan.pivots else plan.base.node.name,
@@ -251,7 +255,22 @@ async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
         )
     if plan.leaving:
         await ownership.ask_for_change(disk.vm, _work(disk, plan))
-    return plan
+    return _named(plan, files, places)
+
+
+def _named(
+    plan: StreamPlan | CommitPlan, files: OpenFiles, places: Places
+) -> StreamPlan | CommitPlan:
+    """Say of the layers that leave what they are called now, and warn where that is not known."""
+    names = tuple(name_now(layer, files, places) for layer in plan.leaving)
+    lost = tuple(
+        f"@{layer.depth} {printable(layer.file)} is not the name any more of what the VM has open "
+        "as that (it was renamed, replaced or removed since): what leaves the chain, and is not to "
+        "be used again, is that file, whatever it is called now, and none that is at that name"
+        for layer, name in zip(plan.leaving, names, strict=True)
+        if name is None
+    )
+    return replace(plan, names=names, warnings=(*plan.warnings, *lost))
 
 
 def _work(disk: Disk, plan: StreamPlan | CommitPlan) -> Work:
@@ -295,8 +314,13 @@ def _check_copy_on_read(vm: VM, plan: StreamPlan | CommitPlan) -> None:
         check_copy_on_read(vm.capabilities, plan.device.chain.active)
 
 
-async def _record(disk: Disk, device: Device, operation: str, run: str) -> Record:
+async def _record(disk: Disk, plan: StreamPlan | CommitPlan, operation: str, run: str) -> Record:
+    device = plan.device
     assert device.chain is not None  # VM.disk refuses empty drives
+    images = list(host_files(disk.vm, device.chain))
+    for layer, name in zip(plan.leaving, plan.names, strict=True):
+        if name not in (None, layer.file):
+            images[layer.depth] = home_of(str(name))
     return Record(
         run=run,
         operation=operation,
@@ -304,7 +328,7 @@ async def _record(disk: Disk, device: Device, operation: str, run: str) -> Recor
         devices=(device.qom_path,),
         names=(device.name,),
         locks=lock_names([device]),
-        images=host_files(disk.vm, device.chain),
+        images=tuple(images),
     )
 
 
@@ -420,12 +444,18 @@ async def _running(
         changed=True,
         # What it was when looked up last: the disk may have been unplugged.
         active=plan.base.file if record.pivot and plan.base else disk.chain.active.file,
-        left=tuple(layer.file for layer in plan.leaving),
+        left=tuple(
+            layer.file if name is None else name
+            for layer, name in zip(plan.leaving, plan.names, strict=True)
+        ),
         made_explicit=explicit,
         pivoted=record.pivot,
         seconds=time.monotonic() - started,
         warnings=(*plan.warnings, *missing),
         opened=record.base_opened,
+        nameless=tuple(
+            layer.file for layer, name in zip(plan.leaving, plan.names, strict=True) if name is None
+        ),
     )
 
 

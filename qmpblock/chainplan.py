@@ -84,6 +84,7 @@ class StreamPlan:
 
     :ivar leaving: the layers that leave the chain, the uppermost first; none: nothing to do.
     :ivar backing_name: what `top` will record as its backing file; None for none.
+    :ivar names: what each of `leaving` is called now; None where no name leads to its file.
     """
 
     device: Device
@@ -94,6 +95,7 @@ class StreamPlan:
     hidden: tuple[Hidden, ...] = ()
     merges: tuple[Merge, ...] = ()
     warnings: tuple[str, ...] = ()
+    names: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class CommitPlan:
     :ivar above: the layer that will have `base` as its backing; None for an active commit,
         which pivots: `base` becomes the active layer.
     :ivar backing_name: what `above` will record as its backing file.
+    :ivar names: as in `StreamPlan`.
     """
 
     device: Device
@@ -115,6 +118,7 @@ class CommitPlan:
     hidden: tuple[Hidden, ...] = ()
     bitmaps: tuple[NewBitmap, ...] = ()
     warnings: tuple[str, ...] = ()
+    names: tuple[str | None, ...] = ()
 
     @property
     def pivots(self) -> bool:

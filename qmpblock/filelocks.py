@@ -1,4 +1,4 @@
-"""What other processes rely on in a file that a VM has open, by the locks that QEMU puts on it.
+"""What others rely on in a file, and which files are images, by the locks that QEMU puts on them.
 
 Each QEMU holds byte-range locks on its images, which say what it does with them and what it cannot
 bear others to do (block/file-posix.c, RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE)::
@@ -19,9 +19,10 @@ from pathlib import Path
 from qmpblock.openfiles import OpenFiles
 from qmpblock.places import FileId
 
-__all__ = ["foreign_users"]
+__all__ = ["foreign_users", "images_of"]
 
 _WRITES, _NO_WRITES = 101, 201
+_ALL = range(100, 300)
 _LOCK = re.compile(
     r"OFDLCK\s+ADVISORY\s+\w+\s+-?\d+\s+([0-9a-f]+):([0-9a-f]+):(\d+)\s+(\d+)\s+(\d+|EOF)"
 )
@@ -45,6 +46,14 @@ def foreign_users(files: OpenFiles, file: FileId) -> str | None:
     return f"process {', '.join(found)}" if found else "another process"
 
 
+def images_of(files: OpenFiles) -> set[FileId]:
+    """Return the files that a VM has open and holds an image's locks on."""
+    if files.pid is None or files.blind is not None:
+        return set()
+    lines = _own(files.pid)
+    return {file for file in files.ids() if not file.is_device and _held(lines, file, _ALL)}
+
+
 def _own(pid: int) -> list[str]:
     lines = []
     try:
@@ -63,8 +72,8 @@ def _read(path: Path) -> list[str]:
         return []  # closed since it was listed
 
 
-def _held(lines: Iterable[str], file: FileId) -> int:
-    """Count the locks on a file that are about writing."""
+def _held(lines: Iterable[str], file: FileId, wanted: Iterable[int] = (_WRITES, _NO_WRITES)) -> int:
+    """Count the locks on a file that are on some bytes: those that are about writing."""
     count = 0
     for line in lines:
         match = _LOCK.search(line)
@@ -74,5 +83,5 @@ def _held(lines: Iterable[str], file: FileId) -> int:
         if (os.makedev(int(major, 16), int(minor, 16)), int(inode)) != (file.device, file.inode):
             continue
         stop = 1 << 63 if last == "EOF" else int(last)
-        count += sum(int(first) <= byte <= stop for byte in (_WRITES, _NO_WRITES))
+        count += sum(int(first) <= byte <= stop for byte in wanted)
     return count

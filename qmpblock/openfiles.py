@@ -110,6 +110,12 @@ class OpenFiles:
         names += [one.name for one in self._open if one.file == file and not one.deleted]
         return self._placed(file, names)
 
+    def name_of(self, file: FileId) -> str | None:
+        """Return a name on this host that leads to an open file now, by its descriptors."""
+        names = [one.name for one in self._open if one.file == file and not one.deleted]
+        found = self._placed(file, names)
+        return found.here if isinstance(found, Place) else None
+
     def leads(self, path: str, file: FileId) -> bool:
         """Whether an absolute path leads to a file, as QEMU sees files (before -chroot: as we)."""
         return self.pid is not None and any(view.file(path) == file for view in _views(self.pid))

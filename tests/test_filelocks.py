@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from qmpblock.filelocks import foreign_users
+from qmpblock.filelocks import foreign_users, images_of
 from qmpblock.openfiles import OpenFiles
 from qmpblock.places import FileId
 
@@ -76,3 +76,21 @@ def test_what_cannot_be_seen(other):
     image, _ = other
     assert foreign_users(OpenFiles(None), FileId.of(image.stat())) is None
     assert foreign_users(OpenFiles(os.getpid()), FileId(7, None)) is None
+
+
+def test_images_are_told_from_other_files_by_their_locks(tmp_path):
+    """A log that the VM has open is none; a shared lock is enough, as a backing file has it."""
+    image, log = tmp_path / "image", tmp_path / "log"
+    image.touch()
+    with image.open("r+b") as file, log.open("w+b") as other:
+        lock(other, 3)
+        assert images_of(OpenFiles(os.getpid())) & {identity(image), identity(log)} == set()
+        lock(file, 100)
+        assert images_of(OpenFiles(os.getpid())) & {identity(image), identity(log)} == {
+            identity(image)
+        }
+    assert images_of(OpenFiles(None)) == set()
+
+
+def identity(path):
+    return FileId.of(path.stat())

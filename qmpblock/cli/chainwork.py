@@ -69,4 +69,5 @@ def _say(outcome: Outcome) -> None:
             click.echo(
                 f"  its name does not suffice; it is open as {printable(outcome.opened, 4000)}"
             )
-        click.echo(f"  {printable(outcome.left[0])} is stale from now on: never use it again")
+        if outcome.left[0] not in outcome.nameless:  # of which a warning tells
+            click.echo(f"  {printable(outcome.left[0])} is stale from now on: never use it again")

@@ -727,3 +727,31 @@ async def test_allocate_that_is_refused_has_allocated_nothing(images, start_qemu
     async with qmpblock.connect(vm.monitor_path) as controller:
         seen = await (await controller.disk("vd0")).map(MIB, MIB)
     assert all(extent.depth == 1 for extent in seen), "it came up to the active layer"
+
+
+@pytest.mark.parametrize("how", ["renamed", "replaced", "removed"])
+async def test_an_overlay_that_is_not_under_its_name_is_not_called_by_it(
+    how, images, start_qemu, invariant, vm_dir
+):
+    """The name is another file's by now, or nobody's: that one is not stale."""
+    base = await images.make("base.qcow2", (1, MIB, MIB))
+    top = await images.make("top.qcow2", (2, 2 * MIB, MIB), backing="base.qcow2")
+    saved = vm_dir / "saved.qcow2"
+    vm = await start_qemu([], extra=disk(top))
+    top.rename(saved)
+    if how == "replaced":
+        await images.make("top.qcow2", (6, 0, MIB))
+    elif how == "removed":
+        saved.unlink()
+    code, out, err = await cli("commit", vm.monitor_path, "vd0")
+    invariant.forget(vm)
+    assert f"{top} is stale" not in out
+    if how == "removed":
+        assert code == 4, err
+        assert f"@0 {top} is not the name any more of what the VM has open" in err
+    else:
+        assert code == 0, err
+        assert f"no longer in the chain: {saved}\n" in out
+        assert f"{saved} is stale from now on" in out
+    await vm.quit()
+    assert (await images.content(base))[: 3 * MIB] == bytes(MIB) + b"\1" * MIB + b"\2" * MIB
