@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from untrusted import eve  # noqa: F401  # a fixture
 
 HERE = Path(__file__).parent
 
