@@ -12,10 +12,15 @@ import random
 import socket
 import zlib
 from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from untrusted import eve  # noqa: F401  # a fixture
+
+from qmpblock.testing.images import BuiltScenario, Tools, build
+from qmpblock.testing.scenario import parse_scenario
 
 HERE = Path(__file__).parent
 
@@ -65,6 +70,27 @@ SHARES = {
 def _every_vm_ends_as_it_began(request: pytest.FixtureRequest) -> None:
     if "start_qemu" in request.fixturenames:
         request.getfixturevalue("invariant")
+
+
+THREE_LAYERS = """\
+about: Three layers, each with data where no other has some.
+images:
+  - {size: 16M, content: [write 0 1M 0xaa]}
+  - {content: [write 1M 1M 0xbb]}
+  - {content: [write 2M 1M 0xcc]}
+"""
+
+
+@pytest.fixture
+def build_images(
+    vm_dir: Path, qemu_binary: str
+) -> Callable[..., Coroutine[Any, Any, BuiltScenario]]:
+    """Return what builds the images of a scenario's text: three layers, if none is given."""
+
+    async def built(text: str = THREE_LAYERS) -> BuiltScenario:
+        return await build(parse_scenario(text, "text"), vm_dir / "images", Tools.of(qemu_binary))
+
+    return built
 
 
 @pytest.fixture

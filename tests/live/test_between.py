@@ -7,19 +7,11 @@ from disturbed import nothing_of_ours
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
-from qmpblock.testing.images import Tools, build
-from qmpblock.testing.scenario import parse_scenario
+from qmpblock.testing.images import Tools
 
 pytestmark = pytest.mark.live
 
 MIB = 1 << 20
-CHAIN = """\
-about: Three layers.
-images:
-  - {size: 16M, content: [write 0 1M 0xaa]}
-  - {content: [write 1M 1M 0xbb]}
-  - {content: [write 2M 1M 0xcc]}
-"""
 BETWEEN = {
     "raw": [{"driver": "raw", "node-name": "r"}],
     "throttle": [{"driver": "throttle", "node-name": "t", "throttle-group": "group"}],
@@ -57,10 +49,10 @@ async def nodes(vm):
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("operation", ["commit", "middle", "stream", "full"])
 async def test_what_is_between_is_the_images_own(
-    operation, between, start_qemu, vm_dir, qemu_binary, invariant
+    operation, between, start_qemu, build_images, invariant
 ):
     """It is nobody else's, names the layer, and is closed with it."""
-    built = await build(parse_scenario(CHAIN, "chain"), vm_dir / "images", Tools.of(qemu_binary))
+    built = await build_images()
     vm = await start_qemu([], extra=command_line(built, BETWEEN[between]))
     invariant.forget(vm)
     before = await nodes(vm)

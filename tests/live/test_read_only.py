@@ -12,18 +12,9 @@ from disturbed import nothing_of_ours, until
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
-from qmpblock.testing.images import Tools, build
-from qmpblock.testing.scenario import parse_scenario
 
 pytestmark = pytest.mark.live
 
-CHAIN = """\
-about: Three layers.
-images:
-  - {size: 16M, content: [write 0 1M 0xaa]}
-  - {content: [write 1M 1M 0xbb]}
-  - {content: [write 2M 1M 0xcc]}
-"""
 RAW = "about: One.\nimages:\n  - {format: raw, size: 16M, content: [write 0 1M 0xaa]}\n"
 
 
@@ -78,12 +69,12 @@ def verbs(disk, directory):
     return found
 
 
-@pytest.mark.parametrize("text", [CHAIN, RAW], ids=["chain", "raw"])
+@pytest.mark.parametrize("images", [(), (RAW,)], ids=["chain", "raw"])
 @pytest.mark.parametrize("attach", [blockdev, drive, cd])
 async def test_a_disk_for_reading_only_is_not_written(
-    attach, text, start_qemu, vm_dir, qemu_binary
+    attach, images, start_qemu, build_images, vm_dir
 ):
-    built = await build(parse_scenario(text, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+    built = await build_images(*images)
     vm = await start_qemu([], extra=attach(built))
     before = files_of(built)
     async with qmpblock.connect(vm.monitor_path) as controller:
@@ -101,8 +92,8 @@ async def test_a_disk_for_reading_only_is_not_written(
     await nothing_of_ours(vm)
 
 
-async def test_a_policy_for_it_is_refused(start_qemu, vm_dir, qemu_binary):
-    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+async def test_a_policy_for_it_is_refused(start_qemu, build_images, vm_dir):
+    built = await build_images()
     vm = await start_qemu([], extra=blockdev(built))
     before = files_of(built)
     policy = vm_dir / "policy.yaml"
@@ -145,10 +136,10 @@ async def served(tools, path, socket):
 
 
 async def test_the_remedy_for_an_nbd_server_that_serves_it_read_only(
-    start_qemu, vm_dir, qemu_binary
+    start_qemu, build_images, vm_dir
 ):
-    tools = Tools.of(qemu_binary)
-    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", tools)
+    built = await build_images()
+    tools = built.tools
     top, *_, base = built.disks[0].active.chain()
     socket = vm_dir / "nbd"
     server = {"type": "unix", "path": str(socket)}
@@ -164,10 +155,8 @@ async def test_the_remedy_for_an_nbd_server_that_serves_it_read_only(
         await vm.quit()
 
 
-async def test_the_remedy_for_a_file_that_may_not_be_written(
-    start_qemu, vm_dir, qemu_binary, invariant
-):
-    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+async def test_the_remedy_for_a_file_that_may_not_be_written(start_qemu, build_images, invariant):
+    built = await build_images()
     base = built.disks[0].active.chain()[-1].path
     root = os.geteuid() == 0
     if root and subprocess.run(["chattr", "+i", str(base)], capture_output=True).returncode:
@@ -184,8 +173,8 @@ async def test_the_remedy_for_a_file_that_may_not_be_written(
             subprocess.run(["chattr", "-i", str(base)], check=True)
 
 
-async def test_the_remedy_for_a_storage_node_that_is_read_only(start_qemu, vm_dir, qemu_binary):
-    built = await build(parse_scenario(CHAIN, "disk"), vm_dir / "images", Tools.of(qemu_binary))
+async def test_the_remedy_for_a_storage_node_that_is_read_only(start_qemu, build_images):
+    built = await build_images()
     described = built.disks[0].active.describe(node="d0", live=True)
     lowest = described["backing"]["backing"]
     lowest["file"] |= {"read-only": True, "auto-read-only": False}

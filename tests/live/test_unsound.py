@@ -11,22 +11,13 @@ from disturbed import nothing_of_ours
 
 import qmpblock
 from qmpblock.errors import CommandError, UnsupportedError
-from qmpblock.testing.images import Tools, build
 from qmpblock.testing.qemu import QemuProcess
-from qmpblock.testing.scenario import parse_scenario
 
 pytestmark = pytest.mark.live
 
 MIB = 1 << 20
 INCOMPATIBLE = 79  # the last byte of that field of a qcow2 header; bit 1: corrupt
 CORRUPT = 2
-CHAIN = """\
-about: Three layers.
-images:
-  - {size: 16M, content: [write 0 1M 0xaa]}
-  - {content: [write 1M 1M 0xbb]}
-  - {content: [write 2M 1M 0xcc]}
-"""
 LAZY = """\
 about: An image that keeps its reference counts in memory while it is in use.
 images:
@@ -61,9 +52,9 @@ async def refused(disk, operation, **arguments):
     ],
 )
 async def test_a_corrupt_image_is_not_written(
-    layer, operation, arguments, start_qemu, vm_dir, qemu_binary
+    layer, operation, arguments, start_qemu, build_images
 ):
-    built = await build(parse_scenario(CHAIN, "chain"), vm_dir / "images", Tools.of(qemu_binary))
+    built = await build_images()
     path = built.disks[0].active.chain()[layer].path
     mark_corrupt(path)
     before = path.read_bytes()
@@ -78,9 +69,9 @@ async def test_a_corrupt_image_is_not_written(
     assert path.read_bytes() == before
 
 
-async def test_what_a_corrupt_image_holds_can_be_saved(start_qemu, vm_dir, qemu_binary, invariant):
+async def test_what_a_corrupt_image_holds_can_be_saved(start_qemu, build_images, invariant):
     """By the remedy that is given: a stream; and a commit of the layer itself."""
-    built = await build(parse_scenario(CHAIN, "chain"), vm_dir / "images", Tools.of(qemu_binary))
+    built = await build_images()
     for layer in built.disks[0].active.chain()[1:]:
         mark_corrupt(layer.path)
     vm = await start_qemu(built)
@@ -94,10 +85,12 @@ async def test_what_a_corrupt_image_holds_can_be_saved(start_qemu, vm_dir, qemu_
         await vm.qemu_io("d0", f"read -P {byte} {number}M 1M")
 
 
-async def test_an_image_that_was_never_closed_is_not_written(start_qemu, vm_dir, qemu_binary):
+async def test_an_image_that_was_never_closed_is_not_written(
+    start_qemu, build_images, vm_dir, qemu_binary
+):
     """Its QEMU was killed; nobody opened it for writing since, which repairs it."""
-    tools = Tools.of(qemu_binary)
-    built = await build(parse_scenario(LAZY, "lazy"), vm_dir / "images", tools)
+    built = await build_images(LAZY)
+    tools = built.tools
     base = built.disks[0].active.path
     async with QemuProcess.of(built, qemu=qemu_binary) as first:
         await first.qemu_io("d0", "write -P 0x55 4M 2M")
@@ -129,10 +122,10 @@ async def test_an_image_that_was_never_closed_is_not_written(start_qemu, vm_dir,
 
 
 async def test_an_image_in_use_is_not_taken_for_one_that_was_never_closed(
-    start_qemu, vm_dir, qemu_binary, invariant
+    start_qemu, build_images, vm_dir, invariant
 ):
     """Lazy reference counts say so of every image that is in use."""
-    built = await build(parse_scenario(LAZY, "lazy"), vm_dir / "images", Tools.of(qemu_binary))
+    built = await build_images(LAZY)
     vm = await start_qemu(built)
     invariant.forget(vm)
     await vm.qemu_io("d0", "write -P 0x55 4M 1M")
@@ -162,12 +155,10 @@ def point_at_metadata(path):
         file.write((1 << 63 | l1).to_bytes(8, "big"))
 
 
-async def test_an_image_that_qemu_finds_corrupt_meanwhile(
-    start_qemu, vm_dir, qemu_binary, invariant
-):
+async def test_an_image_that_qemu_finds_corrupt_meanwhile(start_qemu, build_images, invariant):
     """QEMU does not describe any of its nodes then: all that can be said is why."""
     text = "about: One.\nimages:\n  - {size: 4M, content: [write 0 1M 0xaa]}\n"
-    built = await build(parse_scenario(text, "one"), vm_dir / "images", Tools.of(qemu_binary))
+    built = await build_images(text)
     point_at_metadata(built.disks[0].active.path)
     vm = await start_qemu(built)
     invariant.forget(vm)
