@@ -120,7 +120,8 @@ async def allocate_ranges(
             file, begin = raw
             await ownership.ask(disk.vm.monitor, [disk.device], standing=None)
             in_file = [(begin + start, begin + stop) for start, stop in where]
-            done = await reserve_ranges(file, in_file, speed=speed, tell=meter.set)
+            pid = disk.vm.monitor.peer_pid or 0  # it has one: the file is local
+            done = await reserve_ranges(file, pid, in_file, speed=speed, tell=meter.set)
             found = replace(found, reserved=done)
             await _prove_raw(disk, where, raw, said)
         else:

@@ -110,12 +110,14 @@ class Place:
     """Where the room of a disk is.
 
     :ivar file: on this host.
+    :ivar pid: of the VM's process, which writes to it.
     :ivar layer: whose storage node is that of the file.
     :ivar start: where in the file the disk begins; None where the file grows at its end.
     :ivar size: of the disk.
     """
 
     file: str
+    pid: int
     layer: Layer
     start: int | None
     size: int
@@ -192,16 +194,16 @@ async def find_place(disk: Disk) -> Place:
     :raise UnsupportedError: it cannot have any, or not from here; nothing was touched.
     """
     check_disk(disk.device)
-    active = disk.chain.active
+    active, pid = disk.chain.active, disk.vm.monitor.peer_pid or 0  # without one, no file is local
     if active.format in ("raw", "luks"):
         found = await raw_file(disk)
         assert found is not None  # it stores data as it is
         file, start = found
-        return Place(file, active, start, disk.size)
+        return Place(file, pid, active, start, disk.size)
     if active.data_file is not None:
         # A guest's byte lies at its own offset there, whatever data_file_raw says.
         data = replace(active, storage=active.data_file)
-        return Place(host_file(disk, data), data, 0, disk.size)
+        return Place(host_file(disk, data), pid, data, 0, disk.size)
     extents = any(edge.name.startswith("extents.") for edge in active.node.children)
     if active.format not in _GROWING or extents:
         several = " in several files" if extents else ""
@@ -210,7 +212,7 @@ async def find_place(disk: Disk) -> Place:
             "can be made ahead of it",
             standing="nothing was touched",
         )
-    return Place(host_file(disk, active), active, None, disk.size)
+    return Place(host_file(disk, active), pid, active, None, disk.size)
 
 
 def look(place: Place, wanted: int, until: int = 0) -> Space:
@@ -306,7 +308,7 @@ async def fill(
         return 0, space
     if keep_free is not None:
         _check_free(place.file, keep_free, size - space.room.total)
-    reserved = await reserve_ranges(place.file, todo, speed=Speed())
+    reserved = await reserve_ranges(place.file, place.pid, todo, speed=Speed())
     until = int(todo.stops[-1]) if space.blank is None else 0
     return reserved, await look_at(place, size, until)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles
+from qmpblock.borrowed import in_the_name_of, open_as_it_has, user_of
 from qmpblock.errors import Error, UnsupportedError, printable
 from qmpblock.fallocate import UNSUPPORTED, keep_size
 from qmpblock.graph import Layer
@@ -104,6 +105,7 @@ async def _format_specific(disk: Disk, layer: Layer) -> dict[str, Any]:
 
 async def reserve_ranges(
     file: str,
+    pid: int,
     ranges: Iterable[tuple[int, int]],
     *,
     speed: Speed,
@@ -113,13 +115,17 @@ async def reserve_ranges(
 
     In bytes. Cancelling leaves what is reserved by then.
 
+    :param pid: of the process that has the file open for writing, in whose user's name it is done.
     :param tell: is called with bytes done and bytes to do.
-    :raise UnsupportedError: the file system cannot.
+    :raise UnsupportedError: the file system cannot, or that process does not have it open so.
     :raise Error: there is no room, say; what was reserved by then stays.
     """
     wanted = list(ranges)
     total, done = sum(stop - start for start, stop in wanted), 0
-    fd = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fd = await asyncio.to_thread(open_as_it_has, pid, file)
+    except OSError as error:
+        raise _cannot(file, error, done) from None
     try:
         before = os.fstat(fd).st_blocks
         for start, stop in wanted:
@@ -128,7 +134,7 @@ async def reserve_ranges(
                 piece = min(speed.piece(_PIECE, _SMALLEST), stop - at)
                 await speed.wait(piece)
                 try:
-                    await asyncio.to_thread(keep_size, fd, at, piece)
+                    await asyncio.to_thread(_reserve, pid, fd, at, piece)
                 except OSError as error:
                     raise _cannot(file, error, done) from None
                 at += piece
@@ -138,6 +144,11 @@ async def reserve_ranges(
         return max(0, os.fstat(fd).st_blocks - before) * 512
     finally:
         os.close(fd)
+
+
+def _reserve(pid: int, fd: int, offset: int, length: int) -> None:
+    with in_the_name_of(user_of(pid)):
+        keep_size(fd, offset, length)
 
 
 def holes(file: str, start: int, stop: int) -> Ranges:

@@ -91,7 +91,7 @@ def place(path, size=None, start=0):
     """Return where the room of a disk is; without `size` its file grows at its end."""
     node = Node("f", "file", str(path), 0, False)
     layer = Layer(0, Node("d", "raw", str(path), 0, False), node)
-    return Place(str(path), layer, None if size is None else start, size or 0)
+    return Place(str(path), os.getpid(), layer, None if size is None else start, size or 0)
 
 
 @pytest.fixture
@@ -100,7 +100,8 @@ def file(tmp_path):
     path.write_bytes(b"x" * M)
     if hostfiles.reserved_ranges(str(path), M) is None:
         pytest.skip("this file system has no FIEMAP")
-    return path
+    with path.open("r+b"):  # as a VM's process has it
+        yield path
 
 
 def reserve(path, offset, length):

@@ -17,8 +17,16 @@ from qmpblock.reserving import blank_ranges
 MIB = 1 << 20
 
 
-async def test_blocks_are_reserved_and_nothing_else_changes(tmp_path):
-    file = tmp_path / "disk.raw"
+@pytest.fixture
+def file(tmp_path):
+    """A file that this process has open for writing, as a VM's process has."""
+    path = tmp_path / "disk.raw"
+    path.touch()
+    with path.open("r+b"):
+        yield path
+
+
+async def test_blocks_are_reserved_and_nothing_else_changes(file):
     with file.open("wb") as written:
         written.truncate(8 * MIB)
         written.seek(3 * MIB)
@@ -26,21 +34,21 @@ async def test_blocks_are_reserved_and_nothing_else_changes(tmp_path):
     before, told = file.read_bytes(), []
     ranges = [(MIB, 4 * MIB), (6 * MIB, 7 * MIB)]
     more = await reserving.reserve_ranges(
-        str(file), ranges, speed=Speed(), tell=lambda *now: told.append(now)
+        str(file), os.getpid(), ranges, speed=Speed(), tell=lambda *now: told.append(now)
     )
     assert file.read_bytes() == before
     assert more >= 4 * MIB - 64 * 1024
     assert told[-1] == (4 * MIB, 4 * MIB)
-    again = await reserving.reserve_ranges(str(file), ranges, speed=Speed())
+    again = await reserving.reserve_ranges(str(file), os.getpid(), ranges, speed=Speed())
     assert again == 0
 
 
-async def test_a_speed_cuts_it_into_pieces(tmp_path, monkeypatch):
-    file = tmp_path / "disk.raw"
+async def test_a_speed_cuts_it_into_pieces(file, monkeypatch):
     file.write_bytes(bytes(MIB))
     pieces = []
     monkeypatch.setattr(reserving, "keep_size", lambda fd, *piece: pieces.append(piece))
-    await reserving.reserve_ranges(str(file), [(512, 512 + 5 * MIB)], speed=Speed(64 * MIB))
+    ranges = [(512, 512 + 5 * MIB)]
+    await reserving.reserve_ranges(str(file), os.getpid(), ranges, speed=Speed(64 * MIB))
     assert sum(length for _, length in pieces) == 5 * MIB
     assert pieces[0][0] == 512
     for (at, length), (after, _) in itertools.pairwise(pieces):
@@ -55,8 +63,7 @@ async def test_a_speed_cuts_it_into_pieces(tmp_path, monkeypatch):
         (errno.ENOSPC, Error, "No space left"),
     ],
 )
-async def test_what_cannot_be_is_said(tmp_path, monkeypatch, number, kind, words):
-    file = tmp_path / "disk.raw"
+async def test_what_cannot_be_is_said(file, monkeypatch, number, kind, words):
     file.write_bytes(bytes(MIB))
 
     def fail(*_):
@@ -64,7 +71,7 @@ async def test_what_cannot_be_is_said(tmp_path, monkeypatch, number, kind, words
 
     monkeypatch.setattr(reserving, "keep_size", fail)
     with pytest.raises(kind, match=words) as caught:
-        await reserving.reserve_ranges(str(file), [(0, MIB)], speed=Speed())
+        await reserving.reserve_ranges(str(file), os.getpid(), [(0, MIB)], speed=Speed())
     assert caught.value.standing is not None
 
 

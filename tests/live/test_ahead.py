@@ -27,8 +27,9 @@ import qmpblock
 from qmpblock import ahead
 from qmpblock.errors import BusyError, Error, NotFoundError, UnsupportedError
 from qmpblock.headroom import find_place, look
+from qmpblock.pace import Speed
 from qmpblock.ranges import Ranges
-from qmpblock.reserving import blank_ranges
+from qmpblock.reserving import blank_ranges, reserve_ranges
 from qmpblock.testing.faults import fill_up, small_file_system, unplug
 from qmpblock.testing.guest import GuestError
 from qmpblock.testing.images import Tools
@@ -556,3 +557,15 @@ async def cancelled_at(vm, monitor, disk, number):
     monitor._execute = real
     assert task.cancelled(), task
     return passed
+
+
+async def test_nothing_is_reserved_in_what_qemu_may_only_read(start_qemu, vm_dir):
+    """Whoever answers a monitor may claim to write to it: the kernel knows better."""
+    path = vm_dir / "secret.raw"
+    with path.open("wb") as file:
+        file.truncate(8 * MIB)
+    node = f"raw,node-name=d0,read-only=on,file.driver=file,file.filename={path}"
+    vm = await start_qemu(extra=["-blockdev", node, "-device", "virtio-blk-pci,drive=d0"])
+    with pytest.raises(UnsupportedError, match="not open for writing"):
+        await reserve_ranges(str(path), vm.pid, [(0, MIB)], speed=Speed())
+    assert path.stat().st_blocks == 0
