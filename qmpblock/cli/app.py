@@ -35,6 +35,7 @@ _COMMANDS = {
     "commit": "Copy what upper layers of a running disk hold into a lower one, and drop them.",
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
     "disks": "List a VM's disks: their layers, filters, jobs and exports.",
+    "doctor": "Say what is missing here, and which commands need it.",
     "job": "Steer a background job of ours: pause, resume, speed, cancel, complete, ...",
     "jobs": "List a VM's background jobs, ours and others'.",
     "map": "Show which layer holds every byte of a running disk, or of a closed image.",
