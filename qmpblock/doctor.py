@@ -40,8 +40,8 @@ _SOCKET_ROOM = (
 )
 _CREATE_RULESET = 444  # landlock_create_ruleset(2), on every architecture
 _SECCOMP = Path("/proc/sys/kernel/seccomp/actions_avail")
-#: What names, files and chains are proven for.
-_PROVING = "snapshot, stream, commit, allocate --full, map of what is reserved in raw images"
+#: What the VM's process and its open files are looked at for.
+_PROVING = "allocate --full; proving the names that snapshot, stream and commit record"
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,8 @@ def _open_files(files: OpenFiles) -> Finding:
         True,
         files.blind,
         _PROVING,
-        "run as the VM's user, as root, or with the capability SYS_PTRACE (docs/privileges.md)",
+        "run as the VM's user (unless QEMU has -runas), as root, or with the capabilities "
+        "SYS_PTRACE and DAC_READ_SEARCH (docs/privileges.md)",
     )
 
 

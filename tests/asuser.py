@@ -1,0 +1,128 @@
+"""The command as another user runs it: a process with that user's rights, forked for each command.
+
+As a program it reads one JSON list of arguments a line, and answers with one JSON line,
+`[exit code, what was printed]`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+
+import pytest
+
+VM_USER, STRANGER, GROUP = 64055, 64200, 64100
+
+
+@dataclass(frozen=True)
+class User:
+    """Who runs something, as setpriv(1) makes them.
+
+    :ivar uid: and the number of the group of their own.
+    :ivar groups: others that they are in.
+    :ivar capabilities: that they have, as setpriv names them.
+    """
+
+    uid: int
+    groups: tuple[int, ...] = ()
+    capabilities: tuple[str, ...] = ()
+
+    def command(self, *words):
+        """Return the command line that runs a program as this user."""
+        groups = ",".join(map(str, self.groups))
+        given = ",".join(["-all", *(f"+{one}" for one in self.capabilities)])
+        return [
+            *("setpriv", f"--reuid={self.uid}", f"--regid={self.uid}"),
+            f"--groups={groups}" if groups else "--clear-groups",
+            *((f"--inh-caps={given}", f"--ambient-caps={given}") if self.uid else ()),
+            *words,
+        ]
+
+
+USERS = {
+    "the VM's user": User(VM_USER, (GROUP,)),
+    "the images' group": User(STRANGER, (GROUP,)),
+    "the group, SYS_PTRACE": User(STRANGER, (GROUP,), ("sys_ptrace",)),
+    "the group, SYS_PTRACE, DAC_READ_SEARCH": User(
+        STRANGER, (GROUP,), ("sys_ptrace", "dac_read_search")
+    ),
+    "root": User(0),
+}
+
+
+@dataclass
+class Runner:
+    """Runs `qmpblock` as a user; `async with` it not: it ends with `close`."""
+
+    user: User
+    environment: dict
+    process: subprocess.Popen = field(init=False)
+
+    def __post_init__(self):
+        self.process = subprocess.Popen(
+            self.user.command(sys.executable, "-B", __file__),
+            env={**os.environ, **self.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments):
+        """Run a command to its end; return its exit code and all that it printed."""
+        self.begin(*arguments)
+        return self.end()
+
+    def begin(self, *arguments):
+        """Begin a command."""
+        self.process.stdin.write(json.dumps([str(one) for one in arguments]) + "\n")
+        self.process.stdin.flush()
+
+    def end(self):
+        """Wait for it."""
+        code, printed = json.loads(self.process.stdout.readline())
+        return code, printed
+
+    def close(self):
+        """End the process, and what it runs."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def needs_other_users(program):
+    """Skip a test where nothing can be run as another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can run something as other users")
+    done = subprocess.run(
+        User(VM_USER).command(program, "--version"), capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"other users cannot run {program}: {done.stderr.decode().strip()}")
+
+
+def _serve():
+    import qmpblock.allocation
+    import qmpblock.chainjobs
+    import qmpblock.cli.app
+    import qmpblock.snapshots  # what the commands import, once
+
+    os.umask(0o007)
+    for line in sys.stdin:
+        with tempfile.TemporaryFile("w+") as printed:
+            pid = os.fork()
+            if pid == 0:
+                os.dup2(printed.fileno(), 1)
+                os.dup2(printed.fileno(), 2)
+                code = qmpblock.cli.app.run(json.loads(line))
+                sys.stdout.flush()
+                os._exit(code)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            printed.seek(0)
+            print(json.dumps([code, printed.read()]), flush=True)
+
+
+if __name__ == "__main__":
+    _serve()
