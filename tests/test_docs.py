@@ -419,6 +419,20 @@ def test_the_tree_names_each_module_once_and_imports_point_up_in_it():
         assert not imported(parsed) & set(names[at:]), name
 
 
+def boundary() -> list[str]:
+    """The modules by which docs/safety.md says that what others choose comes in."""
+    page = (ROOT / "docs/safety.md").read_text().partition("\n### Where the boundary runs\n")[2]
+    rows = page.partition("\n## ")[0].splitlines()
+    return re.findall(r"`([\w/]+\.py)`", " ".join(row.split("|")[1] for row in rows if "|" in row))
+
+
+def test_the_modules_of_the_boundary_exist():
+    found = boundary()
+    assert len(found) > 10
+    assert len(set(found)) == len(found)
+    assert [name for name in found if not (ROOT / "qmpblock" / name).is_file()] == []
+
+
 def imported(module: ast.Module) -> set[str]:
     """Return the modules of the library that one imports as it loads."""
     found = set()

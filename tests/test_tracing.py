@@ -91,7 +91,7 @@ def test_strings_are_read_whole():
     ],
 )
 def test_a_line_that_is_no_call_is_an_error(line):
-    with pytest.raises(ValueError, match="no call that is known|without an end"):
+    with pytest.raises(ValueError, match=r"no call that is known|without an end"):
         parse(line)
 
 
@@ -105,7 +105,7 @@ def test_a_line_that_is_no_call_is_an_error(line):
     ],
 )
 def test_what_cannot_be_judged_is_an_error(line):
-    with pytest.raises(ValueError, match="no whole string|no descriptor"):
+    with pytest.raises(ValueError, match=r"no whole string|no descriptor"):
         JUDGE.complaint(parse(line))
 
 

@@ -94,7 +94,7 @@ class Site:
         return path
 
     def commands(self):
-        """Return the commands of the table, in the order in which one leaves what the next needs."""
+        """Return the commands of the table; each leaves what the next one needs."""
         address, images = self.vm.monitor_path, self.images
         return {
             "disks": ("disks", address),
