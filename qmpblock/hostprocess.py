@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from qmpblock.errors import printable
@@ -14,9 +15,15 @@ __all__ = [
     "describe_process",
     "is_running",
     "pid_namespace",
+    "shown_words",
     "start_time",
     "times_slept",
 ]
+
+_NAMES = "data|password|passwd|passphrase|token"
+_ASKS = re.compile(rf"--?({_NAMES})")
+_IN_OPTION = re.compile(rf"(?<![\w-])({_NAMES})=(?:[^,]|,,)*")  # QEMU doubles commas
+_IN_JSON = re.compile(rf'("(?:{_NAMES})"\s*:\s*)"(?:[^"\\]|\\.)*"')
 
 
 def boot_id() -> str:
@@ -37,9 +44,23 @@ def command_line(pid: int | None) -> tuple[str, ...]:
 
 def describe_process(pid: int) -> str:
     """Say which process it is, for people: its number, and what it was started as."""
-    words = " ".join(command_line(pid))
+    words = shown_words(command_line(pid))
     itself = "this very process, " if pid == os.getpid() else "process "
     return f"{itself}{pid}" + (f" ({printable(words, 200)})" if words else "")
+
+
+def shown_words(words: Iterable[str]) -> str:
+    """Return a command line for people, without the values that are mostly keys and passwords.
+
+    Of `-object secret,data=...`, `{"data": "..."}`, `password=...` and `--password ...`, say.
+    """
+    shown: list[str] = []
+    for word in words:
+        if shown and _ASKS.fullmatch(shown[-1]):
+            shown.append("...")
+        else:
+            shown.append(_IN_JSON.sub(r'\1"..."', _IN_OPTION.sub(r"\1=...", word)))
+    return " ".join(shown)
 
 
 def pid_namespace() -> str:

@@ -83,10 +83,22 @@ def _psk(path: Path, username: str | None) -> ssl.SSLContext:
 
 def _read_key(path: Path, username: str | None) -> tuple[str, bytes]:
     try:
-        lines = path.read_text().split()
-        keys = {name: bytes.fromhex(key) for name, _, key in (li.partition(":") for li in lines)}
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path} is not lines of username:hexkey: {error}") from error
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise RequestError(f"{path} is not lines of username:hexkey") from None
+    keys = {}
+    for number, line in enumerate(lines, 1):
+        # A key that is taken for a name would be sent, and shown: so nothing is guessed.
+        name, _, digits = line.strip().partition(":")
+        try:
+            keys[name] = bytes.fromhex(digits)
+        except ValueError:
+            keys[name] = b""
+        if line.strip() and not (name and keys[name]):
+            raise RequestError(f"line {number} of {path} is not username:hexkey")
+    keys.pop("", None)
     if username is None and len(keys) == 1:
         return next(iter(keys.items()))
     if username is None or not keys.get(username):

@@ -61,6 +61,7 @@ SHARES = {
     "test_ownership::test_where_qemu_cannot_be_held_the_migration_goes_first": 0.34,
     "test_policy": 0.04,
     "test_privileges": 0.2,
+    "test_secrets": 0.34,
     "test_settings": 0.4,
     "test_snapshots::test_names_and_formats": 0.3,
     "test_streams::test_what_a_short_layer_hides_stays_hidden": 0.5,
