@@ -91,7 +91,7 @@ async def reserve_by_staging(
     vm = disk.vm
     await disk.refresh()
     active = disk.chain.active
-    file = check_staging(disk)
+    file = await check_staging(disk)
     secret = key_secret(active) if active.node.encrypted else None
     await by_qemu_img(vm, secret, local=True)  # or refuse
     run = Change.new_run()
@@ -166,10 +166,11 @@ async def reserve_by_staging(
     return done, held, reduce(Ranges.union, had)
 
 
-def check_staging(disk: Disk) -> str:
+async def check_staging(disk: Disk) -> str:
     """Refuse what this way is not for; return the active image's path here.
 
     :raise UnsupportedError: another format, or an image that is not on this host.
+    :raise DisconnectedError: QEMU has gone meanwhile.
     """
     active = disk.chain.active
     if active.format not in ("qcow2", "qed"):
@@ -181,7 +182,9 @@ def check_staging(disk: Disk) -> str:
     pid = disk.vm.monitor.peer_pid
     file = hostfiles.local_path(pid, active)
     if file is None:
-        raise _no_overlay(active, hostfiles.why_not_local(pid, active))
+        refusal = _no_overlay(active, hostfiles.why_not_local(pid, active))
+        await disk.vm.monitor.execute("query-status")  # or QEMU has gone: that is why, then
+        raise refusal
     file = hostfiles.home_of(file)
     elsewhere = sees_directory(pid, posixpath.dirname(file))
     if elsewhere is not None:
@@ -213,7 +216,7 @@ async def check_staged(disk: Disk) -> None:
     :raise UnsupportedError: as `check_staging`, or nobody could open the image again after a
         crash, or make an overlay of it, or the guest's device cannot be held.
     """
-    check_staging(disk)
+    await check_staging(disk)
     active = disk.chain.active
     await opened_as(disk.vm, active)
     secret = key_secret(active) if active.node.encrypted else None

@@ -8,6 +8,7 @@ from chains import cli
 
 import qmpblock
 from qmpblock import allocation, hostfiles
+from qmpblock.errors import DisconnectedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -263,3 +264,29 @@ async def test_a_qemu_that_dies_when_all_is_done_takes_nothing_back(
         [disk] = await controller.disks()
         result = await disk.allocate(AT, 4 * MIB, full=True)
     assert (result.reserved, result.warnings) == (4 * MIB, ())
+
+
+async def test_a_qemu_that_dies_before_the_first_slice_is_told(
+    start_qemu, vm_dir, qemu_binary, invariant, monkeypatch
+):
+    """It was an image that "cannot be found from here", exit code 2."""
+    vm = await one_disk(start_qemu, vm_dir, qemu_binary)
+    invariant.forget(vm)
+    real = allocation.reserve_by_staging
+
+    async def reserve(disk, *arguments, **options):
+        look = disk.refresh
+
+        async def last_look():
+            await look()
+            vm.expect_exit()
+            await vm.kill()
+
+        monkeypatch.setattr(disk, "refresh", last_look)
+        return await real(disk, *arguments, **options)
+
+    monkeypatch.setattr(allocation, "reserve_by_staging", reserve)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        with pytest.raises(DisconnectedError):
+            await disk.allocate(AT, 4 * MIB, full=True)
