@@ -12,6 +12,7 @@ from disturbed import until
 from rounds import with_guest
 
 import qmpblock
+from qmpblock import export
 from qmpblock.errors import (
     BusyError,
     DisconnectedError,
@@ -87,6 +88,29 @@ async def test_a_busy_host_does_not_end_a_handshake(scenario, start_qemu, invari
         assert await controller.wait() == 0, controller.stderr
     assert controller.stdout.startswith("mapped ")
     assert LOCK not in await objects(vm)
+
+
+@CHAIN
+@pytest.mark.needs_qemu(">= 10.0", reason="older ones take no other limit than ten seconds")
+async def test_waiting_for_another_controller_outlasts_a_handshake(
+    scenario, start_qemu, monkeypatch
+):
+    """On a foreign server the connection is there before the lock, and QEMU waits no longer."""
+    vm = await start_qemu(scenario)
+    path = str(vm.directory / "nbd")
+    address = {"type": "unix", "data": {"path": path}}
+    await vm.execute("nbd-server-start", addr=address, handshake_max_seconds=1)
+    monkeypatch.setattr(export, "_HANDSHAKE", 1.0)
+    async with (
+        qmpblock.connect(vm.monitor_path) as holder,
+        qmpblock.connect(vm.second_monitor_path, nbd=path) as controller,
+    ):
+        [disk] = await controller.disks()
+        async with export.no_exports(holder.monitor, stall=5):
+            waiting = asyncio.create_task(disk.map())
+            await asyncio.sleep(1.5)
+        assert (await waiting).length == disk.size
+    await vm.execute("nbd-server-stop")
 
 
 @IOTHREAD
