@@ -35,6 +35,7 @@ its disk, and any job on the chain.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import socket
@@ -64,6 +65,7 @@ from qmpblock.joint import Joint
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
 from qmpblock.nbdserver import (
+    SOCKET,
     answers,
     delete_export,
     delete_object,
@@ -74,6 +76,7 @@ from qmpblock.nbdserver import (
     tolerate,
     undo_dead_run,
 )
+from qmpblock.ourfiles import Directory
 from qmpblock.polling import unpolled
 
 if TYPE_CHECKING:
@@ -280,6 +283,7 @@ class _Session:
         self.prefix = f"qmpblock-{self.run}"
         self.slots: list[_Slot] = []
         self.folder: Path | None = None
+        self.directory: Directory | None = None  # the same, once it is made
         self.custody = monitor.can_pass_fds
         self.iothreads: list[dict[str, Any]] | None = None  # where that had to be asked
         self.iothread: str | None = None
@@ -365,7 +369,7 @@ class _Session:
             # Named here, for the lock's record, and made under the lock: a controller that is
             # killed leaves nothing that the record does not name.
             self.folder = _socket_folder(self.prefix)
-            self.path = str(self.folder / "nbd")
+            self.path = str(self.folder / SOCKET)
             if self._over_tcp():
                 self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
         me = Holder.me(
@@ -391,6 +395,7 @@ class _Session:
         self.reached = asyncio.get_running_loop().time()
         try:
             self.folder.mkdir(mode=0o700)
+            self.directory = _open_ours(self.folder)
         except OSError as error:
             raise Error(
                 f"cannot make the directory {self.folder} for a socket: {error.strerror}",
@@ -410,14 +415,15 @@ class _Session:
                     "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
                 )
                 raise
-            self.where = UnixAddress(self.path)
+            self.where = self._socket()
 
     async def _listen_and_hand_over(self, path: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(path)
+            where = self._socket()  # or somebody else's
             listener.listen(len(self.slots))
             for slot in self.slots:
-                slot.sock = await open_socket(UnixAddress(path))
+                slot.sock = await open_socket(where)
                 await self._take_custody(slot)
             name = f"{self.prefix}-listen"
             await self.monitor.pass_fd(name, listener.fileno())
@@ -651,11 +657,30 @@ class _Session:
         if self.folder is not None:
             remove_socket(self.path)
             self.folder = None
+        if self.directory is not None:
+            self.directory.close()
+
+    def _socket(self) -> UnixAddress:
+        """Return the way to the socket in the directory that we made, whatever bears its name."""
+        assert self.directory is not None  # it was made before
+        return UnixAddress(f"/proc/self/fd/{self.directory.fd}/{SOCKET}")
 
 
 def _holder(slot: _Slot) -> tuple[str, ...]:
     """Return the names of the nodes that hold the write permission, each before what it is over."""
     return f"{slot.name}-w", *Joint.names(f"{slot.name}-w-j")
+
+
+def _open_ours(folder: Path) -> Directory:
+    """Open a directory that was just made, and see that nobody put another one in its place.
+
+    :raise OSError: somebody did.
+    """
+    directory = Directory(folder)
+    if not directory.is_ours():
+        directory.close()
+        raise PermissionError(errno.EACCES, "somebody has put another directory in its place")
+    return directory
 
 
 def _socket_folder(name: str) -> Path:

@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING
 
 from qmpblock.graph import Layer
 from qmpblock.openfiles import OpenFiles
-from qmpblock.places import Missing, Place
+from qmpblock.ourfiles import open_plain
+from qmpblock.places import FileId, Missing, Place
 
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
 
-__all__ = ["home_of", "local_path", "open_inodes", "reserved_ranges", "why_not_local"]
+__all__ = [
+    "home_of",
+    "local_path",
+    "open_inodes",
+    "reserved_ranges",
+    "status_of",
+    "why_not_local",
+]
 
 # linux/fiemap.h, linux/fs.h
 _FS_IOC_FIEMAP = 0xC020660B
@@ -56,6 +64,21 @@ def why_not_local(pid: int | None, layer: Layer) -> str:
     return "is a block device" if place.file.is_device else "has just come to be known here"
 
 
+def status_of(pid: int | None, layer: Layer) -> os.stat_result | None:
+    """Return stat(2) of the very file that the layer is stored in; None where it is not here."""
+    place = _place(pid, layer)
+    if isinstance(place, Missing):
+        return None
+    for fd in OpenFiles(pid).descriptors(place.file):
+        try:
+            status = Path(f"/proc/{pid}/fd/{fd}").stat()
+        except OSError:
+            continue
+        if FileId.of(status) == place.file:
+            return status
+    return None
+
+
 def _place(pid: int | None, layer: Layer) -> Place | Missing:
     if layer.storage is None:
         return Missing("has no file of its own")
@@ -83,7 +106,7 @@ def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False)
     found: list[tuple[int, int]] = []
     position = first
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_plain(path)
     except OSError:
         return None
     try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmpblock import ourfiles
 from qmpblock.errors import (
     BusyError,
     Error,
@@ -26,6 +27,7 @@ from qmpblock.hostprocess import is_running
 from qmpblock.journal import PIVOTED, Journal
 from qmpblock.jsonname import from_text
 from qmpblock.opened import is_nested
+from qmpblock.places import FileId
 from qmpblock.qemuimg import QemuImg, blockdev
 from qmpblock.record import Record
 from qmpblock.recoveryplan import ImageVerdict, image_verdict
@@ -164,10 +166,11 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
         formats.pop(str(entry.get("made")), None)
         if "created" in entry:
             formats[str(entry["created"])] = str(entry.get("format", ""))
-    for file, identity in journal.made().items():
-        with contextlib.suppress(FileNotFoundError):
-            status = Path(file).lstat()
-            if (status.st_dev, status.st_ino) == identity:
+    made = journal.made()
+    for file, identity in made.items():
+        path = Path(file)
+        with contextlib.suppress(FileNotFoundError), ourfiles.Directory(path.parent) as directory:
+            if directory.holds(path.name, FileId(*identity)):
                 empty[file] = file not in formats or await _holds_nothing(file, formats[file])
     verdict = image_verdict(record, journal.entries, empty)
     pivoting = record.operation == "commit" and record.pivot and not journal.pivoted
@@ -191,10 +194,9 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             # Killed here, and the VM started: the overlay must not be committed again.
             with contextlib.suppress(Error):  # no room: then it goes the sooner
                 journal.mark(**{PIVOTED: True})
-            Path(overlay).unlink()
+            ourfiles.remove(overlay, FileId(*made[overlay]))
         for file in verdict.unused:
-            with contextlib.suppress(FileNotFoundError):
-                Path(file).unlink()
+            ourfiles.remove(file, FileId(*made[file]))
         journal.remove()
     moved = record.operation == "commit" and verdict.start == (record.base_file,)
     how = record.base_opened if moved else ""

@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import posixpath
+import stat
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +21,10 @@ from qmpblock.capabilities import Capabilities
 from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.lock import Holder
 from qmpblock.monitor import Monitor
+from qmpblock.ourfiles import Directory
 
 __all__ = [
+    "SOCKET",
     "ServerUse",
     "answers",
     "delete_export",
@@ -31,6 +36,9 @@ __all__ = [
     "tolerate",
     "undo_dead_run",
 ]
+
+#: The name of a socket of ours, in a directory of its own.
+SOCKET = "nbd"
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +136,7 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
     # but names that are ours by their form.
     names = [f"{prefix}{i}" for i in range(len(use.exports[:64]))]
     path = use.path
-    if Path(path).parent.name != prefix.rstrip("-"):
+    if posixpath.split(path)[1] != SOCKET or Path(path).parent.name != prefix.rstrip("-"):
         path = ""
     # Named descriptors belong to a monitor. On the one that the dead controller came by, a
     # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
@@ -165,16 +173,31 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
         await settle(monitor)
         await tolerate("not running", monitor.execute("nbd-server-stop"))
     await delete_object(monitor, f"{prefix}tls")
-    if path:
+    if path and not is_listening(path):  # another controller's of that run, if it is
         remove_socket(path)
 
 
 def remove_socket(path: str) -> None:
-    """Remove a socket of ours and its directory, and never anything else that is in it."""
-    with contextlib.suppress(OSError):
-        if Path(path).is_socket():
-            Path(path).unlink()
-        Path(path).parent.rmdir()
+    """Remove a socket of ours and its directory, and never anything else that is in it.
+
+    The directory may be one that QEMU's user has named: it is no link, and nobody but its owner may
+    write to it. So it is ours, or his own, where he could do this himself.
+    """
+    folder, name = posixpath.split(path)
+    above, last = posixpath.split(folder)
+    with contextlib.suppress(OSError, ValueError), Directory(above) as directory:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(last, flags, dir_fd=directory.fd)
+        try:
+            if os.fstat(fd).st_mode & 0o022:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if stat.S_ISSOCK(status.st_mode):
+                    os.unlink(name, dir_fd=fd)
+        finally:
+            os.close(fd)
+        os.rmdir(last, dir_fd=directory.fd)
 
 
 async def answers(host: str, ports: Sequence[object]) -> bool:

@@ -86,6 +86,10 @@ class OpenFiles:
         """Return every file that is open."""
         return {one.file for one in self._open}
 
+    def descriptors(self, file: FileId) -> list[int]:
+        """Return the process's descriptors of a file."""
+        return [one.fd for one in self._open if one.file == file]
+
     def places(self, nodes: Iterable[Node]) -> dict[str, Place | Missing]:
         """Say of protocol nodes where their files are, by the nodes' names."""
         return {node.name: self.place(node) for node in nodes if node.driver in _DRIVERS}

@@ -8,6 +8,9 @@ once, and a file in it is told by what was made, not by what it is called::
     opened    again by no link, without waiting for a FIFO's other end; then it must be that file
     removed   only if that name still is that file
 
+The way to a directory may lead through links. One of another user's may lead only where he could
+write himself: or he would have root make files, which he then owns, anywhere.
+
 Between that last look and unlinkat(2) another file may come to bear the name. It goes then: one
 that its owner moved there, out of a directory in which he could have removed it himself.
 """
@@ -19,15 +22,17 @@ import errno
 import os
 import posixpath
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 from qmpblock.places import FileId
 
-__all__ = ["Directory", "remove"]
+__all__ = ["Directory", "open_plain", "remove"]
 
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+_LOOK = os.O_PATH | os.O_CLOEXEC
+_LINKS = 40  # on one way, as path_resolution(7)
 
 
 class Directory:
@@ -42,10 +47,12 @@ class Directory:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open it.
 
-        :raise OSError: it is not there, or is no directory.
+        :raise OSError: it is not there, or is no directory; or (as root) the way leads through a
+            link of another user, who may not write there.
         """
         self.path = Path(path)
-        self.fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        self.fd = _walk(self.path) if os.geteuid() == 0 else os.open(path, flags)
 
     def __enter__(self) -> Self:
         return self
@@ -182,6 +189,22 @@ class Directory:
         return status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o022
 
 
+def open_plain(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """Open a regular file or a block device by its path, and nothing else: nothing waits for it.
+
+    Looked at before it is opened: what opening does to a FIFO or to a device does not happen.
+
+    :raise OSError: it cannot be opened, or is something else.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if FileId.of(os.fstat(found)) is None:
+            raise OSError(errno.EINVAL, "no regular file and no block device", str(path))
+        return os.open(f"/proc/self/fd/{found}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
+
+
 def remove(path: str | os.PathLike[str], file: FileId) -> bool:
     """Remove a file, if its path still leads to it; return whether it did.
 
@@ -194,6 +217,67 @@ def remove(path: str | os.PathLike[str], file: FileId) -> bool:
         return False
     with directory:
         return directory.remove(name, file)
+
+
+def _walk(path: Path) -> int:
+    """Open a directory step by step, and look at the links on the way."""
+    todo = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts))
+    links: dict[int, str] = {}
+    passed = 0
+    at = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
+    try:
+        while todo:
+            name = todo.pop()
+            found, owner, target = _step(at, name)
+            if target is not None:
+                passed += 1
+                if passed > _LINKS:
+                    _fail(errno.ELOOP, path)
+                links[owner] = name
+                todo += reversed(target.parts)
+                if not target.is_absolute():
+                    continue
+                found = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
+            os.close(at)
+            at = found
+        _check_arrival(at, path, links)
+    except BaseException:
+        os.close(at)
+        raise
+    return at
+
+
+def _step(at: int, name: str) -> tuple[int, int, Path | None]:
+    """Open what bears a name; of a link return its owner and its target instead."""
+    fd = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=at)
+    status = os.fstat(fd)
+    if not stat.S_ISLNK(status.st_mode):
+        return fd, status.st_uid, None
+    try:
+        if status.st_dev == Path("/proc").stat().st_dev:  # /proc/PID/root: no text says whereto
+            return os.open(name, _LOOK, dir_fd=at), status.st_uid, None
+        return -1, status.st_uid, Path(os.readlink("", dir_fd=fd))
+    finally:
+        os.close(fd)
+
+
+def _check_arrival(fd: int, path: Path, links: Mapping[int, str]) -> None:
+    """See that it is a directory, and none to which a link of another's has led us astray."""
+    status = os.fstat(fd)
+    if not stat.S_ISDIR(status.st_mode):
+        _fail(errno.ENOTDIR, path)
+    for owner, name in links.items():
+        if owner not in (0, status.st_uid) and not status.st_mode & 0o022:
+            _fail(
+                errno.EACCES,
+                path,
+                f"the way there leads through the link {name} of user {owner}, who may not write "
+                "there",
+            )
+
+
+def _fail(number: int, path: Path, why: str = "") -> NoReturn:
+    raise OSError(number, why or os.strerror(number), str(path))
 
 
 def _entry(name: str) -> str:

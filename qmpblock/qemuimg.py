@@ -450,11 +450,14 @@ class QemuIo(QemuImg):
     def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
         super().__init__(program, stall=stall)
 
-    async def mark_as_data(self, path: str, size: int, ranges: Iterable[tuple[int, int]]) -> None:
+    async def mark_as_data(
+        self, path: str, size: int, ranges: Iterable[tuple[int, int]], *, fds: Sequence[int] = ()
+    ) -> None:
         """Have a closed qcow2 image hold data in ranges, in a data file that is nowhere.
 
         :param path: made by `QemuImg.create` with `data_elsewhere`; nothing is flushed.
         :param size: of the image, in bytes.
+        :param fds: that `path` is one of, if it is /proc/self/fd/N.
         :raise ToolError: qemu-io failed; there may be no room for the metadata.
         """
         image = {
@@ -469,7 +472,7 @@ class QemuIo(QemuImg):
         ]
         text = "\n".join([*lines, "quit", ""])
         name = "json:" + json.dumps(image)
-        said = [line async for line in self._lines("-t", "unsafe", name, given=text)]
+        said = [line async for line in self._lines("-t", "unsafe", name, given=text, fds=fds)]
         wrong = [line for line in said if "failed" in line]
         if wrong:
             raise ToolError([self.program, path], 1, wrong[0])

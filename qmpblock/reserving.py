@@ -21,6 +21,7 @@ from qmpblock.errors import Error, UnsupportedError, printable
 from qmpblock.fallocate import UNSUPPORTED, keep_size
 from qmpblock.graph import Layer
 from qmpblock.openings import in_part
+from qmpblock.ourfiles import open_plain
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def holes(file: str, start: int, stop: int) -> Ranges:
     """
     found: list[tuple[int, int]] = []
     at = start
-    fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_plain(file)
     try:
         while at < stop:
             try:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock import hostfiles
+from qmpblock import hostfiles, ourfiles
 from qmpblock.driving import (
     before_finalize,
     bring_home,
@@ -30,6 +30,7 @@ from qmpblock.errors import (
 from qmpblock.graph import BlockGraph, Device
 from qmpblock.job import Job
 from qmpblock.journal import Journal
+from qmpblock.places import FileId
 from qmpblock.record import Record
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
 
@@ -154,9 +155,9 @@ def _made(journal: Journal | None) -> list[str]:
         return []
     found = []
     for file, identity in journal.made().items():
-        with contextlib.suppress(OSError):
-            status = Path(file).lstat()
-            if (status.st_dev, status.st_ino) == identity:
+        path = Path(file)
+        with contextlib.suppress(OSError), ourfiles.Directory(path.parent) as directory:
+            if directory.holds(path.name, FileId(*identity)):
                 found.append(file)
     return found
 
@@ -167,8 +168,7 @@ def _delete_file(vm: VM, journal: Journal | None, file: str) -> None:
     pid = vm.monitor.peer_pid
     if pid is not None and identity in hostfiles.open_inodes(pid):
         return  # QEMU has it open: it is in use, under whatever name
-    with contextlib.suppress(FileNotFoundError):
-        Path(file).unlink()
+    ourfiles.remove(file, FileId(*identity))
 
 
 def device_of(record: Record, graph: BlockGraph) -> Device:

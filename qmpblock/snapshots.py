@@ -16,6 +16,7 @@ For each disk, then for all at once::
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import posixpath
@@ -50,7 +51,8 @@ from qmpblock.managers import Work
 from qmpblock.nodeoptions import aio_of, cache_options, overlay_options
 from qmpblock.openfiles import NOWHERE, OpenFiles, sees_directory
 from qmpblock.openings import storage_of
-from qmpblock.places import known
+from qmpblock.ourfiles import Directory
+from qmpblock.places import FileId, known
 from qmpblock.qemuimg import Contents
 from qmpblock.recoveryplan import Choice
 from qmpblock.settings import lost_by_snapshot, wanted_discard
@@ -66,6 +68,7 @@ __all__ = [
     "SnapshotResult",
     "make_file",
     "make_overlay",
+    "open_directory",
     "snapshot",
     "take",
 ]
@@ -112,6 +115,7 @@ class Item:
     :ivar job: the id of the job that writes its header, where QEMU itself does.
     :ivar cluster: of the overlay, in bytes.
     :ivar local: whether a file made here is there for QEMU.
+    :ivar directory: in which it is made, where it is made here.
     :ivar discard: what the guest's discards do to it.
     """
 
@@ -124,6 +128,7 @@ class Item:
     cluster: int = CLUSTER
     local: bool = True
     discard: str = "unmap"
+    directory: Directory | None = None
 
     def header(self, fmt: str) -> Header:
         """Return what the overlay is to be."""
@@ -184,21 +189,28 @@ async def snapshot(
         images=tuple(chain[0] for chain in chains)
         + tuple(file for chain in chains for file in chain[1:]),
     )
-    change = Change(vm, record)
-    await change.begin()
-    async with change.or_undo(
-        lambda: _not_taken(items),
-        done=lambda: "the snapshot was taken all the same",
-    ):
-        again = await _plan(vm, run, overlays, format, backing_name)
-        _unchanged(items, again)
-        for item in items:
-            await make_overlay(vm, change, item, format, local=item.local)
-        await prove(vm, change, items)
-        await ownership.ask(vm.monitor, devices, standing=None)
-        await undisturbed(take(vm, items))
-        await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
-        await undisturbed(change.end())
+    with contextlib.ExitStack() as stack:
+        items = [
+            replace(item, directory=stack.enter_context(open_directory(item.file)))
+            if item.local
+            else item
+            for item in items
+        ]
+        change = Change(vm, record)
+        await change.begin()
+        async with change.or_undo(
+            lambda: _not_taken(items),
+            done=lambda: "the snapshot was taken all the same",
+        ):
+            again = await _plan(vm, run, overlays, format, backing_name)
+            _unchanged(items, again)
+            for item in items:
+                await make_overlay(vm, change, item, format, local=item.local)
+            await prove(vm, change, items)
+            await ownership.ask(vm.monitor, devices, standing=None)
+            await undisturbed(take(vm, items))
+            await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+            await undisturbed(change.end())
     try:
         for disk in overlays:
             await disk.refresh()
@@ -318,7 +330,7 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
     ours = await by_qemu_img(vm, plan.key_secret, local=local)
     contents = await make(vm, header) if ours else Contents(0, ())
     if local:
-        make_file(change, item, contents)
+        made = make_file(change, item, contents)
     else:
         await _have_file_made(vm, item, _whole_blocks(contents.length))
     storage: dict[str, Any] = {
@@ -338,7 +350,7 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
     elif not local:
         await _send(vm, item, contents)
     if local:
-        _sync(Path(item.file))
+        _sync(item, made)
     assert change.journal is not None  # begin() wrote it
     change.journal.add(created=item.file, format=fmt)
     try:
@@ -389,68 +401,45 @@ async def _run_create(vm: VM, job_id: str, options: dict[str, Any]) -> None:
         raise JobError(job_id, "create", error)
 
 
-def make_file(change: Change, item: Item, contents: Contents) -> None:
+def make_file(change: Change, item: Item, contents: Contents) -> FileId:
     """Make the overlay's file, in such an order that it is never there unrecorded.
 
-    Where the file system allows it, it is never there half-written either.
+    It has the owner and the mode of the active image, so that QEMU can open it. Where the file
+    system allows it, it is never there half-written either.
+
+    :return: which one it is.
     """
     assert change.journal is not None  # begin() wrote it
-    path = Path(item.file)
-    file = hostfiles.local_path(change.vm.monitor.peer_pid, item.plan.active)
+    assert item.directory is not None  # it is made here
+    journal, found = change.journal, list[FileId]()
+
+    def record(made: FileId) -> None:
+        found.append(made)
+        journal.add(made=item.file, dev=made.device, ino=made.inode)
+
+    like = hostfiles.status_of(change.vm.monitor.peer_pid, item.plan.active)
     try:
-        fd = _open_nameless(path.parent)
-        try:
-            _give_to_qemu(fd, file)
-            contents.write_to(fd)
-            status = os.fstat(fd)
-            change.journal.add(made=item.file, dev=status.st_dev, ino=status.st_ino)
-            # src_dir_fd is not used with an absolute path, but has os.link call linkat(2).
-            os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
-        finally:
-            os.close(fd)
+        os.close(item.directory.make(Path(item.file).name, record, contents.write_to, like=like))
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise _cannot_make(path, error) from None
-        _make_named_file(change, item, file, contents)
+        raise _cannot_make(Path(item.file), error) from None
+    return found[0]
 
 
-def _open_nameless(directory: Path) -> int:
-    return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+def open_directory(file: str) -> Directory:
+    """Open the directory in which a file is to be made.
 
-
-def _make_named_file(change: Change, item: Item, like: str | None, contents: Contents) -> None:
-    """Make it where the file system knows no nameless files (NFS)."""
-    assert change.journal is not None  # begin() wrote it
-    path = Path(item.file)
+    :raise Error: it cannot be opened.
+    """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        return Directory(posixpath.dirname(file))
     except OSError as error:
-        raise _cannot_make(path, error) from None
-    try:
-        status = os.fstat(fd)
-        change.journal.add(made=item.file, dev=status.st_dev, ino=status.st_ino)
-        _give_to_qemu(fd, like)
-        contents.write_to(fd)
-    except OSError as error:
-        raise _cannot_make(path, error) from None
-    finally:
-        os.close(fd)
+        raise _cannot_make(Path(file), error, standing="nothing was touched") from None
 
 
-def _give_to_qemu(fd: int, like: str | None) -> None:
-    """Give a file the owner and mode of the active image, so that QEMU can open it."""
-    if like is None:
-        return
-    status = Path(like).stat()
-    if os.geteuid() == 0:
-        os.fchown(fd, status.st_uid, status.st_gid)
-    os.fchmod(fd, status.st_mode & 0o777)
-
-
-def _cannot_make(path: Path, error: OSError) -> Error:
+def _cannot_make(path: Path, error: OSError, *, standing: str | None = None) -> Error:
     if error.errno == errno.EEXIST:
         return RequestError(f"{printable(path)} exists already; an overlay is always a new file")
-    return Error(f"cannot make {printable(path)}: {error.strerror}")
+    return Error(f"cannot make {printable(path)}: {error.strerror}", standing=standing)
 
 
 async def _have_file_made(vm: VM, item: Item, size: int) -> None:
@@ -484,13 +473,17 @@ def _whole_blocks(length: int) -> int:
     return -(-length // _BLOCK) * _BLOCK
 
 
-def _sync(path: Path) -> None:
-    for target, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        fd = os.open(target, flags | os.O_CLOEXEC)
+def _sync(item: Item, made: FileId) -> None:
+    assert item.directory is not None  # it is made here
+    try:
+        fd = item.directory.open(Path(item.file).name, made)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+        item.directory.sync()
+    except OSError as error:
+        raise Error(f"cannot write {printable(item.file)}: {error.strerror}") from None
 
 
 async def take(vm: VM, items: list[Item]) -> None:

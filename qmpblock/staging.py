@@ -45,12 +45,13 @@ from qmpblock.journal import PIVOTED, Record
 from qmpblock.jsonname import as_text, from_text
 from qmpblock.opened import alone
 from qmpblock.openfiles import OpenFiles, sees_directory
+from qmpblock.ourfiles import Directory
 from qmpblock.pace import Speed
 from qmpblock.places import Place
 from qmpblock.qemuimg import QemuImg
 from qmpblock.recoveryplan import Choice
 from qmpblock.settling import settle
-from qmpblock.snapshots import Item, make_overlay, prove, take
+from qmpblock.snapshots import Item, make_overlay, open_directory, prove, take
 
 if TYPE_CHECKING:
     from qmpblock.disk import Disk
@@ -116,7 +117,7 @@ async def reserve_by_staging(
         base_file=file,
         base_format=active.format,
         base_opened=how,
-        written=tuple((path, Path(path).stat().st_ino) for path in _written(disk, file)),
+        written=_written(disk, file),
         detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
         nodes=(node, f"{node}-file", *parts.nodes),
         files=(overlay, *parts.files),
@@ -129,40 +130,43 @@ async def reserve_by_staging(
         slice_size = min(slice_size, max(speed.rate, _SMALLEST))
     cluster = active.node.cluster_size or 65536
     slice_size = max(cluster, slice_size - slice_size % cluster)
-    await change.begin()
-    async with change.or_undo(
-        lambda: (
-            f"{done} bytes were reserved. The guest is not back on {printable(file)}: somebody "
-            f"took a snapshot above the overlay {printable(overlay)}, which is a layer of the "
-            "chain now and needed there, or unplugged the disk"
-        ),
-        done=lambda: (
-            f"the guest is back on {printable(file)}, with every write; {done} bytes were "
-            "reserved and stay so; nothing of ours is left"
-        ),
-    ):
-        left = await _blank(disk, where)
-        end = int(where.stops[-1])
+    with _open_home(disk, file) as directory:
+        await change.begin()
+        async with change.or_undo(
+            lambda: (
+                f"{done} bytes were reserved. The guest is not back on {printable(file)}: somebody "
+                f"took a snapshot above the overlay {printable(overlay)}, which is a layer of the "
+                "chain now and needed there, or unplugged the disk"
+            ),
+            done=lambda: (
+                f"the guest is back on {printable(file)}, with every write; {done} bytes were "
+                "reserved and stay so; nothing of ours is left"
+            ),
+        ):
+            left = await _blank(disk, where)
+            end = int(where.stops[-1])
 
-        def copied(now: int) -> None:
-            if tell is not None:
-                tell(done + now, done + max(now, left.total))
+            def copied(now: int) -> None:
+                if tell is not None:
+                    tell(done + now, done + max(now, left.total))
 
-        while left:
-            size = min(slice_size, left.total)
-            await speed.wait(size)
-            _check_room(file, size)
-            copied(0)
-            where = where.clip(int(left.starts[0]), end)
-            chosen, finished = await _slice(disk, change, where, slice_size, had, copied)
-            done += chosen.total
-            held = max([held, *(change.journal.held if change.journal else ())])
-            if finished:
-                left = Ranges()  # what the live map shows beyond has space already
-            elif chosen:
-                left = left.clip(int(chosen.stops[-1]), end)
-            copied(0)
-        await undisturbed(change.end())
+            while left:
+                size = min(slice_size, left.total)
+                await speed.wait(size)
+                _check_room(file, size)
+                copied(0)
+                where = where.clip(int(left.starts[0]), end)
+                chosen, finished = await _slice(
+                    disk, change, where, slice_size, had, copied, directory
+                )
+                done += chosen.total
+                held = max([held, *(change.journal.held if change.journal else ())])
+                if finished:
+                    left = Ranges()  # what the live map shows beyond has space already
+                elif chosen:
+                    left = left.clip(int(chosen.stops[-1]), end)
+                copied(0)
+            await undisturbed(change.end())
     return done, held, reduce(Ranges.union, had)
 
 
@@ -201,13 +205,36 @@ def _no_overlay(active: Layer, reason: str) -> UnsupportedError:
     )
 
 
-def _written(disk: Disk, file: str) -> list[str]:
-    """Return the files that an overlay's content comes home to: the image, its data file."""
-    data = disk.chain.active.data_file
-    if data is None:
-        return [file]
-    place = OpenFiles(disk.vm.monitor.peer_pid).place(data)
-    return [file, place.here] if isinstance(place, Place) else [file]
+def _written(disk: Disk, file: str) -> tuple[tuple[str, int], ...]:
+    """Return the files that an overlay's content comes home to: the image, its data file.
+
+    Each with its inode, by what the VM has open.
+    """
+    active, files = disk.chain.active, OpenFiles(disk.vm.monitor.peer_pid)
+    found = []
+    for node, name in ((active.storage, file), (active.data_file, None)):
+        place = files.place(node) if node is not None else None
+        if isinstance(place, Place):
+            # Of a block device, what a name of it had; it is told by its number otherwise.
+            inode = place.file.inode
+            inode = Path(place.here).stat().st_ino if inode is None else inode
+            found.append((name or place.here, inode))
+    return tuple(found)
+
+
+def _open_home(disk: Disk, file: str) -> Directory:
+    """Open the directory of the active image: the one in which it is, not only by its name.
+
+    :raise Error: it is another one by now.
+    """
+    active = disk.chain.active
+    directory = open_directory(file)
+    assert active.storage is not None  # check_staging found its file
+    place = OpenFiles(disk.vm.monitor.peer_pid).place(active.storage)
+    if isinstance(place, Place) and directory.holds(posixpath.basename(file), place.file):
+        return directory
+    directory.close()
+    raise _no_overlay(active, "was moved just now")
 
 
 async def check_staged(disk: Disk) -> None:
@@ -258,11 +285,13 @@ async def _slice(
     size: int,
     had: list[Ranges],
     tell: Callable[[int], None],
+    directory: Directory,
 ) -> tuple[Ranges, bool]:
     """Reserve up to `size` bytes of the ranges; return which, and whether there are no more.
 
     :param had: is added to by `_choose`.
     :param tell: is called with the bytes of them that are stored.
+    :param directory: that of the image.
     """
     vm, record, journal = disk.vm, change.record, change.journal
     assert journal is not None  # begin() wrote it
@@ -271,7 +300,7 @@ async def _slice(
     changed = as_text(await opened_as(vm, active)) != record.base_opened
     if active.node.name != record.base or disk.device.jobs or changed:
         raise GraphError(f"somebody else is at work on {disk.name}")
-    for left in filter(os.path.lexists, record.files):
+    for left in filter(lambda one: directory.status(posixpath.basename(one)), record.files):
         # Were it taken for the next one, a crash would bring old data home.
         raise Error(f"a file of the last slice is still there: {printable(left)}")
     journal.restart()
@@ -292,6 +321,7 @@ async def _slice(
         posixpath.basename(record.base_file),
         # What the guest writes comes home in its clusters: no larger ones than the image's.
         min(active.node.cluster_size or _CLUSTER, _CLUSTER),
+        directory=directory,
     )
     await make_overlay(vm, change, item, "qcow2", local=True)
     await prove(vm, change, [item])

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import re
 import stat
 
 import pytest
 
-from qmpblock.ourfiles import Directory, remove
+from qmpblock.ourfiles import Directory, open_plain, remove
 from qmpblock.places import FileId
 
 
@@ -151,3 +152,63 @@ def test_a_failed_one_leaves_no_descriptor(directory):
 
 def fail():
     raise OSError(errno.EIO, "no")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to be led astray")
+def test_a_link_of_another_user_leads_only_where_he_may_write(tmp_path):
+    """Else he has root make files anywhere, which are given to him."""
+    (tmp_path / "roots").mkdir(mode=0o755)
+    (tmp_path / "his").mkdir(mode=0o755)
+    os.chown(tmp_path / "his", 61666, 61666)
+    for target in ("roots", "his"):
+        link = tmp_path / f"to-{target}"
+        link.symlink_to(target)
+        with Directory(link):  # root's own leads anywhere
+            pass
+        os.lchown(link, 61666, 61666)
+    with Directory(tmp_path / "to-his") as directory:
+        assert os.path.samestat(os.fstat(directory.fd), (tmp_path / "his").stat())
+    with pytest.raises(OSError, match="the link to-roots of user 61666"):
+        Directory(tmp_path / "to-roots")
+    with pytest.raises(OSError, match="the link to-roots of user 61666"):
+        Directory(tmp_path / "his" / ".." / "to-roots" / ".")
+
+
+def test_ways_are_walked_as_the_kernel_does(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "up").symlink_to("../a/b")
+    (tmp_path / "a" / "full").symlink_to(tmp_path / "a")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for way in (
+        "a",
+        "./a",
+        "a/up",
+        "a/full/up/..",
+        "/",
+        ".",
+        f"/proc/self/root{tmp_path}/a",
+        "/proc/self/cwd/a",
+    ):
+        with Directory(way) as directory:
+            assert os.path.samestat(os.fstat(directory.fd), os.stat(way)), way
+    for way, number in (
+        ("loop", errno.ELOOP),
+        ("file", errno.ENOTDIR),
+        ("none", errno.ENOENT),
+        ("file/x", errno.ENOTDIR),
+    ):
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            Directory(way)
+
+
+def test_a_plain_file_is_looked_at_before_it_is_opened(tmp_path):
+    (tmp_path / "file").write_bytes(b"ours")
+    fd = open_plain(tmp_path / "file")
+    assert os.read(fd, 9) == b"ours"
+    os.close(fd)
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/dev/null"):
+        with pytest.raises(OSError, match="no regular file"):
+            open_plain(path)

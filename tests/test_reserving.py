@@ -7,12 +7,14 @@ import itertools
 import os
 
 import pytest
+from untrusted import within
 
 from qmpblock import reserving
 from qmpblock.errors import Error, UnsupportedError
+from qmpblock.hostfiles import reserved_ranges
 from qmpblock.pace import Speed
 from qmpblock.ranges import Ranges
-from qmpblock.reserving import blank_ranges
+from qmpblock.reserving import blank_ranges, holes
 
 MIB = 1 << 20
 
@@ -88,3 +90,14 @@ def test_what_of_a_file_has_no_host_space(tmp_path):
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, 8 * MIB)
     assert blank_ranges(str(path), 0, 8 * MIB) == Ranges()
+
+
+@pytest.mark.parametrize("look", [holes, lambda path, *_: reserved_ranges(path, MIB)])
+def test_a_fifo_in_the_place_of_the_file_is_no_file(tmp_path, look):
+    """Opening one waits for its other end, for ever, and SIGTERM does nothing."""
+    os.mkfifo(tmp_path / "fifo")
+    with within(5):
+        try:
+            assert look(str(tmp_path / "fifo"), 0, MIB) is None
+        except OSError as error:
+            assert error.errno == errno.EINVAL

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,23 +25,24 @@ from qmpblock.testing.images import BuiltScenario, Tools, build, find_qemu
 from qmpblock.testing.qemu import QemuProcess
 from qmpblock.testing.scenario import Scenario
 
-__all__ = ["UID", "Eve", "EvesQemu", "eve"]
+__all__ = ["UID", "Eve", "EvesQemu", "eve", "within"]
 
 UID = 61666
 AS_HER = ("setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--pdeathsig=KILL")
 # A QEMU below a directory that only root may enter is reached by an open descriptor.
 _INTO = 'exec 9<"$1"; shift; exec "$@"'
 
-# Puts a link to TARGET in the place of whatever appears as one of NAMES, as fast as it can, and
-# says how often. What is done with a name once may be done before the link comes, or after.
+# Puts a link to TARGET in the place of whatever appears that is called like one of PATTERNS, as
+# fast as it can, and says how often.
 SWAP = """
-import os, sys
-directory, target, *names = sys.argv[1:]
+import fnmatch, os, re, sys
+directory, target, *patterns = sys.argv[1:]
+fits = re.compile("|".join(map(fnmatch.translate, patterns))).match
 os.chdir(directory)
 swapped = 0
 print("ready", flush=True)
 while os.getppid() == PARENT:
-    for name in names:
+    for name in filter(fits, os.listdir()):
         try:
             found = os.lstat(name).st_mode & 0o170000
         except OSError:
@@ -144,17 +146,35 @@ class Eve:
                 process.kill()
 
     @contextlib.contextmanager
-    def swapping(self, target: Path, directory: Path, *names: str) -> Iterator[list[int]]:
-        """Put a link to a file in the place of whatever appears under these names.
+    def swapping(self, target: Path, directory: Path, *patterns: str) -> Iterator[list[int]]:
+        """Put a link to a file in the place of whatever appears that is called like that.
 
         :return: afterwards, how many there were.
         """
         counted: list[int] = []
-        with self.running(SWAP, str(directory), str(target), *names) as process:
+        with self.running(SWAP, str(directory), str(target), *patterns) as process:
             yield counted
             process.kill()
             assert process.stdout is not None
             counted.append(len(process.stdout.read().split()))
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fail where something blocks the whole process."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"it still hangs after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    except TimeoutError as error:  # it is an OSError
+        pytest.fail(str(error))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _python(script: str) -> list[str]:
