@@ -74,11 +74,17 @@ def printable(text: object, limit: int = 300) -> str:
     """Make a string from a peer safe to show: control characters escaped, cut at `limit`.
 
     A guest or server chooses file names and error texts; an escape sequence in one must
-    not reach the operator's terminal (design.md, safety rule 4).
+    not reach the operator's terminal (design.md, safety rule 4). So are characters that change
+    the direction of the text, halves of surrogate pairs, and what is no character at all: none of
+    them may stand in XML or be written as UTF-8.
     """
+    try:
+        said = str(text)
+    except (RecursionError, ValueError):  # too deep, or a number of more digits than Python writes
+        said = f"<{type(text).__name__}>"
     shown = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
-        for c in str(text)
+        for c in said[: limit + 1]  # of a text of megabytes no more is looked at
     )
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 

@@ -15,13 +15,17 @@ Where the edges come from (qemu-facts, section 3):
   the only reply that tells which nodes a job works on.
 
 The nested form of query-named-block-nodes is never used: 14 s at 150 layers.
+
+A monitor may describe a graph that no QEMU has, or that takes for ever to walk: the numbers of
+nodes, users and steps are bounded, and all of it takes time in proportion to them.
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 from qmpblock.errors import AmbiguousError, GraphError, NotFoundError, RequestError, printable
@@ -57,6 +61,12 @@ FILTERS: Mapping[str, str] = {
 # What jobs insert above the node they work on, unseen by query-block.
 _JOB_FILTERS = frozenset({"commit_top", "copy-before-write", "copy-on-read", "mirror_top"})
 _PERIPHERAL = "/machine/peripheral/"
+
+_MOST_NODES = 20_000  # a monitor's message has room for 16,000 such as QEMU describes
+_MOST_USERS = 4_000  # devices, jobs and exports, of each
+_MOST_CHILDREN = 256  # of one node; a quorum has the most
+_MOST_BELOW = 64  # a format node, with no format node between; of two is known
+_MOST_STEPS = 200_000  # from node to node, along all chains; 500 chains of 150 layers take 150,000
 
 
 @dataclass(frozen=True)
@@ -243,6 +253,13 @@ class Chain:
             nodes += layer.nodes
         return self.levels, self.level_sizes, tuple((node.name, node.driver) for node in nodes)
 
+    def node_names(self) -> frozenset[str]:
+        """Every node in it: filters above it, layers, what those lie on."""
+        names = {node.name for node in self.filters}
+        for layer in self.layers:
+            names.update(node.name for node in layer.nodes)
+        return frozenset(names)
+
     def layer(self, text: str) -> Layer:
         """Find one layer by node name, file name or `@N`.
 
@@ -332,12 +349,7 @@ class Device:
 
     def node_names(self) -> frozenset[str]:
         """Every node in this device's chain: filters above it, layers, what those lie on."""
-        if self.chain is None:
-            return frozenset()
-        names = {node.name for node in self.chain.filters}
-        for layer in self.chain.layers:
-            names.update(node.name for node in layer.nodes)
-        return frozenset(names)
+        return frozenset() if self.chain is None else self.chain.node_names()
 
 
 @dataclass(frozen=True)
@@ -358,20 +370,22 @@ class BlockGraph:
         """
         try:
             return _Builder(replies).build()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise GraphError(
                 f"QEMU's description of its block graph makes no sense: {printable(repr(error))}"
             ) from error
 
     def parents(self, name: str) -> tuple[str, ...]:
         """Return the nodes that have this one as a child, sorted."""
-        return tuple(
-            sorted(
-                node.name
-                for node in self.nodes.values()
-                if any(edge.node == name for edge in node.children)
-            )
-        )
+        return tuple(sorted(self._parents.get(name, ())))
+
+    @cached_property
+    def _parents(self) -> Mapping[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for node in self.nodes.values():
+            for edge in node.children:
+                found.setdefault(edge.node, set()).add(node.name)
+        return found
 
     def users(self, name: str) -> tuple[str, ...]:
         """Say what uses a node, in words: nodes, devices, exports and jobs; sorted."""
@@ -434,9 +448,15 @@ class _Builder:
 
     def __init__(self, replies: Replies) -> None:
         self.replies = replies
+        self.steps = 0
+        # By the node that query-block shows: its chain, and the jobs and exports of that.
+        self.seen: dict[str, tuple[Chain, tuple[Job, ...], tuple[str, ...]]] = {}
         self.infos: dict[str, Mapping[str, Any]] = {}
-        for info in _records(replies.nodes):
-            self.infos[_text(info, "node-name")] = info
+        for info in _records(replies.nodes, _MOST_NODES):
+            name = _text(info, "node-name")
+            if name in self.infos:
+                raise GraphError(f"QEMU lists the node {printable(name)} twice")
+            self.infos[name] = info
         self.edges: dict[str, tuple[Edge, ...]] = {}
         self.job_nodes: dict[str, frozenset[str]] = {}
 
@@ -451,15 +471,22 @@ class _Builder:
         for node in self.nodes.values():
             for edge in node.children:
                 self.parents.setdefault(edge.node, []).append(node.name)
-        jobs = tuple(self._job(job) for job in _records(self.replies.jobs))
+        jobs = tuple(self._job(job) for job in _records(self.replies.jobs, _MOST_USERS))
         exports = {
             _text(export, "id"): _text(export, "node-name")
-            for export in _records(self.replies.exports)
+            for export in _records(self.replies.exports, _MOST_USERS)
         }
+        self.jobs_at: dict[str, list[int]] = {}
+        for number, job in enumerate(jobs):
+            for name in job.nodes:
+                self.jobs_at.setdefault(name, []).append(number)
+        self.exports_at: dict[str, list[str]] = {}
+        for export, exported in exports.items():
+            self.exports_at.setdefault(exported, []).append(export)
         devices = []
-        for info in _records(self.replies.block):
+        for info in _records(self.replies.block, _MOST_USERS):
             if isinstance(info.get("qdev"), str):
-                devices.append(self._device(info, jobs, exports))
+                devices.append(self._device(info, jobs))
         return BlockGraph(self.nodes, tuple(devices), jobs, exports)
 
     # edges
@@ -533,7 +560,10 @@ class _Builder:
         size = image["virtual-size"]
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 1 << 63:
             raise GraphError(f"node {printable(name)} has the size {printable(size)}")
-        for edge in self.edges.get(name, ()):
+        children = self.edges.get(name, ())
+        if len(children) > _MOST_CHILDREN:
+            raise GraphError(f"node {printable(name)} has {len(children)} children")
+        for edge in children:
             if edge.node not in self.infos:
                 raise GraphError(
                     f"node {printable(name)} has the child {printable(edge.node)}, "
@@ -553,7 +583,7 @@ class _Builder:
             cluster_size=cluster if isinstance(cluster, int) and cluster > 0 else None,
             encrypted=info.get("encrypted") is True or image.get("encrypted") is True,
             subclusters=_format_data(image).get("extended-l2") is True,
-            children=self.edges.get(name, ()),
+            children=children,
             bitmaps=tuple(
                 Bitmap(
                     name=bitmap["name"],
@@ -566,7 +596,7 @@ class _Builder:
                 for bitmap in _records(info.get("dirty-bitmaps", []))
                 if isinstance(bitmap.get("name"), str)  # those of jobs have none
             ),
-            detect_zeroes=str(info.get("detect_zeroes", "off")),
+            detect_zeroes=printable(info.get("detect_zeroes", "off")),
             cache=frozenset(
                 key for key, on in _mapping(info.get("cache", {})).items() if on is True
             ),
@@ -594,17 +624,24 @@ class _Builder:
             nodes=self.job_nodes.get(job_id, frozenset()),
         )
 
-    def _device(
-        self, info: Mapping[str, Any], jobs: Iterable[Job], exports: Mapping[str, str]
-    ) -> Device:
+    def _device(self, info: Mapping[str, Any], jobs: Sequence[Job]) -> Device:
         qdev = _text(info, "qdev")
         path = qdev if qdev.startswith("/") else _PERIPHERAL + qdev
         inserted = info.get("inserted")
-        chain = None
-        if inserted is not None:
-            shown = _text(_mapping(inserted), "node-name")
+        shown = None if inserted is None else _text(_mapping(inserted), "node-name")
+        chain: Chain | None = None
+        works: tuple[Job, ...] = ()
+        exports: tuple[str, ...] = ()
+        if shown is not None and shown in self.seen:
+            chain, works, exports = self.seen[shown]
+        elif shown is not None:
             chain = self._chain(self._topmost(shown))
-        device = Device(
+            names = chain.node_names()
+            numbers = {number for name in names for number in self.jobs_at.get(name, ())}
+            works = tuple(jobs[number] for number in sorted(numbers))
+            exports = tuple(sorted(one for name in names for one in self.exports_at.get(name, ())))
+            self.seen[shown] = chain, works, exports
+        return Device(
             id=path.removeprefix(_PERIPHERAL).split("/")[0]
             if path.startswith(_PERIPHERAL)
             else None,
@@ -613,17 +650,8 @@ class _Builder:
             removable=info.get("removable") is True,
             read_only=inserted is not None and _mapping(inserted).get("ro") is True,
             chain=chain,
-        )
-        members = device.node_names()
-        return Device(
-            device.id,
-            device.drive,
-            device.qom_path,
-            device.removable,
-            device.read_only,
-            chain,
-            tuple(job for job in jobs if job.nodes & members),
-            tuple(sorted(export for export, node in exports.items() if node in members)),
+            jobs=works,
+            exports=exports,
         )
 
     def _topmost(self, name: str) -> str:
@@ -687,16 +715,20 @@ class _Builder:
 
     def _column(self, name: str | None) -> list[Node]:
         """Return what lies below a `file` edge, down to the protocol node at its end."""
-        found: list[Node] = []
+        found: dict[str, Node] = {}
         while name is not None:
-            node = self._known(name)
-            if node in found:
+            if name in found:
                 raise GraphError(f"the block graph has a cycle at {printable(name)}")
-            found.append(node)
+            if len(found) == _MOST_BELOW:
+                raise GraphError(f"more than {_MOST_BELOW} nodes lie below {printable(name)}")
+            node = found[name] = self._known(name)
             name = node.child(FILTERS.get(node.driver, "file"), "file")
-        return found
+        return list(found.values())
 
     def _known(self, name: str) -> Node:
+        self.steps += 1
+        if self.steps > _MOST_STEPS:
+            raise GraphError(f"all chains together have more than {_MOST_STEPS} nodes")
         if name not in self.nodes:
             raise GraphError(
                 f"QEMU names the node {printable(name)} but does not list it",
@@ -705,9 +737,11 @@ class _Builder:
         return self.nodes[name]
 
 
-def _records(reply: Any) -> Sequence[Mapping[str, Any]]:
+def _records(reply: Any, most: int | None = None) -> Sequence[Mapping[str, Any]]:
     if not isinstance(reply, list):
         raise GraphError(f"QEMU sent {printable(type(reply).__name__)} where a list belongs")
+    if most is not None and len(reply) > most:
+        raise GraphError(f"QEMU sent {len(reply)} where there can be {most} at the most")
     return [_mapping(item) for item in reply]
 
 

@@ -7,6 +7,8 @@ The only module that imports qemu.qmp. It adds what a controller that may not fa
 - every failure as one of `qmpblock.errors`, with the command, its arguments and QEMU's words;
 - event subscriptions that exist before the command that causes the event is sent, and that
   are bounded: qemu.qmp's default listener keeps every event for ever;
+- messages that are bounded (`qmpblock.peerjson`), and answers that are what they should be
+  (`qmpblock.answers`): whoever has QEMU may answer as he likes;
 - a lost connection that says so: whether the command was carried out is then unknown.
 """
 
@@ -20,7 +22,7 @@ import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Never, Self
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.message import Message
@@ -28,6 +30,7 @@ from qemu.qmp.protocol import ConnectError as _QMPConnectError
 from qemu.qmp.protocol import StateError
 
 from qmpblock.address import Address, UnixAddress, open_socket, parse_address
+from qmpblock.answers import checked
 from qmpblock.errors import (
     CommandError,
     ConnectError,
@@ -40,6 +43,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.hostprocess import describe_process
+from qmpblock.peerjson import MOST_BYTES, MOST_VALUES, RefusedError, read_json
 from qmpblock.socketholders import holders
 
 __all__ = ["Event", "Monitor", "Subscription"]
@@ -50,8 +54,10 @@ Event = Mapping[str, Any]
 # logging's last resort; they all reach the caller as exceptions.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
-_READ_LIMIT = 64 << 20  # bytes of one reply; query-block on a chain of 150 layers is 1 MB
+_READ_LIMIT = MOST_BYTES  # of one message
 _QUEUE_LIMIT = 4096  # events kept for one subscription that nobody reads
+_QUEUE_BYTES = 4 << 20  # and how long they may be together; QEMU's have some hundred
+_AT_ONCE = 128  # messages or lines that are read before anything else has its turn
 _SECOND_MONITOR = """\
 give this VM a second monitor and use that: add the option
   -qmp unix:/run/qmpblock/VM.qmp,server=on,wait=off
@@ -71,8 +77,9 @@ There QEMU must be able to make the socket; once, as root (its user is qemu on F
 class Subscription:
     """Events of some names, from the moment this object exists.
 
-    A context manager; leave it to stop listening. Holds at most 4096 unread events; older
-    ones are dropped and counted in `lost`: events are hints, queries are the truth.
+    A context manager; leave it to stop listening. Holds at most 4096 unread events, and 4 MiB
+    of them; older ones are dropped and counted in `lost`: events are hints, queries are the
+    truth.
     """
 
     def __init__(
@@ -81,7 +88,8 @@ class Subscription:
         self._monitor = monitor
         self._names = names
         self._match = match
-        self._events: deque[Event] = deque()
+        self._events: deque[tuple[Event, int]] = deque()
+        self._size = 0  # bytes of them
         self._wake = asyncio.Event()
         self.lost = 0
 
@@ -99,18 +107,24 @@ class Subscription:
     def close(self) -> None:
         """Stop listening and forget what was not read. Idempotent."""
         self._monitor._subscriptions.discard(self)
-        self._events.clear()
+        self.pending()
 
-    def _put(self, event: Event) -> None:
+    def _put(self, event: Event, size: int) -> None:
         if self._names and event["event"] not in self._names:
             return
         if self._match is not None and not self._match(event):
             return
-        if len(self._events) >= _QUEUE_LIMIT:
-            self._events.popleft()
+        self._events.append((event, size))
+        self._size += size
+        while len(self._events) > _QUEUE_LIMIT or self._size > _QUEUE_BYTES:
+            self._take()
             self.lost += 1
-        self._events.append(event)
         self._wake.set()
+
+    def _take(self) -> Event:
+        event, size = self._events.popleft()
+        self._size -= size
+        return event
 
     async def get(self, timeout: float | None = None) -> Event:
         """Return the next event.
@@ -131,12 +145,13 @@ class Subscription:
         except TimeoutError:
             wanted = ", ".join(sorted(self._names)) or "any event"
             raise StalledError(f"QEMU sent no {wanted} for {timeout:g} s") from None
-        return self._events.popleft()
+        return self._take()
 
     def pending(self) -> list[Event]:
         """Return, and forget, the events that have come so far, without waiting."""
-        events = list(self._events)
+        events = [event for event, _ in self._events]
         self._events.clear()
+        self._size = 0
         return events
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -151,11 +166,14 @@ class _Client(QMPClient):
     took a third of the time of a short command.
     """
 
-    def __init__(self, on_event: Callable[[Event], None], on_end: Callable[[], None]) -> None:
+    def __init__(self, on_event: Callable[[Event, int], None], on_end: Callable[[], None]) -> None:
         super().__init__(readbuflen=_READ_LIMIT)
         self._deliver_event = on_event
         self._deliver_end = on_end
+        self._read = 0  # lines
+        self._size = 0  # bytes of the last message
         self.unlogged = False
+        self.broken = ""  # how the peer broke the protocol
 
     def _cb_outbound(self, msg: Message) -> Message:
         return super()._cb_outbound(msg) if self._is_logged() else msg
@@ -166,22 +184,53 @@ class _Client(QMPClient):
     def _is_logged(self) -> bool:
         return not self.unlogged and self.logger.isEnabledFor(logging.DEBUG)
 
+    async def _do_recv(self) -> Message:
+        data = await self._readline()
+        self._size = len(data)
+        try:
+            message = read_json(data)
+        except RefusedError as error:
+            self._break(str(error))
+        if not isinstance(message, dict):
+            self._break("it is no object")
+        return Message(message, eager=False)
+
+    def _break(self, why: str) -> Never:
+        self.broken = f"it sent what no QEMU sends: {printable(why)}"
+        raise QMPError(self.broken)
+
     async def _readline(self) -> bytes:
         """Read one message: a line; of a monitor with pretty=on, the lines from `{` to `}`."""
-        line = await super()._readline()
+        line = await self._one_line()
         if line.rstrip() != b"{":
             return line
-        lines, size = [line], len(line)
-        while lines[-1].rstrip(b"\r\n") != b"}":  # those of inner objects are indented
-            lines.append(await super()._readline())
-            size += len(lines[-1])
-            if size > _READ_LIMIT:
-                raise QMPError(f"a message of more than {_READ_LIMIT} bytes")
-        return b"".join(lines)
+        message, lines = bytearray(line), 1
+        while line.rstrip(b"\r\n") != b"}":  # those of inner objects are indented
+            line = await self._one_line()
+            message += line
+            lines += 1
+            if len(message) > _READ_LIMIT or lines > MOST_VALUES:
+                self._break(f"it has more than {_READ_LIMIT} bytes or {MOST_VALUES} lines")
+        return bytes(message)
+
+    async def _one_line(self) -> bytes:
+        # What has come is read without a pause; many lines would keep all else, signals and time
+        # limits included, from their turn.
+        self._read += 1
+        if self._read % _AT_ONCE == 0:
+            await asyncio.sleep(0)
+        try:
+            return await super()._readline()
+        except ValueError:  # asyncio's word for it
+            self._break(f"it has more than {_READ_LIMIT} bytes")
+
+    async def _on_message(self, msg: Message) -> None:
+        if "event" in msg or isinstance(msg.get("id", ""), str):  # else it answers nothing of ours
+            await super()._on_message(msg)
 
     async def _event_dispatch(self, msg: Message) -> None:
-        if isinstance(msg.get("event"), str):
-            self._deliver_event(msg)
+        if isinstance(msg.get("event"), str) and isinstance(msg.get("data", {}), dict):
+            self._deliver_event({"data": {}, **msg}, self._size)
 
     async def _bh_disconnect(self) -> None:
         try:
@@ -236,7 +285,8 @@ class Monitor:
             ) from None
         except _QMPConnectError as error:
             raise GreetingError(
-                f"what answers at {where} is not a QMP monitor: {printable(error)}",
+                f"what answers at {where} is not a QMP monitor: "
+                f"{monitor._client.broken or printable(error)}",
                 remedy="give the address of a QMP monitor (-qmp, or -mon mode=control), "
                 "not of a human monitor, a serial console or an agent",
             ) from error
@@ -256,7 +306,8 @@ class Monitor:
         try:
             version = greeting._raw["QMP"]["version"]
             qemu = version["qemu"]
-            self.version = (int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]))
+            major, minor, micro = (int(qemu[part]) for part in ("major", "minor", "micro"))
+            self.version = (major, minor, micro)
             self.package = str(version.get("package", ""))
         except (KeyError, TypeError, ValueError):
             raise GreetingError(
@@ -295,6 +346,7 @@ class Monitor:
         Cancelling leaves the outcome unknown: the command may have been sent.
 
         :raise CommandError: QEMU refused it.
+        :raise GraphError: the answer is not what such an answer is like.
         :raise DisconnectedError: the connection was lost; the outcome is unknown.
         :raise StalledError: no reply within the stall limit; the outcome is unknown.
         """
@@ -318,7 +370,8 @@ class Monitor:
             raise self._lost(command, sent=False)
         try:
             async with asyncio.timeout(self.stall):
-                return await self._client.execute(command, arguments)
+                answer = await self._client.execute(command, arguments)
+            return checked(command, answer)
         except ExecuteError as error:
             response = error.error.error
             raise CommandError(command, arguments, response.class_, response.desc) from None
@@ -329,7 +382,7 @@ class Monitor:
                 remedy="look whether the QEMU process is stopped or its storage hangs",
             ) from None
         except (ExecInterruptedError, StateError, EOFError, OSError) as error:
-            raise self._lost(command) from error
+            raise self._lost(command, why=self._client.broken) from error
         except QMPError as error:
             raise self._lost(command, why=printable(error)) from error
 
@@ -366,9 +419,9 @@ class Monitor:
         self._subscriptions.add(subscription)
         return subscription
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event, size: int) -> None:
         for subscription in tuple(self._subscriptions):
-            subscription._put(event)
+            subscription._put(event, size)
 
     def _on_end(self) -> None:
         self.closed = True

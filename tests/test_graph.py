@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import time
 from pathlib import Path
 
 import drawing
@@ -426,3 +427,67 @@ def test_a_layer_seen_through_a_view_is_veiled():
     assert [layer.node.name for layer in device.chain.layers] == ["t", "d0", "d1"]
     above = drawing.chain("d0").filter("v", "snapshot-access", "d0").device("v")
     assert not above.graph().devices[0].chain.veiled
+
+
+def built(nodes, devices=("vd0",), **more):
+    block = [{"device": "", "qdev": one, "inserted": {"node-name": "0"}} for one in devices]
+    return BlockGraph.from_replies(
+        Replies(**({"block": block, "nodes": nodes, "stats": [], "jobs": [], "exports": []} | more))
+    )
+
+
+def line(count, edge, driver="qcow2"):
+    """Nodes 0, 1, 2, ... of which each has the next as a child."""
+    nodes = [node(str(n), driver) for n in range(count)]
+    for n, one in enumerate(nodes):
+        more = [{"child": edge, "node-name": str(n + 1)}] if n + 1 < count else []
+        one["children"] = more
+    return nodes
+
+
+@pytest.mark.parametrize(
+    ("replies", "words"),
+    [
+        ({"nodes": line(20_001, "backing")}, "20001 where there can be 20000"),
+        ({"nodes": line(2, "file"), "devices": ["a"] * 4001}, "4001 where"),
+        ({"nodes": line(2, "file"), "jobs": [{}] * 4001}, "4001 where"),
+        ({"nodes": line(2, "file"), "exports": [{}] * 4001}, "4001 where"),
+        ({"nodes": line(2, "file") + line(1, "file")}, "lists the node 0 twice"),
+    ],
+)
+def test_more_than_any_qemu_has_is_refused(replies, words):
+    with pytest.raises(GraphError, match=words):
+        built(**replies)
+
+
+def test_a_node_of_too_many_children_is_refused():
+    nodes = line(2, "file")
+    nodes[0]["children"] *= 257
+    with pytest.raises(GraphError, match="257 children"):
+        built(nodes)
+
+
+def test_the_largest_graph_takes_seconds():
+    devices = [f"vd{n}" for n in range(4000)]
+    begun = time.process_time()
+    graph = built(line(20_000, "backing"), devices)
+    assert len(graph.device("vd3999").chain.layers) == 20_000
+    assert graph.parents("19999") == ("19998",)
+    assert time.process_time() - begun < 20
+
+
+def test_a_long_way_down_to_the_file_is_refused():
+    """Compared each with each, its nodes took hours."""
+    with pytest.raises(GraphError, match="more than 64 nodes lie below"):
+        built(line(20_000, "file", "raw"))
+
+
+def test_chains_that_meet_below_are_walked_so_often_and_no_more(monkeypatch):
+    monkeypatch.setattr("qmpblock.graph._MOST_STEPS", 2000)
+    nodes = line(190, "backing")
+    nodes += [node(f"top{n}", "qcow2") for n in range(20)]
+    for one in nodes[190:]:
+        one["children"] = [{"child": "backing", "node-name": "0"}]
+    block = [{"qdev": f"vd{n}", "inserted": {"node-name": f"top{n}"}} for n in range(20)]
+    with pytest.raises(GraphError, match="all chains together"):
+        built(nodes, block=block)

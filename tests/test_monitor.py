@@ -6,6 +6,8 @@ What a real QEMU does is in live/test_monitor.py.
 import asyncio
 import json
 import os
+import resource
+import time
 import tracemalloc
 
 import pytest
@@ -15,6 +17,7 @@ from qmpblock.errors import (
     CommandError,
     ConnectError,
     DisconnectedError,
+    GraphError,
     GreetingError,
     MonitorError,
     MonitorHeldError,
@@ -150,6 +153,120 @@ async def test_a_lost_connection_says_the_outcome_is_unknown(tmp_path, reply):
                 await monitor.execute("cont")
 
 
+async def said(tmp_path, reply):
+    """Return what becomes of a command that is answered so, and what CPU time it took."""
+    async with (
+        fake_qmp(tmp_path / "q", replies={"query-name": reply}),
+        await Monitor.connect(str(tmp_path / "q"), stall=20) as monitor,
+    ):
+        begun = time.process_time()
+        with pytest.raises(DisconnectedError) as caught:
+            await monitor.execute("query-name")
+        return str(caught.value), time.process_time() - begun
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (rb'"\ud800"', "surrogate"),
+        (b"1e999", "too large"),
+        (b"NaN", "number NaN"),
+        (b"9" * 10_000, "64 bits"),
+        (b"[" * 100_000 + b"]" * 100_000, "levels"),
+    ],
+)
+@pytest.mark.parametrize("shape", [b'{"return": %s, "id": "x"}\n', b'{"id": %s}\n', b"%s\n"])
+async def test_what_no_qemu_sends_ends_the_connection_and_is_named(tmp_path, shape, value, words):
+    message, _ = await said(tmp_path, shape % value)
+    assert "lost during query-name (it sent what no QEMU sends" in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b'{"return": [' + b"[]," * (20 << 20) + b"1]}\n",
+        b'{"return": "' + b"x" * (60 << 20) + b'"}\n',
+        b'{"return": "' + b"x" * (60 << 20),  # no end
+        b"[" + b"[]," * (400 << 10) + b"1]\n",  # whose error would be written out
+        b"x" * (15 << 20) + b"\n",
+        b"{\n" + b"1\n" * (10 << 20),  # of a monitor with pretty=on
+    ],
+    ids=["values", "text", "endless", "list", "garbage", "lines"],
+)
+async def test_large_messages_cost_little(tmp_path, reply):
+    """60 MiB took 2 GiB and half a minute."""
+    begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message, seconds = await said(tmp_path, reply)
+    assert "it sent what no QEMU sends" in message
+    assert seconds < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun < 400 << 10  # KiB
+
+
+@pytest.mark.parametrize("data", [b"", b'"data": 5,', b'"data": [],', b'"data": {"id": {}},'])
+@pytest.mark.parametrize("id_", [b"5", b"[]", b"{}", b"null", b'"other"'])
+async def test_answers_to_nothing_and_odd_events_are_passed_over(tmp_path, data, id_):
+    async with (
+        fake_qmp(tmp_path / "q") as fake,
+        await Monitor.connect(str(tmp_path / "q"), stall=5) as monitor,
+    ):
+        with monitor.subscribe(match=lambda event: event["data"].get("id") != 7) as every:
+            fake.writer.write(b'{"return": {}, "id": %s}\n' % id_)
+            fake.writer.write(b'{"event": 5, %s "timestamp": 0}\n' % data)
+            fake.writer.write(b'{"event": "E", %s "timestamp": 0}\n' % data)
+            assert await monitor.execute("stop") == {}
+            assert len(every.pending()) == (data in (b"", b'"data": {"id": {}},'))
+
+
+async def test_unread_events_have_a_size(tmp_path):
+    async with (
+        fake_qmp(tmp_path / "q") as fake,
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        with monitor.subscribe() as every:
+            for n in range(20):
+                fake.event("LONG", n=n, filler="x" * (1 << 20))
+            await monitor.execute("stop")
+            assert [event["data"]["n"] for event in every.pending()] == [17, 18, 19]
+            assert every.lost == 17
+            fake.event("LONG", n=20)
+            await monitor.execute("stop")
+            assert len(every.pending()) == 1
+
+
+async def test_a_flood_of_events_lets_the_rest_run(tmp_path):
+    """What has come is read without a pause; a signal had to wait for its end."""
+    async with (
+        fake_qmp(tmp_path / "q") as fake,
+        await Monitor.connect(str(tmp_path / "q"), stall=2) as monitor,
+    ):
+        fake.replies["stop"] = b'{"event":"X"}\n' * 300_000
+        longest = 0.0
+
+        async def watch():
+            nonlocal longest
+            while True:
+                begun = time.monotonic()
+                await asyncio.sleep(0)
+                longest = max(longest, time.monotonic() - begun)
+
+        watching = asyncio.create_task(watch())
+        with pytest.raises(StalledError):
+            await monitor.execute("stop")
+        watching.cancel()
+        assert longest < 1
+
+
+async def test_an_answer_that_makes_no_sense_is_an_error_and_the_connection_lives(tmp_path):
+    async with (
+        fake_qmp(tmp_path / "q", replies={"query-jobs": {"return": [{"id": 5}]}}),
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        with pytest.raises(GraphError, match="query-jobs, id"):
+            await monitor.execute("query-jobs")
+        assert await monitor.execute("stop") == {}
+
+
 async def test_no_answer_is_a_stall(tmp_path):
     async with (
         fake_qmp(tmp_path / "q", replies={"stop": b""}),
@@ -167,7 +284,7 @@ async def test_events_are_heard_from_the_moment_of_subscription(tmp_path):
         await Monitor.connect(str(tmp_path / "q")) as monitor,
     ):
         fake.event("JOB", n=0)
-        await monitor.execute("query-status")
+        await monitor.execute("query-cpus-fast")
         with (
             monitor.subscribe("JOB", match=lambda e: e["data"]["n"] != 2) as jobs,
             monitor.subscribe() as every,
@@ -175,7 +292,7 @@ async def test_events_are_heard_from_the_moment_of_subscription(tmp_path):
             for n in (1, 2, 3):
                 fake.event("JOB", n=n)
             fake.event("OTHER", n=9)
-            await monitor.execute("query-status")
+            await monitor.execute("query-cpus-fast")
             assert [e["data"]["n"] for e in (await jobs.get(1), await jobs.get(1))] == [1, 3]
             with pytest.raises(StalledError, match="no JOB"):
                 await jobs.get(0.05)
@@ -193,7 +310,7 @@ async def test_waiting_for_an_event_ends_with_the_connection(tmp_path):
     ):
         with monitor.subscribe("JOB") as jobs:
             fake.event("JOB", n=1)
-            await monitor.execute("query-status")
+            await monitor.execute("query-cpus-fast")
             fake.writer.close()
             assert (await jobs.get(5))["data"]["n"] == 1  # what came before the end is kept
             with pytest.raises(DisconnectedError):
@@ -212,7 +329,7 @@ async def test_nothing_accumulates_however_many_events_come(tmp_path):
                     fake.event("READ", n=n, filler="x" * 100)
                     if n % 500 == 0:
                         await fake.writer.drain()
-                await monitor.execute("query-status")
+                await monitor.execute("query-cpus-fast")
 
             await burst(6000)
             tracemalloc.start()

@@ -147,7 +147,7 @@ async def test_asking_a_fake(tmp_path):
 async def test_a_paused_vm_is_asked_whether_its_images_are_active(tmp_path):
     async with fake_vm(tmp_path / "q", chain("d0").device("d0")) as (vm, qemu):
         [device] = (await vm.graph()).devices
-        qemu["query-status"] = {"return": {"status": "paused"}}
+        qemu["query-status"] = {"return": {"status": "paused", "running": False}}
         plain = qemu.get
 
         def get(command, default=None):
