@@ -26,6 +26,7 @@ from qmpblock.pace import WINDOW, Convergence, RateMeter
 __all__ = ["Job", "Progress"]
 
 _TICK = 0.25  # seconds between two looks at a job that sends no event
+_MOST_MOVES = 4096  # that a job makes which is to end; a quarter of an hour, where all are seen
 _RETRY = 2.0  # seconds between attempts to go on after ENOSPC
 _BURST = 16 << 20  # bytes that a job may do at once, before it rests to keep within its speed
 _WORKING = frozenset({"created", "running", "waiting", "aborting"})
@@ -317,10 +318,11 @@ class Job:
     async def wait_concluded(self) -> str | None:
         """Wait until the job has concluded, or is gone; return its error, if it has one.
 
-        :raise StalledError: it did not for the monitor's stall limit.
+        :raise StalledError: it did not move for the monitor's stall limit; or it moves without
+            end, which no job does that has nothing more to do.
         """
         clock = asyncio.get_running_loop().time
-        last, moved = None, clock()
+        last, moved, moves = None, clock(), 0
         while True:
             info = await self.look()
             if info is None or info["status"] in ("concluded", GONE):
@@ -328,8 +330,16 @@ class Job:
                 return None if error is None else str(error)
             now = (info["status"], *_counts(info))
             if now != last:
-                last, moved = now, clock()
-            elif clock() - moved > self._monitor.stall:
+                last, moved, moves = now, clock(), moves + 1
+            if moves > _MOST_MOVES:
+                raise StalledError(
+                    f"the job {self.id} is to end and does not: it has said {moves} times that it "
+                    "is somewhere else",
+                    standing="it is still there",
+                    remedy="see whether this VM's QEMU is what it should be; then: qmpblock "
+                    "recover ADDRESS",
+                )
+            if clock() - moved > self._monitor.stall:
                 raise StalledError(
                     f"the job {self.id} stays {info['status']} for {self._monitor.stall:g} s",
                     standing="it is still there",

@@ -15,6 +15,9 @@ Taking over is itself raced for, with an object named after the dead holder's ru
 
 A winner that is killed on the way is a dead holder of `lock-undo-R`, and is treated the
 same, one name further: undoing is idempotent.
+
+QEMU may lie, and name another dead holder each time. So of dead ones only so many are undone
+for one lock, also because some of it is done under `undisturbed`, where no signal ends it.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.errors import BusyError, CommandError, RecordError, printable
 from qmpblock.hostprocess import boot_id, pid_namespace, start_time
 from qmpblock.monitor import Monitor
+from qmpblock.peerjson import read_json
 from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
 from qmpblock.versioned import read as read_fields
 
@@ -40,6 +44,7 @@ __all__ = [
     "abandon",
     "acquire",
     "adopt",
+    "names",
     "read",
     "release",
     "unreadable",
@@ -49,6 +54,10 @@ __all__ = [
 _RUN = re.compile(r"[0-9a-z]{1,32}")
 T = TypeVar("T")
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
+_MOST_DEAD = 64  # holders of one lock, and of the turns to undo them, that are undone for it
+_FEW_DEAD = 4  # of them also when that takes longer than the stall limit
+_MOST_TURNS = 256  # that are looked at when a lock is swept
+_MOST_OBJECTS = 4096  # that bear our name; two for each disk
 
 # Runs of this process that lost their monitor before they could clean up: the process is
 # alive, the run is not.
@@ -97,8 +106,8 @@ class Holder:
         :raise UnreadableError: it is not one of ours, or not one that this version understands.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError):
+            data = read_json(text.encode())
+        except ValueError:
             raise UnreadableError(
                 f"it is no JSON, so an object not of ours, or damaged: {printable(text, 60)}"
             ) from None
@@ -141,6 +150,34 @@ class Holder:
 Undo = Callable[[Holder], Awaitable[None]]
 
 
+@dataclass
+class _Patience:
+    """How much more is done to have one lock: until when it is waited for, which dead undone."""
+
+    deadline: float
+    dead: int = 0
+
+    @property
+    def late(self) -> bool:
+        return asyncio.get_running_loop().time() >= self.deadline
+
+    def found_dead(self, name: str, holder: Holder) -> None:
+        """Count a dead holder.
+
+        :raise BusyError: there were too many.
+        """
+        self.dead += 1
+        if self.dead > _MOST_DEAD or (self.dead > _FEW_DEAD and self.late):
+            raise BusyError(
+                f"each time that {printable(name)} in this VM is to be taken over, another "
+                f"controller that died holds it, now {holder}: {self.dead} of them",
+                standing="what they left was undone as far as it could be told",
+                remedy="no crash of ours leaves that: see who else uses this VM's monitors, and "
+                "whether its QEMU is what it should be. If all of them are certainly dead, remove "
+                f'the locks: object-del {{"id": "{printable(name)}"}}',
+            )
+
+
 async def acquire(
     monitor: Monitor,
     name: str,
@@ -158,10 +195,16 @@ async def acquire(
     :param undo: removes everything that a dead holder left; must be idempotent.
     :param stall: seconds to wait for a holder that does not go away.
     :param remedy: what to do when it does not.
-    :raise BusyError: it did not; the message names the holder.
+    :raise BusyError: it did not, the message names the holder; or dead ones do without end.
     :raise RecordError: it cannot be read who holds it.
     """
-    deadline = asyncio.get_running_loop().time() + stall
+    patience = _Patience(asyncio.get_running_loop().time() + stall)
+    await _acquire(monitor, name, me, undo, patience, remedy)
+
+
+async def _acquire(
+    monitor: Monitor, name: str, me: Holder, undo: Undo, patience: _Patience, remedy: str | None
+) -> None:
     while True:
         adding = asyncio.ensure_future(_add(monitor, name, me))
         try:
@@ -172,9 +215,10 @@ async def acquire(
             raise
         holder = await read(monitor, name)
         if isinstance(holder, Holder) and holder.is_dead():
-            await _take_over(monitor, name, holder, me, undo, stall)
+            patience.found_dead(name, holder)
+            await _take_over(monitor, name, holder, me, undo, patience)
             continue
-        late = asyncio.get_running_loop().time() >= deadline
+        late = patience.late
         if isinstance(holder, str) and late:
             raise unreadable(name, holder)
         if holder is not None and late:
@@ -240,10 +284,10 @@ async def _adopt_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, m
 
 
 async def _take_over(
-    monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo, stall: float
+    monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo, patience: _Patience
 ) -> None:
     turn = f"{name}-undo-{dead.run}"
-    await acquire(monitor, turn, me, undo, stall=stall)
+    await _acquire(monitor, turn, me, undo, patience, None)
     await undisturbed(_undo_in_turn(monitor, name, turn, dead, undo))
 
 
@@ -259,12 +303,12 @@ async def _undo_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, un
 
 async def _sweep(monitor: Monitor, name: str) -> None:
     """Remove turns whose holders died just before they gave them back. Only under the lock."""
-    for item in await monitor.execute("qom-list", {"path": "/objects"}):
-        turn = str(item.get("name", ""))
-        if turn.startswith(f"{name}-undo-"):
-            holder = await read(monitor, turn)
-            if isinstance(holder, Holder) and holder.is_dead():
-                await release(monitor, turn)
+    objects = await monitor.execute("qom-list", {"path": "/objects"})
+    turns = [one["name"] for one in objects if one["name"].startswith(f"{name}-undo-")]
+    for turn in turns[:_MOST_TURNS]:
+        holder = await read(monitor, turn)
+        if isinstance(holder, Holder) and holder.is_dead():
+            await release(monitor, turn)
 
 
 async def _take_back(monitor: Monitor, name: str, adding: asyncio.Future[bool]) -> None:
@@ -282,6 +326,22 @@ async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
     return True
 
 
+async def names(monitor: Monitor) -> list[str]:
+    """Return the names of all objects in the VM that bear our name: locks, and what is like them.
+
+    :raise BusyError: there are more than controllers of ours can have made.
+    """
+    objects = await monitor.execute("qom-list", {"path": "/objects"})
+    found = [one["name"] for one in objects if one["name"].startswith("qmpblock-")]
+    if len(found) > _MOST_OBJECTS:
+        raise BusyError(
+            f"{len(found)} objects in this VM bear our name, more than we can have made",
+            standing="none of them was touched",
+            remedy="see who else uses its monitors, and whether its QEMU is what it should be",
+        )
+    return found
+
+
 async def read(monitor: Monitor, name: str) -> Holder | str | None:
     """Return the holder, why it cannot be read, or None if the lock is free by now."""
     try:
@@ -291,7 +351,7 @@ async def read(monitor: Monitor, name: str) -> Holder | str | None:
             return None
         raise
     try:
-        return Holder.from_text(str(text))
+        return Holder.from_text(text if isinstance(text, str) else json.dumps(text))
     except UnreadableError as error:
         return str(error)
 

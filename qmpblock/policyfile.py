@@ -19,7 +19,7 @@ from typing import Literal
 
 from qmpblock.address import parse_address
 from qmpblock.errors import RequestError, printable
-from qmpblock.yamltext import Mapping, parse_size, read_mapping
+from qmpblock.yamltext import MOST_BYTES, Mapping, parse_size, read_mapping
 
 __all__ = [
     "Amount",
@@ -134,9 +134,10 @@ def load_policy(path: Path | str) -> Policy:
     :raise PolicyError: it cannot be read, or what it says is wrong.
     """
     try:
-        text = Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"cannot read {printable(path)}: {error}") from None
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"cannot read {printable(path)}: {printable(error)}") from None
     return parse_policy(text, source=printable(path))
 
 

@@ -258,8 +258,7 @@ async def _others(monitor: Monitor, run: str) -> dict[str, tuple[Holder, Guard]]
     `recover` says so.
     """
     found = {}
-    for item in await monitor.execute("qom-list", {"path": "/objects"}):
-        name = str(item.get("name", ""))
+    for name in await lock.names(monitor):
         if name.startswith(GUARDS) and name != f"{GUARDS}{run}":
             holder = await lock.read(monitor, name)
             if isinstance(holder, Holder):

@@ -131,8 +131,7 @@ async def _holders(vm: VM, graph: BlockGraph) -> tuple[dict[str, Holder], list[R
     """Return who holds each lock of ours in the VM, by the lock's name, and those unreadable."""
     found: dict[str, Holder] = {}
     unread: list[RecordError] = []
-    for item in await vm.monitor.execute("qom-list", {"path": "/objects"}):
-        name = str(item.get("name", ""))
+    for name in await lock.names(vm.monitor):
         if name in _OTHER_LOCKS or name.startswith((LOCKS, AHEAD_LOCKS, polling.GUARDS, *_TURNS)):
             holder = await lock.read(vm.monitor, name)
             try:

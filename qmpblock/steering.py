@@ -48,8 +48,7 @@ async def holder_of(vm: VM, job: JobInfo) -> Holder | None:
     :raise RecordError: a lock that may be that controller's cannot be read.
     """
     unread: RecordError | None = None
-    for item in await vm.monitor.execute("qom-list", {"path": "/objects"}):
-        name = str(item.get("name", ""))
+    for name in await lock.names(vm.monitor):
         if not name.startswith(LOCKS):
             continue
         holder = await lock.read(vm.monitor, name)

@@ -2,13 +2,16 @@
 
 YAML's `off` would be False, `0x10` an int: here every value is the text that stands there, and
 each key knows what it wants. Every error says file, line and column.
+
+A text is bounded before it becomes nodes: libyaml makes them by recursion, and 100,000 `[` ended
+Python itself. Aliases count as what they stand for, so that a few lines are not a billion.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Never
+from typing import Any, Never
 
 import yaml
 
@@ -16,6 +19,9 @@ from qmpblock.errors import RequestError, printable
 
 __all__ = ["Mapping", "parse_size", "read_mapping"]
 
+MOST_BYTES = 1 << 20  #: of a text
+_MOST_LEVELS = 32  # a policy has seven
+_MOST_NODES = 100_000  # each alias counts as all that it stands for
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)([KMGT]?)")
 
@@ -25,7 +31,7 @@ def parse_size(text: str) -> int | None:
     total = 0
     for part in text.split("+"):
         match = _SIZE.fullmatch(part)
-        if match is None:
+        if match is None or len(part) > 40:  # digits; Python reads no more than 4300 of them
             return None
         total += int(match[1]) * _UNITS[match[2]]
     return total
@@ -40,17 +46,52 @@ def read_mapping(text: str, source: str, error: type[RequestError] = RequestErro
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
+        if len(text) > MOST_BYTES:
+            raise error(f"{_place(source, None)}: has more than {MOST_BYTES} characters")
+        too_much = _beyond(yaml.parse(text, Loader=loader))
+        if too_much is not None:
+            what, mark = too_much
+            raise error(f"{_place(source, mark)}: {what}")
         node = yaml.compose(text, Loader=loader)
     except yaml.MarkedYAMLError as wrong:
         mark = wrong.problem_mark or wrong.context_mark
         said = wrong.problem or wrong.context
         raise error(f"{_place(source, mark)}: is not YAML: {printable(said)}") from None
-    except (yaml.YAMLError, RecursionError) as wrong:
+    except (yaml.YAMLError, RecursionError, ValueError) as wrong:
         first = str(wrong).splitlines()[0]
         raise error(f"{_place(source, None)}: is not YAML: {printable(first)}") from None
     if node is None:
         raise error(f"{_place(source, None)}: is empty")
     return Mapping(source, "", node, error)
+
+
+def _beyond(events: Iterator[Any]) -> tuple[str, Any] | None:
+    """Say what of a text is too much, and where; None if nothing is."""
+    sizes: dict[str, int] = {}  # of what has an anchor
+    open_: list[tuple[str | None, int]] = []  # the anchor, and how many nodes came before
+    count = 0
+    for event in events:
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if anchor not in sizes:  # within itself, or nowhere
+                return "is not YAML: found undefined alias", event.start_mark
+            count += sizes[anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_.append((anchor, count))
+            count += 1
+            if len(open_) > _MOST_LEVELS:
+                return f"is nested more than {_MOST_LEVELS} levels deep", event.start_mark
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = open_.pop()
+            if name is not None:
+                sizes[name] = count - before
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if anchor is not None:
+                sizes[anchor] = 1
+        if count > _MOST_NODES:
+            return f"has more than {_MOST_NODES} values", event.start_mark
+    return None
 
 
 def _place(source: str, mark: yaml.Mark | None) -> str:

@@ -499,6 +499,15 @@ async def test_waiting_for_an_end_that_does_not_come(tmp_path):
     assert caught.value.standing == "it is still there"
 
 
+@pytest.mark.usefixtures("fast")
+async def test_waiting_for_one_that_moves_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("qmpblock.job._MOST_MOVES", 20)
+    looks = [look("aborting", n) for n in range(100)]
+    async with following(tmp_path, looks) as (job, _, _):
+        with pytest.raises(StalledError, match="it has said 21 times"):
+            await job.wait_concluded()
+
+
 async def test_verbs_are_qemus(tmp_path):
     async with following(tmp_path, [look("running")]) as (job, script, fake):
         await job.pause()

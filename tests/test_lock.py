@@ -8,8 +8,10 @@ from dataclasses import fields, replace
 
 import oldrecords
 import pytest
+from fake_objects import dead
 
 from qmpblock import __version__, lock
+from qmpblock.errors import BusyError, CommandError
 from qmpblock.hostprocess import start_time
 from qmpblock.lock import Holder
 from qmpblock.versioned import FORMAT, UnreadableError
@@ -106,3 +108,88 @@ def test_a_newer_format_names_its_version():
 def test_a_lock_from_before_there_was_a_format_is_read():
     found = Holder.from_text(oldrecords.LOCK)
     assert (found.run, found.host, found.more) == (oldrecords.RUN, "host", {})
+
+
+class Lying:
+    """A monitor whose locks are each time held by another dead one."""
+
+    def __init__(self, *, own=False):
+        self.asked = []
+        self.own = own  # whether the turns, too
+
+    async def execute(self, command, arguments=None):
+        self.asked.append(command)
+        name = (arguments or {}).get("id") or (arguments or {}).get("path", "").rpartition("/")[2]
+        if len(self.asked) > 5000:
+            raise AssertionError("without end")
+        if command == "object-add" and (self.own or "-undo-" not in name):
+            raise CommandError(command, arguments, "GenericError", "attempt to add duplicate")
+        if command == "qom-get":
+            return dead(f"run{len(self.asked)}").text()
+        return []
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_locks_that_another_dead_one_holds_each_time_end(own):
+    monitor = Lying(own=own)
+    undone = []
+
+    async def undo(holder):
+        undone.append(holder.run)
+
+    with pytest.raises(BusyError, match="another controller that died") as caught:
+        await lock.acquire(monitor, "qmpblock-x", Holder.me("r"), undo, stall=60)
+    assert caught.value.exit_code == 1
+    assert "object-del" in caught.value.remedy
+    assert len(monitor.asked) < 1000
+
+
+async def test_so_many_that_died_one_after_the_other_are_undone():
+    """Each killed while it undid the one before."""
+
+    class Honest:
+        def __init__(self):
+            self.objects = {}
+
+        async def execute(self, command, arguments=None):
+            name = arguments.get("id") or arguments["path"].rpartition("/")[2]
+            if command == "object-add":
+                if name in self.objects:
+                    raise CommandError(command, arguments, "GenericError", "duplicate")
+                self.objects[name] = arguments["data"]
+            elif command == "object-del":
+                if self.objects.pop(name, None) is None:
+                    raise CommandError(command, arguments, "GenericError", "not found")
+            elif command == "qom-get":
+                if name not in self.objects:
+                    raise CommandError(command, arguments, "DeviceNotFound", "not found")
+                return self.objects[name]
+            return [{"name": one, "type": "child<secret>"} for one in self.objects]
+
+    monitor, name, undone = Honest(), "qmpblock-x", []
+    for n in range(12):
+        monitor.objects[name] = dead(f"run{n}").text()
+        name += f"-undo-run{n}"
+
+    async def undo(holder):
+        undone.append(holder.run)
+
+    await lock.acquire(monitor, "qmpblock-x", Holder.me("r"), undo, stall=60)
+    assert "run0" in undone
+    assert list(monitor.objects) == ["qmpblock-x"]
+
+
+async def test_a_crowd_of_turns_is_swept_only_so_far():
+    class Crowd(Lying):
+        async def execute(self, command, arguments=None):
+            self.asked.append(command)
+            if command == "qom-get":
+                return dead("gone").text()
+            crowd = [{"name": f"qmpblock-x-undo-{n}", "type": ""} for n in range(5000)]
+            return crowd if command == "qom-list" else {}
+
+    monitor = Crowd()
+    await lock.acquire(monitor, "qmpblock-x", Holder.me("r"), None, stall=60)
+    assert len(monitor.asked) < 600
+    with pytest.raises(BusyError, match="5000 objects"):
+        await lock.names(monitor)

@@ -228,3 +228,51 @@ def test_the_reference_has_every_key():
             )
         known = re.search(r"known here \((.*)\)", str(caught.value))
         assert set(known[1].split(", ")) - {"address", "disks"} <= described
+
+
+NESTED = "vms:\n  - address: a\n    disks: [{disk: d, ranges: "
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n"
+    for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "p.yaml:1:33: is nested more than 32 levels"),
+        (NESTED + "[" * 100_000, "nested more than 32 levels"),
+        ("{a: " * 100_000, "nested more than 32 levels"),
+        ("- " * 100_000, "nested more than 32 levels"),
+        ("? " * 100_000, "nested more than 32 levels"),
+        ("!!x [" * 50_000, "nested more than 32 levels"),
+        ("[" * 100_000 + "]" * 100_000, "nested more than 32 levels"),
+        (LAUGHS, "more than 100000 values"),
+        ("vms: &a [*a]", "undefined alias"),
+        ("vms: *a", "undefined alias"),
+        ("vms: [" + "x, " * 100_001 + "]", "more than 100000 values"),
+        ("vms: " + "x" * (1 << 20), "more than 1048576 characters"),
+        ("parallel: " + "9" * 10_000, "not a whole number"),
+        ("speed: " + "9" * 10_000 + "G\nvms: []", "speed"),
+        ("speed: " + "1+" * 9000 + "1\nvms: 5", "vms"),
+        ("vms: \ud800", "not YAML|no UTF-8"),
+        ("vms: \0", "not YAML"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_hostile_policy_costs_nothing(text, words):
+    with pytest.raises(PolicyError, match=words):
+        parse(text)
+
+
+def test_a_policy_without_end_is_not_read(tmp_path):
+    path = tmp_path / "p.yaml"
+    with path.open("wb") as file:
+        file.truncate(64 << 30)
+    with pytest.raises(PolicyError):
+        load_policy(path)
+
+
+def test_aliases_stand_for_what_they_name():
+    said = "vms:\n- address: a\n  disks: &d [{disk: x, ahead: &s 1M}]\n- {address: b, disks: *d}"
+    assert [(one.address, one.disk) for one in parse(said).disks] == [("a", "x"), ("b", "x")]
