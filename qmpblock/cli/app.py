@@ -1,18 +1,21 @@
 """The command group.
 
 It imports a command's module only when that is run, and turns errors into messages and exit
-codes (design.md, contracts).
+codes (design.md, contracts): whatever happens, one message and never a traceback. All output
+passes `emit`, `_complain` or click's echo; what their stream cannot write is escaped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpblock._version import __version__
-from qmpblock.errors import Error
+from qmpblock.errors import Error, printable
 
 if TYPE_CHECKING:
     from qmpblock.vm import VM
@@ -46,6 +49,7 @@ _COMMANDS = {
 }
 WARNED = 4
 INTERRUPTED = 130
+_LONGEST = 10_000  # characters of a line of a message
 
 
 class _Lazy(click.Group):
@@ -81,7 +85,12 @@ def _group() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    logging.basicConfig(format="qmpblock: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # a name may hold what the terminal's encoding cannot
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("qmpblock: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # A command that was cancelled leaves a late reply, which qemu.qmp reports as an error.
     logging.getLogger("qemu").propagate = False
     try:
@@ -105,11 +114,44 @@ def run(arguments: Sequence[str]) -> int:
             _complain(f"cannot write the output: {error.strerror or error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        return _last_resort(error)
     return code if isinstance(code, int) else 0
 
 
+def _last_resort(error: Exception) -> int:
+    """Say what nobody expected in one message; a defect of ours, or of a library.
+
+    Where several tasks failed at once, the first error of ours says it.
+    """
+    known: BaseException = error
+    while isinstance(known, ExceptionGroup):
+        known = known.exceptions[0]
+    if isinstance(known, Error):
+        _complain(str(known))
+        return known.exit_code
+    if os.environ.get("QMPBLOCK_DEBUG"):
+        traceback.print_exception(error)
+    _complain(
+        f"something went wrong that should not: {type(known).__name__}: {printable(known)}\n"
+        "what was begun in a VM was undone, as far as that goes; see: qmpblock recover ADDRESS "
+        "--dry-run\n"
+        "Remedy: run it again with QMPBLOCK_DEBUG=1, and report what it says then"
+    )
+    return 1
+
+
+class _OneLine(logging.Formatter):
+    """A log record as one line that is safe to show, without a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        if not os.environ.get("QMPBLOCK_DEBUG"):
+            record.exc_info = record.exc_text = record.stack_info = None
+        return "\n  ".join(printable(line, _LONGEST) for line in super().format(record).split("\n"))
+
+
 def _complain(text: str) -> None:
-    first, *rest = text.splitlines()
+    first, *rest = (printable(line, _LONGEST) for line in text.split("\n"))
     click.echo(click.style("qmpblock: ", fg="red", bold=True) + first, err=True)
     for line in rest:
         click.echo(f"  {line}", err=True)

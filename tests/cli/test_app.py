@@ -1,6 +1,8 @@
 """The command line without a VM: exit codes, sizes, start-up."""
 
 import json
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import click
 import pytest
 
 from qmpblock import __version__
+from qmpblock.cli import app
 from qmpblock.cli.app import Size, run
+from qmpblock.errors import ConnectError, Error
 
 
 def test_version(capsys):
@@ -141,3 +145,54 @@ main()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (130, "")
     assert ran.stderr == "qmpblock: interrupted; nothing was touched\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (RuntimeError("odd \x1b[31m"), 1, r"RuntimeError: odd \x1b[31m"),
+        (RecursionError("deep"), 1, "RecursionError: deep"),
+        (MemoryError(), 1, "MemoryError"),
+        (ExceptionGroup("g", [ExceptionGroup("h", [ConnectError("gone \x1b")])]), 3, r"gone \x1b"),
+        (Error("a\nb \u202e\ud800 c"), 1, r"  b \u202e\ud800 c"),
+        (Error(""), 1, "qmpblock: "),
+    ],
+)
+def test_whatever_happens_is_one_message(raised, code, words, monkeypatch, capsys):
+    def main(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(app._group, "main", main)
+    assert run(["disks", "x"]) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+    assert all(c.isprintable() or c == "\n" for c in said)
+
+
+def test_a_developer_sees_the_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("QMPBLOCK_DEBUG", "1")
+    monkeypatch.setattr(app._group, "main", lambda *_, **__: 1 // 0)
+    assert run(["disks", "x"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_names_that_cannot_be_written_are_escaped(tmp_path):
+    """Neither half a surrogate pair, which a name on disk may give, nor a terminal of ASCII."""
+    name = os.fsdecode(b"/nosuch/\xff\xc3\xa4.qcow2")
+    done = subprocess.run(
+        [sys.executable, "-m", "qmpblock", "map", name],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert rb"\udcff" in done.stderr
+
+
+def test_log_records_are_lines_that_are_safe_to_show():
+    try:
+        int("x")
+    except ValueError:
+        record = logging.LogRecord("n", logging.ERROR, "p", 1, "a %s\nb", ("\x1b",), sys.exc_info())
+    assert app._OneLine("q: %(message)s").format(record) == "q: a \\x1b\n  b"
