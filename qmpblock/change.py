@@ -49,6 +49,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph import BlockGraph, Device
+from qmpblock.hostfiles import open_inodes
 from qmpblock.hostprocess import boot_id, is_running, start_time
 from qmpblock.journal import Journal, discard_torn
 from qmpblock.lock import Holder
@@ -57,7 +58,7 @@ from qmpblock.nomigration import allow_migration, blocker_name, forbid_migration
 from qmpblock.record import Record, VMIdentity
 from qmpblock.recoveryplan import Choice, Step, took_effect
 from qmpblock.settling import settle
-from qmpblock.survey import survey
+from qmpblock.survey import find
 from qmpblock.versioned import UnreadableError
 
 if TYPE_CHECKING:
@@ -69,7 +70,6 @@ __all__ = [
     "Change",
     "ahead_lock_name",
     "check_all_said",
-    "find_journal",
     "identify",
     "is_watched",
     "lock_name",
@@ -136,21 +136,6 @@ def record_of(holder: Holder, name: str = "") -> Record | None:
         return Record.from_json(holder.details["record"], holder.run)
     except UnreadableError as error:
         raise lock.unreadable(name or f"of {holder}", error, holder.run) from None
-
-
-def find_journal(record: Record) -> Journal | None:
-    """Find the journal of a change on this host.
-
-    :raise RecordError: it is there, and cannot be read.
-    """
-    found = survey((record.home,) if record.home else ())
-    for error in found.unreadable:
-        if error.run == record.run:
-            raise error
-    for journal in found.journals:
-        if journal.record == record:
-            return journal
-    return None
 
 
 class Change:
@@ -236,7 +221,9 @@ class Change:
 
     def _create_journal(self) -> Journal | None:
         try:
-            return Journal.create(self.record, self._beside)
+            pid = self.vm.monitor.peer_pid if self._beside is not None else None
+            opened = open_inodes(pid) if pid is not None else None
+            return Journal.create(self.record, self._beside, opened)
         except NoRoomError as error:
             if self.record.pivot or self.record.operation not in ("stream", "commit"):
                 raise
@@ -246,7 +233,11 @@ class Change:
             return None
 
     async def adopt(self, dead: Holder, journal: Journal | None) -> bool:
-        """Take a dead controller's change over as it is; False if somebody else did."""
+        """Take a dead controller's change over as it is; False if somebody else did.
+
+        :param journal: of the change. Where it has none it gets none: what the lock says, somebody
+            in QEMU may have said.
+        """
         adopted = False
         await self._hold_polling()
         try:
@@ -260,9 +251,7 @@ class Change:
             if adopted:
                 self._locked = list(self.record.locks)
                 self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
-                if journal is None:
-                    discard_torn(self.record)
-                self.journal = journal or self._create_journal()
+                self.journal = journal
         except BaseException:
             await undisturbed(self._let_go_polling())
             raise
@@ -433,8 +422,9 @@ async def undo_dead_change(
     _log.warning("undoing what a controller that died left in the VM: %s", dead)
     if record is None:
         return  # it died before it did anything
-    discard_torn(record)
-    journal = find_journal(record)
+    me = await identify(vm)
+    discard_torn(me, record.run)
+    journal = find(record, me)
     await settle(vm, record, journal, Choice.UNDO, tell)
     await allow_migration(vm.monitor, record.run)
     if journal is not None:

@@ -31,7 +31,7 @@ from qmpblock.places import FileId
 from qmpblock.qemuimg import QemuImg, blockdev
 from qmpblock.record import Record
 from qmpblock.recoveryplan import ImageVerdict, image_verdict
-from qmpblock.survey import survey
+from qmpblock.survey import survey, unproven
 
 if TYPE_CHECKING:
     pass
@@ -77,7 +77,7 @@ def _list(files: Sequence[str]) -> str:
 
 
 async def recover_images(
-    images: Sequence[str | os.PathLike[str]], *, dry_run: bool = False
+    images: Sequence[str | os.PathLike[str]], *, dry_run: bool = False, believe: bool = False
 ) -> list[ImageRecovery]:
     """Say which image to start from, after QEMU died in the middle of a change of ours.
 
@@ -86,9 +86,12 @@ async def recover_images(
 
     :param images: any image of the chain; the active one is best.
     :param dry_run: change nothing.
+    :param believe: a journal beside an image, too, that no key of this installation proves: only
+        where nobody who is not trusted can write to that directory.
     :return: one for each change that was interrupted; none where the images are safe.
     :raise NotFoundError: there is no such image, and no journal is about one.
-    :raise RecordError: a journal that may be about them cannot be read; nothing was touched.
+    :raise RecordError: a journal that may be about them cannot be read, or not be proven to be
+        ours; nothing was touched.
     :raise BusyError: the QEMU that the change was made in still runs.
     """
     names = [os.path.realpath(image) for image in images]
@@ -101,8 +104,10 @@ async def recover_images(
             raise error
     for path, why in seen.distrusted:
         _log.warning("the journal %s is not believed: %s", printable(path), why)
+    if seen.unproven and not believe:
+        raise unproven(seen.unproven[0])  # it lies beside one of them
     found = []
-    for journal in seen.journals:
+    for journal in (*seen.journals, *(seen.unproven if believe else ())):
         record = journal.record
         if not _is_about((*record.images, *record.files), names):
             continue
@@ -125,9 +130,10 @@ def is_about(image: str) -> bool:
     As far as the journals say that can be read.
     """
     name = os.path.realpath(image)
+    seen = survey((name,))
     return any(
         _is_about((*journal.record.images, *journal.record.files), [name])
-        for journal in survey((name,)).journals
+        for journal in (*seen.journals, *seen.unproven)
     )
 
 

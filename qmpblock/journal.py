@@ -3,10 +3,13 @@
 A change is described by one `Record`. It is kept in two places with different lives:
 
 - in the data of the change's lock, an object inside QEMU (`qmpblock.lock`): it outlives the
-  controller, and ends with QEMU;
-- in a journal on the controller's host, which outlives both. A change after which the
-  image to start from is another one (an active commit) also keeps its journal beside the
-  active image, as `IMAGE.qmpblock-RUN.journal`, so that whoever finds the image finds it.
+  controller, and ends with QEMU. Whoever is in that QEMU may have put it there;
+- in a journal in the state directory (`qmpblock.statedirectory`), where only we can write. It
+  outlives both, and it alone says what there is to do to files. A change after which the image to
+  start from is another one (an active commit) also has a copy of it beside the active image, as
+  `IMAGE.qmpblock-RUN.journal`, so that whoever finds the image finds it. Others may write to that
+  directory: the copy is believed only where a key of this installation proves it
+  (`qmpblock.linechain`), or it says nothing but what the one in the state directory says.
 
 Where the image's file system is full, the one in the state directory stands alone, and says so;
 an empty file `IMAGE.qmpblock-RUN.elsewhere` tells other hosts. Where the state directory's is,
@@ -17,34 +20,44 @@ A journal is a text file: the record as JSON in the first line, then one line an
 written and fsynced before what it announces. A last line that is torn was never acted upon.
 What happened is otherwise read from QEMU itself, or from the images: the journal says only
 what cannot be seen there.
+
+Format 1 had no proofs, and said beside the image alone whether a pivot had happened. Such a
+journal is read, and its copy believed as it was then, where the state directory has it, too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qmpblock.errors import Error, NoRoomError, RecordError, printable
-from qmpblock.fallocate import UNSUPPORTED, keep_size
+from qmpblock.journalfile import FULL, LIMIT, DistrustedError, JournalFile
+from qmpblock.linechain import lines_of, proving, sealed
 from qmpblock.record import Record, VMIdentity
+from qmpblock.statedirectory import (
+    InsecureError,
+    OpenDirectory,
+    StateDirectory,
+    state_directory,
+)
 from qmpblock.versioned import UnreadableError, stamped, unstamped
 
 __all__ = [
+    "FORMAT",
     "PIVOTED",
     "DistrustedError",
     "Journal",
     "Record",
     "VMIdentity",
-    "content",
     "discard_torn",
     "home_path",
     "is_elsewhere",
@@ -56,117 +69,119 @@ __all__ = [
 
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
+#: The newest format of journals; that of locks is another.
+FORMAT = 2
 
 _NAME = re.compile(r".*?[.-](?:qmpblock-)?([0-9a-f]{8})\.(?:journal|elsewhere)", re.DOTALL)
 ELSEWHERE = ".elsewhere"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_SPARE = 2048  # bytes that the entries of one slice, or the marks of a pivot, will need
 _log = logging.getLogger(__name__)
-_LIMIT = 16 << 20  # bytes of a journal that are read; one of ours has some kilobytes
-
-
-def state_directory() -> Path:
-    """Return where journals are kept (design.md, safety rule 9); it need not exist."""
-    if named := os.environ.get("QMPBLOCK_STATE"):
-        return Path(named)
-    if os.geteuid() == 0:
-        return Path("/var/lib/qmpblock")
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "qmpblock"
 
 
 class Journal:
-    """The journal of one change. Make a new one with `create`, read one with `load`.
+    """The journal of one change. Make a new one with `create`; `qmpblock.survey` finds others.
 
     All I/O is synchronous: an entry is on stable storage when the call returns, and nothing
     else of this process may run between the last entry and what it announces.
 
     :ivar record: what the change intends.
-    :ivar paths: its files; that in the state directory comes first.
+    :ivar files: where it lies; what the first one says counts.
     :ivar entries: what was added since, oldest first.
-    :ivar alone: whether it lies in the state directory alone although its change has a home.
+    :ivar lines: the text of the record and of these entries, where it was read.
+    :ivar form: the format that it is in.
+    :ivar alone: whether one of format 1 lies in the state directory alone although it has a home.
     """
 
     def __init__(
         self,
         record: Record,
-        paths: tuple[Path, ...],
+        files: tuple[JournalFile, ...],
         entries: list[dict[str, Any]],
         *,
+        lines: bytes = b"",
+        form: int = FORMAT,
         alone: bool = False,
+        key: bytes | None = None,
     ):
         self.record = record
-        self.alone = alone
-        self.paths = paths
+        self.files = files
         self.entries = entries
+        self.lines = lines
+        self.form = form
+        self.alone = alone
+        self._key = key
         self.held: list[float] = []  # seconds that each pivot of this process held the guest
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its files' paths, for people."""
+        return tuple(file.path for file in self.files)
+
     @classmethod
-    def create(cls, record: Record, beside: Path | None = None) -> Journal:
+    def create(
+        cls,
+        record: Record,
+        beside: Path | None = None,
+        opened: Collection[tuple[int, int]] | None = None,
+    ) -> Journal:
         """Write the record where it is to be found after a crash.
 
         Where one of the two places has no room, the other one suffices.
 
-        :param beside: the image beside which it is also kept, and where `mark` writes.
+        :param beside: the image beside which it is also kept.
+        :param opened: device and inode of what QEMU has open, among which that image must be;
+            None where that cannot be seen.
         :raise NoRoomError: there is no room for it; nothing is left of it.
         :raise Error: it cannot be written; nothing is left of it.
         """
         journal = cls(record, (), [])
-        said = record.as_json()
-        inside = state_directory() / _file_name(record)
         try:
-            lacking = _make_directory(inside.parent)
-            if beside is not None:
-                journal.alone = bool(journal._write_first(_beside(beside, record.run), said))
-            if not lacking:
-                said |= {"alone": True} if journal.alone else {}
-                lacking = journal._write_first(inside, said)
+            journal._write_first(beside, opened)
         except OSError as error:
             journal.remove()
             raise _cannot_begin(error, beside) from None
-        if not journal.paths:
+        if not journal.files:
             raise NoRoomError(
-                f"there is no room for the journal of this change in {printable(inside.parent)}"
+                "there is no room for the journal of this change in "
+                f"{printable(state_directory())}"
                 + (f", nor beside {printable(beside)}" if beside is not None else ""),
                 standing="nothing was changed",
                 remedy="set QMPBLOCK_STATE to a directory on a file system with some kilobytes "
                 "free, that outlives a crash of this host; recover looks there only if it is set "
                 "then, too",
             )
-        if journal.alone:
-            journal._mark_elsewhere()
-        elif lacking:
-            _log.warning("no room in %s: the journal lies beside the image alone", inside.parent)
         return journal
 
-    def _write_first(self, path: Path, said: dict[str, Any]) -> bool:
-        """Write the first line of a new file; return whether there was no room for it."""
-        text = json.dumps(stamped(said)) + "\n"
-        try:
-            # Exclusive: a path beside an image may be in a directory that others write to.
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            if error.errno in _FULL:
-                return True
-            raise
-        try:
-            # What was there before is not ours to remove; this is.
-            before, self.paths = self.paths, (path, *self.paths)
-            _reserve(fd, len(text))
-            _write(fd, text)
-            _sync_directory(path.parent)
-        except OSError as error:
-            error.filename = path
-            if error.errno not in _FULL:
-                raise
-            path.unlink()
-            self.paths = before
-            return True
-        finally:
-            os.close(fd)
-        return False
+    def _write_first(self, beside: Path | None, opened: Collection[tuple[int, int]] | None) -> None:
+        """Write the first line of each file for which there is room.
 
-    def _mark_elsewhere(self) -> None:
+        :raise OSError: it cannot be written.
+        """
+        state, home = _open_state(), None
+        if beside is not None:
+            home = _open_home(beside, opened)
+            if state is not None:
+                self._key = _key_of(state)
+        said = stamped(self.record.as_json()) | {"format": FORMAT}
+        self.lines = sealed(self._key, b"", said)
+        if state is not None:
+            self._add_file(state, _file_name(self.record))
+        inside = bool(self.files)
+        if home is None or beside is None:
+            return
+        if self._key is not None:  # without one, nothing would prove it
+            self._add_file(home, _beside(beside, self.record.run).name)
+        if inside and len(self.files) == 1:
+            self._mark_elsewhere(home)
+        elif self.files and not inside:
+            where = state_directory()
+            _log.warning("no room in %s: the journal lies beside the image alone", where)
+
+    def _add_file(self, directory: OpenDirectory, name: str) -> None:
+        file = JournalFile.create(directory, name, self.lines)
+        if file is not None:
+            self.files += (file,)
+
+    def _mark_elsewhere(self, directory: OpenDirectory) -> None:
         home = self.record.home
         _log.warning(
             "no room beside %s: the journal lies in %s alone. If QEMU and qmpblock die, run on "
@@ -175,21 +190,26 @@ class Journal:
             printable(self.paths[0].parent),
             printable(home),
         )
-        path = _elsewhere(self.record)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with contextlib.suppress(OSError):  # without it, only other hosts know less
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            _sync_directory(path.parent)
+            os.close(os.open(_elsewhere(self.record).name, flags, 0o600, dir_fd=directory.fd))
+            directory.sync()
 
     def add(self, **entry: Any) -> None:
         """Write an entry everywhere.
 
         :raise Error: it cannot be written; the disk is full, say.
         """
-        self._append(entry, self.paths)
+        before = self._read()
+        self._write(before, before + sealed(self._key, before, entry))
+        self.entries.append(entry)
 
     def mark(self, **entry: Any) -> None:
-        """Write an entry nearest to the image, with one fsync: the guest waits for it."""
-        self._append(entry, self.paths[-1:])
+        """Write an entry while the guest waits for it: in the time of the slower of two fsyncs.
+
+        :raise Error: it cannot be written; the disk is full, say.
+        """
+        self.add(**entry)
 
     def restart(self) -> None:
         """Forget the entries, where nothing that they tell of is there any more.
@@ -198,34 +218,46 @@ class Journal:
 
         :raise Error: it cannot be written.
         """
-        for path in self.paths:
-            try:
-                with path.open("r+b") as file:
-                    size = file.truncate(len(file.readline()))
-                    _reserve(file.fileno(), size)
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise _cannot_write(path, error) from None
+        before = self._read()
+        self._write(before, before[: before.index(b"\n") + 1])
         self.entries.clear()
 
-    def _append(self, entry: dict[str, Any], paths: tuple[Path, ...]) -> None:
-        for path in paths:
+    def _read(self) -> bytes:
+        first = self.files[0]
+        try:
+            return lines_of(first.read())
+        except OSError as error:
+            raise _cannot_write(first.path, error) from None
+
+    def _write(self, before: bytes, lines: bytes) -> None:
+        """Have every file hold these lines: side by side, for each waits for its disk."""
+        failed: list[tuple[Path, OSError]] = []
+
+        def write(file: JournalFile, text: bytes) -> None:
             try:
-                fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    _append_line(fd, json.dumps(entry) + "\n")
-                finally:
-                    os.close(fd)
+                file.become(text)
             except OSError as error:
-                raise _cannot_write(path, error) from None
-        self.entries.append(entry)
+                failed.append((file.path, error))
+
+        threads = [threading.Thread(target=write, args=(file, lines)) for file in self.files[1:]]
+        for thread in threads:
+            thread.start()
+        write(self.files[0], lines)
+        for thread in threads:
+            thread.join()
+        if failed:
+            path, error = failed[0]
+            for file in self.files:
+                write(file, before)  # it was not acted upon
+            raise _cannot_write(path, error)
 
     @property
     def complete(self) -> bool:
-        """Whether every entry is here: that is so beside the image, where it is kept there."""
+        """Whether every entry is here: in format 1, marks were beside the image alone."""
         home = self.record.home
         return (
-            self.alone
+            self.form > 1
+            or self.alone
             or not home
             or any(path.name == home_path(self.record).name for path in self.paths)
         )
@@ -247,41 +279,51 @@ class Journal:
 
     def remove(self) -> None:
         """Remove it: the change has ended. Idempotent."""
-        elsewhere = (_elsewhere(self.record),) if self.alone else ()
-        for path in (*elsewhere, *self.paths):
+        for file in self.files:
             with contextlib.suppress(OSError):
-                path.unlink()
-                _sync_directory(path.parent)
+                file.remove()
+        if self.record.home and self.files:
+            with contextlib.suppress(OSError):
+                _remove_elsewhere(_elsewhere(self.record))
 
     @classmethod
     def load(cls, path: Path) -> Journal | None:
-        """Read a journal.
+        """Read one file of a journal.
 
         :return: None if there is none, if it was torn before it began, and if it is not
-            believed: others than this user and root could have written it.
+            believed: it lies where others can write, and no key of ours proves it.
         :raise RecordError: it is ours, and cannot be read.
         """
+        state = StateDirectory.open()
+        inside = state is not None and path.parent == state.path
         try:
-            data = content(path)
-        except DistrustedError:
+            directory = state if state is not None and inside else OpenDirectory.at(path.parent)
+            file = JournalFile.open(directory, path.name)
+        except (DistrustedError, FileNotFoundError):
             return None
-        return None if data is None else cls.parse(path, data)
+        found = None if file is None else cls.parse(file, file.read())
+        if found is None or inside:
+            return found
+        return found if found.is_proven(state.keys() if state is not None else ()) else None
 
     @classmethod
-    def parse(cls, path: Path, data: bytes) -> Journal | None:
-        """Read what a journal's file holds; see `load`."""
+    def parse(cls, file: JournalFile, data: bytes) -> Journal | None:
+        """Read what a journal's file holds, which may be anything; see `load`."""
         if _is_torn(data):
             return None
-        *lines, _torn = data.split(b"\n")
+        path = file.path
+        lines = lines_of(data)
+        texts = data.split(b"\n")[:-1]
         first: Any = None
         record = None
         try:
-            first = _parsed(lines, 0, len(data))
-            said = unstamped(first)
+            first = _parsed(texts, 0, len(data))
+            form = first.get("format", 1)
+            said = unstamped(first, FORMAT)
             alone = said.pop("alone", False) is True
             record = Record.from_json(said)
             record.check_journaled()
-            entries = [_parsed(lines, number) for number in range(1, len(lines))]
+            entries = [_parsed(texts, number) for number in range(1, len(texts))]
         except UnreadableError as error:
             raise RecordError(
                 f"the journal {printable(path)} is ours by its name and cannot be read: {error}",
@@ -291,41 +333,41 @@ class Journal:
                 run=run_of(path),
                 files=_files_of(record.as_json() if record else first),
             ) from None
-        return cls(record, (path,), entries, alone=alone)
+        return cls(record, (file,), entries, lines=lines, form=form, alone=alone)
 
+    def is_proven(self, keys: Iterable[bytes]) -> bool:
+        """Whether one of these keys proves what it says; what is added is sealed by that one."""
+        self._key = proving(keys, self.lines)
+        return self._key is not None
 
-class DistrustedError(Exception):
-    """Others could have written it, and files are removed by what it says. Says why."""
+    def take_copy(self, copy: Journal, keys: Sequence[bytes]) -> bool:
+        """Take one that lies beside the image as a second file of this one, in the state directory.
 
+        :return: False if it is not that.
+        """
+        if copy.record != self.record or copy.form != self.form:
+            return False
+        if self.form == 1:
+            if copy.alone != self.alone:
+                return False
+            self.files = (*copy.files, *self.files)  # it has every entry, in their order
+            self.entries, self.lines = copy.entries, copy.lines
+            return True
+        proven = copy.is_proven(keys)
+        if not self.lines.startswith(copy.lines) and not (
+            proven and copy.lines.startswith(self.lines)  # its last line was not acted upon
+        ):
+            return False
+        self.files += copy.files
+        self._key = copy._key
+        return True
 
-def content(path: Path) -> bytes | None:
-    """Read a file that is ours by its name; None if it is not there.
-
-    :raise RecordError: it cannot be read.
-    :raise DistrustedError: it is not to be believed.
-    """
-    try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise DistrustedError("it is no plain file")
-        if status.st_uid not in (0, os.geteuid()):
-            raise DistrustedError(f"it belongs to the user {status.st_uid}")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as file:
-            now = os.fstat(fd)
-            if (now.st_dev, now.st_ino) != (status.st_dev, status.st_ino) or now.st_mode & 0o022:
-                raise DistrustedError("others may write to it")
-            return file.read(_LIMIT + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RecordError(
-            f"the journal {printable(path)} cannot be read: {error.strerror}",
-            standing="nothing was touched",
-            remedy="run this as root, or as the user who ran that qmpblock",
-            path=path,
-            run=run_of(path),
-        ) from None
+    def take_torn(self, file: JournalFile, data: bytes) -> bool:
+        """Take a file whose first line was never complete as a second file of this one."""
+        if self.form == 1 or not self.lines.startswith(data):
+            return False
+        self.files += (file,)
+        return True
 
 
 _REMEDY = (
@@ -344,7 +386,7 @@ def _is_torn(data: bytes) -> bool:
 
 
 def _parsed(lines: list[bytes], number: int, size: int = 0) -> dict[str, Any]:
-    if size > _LIMIT:
+    if size > LIMIT:
         raise UnreadableError("it is longer than any of ours")
     try:
         found = json.loads(lines[number])
@@ -352,6 +394,7 @@ def _parsed(lines: list[bytes], number: int, size: int = 0) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise UnreadableError(f"its line {number + 1} is damaged")
+    found.pop("mac", None)
     return found
 
 
@@ -376,16 +419,20 @@ def _files_of(data: Any) -> tuple[str, ...] | None:
     return tuple(str(file) for one in found for file in one or ())
 
 
-def discard_torn(record: Record) -> None:
-    """Remove a journal of this change whose first line was never complete."""
-    paths = [state_directory() / _file_name(record)]
-    if record.home:
-        paths.append(home_path(record))
-    for path in paths:
-        with contextlib.suppress(OSError, RecordError, DistrustedError):
-            data = content(path)
-            if data is not None and _is_torn(data) and path.stat().st_uid == os.geteuid():
-                path.unlink()
+def discard_torn(vm: VMIdentity, run: str) -> None:
+    """Remove a journal in the state directory whose first line was never complete.
+
+    :param vm: the process that we see, not one that anybody claims.
+    """
+    with contextlib.suppress(OSError, RecordError, DistrustedError):
+        state = StateDirectory.open()
+        for name in state.names() if state is not None else ():
+            if not name.startswith(of_vm(vm)) or run_of(Path(name)) != run:
+                continue
+            assert state is not None
+            file = JournalFile.open(state, name)
+            if file is not None and file.writable and _is_torn(file.read()):
+                file.remove()
 
 
 def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
@@ -394,15 +441,47 @@ def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
     return bool(words) and words[-1] is True
 
 
-def _make_directory(path: Path) -> bool:
-    """Make the state directory, if it is not there; return whether there was no room for it."""
+def _open_state() -> StateDirectory | None:
+    """Open the state directory, made if it is not there; None where there is no room for it."""
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return StateDirectory.open(make=True)
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
-        return True
-    return False
+        return None
+
+
+def _open_home(image: Path, opened: Collection[tuple[int, int]] | None) -> OpenDirectory:
+    """Open the directory of an image, and see that it is the one that QEMU has open there."""
+    try:
+        directory = OpenDirectory.at(image.parent)
+        if opened is not None:
+            status = os.stat(image.name, dir_fd=directory.fd)
+            if (status.st_dev, status.st_ino) not in opened:
+                raise InsecureError(image, "is not the file that QEMU has open")
+    except OSError as error:
+        error.filename = image
+        raise
+    return directory
+
+
+def _key_of(state: StateDirectory) -> bytes | None:
+    """Return the key of this installation; None where there is no room to make one."""
+    try:
+        return state.key()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return None
+
+
+def _remove_elsewhere(path: Path) -> None:
+    directory = OpenDirectory.at(path.parent)
+    status = os.stat(path.name, dir_fd=directory.fd, follow_symlinks=False)
+    mine = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
+    if mine and not status.st_size:
+        os.unlink(path.name, dir_fd=directory.fd)
+        directory.sync()
 
 
 def _cannot_begin(error: OSError, beside: Path | None) -> Error:
@@ -413,7 +492,7 @@ def _cannot_begin(error: OSError, beside: Path | None) -> Error:
         remedy="the directory of the image must be writable: what tells which image to start from "
         "after a crash is kept there"
         if home
-        else "set QMPBLOCK_STATE to a directory that this user may write to",
+        else "set QMPBLOCK_STATE to a directory that this user may write to, and nobody else",
     )
 
 
@@ -445,44 +524,3 @@ def _file_name(record: Record) -> str:
 def of_vm(vm: VMIdentity) -> str:
     """Return what the names of the journals of a VM begin with in the state directory."""
     return f"{vm.uuid}-{vm.pid}-{vm.start}-"
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give a journal of `size` bytes room for what it will need besides."""
-    try:
-        keep_size(fd, 0, size + _SPARE)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-
-
-def _append_line(fd: int, text: str) -> None:
-    """Write a line, or nothing of it: half a line, or one not acted upon, would be believed."""
-    size = os.fstat(fd).st_size
-    before = os.pread(fd, size, 0).rfind(b"\n") + 1
-    if before < size:
-        os.ftruncate(fd, before)  # a dead controller's last line, torn
-        with contextlib.suppress(OSError):
-            _reserve(fd, before)
-    try:
-        _write(fd, text)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(fd, before)
-            os.fsync(fd)
-        raise
-
-
-def _write(fd: int, text: str) -> None:
-    data = text.encode()
-    while data:
-        data = data[os.write(fd, data) :]
-    os.fsync(fd)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock import lock, ownership, polling
@@ -25,7 +24,6 @@ from qmpblock.change import (
     LOCKS,
     Change,
     check_all_said,
-    find_journal,
     identify,
     make_way,
     record_of,
@@ -37,16 +35,18 @@ from qmpblock.errors import (
     CommandError,
     RecordError,
     UnsupportedError,
+    printable,
 )
 from qmpblock.export import LOCK as NBD_LOCK
 from qmpblock.graph import BlockGraph
 from qmpblock.job import Job
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import ServerUse, undo_dead_run
-from qmpblock.record import Record
+from qmpblock.record import Record, VMIdentity
 from qmpblock.recoveryplan import Choice, Step, steps, took_effect
 from qmpblock.settling import settle
-from qmpblock.survey import is_of, journals, survey
+from qmpblock.statedirectory import state_directory
+from qmpblock.survey import find, is_of, is_same_process, journals, survey
 
 if TYPE_CHECKING:
     from qmpblock.vm import VM
@@ -113,7 +113,7 @@ async def recover(
             if record is None:
                 continue
             if dry_run:
-                found.append(_foresee(record, graph, choice))
+                found.append(_foresee(record, graph, choice, await identify(vm)))
             else:
                 found.append(await _recover_change(vm, holder, record, choice, tell))
         if not unread:  # whose lock cannot be read, of that nothing else tells what it left
@@ -203,18 +203,28 @@ async def _finalize_pivots(vm: VM, graph: BlockGraph, records: Iterable[Record])
             try:
                 with contextlib.suppress(CommandError):  # another recovery was faster
                     try:
-                        journal = find_journal(record)
+                        journal = find(record, await identify(vm))
                     except RecordError:
-                        # Nothing can be marked: the guest stays on the overlay, which has it all.
-                        await undisturbed(follower.cancel())
+                        # Nothing can be marked: let what stands there be true. Without a word
+                        # the guest stays on the overlay, which has it all.
+                        if _says_pivoted(record):
+                            await undisturbed(follower.finalize())
+                        else:
+                            await undisturbed(follower.cancel())
                     else:
                         await undisturbed(pivot(journal, follower))
             finally:
                 follower.end()
 
 
-def _foresee(record: Record, graph: BlockGraph, choice: Choice) -> Recovery:
-    journal = find_journal(record)
+def _says_pivoted(record: Record) -> bool:
+    """Whether a copy that is not ours to write says that the base is the image to trust."""
+    copies = survey((record.home,)).unproven
+    return any(copy.pivoted for copy in copies if copy.record == record)
+
+
+def _foresee(record: Record, graph: BlockGraph, choice: Choice, me: VMIdentity) -> Recovery:
+    journal = find(record, me)
     made = list(journal.made()) if journal is not None else []
     planned = list(steps(record, graph, choice, made))
     planned += [Step("remove", name, "the lock of a controller that died") for name in record.locks]
@@ -237,9 +247,11 @@ async def _recover_change(
 
     done: bool | None = None
     if choice is Choice.CONTINUE:
-        beside = Path(record.home) if record.home else None
-        change = Change(vm, record, beside=beside if beside and beside.exists() else None)
-        if not await change.adopt(holder, find_journal(record)):
+        journal = find(record, await identify(vm))
+        if journal is None and record.pivot and (await vm.graph()).job(record.job) is not None:
+            raise _without_journal(record)
+        change = Change(vm, record)
+        if not await change.adopt(holder, journal):
             return Recovery(record.describe(), record.run, (), None)
         if record.job:
             note(Step("follow", record.job, "it is carried on to its end"))
@@ -253,6 +265,17 @@ async def _recover_change(
     return Recovery(record.describe(), record.run, tuple(told), done)
 
 
+def _without_journal(record: Record) -> RecordError:
+    return RecordError(
+        f"the journal of {record.describe()} is not in {printable(state_directory())}: what tells "
+        "which image is newest if QEMU dies could not be kept, so the job is not carried on",
+        standing="nothing was touched",
+        remedy="run this where it was begun, as the same user and with the same QMPBLOCK_STATE; or "
+        "undo it: qmpblock recover ADDRESS",
+        run=record.run,
+    )
+
+
 async def _recover_orphans(
     vm: VM,
     graph: BlockGraph,
@@ -262,6 +285,7 @@ async def _recover_orphans(
     tell: Callable[[str, Step], None] | None,
 ) -> list[Recovery]:
     """Remove what bears our name but has no lock (somebody removed it): the names suffice."""
+    me = await identify(vm)
     runs = {holder.run for holder in holders.values()}
     found: dict[str, dict[str, list[str]]] = {}
     for kind, names in (("job", [job.id for job in graph.jobs]), ("node", list(graph.nodes))):
@@ -275,7 +299,7 @@ async def _recover_orphans(
         record = Record(
             run=run,
             operation="change",
-            vm=await identify(vm),
+            vm=me,
             devices=("",),
             names=("a disk",),
             locks=(),
@@ -285,12 +309,12 @@ async def _recover_orphans(
             nodes=tuple(sorted(names_of["node"], key=len)),
         )
         for journal in journals():
-            if journal.record.run == run:
+            if journal.record.run == run and is_same_process(journal.record.vm, me):
                 known = journal.record.nodes
                 others = tuple(node for node in record.nodes if node not in known)
                 record = replace(journal.record, nodes=known + others)
         if dry_run:
-            done.append(_foresee(record, graph, Choice.UNDO))
+            done.append(_foresee(record, graph, Choice.UNDO, me))
             continue
         told: list[Step] = []
 
@@ -299,8 +323,7 @@ async def _recover_orphans(
             if tell is not None:
                 tell(record.describe(), step)
 
-        journal_ = find_journal(record)
-        await undisturbed(settle(vm, record, journal_, Choice.UNDO, note))
+        await undisturbed(settle(vm, record, find(record, me), Choice.UNDO, note))
         done.append(Recovery(record.describe(), run, tuple(told), None))
     return done
 
@@ -353,8 +376,7 @@ async def _forget_journals(vm: VM, done: list[Recovery], *, dry_run: bool) -> li
     found = survey()
     unread = [error for error in found.unreadable if error.run not in held and is_of(error, me)]
     for journal in found.journals:
-        same = journal.record.vm
-        if (same.pid, same.start, same.boot, same.uuid) != (me.pid, me.start, me.boot, me.uuid):
+        if not is_same_process(journal.record.vm, me):
             continue
         if journal.record.run in held or not me.pid:
             continue

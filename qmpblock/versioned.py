@@ -41,9 +41,10 @@ def stamped(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "version": __version__, **data}
 
 
-def unstamped(data: Any) -> dict[str, Any]:
+def unstamped(data: Any, known: int = FORMAT) -> dict[str, Any]:
     """Return what `stamped` was given.
 
+    :param known: the newest format that the caller reads.
     :raise UnreadableError: it is of a newer format, or no JSON object.
     """
     if not isinstance(data, Mapping):
@@ -53,10 +54,10 @@ def unstamped(data: Any) -> dict[str, Any]:
     rest.pop("version", None)
     if type(number) is not int or number < 1:
         raise UnreadableError("its format is no number")
-    if number > FORMAT:
+    if number > known:
         raise UnreadableError(
             f"it is of format {number}, written by {writer(data)}; this is qmpblock "
-            f"{__version__}, which reads formats up to {FORMAT}"
+            f"{__version__}, which reads formats up to {known}"
         )
     return rest
 

@@ -104,7 +104,7 @@ async def nothing_of_ours(vm):
 
 def no_journals(vm):
     state = Path(os.environ["QMPBLOCK_STATE"])
-    assert list(state.iterdir()) == []
+    assert list(state.glob("*.journal")) == []
     for directory in vm.image_directories():
         assert list(directory.glob("*.qmpblock-*")) == []
 

@@ -9,7 +9,6 @@ from fake_objects import dead, fake_vm
 
 from qmpblock.change import (
     Change,
-    find_journal,
     identify,
     lock_name,
     lock_names,
@@ -22,7 +21,6 @@ from qmpblock.journal import Journal
 from qmpblock.lock import Holder
 
 LOCK = "qmpblock-disk-vd0"
-STREAM = f"qmpblock-{RUN}-stream"
 
 
 @pytest.fixture(autouse=True)
@@ -78,13 +76,6 @@ def test_a_holder_that_is_about_nothing_yet():
     assert record_of(Holder.me(RUN)) is None
 
 
-def test_a_journal_is_found_by_its_whole_record(tmp_path):
-    made = Journal.create(record())
-    assert find_journal(record()).paths == made.paths
-    assert find_journal(record(job=STREAM)) is None
-    assert find_journal(record(run="cafebabe")) is None
-
-
 async def test_which_qemu_it_is(tmp_path):
     async with fake_vm(tmp_path / "q", chain("d0")) as (vm, qemu):
         found = await identify(vm)
@@ -99,6 +90,26 @@ async def test_which_qemu_it_is(tmp_path):
 
 async def test_it_leaves_nothing_when_it_ends(tmp_path, state):
     image = tmp_path / "image"
+    # The peer is this very process: it has its image open.
+    with image.open("wb"):
+        await _begin_and_end(tmp_path, state, image)
+
+
+async def test_beside_an_image_that_qemu_has_not_open_nothing_is_written(tmp_path, state):
+    """Somebody has put another directory in the place of the image's."""
+    image = tmp_path / "image"
+    with image.open("wb"):
+        image.rename(tmp_path / "moved")
+        image.write_text("another")
+        async with fake_vm(tmp_path / "q", chain("d0")) as (vm, qemu):
+            with pytest.raises(Error, match="is not the file that QEMU has open"):
+                await Change(vm, record(), beside=image).begin()
+            assert qemu.objects == {}
+    assert list(tmp_path.glob("*.journal")) == []
+    assert list(state.glob("*.journal")) == []
+
+
+async def _begin_and_end(tmp_path, state, image):
     async with fake_vm(tmp_path / "q", chain("d0")) as (vm, qemu):
         change = Change(vm, record(), beside=image)
         await change.begin()
@@ -107,7 +118,7 @@ async def test_it_leaves_nothing_when_it_ends(tmp_path, state):
         assert all(path.exists() for path in change.journal.paths)
         await change.end()
         assert qemu.objects == {}
-        assert list(state.iterdir()) == []
+        assert list(state.glob("*.journal")) == []
         assert list(tmp_path.glob("*.journal")) == []
         await change.end()  # idempotent
 
@@ -177,9 +188,10 @@ def left_by_the_dead():
 @pytest.mark.parametrize("journal", [True, False])
 async def test_what_a_dead_controller_left_is_undone_first(tmp_path, state, journal):
     drawing, its = left_by_the_dead()
-    if journal:
-        Journal.create(its)
     async with fake_vm(tmp_path / "q", drawing) as (vm, qemu):
+        its = replace(its, vm=await identify(vm))
+        if journal:
+            Journal.create(its)
         qemu.hold(LOCK, dead("cafebabe", record=its.as_json()))
         change = Change(vm, record())
         await change.begin()
@@ -187,7 +199,7 @@ async def test_what_a_dead_controller_left_is_undone_first(tmp_path, state, jour
         assert list(qemu.objects) == [LOCK]
         assert Holder.from_text(qemu.objects[LOCK]).run == RUN
         await change.end()
-    assert list(state.iterdir()) == []
+    assert list(state.glob("*.journal")) == []
 
 
 async def test_a_dead_lock_that_says_nothing_is_taken(tmp_path):
@@ -215,7 +227,7 @@ async def test_way_is_made_for_a_plan(tmp_path):
             await make_way(vm, [LOCK])
 
 
-async def test_adopting_takes_over_what_is_there(tmp_path):
+async def test_adopting_takes_over_what_is_there(tmp_path, state):
     drawing, its = left_by_the_dead()
     dead_one = dead("cafebabe", record=its.as_json())
     async with fake_vm(tmp_path / "q", drawing) as (vm, qemu):
@@ -226,6 +238,7 @@ async def test_adopting_takes_over_what_is_there(tmp_path):
         mine = Holder.from_text(qemu.objects[LOCK])
         assert (mine.run, mine.pid) == ("cafebabe", os.getpid())
         assert not mine.is_dead()
+        assert list(state.glob("*.journal")) == []  # it had none: what a lock says makes no file
         await change.end()
         assert qemu.objects == {}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from drawing import MIB, RUN, record
+from journaling import as_format_1
 
 from qmpblock.errors import BusyError, Error, NotFoundError, ToolError, UnsupportedError
 from qmpblock.hostprocess import boot_id, start_time
@@ -135,7 +136,7 @@ async def test_what_the_guest_wrote_last_is_brought_home(staging, disk, state):
     assert holds(disk, 9)
     assert holds(disk, 2, 2 * MIB)
     assert staging.ours() == []
-    assert list(state.iterdir()) == []
+    assert list(state.glob("*.journal")) == []
     assert "committed into" in found.describe()
     assert await recover_images([disk]) == []
 
@@ -215,10 +216,13 @@ async def test_a_dry_run_changes_nothing(staging, disk, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["gone", "writable for others"])
-async def test_without_the_word_beside_the_image_nothing_is_done(staging, disk, tmp_path, how):
+async def test_without_the_word_beside_the_image_nothing_is_done_by_format_1(
+    staging, disk, tmp_path, how
+):
     """It alone says whether the overlay is stale."""
     write(staging.overlay, 9)
     staging.journal.mark(pivoted=True)
+    as_format_1(staging.journal)
     home = staging.journal.paths[1]
     if how == "gone":
         home.unlink()
@@ -426,10 +430,28 @@ async def test_which_image_to_start_from_after_a_commit(committing, disk, tmp_pa
     assert contents(tmp_path) == {p: c for p, c in before.items() if p not in gone}
 
 
-async def test_without_the_word_beside_its_image_a_commit_is_not_judged(committing, disk):
+@pytest.mark.parametrize("how", ["gone", "writable for others"])
+async def test_what_happens_beside_the_image_is_no_matter_to_the_state_directory(
+    committing, disk, how
+):
+    overlay, journal = committing
+    journal.mark(pivoted=True)
+    if how == "gone":
+        journal.paths[1].unlink()
+    else:
+        journal.paths[1].chmod(0o666)
+    (found,) = await recover_images([overlay], dry_run=True)
+    assert found.verdict.start == (str(disk),)
+    assert found.verdict.stale == (str(overlay),)
+
+
+async def test_without_the_word_beside_its_image_a_commit_of_format_1_is_not_judged(
+    committing, disk
+):
     """It would send the operator to a stale overlay."""
     _, journal = committing
     journal.mark(pivoted=True)
+    as_format_1(journal)
     journal.paths[1].unlink()
     with pytest.raises(Error, match="is newer cannot be told"):
         await recover_images([disk])

@@ -3,24 +3,27 @@
 import errno
 import json
 import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from drawing import record
+from drawing import RUN, VM, record
 from hypothesis import given
 from hypothesis import strategies as st
 from journaling import Full, beside, of_pivot
 
 from qmpblock import __version__
-from qmpblock import journal as module
+from qmpblock import journal as journals
+from qmpblock import journalfile as module
 from qmpblock.errors import Error, NoRoomError, RecordError
 from qmpblock.journal import (
+    FORMAT,
     Journal,
     discard_torn,
     pivoted,
     state_directory,
 )
-from qmpblock.versioned import FORMAT
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +81,7 @@ def test_no_room_beside_the_image_leaves_none_at_all(state, tmp_path):
     with pytest.raises(Error, match="gone") as caught:
         Journal.create(of_pivot(gone), gone)
     assert "directory of the image" in caught.value.remedy
-    assert list(state.iterdir()) == []
+    assert list(state.glob("*.journal")) == []
 
 
 @pytest.mark.parametrize("trap", ["file", "link"])
@@ -94,7 +97,7 @@ def test_what_lies_in_its_place_is_not_touched(state, image, trap):
         Journal.create(of_pivot(image), image)
     assert victim.read_text() == "precious"
     assert beside(image).exists()
-    assert list(state.iterdir()) == []
+    assert list(state.glob("*.journal")) == []
 
 
 # what is written, and when it is stable
@@ -105,18 +108,18 @@ class Disk:
 
     def __init__(self, monkeypatch):
         self.seen = []
-        write, fsync = os.write, os.fsync
+        write, fsync = os.pwrite, os.fsync
         self.fail = {}
 
         def path(fd):
             return Path(os.readlink(f"/proc/self/fd/{fd}")).name
 
-        def noting_write(fd, data):
+        def noting_write(fd, data, position):
             self.seen.append(("write", path(fd)))
             if "write" in self.fail:
-                write(fd, data[: len(data) // 2])
+                write(fd, data[: len(data) // 2], position)
                 raise OSError(self.fail["write"], os.strerror(self.fail["write"]))
-            return write(fd, data)
+            return write(fd, data, position)
 
         def noting_fsync(fd):
             self.seen.append(("fsync", path(fd)))
@@ -124,15 +127,16 @@ class Disk:
                 raise OSError(self.fail["fsync"], os.strerror(self.fail["fsync"]))
             fsync(fd)
 
-        monkeypatch.setattr(os, "write", noting_write)
+        monkeypatch.setattr(os, "pwrite", noting_write)
         monkeypatch.setattr(os, "fsync", noting_fsync)
 
 
 def test_each_file_is_stable_before_its_name_and_before_the_call_returns(image, monkeypatch):
+    Journal.create(of_pivot(image), image).remove()  # the key is made once
     disk = Disk(monkeypatch)
     journal = Journal.create(of_pivot(image), image)
     wanted = []
-    for path in reversed(journal.paths):  # the one in the state directory says if it is alone
+    for path in journal.paths:
         wanted += [("write", path.name), ("fsync", path.name), ("fsync", path.parent.name)]
     assert disk.seen == wanted
 
@@ -141,17 +145,25 @@ def test_an_entry_is_stable_in_both_places(image, monkeypatch):
     journal = Journal.create(of_pivot(image), image)
     disk = Disk(monkeypatch)
     journal.add(made="x")
-    first, second = (path.name for path in journal.paths)
-    assert disk.seen == [(what, name) for name in (first, second) for what in ("write", "fsync")]
+    for path in journal.paths:
+        assert [what for what, name in disk.seen if name == path.name] == ["write", "fsync"]
+    assert len(disk.seen) == 4
 
 
-def test_what_the_guest_waits_for_costs_one_fsync(image, monkeypatch):
+def test_what_the_guest_waits_for_costs_the_slower_of_two_fsyncs(image, monkeypatch):
+    """Each begins before the other one ends."""
     journal = Journal.create(of_pivot(image), image)
-    disk = Disk(monkeypatch)
+    both, fsync = threading.Barrier(2, timeout=5), os.fsync
+
+    def meeting(fd):
+        both.wait()
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", meeting)
     journal.mark(pivoted=True)
-    name = beside(image).name
-    assert disk.seen == [("write", name), ("fsync", name)]
     assert journal.pivoted
+    for path in journal.paths:
+        assert Journal.load(path).pivoted
 
 
 def test_a_removed_name_stays_removed(image, monkeypatch):
@@ -219,7 +231,7 @@ def test_no_room_anywhere(state, image, monkeypatch):
                 Journal.create(wanted, place)
             assert caught.value.standing == "nothing was changed"
             assert "QMPBLOCK_STATE" in caught.value.remedy
-    assert list(state.iterdir()) == []
+    assert list(state.glob("*.journal")) == []
     assert list(image.parent.glob("*qmpblock*")) == []
 
 
@@ -298,7 +310,7 @@ def test_damage_is_no_first_line_that_was_torn(image, data):
     path.write_bytes(data)
     with pytest.raises(RecordError, match="cannot be read"):
         Journal.load(path)
-    discard_torn(record())
+    discard_torn(VM, RUN)
     assert path.read_bytes() == data
 
 
@@ -342,7 +354,8 @@ def test_what_is_no_plain_file_is_no_journal(image, tmp_path):
 def test_a_long_journal_is_read_to_a_limit(monkeypatch):
     journal = Journal.create(record())
     journal.add(made="x")
-    monkeypatch.setattr(module, "_LIMIT", journal.paths[0].stat().st_size)
+    for one in (module, journals):
+        monkeypatch.setattr(one, "LIMIT", journal.paths[0].stat().st_size)
     assert Journal.load(journal.paths[0]).entries == [{"made": "x"}]
     journal.add(made="y")
     with pytest.raises(RecordError, match="longer than any of ours"):  # not read in part
@@ -398,12 +411,15 @@ def test_only_a_first_line_that_was_never_complete_is_discarded(image):
     """Its controller was killed while it wrote it; the next one must be able to write its own."""
     wanted = of_pivot(image)
     journal = Journal.create(wanted, image)
-    discard_torn(wanted)
+    discard_torn(VM, RUN)
     assert all(path.exists() for path in journal.paths)
     for path in journal.paths:
         path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(Error):
         Journal.create(wanted, image)
-    discard_torn(wanted)
-    assert not any(path.exists() for path in journal.paths)
-    Journal.create(wanted, image).remove()
+    discard_torn(replace(VM, pid=1), RUN)  # of another process
+    discard_torn(VM, "cafebabe")
+    assert all(path.exists() for path in journal.paths)
+    discard_torn(VM, RUN)
+    # Beside the image there is no proof of who wrote half a line.
+    assert [path.exists() for path in journal.paths] == [False, True]

@@ -9,19 +9,20 @@ from pathlib import Path
 import oldrecords
 import pytest
 from drawing import RUN, VM, record
-from journaling import Full, beside, elsewhere, of_pivot
+from journaling import Full, as_format_1, beside, elsewhere, of_pivot
 
 from qmpblock.change import record_of
 from qmpblock.errors import RecordError
 from qmpblock.journal import (
+    FORMAT,
     Journal,
     Record,
     VMIdentity,
     state_directory,
 )
 from qmpblock.lock import Holder
-from qmpblock.survey import Survey, is_of, journals, survey
-from qmpblock.versioned import FORMAT
+from qmpblock.survey import Survey, find, is_of, journals, survey, unproven
+from qmpblock.versioned import stamped
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_no_room_beside_the_image(state, image, monkeypatch, number):
     assert found.pivoted
     assert found.complete
     found.remove()
-    assert list(state.iterdir()) == []
+    assert list(state.glob("*.journal")) == []
     assert list(image.parent.glob("*qmpblock*")) == []
 
 
@@ -87,6 +88,7 @@ def test_on_another_host_the_image_says_that_its_journal_is_elsewhere(image, mon
 
 @pytest.mark.parametrize("inodes", [True, False])
 def test_no_room_in_the_state_directory(state, image, monkeypatch, inodes):
+    Journal.create(of_pivot(image), image).remove()  # there is a key
     with Full(monkeypatch, state, inodes=inodes):
         journal = Journal.create(of_pivot(image), image)
         assert journal.paths == (beside(image),)
@@ -115,7 +117,7 @@ def test_a_line_that_is_no_entry_spoils_the_journal(image, line):
 def test_a_field_fewer_is_read_or_said(image, name):
     """Never skipped: the next start of that VM would be from the wrong image."""
     Journal.create(of_pivot(image), image)
-    for path in (beside(image), *state_directory().iterdir()):
+    for path in (beside(image), *state_directory().glob("*.journal")):
         said = json.loads(path.read_text())
         said.pop(name, None)
         path.write_text(json.dumps(said) + "\n")
@@ -189,8 +191,12 @@ def test_one_of_ours_that_may_not_be_read_is_said(image, monkeypatch):
     """Another user runs recover: silence would say that the image is safe."""
     Journal.create(of_pivot(image), image)
 
-    def refuse(path, *arguments):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    real = os.open
+
+    def refuse(path, *arguments, **options):
+        if "/proc/self/fd/" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *arguments, **options)
 
     with monkeypatch.context() as patching:
         patching.setattr(os, "open", refuse)
@@ -204,7 +210,8 @@ def test_a_directory_that_may_not_be_listed_is_said(image, monkeypatch, state):
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    state.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "listdir", refuse)
     assert len(survey((str(image),)).unreadable) == 2
 
 
@@ -237,9 +244,10 @@ def test_found_beside_the_image_alone(state, image):
     assert list(image.parent.glob("*.journal")) == []
 
 
-def test_without_the_one_beside_the_image_it_is_not_complete(image):
+def test_without_the_one_beside_the_image_one_of_format_1_is_not_complete(image):
     made = Journal.create(of_pivot(image), image)
     made.mark(pivoted=True)
+    as_format_1(made)
     beside(image).unlink()
     (found,) = journals((str(image),))
     assert not found.pivoted  # that word stood there alone
@@ -278,3 +286,165 @@ def test_a_process_is_identified():
     assert is_of(error, data)
     assert not is_of(error, replace(data, start=3))
     assert VM.pid == 0
+
+
+# what no key proves
+
+
+def claim(image, **changes):
+    """Put a journal beside an image that nobody of ours wrote, and say what it claims."""
+    wanted = of_pivot(image, images=(str(image), "/i/base"), **changes)
+    path = beside(image)
+    path.write_text(json.dumps(stamped(wanted.as_json())) + '\n{"pivoted": true}\n')
+    path.chmod(0o600)
+    return wanted
+
+
+def test_what_no_key_proves_does_not_count(image):
+    claim(image)
+    found = survey((str(image),))
+    assert found.journals == []
+    assert [one.paths for one in found.unproven] == [(beside(image),)]
+    assert Journal.load(beside(image)) is None
+    error = unproven(found.unproven[0])
+    for words in (RUN, str(image), "/i/base", "is not proven to be ours"):
+        assert words in str(error)
+    for words in ("on the host where it was begun", ".key", "--believe-journal"):
+        assert words in error.remedy
+
+
+@pytest.mark.parametrize("how", ["a line more", "a line of before", "no key", "another key"])
+def test_another_hosts_journal_is_proven_by_its_key_alone(image, monkeypatch, tmp_path, how):
+    made = Journal.create(of_pivot(image), image)
+    made.add(made="x")
+    made.mark(pivoted=True)
+    here = tmp_path / "another host's"
+    here.mkdir(mode=0o700)
+    key = here / "first.key"
+    key.write_bytes((state_directory() / "key").read_bytes())
+    key.chmod(0o600)
+    monkeypatch.setenv("QMPBLOCK_STATE", str(here))
+    (found,) = journals((str(image),))
+    assert found.pivoted
+    found.mark(pivoted=False)  # whoever comes next believes this, too
+    (found,) = journals((str(image),))
+    assert not found.pivoted
+    path = beside(image)
+    if how == "a line more":
+        path.write_text(path.read_text() + '{"pivoted": true}\n')
+    elif how == "a line of before":
+        path.write_text(path.read_text() + path.read_text().splitlines()[2] + "\n")
+    elif how == "no key":
+        key.unlink()
+    else:
+        key.write_bytes(bytes(32))
+    found = survey((str(image),))
+    assert found.journals == []
+    assert len(found.unproven) == 1
+
+
+def test_beside_another_image_it_is_not_of_that_change(image):
+    """A proven one, moved to where somebody would like it to be."""
+    made = Journal.create(of_pivot(image), image)
+    made.paths[0].unlink()
+    other = image.with_name("other.qcow2")
+    beside(image).rename(beside(other))
+    found = survey((str(other),))
+    assert found.journals == []
+    assert found.distrusted == [(beside(other), "it is of another change, or image")]
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_the_state_directory_decides(image, more):
+    """Killed between two fsyncs: what one of them says was not acted upon."""
+    made = Journal.create(of_pivot(image), image)
+    made.add(made="x")
+    path = beside(image) if more == 0 else made.paths[0]
+    before = path.read_bytes()
+    made.mark(pivoted=True)
+    if more == 1 or more == 0:
+        path.write_bytes(before)
+    (found,) = journals((str(image),))
+    assert found.pivoted is (more != 1)
+    assert len(found.paths) == 2
+    found.mark(pivoted=False)
+    assert len({one.read_bytes() for one in found.paths}) == 1
+    (found,) = journals((str(image),))
+    assert not found.pivoted
+
+
+def test_one_that_was_torn_beside_the_image_goes_with_its_journal(image):
+    made = Journal.create(of_pivot(image), image)
+    beside(image).write_bytes(beside(image).read_bytes()[:30])
+    (found,) = journals((str(image),))
+    assert found.paths == made.paths
+    found.remove()
+    assert not beside(image).exists()
+
+
+def test_a_journal_of_format_1_is_gone_on_with(image):
+    """Another version began it on this host; its marks lie beside the image."""
+    made = Journal.create(of_pivot(image), image)
+    made.mark(pivoted=True)
+    as_format_1(made)
+    (found,) = journals((str(image),))
+    assert found.pivoted
+    found.mark(pivoted=False)
+    (found,) = journals((str(image),))
+    assert not found.pivoted
+    found.remove()
+    assert list(image.parent.glob("*.journal")) == []
+
+
+# whose it is
+
+
+HERE = replace(VM, pid=4, start=5, boot="b")
+
+
+def test_a_lock_only_says_which_to_look_for(image):
+    wanted = of_pivot(image, vm=HERE)
+    made = Journal.create(wanted, image)
+    assert find(wanted, HERE).paths == made.paths
+    assert find(replace(wanted, run="cafebabe", job="qmpblock-cafebabe-pivot"), HERE) is None
+    assert find(replace(wanted, keeper="another"), HERE) is None
+
+
+@pytest.mark.parametrize("other", [{"pid": 3}, {"start": 4}, {"boot": "c"}, {"uuid": "1" * 36}])
+def test_another_vms_journal_is_never_found(image, other):
+    """Its lock has been copied into this VM, word by word."""
+    wanted = of_pivot(image, vm=HERE)
+    Journal.create(wanted, image)
+    assert find(wanted, replace(HERE, **other)) is None
+
+
+@pytest.mark.parametrize(
+    ("begun", "now"),
+    [
+        (VM, HERE),
+        (HERE, VM),
+        (VM, replace(VM, monitor="tcp:other:1")),
+    ],
+)
+def test_what_cannot_be_proven_to_be_this_vms_is_said(image, begun, now):
+    wanted = of_pivot(image, vm=begun)
+    Journal.create(wanted, image)
+    with pytest.raises(RecordError, match="cannot be proven") as caught:
+        find(wanted, now)
+    assert caught.value.remedy == f"run: qmpblock recover {begun.monitor}"
+
+
+def test_a_lock_does_not_lead_to_what_no_key_proves(image):
+    wanted = claim(image)
+    with pytest.raises(RecordError, match="not proven to be ours"):
+        find(wanted, VM)
+    for home in ("/nosuch/x", "relative", "/i/\0", "x" * 5000):
+        assert find(replace(wanted, run="cafebabe", top_file=home), VM) is None
+
+
+def test_where_others_can_write_nothing_can_be_told(image, state):
+    wanted = of_pivot(image)
+    Journal.create(wanted, image)
+    state.chmod(0o777)
+    with pytest.raises(RecordError, match="writable for others"):
+        find(wanted, VM)

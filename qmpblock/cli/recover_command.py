@@ -35,6 +35,12 @@ __all__ = ["command"]
     is_flag=True,
     help="Only tell, by the exit code, whether recovery is needed: 0 no, 4 yes.",
 )
+@click.option(
+    "--believe-journal",
+    is_flag=True,
+    help="With IMAGE: act upon a journal beside it, too, that is not proven to be ours. Only where "
+    "nobody who is not trusted can write to that directory.",
+)
 async def command(
     options: Options,
     targets: tuple[str, ...],
@@ -42,6 +48,7 @@ async def command(
     undo: bool,
     carry_on: bool,
     check: bool,
+    believe_journal: bool,
 ) -> int:
     """Undo, or carry on, what a qmpblock that died left behind.
 
@@ -59,7 +66,11 @@ async def command(
     if images:
         if undo or carry_on:
             raise click.UsageError("--undo and --continue go with ADDRESS: the QEMU is gone")
-        return await _recover_images(options, images, dry_run=dry_run, check=check)
+        return await _recover_images(
+            options, images, dry_run=dry_run, check=check, believe=believe_journal
+        )
+    if believe_journal:
+        raise click.UsageError("--believe-journal goes with IMAGE")
     if len(targets) > 1:
         raise click.UsageError("give one ADDRESS")
     async with _connected(options, targets[0]) as vm:
@@ -135,13 +146,13 @@ def _say(one: Recovery, *, planned: bool) -> None:
 
 
 async def _recover_images(
-    options: Options, images: list[str], *, dry_run: bool, check: bool
+    options: Options, images: list[str], *, dry_run: bool, check: bool, believe: bool
 ) -> int:
     from qmpblock.imagerecovery import recover_images
     from qmpblock.survey import survey
 
     try:
-        found = await recover_images(images, dry_run=dry_run or check)
+        found = await recover_images(images, dry_run=dry_run or check, believe=believe)
     except RecordError as error:
         return _unread(options, error, check=check)
     doubtful = survey(tuple(map(os.path.realpath, images))).distrusted

@@ -225,7 +225,8 @@ def _file_lines(directories: Iterable[Path]) -> list[str]:
             lines += [f"file: {path}" for path in directory.glob("qmpblock-*")]
     state = os.environ.get("QMPBLOCK_STATE")
     if state and Path(state).is_dir():
-        lines += [f"file: {path}" for path in Path(state).rglob("*")]
+        # The key of the installation is made once, and stays.
+        lines += [f"file: {path}" for path in Path(state).rglob("*") if path.name != "key"]
     return lines
 
 

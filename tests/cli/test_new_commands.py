@@ -140,7 +140,7 @@ def test_check_only_tells(image, capsys):
 def test_what_cannot_be_read_is_never_safe(image, capsys, how):
     left(image)
     (path,) = image.parent.glob("*.journal")
-    text = '{"format": 2, "version": "9.9"}\n' if how == "newer" else "damaged\n"
+    text = '{"format": 9, "version": "9.9"}\n' if how == "newer" else "damaged\n"
     path.write_text(text)
     assert run(["recover", "--check", "--json", str(image)]) == 4
     out, err = capsys.readouterr()

@@ -71,7 +71,7 @@ async def test_a_commit_frees_it(start_qemu, vm_dir, qemu_binary, invariant, els
         assert code == 0, err
         assert "no room beside" in err
         assert list(small.glob("*qmpblock*")) == []
-        assert list(elsewhere.iterdir()) == []
+        assert list(elsewhere.glob("*.journal")) == []
         await nothing_of_ours(vm)
         await vm.quit()
         base = built.disks[0].active.chain()[1].path.resolve()
@@ -122,7 +122,7 @@ async def test_both_die_on_the_way(
         after = command == "job-finalize"
         assert found.verdict.start == (str(base if after else top),)
         assert list(small.glob("*qmpblock*")) == []
-        assert list(elsewhere.iterdir()) == []
+        assert list(elsewhere.glob("*.journal")) == []
 
 
 async def test_giving_up_needs_no_room_either(
@@ -197,7 +197,7 @@ async def test_a_pivot_that_fails_can_still_be_marked(
                 ):
                     async with disk.commit() as job:
                         job.complete()
-                assert '{"pivoted": true}' in seen[0]
+                assert '{"pivoted": true' in seen[0]
                 await disk.refresh()
                 assert len(disk.chain.layers) == 2
             (states / "filler").unlink()

@@ -19,7 +19,7 @@ DISK, NBD = "qmpblock-disk-vd0", "qmpblock-nbd"
 
 
 def newer(said):
-    said |= {"format": 2, "version": "9.9"}
+    said |= {"format": 9, "version": "9.9"}
 
 
 def more_in_it(said):
@@ -112,7 +112,7 @@ async def test_a_dead_controllers_lock(how, start_qemu, scenario, vm_dir, invari
     assert why in err
     assert await jobs(vm) == before
     assert await locks(vm) == {DISK}
-    assert any(Path(os.environ["QMPBLOCK_STATE"]).iterdir())
+    assert any(Path(os.environ["QMPBLOCK_STATE"]).glob("*.journal"))
     # The version that wrote it finds all as it was.
     await put(vm, DISK, text)
     async with qmpblock.connect(vm.monitor_path) as controller:
@@ -159,7 +159,7 @@ async def test_journals_after_the_death_of_both(start_qemu, scenario, vm_dir):
         controller.kill()
     await vm.kill()
     image = vm.disks[0].active.path
-    (state,) = Path(os.environ["QMPBLOCK_STATE"]).iterdir()
+    (state,) = Path(os.environ["QMPBLOCK_STATE"]).glob("*.journal")
     (beside,) = image.parent.glob("*.journal")
     for path, change in ((beside, newer), (state, newer), (beside, None)):
         text = path.read_text()
