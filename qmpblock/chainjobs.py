@@ -11,8 +11,8 @@ Both are one `Change` around one QEMU job that waits for us before its end::
 - A stream must not drop the link to a backing image before what it copied is on stable
   storage (K6). While it is pending the guest's I/O flows, so there is time to flush.
 - An active commit holds the guest's I/O while it is pending (K5), and then, and only then,
-  both images hold everything. One fsync says in the journal that from here on the base is
-  the one to trust; then the job pivots.
+  both images hold everything. Two fsyncs, side by side, say in the journal and in its copy that
+  from here on the base is the one to trust; then the job pivots.
 """
 
 from __future__ import annotations

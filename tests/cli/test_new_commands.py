@@ -162,6 +162,34 @@ def test_what_is_not_believed_is_said(image, capsys, caplog):
         caplog.clear()
 
 
+def test_what_is_not_proven_is_asked_about(image, capsys):
+    """Another host's, of which this one has no key: a person decides."""
+    left(image, pivoted=True)
+    for path in image.parent.glob("state/*"):
+        path.unlink()
+    (copy,) = image.parent.glob("*.journal")
+    before = copy.read_bytes()
+    assert run(["recover", "--check", "--json", str(image)]) == 4
+    out, err = capsys.readouterr()
+    assert json.loads(out) == []
+    assert "is not proven to be ours" in err
+    for more in ([], ["--dry-run"]):
+        assert run(["recover", str(image), *more]) == 1
+        _, err = capsys.readouterr()
+        for words in (str(copy), "commit of vd0", "/i/base", "--believe-journal", ".key"):
+            assert words in err
+    assert copy.read_bytes() == before
+    assert run(["recover", "--believe-journal", str(image)]) == 4
+    assert "Never use" in capsys.readouterr().out
+    assert not copy.exists()
+    assert run(["recover", str(image)]) == 0
+
+
+def test_a_journal_is_believed_beside_an_image_alone(tmp_path, capsys):
+    assert run(["recover", "--believe-journal", str(tmp_path / "qmp")]) == 2
+    assert "goes with IMAGE" in capsys.readouterr().err
+
+
 def test_another_image_than_before_is_4(image, capsys):
     left(image, pivoted=True)
     assert run(["recover", "--dry-run", str(image)]) == 4
