@@ -49,12 +49,12 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph import BlockGraph, Device
-from qmpblock.hostfiles import open_inodes
 from qmpblock.hostprocess import boot_id, is_running, start_time
 from qmpblock.journal import Journal, discard_torn
 from qmpblock.lock import Holder
 from qmpblock.nbdserver import monitor_name
 from qmpblock.nomigration import allow_migration, blocker_name, forbid_migration
+from qmpblock.openfiles import OpenFiles
 from qmpblock.record import Record, VMIdentity
 from qmpblock.recoveryplan import Choice, Step, took_effect
 from qmpblock.settling import settle
@@ -221,8 +221,7 @@ class Change:
 
     def _create_journal(self) -> Journal | None:
         try:
-            pid = self.vm.monitor.peer_pid if self._beside is not None else None
-            opened = open_inodes(pid) if pid is not None else None
+            opened = OpenFiles(self.vm.monitor.peer_pid).ids() if self._beside is not None else ()
             return Journal.create(self.record, self._beside, opened)
         except NoRoomError as error:
             if self.record.pivot or self.record.operation not in ("stream", "commit"):

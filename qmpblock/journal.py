@@ -33,7 +33,6 @@ import json
 import logging
 import os
 import re
-import stat
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from typing import Any
 from qmpblock.errors import Error, NoRoomError, RecordError, printable
 from qmpblock.journalfile import FULL, LIMIT, DistrustedError, JournalFile
 from qmpblock.linechain import lines_of, proving, sealed
+from qmpblock.places import FileId
 from qmpblock.record import Record, VMIdentity
 from qmpblock.statedirectory import (
     InsecureError,
@@ -121,15 +121,15 @@ class Journal:
         cls,
         record: Record,
         beside: Path | None = None,
-        opened: Collection[tuple[int, int]] | None = None,
+        opened: Collection[FileId] = (),
     ) -> Journal:
         """Write the record where it is to be found after a crash.
 
         Where one of the two places has no room, the other one suffices.
 
         :param beside: the image beside which it is also kept.
-        :param opened: device and inode of what QEMU has open, among which that image must be;
-            None where that cannot be seen.
+        :param opened: what QEMU has open, among which that image must be; none where that cannot
+            be seen.
         :raise NoRoomError: there is no room for it; nothing is left of it.
         :raise Error: it cannot be written; nothing is left of it.
         """
@@ -151,7 +151,7 @@ class Journal:
             )
         return journal
 
-    def _write_first(self, beside: Path | None, opened: Collection[tuple[int, int]] | None) -> None:
+    def _write_first(self, beside: Path | None, opened: Collection[FileId]) -> None:
         """Write the first line of each file for which there is room.
 
         :raise OSError: it cannot be written.
@@ -294,7 +294,7 @@ class Journal:
             believed: it lies where others can write, and no key of ours proves it.
         :raise RecordError: it is ours, and cannot be read.
         """
-        state = StateDirectory.open()
+        state = StateDirectory.proven()
         inside = state is not None and path.parent == state.path
         try:
             directory = state if state is not None and inside else OpenDirectory.at(path.parent)
@@ -425,7 +425,7 @@ def discard_torn(vm: VMIdentity, run: str) -> None:
     :param vm: the process that we see, not one that anybody claims.
     """
     with contextlib.suppress(OSError, RecordError, DistrustedError):
-        state = StateDirectory.open()
+        state = StateDirectory.proven()
         for name in state.names() if state is not None else ():
             if not name.startswith(of_vm(vm)) or run_of(Path(name)) != run:
                 continue
@@ -444,21 +444,19 @@ def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
 def _open_state() -> StateDirectory | None:
     """Open the state directory, made if it is not there; None where there is no room for it."""
     try:
-        return StateDirectory.open(make=True)
+        return StateDirectory.proven(make=True)
     except OSError as error:
         if error.errno not in FULL:
             raise
         return None
 
 
-def _open_home(image: Path, opened: Collection[tuple[int, int]] | None) -> OpenDirectory:
+def _open_home(image: Path, opened: Collection[FileId]) -> OpenDirectory:
     """Open the directory of an image, and see that it is the one that QEMU has open there."""
     try:
         directory = OpenDirectory.at(image.parent)
-        if opened is not None:
-            status = os.stat(image.name, dir_fd=directory.fd)
-            if (status.st_dev, status.st_ino) not in opened:
-                raise InsecureError(image, "is not the file that QEMU has open")
+        if opened and FileId.of(os.stat(image.name, dir_fd=directory.fd)) not in opened:
+            raise InsecureError(image, "is not the file that QEMU has open")
     except OSError as error:
         error.filename = image
         raise
@@ -477,10 +475,11 @@ def _key_of(state: StateDirectory) -> bytes | None:
 
 def _remove_elsewhere(path: Path) -> None:
     directory = OpenDirectory.at(path.parent)
-    status = os.stat(path.name, dir_fd=directory.fd, follow_symlinks=False)
-    mine = stat.S_ISREG(status.st_mode) and status.st_uid in (0, os.geteuid())
-    if mine and not status.st_size:
-        os.unlink(path.name, dir_fd=directory.fd)
+    status = directory.status(path.name)
+    if status is None or status.st_size or status.st_uid not in (0, os.geteuid()):
+        return
+    file = FileId.of(status)
+    if file is not None and directory.remove(path.name, file):
         directory.sync()
 
 

@@ -15,6 +15,7 @@ from itertools import takewhile
 from qmpblock.errors import RecordError, printable
 from qmpblock.fallocate import UNSUPPORTED, keep_size
 from qmpblock.linechain import lines_of
+from qmpblock.places import FileId
 from qmpblock.statedirectory import OpenDirectory
 
 __all__ = ["FULL", "LIMIT", "DistrustedError", "JournalFile"]
@@ -154,12 +155,10 @@ class JournalFile:
 
         :raise OSError: it cannot be removed.
         """
-        mine = os.fstat(self._fd)
-        with contextlib.suppress(FileNotFoundError):
-            found = os.stat(self._name, dir_fd=self._directory.fd, follow_symlinks=False)
-            if (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino):
-                os.unlink(self._name, dir_fd=self._directory.fd)
-                self._directory.sync()
+        mine = FileId.of(os.fstat(self._fd))
+        assert mine is not None  # it is a plain file
+        if self._directory.remove(self._name, mine):
+            self._directory.sync()
 
     def _reserve(self, size: int) -> None:
         """Give a journal of `size` bytes room for what it will need besides."""

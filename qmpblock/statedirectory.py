@@ -21,6 +21,7 @@ import stat
 from pathlib import Path
 
 from qmpblock.errors import printable
+from qmpblock.ourfiles import Directory
 
 __all__ = ["InsecureError", "OpenDirectory", "StateDirectory", "state_directory"]
 
@@ -48,16 +49,8 @@ def state_directory() -> Path:
     return Path(home) / "qmpblock"
 
 
-class OpenDirectory:
-    """A directory that is open, whatever its path leads to by now.
-
-    :ivar path: for people.
-    :ivar fd: its descriptor; closed with this object.
-    """
-
-    def __init__(self, path: Path, fd: int) -> None:
-        self.path = path
-        self.fd = fd
+class OpenDirectory(Directory):
+    """A directory that is open for as long as there is a journal in it: closed with this object."""
 
     @classmethod
     def at(cls, path: Path) -> OpenDirectory:
@@ -66,28 +59,31 @@ class OpenDirectory:
         :raise OSError: it cannot be opened; it is none.
         """
         try:
-            return cls(path, os.open(path, _LIST))
+            return cls(path)
         except ValueError:  # a name that no file can have
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
+        if hasattr(self, "fd"):
+            self.close()
 
     def names(self) -> list[str]:
-        """Return the names of what lies there, sorted."""
-        return sorted(os.listdir(self.fd))  # noqa: PTH208  it has no path
+        """Return the names of what lies there, sorted.
 
-    def sync(self) -> None:
-        """Have what was made and removed in it on stable storage."""
-        os.fsync(self.fd)
+        :raise OSError: it cannot be listed.
+        """
+        fd = os.open(".", _LIST, dir_fd=self.fd)
+        try:
+            return sorted(os.listdir(fd))  # noqa: PTH208  it has no path
+        finally:
+            os.close(fd)
 
 
 class StateDirectory(OpenDirectory):
     """The state directory, open and proven."""
 
     @classmethod
-    def open(cls, *, make: bool = False) -> StateDirectory | None:
+    def proven(cls, *, make: bool = False) -> StateDirectory | None:
         """Open it, and see that it and all above it is root's or ours.
 
         :param make: make it, and what is missing above it, for this user alone (0700).
@@ -97,11 +93,16 @@ class StateDirectory(OpenDirectory):
         """
         path = state_directory()
         try:
-            return cls(path, _descend(path, make=make))
+            fd = _descend(path, make=make)
         except (FileNotFoundError, NotADirectoryError):
             if make:
                 raise
             return None
+        return cls(path, fd)
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self.fd = fd
 
     def key(self) -> bytes:
         """Return the key of this installation, which is made at its first use.
@@ -186,7 +187,8 @@ def _descend(path: Path, *, make: bool) -> int:
             if not guarded and _others_write(status):
                 where = Path(f"/proc/self/fd/{fd}").readlink()
                 raise InsecureError(where, f"is writable for others: chmod go-w {where}")
-        return os.open(".", _LIST, dir_fd=fd)
+        proven, fd = fd, -1
+        return proven
     finally:
         if fd >= 0:
             os.close(fd)

@@ -87,7 +87,7 @@ class _Look:
     def _look_inside(self) -> None:
         """Read what the state directory has."""
         try:
-            state = StateDirectory.open()
+            state = StateDirectory.proven()
             names = state.names() if state is not None else []
             self.keys = state.keys() if state is not None else []
         except OSError as error:

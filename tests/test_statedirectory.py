@@ -31,22 +31,22 @@ def umask(request):
 @pytest.mark.usefixtures("umask")
 def test_all_that_is_made_is_for_this_user_alone(state):
     Journal.create(record())
-    key = StateDirectory.open().key()
+    key = StateDirectory.proven().key()
     for path in (state, *state.parents[:2]):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
     for path in state.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert StateDirectory.open().key() == key
+    assert StateDirectory.proven().key() == key
     assert len(key) == 32
 
 
 def test_it_need_not_be_there(state):
-    assert StateDirectory.open() is None
+    assert StateDirectory.proven() is None
     assert not state.parent.exists()
     state.parents[1].write_text("no directory")
-    assert StateDirectory.open() is None
+    assert StateDirectory.proven() is None
     with pytest.raises(NotADirectoryError):
-        StateDirectory.open(make=True)
+        StateDirectory.proven(make=True)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -69,17 +69,17 @@ def test_what_another_user_has_is_none(state, which):
     Journal.create(record())
     os.chown((state, state.parent)[which], 4321, 4321)
     with pytest.raises(InsecureError, match="belongs to the user 4321"):
-        StateDirectory.open()
+        StateDirectory.proven()
 
 
 def test_a_sticky_directory_above_it_will_do(state):
     """As /tmp is: nobody can put another one in the place of ours there."""
     state.mkdir(parents=True, mode=0o700)
     state.parent.chmod(0o1777)
-    assert StateDirectory.open() is not None
+    assert StateDirectory.proven() is not None
     state.chmod(0o1777)
     with pytest.raises(InsecureError):
-        StateDirectory.open()
+        StateDirectory.proven()
 
 
 def test_links_of_ours_are_followed(state, tmp_path):
@@ -93,7 +93,7 @@ def test_links_of_ours_are_followed(state, tmp_path):
     (tmp_path / "link").unlink()
     (tmp_path / "link").symlink_to(state)
     with pytest.raises(OSError, match="symbolic links"):
-        StateDirectory.open()
+        StateDirectory.proven()
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can make a link that another user owns")
@@ -103,17 +103,17 @@ def test_links_of_others_are_not(state, tmp_path):
     state.symlink_to(tmp_path / "real")
     os.lchown(state, 4321, 4321)
     with pytest.raises(InsecureError, match="belongs to the user 4321"):
-        StateDirectory.open(make=True)
+        StateDirectory.proven(make=True)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666])
 def test_a_key_that_others_may_read_is_none(state, mode):
     state.mkdir(parents=True, mode=0o700)
-    StateDirectory.open().key()
+    StateDirectory.proven().key()
     (state / "key").chmod(mode)
     with pytest.raises(InsecureError, match="no secret"):
-        StateDirectory.open().key()
-    assert StateDirectory.open().keys() == []
+        StateDirectory.proven().key()
+    assert StateDirectory.proven().keys() == []
 
 
 @pytest.mark.parametrize("trap", ["link", "fifo", "short"])
@@ -129,13 +129,13 @@ def test_what_is_no_key_is_none(state, tmp_path, trap):
         key.write_bytes(bytes(31))
         key.chmod(0o600)
     with pytest.raises(OSError, match=r"is no"):
-        StateDirectory.open().key()
+        StateDirectory.proven().key()
 
 
 def test_keys_of_other_installations_can_be_brought(state):
     state.mkdir(parents=True, mode=0o700)
-    mine = StateDirectory.open().key()
+    mine = StateDirectory.proven().key()
     other = state / "otherhost.key"
     other.write_bytes(b"k" * 32)
     other.chmod(0o600)
-    assert StateDirectory.open().keys() == [mine, b"k" * 32]
+    assert StateDirectory.proven().keys() == [mine, b"k" * 32]
