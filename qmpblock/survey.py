@@ -215,7 +215,11 @@ def find(record: Record, vm: VMIdentity) -> Journal | None:
     :param vm: the process, as we see it.
     :raise RecordError: it is there, and cannot be read, or not be proven to be of this process.
     """
-    found = survey((record.home,) if record.home else ())
+    found = survey()
+    seen = {journal.record.run for journal in found.journals}
+    if record.home and record.run not in seen | {error.run for error in found.unreadable}:
+        # There may have been no room for it but beside the image: to be proven there.
+        found = survey((record.home,))
     for error in found.unreadable:
         if error.run == record.run or error.path is None:
             raise error

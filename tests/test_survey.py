@@ -21,6 +21,7 @@ from qmpblock.journal import (
     state_directory,
 )
 from qmpblock.lock import Holder
+from qmpblock.statedirectory import OpenDirectory
 from qmpblock.survey import Survey, find, is_of, journals, survey, unproven
 from qmpblock.versioned import stamped
 
@@ -408,6 +409,26 @@ def test_a_lock_only_says_which_to_look_for(image):
     assert find(wanted, HERE).paths == made.paths
     assert find(replace(wanted, run="cafebabe", job="qmpblock-cafebabe-pivot"), HERE) is None
     assert find(replace(wanted, keeper="another"), HERE) is None
+
+
+def test_where_a_lock_says_is_not_even_looked_at(image, monkeypatch, tmp_path):
+    """What it looks for is in the state directory; a directory may hang, or be a trap."""
+    wanted = of_pivot(image, vm=HERE)
+    Journal.create(wanted)
+    opened = []
+    monkeypatch.setattr(OpenDirectory, "at", lambda path: opened.append(path))
+    assert find(replace(wanted, top_file=str(tmp_path / "trap" / "x")), HERE) is None
+    assert opened == [image.parent]
+
+
+@pytest.mark.usefixtures("state")
+def test_a_copy_alone_is_found_by_a_lock(image):
+    """The state directory was full; the key had been made before."""
+    wanted = of_pivot(image, vm=HERE)
+    made = Journal.create(wanted, image)
+    made.paths[0].unlink()
+    assert find(wanted, HERE).paths == made.paths[1:]
+    assert find(wanted, replace(HERE, pid=3)) is None
 
 
 @pytest.mark.parametrize("other", [{"pid": 3}, {"start": 4}, {"boot": "c"}, {"uuid": "1" * 36}])
