@@ -11,8 +11,6 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 
-import pytest
-
 VM_USER, STRANGER, GROUP = 64055, 64200, 64100
 
 
@@ -54,7 +52,7 @@ USERS = {
 
 @dataclass
 class Runner:
-    """Runs `qmpblock` as a user; `async with` it not: it ends with `close`."""
+    """Runs `qmpblock` as a user, until it is closed."""
 
     user: User
     environment: dict
@@ -90,17 +88,6 @@ class Runner:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
-
-
-def needs_other_users(program):
-    """Skip a test where nothing can be run as another user."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can run something as other users")
-    done = subprocess.run(
-        User(VM_USER).command(program, "--version"), capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"other users cannot run {program}: {done.stderr.decode().strip()}")
 
 
 def _serve():
