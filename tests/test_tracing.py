@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tracing import Judge, calls_of, parse
 
-JUDGE = Judge(Path("/state"), [Path("/images")], Path("/tmp"))
+JUDGE = Judge(Path("/state"), [Path("/images")], Path("/tmp"), Path("/package"))
 
 MAY_BE = [
     'open("/etc/shadow", O_RDONLY|O_CLOEXEC) = 3</etc/shadow>',
@@ -24,6 +24,11 @@ MAY_BE = [
     'renameat(5</images>, "a", 5</images>, "b") = 0',
     'mkdir("/tmp/qmpblock-12", 0700) = 0',
     'unlink("/tmp/qmpblock-12/nbd") = 0',
+    'unlinkat(5</tmp/qmpblock-12>, "nbd", 0) = 0',
+    'unlinkat(5</tmp>, "qmpblock-12", AT_REMOVEDIR) = 0',
+    'openat(AT_FDCWD</>, "/tmp/zezyipbf", O_RDWR|O_CREAT|O_EXCL|O_NOFOLLOW, 0600) = 7</tmp/z>',
+    'unlink("/tmp/zezyipbf") = 0',
+    'mkdir("/package/__pycache__", 0777) = 0',
     "fallocate(7</images/disk>, FALLOC_FL_KEEP_SIZE, 0, 65536) = 0",
     "ftruncate(7</memfd:qmpblock>(deleted), 0) = 0",
     "fchmod(7</images/new>, 0644) = 0",
@@ -42,6 +47,10 @@ MAY_NOT_BE = [
     'openat(5</elsewhere>, "disk", O_RDWR|O_NOFOLLOW) = 3</elsewhere/disk>',
     'openat(5</images>, ".", O_RDWR|O_NOFOLLOW) = -1 EISDIR (Is a directory)',
     'unlink("/images/disk.qmpblock-1") = 0',
+    'unlink("/tmp/other-file") = 0',
+    'unlink("/package/errors.py") = 0',
+    'unlinkat(5</tmp>, "other", AT_REMOVEDIR) = 0',
+    'openat(AT_FDCWD</>, "/tmp/zezyipbf", O_RDWR|O_CREAT, 0600) = 7</tmp/z>',
     'unlinkat(AT_FDCWD</images>, "disk.qmpblock-1", 0) = 0',
     'unlink("/proc/self/fd/3") = -1 EPERM (Operation not permitted)',
     'rename("/images/a", "/images/b") = 0',

@@ -69,6 +69,7 @@ _WRITES = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND", "O_TMPFILE"}
 _LINE = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+|\?)(.*)")
 _DESCRIPTOR = re.compile(r"(AT_FDCWD|\d+)(?:<((?:[^<>\\]|\\.)*)>(?:\(deleted\))?)?")
 _HELD = re.compile(r"/proc/(?:self|\d+)/fd/\d+")
+_PROBED = re.compile(r"[a-z0-9_]{8}")
 _HARMLESS = {"/dev/null", "/dev/tty"}
 
 
@@ -162,9 +163,11 @@ class Judge:
     :param state: the state directory.
     :param homes: the directories that may be held by a descriptor: those of the images.
     :param temporary: where folders may be made, `qmpblock-...` for their user alone.
+    :param package: where our own program text is, of which Python keeps what it has compiled.
     """
 
-    def __init__(self, state: Path, homes: list[Path], temporary: Path) -> None:
+    def __init__(self, state: Path, homes: list[Path], temporary: Path, package: Path) -> None:
+        self._compiled = f"{package}/__pycache__"
         self._state = str(state)
         self._held = [*map(str, homes), self._state]
         self._temporary = str(temporary)
@@ -197,7 +200,10 @@ class Judge:
             return None if self._ours(where) else f"{where} is no file that is proven"
         if not where:
             return "counts from the working directory"
-        if where not in self._held:
+        ours = _within(where, self._temporary) and (
+            where != self._temporary or path.startswith("qmpblock-")
+        )
+        if where not in self._held and not ours:
             return f"{where} is no directory that is proven"
         if "/" in path or path == ".." or (path == "." and "O_TMPFILE" not in call.words):
             return "leads out of the directory"
@@ -210,8 +216,12 @@ class Judge:
     def _absolute(self, call: Call, path: str) -> str | None:
         if path in _HARMLESS and call.name in _OPENS:
             return None
-        if _within(path, self._state):
+        if _within(path, self._state) or _within(path, self._compiled):
             return None
+        if _PROBED.fullmatch(path.removeprefix(f"{self._temporary}/")):
+            # Python's tempfile looks whether it can write there; nobody else's file is called so.
+            tried = {"O_EXCL", "O_NOFOLLOW"} <= call.words
+            return None if tried or call.name == "unlink" else "by its path"
         if path.startswith(f"{self._temporary}/qmpblock-"):
             if call.name == "mkdir" and call.arguments[1] != "0700":
                 return "a folder for others too"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tracing import STRACE, Judge, calls_of
 
+import qmpblock
 from qmpblock.testing.scenario import parse_scenario
 
 pytestmark = pytest.mark.live
@@ -54,6 +55,7 @@ def traced(vm_dir):
             Path(os.environ["QMPBLOCK_STATE"]).resolve(),
             [home.resolve()],
             Path(os.environ["TMPDIR"]).resolve(),
+            Path(qmpblock.__file__).resolve().parent,
         )
         wrong = [complaint for call in calls if (complaint := judge.complaint(call))]
         assert calls, "nothing was traced"
