@@ -179,7 +179,16 @@ class _Client(QMPClient):
         return super()._cb_outbound(msg) if self._is_logged() else msg
 
     def _cb_inbound(self, msg: Message) -> Message:
-        return super()._cb_inbound(msg) if self._is_logged() else msg
+        logged = self._is_logged() and self._is_awaited(msg)
+        return super()._cb_inbound(msg) if logged else msg
+
+    async def _on_message(self, msg: Message) -> None:
+        if self._is_awaited(msg):
+            await super()._on_message(msg)
+
+    def _is_awaited(self, msg: Message) -> bool:
+        """Whether somebody still wants a reply: if not, it may be a key, which no log may have."""
+        return "event" in msg or "id" not in msg or msg["id"] in list(self._pending)
 
     def _is_logged(self) -> bool:
         return not self.unlogged and self.logger.isEnabledFor(logging.DEBUG)

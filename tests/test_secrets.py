@@ -1,9 +1,15 @@
 """Keys in files that are not as they should be, and in the words of other processes."""
 
-import pytest
+import asyncio
+import json
+import logging
 
-from qmpblock.errors import Error
+import pytest
+from fake_qmp import fake_qmp
+
+from qmpblock.errors import Error, StalledError
 from qmpblock.hostprocess import shown_words
+from qmpblock.monitor import Monitor
 from qmpblock.nbd.tls import _read_key
 
 KEY = "5ec4e75ec4e75ec4e75ec4e75ec4e75ec4e7"
@@ -53,3 +59,25 @@ def test_a_key_that_can_be_used(tmp_path):
 )
 def test_the_words_of_another_process_are_shown_without_keys(words, shown):
     assert shown_words(words) == shown
+
+
+@pytest.mark.parametrize("given_up", ["stalled", "cancelled"])
+async def test_a_key_that_comes_too_late_is_in_no_log(tmp_path, caplog, given_up):
+    """Whoever asked has given up, and the reply comes all the same."""
+    caplog.set_level(logging.DEBUG)
+    async with (
+        fake_qmp(tmp_path / "q", replies={"qom-get": b""}) as fake,
+        await Monitor.connect(str(tmp_path / "q"), stall=0.2) as monitor,
+    ):
+        asked = asyncio.create_task(monitor.read_key("/objects/a", "data"))
+        while len(fake.seen) < 2:
+            await asyncio.sleep(0.01)
+        if given_up == "cancelled":
+            asked.cancel()
+        with pytest.raises((StalledError, asyncio.CancelledError)):
+            await asked
+        late = {"return": KEY, "id": fake.seen[-1]["id"]}
+        fake.writer.write(json.dumps(late).encode() + b"\n")
+        await monitor.execute("query-name")
+    assert "query-name" in caplog.text
+    assert KEY not in caplog.text
