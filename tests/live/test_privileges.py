@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from asuser import GROUP, USERS, VM_USER, Runner
+from chains import cli
+from jsonschema import Draft202012Validator
 
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.qemu import QemuProcess
@@ -144,3 +146,36 @@ async def test_what_works_with_whose_rights(vm_dir, qemu_binary, name):
     print(json.dumps(measured, indent=1))
     wanted = {what: row[name] for what, row in table().items()}
     assert {what: measured.get(what) for what in wanted} == wanted
+
+
+async def doctor(address):
+    """Return the exit code, and what was found, by what was looked for."""
+    code, printed, _ = await cli("doctor", address, "--json")
+    found = json.loads(printed)
+    schema = json.loads((PAGE.parent / "schema" / "doctor.schema.json").read_text())
+    Draft202012Validator(schema).validate(found)
+    return code, {one["what"]: one for one in found}
+
+
+async def test_a_doctor_sees_the_images(start_qemu):
+    vm = await start_qemu(parse_scenario(DISKS, "disks"))
+    code, found = await doctor(vm.monitor_path)
+    assert code == (4 if any(one["missing"] for one in found.values()) else 0)
+    for what in ("VM's process", "VM's open files", "vd0 @0", "vd0 @1", "vd0 directory", "vd1 @0"):
+        assert not found[what]["missing"], found[what]
+    base = vm.disks[0].active.chain()[1].path
+    base.rename(base.with_name("elsewhere"))
+    code, found = await doctor(vm.monitor_path)
+    assert code == 4
+    assert found["vd0 @1"]["missing"]
+    base.with_name("elsewhere").rename(base)
+
+
+async def test_a_doctor_sees_little_over_tcp(start_qemu, free_port):
+    vm = await start_qemu([], extra=["-qmp", f"tcp:127.0.0.1:{free_port},server=on,wait=off"])
+    code, found = await doctor(f"127.0.0.1:{free_port}")
+    assert code == 4
+    assert not found["monitor"]["missing"]
+    assert found["VM's process"]["missing"]
+    assert found["VM's open files"]["missing"]
+    assert vm.running
