@@ -233,10 +233,6 @@ class _Client(QMPClient):
         except ValueError:  # asyncio's word for it
             self._break(f"it has more than {_READ_LIMIT} bytes")
 
-    async def _on_message(self, msg: Message) -> None:
-        if "event" in msg or isinstance(msg.get("id", ""), str):  # else it answers nothing of ours
-            await super()._on_message(msg)
-
     async def _event_dispatch(self, msg: Message) -> None:
         if isinstance(msg.get("event"), str) and isinstance(msg.get("data", {}), dict):
             self._deliver_event({"data": {}, **msg}, self._size)
