@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 from qmpblock.address import UnixAddress
 from qmpblock.errors import Error, printable
 from qmpblock.hostprocess import describe_process
-from qmpblock.journal import state_directory
 from qmpblock.openfiles import NOWHERE, OpenFiles, sees_directory
 from qmpblock.places import Place
+from qmpblock.statedirectory import StateDirectory, state_directory
 
 if TYPE_CHECKING:
     from qmpblock.graph import Layer
@@ -126,7 +126,9 @@ def _program(name: str, needed_for: str) -> Finding:
 def _landlock() -> Finding:
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
-    needed_for = "keeping qemu-img to the files that it is handed"
+    needed_for = (
+        "keeping qemu-img to the files that it is handed; as root, opening images of root's"
+    )
     if version > 0:
         return Finding("Landlock", False, f"version {version}", needed_for)
     off = ctypes.get_errno() == errno.EOPNOTSUPP
@@ -158,32 +160,22 @@ def _state() -> Finding:
     name = "state directory"
     shown = printable(path)
     elsewhere = "set QMPBLOCK_STATE to a directory of this user's that survives a reboot"
+    try:
+        there = StateDirectory.proven() is not None
+    except OSError as error:
+        return Finding(name, True, f"{shown}: {error.strerror}", needed_for, elsewhere)
     above = path
     while not os.path.lexists(above):
         above = above.parent
-    for one in (above, *above.parents):
-        why = _changeable(one, itself=one == path)
-        if why:
-            return Finding(name, True, f"{shown}: {printable(one)} {why}", needed_for, elsewhere)
+    if not above.is_dir():
+        return Finding(
+            name, True, f"{shown}: {printable(above)} is no directory", needed_for, elsewhere
+        )
     if not os.access(above, os.W_OK | os.X_OK):
         return Finding(
             name, True, f"{shown}: this user may not write to {above}", needed_for, elsewhere
         )
-    there = "" if above == path else ", not there yet"
-    return Finding(name, False, f"{shown}{there}", needed_for)
-
-
-def _changeable(path: Path, *, itself: bool) -> str:
-    """Say why others can change what lies in a directory; empty if they cannot."""
-    status = path.stat()
-    if not stat.S_ISDIR(status.st_mode):
-        return "is no directory"
-    if status.st_uid not in (0, os.geteuid()):
-        return f"belongs to {_user(status.st_uid)}"
-    others = status.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if itself else 0))
-    if others and (itself or not status.st_mode & stat.S_ISVTX):
-        return "is writable for others"
-    return ""
+    return Finding(name, False, shown if there else f"{shown}, not there yet", needed_for)
 
 
 def _temporary() -> Finding:

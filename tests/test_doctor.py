@@ -72,7 +72,7 @@ def test_a_state_directory_that_is_not_there_yet(state):
 
 
 @pytest.mark.parametrize(
-    ("mode", "missing"), [(0o700, False), (0o755, False), (0o770, True), (0o707, True)]
+    ("mode", "missing"), [(0o700, False), (0o755, False), (0o777, True), (0o707, True)]
 )
 def test_the_rights_of_the_state_directory(state, mode, missing):
     state.mkdir()
@@ -93,6 +93,9 @@ def test_a_state_directory_of_another_user(state):
     state.mkdir(mode=0o700)
     os.chown(state, 65534, 65534)
     assert "belongs to" in find("state directory").found
+    os.chown(state, 0, 65534)
+    state.chmod(0o770)
+    assert "is writable for others" in find("state directory").found
 
 
 def test_a_state_directory_that_is_none(state):
