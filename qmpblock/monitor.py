@@ -333,12 +333,16 @@ class Monitor:
         await self.close()
 
     async def close(self) -> None:
-        """Disconnect. Idempotent; never raises for a connection that is already lost."""
+        """Disconnect. Idempotent; never raises for a connection that is already lost.
+
+        A peer that does not read what was sent is given as long as a command.
+        """
         self.closed = True
         # disconnect() raises what ended the reader (EOF, a reset): the caller has seen it, or
         # no longer wants to know.
-        with contextlib.suppress(EOFError, OSError, QMPError):
-            await self._client.disconnect()
+        with contextlib.suppress(EOFError, OSError, QMPError):  # TimeoutError is an OSError
+            async with asyncio.timeout(self.stall):
+                await self._client.disconnect()
 
     @property
     def can_pass_fds(self) -> bool:

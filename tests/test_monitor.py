@@ -369,3 +369,23 @@ async def test_close_is_idempotent(tmp_path):
         await monitor.close()
         with pytest.raises(DisconnectedError):
             await monitor.execute("stop")
+
+
+async def test_closing_does_not_wait_for_a_peer_that_does_not_read(tmp_path):
+    async def serve(reader, writer):
+        writer.write(HELLO)
+        await reader.read(100)
+        writer.write(b'{"return": {}}\n')
+        writer.transport.pause_reading()
+        await over.wait()
+        writer.close()
+
+    over = asyncio.Event()
+    server = await asyncio.start_unix_server(serve, tmp_path / "q")
+    async with server:
+        monitor = await Monitor.connect(str(tmp_path / "q"), stall=0.3)
+        with pytest.raises(StalledError):
+            await monitor.execute("object-add", {"data": "x" * (4 << 20)})
+        async with asyncio.timeout(20):
+            await monitor.close()
+        over.set()
