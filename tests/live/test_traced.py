@@ -17,10 +17,7 @@ from tracing import STRACE, Judge, calls_of
 import qmpblock
 from qmpblock.testing.scenario import parse_scenario
 
-pytestmark = [
-    pytest.mark.live,
-    pytest.mark.xfail(reason="some files beside images still go by their paths", strict=False),
-]
+pytestmark = pytest.mark.live
 
 CHAIN = """
 about: Two layers with data in the lower one.
@@ -101,6 +98,7 @@ async def test_snapshot_and_commit(traced, start_qemu, invariant):
     assert (code, wrong) == (0, []), printed + "\n".join(wrong)
 
 
+@pytest.mark.xfail(reason="qemu-img still opens the two images by their names", strict=False)
 async def test_recover_of_an_image_that_both_have_left(traced, start_qemu, invariant):
     """QEMU and its controller die in the middle; the overlay is brought home."""
     vm = await start_qemu(parse_scenario(CHAIN, "chain"))
