@@ -1,13 +1,18 @@
 """Root beside a QEMU whose user is not to be trusted: what he puts into his directory."""
 
 import os
+import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 from untrusted import UID, within
 
 import qmpblock
+from qmpblock import export
 from qmpblock.errors import Error
+from qmpblock.export import LOCK
+from qmpblock.lock import Holder
 from qmpblock.testing.images import Tools
 from qmpblock.testing.scenario import parse_scenario
 
@@ -105,3 +110,76 @@ async def test_her_link_does_not_have_root_make_her_a_file_elsewhere(eve):
         made = eve.directory / "over.qcow2"
         await controller.snapshot({disk: made})
     assert (made.stat().st_uid, made.stat().st_gid) == (UID, UID)
+
+
+@pytest.mark.scenarios("chain-3.yaml")
+async def test_a_lock_of_hers_removes_no_socket_of_roots(scenario, eve, vm_dir):
+    """Its socket's path led through a link of hers, to any UNIX socket of the host."""
+    vm = await eve.start(scenario)
+    (vm_dir / "run").mkdir(mode=0o755)
+    with socket.socket(socket.AF_UNIX) as victim:
+        victim.bind(str(vm_dir / "run" / "nbd"))
+    dead = Holder.me("deadbeef")
+    link = eve.directory / "qmpblock-deadbeef"
+    eve.run("import os, sys; os.symlink(*sys.argv[1:])", str(vm_dir / "run"), str(link))
+    details = {
+        "exports": ["d0"],
+        "path": str(link / "nbd"),
+        "ports": [],
+        "monitor": vm.monitor_path,
+        "custody": False,
+    }
+    forged = Holder(dead.run, dead.host, 1 << 22, 1, dead.boot, dead.pids, details)
+    await vm.execute("object-add", qom_type="secret", id=LOCK, data=forged.text())
+    await vm.execute(
+        "nbd-server-start",
+        addr={"type": "unix", "data": {"path": str(eve.directory / "nbd")}},
+    )
+    node = (await vm.execute("query-named-block-nodes", flat=True))[0]["node-name"]
+    await vm.execute("block-export-add", type="nbd", id="qmpblock-deadbeef-0", node_name=node)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk, *_] = await controller.disks()
+        assert await disk.map()
+    assert (vm_dir / "run" / "nbd").is_socket()
+
+
+# She listens in a directory of hers, and says who comes.
+LISTEN = """
+import os, socket, sys
+os.chdir(sys.argv[1])
+os.mkdir("hers")
+server = socket.socket(socket.AF_UNIX)
+server.bind("hers/nbd")
+server.listen(50)
+print("ready", flush=True)
+while True:
+    server.accept()
+    print("TALKED", flush=True)
+"""
+
+
+@pytest.mark.scenarios("chain-3.yaml")
+async def test_where_tmpdir_is_hers_root_talks_to_nobody_else(scenario, eve, monkeypatch):
+    """Root made its socket there, and then connected to whatever had its name."""
+    vm = await eve.start(scenario)
+    hers = eve.directory / "tmp"
+    hers.mkdir(mode=0o755)
+    eve.take(hers)
+    monkeypatch.setattr(tempfile, "tempdir", str(hers))
+    real, swapped = export.open_socket, []
+
+    async def open_socket(address):
+        for folder in hers.glob("qmpblock-*"):  # at the worst moment
+            swap = "import os, sys; os.rename(sys.argv[1], 'was'); os.symlink('hers', sys.argv[1])"
+            eve.run(f"import os; os.chdir({str(hers)!r}); {swap}", folder.name)
+            swapped.append(folder)
+        return await real(address)
+
+    monkeypatch.setattr(export, "open_socket", open_socket)
+    with eve.running(LISTEN, str(hers)) as process:
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            [disk] = await controller.disks()
+            assert await disk.map()
+        process.kill()
+        assert process.stdout.read() == ""
+    assert swapped
