@@ -1,11 +1,15 @@
 """The verbs of `qmpblock job`, against a fake QEMU. Real jobs: live/test_job_commands.py."""
 
+from dataclasses import replace
+
 import pytest
 from drawing import RUN, chain, record
 from fake_objects import dead, fake_vm
 
+from qmpblock.change import identify
 from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError
 from qmpblock.jobstate import VERBS
+from qmpblock.journal import Journal
 from qmpblock.lock import Holder
 from qmpblock.steering import find_job, holder_of, steer
 
@@ -107,14 +111,21 @@ def pivoting(status):
 
 def of_pivot():
     return record(
-        operation="commit", pivot=True, job=PIVOT, top="d0", base="d1", base_file="/i/d1"
-    ).as_json()
+        operation="commit",
+        pivot=True,
+        job=PIVOT,
+        top="d0",
+        base="d1",
+        top_file="/i/d0",
+        base_file="/i/d1",
+        images=("/i/d0", "/i/d1"),
+    )
 
 
 async def test_a_pivot_may_be_asked_for_while_its_controller_lives(tmp_path):
     """It sees that the job is pending, and finalizes it."""
     async with fake_vm(tmp_path / "q", pivoting("ready")) as (vm, qemu):
-        qemu.hold(LOCK, Holder.me(RUN, record=of_pivot()))
+        qemu.hold(LOCK, Holder.me(RUN, record=of_pivot().as_json()))
         await steer(vm, PIVOT, "complete")
         assert [verb for verb, _ in qemu.verbs] == ["job-complete"]
 
@@ -124,13 +135,15 @@ async def test_a_pivot_whose_controller_died_is_not_left_pending(tmp_path, verb,
     """It would hold the guest's I/O until somebody comes (K5)."""
     async with fake_vm(tmp_path / "q", pivoting(status)) as (vm, qemu):
         qemu.pivot_to = "d1"
-        qemu.hold(LOCK, dead(RUN, record=of_pivot()))
+        its = replace(of_pivot(), vm=await identify(vm))
+        Journal.create(its)  # without it nobody could tell afterwards which image is newest
+        qemu.hold(LOCK, dead(RUN, record=its.as_json()))
         assert "brought to its end" in await steer(vm, PIVOT, verb)
         wanted = ["job-complete", "job-finalize", "job-dismiss"]
         assert [one for one, _ in qemu.verbs] == wanted[wanted.index(f"job-{verb}") :]
         assert qemu.objects == {}
         assert qemu.drawing.jobs == {}
-    assert list((tmp_path / "state").iterdir()) == []
+    assert list((tmp_path / "state").glob("*.journal")) == []
 
 
 async def test_a_concluded_job_of_a_dead_controller_is_dismissed_with_its_lock(tmp_path):
