@@ -15,6 +15,7 @@ from qmpblock.errors import (
     GraphError,
     NBDError,
     RangeError,
+    RequestError,
     ToolError,
 )
 from qmpblock.graph import Chain, Device, Layer
@@ -403,22 +404,32 @@ class Disk:
         )
 
     async def _frozen_layers(self, chain: Chain) -> dict[int, LayerMap]:
+        few = asyncio.Semaphore(_PARTS)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._frozen_layer(layer, few)) for layer in chain.layers[1:]
+                ]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        found = [task.result() for task in tasks]
+        return {one.layer.depth: one for one in found if one is not None}
+
+    async def _frozen_layer(self, layer: Layer, few: asyncio.Semaphore) -> LayerMap | None:
+        """Map a frozen layer with qemu-img; None where QEMU itself is to be asked."""
         from qmpblock.qemuimg import QemuImg, blockdev
 
-        found = {}
-        for layer in chain.layers[1:]:
-            path = hostfiles.local_path(self.vm.monitor.peer_pid, layer)
-            if path is None or layer.node.encrypted or layer.data_file or in_part(layer):
-                continue
+        pid = self.vm.monitor.peer_pid
+        path = hostfiles.local_path(pid, layer)
+        if path is None or layer.node.encrypted or layer.data_file or in_part(layer):
+            return None
+        tool, image = QemuImg(stall=self.vm.stall), blockdev(layer.format, path)
+        async with few:
             try:
-                seen = await QemuImg(stall=self.vm.stall).map(
-                    blockdev(layer.format, path), [layer.format], shared=True
-                )
-            except ToolError:
-                continue  # no qemu-img here, or one that cannot: QEMU itself is asked
-            if seen.stop == layer.size:
-                found[layer.depth] = LayerMap(layer, seen.own(), "qemu-img")
-        return found
+                seen = await tool.map(image, [layer.format], shared=True, vm=pid)
+            except (ToolError, RequestError):
+                return None  # no qemu-img here, or one that cannot
+        return LayerMap(layer, seen.own(), "qemu-img") if seen.stop == layer.size else None
 
     def _layer_reserved(self, found: LayerMap) -> LayerMap:
         ranges = self._fallocated(found.layer)

@@ -22,14 +22,12 @@ Nothing here is needed after a crash: T's header names D, and what Z brings chan
 
 from __future__ import annotations
 
-import os
-import posixpath
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.driving import set_detect_zeroes, set_writable
-from qmpblock.errors import Error, JobError, printable
+from qmpblock.errors import JobError
 from qmpblock.headers import Header, make
 from qmpblock.job import Job
 from qmpblock.joint import Joint
@@ -170,17 +168,9 @@ async def _make_zeros(vm: VM, change: Change, item: Item, frozen: Layer, chosen:
     parts = Parts(change.record.run, change.record.top_file)
     first, size = int(chosen.starts[0]), int(chosen.stops[-1] - chosen.starts[0])
     header = Header("qcow2", size, cluster=_cluster(frozen), data_elsewhere=True)
-    made = make_file(change, replace(item, file=parts.zeros), await make(vm, header))
-    assert item.directory is not None  # it was made there
-    try:
-        fd = item.directory.open(posixpath.basename(parts.zeros), made, os.O_RDWR)
-    except OSError as error:
-        raise Error(f"cannot open {printable(parts.zeros)}: {error.strerror}") from None
-    try:
-        ranges = ((start - first, end - first) for start, end in chosen)
-        await QemuIo(stall=vm.stall).mark_as_data(f"/proc/self/fd/{fd}", size, ranges, fds=(fd,))
-    finally:
-        os.close(fd)
+    marked = ((start - first, end - first) for start, end in chosen)
+    zeros = await QemuIo(stall=vm.stall).mark_as_data(await make(vm, header), size, marked)
+    make_file(change, replace(item, file=parts.zeros), zeros)
 
 
 async def _make_kept(vm: VM, change: Change, item: Item, frozen: Layer) -> None:

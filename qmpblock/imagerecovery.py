@@ -21,6 +21,7 @@ from qmpblock.errors import (
     Error,
     NotFoundError,
     ToolError,
+    UnsupportedError,
     printable,
 )
 from qmpblock.hostprocess import is_running
@@ -177,7 +178,9 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
         path = Path(file)
         with contextlib.suppress(FileNotFoundError), ourfiles.Directory(path.parent) as directory:
             if directory.holds(path.name, FileId(*identity)):
-                empty[file] = file not in formats or await _holds_nothing(file, formats[file])
+                empty[file] = file not in formats or await _holds_nothing(
+                    file, formats[file], identity
+                )
     verdict = image_verdict(record, journal.entries, empty)
     pivoting = record.operation == "commit" and record.pivot and not journal.pivoted
     if not journal.complete and (
@@ -196,7 +199,7 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
     if not dry_run:
         for overlay, base in verdict.commit:
             fmt = formats.get(overlay) or "qcow2"
-            await _commit(record, overlay, fmt, base)
+            await _commit(record, overlay, fmt, base, made[overlay])
             # Killed here, and the VM started: the overlay must not be committed again.
             with contextlib.suppress(Error):  # no room: then it goes the sooner
                 journal.mark(**{PIVOTED: True})
@@ -233,25 +236,38 @@ def _check_same_files(record: Record) -> None:
             )
 
 
-async def _commit(record: Record, overlay: str, fmt: str, base: str) -> None:
+async def _commit(record: Record, overlay: str, fmt: str, base: str, made: tuple[int, int]) -> None:
+    """Bring an overlay home.
+
+    :param made: its device and inode.
+    """
     tool = QemuImg()
-    how = from_text(record.base_opened) or None
-    if how is None:
+    how = from_text(record.base_opened)
+    if not how:
         # Refuses a chain in which a format would have to be guessed.
-        await tool.chain(base, record.base_format)
+        first, *below = await tool.chain(base, record.base_format)
+        how = blockdev(first.format, first.file, below)
+    # The image lies beside its overlay; its data file may lie anywhere.
+    homes = {(made[0] if path == base else None, inode) for path, inode in record.written}
+    known = {made, *homes} if homes else None  # an older record does not say
     # An interrupted job may have left another name, or none.
-    await tool.rebase(overlay, fmt, base, record.base_format)
-    hidden = how is not None and is_nested(how)
+    await tool.rebase(overlay, fmt, base, record.base_format, known=known)
+    hidden = is_nested(how)
     try:
         if hidden:  # or the name would count, and what is said besides would contradict it
-            await tool.rebase(overlay, fmt, "", "")
-        await tool.commit(overlay, fmt, how)
-    except ToolError as error:
+            await tool.rebase(overlay, fmt, "", "", known=known)
+        await tool.commit(overlay, fmt, how, known=known)
+    except (ToolError, UnsupportedError) as error:
         if hidden:
             with contextlib.suppress(ToolError):
-                await tool.rebase(overlay, fmt, base, record.base_format)
+                await tool.rebase(overlay, fmt, base, record.base_format, known=known)
+        kept = f"{printable(overlay)} holds the newest data"
+        if isinstance(error, UnsupportedError):
+            raise Error(
+                error.message, standing=f"nothing is lost: {kept}", remedy=error.remedy
+            ) from None
         if "key-secret" in error.stderr:
-            error.standing = f"nothing was touched; {printable(overlay)} holds the newest data"
+            error.standing = f"nothing was touched; {kept}"
             error.remedy = (
                 "the images are encrypted, and we have no key. Start the VM from "
                 f"{printable(overlay)}, which lies on {printable(base)}, and commit it there: "
@@ -266,10 +282,12 @@ async def _commit(record: Record, overlay: str, fmt: str, base: str) -> None:
         raise
 
 
-async def _holds_nothing(file: str, fmt: str) -> bool:
+async def _holds_nothing(file: str, fmt: str, made: tuple[int, int]) -> bool:
     """Whether an overlay holds nothing; False where that cannot be told: it is kept then."""
     try:
-        seen = await QemuImg().map(blockdev(fmt, file), [fmt])
+        seen = await QemuImg().map(blockdev(fmt, file), [fmt], known=[made])
+    except UnsupportedError:
+        return False
     except ToolError as error:
         if "lock" in error.stderr:
             raise

@@ -8,13 +8,15 @@ need not be known: QEMU opens the overlay with its own key, or refuses to.
 
 from __future__ import annotations
 
-import os
+import asyncio
 import re
-import stat
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.address import TCPAddress
-from qmpblock.errors import CommandError, UnsupportedError, printable
+from qmpblock.errors import CommandError, NotFoundError, UnsupportedError, printable
+from qmpblock.handed import HandedFiles, User
 from qmpblock.qemuimg import Key
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ async def read_keys(monitor: Monitor, secret: str) -> tuple[Key, ...]:
                 )
             file = await monitor.read_key(path, "file")
             text = (
-                _read_file(monitor.peer_pid, name, file)
+                await _read_file(monitor.peer_pid, name, file)
                 if file
                 else (await monitor.read_key(path, "data")).encode()
             )
@@ -69,22 +71,55 @@ async def read_keys(monitor: Monitor, secret: str) -> tuple[Key, ...]:
     return tuple(reversed(found))
 
 
-def _read_file(pid: int | None, name: str, file: str) -> bytes:
-    """Read the file of a key as QEMU sees it."""
+async def _read_file(pid: int | None, name: str, file: str) -> bytes:
+    """Read the file of a key as QEMU sees it, with the rights of its user.
+
+    Root's own would tell that user whether a password of theirs is what a file of root's holds.
+    """
     where = f"the file {printable(file)} of the key {printable(name)}"
     if pid is None:
         raise UnsupportedError(f"{where} is on the VM's host, not here")
     if _ANOTHER_FOR_US.match(file):
         raise UnsupportedError(f"{where} was an open file of QEMU's own, which only it can read")
-    base = "root" if file.startswith("/") else "cwd/"
     try:
-        fd = os.open(f"/proc/{pid}/{base}{file}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(fd, "rb") as opened:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise UnsupportedError(f"{where} is no regular file, and can be read only once")
-            text = opened.read(_LIMIT + 1)
-    except OSError as error:
-        raise UnsupportedError(f"{where} cannot be read here: {error.strerror}") from None
+        with HandedFiles(user=User.of_process(pid)) as files:
+            here = files.image({"driver": "file", "filename": _here(pid, file)}, said=True)
+            text, code = await _output(files, files.command("cat", [here["filename"]]))
+    except (NotFoundError, UnsupportedError) as error:
+        raise UnsupportedError(f"{where} cannot be read here: {error.message}") from None
+    if code:
+        raise UnsupportedError(f"{where} cannot be read here: QEMU's user may not open it")
     if len(text) > _LIMIT:
         raise UnsupportedError(f"{where} has more than {_LIMIT} bytes")
     return text
+
+
+def _here(pid: int, file: str) -> str:
+    """Return the name of a file that a process calls so: the same one, if that leads to it."""
+    seen = f"/proc/{pid}/{'root' if file.startswith('/') else 'cwd/'}{file}"
+    try:
+        start = Path(f"/proc/{pid}/cwd").readlink()
+        return str(start / file) if (start / file).samefile(seen) else seen
+    except (OSError, ValueError):
+        return seen
+
+
+async def _output(files: HandedFiles, command: Sequence[str]) -> tuple[bytes, int]:
+    """Return what a program prints, or more than the limit of it; and how it ended."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        pass_fds=files.descriptors,
+    )
+    assert process.stdout is not None
+    text = b""
+    try:
+        while len(text) <= _LIMIT and (piece := await process.stdout.read(_LIMIT)):
+            text += piece
+        return text, 0 if len(text) > _LIMIT else await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

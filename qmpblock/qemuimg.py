@@ -2,6 +2,9 @@
 
 No image is ever probed for its format, because a guest can forge one: the format is given,
 and an image whose backing format is not recorded is refused (design.md, safety rule 3).
+
+Nor is anything opened but what is handed over, with the rights of the image's owner, or of the
+user of the QEMU that has it open (`qmpblock.handed`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,10 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import posixpath
+import resource
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +31,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
+from qmpblock.handed import FORMATS, HandedFiles, MoreFiles, User, has_servers, is_local
 from qmpblock.jsonname import as_name, innermost, said_by
 
 if TYPE_CHECKING:
@@ -34,6 +41,8 @@ __all__ = ["Contents", "Image", "Key", "QemuImg", "QemuIo", "blockdev", "format_
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
+_DOCUMENT = 16 << 20  # characters
+_LONGEST = 400  # images of a chain; QEMU's own JSON reader takes 1024 levels
 _PIECE = 4 << 20  # bytes that qemu-io writes at a time; larger ones take new memory each time
 _SUFFIXES = {
     ".img": "raw",
@@ -57,11 +66,23 @@ class Image:
     :ivar file: its path, resolved against the image that names it.
     :ivar format: as given or recorded, never probed.
     :ivar size: virtual size in bytes.
+    :ivar opener: whose the image is that names it, with whose rights it is opened; None where it
+        was asked for, and is opened with its owner's.
     """
 
     file: str
     format: str
     size: int
+    opener: User | None = None
+
+
+@dataclass(frozen=True)
+class _Info:
+    """What `qemu-img info` says of an image; the names as its header has them."""
+
+    size: int
+    backing: str
+    backing_format: str
 
 
 @dataclass(frozen=True)
@@ -147,34 +168,36 @@ class QemuImg:
     async def chain(self, path: str, fmt: str) -> tuple[Image, ...]:
         """Follow a closed image's backing links, the active layer first.
 
+        Each is opened with the rights of whoever owns the one that names it.
+
         :raise NotFoundError: there is no such file.
         :raise UnsupportedError: a backing format is not recorded and not told by the name,
-            or a backing file is not a local file.
+            or a backing file is not a local file, or the owner of the image that names it may
+            not come to it.
         :raise ToolError: qemu-img cannot read one of them.
         """
         images: list[Image] = []
-        if path.startswith("-"):  # not an option
-            path = f"./{path}"
+        owner: User | None = None  # of the image before; where there is none, of this one
         while True:
-            described = said_by(path)
-            if not Path(_file_of(described) or path).exists():
-                named = f", the backing file of {printable(images[-1].file)}" if images else ""
-                raise NotFoundError(f"there is no image {printable(path)}{named}")
+            if len(images) == _LONGEST:
+                raise RequestError(f"more than {_LONGEST} images are in this backing chain")
             if any(image.file == path for image in images):
                 raise RequestError(f"{printable(path)} is in its own backing chain")
-            # Without backing images: `info` opens only the image that it is given.
-            given = () if described else ("-f", fmt)
-            info = await self._json("info", "--output=json", *given, path)
-            images.append(Image(path, fmt, int(info["virtual-size"])))
-            backing = info.get("full-backing-filename") or info.get("backing-filename")
-            if not backing:
+            try:
+                info, next_owner = await self._info(path, fmt, owner)
+            except NotFoundError as error:
+                if images:
+                    error.message += f", the backing file of {printable(images[-1].file)}"
+                raise
+            images.append(Image(path, fmt, info.size, owner))
+            owner = next_owner
+            if not info.backing:
                 return tuple(images)
-            overlay, path = path, str(backing).removeprefix("file:")
+            overlay, path = path, _beside(path, info.backing)
             # QED and QCOW1 headers have no room for it; then the name must tell.
-            fmt = str(info.get("backing-filename-format") or "") or _SUFFIXES.get(
-                Path(path).suffix.lower(), ""
-            )
-            if described := said_by(path):
+            fmt = info.backing_format or _SUFFIXES.get(Path(path).suffix.lower(), "")
+            described = said_by(path)
+            if described:
                 fmt = str(described.get("driver") or "")
             if not fmt:
                 raise UnsupportedError(
@@ -182,14 +205,71 @@ class QemuImg:
                     f"{printable(path)}, whose name does not tell it either; it is not probed: "
                     "a guest can forge it",
                     remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
-                    f"{printable(info.get('backing-filename'))} {printable(overlay)}",
+                    f"{printable(info.backing)} {printable(overlay)}",
                 )
-            beyond = any(key.partition(".")[0] == "backing" for key in described)
-            if "://" in path or (path.startswith("json:") and (beyond or not _file_of(described))):
+            if ":" in path.partition("/")[0] and not (described and is_local(described)):
                 raise UnsupportedError(
                     f"the backing file {printable(path)} is not a local file",
                     remedy="map it through the monitor of a VM that has it open",
                 )
+            if fmt not in FORMATS:
+                raise UnsupportedError(
+                    f"{printable(overlay)} records {printable(fmt)} as the format of its backing "
+                    f"file {printable(path)}, which is no format of image files",
+                )
+
+    async def _info(self, path: str, fmt: str, opener: User | None) -> tuple[_Info, User]:
+        """Read an image's header as some user, and return whose the image is.
+
+        :param opener: None: its owner.
+        """
+        more: dict[str, Sequence[str]] = {}
+        said = opener is not None
+        found, owner = await self._read_info(blockdev(fmt, path), opener, more, said=said)
+        if opener not in (None, owner):  # what it names besides, it names for its owner
+            for file, names in list(more.items()):
+                for name in names:
+                    beside = (
+                        posixpath.join(posixpath.dirname(file), name) if fmt == "vmdk" else name
+                    )
+                    await self._read_info(blockdev("raw", beside), owner, more, said=True)
+        return found, owner
+
+    async def _read_info(
+        self,
+        options: Mapping[str, Any],
+        user: User | None,
+        more: dict[str, Sequence[str]],
+        *,
+        said: bool,
+    ) -> tuple[_Info, User]:
+        owners = []
+
+        def command(files: HandedFiles) -> Sequence[str]:
+            name = as_name(files.image(options, said=said))
+            owners.append(files.owner)
+            return ("info", "--output=json", name)
+
+        text = ""
+        async with aclosing(self._lines(command, user=user, more=more)) as lines:
+            async for line in lines:
+                text += line
+                if len(text) > _DOCUMENT:
+                    break
+        try:
+            found = json.loads(text)
+            info = _Info(
+                int(found["virtual-size"]),
+                str(found.get("backing-filename") or ""),
+                str(found.get("backing-filename-format") or ""),
+            )
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            raise ToolError(
+                [self.program, "info", as_name(options)],
+                0,
+                f"it printed no information: {printable(text, 200)}",
+            ) from None
+        return info, owners[-1]
 
     async def map(
         self,
@@ -198,6 +278,9 @@ class QemuImg:
         *,
         shared: bool = False,
         part: tuple[int, int] | None = None,
+        vm: int | None = None,
+        opener: User | None = None,
+        known: Collection[tuple[int | None, int]] | None = None,
     ) -> AllocationMap:
         """Map an image, described by QEMU's blockdev options.
 
@@ -207,6 +290,12 @@ class QemuImg:
         :param shared: open it although another process has it open for writing. Only right
             for frozen layers, which nobody writes to.
         :param part: offset and length of the range to map; None: all.
+        :param vm: the process of the VM that has it open, whose user's rights are used; None:
+            those of the image's owner.
+        :param opener: see `Image`.
+        :param known: device (None: any) and inode of the image's file, if that is known.
+        :raise NotFoundError: there is no such file.
+        :raise UnsupportedError: one of its files cannot be opened, and why.
         :raise ToolError: qemu-img failed.
         """
         from qmpblock.extents import AllocationMap
@@ -214,7 +303,6 @@ class QemuImg:
         options = ["-U"] if shared else []
         if part is not None:
             options += [f"--start-offset={part[0]}", f"--max-length={part[1]}"]
-        name = as_name(image)
         parts: list[AllocationMap] = []
         pending: list[str] = []
 
@@ -228,7 +316,12 @@ class QemuImg:
                 parts.append(found)
 
         # A few megabytes at a time, whatever a guest made of its image.
-        async for line in self._lines("map", "--output=json", *options, name, exclusive=not shared):
+        def command(files: HandedFiles) -> Sequence[str]:
+            name = as_name(files.image(image, said=opener is not None))
+            return ("map", "--output=json", *options, name)
+
+        lines = self._lines(command, vm=vm, user=opener, known=known, exclusive=not shared)
+        async for line in lines:
             pending.append(line)
             if len(pending) >= _RECORDS:
                 take()
@@ -237,15 +330,6 @@ class QemuImg:
             raise ToolError([self.program, "map"], 0, "it printed no map")
         return AllocationMap.concat(parts).coalesce()
 
-    async def _json(self, *arguments: str) -> Any:
-        text = "".join([line async for line in self._lines(*arguments)])
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise ToolError(
-                [self.program, *arguments], 0, f"its output is no JSON: {printable(text[:200])}"
-            ) from None
-
     async def in_use(self, path: str) -> bool:
         """Whether some QEMU has a file open for writing, by the locks that it puts on it.
 
@@ -253,7 +337,7 @@ class QemuImg:
         """
         try:
             # As raw: its content is of no interest, and not looked at.
-            await self._json("info", "--output=json", "-f", "raw", path)
+            await self._info(path, "raw", None)
         except ToolError as error:
             if "lock" not in error.stderr:
                 raise
@@ -283,29 +367,26 @@ class QemuImg:
         :raise ToolError: qemu-img failed; no key is in it.
         """
         command = ["create", "-q", "-f", fmt]
-        with contextlib.ExitStack() as stack:
-            fds = [_in_memory(stack)]
+        with HandedFiles() as files:
+            made = files.memory()
             for number, key in enumerate(keys):
-                fds.append(_in_memory(stack, key.text))
-                described = (
-                    f"secret,id=key{number},file=/proc/self/fd/{fds[-1]},format={key.format}"
-                )
+                fd = files.memory(key.text)
+                described = f"secret,id=key{number},file=/proc/self/fd/{fd},format={key.format}"
                 if key.iv:
                     described += f",keyid=key{number - 1},iv={key.iv}"
                 command += ["--object", described]
             if data_elsewhere:  # qemu-img insists on a file
-                fds.append(_in_memory(stack))
-                options = {**options, "data_file": f"/proc/self/fd/{fds[-1]}"}
+                options = {**options, "data_file": f"/proc/self/fd/{files.memory()}"}
             if options:
                 command += ["-o", ",".join(f"{name}={value}" for name, value in options.items())]
             if backing is not None:
                 command += ["-u", "-b", backing[0], "-F", backing[1]]
-            command += [f"/proc/self/fd/{fds[0]}", str(size)]
+            command += [f"/proc/self/fd/{made}", str(size)]
 
             async def attempt() -> None:
-                os.ftruncate(fds[0], 0)
+                os.ftruncate(made, 0)
                 try:
-                    async for _ in self._lines(*command, fds=fds):
+                    async for _ in self._run(command, files):
                         pass
                 except ToolError as error:
                     # Its file has no name that could be deleted, and need not be.
@@ -316,63 +397,115 @@ class QemuImg:
                     ) from None
 
             await luks.retried(attempt)
-            return Contents.of(fds[0])
+            return Contents.of(made)
 
-    async def rebase(self, overlay: str, fmt: str, base: str, base_fmt: str) -> None:
+    async def rebase(
+        self,
+        overlay: str,
+        fmt: str,
+        base: str,
+        base_fmt: str,
+        *,
+        known: Collection[tuple[int | None, int]] | None,
+    ) -> None:
         """Have a closed overlay's header name another backing image; no data is copied.
 
+        With the rights of its owner.
+
         :param base: empty: none.
+        :param known: device (None: any) and inode of what may be written to; None: of any.
+        :raise UnsupportedError: the overlay is another file.
         :raise ToolError: qemu-img failed.
         """
         named = ("-F", base_fmt) if base else ()
-        command = ("rebase", "-q", "-u", "-f", fmt, "-b", base, *named, overlay)
-        async for _ in self._lines(*command):
+
+        def command(files: HandedFiles) -> Sequence[str]:
+            name = as_name(files.image(blockdev(fmt, overlay), writable=1))
+            return ("rebase", "-q", "-u", "-b", base, *named, name)
+
+        async for _ in self._lines(command, known=known):
             pass
 
-    async def commit(self, overlay: str, fmt: str, base: Mapping[str, Any] | None = None) -> None:
+    async def commit(
+        self,
+        overlay: str,
+        fmt: str,
+        base: Mapping[str, Any],
+        *,
+        known: Collection[tuple[int | None, int]] | None,
+    ) -> None:
         """Copy what a closed overlay holds into its backing image. Can be repeated.
 
-        :param base: how that is opened; None: as the headers say.
+        With the rights of that one's owner.
+
+        :param base: how it is opened, with all that lies below it.
+        :param known: device (None: any) and inode of what may be written to; None: of any.
+        :raise UnsupportedError: one is another file.
         :raise ToolError: qemu-img failed.
         """
-        command = ["commit", "-q", "-d"]
-        if base is None:
-            command += ["-f", fmt, overlay]
-        else:
-            image = {"driver": fmt, "file": {"driver": "file", "filename": overlay}}
-            command += [as_name(image | {"backing": base})]
-        async for _ in self._lines(*command):
+
+        def command(files: HandedFiles) -> Sequence[str]:
+            below = files.image(base, writable=1)
+            image = files.image(blockdev(fmt, overlay), writable=1) | {"backing": below}
+            return ("commit", "-q", "-d", as_name(image))
+
+        async for _ in self._lines(command, network=has_servers(base), known=known):
             pass
 
     async def _lines(
         self,
-        *arguments: str,
+        command: Callable[[HandedFiles], Sequence[str]],
+        *,
         exclusive: bool = True,
         given: str | None = None,
-        fds: Sequence[int] = (),
-    ) -> AsyncIterator[str]:
+        more: dict[str, Sequence[str]] | None = None,
+        **handed: Any,
+    ) -> AsyncGenerator[str, None]:
         """Run qemu-img and yield what it prints, line by line.
 
+        :param command: hands the files, and returns the arguments.
         :param given: what it is to read on stdin.
-        :param fds: descriptors that it gets too.
-
+        :param more: see `HandedFiles`, as the rest; what is found is added to it.
         :raise ToolError: it cannot be started, or fails.
+        :raise UnsupportedError: it may not open one of the files.
         :raise StalledError: it prints nothing, and does not end, for the stall limit.
         """
-        command = [self.program, *arguments]
+        more = {} if more is None else more
+        while True:
+            with HandedFiles(more=more, **handed) as files:
+                try:
+                    run = self._run(command(files), files, exclusive=exclusive, given=given)
+                    async with aclosing(run) as lines:
+                        async for line in lines:
+                            yield line
+                except MoreFiles as found:  # nothing was run
+                    more[found.file] = found.names
+                else:
+                    return
+
+    async def _run(
+        self,
+        arguments: Sequence[str],
+        files: HandedFiles,
+        *,
+        exclusive: bool = True,
+        given: str | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """Run qemu-img once."""
+        command = [self.program, *map(files.shown, arguments)]
         try:
             process = await asyncio.create_subprocess_exec(
-                *command,
+                *files.command(self.program, arguments),
                 stdin=asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 limit=_LINE,
-                pass_fds=fds,
+                pass_fds=files.descriptors,
             )
-        except OSError as error:
-            raise ToolError(
-                command, 127, str(error), remedy="install qemu-img (Debian: qemu-utils)"
-            ) from None
+        except (OSError, ValueError) as error:  # too long an argument, or a NUL in one
+            raise ToolError(command, 127, str(error)) from None
+        with contextlib.suppress(OSError):  # it has ended
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # it may have keys
         assert process.stdout is not None
         assert process.stderr is not None
         try:
@@ -388,7 +521,7 @@ class QemuImg:
                     break
                 yield line.decode(errors="replace")
             async with asyncio.timeout(self.stall):
-                said = (await complaints).decode(errors="replace")
+                complaint = await complaints
                 code = await process.wait()
         except TimeoutError:
             raise StalledError(
@@ -402,6 +535,8 @@ class QemuImg:
                 process.kill()
                 await process.wait()
         if code:
+            files.refuse(code, complaint)
+            said = files.shown(complaint.decode(errors="replace"))
             raise ToolError(
                 command,
                 code,
@@ -411,14 +546,6 @@ class QemuImg:
                 if exclusive and "lock" in said
                 else None,
             )
-
-
-def _in_memory(stack: contextlib.ExitStack, data: bytes = b"") -> int:
-    """Return a file that is in no directory, for as long as the stack lives."""
-    fd = os.memfd_create("qmpblock")
-    stack.callback(os.close, fd)
-    os.write(fd, data)
-    return fd
 
 
 def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:
@@ -434,48 +561,57 @@ def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, An
     return options
 
 
-def _file_of(described: Mapping[str, Any]) -> str:
-    """Return the local file that such a description is of, or nothing."""
-    options = innermost(described)
-    local = options.get("driver") in ("file", "host_device")
-    return str(options.get("filename") or "") if local else ""
+def _beside(path: str, named: str) -> str:
+    """Return a backing file's name as it counts from the image that records it."""
+    if ":" in named.partition("/")[0]:
+        return named.removeprefix("file:")
+    described = said_by(path)
+    return posixpath.join(
+        posixpath.dirname(str(innermost(described)["filename"]) if described else path), named
+    )
 
 
 _WITH_BACKING = frozenset({"qcow", "qcow2", "qed", "vmdk"})
 
 
 class QemuIo(QemuImg):
-    """The qemu-io program, for images that nobody else uses."""
+    """The qemu-io program, for images that are yet to be."""
 
     def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
         super().__init__(program, stall=stall)
 
     async def mark_as_data(
-        self, path: str, size: int, ranges: Iterable[tuple[int, int]], *, fds: Sequence[int] = ()
-    ) -> None:
-        """Have a closed qcow2 image hold data in ranges, in a data file that is nowhere.
+        self, contents: Contents, size: int, ranges: Iterable[tuple[int, int]]
+    ) -> Contents:
+        """Have a qcow2 image hold data in ranges, in a data file that is nowhere.
 
-        :param path: made by `QemuImg.create` with `data_elsewhere`; nothing is flushed.
+        As it was made, this is done in memory.
+
+        :param contents: made by `QemuImg.create` with `data_elsewhere`.
         :param size: of the image, in bytes.
-        :param fds: that `path` is one of, if it is /proc/self/fd/N.
-        :raise ToolError: qemu-io failed; there may be no room for the metadata.
+        :return: what its file is to hold.
+        :raise ToolError: qemu-io failed.
         """
-        image = {
-            "driver": "qcow2",
-            "file": {"driver": "file", "filename": path},
-            "data-file": null_data(size),
-        }
         lines = [
             f"write -q -P 0 {at} {min(_PIECE, stop - at)}"
             for start, stop in ranges
             for at in range(start, stop, _PIECE)
         ]
         text = "\n".join([*lines, "quit", ""])
-        name = "json:" + json.dumps(image)
-        said = [line async for line in self._lines("-t", "unsafe", name, given=text, fds=fds)]
-        wrong = [line for line in said if "failed" in line]
-        if wrong:
-            raise ToolError([self.program, path], 1, wrong[0])
+        with HandedFiles() as files:
+            made = files.memory()
+            contents.write_to(made)
+            image = {
+                "driver": "qcow2",
+                "file": {"driver": "file", "filename": f"/proc/self/fd/{made}"},
+                "data-file": null_data(size),
+            }
+            command = ("-t", "unsafe", as_name(image))
+            said = [line async for line in self._run(command, files, given=text)]
+            wrong = [line for line in said if "failed" in line]
+            if wrong:
+                raise ToolError([self.program, *command], 1, wrong[0])
+            return Contents.of(made)
 
 
 def null_data(size: int) -> dict[str, Any]:

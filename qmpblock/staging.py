@@ -401,7 +401,7 @@ async def _reserved(disk: Disk, base: str, wanted: Ranges) -> Ranges:
     fmt, first = frozen.format, int(wanted.starts[0])
     part = (first, int(wanted.stops[-1]) - first)
     seen = await QemuImg(stall=disk.vm.stall).map(
-        alone(from_text(base)), [fmt], shared=True, part=part
+        alone(from_text(base)), [fmt], shared=True, part=part, vm=disk.vm.monitor.peer_pid
     )
     return seen.where(present=True, reserved=True)
 

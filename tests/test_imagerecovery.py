@@ -1,6 +1,8 @@
 """Images after QEMU died in the middle of a change: real images, and no QEMU."""
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -9,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from drawing import MIB, RUN, record
+from headers_of_eve import EVE, Place, in_file, with_data_file
 from journaling import as_format_1
 
 from qmpblock.errors import BusyError, Error, NotFoundError, ToolError, UnsupportedError
 from qmpblock.hostprocess import boot_id, start_time
 from qmpblock.imagerecovery import recover_images, recover_journal
 from qmpblock.journal import Journal, VMIdentity
+from qmpblock.jsonname import as_text
 from qmpblock.survey import journals
 
 pytestmark = pytest.mark.skipif(
@@ -493,3 +497,67 @@ async def test_a_journal_that_cannot_be_trusted_removes_nothing(disk, state):
     forged.chmod(0o666)
     assert await recover_images([disk]) == []
     assert victim.exists()
+
+
+def names_a_data_file(image, place):
+    hostile = with_data_file(place.eve / "hostile", place.secret)
+    image.write_bytes(hostile.read_bytes())
+
+
+def names_a_backing_image(image, place):
+    tool("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", place.secret, image)
+
+
+def is_another_file(image, place):
+    """Root's own, by a link; one with the format that is expected."""
+    create(place.root / "its.qcow2")
+    image.rename(image.with_name("away"))
+    image.symlink_to(place.root / "its.qcow2")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else's deputy")
+@pytest.mark.parametrize("owner", [EVE, 0], ids=["hers", "given-back-to-root"])
+@pytest.mark.parametrize("which", ["image", "overlay"])
+@pytest.mark.parametrize("deceit", [names_a_data_file, names_a_backing_image, is_another_file])
+async def test_what_is_brought_home_goes_nowhere_else(
+    deceit, which, owner, staging, disk, tmp_path
+):
+    """Whoever ran QEMU has changed the images after it ended."""
+    write(staging.overlay, 9)
+    record_ = replace(
+        staging.record,
+        base_opened=as_text({"driver": "qcow2", "file": in_file(disk)}),
+        written=((str(disk), disk.stat().st_ino),),
+    )
+    staging.journal.remove()
+    staging.journal = Journal.create(record_, disk)
+    staging.journal.add(pivoted=False)
+    made(staging.journal, staging.overlay)
+    place = Place(tmp_path)
+    image = disk if which == "image" else staging.overlay
+    deceit(image, place)
+    for file in (disk, staging.overlay):
+        if not file.is_symlink():
+            os.chown(file, owner, owner)
+    before = contents(place.root) | {"": place.secret.read_bytes()}
+    place.opened()
+    try:
+        # Of the name of a backing image nothing comes: none is opened but what QEMU had open.
+        if deceit is names_a_backing_image:
+            await recover_images([disk])
+            assert holds_alone(disk, 9)
+        else:
+            with contextlib.suppress(Error):
+                await recover_images([disk])
+        assert not place.opened()
+    finally:
+        place.close()
+    assert contents(place.root) | {"": place.secret.read_bytes()} == before
+
+
+def holds_alone(path, pattern):
+    """Whether there is a megabyte of this byte, in the image itself."""
+    image = {"driver": "qcow2", "file": in_file(path), "backing": None}
+    done = tool("qemu-io", "-c", f"read -P {pattern} 0 1M", "json:" + json.dumps(image))
+    assert "read 1048576" in done
+    return "verification failed" not in done

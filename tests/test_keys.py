@@ -1,9 +1,12 @@
 """Which keys can be handed on, and which only QEMU has: recorded properties of objects."""
 
+import asyncio
 import os
+import subprocess
 from types import SimpleNamespace
 
 import pytest
+from headers_of_eve import EVE, Place, give, open_to_all
 
 from qmpblock.address import TCPAddress, UnixAddress
 from qmpblock.errors import CommandError, UnsupportedError
@@ -50,7 +53,7 @@ async def test_a_relative_file_is_qemus(tmp_path, monkeypatch):
     ("key", "why"),
     [
         ({"type": "secret_keyring", "serial": "5"}, "only QEMU itself can read"),
-        ({"file": "/no/such/file"}, "No such file"),
+        ({"file": "/no/such/file"}, "there is no"),
         ({"file": "/dev/fd/11"}, "open file of QEMU's own"),
         ({"file": "/dev/stdin"}, "open file of QEMU's own"),
         ({"file": "/proc/self/fd/11"}, "open file of QEMU's own"),
@@ -90,3 +93,32 @@ async def test_no_key_crosses_a_network():
     assert await read_keys(monitor(TCPAddress("127.0.0.1", 4444), key=known), "key")
     with pytest.raises(UnsupportedError, match="in the clear"):
         await read_keys(monitor(TCPAddress("vm-host.example", 4444), key=known), "key")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else's deputy")
+@pytest.mark.parametrize("mode", [0o600, 0o644], ids=["file", "directory"])
+async def test_a_file_that_qemus_user_may_not_read_is_no_key(mode):
+    """It would be told whether root's file holds what a hostile QEMU's user guesses."""
+    with open_to_all() as directory:
+        place = Place(directory)
+        key = place.root / "key"
+        key.write_text("sesame")
+        key.chmod(mode)
+        place.root.chmod(0o700 if mode == 0o644 else 0o755)
+        hers = place.eve / "key"
+        hers.write_text("simsim")
+        give(hers)
+        become = ["setpriv", f"--reuid={EVE}", f"--regid={EVE}", "--clear-groups", "sleep", "60"]
+        with subprocess.Popen(become) as process:
+            try:
+                while os.stat(f"/proc/{process.pid}").st_uid != EVE:
+                    await asyncio.sleep(0.01)
+                found = await read_keys(
+                    monitor(pid=process.pid, key=PLAIN | {"file": str(hers)}), "key"
+                )
+                assert found == (Key(b"simsim"),)
+                with pytest.raises(UnsupportedError, match="QEMU's user may not open it"):
+                    await read_keys(monitor(pid=process.pid, key=PLAIN | {"file": str(key)}), "key")
+            finally:
+                process.kill()
+                place.close()

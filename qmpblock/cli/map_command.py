@@ -158,9 +158,12 @@ async def _look_at_image(
     from qmpblock.qemuimg import QemuImg, blockdev, format_of
     from qmpblock.ranges import Ranges
 
+    # As above: let that pass while qemu-img looks.
+    loading = asyncio.get_running_loop().run_in_executor(None, import_module, "qmpblock.extents")
     tool = QemuImg(stall=options.stall)
     chain = await tool.chain(path, fmt or format_of(path))
     offset, length = check_range(chain[0].size, offset, length)
+    await loading
     view = await tool.map(
         blockdev(chain[0].format, chain[0].file, chain[1:]), [one.format for one in chain]
     )
@@ -171,7 +174,8 @@ async def _look_at_image(
         ) or Ranges()
         view = view.with_reserved(found & view.where(depth=depth, present=True))
         if layers:
-            own = (await tool.map(blockdev(one.format, one.file), [one.format])).own()
+            alone = blockdev(one.format, one.file)
+            own = (await tool.map(alone, [one.format], opener=one.opener)).own()
             held.append((depth, one, own.with_reserved(found)))
     view = view.clip(offset, length)
     return _View(
