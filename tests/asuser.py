@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 
 VM_USER, STRANGER, GROUP = 64055, 64200, 64100
 
@@ -50,6 +51,18 @@ USERS = {
 }
 
 
+def python_for_all():
+    """Return a Python that every user may run, and the environment in which it finds all.
+
+    This one may be in a directory that only root may enter; then it is the system's.
+    """
+    if all(one.stat().st_mode & 0o001 for one in Path(sys.executable).resolve().parents):
+        return sys.executable, {}
+    paths = [one for one in sys.path if one.endswith(("site-packages", "tests"))]
+    root = str(Path(__file__).parents[1])
+    return "/usr/bin/python3", {"PYTHONPATH": os.pathsep.join([root, *paths])}
+
+
 @dataclass
 class Runner:
     """Runs `qmpblock` as a user, until it is closed."""
@@ -59,9 +72,10 @@ class Runner:
     process: subprocess.Popen = field(init=False)
 
     def __post_init__(self):
+        python, found = python_for_all()
         self.process = subprocess.Popen(
-            self.user.command(sys.executable, "-B", __file__),
-            env={**os.environ, **self.environment},
+            self.user.command(python, "-B", __file__),
+            env={**os.environ, **found, **self.environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
