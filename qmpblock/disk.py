@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from qmpblock.allocation import AllocationResult
     from qmpblock.chainjobs import ChainJob
-    from qmpblock.extents import AllocationMap
+    from qmpblock.extents import AllocationMap, ExtentAllowance
     from qmpblock.headroom import RoomResult
     from qmpblock.job import Progress
     from qmpblock.nbd import Client
@@ -523,13 +523,16 @@ async def _read_map(
     start = offset - offset % block
     stop = min(-(-(offset + length) // block) * block, client.size)
 
+    allowances: list[ExtentAllowance] = []  # one, of all parts, once NumPy is here
+
     async def read(first: int, last: int) -> AllocationMap:
         # Asked before NumPy is imported, so that QEMU looks it up meanwhile.
         length = min(last - first, client.max_status_length)
         status = await client.block_status(first, length)
-        from qmpblock.extents import NBDMapBuilder
+        from qmpblock.extents import ExtentAllowance, NBDMapBuilder
 
-        builder = NBDMapBuilder(sizes, first, last - first, levels=levels)
+        allowances[:] = allowances or [ExtentAllowance()]
+        builder = NBDMapBuilder(sizes, first, last - first, levels=levels, allowance=allowances[0])
         while True:
             builder.feed(*(status[context] for context in _CONTEXTS))
             if not builder.remaining:

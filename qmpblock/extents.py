@@ -48,12 +48,18 @@ __all__ = [
     "ZERO",
     "AllocationMap",
     "Extent",
+    "ExtentAllowance",
     "LayerTotals",
     "NBDMapBuilder",
     "Ranges",
     "Totals",
     "layer_extents_json",
 ]
+
+#: How many extents of a running disk are taken from a server for one map: 1.3 GB of columns, and
+#: as much again for a moment where parts are put together.
+MOST_EXTENTS = 100_000_000
+_SMALLEST_REPLY = 64  # extents that a reply counts as at least: taking one costs that much time
 
 _QEMU_IMG = PRESENT | ZERO | DATA  # what qemu-img's JSON can say
 _CHUNK = 1 << 14  # extents turned into Python objects at a time
@@ -546,11 +552,36 @@ def _extent(offset: int, length: int, depth: int, flags: int) -> Extent:
     )
 
 
+class ExtentAllowance:
+    """How many extents a server may still describe, in all parts of one map together.
+
+    :param most: at the beginning.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = MOST_EXTENTS if most is None else most
+        self._left = self._most
+
+    def take(self, count: int, offset: int) -> None:
+        """Take one reply with `count` extents from `offset` on off it.
+
+        :raise NBDError: it is used up.
+        """
+        self._left -= max(count, _SMALLEST_REPLY)
+        if self._left < 0:
+            raise NBDError(
+                f"the NBD server describes the disk in more than {self._most} extents; "
+                f"it was stopped at offset {offset}",
+                remedy="map a part at a time, with --offset and --length",
+            )
+
+
 @dataclass(slots=True)
 class NBDMapBuilder:
     """Builds a map from the two contexts of an NBD export, reply by reply.
 
-    Memory: 13 bytes an extent and an eighth more while it grows; no copy at the end.
+    Memory: 13 bytes an extent and an eighth more while it grows; no copy at the end. The
+    allowance bounds it, and with it the time that a server can keep us busy.
 
     :param layer_sizes: the virtual size of each node that NBD counts, the exported one
         first (NBD depth 1). QEMU counts filters inside the chain too.
@@ -558,7 +589,8 @@ class NBDMapBuilder:
     :param length: how much it covers; inside the first layer.
     :param levels: for each of those nodes the depth it goes by in the map, where they
         are not simply 0, 1, 2, ...: a filter goes by that of the layer under it.
-    :param limit: how many extents to take from the server at most.
+    :param allowance: how many extents to take from the server at most; builders of one map
+        share it.
     :raise RangeError: the range is not inside the first layer.
     """
 
@@ -566,10 +598,9 @@ class NBDMapBuilder:
     offset: int
     length: int
     levels: Sequence[int] | None = None
-    limit: int = 200_000_000
+    allowance: ExtentAllowance = field(default_factory=lambda: ExtentAllowance())
     next_offset: int = field(init=False)
     _nodes: Nodes = field(init=False)
-    _seen: int = field(init=False, default=0)
     _last: tuple[int, int] | None = field(init=False, default=None)
     _columns: tuple[bytearray, bytearray, bytearray] = field(init=False)
 
@@ -597,15 +628,9 @@ class NBDMapBuilder:
         :param depth: the same of qemu:allocation-depth.
         :raise NBDProtocolError: an empty context, an extent without length, a depth past
             the chain. Nothing of the reply is taken.
-        :raise NBDError: the server has described more than `limit` extents.
+        :raise NBDError: the server has described more extents than the allowance.
         """
-        self._seen += max(len(base), len(depth))
-        if self._seen > self.limit:
-            raise NBDError(
-                f"the NBD server describes the disk in more than {self.limit} extents; "
-                f"it was stopped at offset {self.next_offset}",
-                remedy="map a part at a time, with --offset and --length",
-            )
+        self.allowance.take(max(len(base), len(depth)), self.next_offset)
         found = merge(base, depth, self.next_offset, self.remaining, self._nodes)
         keep = np.empty(len(found.starts), np.bool_)  # what differs from the extent before it
         keep[0] = self._last != (found.depth[0], found.flags[0])

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpblock.errors import NBDError, NBDProtocolError, RangeError, RequestError
-from qmpblock.extents import AllocationMap, NBDMapBuilder
+from qmpblock.extents import AllocationMap, ExtentAllowance, NBDMapBuilder
 from qmpblock.lockstep import Nodes, merge
 
 TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo")
@@ -164,7 +164,7 @@ def test_a_negative_length_is_no_length() -> None:
 
 
 def test_a_server_that_never_ends_is_stopped() -> None:
-    builder = NBDMapBuilder([10**9], 0, 10**9, limit=1000)
+    builder = NBDMapBuilder([10**9], 0, 10**9, allowance=ExtentAllowance(1000))
     crumbs = array([(1, 0)] * 400)
     builder.feed(crumbs, crumbs | 1)
     builder.feed(crumbs, crumbs | 1)

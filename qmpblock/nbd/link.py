@@ -7,6 +7,11 @@ stream end. Then only close(2) is allowed, which ends nothing while a duplicate 
   transports answer it with close(2); shutdown(2) is called only by `write_eof()`.
 - no TLS close_notify and no TLS alert is sent;
 - asyncio closes a transport that is garbage, or whose server went away, by close(2) too.
+
+Progress, which the stall limit minds, is work done and not bytes seen: a server could hold us
+with one byte a minute. In the handshake it is a step; later, a request that ended, or as many
+bytes in either direction as a link of 1 KiB a second carries within the limit. How many bytes
+may come for one request is bounded (`replies`), so no request lasts for ever.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Link", "connect"]
 
 _HIGH_WATER = 1 << 20  # bytes waiting to leave from which on writers wait
+_SLOWEST = 1024  # bytes a second; what is slower than that does not get anywhere
 _JOIN = 64 << 10  # bytes; smaller pieces leave together, in one system call
 
 
@@ -39,7 +45,7 @@ class Link(asyncio.BufferedProtocol):
     :param on_end: called once, when the connection is dead, with a maker of the reason.
     :param tls: the layer to put in between when the server agrees, where TLS is wanted.
     :param polite: whether to end TLS and the stream in an orderly way.
-    :param stall: seconds without any movement, while something is awaited, that are too many.
+    :param stall: seconds without progress, while something is awaited, that are too many.
     """
 
     def __init__(
@@ -68,6 +74,8 @@ class Link(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._unsent = 0  # bytes, when last looked at
+        self._counted = 0  # bytes received, when there last was progress
+        self._worth = max(1, int(stall * _SLOWEST))  # bytes that are progress
         self._clock = _Clock(stall, self._stalled)
 
     # -- called by asyncio
@@ -94,10 +102,10 @@ class Link(asyncio.BufferedProtocol):
             self._tls.buffer_updated(nbytes)
             self._decrypt()
         self._settle()
-        # In the handshake a step is what counts: a server that sends a byte now and then
-        # could draw it out for hours.
-        if before is State.READY or self._protocol.state is not before:
-            self._clock.moved()
+        if self._protocol.state is not before or (
+            before is State.READY and self._protocol.received - self._counted >= self._worth
+        ):
+            self._progress()
 
     def eof_received(self) -> None:
         """Pass the end on; asyncio then closes the socket."""
@@ -143,7 +151,8 @@ class Link(asyncio.BufferedProtocol):
         elif not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._send)
-        self._clock.start()
+        if not self._ended:
+            self._clock.start()
 
     def kill(self, reason: Error) -> None:
         """End the connection at once because of `reason`. Idempotent."""
@@ -190,7 +199,7 @@ class Link(asyncio.BufferedProtocol):
         if self._ended:
             return
         self._ended = True
-        self._clock.stop()
+        self._clock.close()
         self._writable.set()
         if self._transport is not None:
             if self._polite and self._protocol.state is not State.READY:
@@ -201,7 +210,10 @@ class Link(asyncio.BufferedProtocol):
 
     def _settle(self) -> None:
         """Send what is due, tell what happened, and end what is dead."""
-        for event in self._protocol.events_received():
+        events = self._protocol.events_received()
+        if events:
+            self._progress()
+        for event in events:
             if isinstance(event, StartTLS):
                 self._send()
                 self._tls = self._tls_wanted
@@ -214,11 +226,15 @@ class Link(asyncio.BufferedProtocol):
         elif not self._waiting:
             self._clock.stop()
 
+    def _progress(self) -> None:
+        self._counted = self._protocol.received
+        self._clock.moved()
+
     def _stalled(self) -> bool:
-        """Decide, the stall limit being over, whether nothing at all moved; then end."""
+        """Decide, the stall limit being over, whether nothing got done; then end."""
         unsent = self._transport.get_write_buffer_size() if self._transport else 0
-        if unsent < self._unsent:
-            self._unsent = unsent
+        before, self._unsent = self._unsent, unsent
+        if before - unsent >= min(self._worth, before) > 0:
             return False  # the server still takes what we send
         if self._protocol.state is State.READY:
             words, standing = (
@@ -325,6 +341,13 @@ class _Clock:
     def stop(self) -> None:
         """Count no more. The timer is left: it is cheaper to let it find nothing."""
         self._running = False
+
+    def close(self) -> None:
+        """Count never again. The timer must go: it would hold all of a dead connection."""
+        self._running = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _look(self) -> None:
         self._timer = None

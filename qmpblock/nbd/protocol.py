@@ -128,10 +128,12 @@ class Protocol:
     :param polite: whether to take leave of the server, with ABORT or DISC. False is for a
         connection under custody (qemu-facts K1): nothing is ever sent but requests.
     :ivar failure: why the connection is dead, or None.
+    :ivar received: how many bytes were taken from the server, deciphered.
     """
 
     def __init__(self, wanted: Wanted, *, polite: bool = True) -> None:
         self.failure: Error | None = None
+        self.received = 0
         self._polite = polite
         self._handshake = Handshake(wanted)
         self._transmission: Transmission | None = None
@@ -173,6 +175,7 @@ class Protocol:
         """Take `length` bytes that were written to the start of `get_buffer()`."""
         if self.failure is not None or self._left:
             return  # dropped: the next bytes overwrite them
+        self.received += length
         self._inbox.written(length)
         self._run()
 

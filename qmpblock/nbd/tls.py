@@ -31,7 +31,10 @@ def tls_context(directory: str | Path, *, username: str | None = None) -> ssl.SS
     | tls-creds-psk: keys.psk, lines of `username:hexkey`
 
     A directory with ca-cert.pem is x509, whatever else is there. The server's certificate
-    must name the host that was connected to, or the `tls_hostname` given.
+    must name the host that was connected to, or the `tls_hostname` given, as a subjectAltName:
+    a host name as DNS, an address as IP. A common name (CN) is not looked at, as RFC 9525 has it
+    (6.3): what it holds is free text, and a CA may sign there what it would not as a host name.
+    QEMU's own client, by gnutls, still takes one where there is no DNS name.
 
     :param username: which key of keys.psk; not needed if there is only one.
     :raise RequestError: the directory holds no usable credentials.
@@ -52,6 +55,8 @@ def _x509(directory: Path) -> ssl.SSLContext:
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.hostname_checks_common_name = False
+        context.options |= ssl.OP_NO_RENEGOTIATION
         context.load_verify_locations(directory / "ca-cert.pem")
         if revoked.exists():
             context.load_verify_locations(revoked)
@@ -161,7 +166,8 @@ class TLSLayer:
             why = printable(error.verify_message)
             raise NBDConnectError(
                 f"the NBD server's certificate is not acceptable: {why}",
-                remedy="check ca-cert.pem, and that the certificate names this host",
+                remedy="check ca-cert.pem, and that the certificate names this host as a "
+                "subjectAltName, DNS:NAME or IP:ADDRESS; a common name (CN) alone does not count",
             ) from error
         except OSError as error:
             raise NBDConnectError(

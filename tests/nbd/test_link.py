@@ -238,23 +238,6 @@ async def test_a_handshake_drawn_out_byte_by_byte_stalls():
             await Client.connect(server.socket, stall=0.2)
 
 
-async def test_slow_bytes_of_a_reply_are_no_stall():
-    async def script(server: fake.FakeServer) -> None:
-        await server.handshake()
-        request = await server.request()
-        for byte in server.success(request):
-            await server.send(bytes([byte]))
-            await asyncio.sleep(0.03)
-        await server.drain()
-        server.hang_up()
-
-    async with (
-        fake.FakeServer(script) as server,
-        await Client.connect(server.socket, stall=0.2) as client,
-    ):
-        await client.flush()
-
-
 async def test_a_server_that_takes_a_long_write_slowly_is_no_stall():
     async def script(server: fake.FakeServer) -> None:
         await server.handshake()

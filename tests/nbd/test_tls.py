@@ -42,7 +42,10 @@ def _authority(folder: Path, name: str) -> None:
     )  # fmt: skip
 
 
-def _certificate(folder: Path, authority: Path, role: str, name: str) -> None:
+def _certificate(
+    folder: Path, authority: Path, role: str, name: str, alternative: str | None = None
+) -> None:
+    """Make one; `alternative` is its subjectAltName, by default the name, empty for none."""
     folder.mkdir(exist_ok=True)
     request = folder / f"{role}.csr"
     _openssl(
@@ -50,8 +53,11 @@ def _certificate(folder: Path, authority: Path, role: str, name: str) -> None:
         "-keyout", folder / f"{role}-key.pem", "-out", request,
     )  # fmt: skip
     extensions = folder / f"{role}.ext"
+    if alternative is None:
+        alternative = f"DNS:{name}"
     extensions.write_text(
-        f"subjectAltName=DNS:{name}\nextendedKeyUsage={role}Auth\n"
+        (f"subjectAltName={alternative}\n" if alternative else "")
+        + f"extendedKeyUsage={role}Auth\n"
         "keyUsage=critical,digitalSignature,keyEncipherment\nbasicConstraints=CA:FALSE\n"
     )
     _openssl(
@@ -158,6 +164,38 @@ async def test_tls_is_never_silently_left_out(tmp_path: Path, pki: Path):
         pytest.raises(NBDConnectError, match="refused STARTTLS"),
     ):
         await Client.connect(address, tls=tls_context(pki / "client"), tls_hostname=HOST)
+
+
+@pytest.mark.parametrize(
+    ("alternative", "host", "good"),
+    [
+        ("", HOST, False),  # nothing but a CN
+        ("", "192.0.2.7", False),
+        ("DNS:192.0.2.7", "192.0.2.7", False),  # an address is no host name
+        ("IP:192.0.2.8", "192.0.2.7", False),
+        ("URI:nbd://nbd.example", HOST, False),
+        ("DNS:*.nbd.example", "disk.nbd.example", True),
+        ("DNS:n*.example", HOST, False),
+        ("IP:192.0.2.7", "192.0.2.7", True),
+        ("DNS:nbd.example", HOST, True),
+    ],
+)
+async def test_whom_a_certificate_names(
+    alternative: str, host: str, good: bool, pki: Path, tmp_path: Path
+):
+    """By its subjectAltName alone: host names as DNS, addresses as IP (RFC 9525)."""
+    shutil.copytree(pki / "server", tmp_path / "server")
+    _certificate(tmp_path / "server", pki / "ours", "server", host, alternative)
+    options = _qemu_options(tmp_path)
+    image = peers.make_qcow2(tmp_path / "image", "1M")
+    with peers.serving_image("system", image, tmp_path / "s", *options) as address:
+        connecting = Client.connect(address, tls=tls_context(pki / "client"), tls_hostname=host)
+        if good:
+            async with await connecting as client:
+                await client.flush()
+        else:
+            with pytest.raises(NBDConnectError, match="subjectAltName"):
+                await connecting
 
 
 # -- a server of our own, for what real ones do not do
