@@ -7,7 +7,7 @@ ARGS ?=             # more words for pytest, such as -k NAME or -x
 
 RUN = .venv/bin/python
 
-.PHONY: help setup demo test check matrix soak bench firmware clean
+.PHONY: help setup demo test check matrix soak fuzz bench firmware clean
 
 help:  ## Show what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ matrix: setup  ## The live tests on QEMU 7.2 (or this machine's), 10.x and 11.x,
 
 soak: setup  ## The long tests, whole; goes on where it was interrupted
 	@$(RUN) tools/soak.py --qemu '$(strip $(QEMU))' $(ARGS)
+
+fuzz: setup  ## Fuzz what reads others' words; ARGS='TARGET --count 1000000 --seed 2'
+	@$(RUN) -c 'import atheris' 2>/dev/null || $(RUN) -m pip install -q \
+	  --disable-pip-version-check -c tools/constraints.txt --no-build-isolation \
+	  --config-settings editable_mode=compat -e '.[fuzz]'
+	@$(RUN) tests/fuzz $(ARGS)
 
 bench: setup  ## Measure against qemu-img and nbdinfo, side by side
 	@$(RUN) -m bench $(ARGS)

@@ -462,7 +462,7 @@ class _Builder:
 
     def build(self) -> BlockGraph:
         self.fdsets = {
-            str(found["fdset-id"]): tuple(int(one["fd"]) for one in _records(found["fds"]))
+            str(found["fdset-id"]): tuple(_number(one["fd"]) for one in _records(found["fds"]))
             for found in _records(list(self.replies.fdsets))
         }
         self._collect_edges()
@@ -531,11 +531,11 @@ class _Builder:
         if self.replies.debug_graph is None:
             return
         graph = _mapping(self.replies.debug_graph)
-        vertices = {int(v["id"]): v for v in _records(graph["nodes"])}
+        vertices = {_number(v["id"]): v for v in _records(graph["nodes"])}
         edges: dict[str, list[Edge]] = {}
         job_nodes: dict[str, set[str]] = {}
         for edge in _records(graph["edges"]):
-            parent, child = vertices[int(edge["parent"])], vertices[int(edge["child"])]
+            parent, child = vertices[_number(edge["parent"])], vertices[_number(edge["child"])]
             if child.get("type") != "block-driver":
                 continue
             target = _text(child, "name")
@@ -587,7 +587,7 @@ class _Builder:
             bitmaps=tuple(
                 Bitmap(
                     name=bitmap["name"],
-                    granularity=int(bitmap["granularity"]),
+                    granularity=_number(bitmap["granularity"]),
                     recording=bitmap.get("recording") is True,
                     persistent=bitmap.get("persistent") is True,
                     busy=bitmap.get("busy") is True,
@@ -600,7 +600,7 @@ class _Builder:
             cache=frozenset(
                 key for key, on in _mapping(info.get("cache", {})).items() if on is True
             ),
-            write_threshold=int(info.get("write_threshold", 0)),
+            write_threshold=_number(info.get("write_threshold", 0)),
             snapshots=tuple(
                 str(one.get("name") or one.get("id", ""))
                 for one in _records(image.get("snapshots", []))
@@ -618,8 +618,8 @@ class _Builder:
             id=job_id,
             type=_text(info, "type"),
             status=_text(info, "status"),
-            current=int(info.get("current-progress", 0)),
-            total=int(info.get("total-progress", 0)),
+            current=_number(info.get("current-progress", 0)),
+            total=_number(info.get("total-progress", 0)),
             error=None if error is None else str(error),
             nodes=self.job_nodes.get(job_id, frozenset()),
         )
@@ -760,4 +760,10 @@ def _text(item: Mapping[str, Any], key: str) -> str:
     value = item[key]
     if not isinstance(value, str):
         raise GraphError(f"QEMU sent {printable(repr(value))} as {key}")
+    return value
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise GraphError(f"QEMU sent {printable(repr(value), 60)} where a number belongs")
     return value

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -89,7 +90,7 @@ def read(kind: type[T], data: Any) -> T:
     """
     if not isinstance(data, Mapping):
         raise UnreadableError(f"a {kind.__name__} is no JSON object")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     known = {one.name: one for one in fields(kind) if one.name != MORE}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name, field in known.items():
@@ -100,6 +101,12 @@ def read(kind: type[T], data: Any) -> T:
     if MORE in hints:
         values[MORE] = {name: data[name] for name in data if name not in known}
     return kind(**values)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields: half a millisecond that is spent once."""
+    return get_type_hints(kind)
 
 
 def _read(kind: Any, data: Any, name: str) -> Any:

@@ -1,0 +1,1 @@
+"""Fuzzing of what reads others' words: `make fuzz`, and a sample of it in every `make test`."""
