@@ -18,7 +18,7 @@ from qmpblock.errors import NBDError, StalledError
 from qmpblock.nbd import Client
 
 STALL = 0.2
-PATIENCE = 3.0  # seconds in which the client must have given up
+PATIENCE = 1.5  # seconds in which the client must have given up
 
 
 def _dripping(head: bytes, drop: bytes) -> fake.Script:
