@@ -84,7 +84,7 @@ async def test_a_server_that_sips_what_we_send_is_no_progress():
 
 
 async def test_a_slow_server_that_works_is_waited_for():
-    """A reply that takes four times the stall limit, at a rate that does get somewhere."""
+    """A reply that takes twice the stall limit, at a rate that does get somewhere."""
     size = 65536
 
     async def script(server: fake.FakeServer) -> None:
@@ -94,13 +94,13 @@ async def test_a_slow_server_that_works_is_waited_for():
             request, fake.DATA, fake.data_payload(0, b""), length=8 + size, done=True
         )
         await server.send(head)
-        for _ in range(16):
-            await server.send(b"x" * (size // 16))
-            await asyncio.sleep(STALL / 4)
+        for _ in range(8):
+            await server.send(b"x" * (size // 8))
+            await asyncio.sleep(0.25)
 
     async with (
         fake.FakeServer(script) as server,
-        await Client.connect(server.socket, stall=STALL) as client,
+        await Client.connect(server.socket, stall=1) as client,
     ):
         assert await client.read(0, size) == b"x" * size
 
@@ -108,16 +108,16 @@ async def test_a_slow_server_that_works_is_waited_for():
 async def test_requests_that_end_are_progress():
     async def script(server: fake.FakeServer) -> None:
         await server.handshake()
-        for _ in range(8):
+        for _ in range(4):
             request = await server.request()
-            await asyncio.sleep(STALL / 2)
+            await asyncio.sleep(0.4)
             await server.send(server.success(request))
 
     async with (
         fake.FakeServer(script) as server,
-        await Client.connect(server.socket, stall=STALL) as client,
+        await Client.connect(server.socket, stall=1) as client,
     ):
-        await asyncio.gather(*(client.flush() for _ in range(8)))
+        await asyncio.gather(*(client.flush() for _ in range(4)))
 
 
 @pytest.mark.parametrize("end", ["close", "lie", "hang up"])
