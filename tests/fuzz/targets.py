@@ -22,12 +22,14 @@ from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.extents import AllocationMap, NBDMapBuilder
 from qmpblock.graph import BlockGraph, Replies
 from qmpblock.journal import Journal
+from qmpblock.journalfile import JournalFile
 from qmpblock.lock import Holder
 from qmpblock.nbd import wire
 from qmpblock.nbd.protocol import Finished, Opened, Protocol, Wanted
 from qmpblock.nbd.transmission import Transmission
 from qmpblock.policyfile import parse_policy
 from qmpblock.record import Record
+from qmpblock.statedirectory import OpenDirectory
 from qmpblock.versioned import UnreadableError
 from qmpblock.yamltext import read_mapping
 
@@ -258,11 +260,12 @@ def journal(data: bytes) -> None:
         lines += [disturbed(source.pick(marks), source, words) for _ in range(source.byte() % 4)]
         said = "".join(_text(line) + "\n" for line in lines).encode("utf-8", "surrogatepass")
         said = said[: len(said) - source.byte() % 8]
-    path = Path(f"/i/top.qmpblock-{drawing.RUN}.journal")
+    name = f"top.qmpblock-{drawing.RUN}.journal"
+    file = JournalFile(OpenDirectory.at(Path("/")), name, -1)  # of no file: the data are given
     with suppress(Error):
-        found = Journal.parse(path, said)
+        found = Journal.parse(file, said)
         if found is not None:
-            _ = found.complete, found.pivoted, found.made()
+            _ = found.pivoted, found.made(), found.is_proven([bytes(32)])
             assert found.record.describe().isprintable()
 
 
