@@ -42,7 +42,7 @@ class Capabilities:
     def nbd_clients_endanger_iothreads(self) -> bool:
         """Whether an NBD client of a node in an iothread can make QEMU abort.
 
-        Two defects. One that goes away does (qemu-facts, K1): 7.2 aborts; 10.0.13 and 11.1.3
+        Two defects. One that goes away does (K1): 7.2 aborts; 10.0.13 and 11.1.3
         do not. And one that is connected while the guest resets its virtio-blk disk: 22 of 64
         quick resets of 7.2.22 ended in `blk_aio_attached: Assertion
         client->recv_coroutine == NULL`, because a receive coroutine that the end of one drain
@@ -55,7 +55,7 @@ class Capabilities:
     def polling_forgets_queues(self) -> bool:
         """Whether a drain can make an iothread that polls forget a virtio-blk disk's requests.
 
-        The guest then waits for ever (qemu-facts, K9). Measured: 7.2.22 does, 6 of 8 pivots
+        The guest then waits for ever (K9). Measured: 7.2.22 does, 6 of 8 pivots
         that were arranged for it; 11.1.2 does not, 40 of 40. By the code 7.0 to 8.0 do, and
         8.1 has a defect of its own in the same place, cured in 9.0.
         """
@@ -112,7 +112,7 @@ class Capabilities:
 
         While blockdev-create opens the qcow2 image that it has just made, in a coroutine that
         yields, the node is there and its header is not read yet: `qcow2_get_specific_info:
-        Assertion false` (qemu-facts, K11). 7.2.22 dies within 1 or 2 snapshots under tight polling;
+        Assertion false` (K11). 7.2.22 dies within 1 or 2 snapshots under tight polling;
         10.0.13 (48 snapshots) and 11.1.3 do not. blockdev-add and blockdev-reopen are no jobs,
         and no other command runs meanwhile; blockdev-create of a plain file opens no node.
         """

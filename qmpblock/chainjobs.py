@@ -501,7 +501,7 @@ def _refusal(vm: VM, plan: StreamPlan | CommitPlan, error: CommandError) -> Erro
 async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
     """Make what short layers hide explicit zeros in the active layer; return the bytes.
 
-    By NBD_CMD_CACHE of exactly those ranges (facts 7b), and a look at what came of it.
+    By NBD_CMD_CACHE of exactly those ranges (K20), and a look at what came of it.
     """
     from qmpblock.export import Request, exports
     from qmpblock.ranges import Ranges

@@ -4,7 +4,7 @@ Everything that can be known to go wrong is refused here, before anything is tou
 
 - wrong order, wrong sizes, layers that something else uses, jobs that run on the disk;
 - plaintext of an encrypted layer that would land in one that is not (safety rule 8);
-- the silent corruption by short middle images (facts 7b). Where a layer that leaves the chain
+- the silent corruption by short middle images (K20). Where a layer that leaves the chain
   is shorter than the one above it and the one below, it hides what lies below past its end::
 
       above    |aa..........|         guest past the short layer's end: zeros
@@ -404,7 +404,7 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer, places: Pla
 
 
 def _hidden(above: Layer, leaving: Sequence[Layer], below: Layer) -> tuple[Hidden, ...]:
-    """Find what the layers that leave hide by being short (facts 7b).
+    """Find what the layers that leave hide by being short (K20).
 
     :raise UnsupportedError: it cannot be made explicit, because `above` is not the active one.
     """

@@ -127,7 +127,7 @@ class Disk:
                 await self.refresh()  # it may have grown
                 chain = self.chain
                 start, count = check_range(chain.active.size, offset, length)
-            # A foreign snapshot silently redirects an export to the overlay (qemu-facts 1.6),
+            # A foreign snapshot silently redirects an export to the overlay (F6),
             # and the map is of neither chain then.
             async with self._unless_changed(chain), exported(self, [chain.active]) as [client]:
                 found = await read_map(client, chain, start, count)

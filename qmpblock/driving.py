@@ -280,7 +280,7 @@ async def _finalize(
 async def pivot(journal: Journal | None, job: Job) -> None:
     """Finalize a pending active commit, with the base declared the image to trust before.
 
-    While it is pending the guest's I/O is held and both images hold everything (facts 10.3),
+    While it is pending the guest's I/O is held and both images hold everything (F13),
     so that the declaration is true from its first moment. Takes two fsyncs, side by side.
     """
     began = time.monotonic()

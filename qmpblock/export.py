@@ -4,7 +4,7 @@ They are read-only, but where a new image is written that QEMU does not use yet.
 
 Three defects of QEMU 7.2 make this hard:
 
-- K1 (qemu-facts): when an NBD client of a node in an iothread goes away, QEMU aborts. So our
+- K1: when an NBD client of a node in an iothread goes away, QEMU aborts. So our
   end of the connection must never go away before the export does, not even when this process
   is killed. It cannot, because QEMU itself holds a duplicate of it ("custody").
 - nbd-server-stop waits for ever, and the guest with it, while a client is connected whose

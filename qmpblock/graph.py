@@ -6,7 +6,7 @@ Pure: built from the monitor's replies, it asks nothing itself. For each guest d
                                           |             |
                                         storage       storage                 (protocol nodes)
 
-Where the edges come from (qemu-facts, section 3):
+Where the edges come from (F8):
 
 - QEMU 10.1 and newer: `children` in query-named-block-nodes;
 - older: query-blockstats, whose nested `parent` (the file child) and `backing` name nodes;

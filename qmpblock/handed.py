@@ -227,6 +227,7 @@ class HandedFiles(contextlib.ExitStack):
         words += ["landlock"] * self._must_have_landlock() + ["network"] * self._network
         return [
             sys.executable,
+            "-B",  # as another user, of whatever umask, it is to leave no program text
             "-I",
             "-S",
             "-c",

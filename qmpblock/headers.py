@@ -1,7 +1,7 @@
 """How a new image of a running VM gets its header: from qemu-img, not from the VM.
 
 QEMU can make an image by itself (`blockdev-create`), but it opens what it has just made, in a
-job, and on QEMU 7.2 anybody's query meanwhile makes it abort (qemu-facts, K11). So qemu-img makes
+job, and on QEMU 7.2 anybody's query meanwhile makes it abort (K11). So qemu-img makes
 the header, in memory; its bytes are in the file before that has a name, and QEMU only opens it
 (`blockdev-add`). Every option is given, so that the image does not depend on the version of
 qemu-img, and is what QEMU's own job would make.

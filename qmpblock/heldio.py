@@ -3,7 +3,7 @@
 While the pivot of an active commit is pending the guest's I/O on that disk is held (K5), until
 we finalize it. Most devices then just have requests in flight. But some wait for theirs on the
 spot, in QEMU's main loop or with its lock held, and so no monitor is served any more: nobody
-can finalize the pivot, and QEMU hangs for good (qemu-facts, K12). Measured on 7.2.22 and
+can finalize the pivot, and QEMU hangs for good (K12). Measured on 7.2.22 and
 11.1.2, one access each while a pivot was pending::
 
     cfi.pflash01   a byte is written             hangs

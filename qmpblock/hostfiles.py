@@ -93,7 +93,7 @@ def open_inodes(pid: int) -> set[tuple[int, int]]:
 def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False) -> Ranges | None:
     """Return the ranges of a file that are fallocated but not written, in bytes.
 
-    To QEMU they are holes; only FIEMAP tells (qemu-facts 11.1). Reads metadata only.
+    To QEMU they are holes; only FIEMAP tells (F4). Reads metadata only.
 
     :param size: of the disk; what the file holds past it does not count.
     :param first: where to begin.

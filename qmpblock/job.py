@@ -4,7 +4,7 @@ Events wake the follower, queries tell it the truth (style.md): an event may be 
 late, or, as BLOCK_JOB_COMPLETED does, mean failure. A job of ours never vanishes before its
 verdict was read (`qmpblock.jobstate`).
 
-Bytes done and total are QEMU's own. What they count differs by version (facts 4.5: the
+Bytes done and total are QEMU's own. What they count differs by version (F12: the
 whole disk on 7.2, only what is dirty on 11.1), and a total grows while a guest writes: they
 serve to see movement and the remaining distance, not to compare.
 """
@@ -156,7 +156,7 @@ class Job:
 
         :raise CommandError: the job's status does not allow it.
         """
-        # There is no job-set-speed; this one is not among the deprecated (facts 4.6).
+        # There is no job-set-speed; this one is not among the deprecated (F12).
         await self._monitor.execute("block-job-set-speed", {"device": self.id, "speed": speed})
 
     # for what runs the job

@@ -3,7 +3,7 @@
 The only module that imports qemu.qmp. It adds what a controller that may not fail needs:
 
 - a limit on the greeting: a monitor that another client holds accepts the connection and
-  then says nothing (qemu-facts 9.1);
+  then says nothing (F15);
 - every failure as one of `qmpblock.errors`, with the command, its arguments and QEMU's words;
 - event subscriptions that exist before the command that causes the event is sent, and that
   are bounded: qemu.qmp's default listener keeps every event for ever;
@@ -399,7 +399,7 @@ class Monitor:
         """Hand a duplicate of `fd` to QEMU under `name` (the `getfd` command).
 
         QEMU holds it until `closefd`, also when this connection ends. A name must never be
-        used twice: a second `getfd` of one name closes the first file (qemu-facts K1).
+        used twice: a second `getfd` of one name closes the first file (K1).
 
         :raise UnsupportedError: the monitor is not on a UNIX socket.
         :raise CommandError: QEMU refused.
@@ -420,7 +420,7 @@ class Monitor:
         """Listen, from now on, for events of these names (none given: all).
 
         Subscribe before sending the command whose events are wanted: they may come before
-        its reply (qemu-facts 1.5, 4.1).
+        its reply (F5).
 
         :param match: a further condition on the whole event.
         """

@@ -57,7 +57,7 @@ async def tolerate(words: str, command: Awaitable[Any]) -> bool:
 async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "hard") -> bool:
     """Delete an export and wait until it is gone; False if it was not there.
 
-    The event comes before the reply or after it (qemu-facts 1.5), and after the reply the
+    The event comes before the reply or after it (F5), and after the reply the
     export may still be shutting down, during which its node counts as used.
     """
     with monitor.subscribe(

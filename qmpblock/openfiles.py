@@ -77,7 +77,7 @@ class OpenFiles:
         except PermissionError:
             self.blind = (
                 f"cannot be found from here: what the VM's process {pid} has open only its user "
-                "and root may see (in a container, with the capability SYS_PTRACE)"
+                "and root may see (in a container, with SYS_PTRACE and DAC_READ_SEARCH)"
             )
         except OSError:
             self.blind = f"cannot be found from here: the VM's process {pid} cannot be seen"

@@ -4,7 +4,7 @@ The one gate that every verb asks before it does anything, and again at the last
 exports or changes something (design.md, safety rule 10). Two things may speak against it:
 
 - migration. A VM that waits for one has its images inactive: they are the source's, and a mere
-  read-only export would activate them (facts-migration 3.6). One that was migrated away tells the
+  read-only export would activate them (K21). One that was migrated away tells the
   past, and what it writes destroys what the destination wrote. While one is under way, the images
   change hands at a moment that nobody announces (measured: NBD_CMD_CACHE and a stream that began
   before it go on writing on 7.2, the stream also on 11.1). What is not known to be safe is refused,

@@ -16,7 +16,7 @@ from typing import Any, Never
 
 __all__ = ["MOST_BYTES", "MOST_LEVELS", "MOST_VALUES", "RefusedError", "read_json"]
 
-#: Bytes of one text. Measured: a VM with 500 disks of two layers says 1.8 MB (qemu-facts), one
+#: Bytes of one text. Measured: a VM with 500 disks of two layers says 1.8 MB, one
 #: chain of 150 layers 0.3 MB.
 MOST_BYTES = 16 << 20
 #: Values, keys not counted, each of which costs up to 250 bytes. Those 500 disks have 88,000.

@@ -83,7 +83,7 @@ def requests(
     """Yield the requests that bring all that is below into the active layer, in order.
 
     Cut along the map's edges: one request over data and zeros would store the zeros as data
-    (facts 5.6). A cluster that has both is data.
+    (F9). A cluster that has both is data.
 
     :param cluster: of the active layer, in bytes; a request holds whole ones.
     :param size: of the disk.

@@ -115,7 +115,7 @@ def plan_changes(policy: DiskPolicy, facts: Facts) -> Changes:
     under = below(guest).align_out(cluster, size)
     leaving = _supplied_above(guest, facts.base).align_out(cluster, size)
 
-    # A cluster that holds data and zeros comes up as data (facts 5.6).
+    # A cluster that holds data and zeros comes up as data (F9).
     held = own[0].where(present=True)
     up = (under & chosen) | leaving
     data = (up & guest.data()).align_out(cluster, size) - held

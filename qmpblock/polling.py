@@ -2,7 +2,7 @@
 
 In QEMU before 8.1 an iothread that polls looks at a virtqueue a last time as it stops. During a
 drain it sees the guest's requests there, may not serve them, and forgets them; and the guest,
-which was told that no kick is needed, waits for ever (qemu-facts, K9). All that we do drains:
+which was told that no kick is needed, waits for ever (K9). All that we do drains:
 an export that comes or goes, a snapshot, the start and the end of a job. So around all of it
 polling is off::
 

@@ -277,7 +277,7 @@ class ImageVerdict:
 def image_verdict(
     record: Record, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
 ) -> ImageVerdict:
-    """Say which image to start from (facts 10).
+    """Say which image to start from (F13).
 
     :param entries: of the journal.
     :param empty: for each image that the change made and that is there: whether it is

@@ -1,7 +1,7 @@
 """Host space for raw data: by fallocate(2) on the file that the guest writes to.
 
 It reserves blocks and touches no byte of content or size: neither guest nor QEMU sees it, and
-it cannot collide with a write (facts 0.D, 11.2). For raw images, LUKS images (whose payload
+it cannot collide with a write (F4). For raw images, LUKS images (whose payload
 begins at an offset), and qcow2 images whose external data file is raw.
 """
 

@@ -1,7 +1,7 @@
 """The staged commit: host space for ranges of a live qcow2 or QED image that no layer holds.
 
 A range that is blank, or mere zero clusters, gets clusters of its own in the running disk D,
-in place, while the guest writes on (facts 0.C). For each slice of the disk::
+in place, while the guest writes on (F3). For each slice of the disk::
 
     guest -> D                          1. make T, an empty overlay beside D, and take a snapshot
     guest -> T -> D                     2. D is frozen: now, and not before, read its map

@@ -1,7 +1,7 @@
 """Thin allocation: what lies below a range comes into the active layer.
 
 By NBD_CMD_CACHE on a read-only export of the active node, for which QEMU copies the range up by
-itself, serialised with the guest's writes (facts 0.B). What came of it is read back from the map,
+itself, serialised with the guest's writes (F2). What came of it is read back from the map,
 through the same export.
 
 An `Allocator` keeps what that takes, for many ranges one after another::
@@ -13,7 +13,7 @@ An `Allocator` keeps what that takes, for many ranges one after another::
                                                  second, and when the last range is done)
 
 The chain may be changed by others meanwhile. A layer that they drop from below is no matter. An
-overlay that they put on top is: the export follows it, silently (facts 1.6), and so would the
+overlay that they put on top is: the export follows it, silently (F6), and so would the
 requests. They change no content there either, but it is not what was asked.
 """
 
@@ -56,7 +56,7 @@ _ZEROS = 4 << 20
 # QEMU works on 16 of one client at once; the others wait for it, and not it for us.
 _IN_FLIGHT = 64
 _LOOK = 0.2  # seconds between looks at where the export is
-# Their CACHE is known to do nothing over a backing image (facts 13).
+# Their CACHE is known to do nothing over a backing image (F10).
 _USELESS = frozenset({"parallels", "raw", "vdi", "vhdx", "vpc"})
 
 

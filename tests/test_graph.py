@@ -151,7 +151,7 @@ def test_layer_depth_must_be_a_number(version):
 
 
 def test_job_filters_on_top_are_found(version):
-    """query-block skips them; a backup's is named even there (qemu-facts 3.3)."""
+    """query-block skips them; a backup's is named even there (F8)."""
     graph = build(version, "jobs")
     assert [n.driver for n in graph.device("sd0").chain.filters] == ["mirror_top"]
     assert [n.driver for n in graph.device("df").chain.filters] == ["copy-before-write"]

@@ -105,7 +105,7 @@ class Client:
         :param tls: insist on TLS, with these credentials (see `tls_context`).
         :param tls_hostname: whom the server's certificate must name; the host of a TCP
             address if not given.
-        :param polite: False is custody (qemu-facts K1): a duplicate of this socket is held by
+        :param polite: False is custody (K1): a duplicate of this socket is held by
             QEMU, which must never see the stream end. Then nothing is ever sent but options
             and requests: no DISC, no ABORT, no TLS alert or close_notify, no shutdown(2),
             whatever happens; the end is close(2).

@@ -1,6 +1,6 @@
 """The asyncio end of one NBD connection: sockets, TLS and time, around the protocol.
 
-Custody (qemu-facts K1). QEMU may hold a duplicate of our socket, and aborts if it sees the
+Custody (K1). QEMU may hold a duplicate of our socket, and aborts if it sees the
 stream end. Then only close(2) is allowed, which ends nothing while a duplicate is open. So:
 
 - `abort()` is all that an impolite link ever does to its transport. asyncio's selector

@@ -126,7 +126,7 @@ class Protocol:
 
     :param wanted: what the handshake is to reach.
     :param polite: whether to take leave of the server, with ABORT or DISC. False is for a
-        connection under custody (qemu-facts K1): nothing is ever sent but requests.
+        connection under custody (K1): nothing is ever sent but requests.
     :ivar failure: why the connection is dead, or None.
     :ivar received: how many bytes were taken from the server, deciphered.
     """

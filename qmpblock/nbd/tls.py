@@ -1,7 +1,7 @@
 """TLS for NBD: credentials in QEMU's layout, and a TLS layer that sends nothing unasked.
 
 The layer is ours, over `ssl.MemoryBIO`, because asyncio's own says close_notify whenever it
-closes, and a connection under custody (qemu-facts K1) must say nothing.
+closes, and a connection under custody (K1) must say nothing.
 
 This module imports ssl; the client imports this module only when TLS is used.
 """

@@ -184,7 +184,7 @@ def _descriptor_lines(pid: int) -> list[str]:
 def listening_sockets(pid: int) -> list[str]:
     """Return the addresses on which a process listens (`unix:PATH`, `tcp:PORT`), sorted.
 
-    QEMU has no query that tells whether its NBD server runs (qemu-facts 1.1); this does.
+    QEMU has no query that tells whether its NBD server runs (F7); this does.
     """
     prefix = "socket: listening on "
     return sorted(

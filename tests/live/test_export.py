@@ -382,7 +382,7 @@ async def test_the_monitor_is_cut_in_the_middle(scenario, start_qemu, invariant)
 
 @CHAIN
 async def test_a_foreign_snapshot_in_the_middle_is_noticed(scenario, start_qemu, invariant, vm_dir):
-    """An export follows the graph silently (qemu-facts 1.6); the map must be of one chain."""
+    """An export follows the graph silently (F6); the map must be of one chain."""
     vm = await start_qemu(scenario)
     overlay = str(vm.image_directories()[0] / "overlay.qcow2")
     async with qmpblock.connect(vm.monitor_path) as controller:

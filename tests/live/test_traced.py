@@ -9,7 +9,6 @@ import asyncio
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -99,9 +98,6 @@ async def test_snapshot_and_commit(traced, start_qemu, invariant):
     assert (code, wrong) == (0, []), printed + "\n".join(wrong)
 
 
-@pytest.mark.xfail(
-    find_spec("qmpblock.confined") is None, reason="qemu-img opens the two images by their names"
-)
 async def test_recover_of_an_image_that_both_have_left(traced, start_qemu, invariant):
     """QEMU and its controller die in the middle; the overlay is brought home."""
     vm = await start_qemu(parse_scenario(CHAIN, "chain"))
