@@ -85,7 +85,9 @@ async def _read_file(pid: int | None, name: str, file: str) -> bytes:
         with HandedFiles(user=User.of_process(pid)) as files:
             here = files.image({"driver": "file", "filename": _here(pid, file)}, said=True)
             text, code = await _output(files, files.command("cat", [here["filename"]]))
-    except (NotFoundError, UnsupportedError) as error:
+    except NotFoundError:
+        raise UnsupportedError(f"{where} cannot be read here: No such file or directory") from None
+    except UnsupportedError as error:
         raise UnsupportedError(f"{where} cannot be read here: {error.message}") from None
     if code:
         raise UnsupportedError(f"{where} cannot be read here: QEMU's user may not open it")
