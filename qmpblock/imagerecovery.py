@@ -29,7 +29,7 @@ from qmpblock.journal import PIVOTED, Journal
 from qmpblock.jsonname import from_text
 from qmpblock.opened import is_nested
 from qmpblock.places import FileId
-from qmpblock.qemuimg import QemuImg, blockdev
+from qmpblock.qemuimg import QemuImg, blockdev, in_use_by_another
 from qmpblock.record import Record
 from qmpblock.recoveryplan import ImageVerdict, image_verdict
 from qmpblock.survey import survey, unproven
@@ -289,7 +289,7 @@ async def _holds_nothing(file: str, fmt: str, made: tuple[int, int]) -> bool:
     except UnsupportedError:
         return False
     except ToolError as error:
-        if "lock" in error.stderr:
+        if in_use_by_another(error.stderr):
             raise
         return False  # encrypted, say
     return not seen.where(present=True)

@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import posixpath
+import re
 import resource
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -37,10 +38,21 @@ from qmpblock.jsonname import as_name, innermost, said_by
 if TYPE_CHECKING:
     from qmpblock.extents import AllocationMap
 
-__all__ = ["Contents", "Image", "Key", "QemuImg", "QemuIo", "blockdev", "format_of", "null_data"]
+__all__ = [
+    "Contents",
+    "Image",
+    "Key",
+    "QemuImg",
+    "QemuIo",
+    "blockdev",
+    "format_of",
+    "in_use_by_another",
+    "null_data",
+]
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
+_HELD = re.compile(r'Failed to (?:get (?:shared )?"[a-z ]+" lock|lock byte)')
 _DOCUMENT = 16 << 20  # characters
 _LONGEST = 400  # images of a chain; QEMU's own JSON reader takes 1024 levels
 _PIECE = 4 << 20  # bytes that qemu-io writes at a time; larger ones take new memory each time
@@ -339,7 +351,7 @@ class QemuImg:
             # As raw: its content is of no interest, and not looked at.
             await self._info(path, "raw", None)
         except ToolError as error:
-            if "lock" not in error.stderr:
+            if not in_use_by_another(error.stderr):
                 raise
             return True
         return False
@@ -537,15 +549,26 @@ class QemuImg:
         if code:
             files.refuse(code, complaint)
             said = files.shown(complaint.decode(errors="replace"))
-            raise ToolError(
-                command,
-                code,
-                said,
-                remedy="a running VM holds the image; map it through that VM's monitor: "
-                "qmpblock map ADDRESS DISK"
-                if exclusive and "lock" in said
-                else None,
-            )
+            raise ToolError(command, code, said, remedy=_remedy(code, said, exclusive=exclusive))
+
+
+def in_use_by_another(said: str) -> bool:
+    """Whether a tool failed because a QEMU holds the image, by QEMU's words (7.2 to 11.1)."""
+    return _HELD.search(said) is not None
+
+
+def _remedy(code: int, said: str, *, exclusive: bool) -> str | None:
+    if exclusive and in_use_by_another(said):
+        return (
+            "a running VM holds the image; map it through that VM's monitor: "
+            "qmpblock map ADDRESS DISK"
+        )
+    if code in (126, 127):  # a shell's: what is found there starts something else
+        return (
+            "it is started with few files to open, and a script that starts a program elsewhere "
+            "does not come to it: have the PATH lead to the program itself, or a link to it"
+        )
+    return None
 
 
 def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:

@@ -352,10 +352,12 @@ class Walk:
         programs = directory / "bin"
         programs.mkdir()
         tools = Tools.of(qemu)
+        # As links: qemu-img is started with few files to open, and what a script would start
+        # is none of them.
+        for name, program in {"qemu-img": tools.img, "qemu-io": tools.io}.items():
+            (programs / name).symlink_to(program)
         for name, command in {
             "qemu-system-x86_64": [qemu],
-            "qemu-img": [tools.img],
-            "qemu-io": [tools.io],
             "qmpblock": [sys.executable, "-m", "qmpblock"],
             "python3": [sys.executable],
         }.items():

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from qmpblock.errors import NotFoundError, RequestError, ToolError, UnsupportedError
-from qmpblock.qemuimg import Contents, Key, QemuImg, blockdev, format_of
+from qmpblock.qemuimg import Contents, Key, QemuImg, blockdev, format_of, in_use_by_another
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here")
 
@@ -178,3 +178,28 @@ async def test_what_qemu_img_says_of_its_own_file_is_left_out():
         await QemuImg().create("luks", 1 << 20, {"key-secret": "key0"}, keys=[Key(b"\xff")])
     assert "UTF-8" in caught.value.stderr
     assert "deleting" not in caught.value.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "held"),
+    [
+        ("Could not open 'a': Failed to get shared \"write\" lock\nIs another process", True),
+        ('Failed to get "consistent read" lock', True),
+        ("Failed to lock byte 100: Resource temporarily unavailable", True),
+        ("Could not open '/srv/qmpblock/a': Permission denied", False),
+    ],
+)
+def test_who_holds_an_image_is_told_by_qemus_words_and_not_by_a_name(said, held):
+    assert in_use_by_another(said) is held
+
+
+async def test_a_script_that_starts_another_program_is_told(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "qemu-img"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nexec {tmp_path}/elsewhere/qemu-img\n")
+    program.chmod(0o755)
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    with pytest.raises(ToolError) as caught:
+        await QemuImg(str(program)).chain(str(tmp_path / "a.raw"), "raw")
+    assert caught.value.returncode in (126, 127)
+    assert "a link to it" in caught.value.remedy
