@@ -129,16 +129,19 @@ ENDS: dict[str, tuple[fake.Script, Callable[[fake.FakeServer, bool], Awaitable[N
 async def _end(name: str, *, polite: bool, custody: bool) -> tuple[bytes, bool]:
     """Return what the server saw after its script: bytes, and whether the stream ended."""
     script, act = ENDS[name]
-    seen = b""
+    seen, acted = b"", asyncio.Event()
 
     async def serve(server: fake.FakeServer) -> None:
         nonlocal seen
         await script(server)
-        seen = await server.drain(0.15)
+        if custody:  # that there is no end is seen after it; a polite one waits for ours
+            await acted.wait()
+        seen = await server.drain(0.15 if custody or polite else 10)
         server.hang_up()
 
     async with fake.FakeServer(serve, custody=custody) as server:
         await act(server, polite)
+        acted.set()
     return seen, server.eof
 
 
