@@ -705,7 +705,7 @@ async def test_root_that_may_not_look_into_processes(images, start_qemu, invaria
 
     code, err = await run("allocate", vm.monitor_path, "vd0", "--full")
     assert code == 2
-    assert "with the capability SYS_PTRACE" in err
+    assert "with SYS_PTRACE and DAC_READ_SEARCH" in err
     code, err = await run("snapshot", vm.monitor_path, f"vd0={base.parent / 'over.qcow2'}")
     assert code == 0, err
     invariant.forget(vm)
