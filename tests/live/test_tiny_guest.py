@@ -400,7 +400,8 @@ async def test_an_idle_run_on_an_unplugged_scsi_disk_ends(tmp_path: Path) -> Non
         assert (await vm.guest.rescan()).disks == ()
         with pytest.raises(GuestError, match="no disk has this number"):
             await vm.guest.progress()
-        assert any("*DONE disk=0" in line for line in vm.guest.console.transcript)
+        console = vm.guest.console  # its next turn says so, after commands that wait
+        assert await console.wait("the end of its run", lambda: console.take_done(0), 10)
 
 
 async def _unplugged(vm: Vm, name: str) -> None:
