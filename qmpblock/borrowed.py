@@ -23,7 +23,7 @@ from pathlib import Path
 from qmpblock.errors import UnsupportedError, printable
 from qmpblock.places import FileId
 
-__all__ = ["in_the_name_of", "open_as_it_has", "user_of"]
+__all__ = ["in_the_name_of", "open_as_it_has"]
 
 _PIDFD_OPEN, _PIDFD_GETFD = 434, 438  # the same numbers on every architecture
 _WRITING = (os.O_WRONLY, os.O_RDWR)
@@ -124,18 +124,6 @@ def _syscall(number: int, *words: int) -> int:
     if found < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return int(found)
-
-
-def user_of(pid: int) -> int:
-    """Return the user in whose name a process opens files.
-
-    :raise OSError: there is no such process any more.
-    """
-    text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    match = re.search(r"^Uid:(?:\s+\d+){3}\s+(\d+)$", text, re.MULTILINE)
-    if match is None:
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-    return int(match[1])
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock import hostfiles
-from qmpblock.borrowed import in_the_name_of, open_as_it_has, user_of
+from qmpblock.borrowed import in_the_name_of, open_as_it_has
 from qmpblock.errors import Error, UnsupportedError, printable
 from qmpblock.fallocate import UNSUPPORTED, keep_size
 from qmpblock.graph import Layer
+from qmpblock.handed import User
 from qmpblock.openings import in_part
 from qmpblock.ourfiles import open_plain
 from qmpblock.ranges import Ranges
@@ -123,6 +124,7 @@ async def reserve_ranges(
     """
     wanted = list(ranges)
     total, done = sum(stop - start for start, stop in wanted), 0
+    user = User.of_process(pid).uid
     try:
         fd = await asyncio.to_thread(open_as_it_has, pid, file)
     except OSError as error:
@@ -135,7 +137,7 @@ async def reserve_ranges(
                 piece = min(speed.piece(_PIECE, _SMALLEST), stop - at)
                 await speed.wait(piece)
                 try:
-                    await asyncio.to_thread(_reserve, pid, fd, at, piece)
+                    await asyncio.to_thread(_reserve, user, fd, at, piece)
                 except OSError as error:
                     raise _cannot(file, error, done) from None
                 at += piece
@@ -147,8 +149,8 @@ async def reserve_ranges(
         os.close(fd)
 
 
-def _reserve(pid: int, fd: int, offset: int, length: int) -> None:
-    with in_the_name_of(user_of(pid)):
+def _reserve(user: int, fd: int, offset: int, length: int) -> None:
+    with in_the_name_of(user):
         keep_size(fd, offset, length)
 
 

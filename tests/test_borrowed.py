@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpblock.borrowed import in_the_name_of, open_as_it_has, user_of
+from qmpblock.borrowed import in_the_name_of, open_as_it_has
 from qmpblock.errors import UnsupportedError
 from qmpblock.fallocate import keep_size
 
@@ -155,7 +155,3 @@ async def test_blocks_that_are_kept_for_root_stay_so(tmp_path):
             await asyncio.to_thread(reserve, 0)
     finally:
         subprocess.run(["umount", folder], check=True)
-
-
-def test_whose_a_process_is():
-    assert user_of(os.getpid()) == os.geteuid()

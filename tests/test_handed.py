@@ -31,6 +31,7 @@ from headers_of_eve import (
 )
 
 from qmpblock.errors import Error, NotFoundError, ToolError, UnsupportedError
+from qmpblock.handed import User
 from qmpblock.qemuimg import QemuImg, blockdev, format_of
 
 pytestmark = [
@@ -218,3 +219,7 @@ async def test_it_runs_as_the_owner_and_has_nothing(place):
     assert status["Seccomp"] == ["2"]
     assert re.search(r"Max core file size +0 +0 ", limits)
     assert me.read_text() == ""
+
+
+def test_whose_a_process_is():
+    assert User.of_process(os.getpid()).uid == os.geteuid()
