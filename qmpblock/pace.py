@@ -15,6 +15,8 @@ WINDOW = 5.0
 
 _PASSES = 3
 _SMALLER = 0.95
+_LAST = 1 << 20  # bytes: the last cluster or two, of the largest kind that is in use
+_LAST_PATIENCE = 4
 
 
 class RateMeter:
@@ -71,7 +73,13 @@ class Convergence:
         self._last = remaining
 
     def hopeless(self, time: float, limit: float) -> bool:
-        """Whether the passes have not become smaller for `limit` seconds."""
+        """Whether the passes have not become smaller for `limit` seconds.
+
+        The last cluster or two cannot become smaller, only none: whether none is dirty at the
+        moment that counts is chance then, and needs time. So the limit is four times as long.
+        """
+        if self._peak is not None and self._peak <= _LAST:
+            limit *= _LAST_PATIENCE
         return self.passes >= _PASSES and time - self._since > limit
 
 

@@ -77,6 +77,17 @@ def test_time_counts_from_the_last_pass_that_was_smaller():
     assert not pace.hopeless(now, now - began + 1)
 
 
+def test_the_last_cluster_is_given_longer():
+    """It cannot become smaller, only none: one at each look for 20 s was seen, and then none."""
+    clusters = [0.065536, 0, 0.065536, 0, 0.065536, 0, 0.065536, 0, 0.065536]
+    pace, now = watched(clusters, every=3)
+    assert pace.passes == 3
+    assert not pace.hopeless(now, now / 2)
+    assert pace.hopeless(now * 4, now / 2)  # a guest that writes there for ever is told of
+    more, _ = watched([100 * one for one in clusters], every=3)
+    assert more.hopeless(now, now / 2)
+
+
 @given(st.lists(st.integers(0, 1 << 50), max_size=40), st.floats(0.01, 100))
 def test_what_only_falls_is_never_hopeless(looks, every):
     pace = Convergence()

@@ -512,7 +512,7 @@ async def test_a_guest_that_is_slowed_down_lets_it_pivot(
         )
     before = await io_limits(vm)
     slowed = []
-    async with qmpblock.connect(vm.monitor_path, stall=60.0) as controller:
+    async with qmpblock.connect(vm.monitor_path, stall=20.0) as controller:
         disk = await controller.disk("vd0")
         async with disk.commit(throttle_guest=16 << 10) as job:
             async for look in job:
