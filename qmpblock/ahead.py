@@ -89,6 +89,8 @@ async def disarm_dead(vm: VM, dead: Holder) -> None:
 
     :raise RecordError: which one it is cannot be read: nothing is touched.
     """
+    if dead.is_idle:
+        return
     watch = dead.says(Watch)
     if watch.node is not None:
         await _disarm(vm, await vm.graph(), watch.node, watch.offsets)

@@ -131,6 +131,14 @@ class Holder:
         except UnreadableError as error:
             raise unreadable(name or f"of {self}", error, self.run) from None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it says nothing of any work: it only held the lock, to undo what another left.
+
+        It had the lock when that was done, so there is nothing to be undone after it.
+        """
+        return not self.details
+
     def is_elsewhere(self) -> bool:
         """Whether it ran where this process cannot see whether it still does."""
         return self.boot != boot_id() or self.pids != pid_namespace()

@@ -129,6 +129,8 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
     :raise BusyError: that takes the monitor which the dead controller used.
     :raise RecordError: what it added cannot be read: nothing is touched.
     """
+    if dead.is_idle:
+        return
     use = dead.says(ServerUse, name)
     _log.warning("undoing what a controller that died left in the VM: %s", dead)
     prefix = f"qmpblock-{dead.run}-"

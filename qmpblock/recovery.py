@@ -154,6 +154,8 @@ def _check_details(name: str, dead: Holder, graph: BlockGraph) -> None:
     """
     if _TURN.fullmatch(name):
         return  # it was about to undo what another one left, whose lock is there too
+    if dead.is_idle and not name.startswith(LOCKS):
+        return
     if name == NBD_LOCK:
         dead.says(ServerUse, name)
     elif name.startswith(AHEAD_LOCKS):

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+from disturbed import locks
 
 import qmpblock
 from qmpblock.errors import Error, RecordError, StalledError
@@ -166,6 +167,31 @@ async def test_a_forged_lock_deletes_nothing(scenario, start_qemu, invariant, vm
         if not readable:
             await vm.execute("object-del", id=LOCK)
     assert (victim / "nbd").read_text() == "precious"
+
+
+@CHAIN
+@pytest.mark.parametrize("verb", ["recover", "verb"])
+@pytest.mark.parametrize("name", [LOCK, "qmpblock-disk-vd0", "qmpblock-ahead-vd0"])
+async def test_a_recovery_that_died_when_it_had_taken_a_lock_over(
+    name, verb, scenario, start_qemu, invariant
+):
+    """It had undone what the dead left, and says nothing of work of its own: there is none."""
+    vm = await start_qemu(scenario)
+    dead = Holder("gone", "h", 1 << 22, 1, boot_id(), pid_namespace(), {})
+    await vm.execute("object-add", qom_type="secret", id=name, data=dead.text())
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        if verb == "recover":
+            for dry_run in (True, False):
+                [found] = await controller.recover(dry_run=dry_run)
+                assert (found.run, found.steps[0].verb) == ("gone", "remove")
+        elif name == LOCK:
+            await (await controller.disks())[0].map()
+        else:
+            disk = await controller.disk("vd0")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await (disk.keep_ahead(1 << 20) if "ahead" in name else disk.allocate(0, 65536))
+    assert not await locks(vm)
 
 
 @CHAIN
