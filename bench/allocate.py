@@ -14,7 +14,7 @@ from typing import Any
 
 import qmpblock
 from bench.live import wall
-from qmpblock.disk import Disk
+from qmpblock.mapping import Disk
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.qemu import QemuProcess
 from qmpblock.testing.scenario import parse_scenario

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from qmpblock._version import __version__
 
 if TYPE_CHECKING:
-    from qmpblock.allocation import AllocationResult
-    from qmpblock.disk import Disk, LayerMap
+    from qmpblock.allocation.allocate import AllocationResult
+    from qmpblock.allocation.room import RoomResult
+    from qmpblock.allocation.thin import Allocator
+    from qmpblock.changes.imagerecovery import recover_images
     from qmpblock.errors import Error
-    from qmpblock.extents import AllocationMap
-    from qmpblock.headroom import RoomResult
-    from qmpblock.imagerecovery import recover_images
-    from qmpblock.job import Job, Progress
-    from qmpblock.monitor import Monitor
-    from qmpblock.pace import Speed
-    from qmpblock.thin import Allocator
+    from qmpblock.extents.allocationmap import AllocationMap
+    from qmpblock.mapping import Disk, LayerMap
+    from qmpblock.qemu.job import Job, Progress
+    from qmpblock.qemu.monitor import Monitor
+    from qmpblock.speed import Speed
     from qmpblock.vm import VM, connect
 
 __all__ = [
@@ -43,20 +43,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AllocationMap": "extents",
-    "AllocationResult": "allocation",
-    "Allocator": "thin",
-    "Disk": "disk",
+    "AllocationMap": "extents.allocationmap",
+    "AllocationResult": "allocation.allocate",
+    "Allocator": "allocation.thin",
+    "Disk": "mapping",
     "Error": "errors",
-    "Job": "job",
-    "LayerMap": "disk",
-    "Monitor": "monitor",
-    "Progress": "job",
-    "RoomResult": "headroom",
-    "Speed": "pace",
+    "Job": "qemu.job",
+    "LayerMap": "mapping",
+    "Monitor": "qemu.monitor",
+    "Progress": "qemu.job",
+    "RoomResult": "allocation.room",
+    "Speed": "speed",
     "VM": "vm",
     "connect": "vm",
-    "recover_images": "imagerecovery",
+    "recover_images": "changes.imagerecovery",
 }
 
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING
 
 from qmpblock.address import UnixAddress
 from qmpblock.errors import Error, printable
-from qmpblock.hostprocess import describe_process
-from qmpblock.openfiles import NOWHERE, OpenFiles, sees_directory
-from qmpblock.places import Place
-from qmpblock.statedirectory import StateDirectory, state_directory
+from qmpblock.graph.places import Place
+from qmpblock.host.openfiles import NOWHERE, OpenFiles, sees_directory
+from qmpblock.host.processes import describe_process
+from qmpblock.host.statedirectory import StateDirectory, state_directory
 
 if TYPE_CHECKING:
-    from qmpblock.graph import Layer
+    from qmpblock.graph.model import Layer
     from qmpblock.vm import VM
 
 __all__ = ["Finding", "examine_host", "examine_vm", "no_monitor"]

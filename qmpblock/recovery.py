@@ -1,4 +1,4 @@
-"""Recovery after a controller died (`recover`); after QEMU did, see `qmpblock.imagerecovery`.
+"""Recovery after a controller died; after QEMU did, see `qmpblock.changes.imagerecovery`.
 
 While QEMU lives, everything that a dead controller left can be read from QEMU itself: the
 lock's data says what it was about, the graph and the jobs how far it got.
@@ -15,11 +15,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qmpblock import lock, ownership, polling
-from qmpblock.ahead import Watch, disarm_dead
+from qmpblock.allocation.watch import Watch, disarm_dead
 from qmpblock.cancellation import undisturbed
-from qmpblock.chainjobs import carry_on
-from qmpblock.change import (
+from qmpblock.chains.jobs import carry_on
+from qmpblock.changes.change import (
     AHEAD_LOCKS,
     LOCKS,
     Change,
@@ -29,7 +28,11 @@ from qmpblock.change import (
     record_of,
     undo_dead_change,
 )
-from qmpblock.driving import pivot
+from qmpblock.changes.finalize import pivot
+from qmpblock.changes.record import Record, VMIdentity
+from qmpblock.changes.settle import settle
+from qmpblock.changes.survey import find, is_of, is_same_process, journals, survey
+from qmpblock.changes.unfinished import Choice, Step, steps, took_effect
 from qmpblock.errors import (
     BusyError,
     CommandError,
@@ -37,16 +40,13 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.export import LOCK as NBD_LOCK
-from qmpblock.graph import BlockGraph
-from qmpblock.job import Job
-from qmpblock.lock import Holder
-from qmpblock.nbdserver import ServerUse, undo_dead_run
-from qmpblock.record import Record, VMIdentity
-from qmpblock.recoveryplan import Choice, Step, steps, took_effect
-from qmpblock.settling import settle
-from qmpblock.statedirectory import state_directory
-from qmpblock.survey import find, is_of, is_same_process, journals, survey
+from qmpblock.export.server import ServerUse, undo_dead_run
+from qmpblock.export.session import LOCK as NBD_LOCK
+from qmpblock.graph.model import BlockGraph
+from qmpblock.host.statedirectory import state_directory
+from qmpblock.qemu import lock, ownership, polling
+from qmpblock.qemu.job import Job
+from qmpblock.qemu.lock import Holder
 
 if TYPE_CHECKING:
     from qmpblock.vm import VM

@@ -8,9 +8,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmpblock.address import Address
-from qmpblock.capabilities import Capabilities
-from qmpblock.disk import Disk
-from qmpblock.elsewhere import check_served_here
 from qmpblock.errors import (
     CommandError,
     Error,
@@ -20,16 +17,19 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.export import NBDAccess
-from qmpblock.graph import BlockGraph, Job, Replies
-from qmpblock.monitor import Monitor
+from qmpblock.export.session import NBDAccess
+from qmpblock.graph.model import BlockGraph, Job, Replies
+from qmpblock.mapping import Disk
+from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.elsewhere import check_served_here
+from qmpblock.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     import os
 
+    from qmpblock.chains.snapshot import SnapshotResult
+    from qmpblock.changes.unfinished import Step
     from qmpblock.recovery import Recovery
-    from qmpblock.recoveryplan import Step
-    from qmpblock.snapshots import SnapshotResult
 
 __all__ = ["VM", "connect"]
 
@@ -65,7 +65,7 @@ async def connect(
     try:
         monitor = await Monitor.connect(address, greeting_timeout=greeting_timeout, stall=stall)
     except MonitorHeldError as error:
-        from qmpblock.held import tell_of_our_own
+        from qmpblock.changes.held import tell_of_our_own
 
         tell_of_our_own(error, address)
         raise
@@ -223,7 +223,7 @@ class VM:
         :raise RequestError: a file is there already, or it is not possible; nothing was touched.
         :raise BusyError: a job, or another controller, is at work on one of the disks.
         """
-        from qmpblock.snapshots import snapshot
+        from qmpblock.chains.snapshot import snapshot
 
         return await snapshot(self, overlays, format=format, backing_name=backing_name)
 
@@ -245,8 +245,8 @@ class VM:
         :raise BusyError: of some controller it cannot be told whether it lives; all else is
             recovered.
         """
+        from qmpblock.changes.unfinished import Choice
         from qmpblock.recovery import recover
-        from qmpblock.recoveryplan import Choice
 
         choice = Choice.CONTINUE if carry_on else Choice.UNDO
         return await recover(self, choice, dry_run=dry_run, tell=tell)

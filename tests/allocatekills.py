@@ -4,7 +4,7 @@ from dying import policy_of
 from killing import CHAIN, IOTHREAD, MOMENTS, TWO, Operation
 
 import qmpblock
-from qmpblock.planning import below
+from qmpblock.allocation.plan import below
 
 
 class Allocation(Operation):

@@ -10,7 +10,7 @@ from chaincases import FIXTURES, images_of
 from chains import convert, subjects
 
 import qmpblock
-from qmpblock.planning import below
+from qmpblock.allocation.plan import below
 from qmpblock.ranges import Ranges
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import load_scenarios, parse_scenario

@@ -12,9 +12,9 @@ import yaml
 from chains import cli
 from jsonschema import Draft202012Validator
 
-from qmpblock import policy as policies
 from qmpblock.cli import apply_command, plan_command
-from qmpblock.policyfile import parse_policy
+from qmpblock.policy import run as policies
+from qmpblock.policy.file import parse_policy
 
 FULL = {"backing": "independent", "allocation": "full"}
 SCHEMAS = Path(__file__).parents[1] / "docs" / "schema"

@@ -106,9 +106,9 @@ class Runner:
 
 def _serve():
     import qmpblock.allocation
-    import qmpblock.chainjobs
+    import qmpblock.chains.jobs
+    import qmpblock.chains.snapshot  # what the commands import, once
     import qmpblock.cli.app
-    import qmpblock.snapshots  # what the commands import, once
 
     os.umask(0o007)
     for line in sys.stdin:

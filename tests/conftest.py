@@ -5,7 +5,7 @@ import signal
 import pytest
 from hypothesis import settings
 
-from qmpblock import lock
+from qmpblock.qemu import lock
 
 # A shell's background job ignores SIGINT, and hands that on: programs that tests interrupt would
 # never end.

@@ -3,8 +3,8 @@
 A drawing can be changed afterwards, as QEMU's graph would be.
 """
 
-from qmpblock.graph import BlockGraph, Replies
-from qmpblock.journal import Record, VMIdentity
+from qmpblock.changes.journal import Record, VMIdentity
+from qmpblock.graph.model import BlockGraph, Replies
 
 MIB = 1 << 20
 RUN = "deadbeef"

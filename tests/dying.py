@@ -16,13 +16,13 @@ import traceback
 
 import qmpblock
 import qmpblock.allocation
-import qmpblock.chainjobs
+import qmpblock.chains.jobs
+import qmpblock.chains.snapshot
 import qmpblock.export
 import qmpblock.extents
 import qmpblock.nbd
 import qmpblock.policy
-import qmpblock.policyfile
-import qmpblock.snapshots
+import qmpblock.policy.file
 
 DIED = 9
 
@@ -47,7 +47,7 @@ def policy_of(address, what):
     content = {"vms": [{"address": address, "disks": what["disks"]}]}
     if "speed" in what:
         content["speed"] = what["speed"]
-    return qmpblock.policyfile.parse_policy(json.dumps(content))
+    return qmpblock.policy.file.parse_policy(json.dumps(content))
 
 
 async def perform(vm, what):
@@ -107,7 +107,7 @@ async def _control(request):
         os._exit(DIED)
 
     os.environ |= request["environment"]
-    trace = deadly(qmpblock.monitor.Monitor, request["number"], request["moment"], die)
+    trace = deadly(qmpblock.qemu.monitor.Monitor, request["number"], request["moment"], die)
     await run(request["address"], request["what"])
     _answer(0, trace)
 

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fake_qmp import GREETING, fake_qmp
 
-from qmpblock.lock import Holder
+from qmpblock.qemu.lock import Holder
 from qmpblock.vm import connect
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from drawing import RUN, record
 
-from qmpblock import journalfile as module
-from qmpblock.statedirectory import state_directory
+from qmpblock.changes import journalfile as module
+from qmpblock.host.statedirectory import state_directory
 
 
 def of_pivot(image, **changes):

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import qmpblock
-from qmpblock.export import LOCK
+from qmpblock.export.session import LOCK
 from qmpblock.testing.invariant import snapshot
 from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
@@ -125,10 +125,10 @@ async def killed_in_the_middle(vm, chance):
 # One operation of a controller that dies before or after the Nth command it sends.
 DYING = """
 import asyncio, os, sys
-import qmpblock, qmpblock.monitor
+import qmpblock, qmpblock.qemu.monitor
 address, operation, foreign, number, moment = sys.argv[1:6]
 count = 0
-real = qmpblock.monitor.Monitor._execute
+real = qmpblock.qemu.monitor.Monitor._execute
 async def dying(self, command, arguments):
     global count
     count += 1
@@ -139,7 +139,7 @@ async def dying(self, command, arguments):
     finally:
         if count == int(number) and moment == "after":
             os._exit(9)
-qmpblock.monitor.Monitor._execute = dying
+qmpblock.qemu.monitor.Monitor._execute = dying
 async def main():
     async with qmpblock.connect(address, nbd=foreign or None) as vm:
         [disk] = await vm.disks()

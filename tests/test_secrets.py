@@ -8,9 +8,9 @@ import pytest
 from fake_qmp import fake_qmp
 
 from qmpblock.errors import Error, StalledError
-from qmpblock.hostprocess import shown_words
-from qmpblock.monitor import Monitor
+from qmpblock.host.processes import shown_words
 from qmpblock.nbd.tls import _read_key
+from qmpblock.qemu.monitor import Monitor
 
 KEY = "5ec4e75ec4e75ec4e75ec4e75ec4e75ec4e7"
 

@@ -10,12 +10,12 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.chainwork import warn
+from qmpblock.cli.joboutput import warn
 from qmpblock.cli.progress import reporting
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
-    from qmpblock.allocation import AllocationResult
+    from qmpblock.allocation.allocate import AllocationResult
 
 __all__ = ["command"]
 

@@ -11,18 +11,18 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.chainwork import warn
+from qmpblock.cli.joboutput import warn
 from qmpblock.cli.plan_command import summary
 from qmpblock.cli.progress import Reporter, reporting_many
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
+    from qmpblock.allocation.room import RoomResult
     from qmpblock.errors import Error
-    from qmpblock.headroom import RoomResult
-    from qmpblock.job import Progress
-    from qmpblock.policy import DiskPlan, DiskResult
-    from qmpblock.policyfile import DiskPolicy
-    from qmpblock.policywatch import Watched
+    from qmpblock.policy.file import DiskPolicy
+    from qmpblock.policy.run import DiskPlan, DiskResult
+    from qmpblock.policy.watch import Watched
+    from qmpblock.qemu.job import Progress
 
 __all__ = ["command", "document"]
 
@@ -48,9 +48,9 @@ async def command(options: Options, policy: str, watch: bool, unmanaged: bool) -
     With --watch it goes on until every VM has ended, or Ctrl-C: whenever less than half of a
     disk's room is left, the whole is reserved anew. It keeps the connection to each VM.
     """
-    from qmpblock.policy import apply
-    from qmpblock.policyfile import load_policy
-    from qmpblock.policywatch import Watch
+    from qmpblock.policy.file import load_policy
+    from qmpblock.policy.run import apply
+    from qmpblock.policy.watch import Watch
 
     found = load_policy(policy)
     keeper = (

@@ -6,7 +6,7 @@ import click
 
 from qmpblock.cli.app import Options, Rate, unmanaged_option
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.chainwork import run_job
+from qmpblock.cli.joboutput import run_job
 
 __all__ = ["command"]
 

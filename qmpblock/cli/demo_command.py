@@ -16,8 +16,8 @@ from qmpblock.cli.app import command as make_command
 from qmpblock.errors import Error, ToolError, UnsupportedError
 
 if TYPE_CHECKING:
-    from qmpblock.disk import Disk
-    from qmpblock.extents import AllocationMap
+    from qmpblock.extents.allocationmap import AllocationMap
+    from qmpblock.mapping import Disk
     from qmpblock.testing.images import BuiltScenario
     from qmpblock.testing.qemu import QemuProcess
     from qmpblock.vm import VM
@@ -85,7 +85,7 @@ async def _stage(
     say: Any, process: QemuProcess, vm: VM, disk: Disk, closed: BuiltScenario
 ) -> dict[str, Any]:
     """Map the disk, draw it, and compare; return the verdicts."""
-    from qmpblock.extents import AllocationMap
+    from qmpblock.extents.allocationmap import AllocationMap
 
     seen = await disk.map()
     _draw(say, seen, await disk.layers())
@@ -106,7 +106,7 @@ async def _stage(
 
 async def _ask_nbdinfo(process: QemuProcess, vm: VM, disk: Disk) -> dict[str, bool | None]:
     """Compare both contexts with nbdinfo's, through one export on a server of the demo's own."""
-    from qmpblock.export import NBDAccess, Request, exports
+    from qmpblock.export.session import NBDAccess, Request, exports
 
     if which("nbdinfo") is None:
         return {f"equals_nbdinfo_{context}": None for context in _CONTEXTS}
@@ -160,7 +160,7 @@ def _draw(say: Any, seen: AllocationMap, layers: Any) -> None:
 
     from rich.console import Console
 
-    from qmpblock.render import text_picture
+    from qmpblock.pictures.text import text_picture
 
     console = Console()
     named = [(basename(one.layer.file), one.map) for one in reversed(layers)]

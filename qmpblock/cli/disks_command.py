@@ -9,14 +9,14 @@ import click
 
 from qmpblock.cli.app import Options, emit
 from qmpblock.cli.app import command as make_command
-from qmpblock.elsewhere import disks_served_elsewhere
 from qmpblock.errors import printable
+from qmpblock.qemu.elsewhere import disks_served_elsewhere
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from qmpblock.elsewhere import ServedDisk
-    from qmpblock.graph import Device
+    from qmpblock.graph.model import Device
+    from qmpblock.qemu.elsewhere import ServedDisk
 
 __all__ = ["command", "document", "served_document"]
 
@@ -149,6 +149,6 @@ def _line(kind: str, *rest: str) -> Text:
 
 
 def _size(size: int) -> str:
-    from qmpblock.render import human_size
+    from qmpblock.pictures.text import human_size
 
     return human_size(size)

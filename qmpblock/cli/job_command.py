@@ -34,7 +34,7 @@ async def command(
     """
     if (rate is not None) != (verb == "speed"):
         raise click.UsageError("RATE goes with speed, and with nothing else")
-    from qmpblock.steering import steer
+    from qmpblock.jobcontrol import steer
 
     async with options.connect(address) as vm:
         did = await steer(vm, id, verb, rate or 0)

@@ -10,7 +10,7 @@ import click
 from qmpblock.cli.app import Options, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.errors import printable
-from qmpblock.graph import BlockGraph, Job
+from qmpblock.graph.model import BlockGraph, Job
 
 __all__ = ["command", "document"]
 
@@ -54,7 +54,7 @@ def _show(documents: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from qmpblock.render import human_size
+    from qmpblock.pictures.text import human_size
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("job", "type", "status", "disk", "progress", "whose"):

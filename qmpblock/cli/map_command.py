@@ -16,7 +16,7 @@ from qmpblock.cli.app import command as make_command
 from qmpblock.errors import RequestError, printable
 
 if TYPE_CHECKING:
-    from qmpblock.extents import AllocationMap
+    from qmpblock.extents.allocationmap import AllocationMap
 
 __all__ = ["command"]
 
@@ -153,9 +153,9 @@ async def _look_at_image(
     reserved: bool,
     fmt: str | None,
 ) -> _View:
-    from qmpblock.disk import check_range
-    from qmpblock.hostfiles import reserved_ranges
-    from qmpblock.qemuimg import QemuImg, blockdev, format_of
+    from qmpblock.host.imagefiles import reserved_ranges
+    from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
+    from qmpblock.mapping import check_range
     from qmpblock.ranges import Ranges
 
     # As above: let that pass while qemu-img looks.
@@ -207,7 +207,7 @@ def _print_json(view: _View, *, layers: bool, totals: bool) -> None:
 
 
 def _layer_document(layer: _LayerView) -> dict[str, Any]:
-    from qmpblock.extents import layer_extents_json
+    from qmpblock.extents.allocationmap import layer_extents_json
 
     return {
         "depth": layer.depth,
@@ -223,7 +223,7 @@ def _layer_document(layer: _LayerView) -> dict[str, Any]:
 def _print_picture(view: _View) -> None:
     from rich.console import Console
 
-    from qmpblock.render import text_picture
+    from qmpblock.pictures.text import text_picture
 
     console = Console(highlight=False)
     click.echo(f"{printable(view.title)}\n")
@@ -255,7 +255,7 @@ def _print_totals(view: _View) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from qmpblock.render import human_size
+    from qmpblock.pictures.text import human_size
 
     totals = view.map.totals()
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -300,7 +300,7 @@ def _named_layers(view: _View) -> list[tuple[str, AllocationMap]]:
 def _write_svg(view: _View, path: str) -> None:
     from pathlib import Path
 
-    from qmpblock.svg import svg_picture
+    from qmpblock.pictures.svg import svg_picture
 
     try:
         Path(path).write_text(

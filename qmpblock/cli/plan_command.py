@@ -11,13 +11,13 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.chainwork import warn
+from qmpblock.cli.joboutput import warn
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
-    from qmpblock.headroom import RoomPlan
-    from qmpblock.policy import DiskPlan
-    from qmpblock.policyplan import Changes, Picture
+    from qmpblock.allocation.room import RoomPlan
+    from qmpblock.policy.run import DiskPlan
+    from qmpblock.policy.steps import Changes, Picture
 
 __all__ = ["command", "document", "summary"]
 
@@ -31,8 +31,8 @@ async def command(options: Options, policy: str, unmanaged: bool) -> int:
     For each disk: today's picture and the wanted one, what is to be copied and reserved, how
     long that takes at the rate asked for, and which images leave the chain.
     """
-    from qmpblock.policy import plan
-    from qmpblock.policyfile import load_policy
+    from qmpblock.policy.file import load_policy
+    from qmpblock.policy.run import plan
 
     plans = await plan(load_policy(policy), connect=partial(options.connect, unmanaged=unmanaged))
     if options.json:
@@ -77,7 +77,7 @@ def document(one: DiskPlan) -> dict[str, Any]:
 
 
 def _picture(picture: Picture) -> dict[str, Any]:
-    from qmpblock.extents import layer_extents_json
+    from qmpblock.extents.allocationmap import layer_extents_json
 
     return {
         "map": picture.guest.to_qemu_img(),
@@ -106,7 +106,7 @@ def summary(one: DiskPlan) -> str:
 
 def said_ahead(room: RoomPlan) -> str:
     """Say in few words what there is of the room ahead of the guest."""
-    from qmpblock.render import human_size
+    from qmpblock.pictures.text import human_size
 
     text = "room ahead of the guest: "
     if room.room is None:
@@ -120,7 +120,7 @@ def said_ahead(room: RoomPlan) -> str:
 
 
 def _summary(changes: Changes, speed: int) -> str:
-    from qmpblock.render import human_size
+    from qmpblock.pictures.text import human_size
 
     parts = [f"{human_size(changes.move)} to copy", f"{human_size(changes.reserve)} to reserve"]
     if changes.zeros:
@@ -158,7 +158,7 @@ def _show(one: DiskPlan) -> None:
 def _drawn(picture: Picture, widest: Picture) -> str:
     from rich.console import Console
 
-    from qmpblock.render import text_picture
+    from qmpblock.pictures.text import text_picture
 
     console = Console(highlight=False)
     # Both pictures get the same room for names, so that they compare column by column.
@@ -174,7 +174,7 @@ def _drawn(picture: Picture, widest: Picture) -> str:
 
 
 def _show_sum(plans: tuple[DiskPlan, ...]) -> None:
-    from qmpblock.render import human_size
+    from qmpblock.pictures.text import human_size
 
     doable = [one for one in plans if one.changes is not None and one.error is None]
     move = sum(one.changes.move for one in doable if one.changes)

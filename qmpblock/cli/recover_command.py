@@ -17,9 +17,9 @@ from qmpblock.cli.app import command as make_command
 from qmpblock.errors import ConnectError, RecordError, printable
 
 if TYPE_CHECKING:
-    from qmpblock.imagerecovery import ImageRecovery
+    from qmpblock.changes.imagerecovery import ImageRecovery
+    from qmpblock.changes.unfinished import Step
     from qmpblock.recovery import Recovery
-    from qmpblock.recoveryplan import Step
     from qmpblock.vm import VM
 
 __all__ = ["command"]
@@ -99,7 +99,7 @@ def _is_image(target: str) -> bool:
     try:
         mode = Path(target).stat().st_mode
     except FileNotFoundError:
-        from qmpblock.imagerecovery import is_about
+        from qmpblock.changes.imagerecovery import is_about
 
         return is_about(target)
     except (OSError, ValueError):
@@ -148,8 +148,8 @@ def _say(one: Recovery, *, planned: bool) -> None:
 async def _recover_images(
     options: Options, images: list[str], *, dry_run: bool, check: bool, believe: bool
 ) -> int:
-    from qmpblock.imagerecovery import recover_images
-    from qmpblock.survey import survey
+    from qmpblock.changes.imagerecovery import recover_images
+    from qmpblock.changes.survey import survey
 
     try:
         found = await recover_images(images, dry_run=dry_run or check, believe=believe)

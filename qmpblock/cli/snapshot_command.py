@@ -10,7 +10,7 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.chainwork import warn
+from qmpblock.cli.joboutput import warn
 from qmpblock.errors import printable
 
 __all__ = ["command"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import CommandError, StalledError
-from qmpblock.monitor import Monitor
+from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing.images import BuiltDisk, qemu_io_command
 from qmpblock.testing.scenario import Operation
 

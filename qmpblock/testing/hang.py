@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpblock.errors import CommandError, Error, printable
-from qmpblock.monitor import Monitor
+from qmpblock.qemu.monitor import Monitor
 
 __all__ = ["Look", "Queue", "diagnose", "look", "wake"]
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import CommandError
-from qmpblock.monitor import Monitor
+from qmpblock.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from qmpblock.testing.qemu import QemuProcess

@@ -32,7 +32,7 @@ from qmpblock.errors import (
     ToolError,
     printable,
 )
-from qmpblock.monitor import Monitor
+from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing.commandline import disk_arguments
 from qmpblock.testing.diskio import DiskIO
 from qmpblock.testing.images import BuiltDisk, BuiltScenario, find_qemu

@@ -18,18 +18,18 @@ import fake_server as fake
 import numpy as np
 
 from fuzz.source import Source, disturbed, words_of
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.journalfile import JournalFile
+from qmpblock.changes.record import Record
 from qmpblock.errors import Error, RequestError, UnsupportedError
-from qmpblock.extents import AllocationMap, NBDMapBuilder
-from qmpblock.graph import BlockGraph, Replies
-from qmpblock.journal import Journal
-from qmpblock.journalfile import JournalFile
-from qmpblock.lock import Holder
+from qmpblock.extents.allocationmap import AllocationMap, NBDMapBuilder
+from qmpblock.graph.model import BlockGraph, Replies
+from qmpblock.host.statedirectory import OpenDirectory
 from qmpblock.nbd import wire
 from qmpblock.nbd.protocol import Finished, Opened, Protocol, Wanted
 from qmpblock.nbd.transmission import Transmission
-from qmpblock.policyfile import parse_policy
-from qmpblock.record import Record
-from qmpblock.statedirectory import OpenDirectory
+from qmpblock.policy.file import parse_policy
+from qmpblock.qemu.lock import Holder
 from qmpblock.versioned import UnreadableError
 from qmpblock.yamltext import read_mapping
 

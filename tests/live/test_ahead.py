@@ -24,12 +24,12 @@ from watching import (
 )
 
 import qmpblock
-from qmpblock import ahead
+from qmpblock.allocation import watch as ahead
+from qmpblock.allocation.rawfile import blank_ranges, reserve_ranges
+from qmpblock.allocation.room import find_place, look
 from qmpblock.errors import BusyError, Error, NotFoundError, UnsupportedError
-from qmpblock.headroom import find_place, look
-from qmpblock.pace import Speed
 from qmpblock.ranges import Ranges
-from qmpblock.reserving import blank_ranges, reserve_ranges
+from qmpblock.speed import Speed
 from qmpblock.testing.faults import fill_up, small_file_system, unplug
 from qmpblock.testing.guest import GuestError
 from qmpblock.testing.images import Tools

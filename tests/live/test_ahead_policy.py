@@ -284,8 +284,8 @@ async def test_killed_and_recovered(start_qemu, invariant, vm_dir, qemu_binary):
 # Watches that die before or after the Nth command they send, forked off one interpreter.
 DYING = """
 import asyncio, os, sys
-import qmpblock, qmpblock.ahead, qmpblock.monitor, qmpblock.vm
-real = qmpblock.monitor.Monitor._execute
+import qmpblock, qmpblock.allocation.watch, qmpblock.qemu.monitor, qmpblock.vm
+real = qmpblock.qemu.monitor.Monitor._execute
 def watch(number, moment):
     count = 0
     async def dying(self, command, arguments):
@@ -300,7 +300,7 @@ def watch(number, moment):
                 os._exit(9)
             if command == "block-set-write-threshold":
                 os._exit(0)
-    qmpblock.monitor.Monitor._execute = dying
+    qmpblock.qemu.monitor.Monitor._execute = dying
     async def main():
         async with qmpblock.connect(sys.argv[1]) as vm:
             await (await vm.disk("vd0")).keep_ahead(4 << 20)

@@ -22,8 +22,8 @@ from rounds import rounds
 
 import qmpblock
 from qmpblock.errors import GraphError, RangeError, RequestError, UnsupportedError
-from qmpblock.pace import Speed
 from qmpblock.ranges import Ranges
+from qmpblock.speed import Speed
 from qmpblock.testing import faults
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario

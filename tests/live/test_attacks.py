@@ -12,9 +12,9 @@ from disturbed import locks
 
 import qmpblock
 from qmpblock.errors import Error, RecordError, StalledError
-from qmpblock.export import LOCK
-from qmpblock.hostprocess import boot_id, pid_namespace
-from qmpblock.lock import Holder
+from qmpblock.export.session import LOCK
+from qmpblock.host.processes import boot_id, pid_namespace
+from qmpblock.qemu.lock import Holder
 
 pytestmark = pytest.mark.live
 
@@ -106,11 +106,11 @@ async def test_an_unknown_outcome_is_undone(command, foreign, scenario, start_qe
 # `qmpblock map`, held inside its export.
 HELD = """
 import asyncio, sys
-import qmpblock.disk
+import qmpblock.mapping
 async def forever(*arguments):
     print("inside", flush=True)
     await asyncio.sleep(3600)
-qmpblock.disk._read_map = forever
+qmpblock.mapping._read_map = forever
 from qmpblock.cli.app import run
 sys.exit(run(["map", sys.argv[1], sys.argv[2], "--json"]))
 """

@@ -20,9 +20,9 @@ from fake_objects import dead
 from journaling import of_pivot
 
 import qmpblock
-from qmpblock.change import identify
+from qmpblock.changes.change import identify
+from qmpblock.changes.journal import Journal
 from qmpblock.errors import Error
-from qmpblock.journal import Journal
 from qmpblock.testing.faults import Controller
 
 pytestmark = [pytest.mark.live, pytest.mark.scenarios("chain-3.yaml")]

@@ -141,7 +141,7 @@ async def test_a_closed_image_maps_as_qemu_img_says(scenario, vm_dir):
     """For what needs no secret; qemu-img does it, with the format given, never probed."""
     built = await build(scenario, vm_dir / "images")
     from qmpblock.errors import UnsupportedError
-    from qmpblock.qemuimg import QemuImg, blockdev
+    from qmpblock.host.qemuimg import QemuImg, blockdev
 
     for disk in built.disks:
         chain = disk.active.chain()
@@ -209,9 +209,9 @@ async def test_an_image_that_a_vm_holds_is_refused(scenario, start_qemu, vm_dir)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_undoes_and_is_130(number, scenario, start_qemu):
     """The command waits for the lock that this test holds, and is interrupted there."""
-    from qmpblock import lock
-    from qmpblock.export import LOCK
-    from qmpblock.lock import Holder
+    from qmpblock.export.session import LOCK
+    from qmpblock.qemu import lock
+    from qmpblock.qemu.lock import Holder
 
     vm = await start_qemu(scenario)
     async with qmpblock.connect(vm.monitor_path) as controller:

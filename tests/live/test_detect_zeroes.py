@@ -6,7 +6,8 @@ from chains import subjects
 from disturbed import nothing_of_ours
 
 import qmpblock
-from qmpblock import driving, filling
+from qmpblock.allocation import filling
+from qmpblock.changes import finalize as driving
 from qmpblock.errors import Error
 from qmpblock.ranges import Ranges
 from qmpblock.testing.images import Tools, build

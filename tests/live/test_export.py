@@ -12,7 +12,6 @@ from disturbed import until
 from rounds import with_guest
 
 import qmpblock
-from qmpblock import export
 from qmpblock.errors import (
     BusyError,
     DisconnectedError,
@@ -21,7 +20,8 @@ from qmpblock.errors import (
     NotFoundError,
     UnsupportedError,
 )
-from qmpblock.export import LOCK, Request, exports
+from qmpblock.export import session as export
+from qmpblock.export.session import LOCK, Request, exports
 from qmpblock.testing.faults import Controller
 from qmpblock.testing.invariant import snapshot
 from qmpblock.testing.stamps import StressSpec, checksum
@@ -34,11 +34,11 @@ IOTHREAD = pytest.mark.scenarios("iothread-*.yaml")
 # A controller of its own process that stops, connected, in the middle of a map.
 HANGING = """
 import asyncio, sys
-import qmpblock, qmpblock.disk
+import qmpblock, qmpblock.mapping
 async def forever(*arguments):
     print("inside", flush=True)
     await asyncio.sleep(3600)
-qmpblock.disk._read_map = forever
+qmpblock.mapping._read_map = forever
 async def main():
     async with qmpblock.connect(sys.argv[1]) as vm:
         await (await vm.disks())[0].map()
@@ -49,12 +49,12 @@ asyncio.run(main())
 STOPPING = """
 import asyncio, os, signal, sys
 import qmpblock, qmpblock.export
-real = qmpblock.export._Session.connect
+real = qmpblock.export.session._Session.connect
 async def connect(session, slot):
-    qmpblock.export._Session.connect = real
+    qmpblock.export.session._Session.connect = real
     os.kill(os.getpid(), signal.SIGSTOP)
     return await real(session, slot)
-qmpblock.export._Session.connect = connect
+qmpblock.export.session._Session.connect = connect
 async def main():
     async with qmpblock.connect(sys.argv[1]) as vm:
         [disk] = await vm.disks()
@@ -388,7 +388,7 @@ async def test_a_foreign_snapshot_in_the_middle_is_noticed(scenario, start_qemu,
     async with qmpblock.connect(vm.monitor_path) as controller:
         disk = (await controller.disks())[0]
         before = len(disk.chain.layers)
-        import qmpblock.disk as module
+        import qmpblock.mapping as module
 
         real, done = module._read_map, []
 

@@ -11,8 +11,8 @@ from chains import cli
 from disturbed import nothing_of_ours
 
 import qmpblock
+from qmpblock.allocation.filling import Parts
 from qmpblock.errors import BusyError
-from qmpblock.filling import Parts
 from qmpblock.testing import faults
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
@@ -196,7 +196,7 @@ async def test_a_controller_dies_and_its_lock_is_removed(
 
     async with qmpblock.connect(vm.monitor_path) as controller:
         [disk] = await controller.disks()
-        monkeypatch.setattr("qmpblock.change.Change.undo", forget)
+        monkeypatch.setattr("qmpblock.changes.change.Change.undo", forget)
         with at_command(controller.monitor, command, die), pytest.raises(RuntimeError):
             await disk.allocate(8 * MIB, MIB, full=True)
         assert len(await ours(controller)) == 10

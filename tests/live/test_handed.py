@@ -10,7 +10,7 @@ from headers_of_eve import Place, open_to_all, with_data_file
 from untrusted import eve
 
 import qmpblock
-from qmpblock.handed import HandedFiles
+from qmpblock.host.handed import HandedFiles
 
 __all__ = ["eve"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from qmpblock.errors import CommandError, RequestError, UnsupportedError
-from qmpblock.monitor import Monitor
+from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing import QemuFailure, QemuProcess, Scenario, Tools, build, parse_scenario
 from qmpblock.testing.faults import Controller, fill_up, inject, slow, small_file_system, unplug
 from qmpblock.testing.invariant import Invariant, listening_sockets, snapshot

@@ -12,12 +12,14 @@ from asking import QUERIES, Poller
 from chains import nothing_left, subjects
 
 import qmpblock
-from qmpblock import headers, luks, snapshots
+from qmpblock import luks
 from qmpblock.address import TCPAddress
+from qmpblock.chains import headers
+from qmpblock.chains import snapshot as snapshots
+from qmpblock.chains.headers import Header
 from qmpblock.errors import CommandError, ToolError, UnsupportedError
-from qmpblock.headers import Header
-from qmpblock.keys import read_keys
-from qmpblock.qemuimg import QemuImg
+from qmpblock.host.qemuimg import QemuImg
+from qmpblock.qemu.keys import read_keys
 from qmpblock.testing.images import Tools, build
 
 pytestmark = pytest.mark.live

@@ -411,10 +411,10 @@ async def until_concluded(vm, job):
 # `qmpblock commit`, killed when its pivot is pending: the guest's I/O is held then.
 KILLED_IN_PENDING = """
 import os, sys
-import qmpblock.driving
+import qmpblock.changes.finalize
 async def die(*arguments):
     os._exit(9)
-qmpblock.driving.pivot = die
+qmpblock.changes.finalize.pivot = die
 from qmpblock.cli.app import run
 sys.exit(run(["commit", sys.argv[1], "vd0"]))
 """

@@ -26,9 +26,9 @@ from disturbed import (
 )
 
 import qmpblock
-from qmpblock.change import LOCKS
+from qmpblock.changes.change import LOCKS
 from qmpblock.errors import BusyError, CommandError, JobError, StalledError
-from qmpblock.job import Job
+from qmpblock.qemu.job import Job
 from qmpblock.testing.faults import slow
 from qmpblock.testing.images import Tools
 from qmpblock.testing.stamps import StressSpec

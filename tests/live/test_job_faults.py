@@ -305,7 +305,7 @@ async def test_where_it_cannot_connect_again_it_says_how_to_recover(
     operation, built, content, start_qemu, tools, invariant, monkeypatch
 ):
     """Somebody else got hold of the monitor meanwhile."""
-    monkeypatch.setattr("qmpblock.change._RECONNECT", 0.5)
+    monkeypatch.setattr("qmpblock.changes.change._RECONNECT", 0.5)
     waiting = socket.socket(socket.AF_UNIX)
     vm = await start_qemu(built, guest=True)
     expect_left_writable(invariant, vm, operation)
@@ -407,7 +407,7 @@ async def test_a_foreign_job_is_named_and_nothing_is_touched(operation, built, s
 @OPERATION
 async def test_a_foreign_job_that_comes_just_before_ours(operation, built, start_qemu, monkeypatch):
     """After the plan, before the lock: seen when the chain is looked at again."""
-    from qmpblock.change import Change
+    from qmpblock.changes.change import Change
 
     vm = await start_qemu(built)
     begin_change = Change.begin

@@ -4,9 +4,9 @@ import pytest
 from disturbed import nothing_of_ours
 
 import qmpblock
-from qmpblock.capabilities import Capabilities
 from qmpblock.errors import DisconnectedError
-from qmpblock.joint import Joint
+from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.joint import Joint
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 import qmpblock
-from qmpblock import lock
 from qmpblock.errors import BusyError, Error
-from qmpblock.lock import Holder
+from qmpblock.qemu import lock
+from qmpblock.qemu.lock import Holder
 
 pytestmark = [pytest.mark.live, pytest.mark.scenarios("qcow2-empty.yaml")]
 
@@ -17,7 +17,7 @@ NAME = "qmpblock-test"
 
 
 def dead_holder(run):
-    code = f"from qmpblock.lock import Holder; print(Holder.me({run!r}).text())"
+    code = f"from qmpblock.qemu.lock import Holder; print(Holder.me({run!r}).text())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return Holder.from_text(done.stdout)
 

@@ -11,8 +11,8 @@ from chains import cli
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
-from qmpblock.policy import apply, plan
-from qmpblock.policyfile import load_policy
+from qmpblock.policy.file import load_policy
+from qmpblock.policy.run import apply, plan
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 

@@ -16,7 +16,7 @@ import qmpblock
 from qmpblock.cli.disks_command import document
 from qmpblock.cli.map_command import _layer_document, _LayerView
 from qmpblock.errors import NotFoundError, RangeError
-from qmpblock.extents import DATA, AllocationMap
+from qmpblock.extents.allocationmap import DATA, AllocationMap
 from qmpblock.nbd import Client
 from qmpblock.testing.images import build
 from qmpblock.testing.scenario import parse_scenario

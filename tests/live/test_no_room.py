@@ -88,7 +88,7 @@ async def test_both_die_on_the_way(
     command, start_qemu, vm_dir, qemu_binary, elsewhere, monkeypatch
 ):
     """Before and after the pivot: recover finds by the state directory which image is newest."""
-    from qmpblock import change
+    from qmpblock.changes import change
 
     async with full(start_qemu, vm_dir, qemu_binary) as (vm, small, built):
         top = built.disks[0].active.path.resolve()

@@ -10,7 +10,7 @@ from allocating import at_command, blank
 from disturbed import nothing_of_ours
 
 import qmpblock
-from qmpblock import imagerecovery
+from qmpblock.changes import imagerecovery
 from qmpblock.errors import DisconnectedError, Error, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.qemu import QemuProcess

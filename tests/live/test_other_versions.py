@@ -126,7 +126,7 @@ async def test_a_dead_controllers_lock(how, start_qemu, scenario, vm_dir, invari
 async def test_a_server_that_another_version_uses(where, start_qemu, scenario, vm_dir):
     vm = await start_qemu(scenario)
     code = (
-        "import sys; from qmpblock.lock import Holder\n"
+        "import sys; from qmpblock.qemu.lock import Holder\n"
         "print(Holder.me('deadbeef', monitor='m', path='', ports=[], custody=False, "
         "exports=['qmpblock-deadbeef-0']).text())"
     )

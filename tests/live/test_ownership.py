@@ -11,9 +11,9 @@ from chains import cli
 from disturbed import until
 
 import qmpblock
+from qmpblock.changes.nomigration import blocker_name
 from qmpblock.errors import UnsupportedError
-from qmpblock.nomigration import blocker_name
-from qmpblock.ownership import Owner, look
+from qmpblock.qemu.ownership import Owner, look
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec
@@ -283,7 +283,7 @@ async def test_where_qemu_cannot_be_held_the_migration_goes_first(how, pair, mon
     async def cannot(monitor, run):
         return False
 
-    monkeypatch.setattr("qmpblock.change.forbid_migration", cannot)
+    monkeypatch.setattr("qmpblock.changes.change.forbid_migration", cannot)
     two = await pair()
     async with qmpblock.connect(two.source.monitor_path) as controller:
         disk = await controller.disk("vd0")

@@ -24,9 +24,9 @@ from chains import cli
 from rounds import with_guest
 
 import qmpblock
-from qmpblock import lock
-from qmpblock.change import Change, lock_names
-from qmpblock.lock import Holder
+from qmpblock.changes.change import Change, lock_names
+from qmpblock.qemu import lock
+from qmpblock.qemu.lock import Holder
 from qmpblock.testing.faults import inject, small_file_system
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import Operation, parse_scenario

@@ -17,10 +17,11 @@ from dying import deadly
 from killing import CHAIN, IOTHREAD
 
 import qmpblock
-from qmpblock import driving, polling
+from qmpblock.changes import finalize as driving
 from qmpblock.errors import JobError
-from qmpblock.job import Job
-from qmpblock.steering import steer
+from qmpblock.jobcontrol import steer
+from qmpblock.qemu import polling
+from qmpblock.qemu.job import Job
 from qmpblock.testing.hang import look, wake
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec
@@ -515,7 +516,7 @@ async def test_polling_is_left_alone_while_a_pivot_is_pending(start_qemu, invari
 async def _die_with_a_guard_of(vm, values):
     """Leave what a controller that was killed leaves, whatever the threads' values are."""
     code = (
-        "import json, sys\nfrom qmpblock.lock import Holder\n"
+        "import json, sys\nfrom qmpblock.qemu.lock import Holder\n"
         "print(Holder.me('deadbeef', poll_max_ns=json.loads(sys.argv[1])).text())"
     )
     done = await asyncio.to_thread(

@@ -36,7 +36,7 @@ LOGGING = """
 import logging, os, sys
 os.umask(int(sys.argv[1], 8))
 logging.basicConfig(filename=sys.argv[2], level=logging.DEBUG)
-from qmpblock import headers
+from qmpblock.chains import headers
 from qmpblock.cli.app import run
 headers._LUKS["encrypt.iter-time"] = 10
 for name in ("qemu", "qemu.qmp", "asyncio"):

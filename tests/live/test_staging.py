@@ -13,9 +13,9 @@ from jsonschema import Draft202012Validator
 from rounds import rounds
 
 import qmpblock
-from qmpblock import staging
+from qmpblock.allocation import staged as staging
 from qmpblock.errors import Error, JobError
-from qmpblock.pace import Speed
+from qmpblock.speed import Speed
 from qmpblock.testing import faults
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.qemu import QemuProcess

@@ -8,7 +8,8 @@ from chaincases import Case
 from chains import cli, convert, digest_without, dirty, subjects
 
 import qmpblock
-from qmpblock import chainjobs, driving
+from qmpblock.chains import jobs as chainjobs
+from qmpblock.changes import finalize as driving
 from qmpblock.errors import DisconnectedError, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.stamps import StressSpec

@@ -9,8 +9,8 @@ from allocating import content
 from disturbed import nothing_of_ours
 
 import qmpblock
+from qmpblock.allocation.plan import below
 from qmpblock.errors import BusyError, GraphError, RangeError
-from qmpblock.planning import below
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec, check_acknowledged

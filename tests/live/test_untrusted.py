@@ -9,10 +9,10 @@ import pytest
 from untrusted import UID, within
 
 import qmpblock
-from qmpblock import export
 from qmpblock.errors import Error
-from qmpblock.export import LOCK
-from qmpblock.lock import Holder
+from qmpblock.export import session as export
+from qmpblock.export.session import LOCK
+from qmpblock.qemu.lock import Holder
 from qmpblock.testing.images import Tools
 from qmpblock.testing.scenario import parse_scenario
 

@@ -12,9 +12,9 @@ import fake_server as fake
 import numpy as np
 import pytest
 
-from qmpblock import extents as module
-from qmpblock.disk import _read_map
 from qmpblock.errors import NBDError, StalledError
+from qmpblock.extents import allocationmap as module
+from qmpblock.mapping import _read_map
 from qmpblock.nbd import Client
 
 STALL = 0.2

@@ -2,7 +2,7 @@
 
     python tests/data/graph/record.py QEMU_BINARY OUT.json
 
-The recordings feed tests/test_graph.py; record again when a new QEMU is to be supported.
+The recordings feed tests/graph/test_model.py; record again when a new QEMU is to be supported.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qmpblock.monitor import Monitor
+from qmpblock.qemu.monitor import Monitor
 
 COMMANDS = {
     "block": ("query-block", None),

@@ -1,0 +1,1 @@
+"""Bytes into the active layer, or host space for them: now, or ahead of the guest."""

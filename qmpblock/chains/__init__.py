@@ -1,0 +1,1 @@
+"""Snapshot, stream and commit: what changes the chain of a disk."""

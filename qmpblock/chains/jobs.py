@@ -1,0 +1,595 @@
+"""Stream and commit: the jobs that move data between the layers of a running disk.
+
+Both are one `Change` around one QEMU job that waits for us before its end::
+
+    created -> running -> pending -> concluded           stream, commit of middle layers
+                             flush, finalize
+
+    created -> running -> ready -> pending -> concluded  commit of the active layer
+                          complete   mark, finalize
+
+- A stream must not drop the link to a backing image before what it copied is on stable
+  storage (K6). While it is pending the guest's I/O flows, so there is time to flush.
+- An active commit holds the guest's I/O while it is pending (K5), and then, and only then,
+  both images hold everything. Two fsyncs, side by side, say in the journal and in its copy that
+  from here on the base is the one to trust; then the job pivots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.cancellation import undisturbed
+from qmpblock.chains.heldio import check_held_io
+from qmpblock.chains.plan import (
+    CommitPlan,
+    Hidden,
+    NewBitmap,
+    StreamPlan,
+    check_idle,
+    plan_commit,
+    plan_stream,
+)
+from qmpblock.chains.settings import discard_to_restore, lost_by_commit
+from qmpblock.changes.backingproof import check_record
+from qmpblock.changes.change import Change, identify, is_watched, lock_names, make_way
+from qmpblock.changes.finalize import check_copy_on_read, drive, flush, io_limits
+from qmpblock.changes.record import Record
+from qmpblock.changes.settle import device_of, settle
+from qmpblock.changes.unfinished import Choice
+from qmpblock.errors import (
+    CommandError,
+    Error,
+    GraphError,
+    InUseError,
+    JobError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph.jsonname import as_text
+from qmpblock.graph.model import Chain, Layer, Node
+from qmpblock.graph.opened import name_suffices, opened
+from qmpblock.graph.places import Place, Places, known
+from qmpblock.graph.sharedfiles import files_of
+from qmpblock.graph.writable import refusal
+from qmpblock.host.filelocks import foreign_users
+from qmpblock.host.imagefiles import home_of
+from qmpblock.host.openfiles import OpenFiles, sees_directory
+from qmpblock.host.processes import command_line
+from qmpblock.host.renamed import name_now
+from qmpblock.managers import Work
+from qmpblock.qemu import ownership
+from qmpblock.qemu.job import Job, Progress
+
+if TYPE_CHECKING:
+    from qmpblock.mapping import Disk
+    from qmpblock.vm import VM
+
+__all__ = ["Outcome", "carry_on", "commit", "stream"]
+
+_ATTEMPTS = 4  # at making hidden zeros explicit while the guest discards
+_PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stream or commit did.
+
+    :ivar operation: `stream` or `commit`.
+    :ivar disk: what people call it.
+    :ivar changed: False where there was nothing to do.
+    :ivar active: the file of the active layer afterwards.
+    :ivar left: files of the images that left the chain, and are closed now.
+    :ivar nameless: those of `left` that were not under that name any more: what is there now, if
+        anything is, is another file.
+    :ivar made_explicit: bytes that read as zeros only because of a short layer, and are
+        explicit zeros in the active layer now.
+    :ivar pivoted: whether the active layer is another one.
+    :ivar opened: after a pivot the options that open it (as blockdev-add takes them, in JSON),
+        where its file name and format do not suffice; else empty.
+    :ivar warnings: what is worth acting on.
+    """
+
+    operation: str
+    disk: str
+    changed: bool
+    active: str
+    left: tuple[str, ...] = ()
+    made_explicit: int = 0
+    pivoted: bool = False
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+    opened: str = ""
+    nameless: tuple[str, ...] = ()
+
+
+class ChainJob(Job):
+    """The job of a stream or commit.
+
+    :ivar warnings: known before it started: dirty bitmaps that end with their layer.
+    :ivar outcome: what it did; None before the `async with` that yielded it has ended.
+    """
+
+    def __init__(self, vm: VM, id: str, type: str) -> None:  # noqa: A002 - QMP's words
+        super().__init__(vm.monitor, id, type)
+        self.warnings: tuple[str, ...] = ()
+        self.outcome: Outcome | None = None
+
+
+@asynccontextmanager
+async def stream(
+    disk: Disk, *, top: str | None = None, base: str | None = None, speed: int = 0
+) -> AsyncIterator[ChainJob]:
+    """Copy what the layers between `top` and `base` hold into `top`, and drop them.
+
+    See `Disk.stream`.
+    """
+    plan = await _plan(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
+    assert isinstance(plan, StreamPlan)
+    run = Change.new_run()
+    record = replace(
+        await _record(disk, plan, "stream", run),
+        job=f"qmpblock-{run}-stream",
+        flush=plan.top.node.name,
+        keeper=plan.top.node.name,
+        top=plan.top.node.name,
+        top_file=plan.top.file,
+        base=plan.base.node.name if plan.base else "",
+        base_file=plan.base.file if plan.base else "",
+        backing_name=plan.backing_name or "",
+        leaving=_nodes_of(plan.leaving),
+        merges=tuple((merge.target, merge.source, merge.name) for merge in plan.merges),
+    )
+    arguments: dict[str, Any] = {"device": plan.top.node.name, "speed": speed}
+    if plan.base is not None:
+        arguments |= {"base-node": plan.base.node.name, "backing-file": plan.backing_name}
+    async with _running(disk, plan, record, "block-stream", arguments) as job:
+        yield job
+
+
+@asynccontextmanager
+async def commit(
+    disk: Disk,
+    *,
+    top: str | None = None,
+    base: str | None = None,
+    speed: int = 0,
+    throttle_guest: int = 0,
+) -> AsyncIterator[ChainJob]:
+    """Copy what `top` and the layers above `base` hold into `base`, and drop them.
+
+    See `Disk.commit`.
+    """
+    plan = await _plan(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
+    assert isinstance(plan, CommitPlan)
+    run = Change.new_run()
+    assert plan.device.chain is not None  # VM.disk refuses empty drives
+    root = plan.device.chain.root.name
+    record = replace(
+        await _record(disk, plan, "commit", run),
+        job=f"qmpblock-{run}-{'pivot' if plan.pivots else 'commit'}",
+        pivot=plan.pivots,
+        flush="" if plan.pivots else plan.base.node.name,
+        keeper=plan.above.node.name if plan.above else "",
+        top=plan.top.node.name,
+        top_file=plan.top.file,
+        base=plan.base.node.name,
+        base_file=plan.base.file,
+        base_opened=await _how_to_start(disk.vm, plan.base) if plan.pivots else "",
+        backing_name=plan.backing_name or "",
+        leaving=_nodes_of(plan.leaving),
+        bitmaps=tuple(
+            (bitmap.node, name)
+            for bitmap in plan.bitmaps
+            for name in (
+                [bitmap.name, _helper(run, bitmap)] if bitmap.persistent else [bitmap.name]
+            )
+        ),
+        promotions=tuple(
+            (bitmap.node, _helper(run, bitmap), bitmap.name, bitmap.granularity)
+            for bitmap in plan.bitmaps
+            if bitmap.persistent
+        ),
+    )
+    if plan.pivots and plan.leaving:
+        plan, record = await _with_settings(disk.vm, plan, record)
+    if throttle_guest and plan.pivots and plan.leaving:
+        limits, group = await io_limits(disk.vm, plan.device)
+        record = replace(record, throttle=tuple(limits.items()), throttle_group=group)
+    arguments: dict[str, Any] = {
+        "device": root,
+        "top-node": plan.top.node.name,
+        "base-node": plan.base.node.name,
+        "speed": speed,
+    }
+    if plan.backing_name is not None:
+        arguments["backing-file"] = plan.backing_name
+    async with _running(
+        disk, plan, record, "block-commit", arguments, throttle_guest=throttle_guest
+    ) as job:
+        yield job
+
+
+async def _with_settings(vm: VM, plan: CommitPlan, record: Record) -> tuple[CommitPlan, Record]:
+    """Have the base get what the guest's disk is set to, and say what it will not have."""
+    command, device = command_line(vm.monitor.peer_pid), plan.device
+    assert device.chain is not None  # VM.disk refuses empty drives
+    lost = lost_by_commit(command, device, plan.base, watched=await is_watched(vm, device))
+    now, there = plan.top.node.detect_zeroes, plan.base.node.detect_zeroes
+    return replace(plan, warnings=(*plan.warnings, *lost)), replace(
+        record,
+        detect_zeroes="" if now == there else now,
+        discard=discard_to_restore(command, device.chain, plan.base),
+    )
+
+
+def _helper(run: str, bitmap: NewBitmap) -> str:
+    """Return the name of the transient bitmap that a persistent one begins as."""
+    return f"qmpblock-{run}-{bitmap.name}"
+
+
+async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
+    await ownership.ask(disk.vm.monitor, [disk.device])
+    await make_way(disk.vm, lock_names([disk.device]))
+    graph = await disk.vm.graph()
+    disk.device = graph.device(disk.device.qom_path)
+    files = OpenFiles(disk.vm.monitor.peer_pid)
+    places = files.places(graph.nodes.values())
+    plan: StreamPlan | CommitPlan = make(graph, disk.device, places)
+    if plan.leaving:
+        _check_other_processes(plan, files, places)
+    _check_copy_on_read(disk.vm, plan)
+    if isinstance(plan, CommitPlan) and plan.pivots and plan.leaving:
+        await check_held_io(
+            disk.vm.monitor,
+            plan.device,
+            remedy="stream, which leaves the guest on its active image; or commit by qemu-img when "
+            "the VM is off",
+        )
+    if plan.leaving:
+        await ownership.ask_for_change(disk.vm, _work(disk, plan))
+    return _named(plan, files, places)
+
+
+def _named(
+    plan: StreamPlan | CommitPlan, files: OpenFiles, places: Places
+) -> StreamPlan | CommitPlan:
+    """Say of the layers that leave what they are called now, and warn where that is not known."""
+    names = tuple(name_now(layer, files, places) for layer in plan.leaving)
+    lost = tuple(
+        f"@{layer.depth} {printable(layer.file)} is not the name any more of what the VM has open "
+        "as that (it was renamed, replaced or removed since): what leaves the chain, and is not to "
+        "be used again, is that file, whatever it is called now, and none that is at that name"
+        for layer, name in zip(plan.leaving, names, strict=True)
+        if name is None
+    )
+    return replace(plan, names=names, warnings=(*plan.warnings, *lost))
+
+
+def _work(disk: Disk, plan: StreamPlan | CommitPlan) -> Work:
+    """Say what is to be done, for a manager that does it by itself."""
+    base = plan.base.file if plan.base is not None and plan.base.depth else ""
+    lowest = plan.base is not None and plan.base.depth == len(disk.chain.layers) - 1
+    active = disk.chain.active.file
+    if isinstance(plan, StreamPlan):
+        return Work("stream", active, plan.top.file if plan.top.depth else "", base)
+    if plan.pivots:
+        return Work("pivot", active, base="" if lowest else base)
+    return Work("commit", active, plan.top.file, base)
+
+
+def _check_other_processes(plan: StreamPlan | CommitPlan, files: OpenFiles, places: Places) -> None:
+    """Refuse to write to an image that another process uses too: a second VM over one base.
+
+    :raise InUseError: one does.
+    """
+    written = plan.base if isinstance(plan, CommitPlan) else plan.top
+    if written.depth == 0:
+        return  # the guest writes to it all the time
+    for node in files_of(written):
+        place = known(places, node)
+        who = foreign_users(files, place.file) if place is not None else None
+        if who is not None:
+            raise InUseError(
+                f"@{written.depth} {printable(written.file)} is open in {who} too, which writes "
+                "to it or would see it change (a second VM over the same image?)",
+                standing="nothing was touched",
+                remedy="end that process, or give it an image of its own",
+            )
+
+
+def _check_copy_on_read(vm: VM, plan: StreamPlan | CommitPlan) -> None:
+    """Refuse to have QEMU copy on read where that would kill it."""
+    if isinstance(plan, StreamPlan) and plan.leaving:
+        check_copy_on_read(vm.capabilities, plan.top)
+    elif plan.hidden:
+        assert plan.device.chain is not None  # VM.disk refuses empty drives
+        check_copy_on_read(vm.capabilities, plan.device.chain.active)
+
+
+async def _record(disk: Disk, plan: StreamPlan | CommitPlan, operation: str, run: str) -> Record:
+    device = plan.device
+    assert device.chain is not None  # VM.disk refuses empty drives
+    images = list(host_files(disk.vm, device.chain))
+    for layer, name in zip(plan.leaving, plan.names, strict=True):
+        if name not in (None, layer.file):
+            images[layer.depth] = home_of(str(name))
+    return Record(
+        run=run,
+        operation=operation,
+        vm=await identify(disk.vm),
+        devices=(device.qom_path,),
+        names=(device.name,),
+        locks=lock_names([device]),
+        images=tuple(images),
+    )
+
+
+def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
+    """Return the image files of a chain, by their paths on this host where they have one."""
+    files = OpenFiles(vm.monitor.peer_pid)
+    found = []
+    for layer in chain.layers:
+        place = files.place(layer.storage or layer.node)
+        if not isinstance(place, Place):
+            found.append(layer.file)
+        else:
+            found.append(place.here if place.file.is_device else home_of(place.here))
+    return tuple(found)
+
+
+async def opened_as(vm: VM, layer: Layer) -> dict[str, Any]:
+    """Return the options that open a layer from outside as QEMU has it, with all below it.
+
+    :raise UnsupportedError: nobody could open it so.
+    """
+    files = OpenFiles(vm.monitor.peer_pid)
+
+    def path_of(node: Node) -> str | None:
+        place = files.place(node)
+        # What only the VM sees ends with it.
+        seen = isinstance(place, Place) and not place.here.startswith("/proc/")
+        return place.here if isinstance(place, Place) and seen else None
+
+    return opened(await vm.graph(), layer.node.name, path_of)
+
+
+async def _how_to_start(vm: VM, base: Layer) -> str:
+    """Return how a base is opened, where its name and format do not suffice; else nothing."""
+    if name_suffices(base):
+        return ""
+    try:
+        return as_text(await opened_as(vm, base))
+    except UnsupportedError:
+        return base.node.filename.removeprefix("json:")  # as good as QEMU itself can say it
+
+
+def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
+    """Return name and file name of every node of these layers, the format nodes first."""
+    found = [(node.name, node.filename) for layer in layers for node in layer.nodes]
+    return tuple(dict.fromkeys(found))
+
+
+@asynccontextmanager
+async def _running(
+    disk: Disk,
+    plan: StreamPlan | CommitPlan,
+    record: Record,
+    command: str,
+    arguments: dict[str, Any],
+    *,
+    throttle_guest: int = 0,
+) -> AsyncIterator[ChainJob]:
+    started = time.monotonic()
+    vm = disk.vm
+    job = ChainJob(vm, record.job, record.operation)
+    job.warnings = plan.warnings
+    nothing = Outcome(record.operation, disk.name, False, disk.chain.active.file)
+    if not plan.leaving:
+        job.end()
+        job.outcome = nothing
+        yield job
+        return
+    if arguments["speed"] < 0:
+        raise RequestError(f"a speed of {arguments['speed']} bytes a second is none")
+    beside = None
+    if record.pivot:
+        # By its path here, if it is here: then that is where its journal lies, too.
+        record = replace(record, top_file=record.images[plan.top.depth])
+        record = replace(record, base_file=record.images[plan.base.depth if plan.base else 0])
+        local = Path(record.top_file)
+        elsewhere = sees_directory(vm.monitor.peer_pid, str(local.parent))
+        beside = local if elsewhere is None and local.exists() else None
+    change = Change(vm, record, beside=beside)
+    await change.begin()
+    try:
+        async with _or_undo(change):
+            explicit = await _prepare(disk, plan, record)
+            await ownership.ask(vm.monitor, [plan.device], standing=None)
+            try:
+                await job.start(command, {**arguments, "on-error": "enospc"})
+            except CommandError as error:
+                raise _refusal(disk.vm, plan, error) from None
+            driver = asyncio.ensure_future(
+                drive(
+                    vm,
+                    record,
+                    change.journal,
+                    job,
+                    plan.device,
+                    throttle_guest=throttle_guest,
+                    held=change.held,
+                )
+            )
+            driver.add_done_callback(lambda _: job.end())
+            try:
+                yield job
+                job.complete()
+                await driver
+            finally:
+                driver.cancel()
+                await undisturbed(asyncio.wait({driver}))
+            missing = await undisturbed(_finish(change, disk, plan))
+    finally:
+        job.end()
+    job.outcome = replace(
+        nothing,
+        changed=True,
+        # What it was when looked up last: the disk may have been unplugged.
+        active=plan.base.file if record.pivot and plan.base else disk.chain.active.file,
+        left=tuple(
+            layer.file if name is None else name
+            for layer, name in zip(plan.leaving, plan.names, strict=True)
+        ),
+        made_explicit=explicit,
+        pivoted=record.pivot,
+        seconds=time.monotonic() - started,
+        warnings=(*plan.warnings, *missing),
+        opened=record.base_opened,
+        nameless=tuple(
+            layer.file for layer, name in zip(plan.leaving, plan.names, strict=True) if name is None
+        ),
+    )
+
+
+async def _prepare(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) -> int:
+    """Do what must come before the job; return the bytes that were made explicit."""
+    await _unchanged(disk, plan, record)
+    if record.flush:
+        # What will be needed at the end, after hours perhaps: rather be refused now.
+        await flush(disk.vm, plan.device, record.flush)
+    explicit = await _make_explicit(disk, plan.hidden) if plan.hidden else 0
+    for bitmap in plan.bitmaps if isinstance(plan, CommitPlan) else ():
+        await disk.vm.monitor.execute(
+            "block-dirty-bitmap-add",
+            {
+                "node": bitmap.node,
+                "name": _helper(record.run, bitmap) if bitmap.persistent else bitmap.name,
+                "granularity": bitmap.granularity,
+            },
+        )
+    return explicit
+
+
+async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) -> None:
+    """Look again, now that no controller of ours can change the disk."""
+    graph = await disk.vm.graph()
+    now = graph.device(disk.device.qom_path)
+    before = plan.device.chain
+    check_idle(now)
+    if now.chain is None or before is None or now.chain.shape != before.shape:
+        raise GraphError(
+            f"the chain of {disk.name} has just been changed by somebody else",
+            remedy="look at it, then try again: qmpblock disks ADDRESS",
+        )
+    check_record(record, graph, disk.vm.monitor.peer_pid)
+
+
+def _refusal(vm: VM, plan: StreamPlan | CommitPlan, error: CommandError) -> Error:
+    """Say in our words why QEMU did not start a job."""
+    written = plan.top if isinstance(plan, StreamPlan) else plan.base
+    return refusal(error, written, command_line(vm.monitor.peer_pid))
+
+
+async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
+    """Make what short layers hide explicit zeros in the active layer; return the bytes.
+
+    By NBD_CMD_CACHE of exactly those ranges (K20), and a look at what came of it.
+    """
+    from qmpblock.export.session import Request, exports
+    from qmpblock.ranges import Ranges
+
+    total = 0
+    for _ in range(_ATTEMPTS):
+        seen = await disk.map()
+        wanted = Ranges()
+        for one in hidden:
+            # Past its end a short layer shows as not held, one layer up (design.md, map).
+            zeros = seen.where(depth=one.depth - 1, present=False)
+            wanted = wanted | (zeros & Ranges([(one.start, one.stop)]))
+        if not wanted:
+            return total
+        active = disk.chain.active
+        request = Request(active.node.name, hold_writer=active.data_file is not None)
+        async with exports(
+            disk.vm.monitor, disk.device, [request], access=disk.vm.nbd, stall=disk.vm.stall
+        ) as [client]:
+            whole = wanted.align_out(client.block_size.minimum, client.size)
+            for start, stop in whole.split(client.max_cache_length):
+                await client.cache(start, stop - start)
+        total += wanted.total
+    raise UnsupportedError(
+        f"what {printable(disk.chain.layers[hidden[0].depth].file)} hides by being short could "
+        "not be made explicit in the active layer: "
+        f"{active.format} does not take it, or the guest discards it again and again",
+        standing="the chain is as it was",
+    )
+
+
+async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> tuple[str, ...]:
+    """Remove what the job left, see that the chain is what it should be, and end.
+
+    Returns warnings: what the disk could not be given back.
+    """
+    record = change.record
+    done = await settle(disk.vm, record, change.journal, Choice.CONTINUE)
+    graph = await disk.vm.graph()
+    gone = not any(device.qom_path == record.devices[0] for device in graph.devices)
+    await change.end()
+    if gone:
+        return ()  # unplugged; the images are as the journal's end says
+    await disk.refresh()
+    names = {layer.node.name for layer in disk.chain.layers}
+    left = [layer for layer in plan.leaving if layer.node.name in names]
+    if not done or left:
+        raise GraphError(
+            f"QEMU reports success, but the chain of {disk.name} is not what it should be: "
+            f"{', '.join(printable(layer.file) for layer in disk.chain.layers)}",
+            remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
+        )
+    found = disk.chain.active.node.detect_zeroes
+    if record.operation == "commit" and record.detect_zeroes not in ("", found):
+        wanted = record.detect_zeroes
+        return (f"detect-zeroes of {disk.name} is {found} now: QEMU does not set it to {wanted}",)
+    return ()
+
+
+def _or_undo(change: Change) -> AbstractAsyncContextManager[None]:
+    return change.or_undo(
+        lambda: "the chain is as it was; nothing of ours is left in the VM",
+        done=lambda: (
+            "it was done all the same: the guest had moved on already; nothing of ours is left"
+        ),
+    )
+
+
+async def carry_on(vm: VM, change: Change) -> Progress | None:
+    """Carry a dead controller's stream or commit on to its end; the change is ended then.
+
+    :return: how the job was last seen; None where its end had come already.
+    :raise JobError: QEMU's verdict is a failure; the change was undone.
+    """
+    record = change.record
+    graph = await vm.graph()
+    job = ChainJob(vm, record.job, record.operation)
+    try:
+        async with _or_undo(change):
+            known = graph.job(record.job)
+            if known is not None and known.status != "concluded":
+                job.complete()
+                device = device_of(record, graph)
+                await drive(vm, record, change.journal, job, device, held=change.held)
+            elif known is not None and known.error is not None:
+                raise JobError(job.id, job.type, known.error)
+            await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+            await change.end()
+    finally:
+        job.end()
+    return job.progress

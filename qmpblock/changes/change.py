@@ -1,0 +1,454 @@
+"""Change: the frame around everything that changes a disk, from its lock to its last trace.
+
+::
+
+    begin                                    end
+    1. no iothread polls (polling.py)        1. let QEMU migrate again
+    2. lock each disk (objects in QEMU)      2. remove the journal
+    3. QEMU migrates nothing from now on     3. iothreads poll again
+    4. write the journal, fsynced            4. release the locks
+
+Before it begins every verb refuses, in the same order, what must not be::
+
+    the images are another QEMU's: migration    ownership.ask, again in `begin` and last
+    what dead controllers of ours left goes     make_way
+    a job is at work on the disk                chainplan.check_idle
+    it is for reading only                      writable.check_disk
+    an image is corrupt, or was never closed    writable.check_sound
+    somebody else uses a layer                  layeruse, sharedfiles, filelocks
+    no name leads back to an image              backingname, backingproof; again last
+    the device cannot be held                   heldio
+    a manager owns the chain                    ownership.ask_for_change: the one that can be waived
+
+It begins only where the images are this QEMU's (`qmpblock.qemu.ownership`), and they stay so, for
+QEMU refuses to migrate meanwhile (`qmpblock.changes.nomigration`). The lock outlasts the journal on
+both sides: a journal without a lock belongs to a QEMU that is gone. What lies between is undone, or
+carried on, by one piece of code, whoever does it: this controller after an error or a cancellation,
+the next one after this one was killed, or `qmpblock recover` (`qmpblock.changes.settle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock.cancellation import undisturbed
+from qmpblock.changes.journal import Journal, discard_torn
+from qmpblock.changes.nomigration import allow_migration, blocker_name, forbid_migration
+from qmpblock.changes.record import Record, VMIdentity
+from qmpblock.changes.settle import settle
+from qmpblock.changes.survey import find
+from qmpblock.changes.unfinished import Choice, Step, took_effect
+from qmpblock.errors import (
+    BusyError,
+    DisconnectedError,
+    Error,
+    NoRoomError,
+    printable,
+)
+from qmpblock.export.server import monitor_name
+from qmpblock.graph.model import BlockGraph, Device
+from qmpblock.host.openfiles import OpenFiles
+from qmpblock.host.processes import boot_id, is_running, start_time
+from qmpblock.qemu import lock, ownership, polling
+from qmpblock.qemu.lock import Holder
+from qmpblock.versioned import UnreadableError
+
+if TYPE_CHECKING:
+    from qmpblock.vm import VM
+
+__all__ = [
+    "AHEAD_LOCKS",
+    "LOCKS",
+    "Change",
+    "ahead_lock_name",
+    "check_all_said",
+    "identify",
+    "is_watched",
+    "lock_name",
+    "lock_names",
+    "record_of",
+    "undo_dead_change",
+]
+
+#: What the ids of our disk locks begin with.
+LOCKS = "qmpblock-disk-"
+#: What the ids of the locks of watchers begin with (`qmpblock.allocation.watch`).
+AHEAD_LOCKS = "qmpblock-ahead-"
+
+_log = logging.getLogger(__name__)
+_RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
+_ENDING = 2.0  # seconds from QEMU's last word to the end of its process
+_EMPTY = {f.name: f.default for f in fields(Record) if f.default is not MISSING}
+_OWN_REMEDY = "wait for it, or end it; if it hangs, kill it, then: qmpblock recover ADDRESS"
+
+
+def lock_name(device: Device) -> str:
+    """Return the id of the lock object of a disk."""
+    import hashlib
+
+    if device.id is not None:
+        return f"{LOCKS}{device.id}"
+    return f"{LOCKS}-{hashlib.sha256(device.qom_path.encode()).hexdigest()[:12]}"
+
+
+def ahead_lock_name(device: Device) -> str:
+    """Return the id of the lock of the watcher of a disk's room."""
+    return AHEAD_LOCKS + lock_name(device).removeprefix(LOCKS)
+
+
+async def is_watched(vm: VM, device: Device) -> bool:
+    """Whether a watcher of ours keeps a disk's room: its write threshold follows the guest."""
+    return await lock.read(vm.monitor, ahead_lock_name(device)) is not None
+
+
+async def identify(vm: VM) -> VMIdentity:
+    """Say which QEMU process this is."""
+    uuid = str((await vm.monitor.execute("query-uuid"))["UUID"])
+    name = str((await vm.monitor.execute("query-name")).get("name", ""))
+    pid = vm.monitor.peer_pid or 0
+    return VMIdentity(
+        name=name,
+        uuid=uuid if len(uuid) == 36 and uuid.replace("-", "").isalnum() else "unknown",
+        pid=pid,
+        start=start_time(pid) or 0 if pid else 0,
+        boot=boot_id(),
+        monitor=monitor_name(vm.monitor),
+    )
+
+
+def record_of(holder: Holder, name: str = "") -> Record | None:
+    """Return what the holder of a disk's lock is about; None if it is about nothing yet.
+
+    :param name: of the lock, where it is known.
+    :raise RecordError: what it says is not what this version understands.
+    """
+    if "record" not in holder.details:
+        return None  # it only holds the lock to undo what another one left
+    try:
+        return Record.from_json(holder.details["record"], holder.run)
+    except UnreadableError as error:
+        raise lock.unreadable(name or f"of {holder}", error, holder.run) from None
+
+
+class Change:
+    """One change to a VM's disks. `begin`, do it, then `end` or `undo`.
+
+    :param record: what it intends; its run id is in the names of all that it makes.
+    :param beside: the image beside which its journal is kept too.
+    :param journaled: whether it makes anything that outlives QEMU. If not, its locks, whose
+        data is the record, are all that whoever undoes it needs.
+    """
+
+    def __init__(
+        self, vm: VM, record: Record, *, beside: Path | None = None, journaled: bool = True
+    ) -> None:
+        self.vm = vm
+        self.record = record
+        self.journal: Journal | None = None
+        self.held = False  # whether QEMU refuses to migrate meanwhile
+        self._beside = beside
+        self._journaled = journaled
+        self._locked: list[str] = []
+        self._unpolled = False
+
+    @staticmethod
+    def new_run() -> str:
+        """Return a run id that nobody has."""
+        return secrets.token_hex(4)
+
+    def holder(self) -> Holder:
+        """Return what the locks say.
+
+        What is empty is left out: QEMU takes a command in byte by byte, 8 us each.
+        """
+        said = {k: v for k, v in self.record.as_json().items() if _EMPTY.get(k) != v}
+        return Holder.me(self.record.run, record=said)
+
+    async def begin(self) -> None:
+        """Take the locks, hold the VM where it is, write the journal. Cancelling leaves nothing.
+
+        What a dead controller left on one of the disks is undone first.
+
+        :raise UnsupportedError: the images are not this QEMU's, or not for long.
+        :raise BusyError: another controller is at work on one of the disks.
+        :raise Error: the journal cannot be written.
+        """
+        await ownership.ask(self.vm.monitor)
+        await self._hold_polling()
+        try:
+            for name in sorted(self.record.locks):
+                await lock.acquire(
+                    self.vm.monitor,
+                    name,
+                    self.holder(),
+                    self._undo_dead,
+                    stall=0,
+                    remedy=_OWN_REMEDY,
+                )
+                self._locked.append(name)
+            self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
+            await ownership.ask(self.vm.monitor)
+            if self._journaled:
+                self.journal = self._create_journal()
+        except BusyError as error:
+            await undisturbed(self.end())
+            error.standing = "nothing was touched"
+            raise
+        except DisconnectedError:
+            lock.abandon(self.record.run)
+            await undisturbed(self._let_go_polling())
+            raise
+        except BaseException:
+            await undisturbed(self.end())
+            raise
+
+    async def _hold_polling(self) -> None:
+        await polling.hold(self.vm.monitor)
+        self._unpolled = True
+
+    async def _let_go_polling(self) -> None:
+        if self._unpolled:
+            self._unpolled = False
+            await polling.let_go(self.vm.monitor)
+
+    def _create_journal(self) -> Journal | None:
+        try:
+            opened = OpenFiles(self.vm.monitor.peer_pid).ids() if self._beside is not None else ()
+            return Journal.create(self.record, self._beside, opened)
+        except NoRoomError as error:
+            if self.record.pivot or self.record.operation not in ("stream", "commit"):
+                raise
+            # Whatever dies, such a chain is whole, and starts from where it did: to have no
+            # journal says so, too. And it may be what is to make room.
+            _log.warning("%s; without one, that this change was broken off will not be said", error)
+            return None
+
+    async def adopt(self, dead: Holder, journal: Journal | None) -> bool:
+        """Take a dead controller's change over as it is; False if somebody else did.
+
+        :param journal: of the change. Where it has none it gets none: what the lock says, somebody
+            in QEMU may have said.
+        """
+        adopted = False
+        await self._hold_polling()
+        try:
+            for name in sorted(self.record.locks):
+                holder = await lock.read(self.vm.monitor, name)
+                # Who adopts keeps the run: another one may have been faster, and lives.
+                if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
+                    adopted |= await lock.adopt(
+                        self.vm.monitor, name, holder, self.holder(), self._undo_dead
+                    )
+            if adopted:
+                self._locked = list(self.record.locks)
+                self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
+                self.journal = journal
+        except BaseException:
+            await undisturbed(self._let_go_polling())
+            raise
+        if not adopted:
+            await undisturbed(self._let_go_polling())
+        return adopted
+
+    async def end(self) -> None:
+        """Remove the journal, release the locks: the change is done, or undone. Idempotent."""
+        try:
+            if self._locked:  # QEMU may die at any command: the journal must not go before
+                await allow_migration(self.vm.monitor, self.record.run)
+            if self.journal is not None:
+                self.journal.remove()
+        finally:
+            # Before the locks: who comes next sees these, if this process is killed here.
+            await self._let_go_polling()
+        for name in reversed(self._locked):
+            await lock.release(self.vm.monitor, name)
+        self._locked.clear()
+
+    async def undo(self) -> bool:
+        """Undo the change as far as it can be, and end it; return whether it is done after all.
+
+        That is so where the guest had already moved on when it was given up. Where it cannot
+        be undone now, because QEMU does not answer, say, the run counts as dead from then on:
+        whoever comes next undoes it. The error says so.
+        """
+        try:
+            async with polling.unpolled(self.vm.monitor):
+                done = await settle(self.vm, self.record, self.journal, Choice.UNDO)
+                await self.end()
+        except DisconnectedError as error:
+            await self.after_disconnect(error)
+            raise
+        except BaseException as error:
+            lock.abandon(self.record.run)
+            await undisturbed(self._let_go_polling())
+            if isinstance(error, Error):
+                error.standing = self._left()
+                error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
+            raise
+        return done
+
+    @asynccontextmanager
+    async def or_undo(
+        self, undone: Callable[[], str], done: Callable[[], str] | None = None
+    ) -> AsyncIterator[None]:
+        """Undo the change where the body fails or is cancelled, and only then.
+
+        The error is raised all the same; where it does not say what stands now, it is told.
+
+        :param undone: what stands once it is undone.
+        :param done: what stands where it turned out to be done (`took_effect`).
+        """
+        try:
+            yield
+        except DisconnectedError as error:
+            await undisturbed(self.after_disconnect(error))
+            raise
+        except BaseException as error:
+            took_effect = await undisturbed(self.undo())
+            if isinstance(error, Error) and error.standing is None:
+                error.standing = done() if took_effect and done else undone()
+            raise
+
+    def _left(self) -> str:
+        return f"left in the VM: the lock {', '.join(self.record.locks)} and what it is for"
+
+    async def _undo_dead(self, dead: Holder) -> None:
+        await undo_dead_change(self.vm, dead)
+
+    # when the connection is gone
+
+    async def after_disconnect(self, error: DisconnectedError) -> None:
+        """See what can still be done when the monitor's connection was lost in the middle.
+
+        If QEMU lives, connect again and undo. If it is gone, do what `qmpblock recover IMAGE`
+        would. Sets the error's words accordingly.
+        """
+        from qmpblock.changes.imagerecovery import recover_journal
+        from qmpblock.recovery import recover
+        from qmpblock.vm import connect
+
+        monitor, record = self.vm.monitor, self.record
+        await self._let_go_polling()
+        pid, gone = record.vm.pid, False
+        deadline = asyncio.get_running_loop().time() + _ENDING
+        while pid and not gone:
+            gone = not is_running(pid, record.vm.start, record.vm.boot)
+            if gone or asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.05)
+        if gone:
+            error.standing = "QEMU has ended"
+            error.remedy = f"run: qmpblock recover {printable(' '.join(record.images[:1]))}"
+            if not self._journaled:
+                error.standing = "QEMU has ended, and all that was ours with it"
+                error.remedy = None
+            elif self.journal is not None:
+                with contextlib.suppress(Error):
+                    verdict = await recover_journal(self.journal)
+                    error.standing = f"QEMU has ended. {verdict.describe()}"
+                    error.remedy = None
+            return
+        lock.abandon(record.run)
+        error.standing = self._left()
+        error.remedy = f"run: qmpblock recover {monitor.address}"
+        with contextlib.suppress(Error, OSError):
+            async with connect(
+                monitor.address,
+                nbd=self.vm.nbd.address,
+                tls_creds=self.vm.nbd.tls_creds,
+                insecure=self.vm.nbd.insecure,
+                greeting_timeout=_RECONNECT,
+                stall=monitor.stall,
+            ) as again:
+                # Of this process, but given up: so it is dead, with all that it had in the VM.
+                await recover(again, Choice.UNDO)
+                done = took_effect(record, await again.graph())
+                error.standing = "connected again; " + (
+                    "the change turned out to be done, and what was left of it is removed"
+                    if done
+                    else "the change was undone, and nothing of ours is left in the VM"
+                )
+                error.remedy = None
+
+
+async def make_way(
+    vm: VM, names: Iterable[str], tell: Callable[[Step], None] | None = None
+) -> None:
+    """Undo what controllers that died left on disks, before anything is planned.
+
+    Cancelling waits for the end of what has begun.
+
+    :param names: of the disks' locks.
+    :raise BusyError: another controller is at work on one of them; names it.
+    """
+    from qmpblock.export.session import clear_dead
+
+    async def undo(dead: Holder) -> None:
+        await undo_dead_change(vm, dead, tell)
+
+    async def clear(name: str) -> None:
+        me = Holder.me(Change.new_run())
+        await lock.acquire(vm.monitor, name, me, undo, stall=0, remedy=_OWN_REMEDY)
+        await lock.release(vm.monitor, name)
+        # Exports come and go within a change: one that was killed may have left some, too.
+        await clear_dead(vm.monitor, stall=vm.stall)
+
+    for name in names:
+        if await lock.read(vm.monitor, name) is not None:
+            async with polling.unpolled(vm.monitor):
+                await undisturbed(clear(name))
+
+
+async def undo_dead_change(
+    vm: VM, dead: Holder, tell: Callable[[Step], None] | None = None
+) -> None:
+    """Undo what the dead holder of a disk's lock left, its journal and other locks included.
+
+    Idempotent. A pivot that was pending is finished, not undone.
+
+    :raise RecordError: what it was about cannot be read: nothing is touched.
+    """
+    record = record_of(dead)
+    check_all_said(dead, record, await vm.graph())
+    _log.warning("undoing what a controller that died left in the VM: %s", dead)
+    if record is None:
+        return  # it died before it did anything
+    me = await identify(vm)
+    discard_torn(me, record.run)
+    journal = find(record, me)
+    await settle(vm, record, journal, Choice.UNDO, tell)
+    await allow_migration(vm.monitor, record.run)
+    if journal is not None:
+        journal.remove()
+    for name in record.locks:
+        holder = await lock.read(vm.monitor, name)
+        if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
+            await lock.release(vm.monitor, name)
+
+
+def check_all_said(dead: Holder, record: Record | None, graph: BlockGraph, name: str = "") -> None:
+    """See that the holder of a disk's lock tells of all that bears the name of its run.
+
+    :param name: of the lock, where it is known.
+    :raise RecordError: there is a job or node that it does not tell of: another version made it.
+    """
+    said = {record.job, *record.helpers, *record.nodes} if record is not None else set()
+    said.add(blocker_name(dead.run))
+    prefix = f"qmpblock-{dead.run}-"
+    for one in (*(job.id for job in graph.jobs), *graph.nodes):
+        if one.startswith(prefix) and one not in said:
+            why = f"it does not say what {printable(one)} is for"
+            raise lock.unreadable(name or f"of {dead}", why, dead.run)
+
+
+def lock_names(devices: Sequence[Device]) -> tuple[str, ...]:
+    """Return the ids of the locks of several disks."""
+    return tuple(sorted(lock_name(device) for device in devices))

@@ -1,0 +1,295 @@
+"""Recovery of images after QEMU died in the middle of a change (`recover_images`).
+
+The journals on this host, or beside the images, say what the images' headers cannot: which image
+holds the newest data, and how it is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock.changes.journal import PIVOTED, Journal
+from qmpblock.changes.record import Record
+from qmpblock.changes.survey import survey, unproven
+from qmpblock.changes.unfinished import ImageVerdict, image_verdict
+from qmpblock.errors import (
+    BusyError,
+    Error,
+    NotFoundError,
+    ToolError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph.jsonname import from_text
+from qmpblock.graph.opened import is_nested
+from qmpblock.graph.places import FileId
+from qmpblock.host import ourfiles
+from qmpblock.host.processes import is_running
+from qmpblock.host.qemuimg import QemuImg, blockdev, in_use_by_another
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["ImageRecovery", "is_about", "recover_images", "recover_journal"]
+
+_log = logging.getLogger(__name__)
+_INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ImageRecovery:
+    """What a change that QEMU's end interrupted means for the images.
+
+    :ivar what: what it was about, for people.
+    :ivar removed: files that were (in a dry run: would be) removed.
+    :ivar opened: the options that open the image to start from, where it is another one than
+        before, and its file name and format do not suffice; else empty.
+    """
+
+    what: str
+    run: str
+    verdict: ImageVerdict
+    removed: tuple[str, ...]
+    opened: str = ""
+
+    def describe(self) -> str:
+        """Say what is to be done, for people."""
+        text = f"start the VM from {_list(self.verdict.start)}: {self.verdict.why}."
+        if self.opened:
+            text += f" Its name does not suffice; it was open as {printable(self.opened, 4000)}."
+        if self.verdict.stale:
+            text += f" Never use or commit {_list(self.verdict.stale)} again: stale."
+        for overlay, base in self.verdict.commit:
+            text += f" {printable(overlay)} is committed into {printable(base)} and removed."
+        if self.removed:
+            text += f" Removed: {_list(self.removed)}."
+        return text
+
+
+def _list(files: Sequence[str]) -> str:
+    return ", ".join(printable(file) for file in files)
+
+
+async def recover_images(
+    images: Sequence[str | os.PathLike[str]], *, dry_run: bool = False, believe: bool = False
+) -> list[ImageRecovery]:
+    """Say which image to start from, after QEMU died in the middle of a change of ours.
+
+    Finds the change's journal in the state directory or beside the image. Overlays that
+    nothing was ever written to are removed, then the journal; no image is changed.
+
+    :param images: any image of the chain; the active one is best.
+    :param dry_run: change nothing.
+    :param believe: a journal beside an image, too, that no key of this installation proves: only
+        where nobody who is not trusted can write to that directory.
+    :return: one for each change that was interrupted; none where the images are safe.
+    :raise NotFoundError: there is no such image, and no journal is about one.
+    :raise RecordError: a journal that may be about them cannot be read, or not be proven to be
+        ours; nothing was touched.
+    :raise BusyError: the QEMU that the change was made in still runs.
+    """
+    names = [os.path.realpath(image) for image in images]
+    for image, name in zip(images, names, strict=True):
+        if not Path(name).exists() and not is_about(name):
+            raise NotFoundError(f"there is no image {printable(os.fspath(image))}")
+    seen = survey(tuple(names))
+    for error in seen.unreadable:
+        if error.files is None or _is_about(error.files, names):
+            raise error
+    for path, why in seen.distrusted:
+        _log.warning("the journal %s is not believed: %s", printable(path), why)
+    if seen.unproven and not believe:
+        raise unproven(seen.unproven[0])  # it lies beside one of them
+    found = []
+    for journal in (*seen.journals, *(seen.unproven if believe else ())):
+        record = journal.record
+        if not _is_about((*record.images, *record.files), names):
+            continue
+        if is_running(record.vm.pid, record.vm.start, record.vm.boot):
+            raise BusyError(
+                f"the VM still runs (process {record.vm.pid}) in which {record.describe()} was "
+                "not finished",
+                standing="nothing was touched",
+                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
+            )
+        if not record.vm.pid:  # a TCP monitor: the locks on the images tell
+            await _check_unused(record)
+        found.append(await recover_journal(journal, dry_run=dry_run))
+    return found
+
+
+def is_about(image: str) -> bool:
+    """Whether a change that was not finished is about an image, which may be gone by now.
+
+    As far as the journals say that can be read.
+    """
+    name = os.path.realpath(image)
+    seen = survey((name,))
+    return any(
+        _is_about((*journal.record.images, *journal.record.files), [name])
+        for journal in (*seen.journals, *seen.unproven)
+    )
+
+
+def _is_about(files: Iterable[str], names: Iterable[str]) -> bool:
+    files = tuple(files)
+    # What only the VM saw under its name lies here under another one, which ends in that.
+    inside = [match[1] for file in files if (match := _INSIDE.fullmatch(file))]
+    known = {os.path.realpath(file) for file in files if not _INSIDE.fullmatch(file)}
+    return any(name in known or any(name.endswith(end) for end in inside) for name in names)
+
+
+async def _check_unused(record: Record) -> None:
+    """See that no QEMU has the images open for writing.
+
+    :raise BusyError: one has.
+    """
+    for file in filter(os.path.exists, (*record.images, *record.files)):
+        if await QemuImg().in_use(file):
+            raise BusyError(
+                f"{printable(file)} is in use: the VM in which {record.describe()} was not "
+                "finished still runs, or another has been started",
+                standing="nothing was touched",
+                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
+            )
+
+
+async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRecovery:
+    """Do what `recover_images` does, for one journal whose QEMU is gone.
+
+    :raise ToolError: an overlay cannot be looked at; nothing was removed.
+    """
+    record = journal.record
+    empty = {}
+    formats: dict[str, str] = {}
+    for entry in journal.entries:  # a file that was made anew has no header yet
+        formats.pop(str(entry.get("made")), None)
+        if "created" in entry:
+            formats[str(entry["created"])] = str(entry.get("format", ""))
+    made = journal.made()
+    for file, identity in made.items():
+        path = Path(file)
+        with contextlib.suppress(FileNotFoundError), ourfiles.Directory(path.parent) as directory:
+            if directory.holds(path.name, FileId(*identity)):
+                empty[file] = file not in formats or await _holds_nothing(
+                    file, formats[file], identity
+                )
+    verdict = image_verdict(record, journal.entries, empty)
+    pivoting = record.operation == "commit" and record.pivot and not journal.pivoted
+    if not journal.complete and (
+        # Where the image is not on this host, all is in the one journal that there is.
+        verdict.commit or (pivoting and os.path.lexists(record.home))
+    ):
+        raise Error(
+            f"whether {printable(record.top_file)} or {printable(record.base_file)} is newer "
+            "cannot be told: the journal that says so, beside the image, cannot be read",
+            standing="nothing was touched",
+            remedy=f"look for {printable(record.home)}.qmpblock-{record.run}.journal, which "
+            "must belong to this user or root, and be writable for nobody else",
+        )
+    if verdict.commit:
+        _check_same_files(record)
+    if not dry_run:
+        for overlay, base in verdict.commit:
+            fmt = formats.get(overlay) or "qcow2"
+            await _commit(record, overlay, fmt, base, made[overlay])
+            # Killed here, and the VM started: the overlay must not be committed again.
+            with contextlib.suppress(Error):  # no room: then it goes the sooner
+                journal.mark(**{PIVOTED: True})
+            ourfiles.remove(overlay, FileId(*made[overlay]))
+        for file in verdict.unused:
+            ourfiles.remove(file, FileId(*made[file]))
+        journal.remove()
+    moved = record.operation == "commit" and verdict.start == (record.base_file,)
+    how = record.base_opened if moved else ""
+    return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, how)
+
+
+def _check_same_files(record: Record) -> None:
+    """See that what an overlay would be committed into is what it was taken of.
+
+    By inode only: a device may have another number after the host was started again.
+
+    :raise Error: it was replaced since, by a copy or a backup say; nothing was touched.
+    """
+    for file, inode in record.written:
+        try:
+            same = Path(file).stat().st_ino == inode
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise Error(
+                f"{printable(file)} is not the file any more that {printable(record.top_file)} was "
+                "made over: it has been removed or replaced since. The overlay holds only what the "
+                "guest wrote last, and in another image that would be corruption",
+                standing=f"nothing was touched; {printable(record.top_file)} is kept",
+                remedy="put the file itself back at its name, and run this again. If only an exact "
+                "copy of it is left, one that was made after QEMU had ended: qemu-img rebase -u "
+                "-F FMT -b COPY OVERLAY, then qemu-img commit OVERLAY",
+            )
+
+
+async def _commit(record: Record, overlay: str, fmt: str, base: str, made: tuple[int, int]) -> None:
+    """Bring an overlay home.
+
+    :param made: its device and inode.
+    """
+    tool = QemuImg()
+    how = from_text(record.base_opened)
+    if not how:
+        # Refuses a chain in which a format would have to be guessed.
+        first, *below = await tool.chain(base, record.base_format)
+        how = blockdev(first.format, first.file, below)
+    # The image lies beside its overlay; its data file may lie anywhere.
+    homes = {(made[0] if path == base else None, inode) for path, inode in record.written}
+    known = {made, *homes} if homes else None  # an older record does not say
+    # An interrupted job may have left another name, or none.
+    await tool.rebase(overlay, fmt, base, record.base_format, known=known)
+    hidden = is_nested(how)
+    try:
+        if hidden:  # or the name would count, and what is said besides would contradict it
+            await tool.rebase(overlay, fmt, "", "", known=known)
+        await tool.commit(overlay, fmt, how, known=known)
+    except (ToolError, UnsupportedError) as error:
+        if hidden:
+            with contextlib.suppress(ToolError):
+                await tool.rebase(overlay, fmt, base, record.base_format, known=known)
+        kept = f"{printable(overlay)} holds the newest data"
+        if isinstance(error, UnsupportedError):
+            raise Error(
+                error.message, standing=f"nothing is lost: {kept}", remedy=error.remedy
+            ) from None
+        if "key-secret" in error.stderr:
+            error.standing = f"nothing was touched; {kept}"
+            error.remedy = (
+                "the images are encrypted, and we have no key. Start the VM from "
+                f"{printable(overlay)}, which lies on {printable(base)}, and commit it there: "
+                "qmpblock commit ADDRESS DISK --base @1"
+            )
+        elif "No space left" in error.stderr:
+            error.standing = (
+                f"nothing is lost: {printable(overlay)} holds what the guest wrote last, and "
+                f"{printable(base)} the rest"
+            )
+            error.remedy = "make room there, and run this again before the VM is started"
+        raise
+
+
+async def _holds_nothing(file: str, fmt: str, made: tuple[int, int]) -> bool:
+    """Whether an overlay holds nothing; False where that cannot be told: it is kept then."""
+    try:
+        seen = await QemuImg().map(blockdev(fmt, file), [fmt], known=[made])
+    except UnsupportedError:
+        return False
+    except ToolError as error:
+        if in_use_by_another(error.stderr):
+            raise
+        return False  # encrypted, say
+    return not seen.where(present=True)

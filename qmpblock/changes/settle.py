@@ -1,0 +1,186 @@
+"""Settling: what is left of a change is performed, step by step, until nothing is.
+
+What the steps are `qmpblock.changes.unfinished` says, from what is seen in QEMU; here they are
+taken. It is the same whoever does it: the controller itself, the next one, or `qmpblock recover`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock.changes.finalize import (
+    before_finalize,
+    bring_home,
+    delete_bitmap,
+    pivot,
+    relink,
+    restore_discard,
+    restore_limits,
+    restore_zeroes,
+)
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.record import Record
+from qmpblock.changes.unfinished import Choice, Step, steps, took_effect
+from qmpblock.errors import (
+    CommandError,
+    Error,
+)
+from qmpblock.graph.model import BlockGraph, Device
+from qmpblock.graph.places import FileId
+from qmpblock.host import imagefiles, ourfiles
+from qmpblock.qemu.job import Job
+
+if TYPE_CHECKING:
+    from qmpblock.vm import VM
+
+__all__ = ["device_of", "settle"]
+
+_LOOK = 0.05  # seconds between looks at a node that is being mapped
+_ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
+
+
+async def settle(
+    vm: VM,
+    record: Record,
+    journal: Journal | None,
+    choice: Choice,
+    tell: Callable[[Step], None] | None = None,
+) -> bool:
+    """Perform what is left of a change, until nothing is; return whether it took effect.
+
+    Idempotent; can itself be killed anywhere. With `Choice.CONTINUE` a job that still works
+    is left alone: whoever carries it on follows it.
+
+    :param tell: is called before each step.
+    """
+    done: set[Step] = set()
+    deadline = asyncio.get_running_loop().time() + vm.stall
+    for _ in range(_ROUNDS):
+        graph = await vm.graph()
+        made = _made(journal)
+        stale = None if journal is None else journal.pivoted
+        found = steps(record, graph, choice, made, stale=stale)
+        todo = [step for step in found if step not in done]
+        late = asyncio.get_running_loop().time() > deadline
+        if not todo and not late and _being_mapped(record, graph):
+            done = {step for step in done if step.verb != "delete-node"}
+            await asyncio.sleep(_LOOK)
+            continue
+        if not todo or todo[0].verb == "follow":
+            return took_effect(record, graph) is True
+        for step in todo:
+            if tell is not None:
+                tell(step)
+            await _perform(vm, record, journal, graph, step)
+            if step.verb not in ("wait", "cancel", "bring-home"):
+                done.add(step)
+    raise Error(
+        f"what was left of {record.describe()} does not come to an end",
+        remedy="look at it with: qmpblock disks ADDRESS; qmpblock jobs ADDRESS",
+    )
+
+
+def _being_mapped(record: Record, graph: BlockGraph) -> bool:
+    """Whether a node of the change is left only because some process of ours maps it.
+
+    One that saw it as the active layer, and exports it a moment after it was that.
+    """
+    users = [graph.users(node) for node in record.nodes if node in graph.nodes]
+    return any(
+        names and all(name.startswith("export qmpblock-") for name in names) for names in users
+    )
+
+
+async def _perform(
+    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, step: Step
+) -> None:
+    if step.verb in ("cancel", "wait", "pivot", "finalize", "dismiss"):
+        job = Job(vm.monitor, step.what, record.operation)
+        try:
+            await _perform_on_job(vm, record, journal, graph, job, step.verb)
+        finally:
+            job.end()
+    elif step.verb == "relink":
+        await relink(vm, record, graph)
+    elif step.verb == "restore-zeroes":
+        await restore_zeroes(vm, record)
+    elif step.verb == "restore-discard":
+        await restore_discard(vm, record)
+    elif step.verb == "bring-home":
+        await bring_home(vm, record, journal, graph)
+    elif step.verb == "restore-limits":
+        await restore_limits(vm, record, device_of(record, graph))
+    elif step.verb == "delete-bitmap":
+        node, _, name = step.what.partition("/")
+        await delete_bitmap(vm, node, name)
+    elif step.verb == "delete-node":
+        await _delete_node(vm, step.what)
+    elif step.verb == "delete-file":
+        _delete_file(vm, journal, step.what)
+
+
+async def _perform_on_job(
+    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, job: Job, verb: str
+) -> None:
+    if verb == "cancel":
+        await job.cancel()
+    elif verb == "pivot":
+        await pivot(journal, job)
+    elif verb == "finalize":
+        await before_finalize(vm, record, device_of(record, graph))
+        await job.finalize()
+    if verb == "dismiss":
+        await job.dismiss()
+    else:
+        await job.wait_concluded()
+
+
+async def _delete_node(vm: VM, node: str) -> None:
+    """Delete a node that nothing uses; one that goes with its parents goes by itself."""
+    try:
+        await vm.monitor.execute("blockdev-del", {"node-name": node})
+    except CommandError as error:
+        expected = ("not owned by the monitor", "in use", "is busy", "Failed to find node")
+        if not any(words in error.description for words in expected):
+            raise
+
+
+def _made(journal: Journal | None) -> list[str]:
+    """Return the image files that the change made, are there, and are still those."""
+    if journal is None:
+        return []
+    found = []
+    for file, identity in journal.made().items():
+        path = Path(file)
+        with contextlib.suppress(OSError), ourfiles.Directory(path.parent) as directory:
+            if directory.holds(path.name, FileId(*identity)):
+                found.append(file)
+    return found
+
+
+def _delete_file(vm: VM, journal: Journal | None, file: str) -> None:
+    assert journal is not None  # only it says what we made
+    identity = journal.made()[file]
+    pid = vm.monitor.peer_pid
+    if pid is not None and identity in imagefiles.open_inodes(pid):
+        return  # QEMU has it open: it is in use, under whatever name
+    ourfiles.remove(file, FileId(*identity))
+
+
+def device_of(record: Record, graph: BlockGraph) -> Device:
+    """Return the disk of a change, or, if it was unplugged, what stands for it."""
+    for device in graph.devices:
+        if device.qom_path == record.devices[0]:
+            return device
+    return Device(
+        id=record.names[0],
+        drive=None,
+        qom_path=record.devices[0],
+        removable=False,
+        read_only=False,
+        chain=None,
+    )

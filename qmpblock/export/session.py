@@ -1,0 +1,697 @@
+"""Export: NBD exports of nodes inside QEMU, entered and left safely.
+
+They are read-only, but where a new image is written that QEMU does not use yet.
+
+Three defects of QEMU 7.2 make this hard:
+
+- K1: when an NBD client of a node in an iothread goes away, QEMU aborts. So our
+  end of the connection must never go away before the export does, not even when this process
+  is killed. It cannot, because QEMU itself holds a duplicate of it ("custody").
+- nbd-server-stop waits for ever, and the guest with it, while a client is connected whose
+  handshake is not complete (measured on 7.2.22; 11.1 does not). So such a connection, which
+  is in no iothread yet, is closed first, QEMU's duplicate included.
+
+The order::
+
+    entering                                     leaving
+    1. lock (an object in QEMU)                  1. block-export-del mode=hard, each
+    2. listen on a socket of ours, connect       2. blockdev-del of what we added (K4)
+    3. getfd: the client's ends                  3. close and closefd the client's ends
+    4. getfd: the listening socket               4. nbd-server-stop, if the server is ours
+    5. nbd-server-start on it, unlink its path   5. unlock
+    6. block-export-add, each
+    7. NBD handshake
+
+The listening socket is handed over too, so QEMU needs no path that it could not reach. A VM
+has one NBD server. Where a foreign one runs, the caller must know its address (`NBDAccess`),
+and it is only connected to; custody is then taken only where K1 is a danger, because what a
+killed controller leaves half-connected would hang whoever stops that server.
+
+A controller that is killed leaves all this behind, and the lock tells the next one what to
+undo. Nothing here depends on the guest: the exports survive its reset, the unplugging of
+its disk, and any job on the chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
+from qmpblock.cancellation import undisturbed
+from qmpblock.errors import (
+    BusyError,
+    CommandError,
+    DisconnectedError,
+    Error,
+    NBDConnectError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.export.server import (
+    SOCKET,
+    answers,
+    delete_export,
+    delete_object,
+    is_listening,
+    monitor_name,
+    remove_socket,
+    settle,
+    tolerate,
+    undo_dead_run,
+)
+from qmpblock.graph.model import Device
+from qmpblock.host.ourfiles import Directory
+from qmpblock.qemu import lock, ownership
+from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.iothread import iothread_of
+from qmpblock.qemu.joint import Joint
+from qmpblock.qemu.lock import Holder
+from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.polling import unpolled
+
+if TYPE_CHECKING:
+    from qmpblock.nbd import Client
+
+__all__ = ["LOCK", "NBDAccess", "Request", "check_access", "clear_dead", "exports", "no_exports"]
+
+#: The id of the lock object around our NBD server.
+LOCK = "qmpblock-nbd"
+
+_PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
+_TRIES = 16
+_NOTHING_LEFT = "nothing of ours is left in the VM"
+_BOOTING = 1.0  # seconds to wait for a guest that is about to drive its disk
+_HANDSHAKE = (
+    10.0  # seconds after which QEMU hangs up, from 7.2.14 on, where it can be told no other
+)
+
+
+@dataclass(frozen=True)
+class NBDAccess:
+    """How this controller reaches an NBD server in the VM.
+
+    :ivar address: of a foreign NBD server that already listens in this VM; None has us
+        start our own.
+    :ivar tls_creds: a directory laid out for QEMU's tls-creds-x509. Where we start a TCP
+        server, QEMU must find the same directory on its host.
+    :ivar insecure: allow NBD over TCP without TLS.
+    """
+
+    address: str | None = None
+    tls_creds: str | None = None
+    insecure: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One export to make.
+
+    :ivar node: the node to export.
+    :ivar contexts: NBD metadata contexts that the client will ask for.
+    :ivar hold_writer: whether NBD_CMD_CACHE will be used on a node with a data file: QEMU
+        aborts where no writer is attached (K4), and an unplug can make it so; a node of
+        ours then holds the write permission.
+    :ivar in_flight: requests that the client may have in flight.
+    :ivar writable: whether the client may write; only to a node of ours that nothing uses yet.
+    """
+
+    node: str
+    contexts: tuple[str, ...] = ("base:allocation", "qemu:allocation-depth")
+    hold_writer: bool = False
+    in_flight: int = 16
+    writable: bool = False
+
+
+async def check_access(monitor: Monitor, access: NBDAccess, device: Device | None = None) -> None:
+    """Refuse what this QEMU or this transport cannot do safely; nothing is touched.
+
+    :param device: whose nodes are to be exported; None where no device uses them.
+    :raise UnsupportedError: says why, and what would do.
+    """
+    await _Session(monitor, access, 0).check(device)
+
+
+@asynccontextmanager
+async def exports(
+    monitor: Monitor,
+    device: Device | None,
+    requests: Sequence[Request],
+    *,
+    access: NBDAccess | None = None,
+    stall: float = 60.0,
+) -> AsyncIterator[list[Client]]:
+    """Export nodes of one device's graph, and yield a connected NBD client for each.
+
+    Without a device: nodes that none uses.
+
+    On leaving, by whatever way, all that was added to QEMU is removed again. Cancelling
+    waits for that; it takes milliseconds.
+
+    :raise UnsupportedError: not safe, or not possible, over this monitor; or the images are not
+        this QEMU's (`qmpblock.qemu.ownership`).
+    :raise BusyError: a foreign NBD server listens in this VM, or another controller of
+        ours does not let go.
+    :raise CommandError: QEMU refused an export.
+    :raise NBDError: the connection failed.
+    """
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    async with AsyncExitStack() as stack:
+        while True:
+            tried = clock()
+            try:
+                entering = _exports(monitor, device, requests, access or NBDAccess(), stall)
+                clients = await stack.enter_async_context(entering)
+                break
+            except _LateError:  # this process was stopped, or the host too busy for it
+                if tried - began >= stall:
+                    raise
+        yield clients
+
+
+@asynccontextmanager
+async def _exports(
+    monitor: Monitor,
+    device: Device | None,
+    requests: Sequence[Request],
+    access: NBDAccess,
+    stall: float,
+) -> AsyncIterator[list[Client]]:
+    """Do what `exports` does, once.
+
+    :raise _LateError: it could do so again.
+    """
+    session = _Session(monitor, access, stall)
+    await session.check(device)
+    async with unpolled(monitor, session.iothreads):
+        try:
+            try:
+                await session.reach(requests)
+                await session.lock()
+                await undisturbed(session.enter())
+                clients = [await session.connect(slot) for slot in session.slots]
+            except CommandError as error:
+                if error.standing is None:
+                    error.standing = _NOTHING_LEFT
+                raise
+            yield clients
+        finally:
+            await undisturbed(session.leave())
+
+
+@asynccontextmanager
+async def no_exports(monitor: Monitor, *, stall: float) -> AsyncIterator[None]:
+    """Keep all controllers of ours from exporting anything in the VM, for as long as this lasts.
+
+    :param stall: seconds to wait for one that does.
+    :raise BusyError: it did not end.
+    """
+
+    async def undo(dead: Holder) -> None:
+        await undo_dead_run(monitor, dead, stall, LOCK)
+
+    run = secrets.token_hex(4)
+    me = Holder.me(run, monitor=monitor_name(monitor), path="", ports=[], custody=False, exports=[])
+    try:
+        await lock.acquire(monitor, LOCK, me, undo, stall=stall)
+    except BaseException:
+        lock.abandon(run)
+        raise
+    try:
+        yield
+    finally:
+        try:
+            await undisturbed(lock.release(monitor, LOCK))
+        except DisconnectedError:
+            lock.abandon(run)
+
+
+async def clear_dead(monitor: Monitor, *, stall: float) -> None:
+    """Undo what a controller that died left of the VM's NBD server. Idempotent.
+
+    :param stall: seconds to wait for another controller that is doing so.
+    :raise BusyError: it does not end, or that takes the monitor which the dead one used.
+    """
+    holder = await lock.read(monitor, LOCK)
+    if isinstance(holder, Holder) and holder.is_dead():
+        async with no_exports(monitor, stall=stall):
+            pass  # to have taken the lock is to have undone it
+
+
+class _LateError(NBDConnectError):
+    """QEMU has hung up, since the handshake came too late."""
+
+
+@dataclass
+class _Slot:
+    """One export and the socket of its client."""
+
+    request: Request
+    name: str
+    sock: socket.socket | None = None
+    in_custody: bool = False
+    exported: bool = False
+    holder: bool = False
+    client: Client | None = None
+
+    async def close(self) -> None:
+        """Close our end of the connection. Idempotent."""
+        if self.client is not None:
+            await self.client.close()
+        elif self.sock is not None:
+            self.sock.close()
+
+
+class _Session:
+    """All that one use of `exports` adds to QEMU, and how to remove it."""
+
+    def __init__(self, monitor: Monitor, access: NBDAccess, stall: float) -> None:
+        self.monitor = monitor
+        self.access = access
+        self.stall = stall
+        self.run = secrets.token_hex(4)
+        self.prefix = f"qmpblock-{self.run}"
+        self.slots: list[_Slot] = []
+        self.folder: Path | None = None
+        self.directory: Directory | None = None  # the same, once it is made
+        self.custody = monitor.can_pass_fds
+        self.iothreads: list[dict[str, Any]] | None = None  # where that had to be asked
+        self.iothread: str | None = None
+        self.devices: tuple[Device, ...] = ()
+        self.locked = False
+        self.server = False
+        self.unsure = False  # whether the server that runs is ours
+        self.tls_object = False
+        self.path = ""
+        self.ports: list[int] = []
+        self.where: Address | None = None
+        self.device: Device | None = None
+        self.reached = 0.0  # when the first connection was made, or could be
+
+    # before anything is touched
+
+    async def check(self, device: Device | None) -> None:
+        """Refuse what this QEMU or this transport cannot do safely."""
+        self.devices = () if device is None else (device,)
+        await ownership.ask(self.monitor, self.devices)
+        address = self.monitor.address
+        self.device = device
+        capabilities = Capabilities(self.monitor.version)
+        if device is not None and capabilities.nbd_clients_endanger_iothreads:
+            self.iothreads = await self.monitor.execute("query-iothreads")
+            self.iothread = await iothread_of(self.monitor, device, self.iothreads)
+        if isinstance(address, UnixAddress):
+            # On a foreign server custody is a danger of its own; see above.
+            self.custody = self.access.address is None or self.iothread is not None
+            return
+        if device is not None and self.iothread is not None:
+            raise UnsupportedError(
+                f"{device.name} runs in an iothread, and QEMU {capabilities} aborts when an NBD "
+                "client of such a disk goes away; only a UNIX monitor can prevent it",
+                standing="nothing was touched",
+                remedy="use a UNIX socket monitor (-qmp unix:PATH,server=on,wait=off) on the "
+                "VM's host, or QEMU 10.0 or newer",
+            )
+        if not self.access.address and not self._over_tcp() and not address.loopback:
+            raise UnsupportedError(
+                f"the monitor {address} is on another host, and this needs an NBD connection "
+                "to it, which would be neither encrypted nor authenticated",
+                standing="nothing was touched",
+                remedy="give --tls-creds DIR, or --nbd ADDRESS of a server of your own, or "
+                "--insecure on a network that you trust; or run qmpblock on the VM's host",
+            )
+
+    def _over_tcp(self) -> bool:
+        return isinstance(self.monitor.address, TCPAddress) and bool(
+            self.access.tls_creds or self.access.insecure
+        )
+
+    # entering
+
+    async def reach(self, requests: Sequence[Request]) -> None:
+        """Connect to the foreign server, if that is the way. May be cancelled."""
+        self.slots = [_Slot(r, f"{self.prefix}-{i}") for i, r in enumerate(requests)]
+        if self.access.address is None:
+            return
+        self.reached = asyncio.get_running_loop().time()
+        for slot in self.slots:
+            try:
+                async with asyncio.timeout(self.stall):
+                    slot.sock = await open_socket(parse_address(self.access.address))
+            except TimeoutError:
+                raise _no_server(self.access.address, f"no answer in {self.stall:g} s") from None
+            except OSError as error:
+                raise _no_server(self.access.address, error.strerror or str(error)) from None
+
+    async def enter(self) -> None:
+        """Do all that must not be interrupted half-way."""
+        if self.access.address is None:
+            await self._start_own()
+        elif self.custody:
+            for slot in self.slots:
+                await self._take_custody(slot)
+        for slot in self.slots:
+            await self._add_export(slot)
+
+    async def lock(self) -> None:
+        """Keep other controllers away from the VM's NBD server. May be cancelled."""
+        if self.access.address is None:
+            # Named here, for the lock's record, and made under the lock: a controller that is
+            # killed leaves nothing that the record does not name.
+            self.folder = _socket_folder(self.prefix)
+            self.path = str(self.folder / SOCKET)
+            if self._over_tcp():
+                self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
+        me = Holder.me(
+            self.run,
+            monitor=monitor_name(self.monitor),
+            path=self.path,
+            ports=self.ports,
+            custody=self.custody,
+            exports=[slot.name for slot in self.slots],
+        )
+        try:
+            await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
+        except BaseException:
+            lock.abandon(self.run)  # should it be held after all, whoever comes next may break it
+            raise
+        self.locked = True
+
+    async def _undo(self, dead: Holder) -> None:
+        await undo_dead_run(self.monitor, dead, self.stall, LOCK)
+
+    async def _start_own(self) -> None:
+        assert self.folder is not None  # lock() went before
+        self.reached = asyncio.get_running_loop().time()
+        try:
+            self.folder.mkdir(mode=0o700)
+            self.directory = _open_ours(self.folder)
+        except OSError as error:
+            raise Error(
+                f"cannot make the directory {self.folder} for a socket: {error.strerror}",
+                standing=_NOTHING_LEFT,
+                remedy="set TMPDIR to a directory that this user may write to",
+            ) from None
+        if self.monitor.can_pass_fds:
+            await self._listen_and_hand_over(self.path)
+        elif self._over_tcp():
+            await self._listen_on_tcp()
+        else:
+            try:
+                await self._start_server({"type": "unix", "data": {"path": self.path}})
+            except CommandError as error:
+                error.remedy = (
+                    "QEMU may run as another user or in another container; use its UNIX "
+                    "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
+                )
+                raise
+            self.where = self._socket()
+
+    async def _listen_and_hand_over(self, path: str) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(path)
+            where = self._socket()  # or somebody else's
+            listener.listen(len(self.slots))
+            for slot in self.slots:
+                slot.sock = await open_socket(where)
+                await self._take_custody(slot)
+            name = f"{self.prefix}-listen"
+            await self.monitor.pass_fd(name, listener.fileno())
+            try:
+                await self._start_server({"type": "fd", "data": {"str": name}})
+            except (BusyError, CommandError):
+                # The server takes the descriptor only where it starts.
+                await tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
+                raise
+        self._remove_folder()
+
+    async def _listen_on_tcp(self) -> None:
+        assert isinstance(self.monitor.address, TCPAddress)  # _over_tcp()
+        host = self.monitor.address.host
+        tls: dict[str, object] = {}
+        if self.access.tls_creds:
+            tls = {"tls-creds": f"{self.prefix}-tls"}
+            self.tls_object = True
+            await self.monitor.execute(
+                "object-add",
+                {
+                    "qom-type": "tls-creds-x509",
+                    "id": tls["tls-creds"],
+                    "endpoint": "server",
+                    "dir": self.access.tls_creds,
+                    "verify-peer": True,
+                },
+            )
+        for attempt, port in enumerate(self.ports, 1):
+            try:
+                await self._start_server(
+                    {"type": "inet", "data": {"host": host, "port": str(port)}}, **tls
+                )
+            except CommandError as error:
+                if "in use" in error.description and attempt < len(self.ports):
+                    continue
+                raise
+            self.where = TCPAddress(host, port)
+            return
+
+    async def _start_server(self, address: dict[str, object], **more: object) -> None:
+        self.server = True  # as intent, like all that leave() removes: it copes with "not there"
+        if Capabilities(self.monitor.version).nbd_handshake_limit_can_be_lifted:
+            more["handshake-max-seconds"] = 0  # our own wait has a limit, which the user chose
+        try:
+            await self.monitor.execute("nbd-server-start", {"addr": address, **more})
+        except CommandError as error:
+            self.server = False
+            if "already running" in error.description:
+                raise BusyError(
+                    "an NBD server that is not ours already runs in this VM, and QEMU has "
+                    "room for one only",
+                    standing="it was not touched, and nothing of ours is left in the VM",
+                    remedy="give its address with --nbd ADDRESS (QEMU cannot tell it; whoever "
+                    "started it can, or: ss -xlp), and we add and remove our own export there",
+                ) from error
+            raise
+        except BaseException:
+            self.unsure = True
+            raise
+
+    async def _take_custody(self, slot: _Slot) -> None:
+        assert slot.sock is not None
+        slot.in_custody = True  # as intent: leave() copes with a name that is not there
+        await self.monitor.pass_fd(slot.name, slot.sock.fileno())
+
+    async def _add_export(self, slot: _Slot) -> None:
+        # Now at the latest: an export activates images that are another QEMU's.
+        await ownership.ask(self.monitor, self.devices, standing=_NOTHING_LEFT)
+        if slot.request.hold_writer:
+            slot.holder = True
+            assert self.device is not None  # check() went before
+            chain = self.device.chain
+            holder, name, _ = _holder(slot)
+            joint = Joint(self.monitor, name)
+            await joint.add(chain.active.size if chain is not None else 0)
+            node = {"driver": "copy-on-read", "node-name": holder, "file": name}
+            await self.monitor.execute("blockdev-add", node)
+            await joint.put_on(slot.request.node, self.device)
+        options: dict[str, object] = {
+            "type": "nbd",
+            "id": slot.name,
+            "name": slot.name,
+            "node-name": slot.request.node,
+            "writable": slot.request.writable,
+            "allocation-depth": True,
+        }
+        slot.exported = True
+        try:
+            if self.iothread is None:
+                await self.monitor.execute("block-export-add", options)
+            else:
+                await self._add_pinned(options)
+        except (CommandError, UnsupportedError):
+            slot.exported = False
+            raise
+
+    async def _add_pinned(self, options: dict[str, object]) -> None:
+        """Add an export that keeps its node in the iothread where the guest drives it."""
+        pinned = {**options, "iothread": self.iothread, "fixed-iothread": True}
+        for attempt in range(_TRIES):
+            try:
+                await self.monitor.execute("block-export-add", pinned)
+            except CommandError as error:
+                if "Cannot change iothread" not in error.description:
+                    raise
+            else:
+                return
+            if not (await self.monitor.execute("query-status"))["running"]:
+                # A paused guest resets nothing, and going on moves the node only once.
+                await self.monitor.execute("block-export-add", options)
+                return
+            if attempt + 1 < _TRIES:
+                await asyncio.sleep(_BOOTING / _TRIES)
+        raise UnsupportedError(
+            f"the disk is to run in the iothread {printable(self.iothread)}, but the guest does "
+            f"not drive it: it boots or resets, or has no driver. QEMU "
+            f"{Capabilities(self.monitor.version)} may abort when a guest begins to drive a disk "
+            "that has an NBD client",
+            standing=_NOTHING_LEFT,
+            remedy="try again when the guest uses the disk, or while the VM is paused; or use "
+            "QEMU 10.0 or newer",
+        )
+
+    async def connect(self, slot: _Slot) -> Client:
+        """Negotiate on the slot's connection. May be cancelled."""
+        from qmpblock.nbd import Client, tls_context
+
+        target = slot.sock if slot.sock is not None else self.where
+        assert target is not None  # enter() went through
+        tls, host = None, None
+        if self.access.tls_creds and (self.access.address or self._over_tcp()):
+            tls = tls_context(self.access.tls_creds)
+            reached = parse_address(self.access.address) if self.access.address else self.where
+            host = reached.host if isinstance(reached, TCPAddress) else None
+        try:
+            slot.client = await Client.connect(
+                target,
+                export=slot.name,
+                contexts=slot.request.contexts,
+                in_flight=slot.request.in_flight,
+                tls=tls,
+                tls_hostname=host,
+                # Without custody an ordinary good-bye is right; under it, it would be K1.
+                polite=not slot.in_custody,
+                stall=self.stall,
+            )
+        except NBDConnectError as error:
+            late = asyncio.get_running_loop().time() - self.reached
+            if late < _HANDSHAKE:
+                raise
+            raise _LateError(
+                f"{error.message}, {late:.0f} s after it was made: QEMU waits for {_HANDSHAKE:g} s",
+                standing=_NOTHING_LEFT,
+                remedy="try again when this host is less busy",
+            ) from error
+        return slot.client
+
+    # leaving
+
+    async def leave(self) -> None:
+        """Remove all that was added, as far as it was."""
+        try:
+            await self._remove_exports()
+            for slot in self.slots:
+                await self._end_connection(slot)
+            await self._stop_server()
+            if self.tls_object:
+                await delete_object(self.monitor, f"{self.prefix}-tls")
+            if self.locked:
+                await lock.release(self.monitor, LOCK)
+        except DisconnectedError:
+            # With QEMU itself gone (powered off, quit, killed), so is all that was to be
+            # removed. If only this connection was cut, the next controller removes it, and
+            # that may be this very process.
+            lock.abandon(self.run)
+            if self.locked and self._qemu_is_there():
+                raise DisconnectedError(
+                    f"the connection to {self.monitor.address} was lost before all that was "
+                    "added to the VM was removed",
+                    standing=f"left in it: the lock {LOCK}, exports named {self.prefix}-...",
+                    remedy="run any map of this VM: it removes them first",
+                ) from None
+        except BaseException:
+            lock.abandon(self.run)
+            raise
+        finally:
+            for slot in self.slots:
+                await slot.close()
+            self._remove_folder()
+
+    def _qemu_is_there(self) -> bool:
+        pid = self.monitor.peer_pid
+        return pid is not None and Path(f"/proc/{pid}/fd").exists()
+
+    async def _remove_exports(self) -> None:
+        lost = False
+        for slot in self.slots:
+            if slot.exported:
+                lost |= not await delete_export(self.monitor, slot.name, self.stall)
+            for node in _holder(slot) if slot.holder else ():
+                await tolerate(
+                    "Failed to find node",
+                    self.monitor.execute("blockdev-del", {"node-name": node}),
+                )
+        # An export that went away by itself means that somebody stopped our server, and may
+        # have started one of their own since.
+        if self.server and (lost or self.unsure):
+            listener = {"fdname": f"{self.prefix}-listen"}
+            await tolerate("not found", self.monitor.execute("closefd", listener))
+            self.server = await self._server_is_ours()
+
+    async def _end_connection(self, slot: _Slot) -> None:
+        await slot.close()
+        if slot.in_custody:
+            await tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
+
+    async def _stop_server(self) -> None:
+        if self.server:
+            await settle(self.monitor)
+            await tolerate("not running", self.monitor.execute("nbd-server-stop"))
+
+    async def _server_is_ours(self) -> bool:
+        if is_listening(self.path):
+            return True
+        address = self.monitor.address
+        host = address.host if isinstance(address, TCPAddress) else ""
+        return await answers(host, self.ports)
+
+    def _remove_folder(self) -> None:
+        if self.folder is not None:
+            remove_socket(self.path)
+            self.folder = None
+        if self.directory is not None:
+            self.directory.close()
+
+    def _socket(self) -> UnixAddress:
+        """Return the way to the socket in the directory that we made, whatever bears its name."""
+        assert self.directory is not None  # it was made before
+        return UnixAddress(f"/proc/self/fd/{self.directory.fd}/{SOCKET}")
+
+
+def _holder(slot: _Slot) -> tuple[str, ...]:
+    """Return the names of the nodes that hold the write permission, each before what it is over."""
+    return f"{slot.name}-w", *Joint.names(f"{slot.name}-w-j")
+
+
+def _open_ours(folder: Path) -> Directory:
+    """Open a directory that was just made, and see that nobody put another one in its place.
+
+    :raise OSError: somebody did.
+    """
+    directory = Directory(folder)
+    if not directory.is_ours():
+        directory.close()
+        raise PermissionError(errno.EACCES, "somebody has put another directory in its place")
+    return directory
+
+
+def _socket_folder(name: str) -> Path:
+    """Name a directory for a socket, where the socket's path is not too long (unix(7))."""
+    folder = Path(tempfile.gettempdir(), name)
+    return folder if len(os.fsencode(folder)) < 100 else Path("/tmp", name)  # noqa: S108  # 0700
+
+
+def _no_server(address: str, why: str) -> NBDConnectError:
+    return NBDConnectError(
+        f"no NBD server answers at {printable(address)}: {why}",
+        standing="nothing was touched",
+        remedy="look whether --nbd names the server that runs in this VM",
+    )

@@ -1,0 +1,31 @@
+"""What a map is: which layer supplies every byte of a disk. Pure."""
+
+from qmpblock.extents.allocationmap import (
+    DATA,
+    PRESENT,
+    RESERVED,
+    ZERO,
+    AllocationMap,
+    Extent,
+    ExtentAllowance,
+    LayerTotals,
+    NBDMapBuilder,
+    Ranges,
+    Totals,
+    layer_extents_json,
+)
+
+__all__ = [
+    "DATA",
+    "PRESENT",
+    "RESERVED",
+    "ZERO",
+    "AllocationMap",
+    "Extent",
+    "ExtentAllowance",
+    "LayerTotals",
+    "NBDMapBuilder",
+    "Ranges",
+    "Totals",
+    "layer_extents_json",
+]

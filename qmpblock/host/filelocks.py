@@ -1,0 +1,87 @@
+"""What others rely on in a file, and which files are images, by the locks that QEMU puts on them.
+
+Each QEMU holds byte-range locks on its images, which say what it does with them and what it cannot
+bear others to do (block/file-posix.c, RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE)::
+
+    byte 100 + p   does p      byte 200 + p   nobody else may do p       p = 1: write
+
+A VM with file.locking=off neither takes nor sees them. They are in /proc/locks, without their
+owner; what the VM itself holds is in its /proc/PID/fdinfo, so the rest is somebody else's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from qmpblock.graph.places import FileId
+from qmpblock.host.openfiles import OpenFiles
+
+__all__ = ["foreign_users", "images_of"]
+
+_WRITES, _NO_WRITES = 101, 201
+_ALL = range(100, 300)
+_LOCK = re.compile(
+    r"OFDLCK\s+ADVISORY\s+\w+\s+-?\d+\s+([0-9a-f]+):([0-9a-f]+):(\d+)\s+(\d+)\s+(\d+|EOF)"
+)
+
+
+def foreign_users(files: OpenFiles, file: FileId) -> str | None:
+    """Say which processes have a file open that write to it or cannot bear that; None for none.
+
+    :param files: of the VM that is about to write to it.
+    """
+    if files.pid is None or files.blind is not None or file.is_device:
+        return None
+    if _held(_read(Path("/proc/locks")), file) <= _held(_own(files.pid), file):
+        return None
+    pids = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdecimal() and int(entry.name) not in (files.pid, os.getpid())
+    ]
+    found = [str(pid) for pid in pids if file in OpenFiles(pid).ids()]
+    return f"process {', '.join(found)}" if found else "another process"
+
+
+def images_of(files: OpenFiles) -> set[FileId]:
+    """Return the files that a VM has open and holds an image's locks on."""
+    if files.pid is None or files.blind is not None:
+        return set()
+    lines = _own(files.pid)
+    return {file for file in files.ids() if not file.is_device and _held(lines, file, _ALL)}
+
+
+def _own(pid: int) -> list[str]:
+    lines = []
+    try:
+        entries = list(Path(f"/proc/{pid}/fdinfo").iterdir())
+    except OSError:
+        return []
+    for entry in entries:
+        lines += [line for line in _read(entry) if line.startswith("lock:")]
+    return lines
+
+
+def _read(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []  # closed since it was listed
+
+
+def _held(lines: Iterable[str], file: FileId, wanted: Iterable[int] = (_WRITES, _NO_WRITES)) -> int:
+    """Count the locks on a file that are on some bytes: those that are about writing."""
+    count = 0
+    for line in lines:
+        match = _LOCK.search(line)
+        if match is None or "->" in line:
+            continue
+        major, minor, inode, first, last = match.groups()
+        if (os.makedev(int(major, 16), int(minor, 16)), int(inode)) != (file.device, file.inode):
+            continue
+        stop = 1 << 63 if last == "EOF" else int(last)
+        count += sum(int(first) <= byte <= stop for byte in wanted)
+    return count

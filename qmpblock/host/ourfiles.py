@@ -1,0 +1,290 @@
+"""Files of ours in directories that others may write to: by descriptor, never twice by name.
+
+Whoever may write to a directory can at any moment put a link, a FIFO or another file in the place
+of a name in it, and a directory with a link in the place of the directory. So a directory is opened
+once, and a file in it is told by what was made, not by what it is called::
+
+    made      without a name (O_TMPFILE), owner and mode set, filled, recorded; then linked
+    opened    again by no link, without waiting for a FIFO's other end; then it must be that file
+    removed   only if that name still is that file
+
+The way to a directory may lead through links. One of another user's may lead only where he could
+write himself: or he would have root make files, which he then owns, anywhere.
+
+Between that last look and unlinkat(2) another file may come to bear the name. It goes then: one
+that its owner moved there, out of a directory in which he could have removed it himself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import posixpath
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn, Self
+
+from qmpblock.graph.places import FileId
+
+__all__ = ["Directory", "open_plain", "remove"]
+
+_NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+_LOOK = os.O_PATH | os.O_CLOEXEC
+_LINKS = 40  # on one way, as path_resolution(7)
+
+
+class Directory:
+    """A directory that was opened once, and files of ours in it. A context manager.
+
+    All names are those of entries in it: one with a slash is a ValueError.
+
+    :ivar path: by which it was opened, for people.
+    :ivar fd: its descriptor (O_PATH).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open it.
+
+        :raise OSError: it is not there, or is no directory; or (as root) the way leads through a
+            link of another user, who may not write there.
+        """
+        self.path = Path(path)
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        self.fd = _walk(self.path) if os.geteuid() == 0 else os.open(path, flags)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Look at what bears a name, a link as a link; None where nothing does.
+
+        :raise OSError: it cannot be looked at.
+        """
+        try:
+            return os.stat(_entry(name), dir_fd=self.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def holds(self, name: str, file: FileId) -> bool:
+        """Whether that name is that file, and no link to it."""
+        with contextlib.suppress(OSError):
+            status = self.status(name)
+            return status is not None and FileId.of(status) == file
+        return False
+
+    def open(self, name: str, file: FileId, flags: int = os.O_RDONLY) -> int:
+        """Open a file again, and return its descriptor.
+
+        :param file: that it must be.
+        :param flags: O_RDONLY, O_WRONLY, O_RDWR or O_PATH, and what goes with it.
+        :raise FileNotFoundError: it is not there; another one, or a link, bears its name.
+        :raise OSError: it cannot be opened.
+        """
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            fd = os.open(_entry(name), flags, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a FIFO or a socket
+                raise _another(self.path / name) from None
+            raise
+        if FileId.of(os.fstat(fd)) != file:
+            os.close(fd)
+            raise _another(self.path / name)
+        return fd
+
+    def make(
+        self,
+        name: str,
+        record: Callable[[FileId], None],
+        fill: Callable[[int], None],
+        *,
+        like: os.stat_result | None = None,
+    ) -> int:
+        """Make a file, which is never there unrecorded; return its descriptor, read and write.
+
+        Where the file system allows it, it is never there half-written, nor with another owner
+        and mode, either.
+
+        :param record: is called with what it will be, before it has a name.
+        :param fill: is called with its descriptor, to write to it.
+        :param like: whose owner and mode it gets; None: ours, and 0600.
+        :raise FileExistsError: there is something of that name.
+        :raise OSError: it cannot be made.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC
+        try:
+            fd = os.open(".", os.O_TMPFILE | flags, 0o600, dir_fd=self.fd)
+        except OSError as error:
+            if error.errno not in _NO_NAMELESS:
+                raise
+            nameless = False  # NFS, say
+            fd = os.open(
+                _entry(name), os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | flags, 0o600, dir_fd=self.fd
+            )
+        else:
+            nameless = True
+        try:
+            made = FileId.of(os.fstat(fd))
+            assert made is not None  # it is a regular file
+            if not nameless:
+                record(made)
+            if like is not None:
+                if os.geteuid() == 0:
+                    os.fchown(fd, like.st_uid, like.st_gid)
+                os.fchmod(fd, like.st_mode & 0o777)
+            fill(fd)
+            if nameless:
+                record(made)
+                # src_dir_fd is not used with an absolute path, but has os.link call linkat(2).
+                os.link(
+                    f"/proc/self/fd/{fd}",
+                    _entry(name),
+                    src_dir_fd=fd,
+                    dst_dir_fd=self.fd,
+                    follow_symlinks=True,
+                )
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def remove(self, name: str, file: FileId) -> bool:
+        """Remove a file, if that name still is it; return whether it was.
+
+        :raise OSError: it cannot be removed.
+        """
+        if not self.holds(name, file):
+            return False
+        try:
+            os.unlink(_entry(name), dir_fd=self.fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def sync(self) -> None:
+        """Have what its names are on stable storage.
+
+        :raise OSError: it cannot be.
+        """
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def is_ours(self) -> bool:
+        """Whether it belongs to this process's user, and nobody else may write to it."""
+        status = os.fstat(self.fd)
+        return status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o022
+
+
+def open_plain(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """Open a regular file or a block device by its path, and nothing else: nothing waits for it.
+
+    Looked at before it is opened: what opening does to a FIFO or to a device does not happen.
+
+    :raise OSError: it cannot be opened, or is something else.
+    """
+    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if FileId.of(os.fstat(found)) is None:
+            raise OSError(errno.EINVAL, "no regular file and no block device", str(path))
+        return os.open(f"/proc/self/fd/{found}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
+
+
+def remove(path: str | os.PathLike[str], file: FileId) -> bool:
+    """Remove a file, if its path still leads to it; return whether it did.
+
+    :raise OSError: it cannot be removed.
+    """
+    folder, name = posixpath.split(os.fspath(path))
+    try:
+        directory = Directory(folder or ".")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    with directory:
+        return directory.remove(name, file)
+
+
+def _walk(path: Path) -> int:
+    """Open a directory step by step, and look at the links on the way."""
+    todo = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts))
+    links: dict[int, str] = {}
+    passed = 0
+    at = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
+    try:
+        while todo:
+            name = todo.pop()
+            found, owner, target = _step(at, name)
+            if target is not None:
+                passed += 1
+                if passed > _LINKS:
+                    _fail(errno.ELOOP, path)
+                links[owner] = name
+                todo += reversed(target.parts)
+                if not target.is_absolute():
+                    continue
+                found = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
+            os.close(at)
+            at = found
+        _check_arrival(at, path, links)
+    except BaseException:
+        os.close(at)
+        raise
+    return at
+
+
+def _step(at: int, name: str) -> tuple[int, int, Path | None]:
+    """Open what bears a name; of a link return its owner and its target instead."""
+    fd = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=at)
+    status = os.fstat(fd)
+    if not stat.S_ISLNK(status.st_mode):
+        return fd, status.st_uid, None
+    try:
+        if status.st_dev == Path("/proc").stat().st_dev:  # /proc/PID/root: no text says whereto
+            return os.open(name, _LOOK, dir_fd=at), status.st_uid, None
+        return -1, status.st_uid, Path(os.readlink("", dir_fd=fd))
+    finally:
+        os.close(fd)
+
+
+def _check_arrival(fd: int, path: Path, links: Mapping[int, str]) -> None:
+    """See that it is a directory, and none to which a link of another's has led us astray."""
+    status = os.fstat(fd)
+    if not stat.S_ISDIR(status.st_mode):
+        _fail(errno.ENOTDIR, path)
+    for owner, name in links.items():
+        if owner not in (0, status.st_uid) and not status.st_mode & 0o022:
+            _fail(
+                errno.EACCES,
+                path,
+                f"the way there leads through the link {name} of user {owner}, who may not write "
+                "there",
+            )
+
+
+def _fail(number: int, path: Path, why: str = "") -> NoReturn:
+    raise OSError(number, why or os.strerror(number), str(path))
+
+
+def _entry(name: str) -> str:
+    if not name or "/" in name or name in (".", ".."):
+        raise ValueError(f"{name!r} is not the name of an entry of a directory")
+    return name
+
+
+def _another(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "another file, or a link, bears its name", str(path))

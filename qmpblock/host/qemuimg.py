@@ -1,0 +1,642 @@
+"""qemu-img, for images that no running guest writes to: closed ones and frozen layers.
+
+No image is ever probed for its format, because a guest can forge one: the format is given,
+and an image whose backing format is not recorded is refused (design.md, safety rule 3).
+
+Nor is anything opened but what is handed over, with the rights of the image's owner, or of the
+user of the QEMU that has it open (`qmpblock.host.handed`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import posixpath
+import re
+import resource
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmpblock import luks
+from qmpblock.errors import (
+    NotFoundError,
+    RequestError,
+    StalledError,
+    ToolError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph.jsonname import as_name, innermost, said_by
+from qmpblock.host.handed import FORMATS, HandedFiles, MoreFiles, User, has_servers, is_local
+
+if TYPE_CHECKING:
+    from qmpblock.extents.allocationmap import AllocationMap
+
+__all__ = [
+    "Contents",
+    "Image",
+    "Key",
+    "QemuImg",
+    "QemuIo",
+    "blockdev",
+    "format_of",
+    "in_use_by_another",
+    "null_data",
+]
+
+_RECORDS = 1 << 16  # of a map, taken in at a time
+_LINE = 1 << 20  # bytes
+_HELD = re.compile(r'Failed to (?:get (?:shared )?"[a-z ]+" lock|lock byte)')
+_DOCUMENT = 16 << 20  # characters
+_LONGEST = 400  # images of a chain; QEMU's own JSON reader takes 1024 levels
+_PIECE = 4 << 20  # bytes that qemu-io writes at a time; larger ones take new memory each time
+_SUFFIXES = {
+    ".img": "raw",
+    ".luks": "luks",
+    ".parallels": "parallels",
+    ".qcow": "qcow",
+    ".qcow2": "qcow2",
+    ".qed": "qed",
+    ".raw": "raw",
+    ".vdi": "vdi",
+    ".vhd": "vpc",
+    ".vhdx": "vhdx",
+    ".vmdk": "vmdk",
+}
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a chain on disk.
+
+    :ivar file: its path, resolved against the image that names it.
+    :ivar format: as given or recorded, never probed.
+    :ivar size: virtual size in bytes.
+    :ivar opener: whose the image is that names it, with whose rights it is opened; None where it
+        was asked for, and is opened with its owner's.
+    """
+
+    file: str
+    format: str
+    size: int
+    opener: User | None = None
+
+
+@dataclass(frozen=True)
+class _Info:
+    """What `qemu-img info` says of an image; the names as its header has them."""
+
+    size: int
+    backing: str
+    backing_format: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a `secret` object of QEMU's holds; never shown.
+
+    :ivar text: its data, in its format (`raw`, `base64`).
+    :ivar iv: where the data is encrypted, by the key before this one: its initialisation
+        vector; empty where it is not.
+    """
+
+    text: bytes = field(repr=False)
+    format: str = "raw"
+    iv: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The bytes of an image file that is yet to be.
+
+    :ivar length: of the file, in bytes.
+    :ivar pieces: what is data in it, by its offset; the rest is a hole.
+    """
+
+    length: int
+    pieces: tuple[tuple[int, bytes], ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, fd: int) -> Contents:
+        """Read a sparse file."""
+        length, at = os.fstat(fd).st_size, 0
+        pieces: list[tuple[int, bytes]] = []
+        while at < length:
+            try:
+                start = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # no data after `at`
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+            pieces.append((start, os.pread(fd, at - start, start)))
+        return cls(length, tuple(pieces))
+
+    def write_to(self, fd: int) -> None:
+        """Make an empty file hold them.
+
+        :raise OSError: it cannot.
+        """
+        os.ftruncate(fd, self.length)
+        for at, data in self.pieces:
+            view = memoryview(data)
+            while view:
+                done = os.pwrite(fd, view, at)
+                view, at = view[done:], at + done
+
+
+def format_of(path: str) -> str:
+    """Tell a format from a file name's suffix, which no guest can write.
+
+    :raise RequestError: the suffix tells nothing.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise RequestError(
+            f"the name {printable(path)} does not tell the image's format, and its content is "
+            "not asked: a guest can forge it",
+            remedy=f"give --format FMT, or use one of the suffixes {' '.join(sorted(_SUFFIXES))}",
+        )
+    return _SUFFIXES[suffix]
+
+
+class QemuImg:
+    """The qemu-img program.
+
+    :param program: its name or path.
+    :param stall: seconds without any output that count as a failure.
+    """
+
+    def __init__(self, program: str = "qemu-img", *, stall: float = 60.0) -> None:
+        self.program = program
+        self.stall = stall
+
+    async def chain(self, path: str, fmt: str) -> tuple[Image, ...]:
+        """Follow a closed image's backing links, the active layer first.
+
+        Each is opened with the rights of whoever owns the one that names it.
+
+        :raise NotFoundError: there is no such file.
+        :raise UnsupportedError: a backing format is not recorded and not told by the name,
+            or a backing file is not a local file, or the owner of the image that names it may
+            not come to it.
+        :raise ToolError: qemu-img cannot read one of them.
+        """
+        images: list[Image] = []
+        owner: User | None = None  # of the image before; where there is none, of this one
+        while True:
+            if len(images) == _LONGEST:
+                raise RequestError(f"more than {_LONGEST} images are in this backing chain")
+            if any(image.file == path for image in images):
+                raise RequestError(f"{printable(path)} is in its own backing chain")
+            try:
+                info, next_owner = await self._info(path, fmt, owner)
+            except NotFoundError as error:
+                if images:
+                    error.message += f", the backing file of {printable(images[-1].file)}"
+                raise
+            images.append(Image(path, fmt, info.size, owner))
+            owner = next_owner
+            if not info.backing:
+                return tuple(images)
+            overlay, path = path, _beside(path, info.backing)
+            # QED and QCOW1 headers have no room for it; then the name must tell.
+            fmt = info.backing_format or _SUFFIXES.get(Path(path).suffix.lower(), "")
+            described = said_by(path)
+            if described:
+                fmt = str(described.get("driver") or "")
+            if not fmt:
+                raise UnsupportedError(
+                    f"{printable(overlay)} does not record the format of its backing file "
+                    f"{printable(path)}, whose name does not tell it either; it is not probed: "
+                    "a guest can forge it",
+                    remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
+                    f"{printable(info.backing)} {printable(overlay)}",
+                )
+            if ":" in path.partition("/")[0] and not (described and is_local(described)):
+                raise UnsupportedError(
+                    f"the backing file {printable(path)} is not a local file",
+                    remedy="map it through the monitor of a VM that has it open",
+                )
+            if fmt not in FORMATS:
+                raise UnsupportedError(
+                    f"{printable(overlay)} records {printable(fmt)} as the format of its backing "
+                    f"file {printable(path)}, which is no format of image files",
+                )
+
+    async def _info(self, path: str, fmt: str, opener: User | None) -> tuple[_Info, User]:
+        """Read an image's header as some user, and return whose the image is.
+
+        :param opener: None: its owner.
+        """
+        more: dict[str, Sequence[str]] = {}
+        said = opener is not None
+        found, owner = await self._read_info(blockdev(fmt, path), opener, more, said=said)
+        if opener not in (None, owner):  # what it names besides, it names for its owner
+            for file, names in list(more.items()):
+                for name in names:
+                    beside = (
+                        posixpath.join(posixpath.dirname(file), name) if fmt == "vmdk" else name
+                    )
+                    await self._read_info(blockdev("raw", beside), owner, more, said=True)
+        return found, owner
+
+    async def _read_info(
+        self,
+        options: Mapping[str, Any],
+        user: User | None,
+        more: dict[str, Sequence[str]],
+        *,
+        said: bool,
+    ) -> tuple[_Info, User]:
+        owners = []
+
+        def command(files: HandedFiles) -> Sequence[str]:
+            name = as_name(files.image(options, said=said))
+            owners.append(files.owner)
+            return ("info", "--output=json", name)
+
+        text = ""
+        async with aclosing(self._lines(command, user=user, more=more)) as lines:
+            async for line in lines:
+                text += line
+                if len(text) > _DOCUMENT:
+                    break
+        try:
+            found = json.loads(text)
+            info = _Info(
+                int(found["virtual-size"]),
+                str(found.get("backing-filename") or ""),
+                str(found.get("backing-filename-format") or ""),
+            )
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            raise ToolError(
+                [self.program, "info", as_name(options)],
+                0,
+                f"it printed no information: {printable(text, 200)}",
+            ) from None
+        return info, owners[-1]
+
+    async def map(
+        self,
+        image: Mapping[str, Any],
+        formats: Sequence[str],
+        *,
+        shared: bool = False,
+        part: tuple[int, int] | None = None,
+        vm: int | None = None,
+        opener: User | None = None,
+        known: Collection[tuple[int | None, int]] | None = None,
+    ) -> AllocationMap:
+        """Map an image, described by QEMU's blockdev options.
+
+        :param image: as for blockdev-add, without `node-name`; `"backing": None` leaves
+            out what lies below.
+        :param formats: of its layers, the active one first.
+        :param shared: open it although another process has it open for writing. Only right
+            for frozen layers, which nobody writes to.
+        :param part: offset and length of the range to map; None: all.
+        :param vm: the process of the VM that has it open, whose user's rights are used; None:
+            those of the image's owner.
+        :param opener: see `Image`.
+        :param known: device (None: any) and inode of the image's file, if that is known.
+        :raise NotFoundError: there is no such file.
+        :raise UnsupportedError: one of its files cannot be opened, and why.
+        :raise ToolError: qemu-img failed.
+        """
+        from qmpblock.extents.allocationmap import AllocationMap
+
+        options = ["-U"] if shared else []
+        if part is not None:
+            options += [f"--start-offset={part[0]}", f"--max-length={part[1]}"]
+        parts: list[AllocationMap] = []
+        pending: list[str] = []
+
+        def take() -> None:
+            # One record a line: `[{ ... },`, `{ ... },` and `{ ... }]`.
+            text = ",".join(line.strip().strip("[],") for line in pending if line.strip())
+            pending.clear()
+            records = json.loads(f"[{text}]")
+            if records:
+                found = AllocationMap.from_qemu_img(records, layers=len(formats), formats=formats)
+                parts.append(found)
+
+        # A few megabytes at a time, whatever a guest made of its image.
+        def command(files: HandedFiles) -> Sequence[str]:
+            name = as_name(files.image(image, said=opener is not None))
+            return ("map", "--output=json", *options, name)
+
+        lines = self._lines(command, vm=vm, user=opener, known=known, exclusive=not shared)
+        async for line in lines:
+            pending.append(line)
+            if len(pending) >= _RECORDS:
+                take()
+        take()
+        if not parts:
+            raise ToolError([self.program, "map"], 0, "it printed no map")
+        return AllocationMap.concat(parts).coalesce()
+
+    async def in_use(self, path: str) -> bool:
+        """Whether some QEMU has a file open for writing, by the locks that it puts on it.
+
+        :raise ToolError: qemu-img cannot read the file.
+        """
+        try:
+            # As raw: its content is of no interest, and not looked at.
+            await self._info(path, "raw", None)
+        except ToolError as error:
+            if not in_use_by_another(error.stderr):
+                raise
+            return True
+        return False
+
+    async def create(
+        self,
+        fmt: str,
+        size: int,
+        options: Mapping[str, str | int],
+        *,
+        backing: tuple[str, str] | None = None,
+        keys: Sequence[Key] = (),
+        data_elsewhere: bool = False,
+    ) -> Contents:
+        """Make an empty image, and return what its file is to hold; no file is made.
+
+        It is made in memory, and no other image is opened. So nothing is left of it, whatever
+        dies, and no key is written to a disk.
+
+        :param options: of the format, whatever its defaults are.
+        :param backing: the name and the format to record of its backing image.
+        :param keys: the one that encrypts the image, after those that encrypt it in turn; the
+            image's option `key-secret` (`encrypt.key-secret`) is `key<N>`, N counted from 0.
+        :param data_elsewhere: its data lies in another file (qcow2), which whoever opens it names.
+        :raise ToolError: qemu-img failed; no key is in it.
+        """
+        command = ["create", "-q", "-f", fmt]
+        with HandedFiles() as files:
+            made = files.memory()
+            for number, key in enumerate(keys):
+                fd = files.memory(key.text)
+                described = f"secret,id=key{number},file=/proc/self/fd/{fd},format={key.format}"
+                if key.iv:
+                    described += f",keyid=key{number - 1},iv={key.iv}"
+                command += ["--object", described]
+            if data_elsewhere:  # qemu-img insists on a file
+                options = {**options, "data_file": f"/proc/self/fd/{files.memory()}"}
+            if options:
+                command += ["-o", ",".join(f"{name}={value}" for name, value in options.items())]
+            if backing is not None:
+                command += ["-u", "-b", backing[0], "-F", backing[1]]
+            command += [f"/proc/self/fd/{made}", str(size)]
+
+            async def attempt() -> None:
+                os.ftruncate(made, 0)
+                try:
+                    async for _ in self._run(command, files):
+                        pass
+                except ToolError as error:
+                    # Its file has no name that could be deleted, and need not be.
+                    lines = error.stderr.splitlines()
+                    said = [line for line in lines if "Error when deleting file" not in line]
+                    raise ToolError(
+                        error.command, error.returncode, "\n".join(said), remedy=error.remedy
+                    ) from None
+
+            await luks.retried(attempt)
+            return Contents.of(made)
+
+    async def rebase(
+        self,
+        overlay: str,
+        fmt: str,
+        base: str,
+        base_fmt: str,
+        *,
+        known: Collection[tuple[int | None, int]] | None,
+    ) -> None:
+        """Have a closed overlay's header name another backing image; no data is copied.
+
+        With the rights of its owner.
+
+        :param base: empty: none.
+        :param known: device (None: any) and inode of what may be written to; None: of any.
+        :raise UnsupportedError: the overlay is another file.
+        :raise ToolError: qemu-img failed.
+        """
+        named = ("-F", base_fmt) if base else ()
+
+        def command(files: HandedFiles) -> Sequence[str]:
+            name = as_name(files.image(blockdev(fmt, overlay), writable=1))
+            return ("rebase", "-q", "-u", "-b", base, *named, name)
+
+        async for _ in self._lines(command, known=known):
+            pass
+
+    async def commit(
+        self,
+        overlay: str,
+        fmt: str,
+        base: Mapping[str, Any],
+        *,
+        known: Collection[tuple[int | None, int]] | None,
+    ) -> None:
+        """Copy what a closed overlay holds into its backing image. Can be repeated.
+
+        With the rights of that one's owner.
+
+        :param base: how it is opened, with all that lies below it.
+        :param known: device (None: any) and inode of what may be written to; None: of any.
+        :raise UnsupportedError: one is another file.
+        :raise ToolError: qemu-img failed.
+        """
+
+        def command(files: HandedFiles) -> Sequence[str]:
+            below = files.image(base, writable=1)
+            image = files.image(blockdev(fmt, overlay), writable=1) | {"backing": below}
+            return ("commit", "-q", "-d", as_name(image))
+
+        async for _ in self._lines(command, network=has_servers(base), known=known):
+            pass
+
+    async def _lines(
+        self,
+        command: Callable[[HandedFiles], Sequence[str]],
+        *,
+        exclusive: bool = True,
+        given: str | None = None,
+        more: dict[str, Sequence[str]] | None = None,
+        **handed: Any,
+    ) -> AsyncGenerator[str, None]:
+        """Run qemu-img and yield what it prints, line by line.
+
+        :param command: hands the files, and returns the arguments.
+        :param given: what it is to read on stdin.
+        :param more: see `HandedFiles`, as the rest; what is found is added to it.
+        :raise ToolError: it cannot be started, or fails.
+        :raise UnsupportedError: it may not open one of the files.
+        :raise StalledError: it prints nothing, and does not end, for the stall limit.
+        """
+        more = {} if more is None else more
+        while True:
+            with HandedFiles(more=more, **handed) as files:
+                try:
+                    run = self._run(command(files), files, exclusive=exclusive, given=given)
+                    async with aclosing(run) as lines:
+                        async for line in lines:
+                            yield line
+                except MoreFiles as found:  # nothing was run
+                    more[found.file] = found.names
+                else:
+                    return
+
+    async def _run(
+        self,
+        arguments: Sequence[str],
+        files: HandedFiles,
+        *,
+        exclusive: bool = True,
+        given: str | None = None,
+    ) -> AsyncGenerator[str, None]:
+        """Run qemu-img once."""
+        command = [self.program, *map(files.shown, arguments)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *files.command(self.program, arguments),
+                stdin=asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                limit=_LINE,
+                pass_fds=files.descriptors,
+            )
+        except (OSError, ValueError) as error:  # too long an argument, or a NUL in one
+            raise ToolError(command, 127, str(error)) from None
+        with contextlib.suppress(OSError):  # it has ended
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # it may have keys
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            complaints = asyncio.ensure_future(process.stderr.read())
+            if given is not None:
+                assert process.stdin is not None
+                process.stdin.write(given.encode())
+                process.stdin.write_eof()
+            while True:
+                async with asyncio.timeout(self.stall):
+                    line = await process.stdout.readline()
+                if not line:
+                    break
+                yield line.decode(errors="replace")
+            async with asyncio.timeout(self.stall):
+                complaint = await complaints
+                code = await process.wait()
+        except TimeoutError:
+            raise StalledError(
+                f"{printable(' '.join(command), 1000)} printed nothing for {self.stall:g} s",
+                remedy="look whether the storage of the image hangs",
+            ) from None
+        except ValueError:
+            raise ToolError(command, 0, "it printed a line without an end") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if code:
+            files.refuse(code, complaint)
+            said = files.shown(complaint.decode(errors="replace"))
+            raise ToolError(command, code, said, remedy=_remedy(code, said, exclusive=exclusive))
+
+
+def in_use_by_another(said: str) -> bool:
+    """Whether a tool failed because a QEMU holds the image, by QEMU's words (7.2 to 11.1)."""
+    return _HELD.search(said) is not None
+
+
+def _remedy(code: int, said: str, *, exclusive: bool) -> str | None:
+    if exclusive and in_use_by_another(said):
+        return (
+            "a running VM holds the image; map it through that VM's monitor: "
+            "qmpblock map ADDRESS DISK"
+        )
+    if code in (126, 127):  # a shell's: what is found there starts something else
+        return (
+            "it is started with few files to open, and a script that starts a program elsewhere "
+            "does not come to it: have the PATH lead to the program itself, or a link to it"
+        )
+    return None
+
+
+def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:
+    """Return blockdev options that open `file`, over exactly `backing`, probing nothing."""
+    options: dict[str, Any] = said_by(file) or {
+        "driver": fmt,
+        "file": {"driver": "file", "filename": file},
+    }
+    if fmt in _WITH_BACKING:
+        options["backing"] = (
+            blockdev(backing[0].format, backing[0].file, backing[1:]) if backing else None
+        )
+    return options
+
+
+def _beside(path: str, named: str) -> str:
+    """Return a backing file's name as it counts from the image that records it."""
+    if ":" in named.partition("/")[0]:
+        return named.removeprefix("file:")
+    described = said_by(path)
+    return posixpath.join(
+        posixpath.dirname(str(innermost(described)["filename"]) if described else path), named
+    )
+
+
+_WITH_BACKING = frozenset({"qcow", "qcow2", "qed", "vmdk"})
+
+
+class QemuIo(QemuImg):
+    """The qemu-io program, for images that are yet to be."""
+
+    def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
+        super().__init__(program, stall=stall)
+
+    async def mark_as_data(
+        self, contents: Contents, size: int, ranges: Iterable[tuple[int, int]]
+    ) -> Contents:
+        """Have a qcow2 image hold data in ranges, in a data file that is nowhere.
+
+        As it was made, this is done in memory.
+
+        :param contents: made by `QemuImg.create` with `data_elsewhere`.
+        :param size: of the image, in bytes.
+        :return: what its file is to hold.
+        :raise ToolError: qemu-io failed.
+        """
+        lines = [
+            f"write -q -P 0 {at} {min(_PIECE, stop - at)}"
+            for start, stop in ranges
+            for at in range(start, stop, _PIECE)
+        ]
+        text = "\n".join([*lines, "quit", ""])
+        with HandedFiles() as files:
+            made = files.memory()
+            contents.write_to(made)
+            image = {
+                "driver": "qcow2",
+                "file": {"driver": "file", "filename": f"/proc/self/fd/{made}"},
+                "data-file": null_data(size),
+            }
+            command = ("-t", "unsafe", as_name(image))
+            said = [line async for line in self._run(command, files, given=text)]
+            wrong = [line for line in said if "failed" in line]
+            if wrong:
+                raise ToolError([self.program, *command], 1, wrong[0])
+            return Contents.of(made)
+
+
+def null_data(size: int) -> dict[str, Any]:
+    """Return the options of a node that reads as zeros, and forgets what is written to it."""
+    return {"driver": "null-co", "size": size, "read-zeroes": True}

@@ -1,0 +1,124 @@
+"""Steering: the verbs of `qmpblock job`, on jobs of ours from another process.
+
+A foreign job is shown and never touched. A job of ours has a controller that does what must
+be done before its end, so that two verbs are not simply passed on: were a pivot completed
+whose controller is dead, it would wait to be finalized, and the guest with it (K5); and a
+stream that is finalized without a flush can lose data (K6).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpblock.changes.change import LOCKS, record_of
+from qmpblock.changes.unfinished import Choice
+from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError, printable
+from qmpblock.graph.model import Job as JobInfo
+from qmpblock.qemu import lock, ownership, polling
+from qmpblock.qemu.job import Job
+from qmpblock.qemu.jobstate import VERBS, allows
+from qmpblock.qemu.lock import Holder
+from qmpblock.recovery import recover
+
+if TYPE_CHECKING:
+    from qmpblock.vm import VM
+
+__all__ = ["find_job", "holder_of", "steer"]
+
+
+async def find_job(vm: VM, name: str) -> JobInfo:
+    """Find a job by its id.
+
+    :raise NotFoundError: there is none; lists those that there are.
+    """
+    jobs = (await vm.graph()).jobs
+    for job in jobs:
+        if job.id == name:
+            return job
+    listed = [f"{job.id} ({job.type}, {job.status})" for job in jobs]
+    raise NotFoundError(
+        f"this VM has no job {printable(name)}" + ("; it has:" if listed else ", nor any other"),
+        listed,
+    )
+
+
+async def holder_of(vm: VM, job: JobInfo) -> Holder | None:
+    """Return the controller of a job of ours, dead or alive; None if nothing tells.
+
+    :raise RecordError: a lock that may be that controller's cannot be read.
+    """
+    unread: RecordError | None = None
+    for name in await lock.names(vm.monitor):
+        if not name.startswith(LOCKS):
+            continue
+        holder = await lock.read(vm.monitor, name)
+        try:
+            if isinstance(holder, str):
+                raise lock.unreadable(name, holder)
+            record = record_of(holder, name) if holder is not None else None
+        except RecordError as error:
+            unread = error
+            continue
+        if holder and record and job.id in (record.job, *record.helpers):
+            return holder
+    if unread is not None:
+        raise unread
+    return None
+
+
+async def steer(vm: VM, name: str, verb: str, speed: int = 0) -> str:
+    """Apply a verb to a job of ours; return what was done, in a sentence.
+
+    :param verb: `pause`, `resume`, `cancel`, `complete`, `finalize`, `dismiss` or `speed`.
+    :param speed: bytes a second, of `speed`; 0 is no limit.
+    :raise NotFoundError: there is no such job.
+    :raise RequestError: it is not ours, or its status does not allow the verb.
+    :raise BusyError: its controller does that by itself.
+    :raise RecordError: who its controller is cannot be read.
+    """
+    job = await find_job(vm, name)
+    if not job.ours:
+        raise RequestError(
+            f"the job {printable(name)} is not one of ours",
+            standing="nothing was touched",
+            remedy="whoever started it can steer it",
+        )
+    qemus = "set-speed" if verb == "speed" else verb
+    if not allows(job.status, qemus):
+        raise RequestError(
+            f"the job {name} is {printable(job.status)}, and {verb} takes one that is "
+            f"{' or '.join(sorted(VERBS[qemus]))}",
+            standing="nothing was touched",
+        )
+    if verb not in ("pause", "cancel"):  # which keep a job from writing where it should not
+        await ownership.ask(vm.monitor)
+    if verb in ("complete", "finalize", "dismiss"):
+        holder = await holder_of(vm, job)
+        if holder is not None and not holder.is_dead():
+            if verb != "complete":
+                raise BusyError(
+                    f"the controller of {name} does that by itself: {holder}",
+                    standing="nothing was touched",
+                    remedy="wait for it; if it hangs, kill it, then: qmpblock recover ADDRESS",
+                )
+        elif holder is not None or job.id.endswith("-pivot"):
+            choice = Choice.UNDO if verb == "dismiss" else Choice.CONTINUE
+            await recover(vm, choice)
+            return f"the controller of {name} had died; what it left was brought to its end"
+    async with polling.unpolled(vm.monitor):
+        return await _apply(vm, job, verb, speed)
+
+
+async def _apply(vm: VM, job: JobInfo, verb: str, speed: int) -> str:
+    name = job.id
+    qemu = Job(vm.monitor, name, job.type)
+    try:
+        if verb == "speed":
+            await qemu.set_speed(speed)
+            return (
+                f"{name} runs at {speed} bytes a second at most" if speed else f"{name}: no limit"
+            )
+        await vm.monitor.execute(f"job-{verb}", {"id": name})
+    finally:
+        qemu.end()
+    return f"{verb}: {name}"

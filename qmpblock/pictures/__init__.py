@@ -1,0 +1,1 @@
+"""Drawings of maps, as text and as SVG: strings out. Pure."""

@@ -1,0 +1,299 @@
+"""Looking at one disk for a policy: what it is like, what is to be done, whether it can be.
+
+Changes nothing; what cannot be done is refused here, before anything is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock.allocation.allocate import check_thin
+from qmpblock.allocation.plan import growth_warning
+from qmpblock.allocation.rawfile import blank_ranges, raw_file
+from qmpblock.allocation.room import RoomPlan, plan_room
+from qmpblock.allocation.staged import SLICE, check_staged
+from qmpblock.chains.plan import plan_stream
+from qmpblock.changes.change import lock_names, make_way
+from qmpblock.errors import (
+    BusyError,
+    Error,
+    NotFoundError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph.writable import check_disk
+from qmpblock.host import imagefiles
+from qmpblock.host.openfiles import sees_directory
+from qmpblock.managers import Verb, Work
+from qmpblock.policy.steps import Changes, Facts, Picture, plan_changes
+from qmpblock.qemu import lock, ownership
+from qmpblock.ranges import Ranges
+
+if TYPE_CHECKING:
+    from qmpblock.extents.allocationmap import AllocationMap
+    from qmpblock.mapping import Disk, LayerMap
+    from qmpblock.policy.file import Amount, DiskPolicy
+    from qmpblock.vm import VM
+
+__all__ = ["DiskPlan", "Room", "look", "share_room"]
+
+
+@dataclass(frozen=True)
+class Room:
+    """The host file system on which a disk's active image grows.
+
+    :ivar device: its number there; also `path` of the image.
+    :ivar free: bytes that are; also `keep`, those that must stay so.
+    :ivar needed: by what is to be done, with what it takes only for a while.
+    """
+
+    device: int
+    path: str
+    free: int
+    keep: int
+    needed: int
+
+    @classmethod
+    def of(cls, path: str, keep: Amount | None, needed: int) -> Room:
+        """Look at the file system of an image."""
+        found = os.statvfs(path)
+        kept = 0 if keep is None else keep.of(found.f_blocks * found.f_frsize)
+        free = found.f_bavail * found.f_frsize
+        return cls(Path(path).stat().st_dev, path, free, kept, needed)
+
+    def is_short(self) -> bool:
+        """Whether less is free now than must stay so."""
+        found = os.statvfs(self.path)
+        return found.f_bavail * found.f_frsize < self.keep
+
+    def check(self, promised: int = 0) -> None:
+        """Refuse what would leave less than must stay free.
+
+        :param promised: bytes that others will still take.
+        :raise Error: it would.
+        """
+        left = self.free - promised - self.needed
+        if left < self.keep:
+            raise Error(
+                f"the file system of {printable(self.path)} has {self.free} bytes free, of which "
+                f"{promised} are promised to other disks; this one needs {self.needed}, and the "
+                f"policy keeps {self.keep} free",
+                standing="nothing was touched",
+                remedy="make room, or keep less free",
+            )
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """What is to be done to one disk.
+
+    :ivar name: of the disk in its VM.
+    :ivar today: its layers; None where they could not be looked at.
+    :ivar changes: None where it cannot be done, for the reason `error`.
+    :ivar room: on the host, for what is to be done.
+    :ivar ahead: the room ahead of the guest, if the policy wants any.
+    """
+
+    policy: DiskPolicy
+    name: str
+    today: Picture | None = None
+    changes: Changes | None = None
+    room: Room | None = None
+    ahead: RoomPlan | None = None
+    warnings: tuple[str, ...] = ()
+    error: Error | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to do, as far as can be told."""
+        steps = self.changes is not None and self.changes.steps
+        return bool(steps) or (self.ahead is not None and self.ahead.reserve > 0)
+
+
+def share_room(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
+    """Give the free space of each file system to the disks in their order. Pure.
+
+    Those for which not enough is left get an error.
+    """
+    promised: dict[int, int] = {}
+    shared = []
+    for one in plans:
+        if one.room is not None and one.error is None and one.has_work:
+            taken = promised.get(one.room.device, 0)
+            try:
+                one.room.check(taken)
+                promised[one.room.device] = taken + one.room.needed
+            except Error as error:
+                shared.append(replace(one, error=error))
+                continue
+        shared.append(one)
+    return tuple(shared)
+
+
+async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
+    """Look at a disk, and plan.
+
+    :param undo: also undo what a controller that died left; else that is an error.
+    """
+    vm = disk.vm
+    await ownership.ask(vm.monitor, [disk.device])
+    if undo:
+        await make_way(vm, lock_names([disk.device]))
+    else:
+        await _check_free(vm, lock_names([disk.device]))
+    layers = await disk.layers()
+    chain = disk.chain
+    today = Picture(tuple(one.layer.file for one in layers), tuple(one.map for one in layers))
+    base = _base(disk, wanted)
+    facts = Facts(
+        today,
+        chain.active.node.cluster_size or 512,
+        base,
+        like=await _pattern(disk, wanted, layers, base),
+    )
+    refusal: UnsupportedError | None = None
+    staged = False
+    if wanted.allocation in ("full", "like"):
+        try:
+            raw = await raw_file(disk)
+            if raw is None:
+                await check_staged(disk)
+                staged = True
+            else:
+                blank = await asyncio.to_thread(blank_ranges, *raw, disk.size)
+                facts = replace(facts, blank=blank)
+        except UnsupportedError as error:
+            refusal = error  # which matters only if something is to be reserved
+    changes = plan_changes(wanted, facts)
+    if changes.steps:
+        check_disk(disk.device)
+    reserves = any(step.verb == "reserve" for step in changes.steps)
+    if reserves and refusal is not None:
+        raise refusal
+    if changes.move or changes.zeros:
+        check_thin(disk)
+    warnings: list[str] = []
+    if staged and reserves:
+        await ownership.ask_for_change(vm, Work("reserve", chain.active.file))
+    if changes.leaving:
+        verb: Verb = "independent" if wanted.independent else "stream"
+        kept = "" if base >= len(layers) else chain.layers[base].file
+        await ownership.ask_for_change(vm, Work(verb, chain.active.file, base=kept))
+        graph = await vm.graph()
+        device = graph.device(disk.device.qom_path)
+        warnings += plan_stream(graph, device, None, wanted.base).warnings
+    recording = [b.name for b in chain.active.node.bitmaps if b.recording]
+    if staged and changes.reserve:
+        warnings += [growth_warning(name, changes.reserve) for name in recording]
+    # A staged commit puts so much beside the image for a while.
+    temporary = min(changes.move + changes.reserve, SLICE) if staged and reserves else 0
+    ahead = None
+    if wanted.ahead is not None:
+        # What is reserved inside a raw disk is room from then on.
+        coming = changes.reserve if facts.blank is not None else 0
+        ahead = await plan_room(disk, wanted.ahead.of(disk.size) or 1, coming)
+    needed = changes.move + changes.reserve + temporary + (ahead.reserve if ahead else 0)
+    room = _room(disk, wanted, needed)
+    return DiskPlan(wanted, disk.name, today, changes, room, ahead, tuple(warnings))
+
+
+async def _check_free(vm: VM, names: tuple[str, ...]) -> None:
+    for name in names:
+        holder = await lock.read(vm.monitor, name)
+        if holder is None:
+            continue
+        if isinstance(holder, str):
+            raise lock.unreadable(name, holder)
+        if holder.is_dead():
+            raise BusyError(
+                f"a controller that died left this disk in the middle of a change: {holder}",
+                standing="nothing was touched",
+                remedy="apply undoes it first; so does: qmpblock recover ADDRESS",
+            )
+        raise BusyError(
+            f"another controller is at work on this disk: {holder}",
+            standing="nothing was touched",
+            remedy="wait for it, or end it",
+        )
+
+
+def _base(disk: Disk, wanted: DiskPolicy) -> int:
+    """Return the depth of the uppermost layer below the active one that is to stay."""
+    layers = disk.chain.layers
+    if wanted.base is not None:
+        depth = disk.chain.layer(wanted.base).depth
+        if depth == 0:
+            raise RequestError(
+                f"{printable(wanted.base)} is the active layer of {disk.name}, so it cannot be "
+                "its own base",
+                standing="nothing was touched",
+            )
+        return depth
+    return len(layers) if wanted.independent else 1
+
+
+async def _pattern(
+    disk: Disk, wanted: DiskPolicy, layers: tuple[LayerMap, ...], base: int
+) -> Ranges | None:
+    """Return where the layer that is to be imitated has host space."""
+    if wanted.like is None:
+        return None
+    try:
+        layer = disk.chain.layer(wanted.like)
+    except NotFoundError as error:
+        own = await _map_of_file(disk, wanted, wanted.like, error)
+    else:
+        nodes = [node.name for node in layer.nodes]
+        if 0 < layer.depth < base and wanted.like in nodes:
+            raise RequestError(
+                f"the node {printable(wanted.like)} goes with its layer, and the policy could not "
+                "be applied again",
+                standing="nothing was touched",
+                remedy=f"name the layer by its file: {printable(layer.file)}",
+            )
+        own = layers[layer.depth].map
+    return (
+        own.where(present=True, zero=False)
+        | own.where(present=True, data=True)
+        | own.where(present=True, reserved=True)
+    )
+
+
+async def _map_of_file(
+    disk: Disk, wanted: DiskPolicy, file: str, error: NotFoundError
+) -> AllocationMap:
+    """Map an image that is not, or no longer, in the chain."""
+    from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
+
+    elsewhere = sees_directory(disk.vm.monitor.peer_pid, str((Path.cwd() / file).parent))
+    if elsewhere is not None or not Path(file).is_file():
+        error.remedy = "a layer that has left the chain must be a file on this host, by its path"
+        raise error
+    fmt = wanted.like_format or format_of(file)
+    found = await QemuImg(stall=disk.vm.stall).map(blockdev(fmt, file), [fmt], shared=True)
+    return found.own()
+
+
+def _room(disk: Disk, wanted: DiskPolicy, needed: int) -> Room | None:
+    active = disk.chain.active
+    if active.data_file is not None:
+        active = replace(active, storage=active.data_file)
+    path = imagefiles.local_path(disk.vm.monitor.peer_pid, active)
+    if path is not None:
+        return Room.of(path, wanted.keep_free, needed)
+    if wanted.keep_free is None or (
+        active.storage is not None and active.storage.driver == "host_device"
+    ):
+        return None  # a block device has no file system that it could fill
+    raise UnsupportedError(
+        f"the policy keeps host space free, but {printable(active.file)} "
+        f"{imagefiles.why_not_local(disk.vm.monitor.peer_pid, active)}",
+        standing="nothing was touched",
+        remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; or "
+        "leave keep_free out",
+    )

@@ -1,0 +1,1 @@
+"""One running QEMU, over QMP: one resource of it a file."""

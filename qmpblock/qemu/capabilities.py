@@ -1,0 +1,119 @@
+"""What this QEMU can do safely, asked by name.
+
+What a QEMU has, its schema tells. What no schema shows, because it is a defect and not a
+feature, is gated here, by version, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qmpblock.errors import UnsupportedError
+
+__all__ = ["Capabilities"]
+
+_OLDEST = (7, 2, 0)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Capabilities of one QEMU.
+
+    :ivar version: major, minor, micro.
+    """
+
+    version: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self.version))
+
+    def check_supported(self) -> None:
+        """Refuse a QEMU that nothing here was tried on.
+
+        :raise UnsupportedError: it is older than 7.2.
+        """
+        if self.version < _OLDEST:
+            raise UnsupportedError(
+                f"QEMU {self} is older than 7.2, the oldest that qmpblock supports",
+                standing="nothing was touched",
+            )
+
+    @property
+    def nbd_clients_endanger_iothreads(self) -> bool:
+        """Whether an NBD client of a node in an iothread can make QEMU abort.
+
+        Two defects. One that goes away does (K1): 7.2 aborts; 10.0.13 and 11.1.3
+        do not. And one that is connected while the guest resets its virtio-blk disk: 22 of 64
+        quick resets of 7.2.22 ended in `blk_aio_attached: Assertion
+        client->recv_coroutine == NULL`, because a receive coroutine that the end of one drain
+        scheduled had not run when the next drain polled; reworked upstream for 9.0. What lies
+        between 7.2 and 10.0 was not run and counts as affected.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
+    def polling_forgets_queues(self) -> bool:
+        """Whether a drain can make an iothread that polls forget a virtio-blk disk's requests.
+
+        The guest then waits for ever (K9). Measured: 7.2.22 does, 6 of 8 pivots
+        that were arranged for it; 11.1.2 does not, 40 of 40. By the code 7.0 to 8.0 do, and
+        8.1 has a defect of its own in the same place, cured in 9.0.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
+    def adding_over_iothreads_aborts(self) -> bool:
+        """Whether a node cannot be added over one that is at work in an iothread.
+
+        See `qmpblock.qemu.joint`. Measured: 7.2.22 aborts, 11.1.2 does not; between was not run.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
+    def nbd_server_stop_hangs_in_handshake(self) -> bool:
+        """Whether nbd-server-stop never returns while a client's handshake is incomplete.
+
+        Measured: 7.2.22 hangs, with the guest; 10.0.13 and 11.1.2 do not.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
+    def nbd_handshake_limit_can_be_lifted(self) -> bool:
+        """Whether nbd-server-start takes `handshake-max-seconds`.
+
+        Every QEMU from 7.2.14 on ends a connection whose handshake takes ten seconds, which it
+        does where the host is busy enough. The schema tells, too, but takes 0.3 s to read.
+        """
+        return self.version >= (10, 0, 0)
+
+    @property
+    def copy_on_read_breaks_subclusters(self) -> bool:
+        """Whether copy-on-read into a qcow2 image with subclusters can make QEMU abort.
+
+        Measured on 7.2.22, 7 of 7 streams, and by qemu-io -C: where a cluster holds its first
+        subclusters and not the others, `bdrv_co_do_copy_on_readv: Assertion skip_bytes <
+        pnum`. NBD_CMD_CACHE is a copy-on-read, too. 10.0.13 and 11.1.2 do not.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
+    def concluded_streams_kill(self) -> bool:
+        """Whether query-named-block-nodes makes QEMU crash while a stream job is concluded.
+
+        Measured on 7.2.22, 15 of 15, finalized or cancelled: a job that is not dismissed keeps
+        its copy-on-read filter, which has no child any more, and bdrv_refresh_filename follows
+        it. So a stream job must dismiss itself there. 10.0.13 and 11.1.2 do not crash.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
+    def create_jobs_endanger_queries(self) -> bool:
+        """Whether anybody's query-named-block-nodes can make QEMU abort during a create job.
+
+        While blockdev-create opens the qcow2 image that it has just made, in a coroutine that
+        yields, the node is there and its header is not read yet: `qcow2_get_specific_info:
+        Assertion false` (K11). 7.2.22 dies within 1 or 2 snapshots under tight polling;
+        10.0.13 (48 snapshots) and 11.1.3 do not. blockdev-add and blockdev-reopen are no jobs,
+        and no other command runs meanwhile; blockdev-create of a plain file opens no node.
+        """
+        return self.version < (10, 0, 0)

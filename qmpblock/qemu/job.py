@@ -1,0 +1,393 @@
+"""Job: one background job of QEMU, followed and steered.
+
+Events wake the follower, queries tell it the truth (style.md): an event may be missed, come
+late, or, as BLOCK_JOB_COMPLETED does, mean failure. A job of ours never vanishes before its
+verdict was read (`qmpblock.qemu.jobstate`).
+
+Bytes done and total are QEMU's own. What they count differs by version (F12: the
+whole disk on 7.2, only what is dirty on 11.1), and a total grows while a guest writes: they
+serve to see movement and the remaining distance, not to compare.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qmpblock.errors import CommandError, JobError, StalledError
+from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.jobstate import ENDED, GONE, allows
+from qmpblock.qemu.monitor import Monitor
+from qmpblock.speed import WINDOW, Convergence, RateMeter
+
+__all__ = ["Job", "Progress"]
+
+_TICK = 0.25  # seconds between two looks at a job that sends no event
+_MOST_MOVES = 4096  # that a job makes which is to end; a quarter of an hour, where all are seen
+_RETRY = 2.0  # seconds between attempts to go on after ENOSPC
+_BURST = 16 << 20  # bytes that a job may do at once, before it rests to keep within its speed
+_WORKING = frozenset({"created", "running", "waiting", "aborting"})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is, at one moment.
+
+    :ivar status: QEMU's job status.
+    :ivar phase: for people: `copying`, `paused`, `waiting for room`, `ready`, `converging`,
+        `finishing`, `ended`.
+    :ivar done: bytes, as QEMU counts them; also `total`.
+    :ivar rate: bytes a second, over the last seconds.
+    :ivar eta: seconds to go at that rate; None where that cannot be told.
+    :ivar idle: seconds since the job last moved, while it should.
+    :ivar lagging: passes in a row that did not become smaller: the guest outruns the job.
+    :ivar errors: I/O errors that it has met.
+    :ivar error: QEMU's verdict, once `status` is `concluded`; None is success.
+    """
+
+    status: str
+    phase: str
+    done: int
+    total: int
+    rate: float = 0.0
+    eta: float | None = None
+    idle: float = 0.0
+    lagging: int = 0
+    errors: int = 0
+    error: str | None = None
+
+    @property
+    def remaining(self) -> int:
+        """Bytes to go, as QEMU counts them; of a ready job, its distance from the guest."""
+        return max(0, self.total - self.done)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the job has caught up once, so that it can be completed."""
+        return self.status in ("ready", "standby")
+
+    @property
+    def stalled(self) -> bool:
+        """Whether it has not moved for some seconds, though it should."""
+        return self.idle >= WINDOW
+
+
+class Job:
+    """One job. `Disk.stream` and `Disk.commit` yield one; `VM.jobs` lists them.
+
+    Async iteration yields `Progress` until the job has ended; how it ended is said on
+    leaving the `async with` that yielded it.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        id: str,  # noqa: A002 - QMP's word
+        type: str,  # noqa: A002 - QMP's word
+    ) -> None:
+        self.id = id
+        self.type = type
+        self.progress: Progress | None = None
+        self.completion_asked = False
+        self.errors = 0
+        self._verdict: str | None = None
+        self._monitor = monitor
+        # Where a concluded stream is deadly, it dismisses itself; its last event is its verdict.
+        self._dismisses_itself = (
+            type == "stream" and Capabilities(monitor.version).concluded_streams_kill
+        )
+        # Made before the job: its first events come before the start command's reply.
+        self._events = monitor.subscribe(
+            "JOB_STATUS_CHANGE",
+            "BLOCK_JOB_COMPLETED",
+            "BLOCK_JOB_CANCELLED",
+            "BLOCK_JOB_ERROR",
+            "BLOCK_JOB_READY",
+            "BLOCK_JOB_PENDING",
+            match=lambda event: id in (event["data"].get("id"), event["data"].get("device")),
+        )
+        self._over = False
+        self._changed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.progress.status if self.progress else ''}>"
+
+    # for users
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        seen: Progress | None = None
+        while True:
+            changed = self._changed
+            if self.progress is not None and self.progress is not seen:
+                seen = self.progress
+                yield seen
+            elif self._over:
+                return
+            else:
+                await changed.wait()
+
+    def complete(self) -> None:
+        """Ask for the pivot of an active commit, as soon as the job is ready.
+
+        Returns at once; the pivot is done when the iteration, or the `async with`, ends.
+        Idempotent; of no effect on jobs that pivot nothing.
+        """
+        self.completion_asked = True
+
+    async def pause(self) -> None:
+        """Pause; the guest goes on.
+
+        :raise CommandError: it is paused already, or its status does not allow it.
+        """
+        await self._verb("pause")
+
+    async def resume(self) -> None:
+        """Go on after `pause`.
+
+        :raise CommandError: it is not paused.
+        """
+        await self._verb("resume")
+
+    async def set_speed(self, speed: int) -> None:
+        """Limit the job to `speed` bytes a second from now on; 0 is no limit.
+
+        :raise CommandError: the job's status does not allow it.
+        """
+        # There is no job-set-speed; this one is not among the deprecated (F12).
+        await self._monitor.execute("block-job-set-speed", {"device": self.id, "speed": speed})
+
+    # for what runs the job
+
+    async def start(self, command: str, arguments: Mapping[str, object]) -> None:
+        """Start the job, so that it waits for us at its end.
+
+        :raise CommandError: QEMU refused; there is no job.
+        """
+        await self._monitor.execute(
+            command,
+            {
+                "job-id": self.id,
+                **arguments,
+                "auto-finalize": False,
+                "auto-dismiss": self._dismisses_itself,
+            },
+        )
+
+    async def look(self) -> dict[str, Any] | None:
+        """Return QEMU's records of the job, query-block-jobs' over query-jobs'; None if gone."""
+        for info in await self._monitor.execute("query-jobs"):
+            if info["id"] == self.id:
+                break
+        else:
+            return None
+        for block in await self._monitor.execute("query-block-jobs"):
+            if block["device"] == self.id:
+                # len and offset are current-progress and total-progress, read a moment later.
+                return {**block, **info}
+        return dict(info)
+
+    async def follow(self, *, converging: float) -> AsyncIterator[Progress]:
+        """Yield what is seen of the job, at each event and four times a second, to its end.
+
+        After ENOSPC it is resumed every two seconds, for ever: whether there is room, only
+        writing tells (thin pools, quotas).
+
+        The last one is `concluded`; the job is then still to be dismissed, unless it was a
+        stream where QEMU does not survive that (`Capabilities.concluded_streams_kill`).
+
+        :param converging: seconds that the passes of a job that pivots may go without
+            becoming smaller, while it is to complete.
+        :raise StalledError: it did not move, though it should, for the monitor's stall limit;
+            or it does not converge.
+        :raise JobError: somebody else dismissed it.
+        """
+        clock = asyncio.get_running_loop().time
+        meter, pace, last, moved = RateMeter(), Convergence(), None, clock()
+        full, retried = False, clock()
+        while True:
+            info = await self.look()
+            for event in self._events.pending():
+                self._take(event)
+            now = clock()
+            if info is None and self._dismisses_itself:
+                last_seen = self.progress or Progress("", "", 0, 0)
+                progress = replace(
+                    last_seen, status="concluded", phase="ended", eta=None, error=self._verdict
+                )
+                self._publish(progress)
+                yield progress
+                return
+            if info is None:
+                raise JobError(
+                    self.id,
+                    self.type,
+                    "somebody else dismissed it, so that its verdict is lost",
+                )
+            status, done, total = str(info["status"]), *_counts(info)
+            # `cont` of a VM that is out of room too resets the job's io-status, and leaves the
+            # job paused: so once full, full until it runs.
+            full = status == "paused" and (full or info.get("io-status", "ok") != "ok")
+            working = status in _WORKING or (status == "ready" and self.completion_asked)
+            if (status, done, total) != last or not working:
+                last, moved = (status, done, total), now
+            idle = max(0.0, now - moved - _rest(info))
+            meter.add(now, done)
+            if status in ("running", "ready"):
+                pace.add(now, max(0, total - done))
+            rate = meter.rate
+            progress = Progress(
+                status=status,
+                phase=_phase(status, full=full, asked=self.completion_asked),
+                done=done,
+                total=total,
+                rate=rate,
+                eta=(total - done) / rate if rate > 0 and status == "running" else None,
+                idle=idle,
+                lagging=pace.passes,
+                errors=self.errors,
+                error=None if info.get("error") is None else str(info["error"]),
+            )
+            self._publish(progress)
+            yield progress
+            if status == "concluded":
+                return
+            if idle > self._monitor.stall:
+                raise StalledError(
+                    f"the job {self.id} ({self.type}) is {status} and has not moved for "
+                    f"{self._monitor.stall:g} s ({done} of {total} bytes)",
+                    remedy="look whether its storage hangs, or give a longer --stall",
+                )
+            wanted = self.completion_asked or status == "running"
+            if wanted and pace.hopeless(now, converging):
+                raise StalledError(
+                    f"the job {self.id} does not converge: the guest writes faster than it "
+                    f"copies; the distance is {progress.remaining} bytes and has not become "
+                    f"smaller for {converging:g} s",
+                    remedy="let the guest write less, raise --speed, or slow the guest down "
+                    "until the pivot with --throttle-guest RATE",
+                )
+            if full and now - retried > _RETRY:
+                retried = now
+                with contextlib.suppress(CommandError):  # it was resumed, or ended, meanwhile
+                    await self._verb("resume")
+            with contextlib.suppress(StalledError):  # no event is no news
+                self._take(await self._events.get(_TICK))
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        name, data = event["event"], event["data"]
+        self.errors += name == "BLOCK_JOB_ERROR"
+        if name == "BLOCK_JOB_CANCELLED":
+            self._verdict = "Operation canceled"
+        elif name == "BLOCK_JOB_COMPLETED" and data.get("error") is not None:
+            self._verdict = str(data["error"])
+
+    async def complete_now(self) -> None:
+        """Have a ready job pivot: QEMU then copies the rest, and waits in `pending`."""
+        await self._verb("complete")
+
+    async def finalize(self) -> None:
+        """Let a pending job do what is final."""
+        await self._verb("finalize")
+
+    async def cancel(self) -> None:
+        """Give the job up: nothing final is done. Idempotent; does not wait for the end.
+
+        For a ready mirror or active commit this is the forced cancel: no pivot.
+        """
+        info = await self.look()
+        if info is not None and allows(str(info["status"]), "cancel"):
+            try:
+                await self._verb("cancel")
+            except CommandError:
+                now = await self.look()
+                if now is not None and str(now["status"]) not in ENDED:
+                    raise
+
+    async def dismiss(self) -> None:
+        """Forget a concluded job. Idempotent."""
+        if await self.look() is not None:
+            try:
+                await self._verb("dismiss")
+            except CommandError:
+                if await self.look() is not None:
+                    raise
+
+    async def wait_concluded(self) -> str | None:
+        """Wait until the job has concluded, or is gone; return its error, if it has one.
+
+        :raise StalledError: it did not move for the monitor's stall limit; or it moves without
+            end, which no job does that has nothing more to do.
+        """
+        clock = asyncio.get_running_loop().time
+        last, moved, moves = None, clock(), 0
+        while True:
+            info = await self.look()
+            if info is None or info["status"] in ("concluded", GONE):
+                error = None if info is None else info.get("error")
+                return None if error is None else str(error)
+            now = (info["status"], *_counts(info))
+            if now != last:
+                last, moved, moves = now, clock(), moves + 1
+            if moves > _MOST_MOVES:
+                raise StalledError(
+                    f"the job {self.id} is to end and does not: it has said {moves} times that it "
+                    "is somewhere else",
+                    standing="it is still there",
+                    remedy="see whether this VM's QEMU is what it should be; then: qmpblock "
+                    "recover ADDRESS",
+                )
+            if clock() - moved > self._monitor.stall:
+                raise StalledError(
+                    f"the job {self.id} stays {info['status']} for {self._monitor.stall:g} s",
+                    standing="it is still there",
+                    remedy="look whether its storage hangs; then: qmpblock recover ADDRESS",
+                )
+            with contextlib.suppress(StalledError):  # no event is no news
+                await self._events.get(_TICK)
+
+    def end(self) -> None:
+        """Stop listening; iterations end. Idempotent."""
+        self._events.close()
+        self._over = True
+        self._wake()
+
+    async def _verb(self, verb: str) -> None:
+        await self._monitor.execute(f"job-{verb}", {"id": self.id})
+
+    def _publish(self, progress: Progress) -> None:
+        self.progress = progress
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _counts(info: Mapping[str, Any]) -> tuple[int, int]:
+    """Return bytes done and total; what is no number counts as none: QEMU is not trusted."""
+    found = []
+    for key in ("current-progress", "total-progress"):
+        value = info.get(key)
+        found.append(value if isinstance(value, int) and value >= 0 else 0)
+    return found[0], found[1]
+
+
+def _rest(info: Mapping[str, Any]) -> float:
+    """Return for how many seconds a job may rest to keep within its speed."""
+    speed = info.get("speed")
+    return _BURST / speed if isinstance(speed, int) and speed > 0 else 0.0
+
+
+def _phase(status: str, *, full: bool, asked: bool) -> str:
+    if full:
+        return "waiting for room"
+    if status in ("paused", "standby"):
+        return "paused"
+    if status == "ready":
+        return "converging" if asked else "ready"
+    if status in ("waiting", "pending"):
+        return "finishing"
+    return "ended" if status in ENDED else "copying"

@@ -1,0 +1,377 @@
+"""Locks that live inside QEMU, so that they outlive a controller that is killed.
+
+A lock is a `secret` object: `object-add` is atomic across all monitors of a VM, and `qom-get`
+tells every other controller who holds it (design.md, safety rule 9). A holder is dead when
+it ran in this boot and this process namespace and its process is gone; then, and only then,
+the next controller undoes what it left and takes the lock over.
+
+Taking over is itself raced for, with an object named after the dead holder's run::
+
+    lock held by dead run R
+      add lock-undo-R            only one controller can
+      read lock again            still R? (an earlier winner may have finished meanwhile)
+      undo what R left
+      delete lock, delete lock-undo-R
+
+A winner that is killed on the way is a dead holder of `lock-undo-R`, and is treated the
+same, one name further: undoing is idempotent.
+
+QEMU may lie, and name another dead holder each time. So of dead ones only so many are undone
+for one lock, also because some of it is done under `undisturbed`, where no signal ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from qmpblock.cancellation import undisturbed
+from qmpblock.errors import BusyError, CommandError, RecordError, printable
+from qmpblock.host.processes import boot_id, pid_namespace, start_time
+from qmpblock.peerjson import read_json
+from qmpblock.qemu.monitor import Monitor
+from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
+from qmpblock.versioned import read as read_fields
+
+__all__ = [
+    "Holder",
+    "abandon",
+    "acquire",
+    "adopt",
+    "names",
+    "read",
+    "release",
+    "unreadable",
+    "update",
+]
+
+_RUN = re.compile(r"[0-9a-z]{1,32}")
+T = TypeVar("T")
+_POLL = 0.05  # seconds between looks at a lock that a live controller holds
+_MOST_DEAD = 64  # holders of one lock, and of the turns to undo them, that are undone for it
+_FEW_DEAD = 4  # of them also when that takes longer than the stall limit
+_MOST_TURNS = 256  # that are looked at when a lock is swept
+_MOST_OBJECTS = 4096  # that bear our name; two for each disk
+
+# Runs of this process that lost their monitor before they could clean up: the process is
+# alive, the run is not.
+_abandoned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The controller that holds a lock.
+
+    :ivar run: the run id in the names of all that it makes.
+    :ivar start: the process's start time in clock ticks since boot (proc(5)): with the
+        pid, it names one process and never another.
+    :ivar boot: the boot id of its machine; with `pids`, the namespace its pid counts in.
+    :ivar details: what whoever undoes its work needs to know.
+    :ivar more: what another version wrote that this one does not know.
+    """
+
+    run: str
+    host: str
+    pid: int
+    start: int
+    boot: str
+    pids: str
+    details: Mapping[str, Any]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def me(cls, run: str, **details: Any) -> Holder:
+        """Describe this process."""
+        pid = os.getpid()
+        return cls(
+            run=run,
+            host=socket.gethostname(),
+            pid=pid,
+            start=start_time(pid) or 0,
+            boot=boot_id(),
+            pids=pid_namespace(),
+            details=details,
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Holder:
+        """Read what `text` wrote, of whatever version.
+
+        :raise UnreadableError: it is not one of ours, or not one that this version understands.
+        """
+        try:
+            data = read_json(text.encode())
+        except ValueError:
+            raise UnreadableError(
+                f"it is no JSON, so an object not of ours, or damaged: {printable(text, 60)}"
+            ) from None
+        holder = read_fields(cls, unstamped(data))
+        if not _RUN.fullmatch(holder.run):
+            raise UnreadableError("its run is none")
+        return holder
+
+    def text(self) -> str:
+        """Return the lock object's data."""
+        return json.dumps(stamped(plain(self)))
+
+    def says(self, kind: type[T], name: str = "") -> T:
+        """Read its details: what it says of its work.
+
+        :param kind: a dataclass (`qmpblock.versioned`); `name`: of the lock, where it is known.
+        :raise RecordError: it is not what this version understands.
+        """
+        try:
+            return read_fields(kind, self.details)
+        except UnreadableError as error:
+            raise unreadable(name or f"of {self}", error, self.run) from None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it says nothing of any work: it only held the lock, to undo what another left.
+
+        It had the lock when that was done, so there is nothing to be undone after it.
+        """
+        return not self.details
+
+    def is_elsewhere(self) -> bool:
+        """Whether it ran where this process cannot see whether it still does."""
+        return self.boot != boot_id() or self.pids != pid_namespace()
+
+    def is_dead(self) -> bool:
+        """Whether the controller is certainly gone; False also where that cannot be told."""
+        if self.is_elsewhere():
+            return False
+        if self.pid == os.getpid() and self.run in _abandoned:
+            return True
+        return start_time(self.pid) != self.start
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {printable(self.host)} (run {printable(self.run)})"
+
+
+Undo = Callable[[Holder], Awaitable[None]]
+
+
+@dataclass
+class _Patience:
+    """How much more is done to have one lock: until when it is waited for, which dead undone."""
+
+    deadline: float
+    dead: int = 0
+
+    @property
+    def late(self) -> bool:
+        return asyncio.get_running_loop().time() >= self.deadline
+
+    def found_dead(self, name: str, holder: Holder) -> None:
+        """Count a dead holder.
+
+        :raise BusyError: there were too many.
+        """
+        self.dead += 1
+        if self.dead > _MOST_DEAD or (self.dead > _FEW_DEAD and self.late):
+            raise BusyError(
+                f"each time that {printable(name)} in this VM is to be taken over, another "
+                f"controller that died holds it, now {holder}: {self.dead} of them",
+                standing="what they left was undone as far as it could be told",
+                remedy="no crash of ours leaves that: see who else uses this VM's monitors, and "
+                "whether its QEMU is what it should be. If all of them are certainly dead, remove "
+                f'the locks: object-del {{"id": "{printable(name)}"}}',
+            )
+
+
+async def acquire(
+    monitor: Monitor,
+    name: str,
+    me: Holder,
+    undo: Undo,
+    *,
+    stall: float,
+    remedy: str | None = None,
+) -> None:
+    """Take the lock, waiting while a live controller holds it.
+
+    Cancelling leaves the lock as it was, or free; undoing that has begun is completed.
+
+    :param name: the object's id.
+    :param undo: removes everything that a dead holder left; must be idempotent.
+    :param stall: seconds to wait for a holder that does not go away.
+    :param remedy: what to do when it does not.
+    :raise BusyError: it did not, the message names the holder; or dead ones do without end.
+    :raise RecordError: it cannot be read who holds it.
+    """
+    patience = _Patience(asyncio.get_running_loop().time() + stall)
+    await _acquire(monitor, name, me, undo, patience, remedy)
+
+
+async def _acquire(
+    monitor: Monitor, name: str, me: Holder, undo: Undo, patience: _Patience, remedy: str | None
+) -> None:
+    while True:
+        adding = asyncio.ensure_future(_add(monitor, name, me))
+        try:
+            if await asyncio.shield(adding):
+                break
+        except asyncio.CancelledError:
+            await undisturbed(_take_back(monitor, name, adding))
+            raise
+        holder = await read(monitor, name)
+        if isinstance(holder, Holder) and holder.is_dead():
+            patience.found_dead(name, holder)
+            await _take_over(monitor, name, holder, me, undo, patience)
+            continue
+        late = patience.late
+        if isinstance(holder, str) and late:
+            raise unreadable(name, holder)
+        if holder is not None and late:
+            raise BusyError(
+                f"another controller holds {name} in this VM: {holder}",
+                standing="nothing was changed",
+                remedy=remedy
+                or "wait for it; if it is certainly dead, remove its exports "
+                "(query-block-exports, block-export-del), then its lock: "
+                f'object-del {{"id": "{name}"}}',
+            )
+        if holder is not None:
+            await asyncio.sleep(_POLL)
+    try:
+        await undisturbed(_sweep(monitor, name))
+    except BaseException:
+        await undisturbed(release(monitor, name))
+        raise
+
+
+def abandon(run: str) -> None:
+    """Declare a run of this process dead: it cannot reach QEMU to release what it holds."""
+    _abandoned.add(run)
+
+
+async def release(monitor: Monitor, name: str) -> None:
+    """Give the lock back. Idempotent."""
+    try:
+        await monitor.execute("object-del", {"id": name})
+    except CommandError as error:
+        if "not found" not in error.description:
+            raise
+
+
+async def update(monitor: Monitor, name: str, me: Holder) -> None:
+    """Have the lock, which is this holder's, say what it says now."""
+    await monitor.execute(
+        "qom-set", {"path": f"/objects/{name}", "property": "data", "value": me.text()}
+    )
+
+
+async def adopt(monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo) -> bool:
+    """Become the holder of a dead one's lock, what it left untouched; False if it is gone.
+
+    :raise BusyError: another controller is about to do the same, or to undo.
+    """
+    turn = f"{name}-undo-{dead.run}"
+    await acquire(monitor, turn, me, undo, stall=0)
+    return await undisturbed(_adopt_in_turn(monitor, name, turn, dead, me))
+
+
+async def _adopt_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, me: Holder) -> bool:
+    try:
+        now = await read(monitor, name)
+        if not isinstance(now, Holder) or now != dead:
+            return False
+        # What another version wrote there, and this one does not know, stays.
+        kept = replace(me, details={**now.details, **me.details}, more=now.more)
+        await update(monitor, name, kept)
+        return True
+    finally:
+        await release(monitor, turn)
+
+
+async def _take_over(
+    monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo, patience: _Patience
+) -> None:
+    turn = f"{name}-undo-{dead.run}"
+    await _acquire(monitor, turn, me, undo, patience, None)
+    await undisturbed(_undo_in_turn(monitor, name, turn, dead, undo))
+
+
+async def _undo_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, undo: Undo) -> None:
+    try:
+        now = await read(monitor, name)
+        if isinstance(now, Holder) and now.run == dead.run:
+            await undo(dead)
+            await release(monitor, name)
+    finally:
+        await release(monitor, turn)
+
+
+async def _sweep(monitor: Monitor, name: str) -> None:
+    """Remove turns whose holders died just before they gave them back. Only under the lock."""
+    objects = await monitor.execute("qom-list", {"path": "/objects"})
+    turns = [one["name"] for one in objects if one["name"].startswith(f"{name}-undo-")]
+    for turn in turns[:_MOST_TURNS]:
+        holder = await read(monitor, turn)
+        if isinstance(holder, Holder) and holder.is_dead():
+            await release(monitor, turn)
+
+
+async def _take_back(monitor: Monitor, name: str, adding: asyncio.Future[bool]) -> None:
+    if await adding:
+        await release(monitor, name)
+
+
+async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
+    try:
+        await monitor.execute("object-add", {"qom-type": "secret", "id": name, "data": me.text()})
+    except CommandError as error:
+        if "duplicate" in error.description:
+            return False
+        raise
+    return True
+
+
+async def names(monitor: Monitor) -> list[str]:
+    """Return the names of all objects in the VM that bear our name: locks, and what is like them.
+
+    :raise BusyError: there are more than controllers of ours can have made.
+    """
+    objects = await monitor.execute("qom-list", {"path": "/objects"})
+    found = [one["name"] for one in objects if one["name"].startswith("qmpblock-")]
+    if len(found) > _MOST_OBJECTS:
+        raise BusyError(
+            f"{len(found)} objects in this VM bear our name, more than we can have made",
+            standing="none of them was touched",
+            remedy="see who else uses its monitors, and whether its QEMU is what it should be",
+        )
+    return found
+
+
+async def read(monitor: Monitor, name: str) -> Holder | str | None:
+    """Return the holder, why it cannot be read, or None if the lock is free by now."""
+    try:
+        text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
+    except CommandError as error:
+        if error.error_class == "DeviceNotFound":
+            return None
+        raise
+    try:
+        return Holder.from_text(text if isinstance(text, str) else json.dumps(text))
+    except UnreadableError as error:
+        return str(error)
+
+
+def unreadable(name: str, why: object, run: str = "") -> RecordError:
+    """Say that a lock, which is ours by its name, cannot be read: its holder may be at work."""
+    return RecordError(
+        f"the lock {printable(name)} in this VM is ours by its name and cannot be read: {why}",
+        standing="nothing of what it guards was touched",
+        remedy="have the qmpblock that wrote it, or a newer one, recover: qmpblock recover "
+        "ADDRESS. Only if that is impossible, the controller is certainly dead, and nothing of it "
+        "is left (qmpblock jobs ADDRESS, qmpblock disks ADDRESS), remove the lock: object-del"
+        + ("" if " " in name else f' {{"id": "{printable(name)}"}}'),
+        run=run,
+    )

@@ -1,0 +1,233 @@
+"""Ownership: whether the images of a VM are its QEMU's to read and to change, now.
+
+The one gate that every verb asks before it does anything, and again at the last moment before it
+exports or changes something (design.md, safety rule 10). Two things may speak against it:
+
+- migration. A VM that waits for one has its images inactive: they are the source's, and a mere
+  read-only export would activate them (K21). One that was migrated away tells the
+  past, and what it writes destroys what the destination wrote. While one is under way, the images
+  change hands at a moment that nobody announces (measured: NBD_CMD_CACHE and a stream that began
+  before it go on writing on 7.2, the stream also on 11.1). What is not known to be safe is refused,
+  states that we have never heard of included;
+- a manager that owns the chain (`qmpblock.managers`), for what changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.errors import CommandError, UnsupportedError, printable
+from qmpblock.host.processes import command_line
+from qmpblock.managers import Traits, Work, recognise
+from qmpblock.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import Device
+    from qmpblock.vm import VM
+
+__all__ = ["Owner", "Situation", "ask", "ask_for_change", "inactive_devices", "look", "situation"]
+
+# Run states (qapi/run-state.json) in which the images are this QEMU's, unless it migrates.
+_OURS = frozenset(
+    {
+        "debug",
+        "guest-panicked",
+        "internal-error",
+        "io-error",
+        "paused",
+        "prelaunch",
+        "running",
+        "shutdown",
+        "suspended",
+        "watchdog",
+    }
+)
+# States of a migration (qapi/migration.json) that is none, or is over.
+_OVER = frozenset({"none", "completed", "failed", "cancelled"})
+
+
+class Owner(Enum):
+    """Whose the images are."""
+
+    THIS = "this QEMU's"
+    LEAVING = "this QEMU's until the migration or the saving that is under way has ended"
+    SOURCE = "the migration's source's"
+    GONE = "of whoever goes on with this VM"
+    UNKNOWN = "not known to be this QEMU's"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Whose the images are, and what tells.
+
+    :ivar why: in words, where they are not simply this QEMU's; `remedy`: what to do then.
+    """
+
+    owner: Owner
+    why: str = ""
+    remedy: str = ""
+
+
+_HERE = Situation(Owner.THIS)
+_WAIT = (
+    "wait for its end, or cancel it (migrate_cancel); then run this again, on the VM in which the "
+    "guest goes on"
+)
+
+
+def situation(status: str, migration: str, inactive: Iterable[str] = ()) -> Situation:
+    """Judge by what QEMU says. Pure.
+
+    :param status: of query-status.
+    :param migration: the status of query-migrate; `none` where it has none.
+    :param inactive: names of disks whose images are inactive in this QEMU.
+    """
+    if status == "inmigrate":
+        return Situation(
+            Owner.SOURCE,
+            "this VM waits for a migration: its images belong to the VM that it is to take over, "
+            "and to look into them here would activate them",
+            "work on the VM in which the guest runs now, or on this one once the guest runs here",
+        )
+    if status == "postmigrate":
+        return Situation(
+            Owner.GONE,
+            "this VM was migrated away, or saved to a file: its images belong to whoever goes on "
+            "with it, and what this QEMU knows of them is the past",
+            "work on the VM in which the guest goes on, and quit this one (never cont it, unless "
+            "the other has certainly ended)",
+        )
+    if status in ("finish-migrate", "colo") or migration not in _OVER:
+        what = f"query-status says {printable(status)}, query-migrate {printable(migration)}"
+        return Situation(
+            Owner.LEAVING,
+            f"this VM is being migrated, or its state saved ({what}); its images may change hands "
+            "at any moment",
+            _WAIT,
+        )
+    if status in ("save-vm", "restore-vm"):
+        return Situation(
+            Owner.LEAVING,
+            f"QEMU is at work on an internal snapshot of this VM (query-status says {status})",
+            "wait for its end, then run this again",
+        )
+    if status not in _OURS:
+        return Situation(
+            Owner.UNKNOWN,
+            f"this VM is in a state that qmpblock does not know ({printable(status)}), so whether "
+            "its images are its own cannot be told",
+            "run this again when the VM runs or is paused",
+        )
+    names = ", ".join(printable(name) for name in inactive)
+    if names:
+        return Situation(
+            Owner.SOURCE,
+            f"the images of {names} are inactive in this VM: it took over a migration and was not "
+            "continued yet, or somebody has handed them to another process",
+            "continue the VM first (cont), once the other one has certainly ended or given them up",
+        )
+    return _HERE
+
+
+def inactive_devices(debug_graph: Mapping[str, Any], devices: Iterable[Device]) -> tuple[str, ...]:
+    """Return which of these disks' images are inactive, by their permissions. Pure.
+
+    An active disk's block backend has at least `consistent-read`; QEMU takes all away from one
+    whose images it deactivates (measured on 7.2, where nothing else tells, and 11.1), but `write`
+    alone from that of a legacy -drive of a 7.2 that waits for a migration.
+
+    :param debug_graph: the reply of x-debug-query-block-graph.
+    """
+    has = {
+        str(node["name"]): set(edge["perm"])
+        for node in debug_graph["nodes"]
+        for edge in debug_graph["edges"]
+        if node["type"] == "block-backend" and edge["parent"] == node["id"]
+    }
+    found = []
+    for device in devices:
+        for name in device.names():
+            needs = "write" if device.drive and not device.read_only else "consistent-read"
+            if name in has and needs not in has[name]:
+                found.append(device.name)
+                break
+    return tuple(found)
+
+
+async def look(monitor: Monitor, devices: Iterable[Device] = ()) -> Situation:
+    """Ask QEMU whose the images are. Two short queries while the guest runs, three else.
+
+    :param devices: whose images are meant; those of no device may be inactive unnoticed.
+    """
+    # In this order: a migration that has just ended is still seen in the run state (11.1 says
+    # `completed` a moment before it leaves finish-migrate), and never the other way round.
+    migration = str((await monitor.execute("query-migrate")).get("status", "none"))
+    status = str((await monitor.execute("query-status"))["status"])
+    found = situation(status, migration)
+    if found.owner is not Owner.THIS or status == "running":
+        return found  # while a guest runs, QEMU deactivates nothing under it
+    known = list(devices)
+    if not known:
+        return found
+    try:
+        inactive = inactive_devices(await monitor.execute("x-debug-query-block-graph"), known)
+    except CommandError:  # unstable: a later QEMU may drop it
+        told = {
+            entry.get("qdev"): entry.get("inserted", {}).get("active")
+            for entry in await monitor.execute("query-block")
+        }
+        inactive = tuple(
+            device.name
+            for device in known
+            if False in (told.get(device.qom_path), told.get(device.id))
+        )
+    return situation(status, migration, inactive)
+
+
+async def ask(
+    monitor: Monitor,
+    devices: Iterable[Device] = (),
+    *,
+    standing: str | None = "nothing was touched",
+) -> None:
+    """Go on only where the images are this QEMU's.
+
+    :param devices: whose images are meant.
+    :param standing: what stands now, for the error.
+    :raise UnsupportedError: they are not, or may not be for long; the reason and what to do.
+    """
+    found = await look(monitor, devices)
+    if found.owner is not Owner.THIS:
+        raise UnsupportedError(found.why, standing=standing, remedy=found.remedy)
+
+
+async def ask_for_change(vm: VM, work: Work) -> None:
+    """Go on only where nobody else owns the chain that is to be changed.
+
+    Asked at the beginning only: what has begun is brought to its end.
+
+    :param work: what is to be done, for the manager's own way.
+    :raise UnsupportedError: a manager does; the reason, and its own way.
+    """
+    if vm.unmanaged:
+        return
+    graph, monitor = await vm.graph(), vm.monitor
+    chardevs = await monitor.execute("query-chardev")
+    traits = Traits(
+        nodes={node.name: node.driver for node in graph.nodes.values()},
+        devices=tuple(name for device in graph.devices for name in device.names()),
+        chardevs={str(one["label"]): str(one["filename"]) for one in chardevs},
+        name=str((await monitor.execute("query-name")).get("name", "")),
+        arguments=command_line(monitor.peer_pid),
+    )
+    manager = recognise(traits)
+    if manager is not None:
+        raise UnsupportedError(
+            f"this VM is managed by {manager.name} ({printable(manager.told_by)}), which would not "
+            f"know that {work.effect}",
+            standing="nothing was touched",
+            remedy=f"{manager.way(work)}; --unmanaged (unmanaged=True) does it all the same",
+        )

@@ -1,0 +1,78 @@
+"""What is left of a change is performed, against a fake QEMU. Real ones: live/test_killing.py."""
+
+from pathlib import Path
+
+import pytest
+from drawing import Drawing, chain, record
+from fake_objects import fake_vm
+
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.settle import device_of, settle
+from qmpblock.changes.unfinished import Choice
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch):
+    where = tmp_path / "state"
+    monkeypatch.setenv("QMPBLOCK_STATE", str(where))
+    return where
+
+
+def test_the_disk_of_a_change_also_when_it_is_unplugged():
+    graph = chain("d0").device("d0", "vd1").graph()
+    assert device_of(record(), graph).chain is not None
+    gone = device_of(record(devices=("/machine/peripheral/vd9",), names=("vd9",)), graph)
+    assert gone.chain is None
+    assert gone.name == "vd9"
+
+
+@pytest.fixture
+def overlay(tmp_path):
+    """Return the file of an overlay that was never used, with its record and journal."""
+    path = tmp_path / "new"
+    path.write_bytes(b"overlay")
+    wanted = record(operation="snapshot", files=(str(path),))
+    journal = Journal.create(wanted)
+    status = path.stat()
+    journal.add(made=str(path), dev=status.st_dev, ino=status.st_ino)
+    return path, wanted, journal
+
+
+async def test_an_unused_file_of_ours_is_removed(tmp_path, overlay):
+    path, wanted, journal = overlay
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        assert await settle(vm, wanted, journal, Choice.UNDO) is False
+        assert not path.exists()
+        assert await settle(vm, wanted, journal, Choice.UNDO) is False  # idempotent
+
+
+async def test_without_its_journal_no_file_is_removed(tmp_path, overlay):
+    """The lock names files, too; but only the journal says that we made them."""
+    path, wanted, _ = overlay
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        await settle(vm, wanted, None, Choice.UNDO)
+    assert path.exists()
+
+
+async def test_another_file_of_that_name_is_not_removed(tmp_path, overlay):
+    path, wanted, journal = overlay
+    path.rename(tmp_path / "moved")
+    path.write_text("precious")
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        await settle(vm, wanted, journal, Choice.UNDO)
+    assert path.read_text() == "precious"
+    assert (tmp_path / "moved").exists()
+
+
+async def test_a_file_that_qemu_has_open_under_another_name_is_not_removed(tmp_path, overlay):
+    """This process is the fake's QEMU."""
+    path, wanted, journal = overlay
+    link = tmp_path / "link"
+    link.hardlink_to(path)
+    async with fake_vm(tmp_path / "q", Drawing().image("d0").device("d0")) as (vm, _):
+        with link.open("rb"):
+            await settle(vm, wanted, journal, Choice.UNDO)
+        assert path.exists()
+        await settle(vm, wanted, journal, Choice.UNDO)
+    assert not path.exists()
+    assert Path(link).exists()

@@ -1,0 +1,214 @@
+"""A directory that is opened once, and the files of ours in it."""
+
+import errno
+import os
+import re
+import stat
+
+import pytest
+
+from qmpblock.graph.places import FileId
+from qmpblock.host.ourfiles import Directory, open_plain, remove
+
+
+@pytest.fixture
+def directory(tmp_path):
+    with Directory(tmp_path) as one:
+        yield one
+
+
+def made(directory, name="a", content=b"ours"):
+    recorded = []
+    fd = directory.make(name, recorded.append, lambda fd: os.write(fd, content))
+    os.close(fd)
+    [file] = recorded
+    return file
+
+
+def swap(path, target):
+    path.unlink()
+    path.symlink_to(target)
+
+
+def test_a_file_is_recorded_before_it_has_a_name(directory, tmp_path):
+    seen = []
+
+    def record(file):
+        seen.append((file, list(tmp_path.iterdir())))
+
+    os.close(directory.make("a", record, lambda fd: os.write(fd, b"ours")))
+    assert seen == [(FileId.of((tmp_path / "a").stat()), [])]
+    assert (tmp_path / "a").read_bytes() == b"ours"
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+def test_it_is_as_another_one_is(directory, tmp_path):
+    (tmp_path / "like").touch()
+    (tmp_path / "like").chmod(0o4640)
+    fd = directory.make("a", lambda file: None, lambda fd: None, like=(tmp_path / "like").stat())
+    os.close(fd)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_nothing_is_made_in_the_place_of_a_link(directory, tmp_path, monkeypatch, nameless):
+    if not nameless:
+        without_nameless_files(monkeypatch)
+    (tmp_path / "a").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        made(directory)
+    assert not (tmp_path / "victim").exists()
+
+
+def without_nameless_files(monkeypatch):
+    real = os.open
+
+    def open_(path, flags, *rest, **more):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "as on NFS")
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", open_)
+
+
+def test_where_there_are_no_nameless_files_it_is_recorded_before_it_is_filled(
+    directory, tmp_path, monkeypatch
+):
+    without_nameless_files(monkeypatch)
+    order = []
+    fd = directory.make("a", lambda file: order.append("record"), lambda fd: order.append("fill"))
+    os.close(fd)
+    assert order == ["record", "fill"]
+    assert (tmp_path / "a").exists()
+
+
+def test_only_the_file_itself_is_opened_again(directory, tmp_path):
+    file = made(directory)
+    fd = directory.open("a", file)
+    assert os.read(fd, 9) == b"ours"
+    os.close(fd)
+    (tmp_path / "b").write_bytes(b"ours")  # another inode: both are there at once
+    (tmp_path / "b").rename(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="another file"):
+        directory.open("a", file)
+    swap(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="a link"):
+        directory.open("a", file)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_PATH])
+def test_a_fifo_does_not_block(directory, tmp_path, flags):
+    file = made(directory)
+    (tmp_path / "a").unlink()
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        directory.open("a", file, flags)
+
+
+def test_only_the_file_itself_is_removed(directory, tmp_path):
+    file = made(directory)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    (tmp_path / "a").symlink_to("moved")
+    assert not directory.remove("a", file)
+    assert (tmp_path / "a").is_symlink()
+    assert directory.remove("moved", file)
+    assert not directory.remove("moved", file)
+    assert remove(tmp_path / "moved", file) is False
+    assert remove(tmp_path / "nowhere" / "a", file) is False
+
+
+def test_a_directory_stays_the_one_that_was_opened(tmp_path):
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    with Directory(tmp_path / "first") as directory:
+        (tmp_path / "first").rename(tmp_path / "aside")
+        (tmp_path / "first").symlink_to("second")
+        file = made(directory)
+        assert directory.holds("a", file)
+        directory.sync()
+    assert (tmp_path / "aside" / "a").exists()
+    assert not list((tmp_path / "second").iterdir())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a"])
+def test_only_entries_have_names(directory, name):
+    with pytest.raises(ValueError, match="entry"):
+        directory.status(name)
+
+
+def test_it_is_ours_where_nobody_else_may_write(directory, tmp_path):
+    tmp_path.chmod(0o755)
+    assert directory.is_ours()
+    tmp_path.chmod(0o775)
+    assert not directory.is_ours()
+
+
+def test_a_failed_one_leaves_no_descriptor(directory):
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="no"):
+        directory.make("a", lambda file: None, lambda fd: fail())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def fail():
+    raise OSError(errno.EIO, "no")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to be led astray")
+def test_a_link_of_another_user_leads_only_where_he_may_write(tmp_path):
+    """Else he has root make files anywhere, which are given to him."""
+    (tmp_path / "roots").mkdir(mode=0o755)
+    (tmp_path / "his").mkdir(mode=0o755)
+    os.chown(tmp_path / "his", 61666, 61666)
+    for target in ("roots", "his"):
+        link = tmp_path / f"to-{target}"
+        link.symlink_to(target)
+        with Directory(link):  # root's own leads anywhere
+            pass
+        os.lchown(link, 61666, 61666)
+    with Directory(tmp_path / "to-his") as directory:
+        assert os.path.samestat(os.fstat(directory.fd), (tmp_path / "his").stat())
+    with pytest.raises(OSError, match="the link to-roots of user 61666"):
+        Directory(tmp_path / "to-roots")
+    with pytest.raises(OSError, match="the link to-roots of user 61666"):
+        Directory(tmp_path / "his" / ".." / "to-roots" / ".")
+
+
+def test_ways_are_walked_as_the_kernel_does(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "up").symlink_to("../a/b")
+    (tmp_path / "a" / "full").symlink_to(tmp_path / "a")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    for way in (
+        "a",
+        "./a",
+        "a/up",
+        "a/full/up/..",
+        "/",
+        ".",
+        f"/proc/self/root{tmp_path}/a",
+        "/proc/self/cwd/a",
+    ):
+        with Directory(way) as directory:
+            assert os.path.samestat(os.fstat(directory.fd), os.stat(way)), way
+    for way, number in (
+        ("loop", errno.ELOOP),
+        ("file", errno.ENOTDIR),
+        ("none", errno.ENOENT),
+        ("file/x", errno.ENOTDIR),
+    ):
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            Directory(way)
+
+
+def test_a_plain_file_is_looked_at_before_it_is_opened(tmp_path):
+    (tmp_path / "file").write_bytes(b"ours")
+    fd = open_plain(tmp_path / "file")
+    assert os.read(fd, 9) == b"ours"
+    os.close(fd)
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/dev/null"):
+        with pytest.raises(OSError, match="no regular file"):
+            open_plain(path)

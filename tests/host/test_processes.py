@@ -1,0 +1,111 @@
+"""Processes that a pid alone would confuse."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from qmpblock.host.processes import (
+    boot_id,
+    command_line,
+    is_running,
+    pid_namespace,
+    start_time,
+    times_slept,
+)
+
+PROGRAM = "print(flush=True); input()"
+
+
+@pytest.fixture
+def sleeper():
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()  # until then it is about to become that program
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_this_process_runs():
+    start = start_time(os.getpid())
+    assert start > 0
+    assert is_running(os.getpid(), start, boot_id())
+
+
+def test_its_command_line(sleeper):
+    assert command_line(sleeper.pid) == (sys.executable, "-c", PROGRAM)
+    sleeper.kill()
+    sleeper.wait()
+    assert command_line(sleeper.pid) == ()
+    assert command_line(None) == ()
+
+
+def test_this_host_is_named():
+    assert len(boot_id()) == 36
+    assert pid_namespace().startswith("pid:[")
+
+
+def test_it_runs_until_it_ends(sleeper):
+    start = start_time(sleeper.pid)
+    assert is_running(sleeper.pid, start, boot_id())
+    sleeper.kill()
+    sleeper.wait()
+    assert start_time(sleeper.pid) is None
+    assert not is_running(sleeper.pid, start, boot_id())
+
+
+def test_a_zombie_is_gone(sleeper):
+    """Killed, not waited for: a test harness, or a manager that is slow."""
+    start = start_time(sleeper.pid)
+    sleeper.kill()
+    os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+    assert Path(f"/proc/{sleeper.pid}").exists()
+    assert not is_running(sleeper.pid, start, boot_id())
+
+
+def test_a_pid_used_again_is_another_process():
+    start = start_time(os.getpid())
+    assert not is_running(os.getpid(), start - 1, boot_id())
+
+
+def test_after_a_reboot_everything_is_gone():
+    """Pid and start time can come again, on a machine that boots the same way every time."""
+    assert not is_running(os.getpid(), start_time(os.getpid()), "0" * 36)
+
+
+@pytest.mark.parametrize("pid", [0, -1])
+def test_an_unknown_pid_is_no_process(pid):
+    """0 is a TCP monitor's; os.kill would take it for this whole process group."""
+    assert not is_running(pid, 0, boot_id())
+
+
+def test_a_command_name_full_of_traps(tmp_path):
+    """The kernel shows it in parentheses, unescaped, in the middle of the line."""
+    program = tmp_path / ") Z 1 (x"
+    program.write_bytes(Path("/bin/sleep").read_bytes())
+    program.chmod(0o700)
+    process = subprocess.Popen([program, "60"])
+    try:
+        while ") Z 1 (x" not in Path(f"/proc/{process.pid}/stat").read_text():
+            os.sched_yield()  # the child is still between fork and exec
+        start = start_time(process.pid)
+        assert start >= start_time(os.getpid())
+        assert is_running(process.pid, start, boot_id())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_how_often_a_thread_has_slept():
+    me, thread = os.getpid(), threading.get_native_id()
+    before = times_slept(me, thread)
+    time.sleep(0.01)
+    assert times_slept(me, thread) > before
+    assert times_slept(None, thread) is None
+    assert times_slept(me, 1 << 30) is None

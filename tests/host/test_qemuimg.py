@@ -1,0 +1,205 @@
+"""Closed images, by qemu-img, and never by probing."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from qmpblock.errors import NotFoundError, RequestError, ToolError, UnsupportedError
+from qmpblock.host.qemuimg import Contents, Key, QemuImg, blockdev, format_of, in_use_by_another
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here")
+
+
+def create(*arguments, cwd):
+    subprocess.run(["qemu-img", "create", "-q", *arguments], cwd=cwd, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("a.qcow2", "qcow2"), ("/x/B.IMG", "raw"), ("c.vhd", "vpc")]
+)
+def test_the_name_tells_the_format(name, fmt):
+    assert format_of(name) == fmt
+
+
+@pytest.mark.parametrize("name", ["noname", "x.iso9660", "/dir.qcow2/disk"])
+def test_or_it_does_not(name):
+    with pytest.raises(RequestError, match="forge"):
+        format_of(name)
+
+
+async def test_a_chain_is_followed_by_what_is_recorded(tmp_path):
+    create("-f", "raw", "base.raw", "4M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "raw", "-b", "base.raw", "middle.qcow2", "3M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "qcow2", "-b", "middle.qcow2", "top.qcow2", "5M", cwd=tmp_path)
+    images = await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+    assert [(i.file.rsplit("/", 1)[1], i.format, i.size >> 20) for i in images] == [
+        ("top.qcow2", "qcow2", 5),
+        ("middle.qcow2", "qcow2", 3),
+        ("base.raw", "raw", 4),
+    ]
+    found = await QemuImg().map(
+        blockdev(images[0].format, images[0].file, images[1:]), [i.format for i in images]
+    )
+    assert found.layers == 3
+
+
+async def test_a_raw_image_is_not_opened_as_what_it_pretends_to_be(tmp_path):
+    """A guest can write a qcow2 header, with a backing file of its choice, on its raw disk."""
+    create("-f", "raw", "secret.raw", "1M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "raw", "-b", "secret.raw", "disk.raw", cwd=tmp_path)
+    [image] = await QemuImg().chain(str(tmp_path / "disk.raw"), "raw")
+    assert image.format == "raw"
+    assert image.size < 1 << 20  # its own bytes, not the disk that the header speaks of
+
+
+async def test_a_backing_format_that_nothing_tells_is_refused(tmp_path):
+    create("-f", "raw", "base", "1M", cwd=tmp_path)
+    create("-f", "qed", "-F", "raw", "-b", "base", "top.qed", cwd=tmp_path)
+    create("-f", "qcow", "-F", "raw", "-b", "base", "top.qcow", cwd=tmp_path)
+    with pytest.raises(UnsupportedError, match="does not record") as caught:
+        await QemuImg().chain(str(tmp_path / "top.qcow"), "qcow")
+    assert "rebase -u" in caught.value.remedy
+
+
+async def test_a_missing_image_is_named(tmp_path):
+    create("-f", "raw", "base.raw", "1M", cwd=tmp_path)
+    create("-f", "qcow2", "-F", "raw", "-b", "base.raw", "top.qcow2", cwd=tmp_path)
+    (tmp_path / "base.raw").unlink()
+    with pytest.raises(NotFoundError, match=r"backing file of .*top\.qcow2"):
+        await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+
+
+async def test_a_chain_that_bites_its_tail_ends(tmp_path):
+    for name, below in (("a.qcow2", "b.qcow2"), ("b.qcow2", "a.qcow2")):
+        create("-u", "-f", "qcow2", "-F", "qcow2", "-b", below, name, "1M", cwd=tmp_path)
+    with pytest.raises(RequestError, match="own backing chain"):
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+
+
+async def test_a_remote_backing_file_is_refused(tmp_path):
+    create("-u", "-f", "qcow2", "-F", "raw", "-b", "nbd://host/x", "a.qcow2", "1M", cwd=tmp_path)
+    with pytest.raises(UnsupportedError, match="not a local file"):
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+
+
+async def test_a_backing_file_that_is_described(tmp_path):
+    whole = tmp_path / "whole"
+    whole.write_bytes(bytes(1 << 20) + b"\x01" * (1 << 20))
+    file = {"driver": "file", "filename": str(whole)}
+    part = "json:" + json.dumps({"driver": "raw", "offset": 1 << 20, "size": 1 << 20, "file": file})
+    create("-f", "qcow2", "-F", "raw", "-b", part, "top.qcow2", cwd=tmp_path)
+    images = await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+    assert [(image.format, image.size) for image in images] == [
+        ("qcow2", 1 << 20),
+        ("raw", 1 << 20),
+    ]
+    found = await QemuImg().map(
+        blockdev(images[0].format, images[0].file, images[1:]), [image.format for image in images]
+    )
+    assert found.where(depth=1, data=True).total == 1 << 20
+    whole.unlink()
+    with pytest.raises(NotFoundError, match="backing file of"):
+        await QemuImg().chain(str(tmp_path / "top.qcow2"), "qcow2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        'json:{"driver":"raw","file":{"driver":"nbd","host":"h"}}',
+        'json:{"file":{"driver":"file","filename":"/dev/null"}}',
+        "json:[]",
+        "json:[",
+    ],
+)
+async def test_a_description_that_does_not_do(name, tmp_path):
+    """Of something remote; of what would have to be probed; of nothing."""
+    create("-u", "-f", "qcow2", "-F", "raw", "-b", name, "a.qcow2", "1M", cwd=tmp_path)
+    with pytest.raises(UnsupportedError, match=r"not a local file|does not record"):
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+
+
+async def test_a_wrong_format_is_qemu_imgs_error(tmp_path):
+    (tmp_path / "a.qcow2").write_bytes(b"nonsense" * 100)
+    with pytest.raises(ToolError, match="qcow2") as caught:
+        await QemuImg().chain(str(tmp_path / "a.qcow2"), "qcow2")
+    assert caught.value.returncode == 1
+
+
+async def test_no_qemu_img_says_what_to_install(tmp_path):
+    (tmp_path / "a.raw").write_bytes(b"")
+    with pytest.raises(ToolError) as caught:
+        await QemuImg("no-such-qemu-img").chain(str(tmp_path / "a.raw"), "raw")
+    assert "install" in caught.value.remedy
+
+
+def test_contents_are_written_where_they_were(tmp_path):
+    contents = Contents(20000, ((0, b"head"), (8192, b"x" * 5000)))
+    with (tmp_path / "image").open("w+b") as file:
+        contents.write_to(file.fileno())
+        file.seek(0)
+        data = file.read()
+        again = Contents.of(file.fileno())
+    assert len(data) == 20000
+    assert data[:5] == b"head\0"
+    assert data[8192:13193] == b"x" * 5000 + b"\0"
+    assert again.length == 20000
+    for at, piece in again.pieces:
+        assert data[at : at + len(piece)] == piece
+    with (tmp_path / "empty").open("w+b") as file:
+        assert Contents.of(file.fileno()) == Contents(0, ())
+
+
+async def test_an_image_is_made_in_memory(tmp_path):
+    options = {"cluster_size": 4096}
+    made = await QemuImg().create("qcow2", 1 << 30, options, backing=("-b,c=d", "raw"))
+    with (tmp_path / "image").open("wb") as file:
+        made.write_to(file.fileno())
+    seen = subprocess.check_output(
+        ["qemu-img", "info", "--output=json", "-f", "qcow2", tmp_path / "image"]
+    )
+    info = json.loads(seen)
+    assert info["virtual-size"] == 1 << 30
+    assert info["cluster-size"] == 4096
+    assert (info["backing-filename"], info["backing-filename-format"]) == ("-b,c=d", "raw")
+
+
+async def test_a_key_is_in_no_error():
+    key = Key(b"c2VzYW1l!", "base64")  # it is no base64
+    with pytest.raises(ToolError) as caught:
+        await QemuImg().create("luks", 1 << 20, {"key-secret": "key0"}, keys=[key])
+    assert "c2VzYW1l" not in str(caught.value) + repr(caught.value.command) + repr(key)
+    assert "invalid characters" in caught.value.stderr
+
+
+async def test_what_qemu_img_says_of_its_own_file_is_left_out():
+    with pytest.raises(ToolError) as caught:
+        await QemuImg().create("luks", 1 << 20, {"key-secret": "key0"}, keys=[Key(b"\xff")])
+    assert "UTF-8" in caught.value.stderr
+    assert "deleting" not in caught.value.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "held"),
+    [
+        ("Could not open 'a': Failed to get shared \"write\" lock\nIs another process", True),
+        ('Failed to get "consistent read" lock', True),
+        ("Failed to lock byte 100: Resource temporarily unavailable", True),
+        ("Could not open '/srv/qmpblock/a': Permission denied", False),
+    ],
+)
+def test_who_holds_an_image_is_told_by_qemus_words_and_not_by_a_name(said, held):
+    assert in_use_by_another(said) is held
+
+
+async def test_a_script_that_starts_another_program_is_told(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "qemu-img"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nexec {tmp_path}/elsewhere/qemu-img\n")
+    program.chmod(0o755)
+    (tmp_path / "a.raw").write_bytes(bytes(512))
+    with pytest.raises(ToolError) as caught:
+        await QemuImg(str(program)).chain(str(tmp_path / "a.raw"), "raw")
+    assert caught.value.returncode in (126, 127)
+    assert "a link to it" in caught.value.remedy

@@ -1,0 +1,44 @@
+"""Version gates."""
+
+import pytest
+
+from qmpblock.errors import UnsupportedError
+from qmpblock.qemu.capabilities import Capabilities
+
+
+@pytest.mark.parametrize("version", [(2, 12, 0), (7, 1, 9)])
+def test_too_old_is_refused(version):
+    with pytest.raises(UnsupportedError, match=r"older than 7\.2"):
+        Capabilities(version).check_supported()
+
+
+@pytest.mark.parametrize("version", [(7, 2, 0), (11, 1, 3)])
+def test_supported(version):
+    Capabilities(version).check_supported()
+
+
+@pytest.mark.parametrize(
+    ("version", "affected"),
+    [((7, 2, 22), True), ((9, 2, 4), True), ((10, 0, 0), False), ((11, 1, 2), False)],
+)
+def test_defects_are_gated(version, affected):
+    """What was not run (7.2 to 10.0) counts as affected."""
+    capabilities = Capabilities(version)
+    assert capabilities.nbd_clients_endanger_iothreads is affected
+    assert capabilities.nbd_server_stop_hangs_in_handshake is affected
+    assert capabilities.copy_on_read_breaks_subclusters is affected
+    assert capabilities.concluded_streams_kill is affected
+    assert capabilities.polling_forgets_queues is affected
+    assert capabilities.adding_over_iothreads_aborts is affected
+    assert capabilities.create_jobs_endanger_queries is affected
+    assert capabilities.nbd_handshake_limit_can_be_lifted is not affected
+
+
+def test_every_gate_is_tested_above():
+    """A new one must not be forgotten there."""
+    gates = {name for name, what in vars(Capabilities).items() if isinstance(what, property)}
+    assert gates == set(test_defects_are_gated.__code__.co_names) & gates
+
+
+def test_it_names_its_version():
+    assert str(Capabilities((7, 2, 22))) == "7.2.22"
