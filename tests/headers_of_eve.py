@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-EVE = 54321  # nobody's user id
+from otherusers import EVE
 
 SECRET = b"of root's alone\n" * 4096
 

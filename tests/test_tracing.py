@@ -14,6 +14,9 @@ MAY_BE = [
     'openat(AT_FDCWD</root>, "/state/a.journal", O_WRONLY|O_CREAT|O_EXCL, 0600) = 3</state/a>',
     'openat(5</state>, "a.journal", O_WRONLY|O_CREAT|O_EXCL, 0600) = 3</state/a.journal>',
     'openat(5</images>, "disk", O_RDWR|O_NOFOLLOW|O_NONBLOCK) = 3</images/disk>',
+    'openat(5</images>, "disk", O_RDONLY|O_NOFOLLOW|O_NONBLOCK) = 3</images/disk>',
+    'openat(5</images>, ".", O_RDONLY|O_DIRECTORY) = 3</images>',
+    'openat(AT_FDCWD</root>, "/images/disk", O_RDONLY|O_PATH) = 3</images/disk>',
     'openat(5</images>, ".", O_RDWR|O_TMPFILE, 0600) = 3</images/#12>(deleted)',
     'openat2(5</images>, "disk", {flags=O_RDWR|O_NOFOLLOW, resolve=RESOLVE_BENEATH}, 24) = 3</x>',
     'openat(AT_FDCWD</root>, "/proc/self/fd/7", O_RDWR) = 8</images/disk>',
@@ -67,6 +70,9 @@ MAY_NOT_BE = [
     "ftruncate(7</etc/passwd>, 0) = 0",
     "fallocate(7</srv/other>, FALLOC_FL_KEEP_SIZE, 0, 65536) = 0",
     'bind(4<UNIX:[1]>, {sa_family=AF_UNIX, sun_path="/images/sock"}, 110) = 0',
+    'openat(AT_FDCWD</root>, "/images/disk", O_RDONLY|O_CLOEXEC) = 3</images/disk>',
+    'openat(AT_FDCWD</root>, "/images/disk", O_RDONLY|O_NOFOLLOW) = 3</images/disk>',
+    'openat(5</images>, "disk", O_RDONLY|O_CLOEXEC) = 3</etc/shadow>',
 ]
 
 

@@ -12,6 +12,9 @@ may not be. A path is nothing to go by where others can write to its directory; 
 - what is in memory;
 - and by its whole path only what is in the state directory, or in a folder in the temporary
   directory that this command has made for itself alone.
+
+What is opened for reading may be anywhere but in a directory of images: there it is looked at first
+(O_PATH), and then opened by that descriptor.
 """
 
 from __future__ import annotations
@@ -169,13 +172,14 @@ class Judge:
     def __init__(self, state: Path, homes: list[Path], temporary: Path, package: Path) -> None:
         self._compiled = f"{package}/__pycache__"
         self._state = str(state)
-        self._held = [*map(str, homes), self._state]
+        self._homes = [*map(str, homes)]
+        self._held = [*self._homes, self._state]
         self._temporary = str(temporary)
 
     def complaint(self, call: Call) -> str | None:
         """Say why a call may not be; None where it may."""
         if call.name in _OPENS and call.name != "creat" and not call.words & _WRITES:
-            return None
+            return self._read(call)
         if call.name in _BY_DESCRIPTOR:
             held = call.directory(0)
             return None if self._ours(held) else f"{held} is no file that is proven: {call.line}"
@@ -183,6 +187,19 @@ class Judge:
             return self._bound(call)
         found = [self._path(call, *where) for where in _PATHS[call.name]]
         return next((f"{one}: {call.line}" for one in found if one), None)
+
+    def _read(self, call: Call) -> str | None:
+        """Say why a file may not be opened for reading: by a path into a directory of images."""
+        if "O_PATH" in call.words:  # which gives no right to it, and does nothing
+            return None
+        (directory, at) = _PATHS[call.name][0]
+        path = call.text(at)
+        where = "" if directory is None else call.directory(directory)
+        if path.startswith("/") and any(_within(path, one) for one in self._homes):
+            return f"by its path: {call.line}"
+        if where in self._homes and path != "." and "O_NOFOLLOW" not in call.words:
+            return f"follows a link: {call.line}"
+        return None
 
     def _ours(self, held: str) -> bool:
         return held.startswith("/memfd:") or any(_within(held, one) for one in self._held)

@@ -7,7 +7,7 @@ import itertools
 import os
 
 import pytest
-from untrusted import within
+from otherusers import within
 
 from qmpblock.allocation import rawfile as reserving
 from qmpblock.allocation.rawfile import blank_ranges, holes

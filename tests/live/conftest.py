@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from untrusted import eve  # noqa: F401  # a fixture
+from otherusers import eve  # noqa: F401  # a fixture
 
 from qmpblock.testing.images import BuiltScenario, Tools, build
 from qmpblock.testing.scenario import parse_scenario

@@ -7,7 +7,7 @@ import os
 
 import pytest
 from headers_of_eve import Place, open_to_all, with_data_file
-from untrusted import eve
+from otherusers import eve
 
 import qmpblock
 from qmpblock.host.handed import HandedFiles

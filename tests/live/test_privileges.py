@@ -11,12 +11,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from asuser import GROUP, USERS, VM_USER, Runner
 from chains import cli
 from jsonschema import Draft202012Validator
+from otherusers import GROUP, USERS, VM_USER, Runner, UsersQemu
 
 from qmpblock.testing.images import Tools, build
-from qmpblock.testing.qemu import QemuProcess
 from qmpblock.testing.scenario import parse_scenario
 
 pytestmark = pytest.mark.live
@@ -71,21 +70,10 @@ class Site:
         place.mkdir()
         os.chown(place, VM_USER, GROUP)
         place.chmod(0o2770)
-        start = self.directory / "qemu"
-        start.write_text(self._script())
-        start.chmod(0o755)
-        self.vm = QemuProcess.of(built, directory=place, qemu=str(start))
+        self.vm = UsersQemu.of(
+            built, directory=place, qemu=self.qemu, user=USERS["the VM's user"], umask=0o007
+        )
         return self.vm
-
-    def _script(self):
-        """Return what starts QEMU as its user, from a directory that only root may enter, too."""
-        tree = Path(self.qemu).resolve().parent.parent
-        words = [self.qemu]
-        if not all(one.stat().st_mode & 0o001 for one in tree.parents):
-            words = [f"/proc/self/fd/9/bin/{Path(self.qemu).name}"]
-            words += ["-L", "/proc/self/fd/9/root/usr/share/qemu"]
-        command = " ".join(USERS["the VM's user"].command(*words))
-        return f'#!/bin/sh\nexec 9<{tree}\numask 007\nexec {command} "$@"\n'
 
     def runner(self, user):
         """Return what runs commands as a user, who has a state directory of their own."""

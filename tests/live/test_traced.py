@@ -2,7 +2,8 @@
 
 In the directory of an image anybody may put a link into any place at any time, if it is QEMU's
 user or shares a group with it. So what root makes, opens for writing, changes or removes there
-goes by a descriptor. tests/tracing.py says what is allowed.
+goes by a descriptor. tests/tracing.py says what is allowed. Each beside a QEMU of root's own, and
+beside one of a user who is not to be trusted.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from otherusers import EVE
 from tracing import STRACE, Judge, calls_of
 
 import qmpblock
@@ -64,31 +66,45 @@ def traced(vm_dir):
     return run
 
 
+@pytest.fixture(params=["root", "Eve"])
+def start(request, start_qemu, invariant, eve):
+    """Give a function that starts the QEMU of a scenario, whose disk may change."""
+
+    async def run(text):
+        scenario = parse_scenario(text, "traced")
+        if request.param == "Eve":
+            vm = await eve.start(scenario)
+            assert Path(f"/proc/{vm.pid}").stat().st_uid == EVE
+            return vm
+        vm = await start_qemu(scenario)
+        invariant.forget(vm)
+        return vm
+
+    return run
+
+
 def active(vm):
     return vm.disks[0].active.path
 
 
-async def test_allocate_full_by_an_overlay(traced, start_qemu, invariant):
-    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
+async def test_allocate_full_by_an_overlay(traced, start):
+    vm = await start(CHAIN)
     code, printed, wrong = await traced(
         "allocate", vm.monitor_path, "vd0", "--full", home=active(vm).parent
     )
-    invariant.forget(vm)
     assert (code, wrong) == (0, []), printed + "\n".join(wrong)
 
 
-async def test_allocate_full_of_a_raw_image(traced, start_qemu, invariant):
-    vm = await start_qemu(parse_scenario(RAW, "raw"))
+async def test_allocate_full_of_a_raw_image(traced, start):
+    vm = await start(RAW)
     code, printed, wrong = await traced(
         "allocate", vm.monitor_path, "vd0", "--full", home=active(vm).parent
     )
-    invariant.forget(vm)
     assert (code, wrong) == (0, []), printed + "\n".join(wrong)
 
 
-async def test_snapshot_and_commit(traced, start_qemu, invariant):
-    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
-    invariant.forget(vm)
+async def test_snapshot_and_commit(traced, start):
+    vm = await start(CHAIN)
     home = active(vm).parent
     code, printed, wrong = await traced(
         "snapshot", vm.monitor_path, f"vd0={home}/overlay", home=home
@@ -98,10 +114,9 @@ async def test_snapshot_and_commit(traced, start_qemu, invariant):
     assert (code, wrong) == (0, []), printed + "\n".join(wrong)
 
 
-async def test_recover_of_an_image_that_both_have_left(traced, start_qemu, invariant):
+async def test_recover_of_an_image_that_both_have_left(traced, start):
     """QEMU and its controller die in the middle; the overlay is brought home."""
-    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
-    invariant.forget(vm)
+    vm = await start(CHAIN)
     image = active(vm)
     controller = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "qmpblock", "allocate", vm.monitor_path, "vd0"),

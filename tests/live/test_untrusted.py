@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from untrusted import UID, within
+from otherusers import EVE, within
 
 import qmpblock
 from qmpblock.errors import Error
@@ -27,7 +27,7 @@ ROUNDS = int(os.environ.get("QMPBLOCK_ROUNDS", "4"))
 async def test_eve_is_who_we_need(scenario, eve, vm_dir):
     """The rest means something: her QEMU is hers, root maps it, and she cannot do what root can."""
     vm = await eve.start(scenario)
-    assert os.stat(f"/proc/{vm.pid}").st_uid == UID
+    assert os.stat(f"/proc/{vm.pid}").st_uid == EVE
     async with qmpblock.connect(vm.monitor_path) as controller:
         [disk] = await controller.disks()
         assert (await disk.map()).totals().layers
@@ -109,7 +109,7 @@ async def test_her_link_does_not_have_root_make_her_a_file_elsewhere(eve):
         assert list(roots.iterdir()) == []
         made = eve.directory / "over.qcow2"
         await controller.snapshot({disk: made})
-    assert (made.stat().st_uid, made.stat().st_gid) == (UID, UID)
+    assert (made.stat().st_uid, made.stat().st_gid) == (EVE, EVE)
 
 
 @pytest.mark.scenarios("chain-3.yaml")
