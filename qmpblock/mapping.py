@@ -255,7 +255,7 @@ class Disk:
         :raise Error: there is no room on the host; what was reserved by then stays.
         """
         from qmpblock.allocation.room import make_room
-        from qmpblock.policy.file import Amount
+        from qmpblock.sizes import Amount
 
         return await make_room(self, size, keep_free=Amount(keep_free) if keep_free else None)
 
@@ -291,7 +291,7 @@ class Disk:
             is left.
         """
         from qmpblock.allocation.watch import keep_ahead
-        from qmpblock.policy.file import Amount
+        from qmpblock.sizes import Amount
 
         await keep_ahead(self, size, keep_free=Amount(keep_free) if keep_free else None, tell=tell)
 

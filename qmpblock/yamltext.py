@@ -9,32 +9,19 @@ Python itself. Aliases count as what they stand for, so that a few lines are not
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, Never
 
 import yaml
 
 from qmpblock.errors import RequestError, printable
+from qmpblock.sizes import parse_size
 
-__all__ = ["Mapping", "parse_size", "read_mapping"]
+__all__ = ["Mapping", "read_mapping"]
 
 MOST_BYTES = 1 << 20  #: of a text
 _MOST_LEVELS = 32  # a policy has seven
 _MOST_NODES = 100_000  # each alias counts as all that it stands for
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE = re.compile(r"(\d+)([KMGT]?)")
-
-
-def parse_size(text: str) -> int | None:
-    """Read bytes with qemu-img's suffixes, or a sum of such (`1M+512`); None if it is none."""
-    total = 0
-    for part in text.split("+"):
-        match = _SIZE.fullmatch(part)
-        if match is None or len(part) > 40:  # digits; Python reads no more than 4300 of them
-            return None
-        total += int(match[1]) * _UNITS[match[2]]
-    return total
 
 
 def read_mapping(text: str, source: str, error: type[RequestError] = RequestError) -> Mapping:

@@ -35,9 +35,9 @@ from qmpblock.errors import Error, RequestError, UnsupportedError, printable
 from qmpblock.graph.model import Layer
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
-from qmpblock.policy.file import Amount
 from qmpblock.qemu import ownership
 from qmpblock.ranges import Ranges
+from qmpblock.sizes import Amount
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:

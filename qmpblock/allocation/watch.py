@@ -45,11 +45,11 @@ from qmpblock.errors import (
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.host import imagefiles
 from qmpblock.host.processes import start_time
-from qmpblock.policy.file import Amount
 from qmpblock.qemu import lock, ownership
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.ownership import Owner
 from qmpblock.ranges import Ranges
+from qmpblock.sizes import Amount
 
 if TYPE_CHECKING:
     from qmpblock.mapping import Disk

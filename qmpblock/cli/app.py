@@ -195,18 +195,12 @@ class Size(click.ParamType[int]):
         """Read it; click turns the failure into a usage error, exit code 2."""
         if isinstance(value, int):
             return value
-        number, suffix = value[:-1], value[-1:].upper()
-        if suffix not in _SUFFIXES:
-            number, suffix = value, "B"
-        try:
-            size = (
-                int(float(number) * _SUFFIXES[suffix])
-                if "." in number
-                else int(number, 0) * _SUFFIXES[suffix]
-            )
-        except (ValueError, OverflowError):
+        from qmpblock.sizes import LARGEST, parse_size
+
+        size = parse_size(str(value))
+        if size is None:
             self.fail(f"{value!r} is not a size such as 65536, 64K or 1.5G", param, ctx)
-        if not 0 <= size < 1 << 63:
+        if size > LARGEST:
             self.fail(f"{value!r} is not between 0 and 2^63 - 1 bytes", param, ctx)
         return size
 
@@ -222,8 +216,6 @@ def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
         raise click.BadParameter(f"{value} is not a number of seconds", ctx, param)
     return value
 
-
-_SUFFIXES = {"B": 1, **{letter: 1 << 10 * n for n, letter in enumerate("KMGTPE", 1)}}
 
 _SHARED = (
     click.option("--json", "json", is_flag=True, help="Print one JSON document on stdout."),

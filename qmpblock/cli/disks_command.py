@@ -149,6 +149,6 @@ def _line(kind: str, *rest: str) -> Text:
 
 
 def _size(size: int) -> str:
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     return human_size(size)

@@ -54,7 +54,7 @@ def _show(documents: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("job", "type", "status", "disk", "progress", "whose"):

@@ -255,7 +255,7 @@ def _print_totals(view: _View) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     totals = view.map.totals()
     table = Table(box=None, pad_edge=False, header_style="bold")

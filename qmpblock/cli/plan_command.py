@@ -106,7 +106,7 @@ def summary(one: DiskPlan) -> str:
 
 def said_ahead(room: RoomPlan) -> str:
     """Say in few words what there is of the room ahead of the guest."""
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     text = "room ahead of the guest: "
     if room.room is None:
@@ -120,7 +120,7 @@ def said_ahead(room: RoomPlan) -> str:
 
 
 def _summary(changes: Changes, speed: int) -> str:
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     parts = [f"{human_size(changes.move)} to copy", f"{human_size(changes.reserve)} to reserve"]
     if changes.zeros:
@@ -174,7 +174,7 @@ def _drawn(picture: Picture, widest: Picture) -> str:
 
 
 def _show_sum(plans: tuple[DiskPlan, ...]) -> None:
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     doable = [one for one in plans if one.changes is not None and one.error is None]
     move = sum(one.changes.move for one in doable if one.changes)

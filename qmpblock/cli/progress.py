@@ -50,7 +50,7 @@ def text_line(what: str, seen: Progress) -> str:
 
     ``stream of vd0: copying, 12.5M of 64M, 20M/s, 3 s to go``
     """
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     parts = [f"{printable(what)}: {seen.phase}"]
     if seen.ready:
@@ -92,7 +92,7 @@ def _bars() -> Iterator[Callable[[str], Reporter]]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bars
 
-    from qmpblock.pictures.text import human_size
+    from qmpblock.sizes import human_size
 
     bars = Bars(
         TextColumn("{task.description}"),

@@ -15,11 +15,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from qmpblock.sizes import UNITS
+
 __all__ = ["as_bytes", "as_name", "as_text", "from_text", "innermost", "said_by"]
 
 _PREFIX = "json:"
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+)|(\d+)([bBkKmMgGtTpPeE]?)", re.ASCII)
-_UNITS = {unit: 1 << 10 * power for power, unit in enumerate("BKMGTPE")}
 
 
 def as_text(options: Mapping[str, Any]) -> str:
@@ -65,4 +66,4 @@ def as_bytes(value: Any) -> int:
         raise ValueError(f"{value!r} is no number of bytes")
     if match[1]:
         return int(match[1], 16)
-    return int(match[2]) * _UNITS[match[3].upper() or "B"]
+    return int(match[2]) * UNITS[match[3].upper() or "B"]

@@ -30,7 +30,7 @@ from qmpblock.pictures.strips import (
     layer_strip,
     zeros_strip,
 )
-from qmpblock.pictures.text import human_size
+from qmpblock.sizes import human_size
 
 __all__ = ["MOST_RECTS", "svg_document", "svg_picture"]
 

@@ -27,24 +27,9 @@ from itertools import groupby
 from qmpblock.errors import printable
 from qmpblock.extents.allocationmap import AllocationMap
 from qmpblock.pictures.strips import DATA, RESERVED_ZERO, ZEROS, Strip, grid, layer_strips
+from qmpblock.sizes import human_size
 
-__all__ = ["ASCII", "UNICODE", "Glyphs", "human_size", "strip_marks", "text_lines", "text_picture"]
-
-
-def human_size(size: int) -> str:
-    """Write a number of bytes as qemu-img would take it: `512`, `64K`, `1.5G`."""
-    units = "KMGTPE"
-    unit = 0
-    while unit < len(units) and abs(size) >= 1024 ** (unit + 1):
-        unit += 1
-    if not unit:
-        return str(size)
-    whole, rest = divmod(size, 1024**unit)
-    if not rest:
-        return f"{whole}{units[unit - 1]}"
-    digits = max(0, 3 - len(str(abs(whole))))
-    shown = f"{size / 1024**unit:.{digits}f}"
-    return f"{shown.rstrip('0').rstrip('.') if digits else shown}{units[unit - 1]}"
+__all__ = ["ASCII", "UNICODE", "Glyphs", "strip_marks", "text_lines", "text_picture"]
 
 
 # Text

@@ -12,17 +12,17 @@ leave the chain, so that a policy applied twice would mean something else.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 from qmpblock.address import parse_address
 from qmpblock.errors import RequestError, printable
-from qmpblock.yamltext import MOST_BYTES, Mapping, parse_size, read_mapping
+from qmpblock.sizes import LARGEST, Amount, parse_size
+from qmpblock.yamltext import MOST_BYTES, Mapping, read_mapping
 
 __all__ = [
-    "Amount",
     "DiskPolicy",
     "Part",
     "Policy",
@@ -34,7 +34,6 @@ __all__ = [
 Allocation = Literal["as-is", "thin", "full", "like"]
 
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s?%")
-_LARGEST = (1 << 63) - 1
 _WHOLE = re.compile(r"-?\d{1,9}")
 
 
@@ -43,28 +42,10 @@ class PolicyError(RequestError):
 
 
 @dataclass(frozen=True)
-class Amount:
-    """Bytes, or a share of a whole.
-
-    :ivar percent: of the whole; None where it is `bytes`.
-    """
-
-    bytes: int = 0
-    percent: Fraction | None = None
-
-    def of(self, whole: int) -> int:
-        """Return the bytes that it is of `whole`, rounded down."""
-        return self.bytes if self.percent is None else int(whole * self.percent / 100)
-
-    def __str__(self) -> str:
-        return str(self.bytes) if self.percent is None else f"{float(self.percent):g}%"
-
-
-@dataclass(frozen=True)
 class Part:
     """A range of a disk whose size is not known yet. `length` None: up to the disk's end."""
 
-    offset: Amount = Amount()
+    offset: Amount = field(default_factory=Amount)
     length: Amount | None = None
 
 
@@ -257,7 +238,7 @@ def _number(entry: Mapping, key: str, default: int) -> int:
 
 def _speed(entry: Mapping, default: int) -> int:
     speed = entry.size("speed", default)
-    if speed > _LARGEST:
+    if speed > LARGEST:
         entry.refuse("speed", "is more than 2^63 - 1 bytes a second")
     return speed
 
@@ -270,7 +251,7 @@ def _ahead(entry: Mapping) -> Amount | None:
     if "ahead" not in entry:
         return None
     found = _amount(entry, "ahead")
-    if found.of(_LARGEST) == 0:
+    if found.of(LARGEST) == 0:
         entry.refuse("ahead", "is nothing; leave it out where no room is wanted")
     return found
 
@@ -284,6 +265,6 @@ def _amount(entry: Mapping, key: str) -> Amount:
             entry.refuse(key, f"{printable(text)!r} is more than the whole")
         return Amount(percent=percent)
     size = parse_size(text)
-    if size is None or size > _LARGEST:
+    if size is None or size > LARGEST:
         entry.refuse(key, f"{printable(text)!r} is neither a size such as 64K or 1G, nor a percent")
     return Amount(size)

@@ -37,7 +37,8 @@ from qmpblock.ranges import Ranges
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.mapping import Disk, LayerMap
-    from qmpblock.policy.file import Amount, DiskPolicy
+    from qmpblock.policy.file import DiskPolicy
+    from qmpblock.sizes import Amount
     from qmpblock.vm import VM
 
 __all__ = ["DiskPlan", "Room", "look", "share_room"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qmpblock import yamltext
 from qmpblock.errors import RequestError
-from qmpblock.yamltext import Mapping, parse_size
+from qmpblock.sizes import parse_size
+from qmpblock.yamltext import Mapping
 
 __all__ = ["Mapping", "ScenarioError", "parse_size", "read_mapping"]
 

@@ -25,8 +25,8 @@ from qmpblock.allocation.room import (
 from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.graph.model import Chain, Device, Edge, Layer, Node
 from qmpblock.host import imagefiles
-from qmpblock.policy.file import Amount
 from qmpblock.ranges import Ranges
+from qmpblock.sizes import Amount
 
 K = 1 << 10
 M = 1 << 20

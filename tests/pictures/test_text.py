@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qmpblock.extents.allocationmap import DATA, PRESENT, RESERVED, ZERO, AllocationMap
 from qmpblock.pictures.strips import grid, layer_strip, layer_strips
-from qmpblock.pictures.text import ASCII, UNICODE, human_size, strip_marks, text_lines, text_picture
+from qmpblock.pictures.text import ASCII, UNICODE, strip_marks, text_lines, text_picture
 
 # Correct, not quick: the machine may be busy with other tests.
 settings.register_profile("patient", deadline=None)
@@ -203,16 +203,3 @@ def test_every_mark_says_what_its_cell_holds(
             assert mark == ("0" if set(cell) == {"0"} else "o")
         else:
             assert mark == "."
-
-
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [
-        (0, "0"), (1, "1"), (1023, "1023"), (1024, "1K"), (1536, "1.5K"), (65536, "64K"),
-        (10 * 2**20 + 1, "10M"), (5 * 2**29, "2.5G"), (2**40, "1T"),
-        (1023 * 2**20 + 2**19, "1024M"),
-        (1234 * 2**30, "1.21T"), (2**63 - 1, "8E"), (2**70, "1024E"),
-    ],
-)  # fmt: skip
-def test_human_sizes(size: int, words: str) -> None:
-    assert human_size(size) == words

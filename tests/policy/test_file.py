@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock.cli.app import run
-from qmpblock.policy.file import Amount, DiskPolicy, Part, PolicyError, load_policy, parse_policy
+from qmpblock.policy.file import DiskPolicy, Part, PolicyError, load_policy, parse_policy
+from qmpblock.sizes import Amount
 
 WHOLE = """
 parallel: 3
@@ -93,13 +94,6 @@ def test_what_is_not_said_is_left_as_it_is():
     [disk] = parse("vms: [{address: a, disks: [{disk: vd0}]}]").disks
     assert (disk.backing, disk.allocation) == ("keep", "as-is")
     assert (disk.speed, disk.keep_free, disk.ahead, disk.parts) == (0, None, None, ())
-
-
-def test_amounts_are_exact():
-    size = (1 << 50) + 3
-    assert Amount(percent=Fraction(100)).of(size) == size
-    assert Amount(percent=Fraction("33.3")).of(1000) == 333
-    assert Amount(7).of(size) == 7
 
 
 def disk(text):

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from qmpblock.errors import RangeError
 from qmpblock.extents.allocationmap import DATA, PRESENT, RESERVED, ZERO, AllocationMap
-from qmpblock.policy.file import Amount, DiskPolicy, Part
+from qmpblock.policy.file import DiskPolicy, Part
 from qmpblock.policy.steps import Facts, Picture, plan_changes, spans, wanted_ranges
 from qmpblock.ranges import Ranges
+from qmpblock.sizes import Amount
 
 B = 64 << 10
 FLAGS = {

@@ -9,8 +9,9 @@ import pytest
 from qmpblock.allocation.room import RoomResult
 from qmpblock.errors import BusyError, ConnectError, Error, RequestError
 from qmpblock.policy import watch as policywatch
-from qmpblock.policy.file import Amount, DiskPolicy, Policy
+from qmpblock.policy.file import DiskPolicy, Policy
 from qmpblock.policy.watch import Watch
+from qmpblock.sizes import Amount
 
 
 def policy(*names, ahead=100):

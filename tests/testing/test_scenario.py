@@ -18,7 +18,6 @@ from qmpblock.testing.scenario import (
     load_scenario,
     load_scenarios,
     parse_scenario,
-    parse_size,
 )
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -176,15 +175,6 @@ def test_a_directory_without_scenarios_is_an_error(tmp_path: Path) -> None:
         load_scenarios(tmp_path)
     with pytest.raises(ScenarioError, match="cannot read"):
         load_scenario(tmp_path / "none.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("0", 0), ("512", 512), ("64K", 65536), ("1M+512", 1049088), ("2T", 2 << 40)]
-    + [(text, None) for text in ("", "K", "1k", "-1", "1.5M", "1M+", "0x10")],
-)
-def test_sizes(text: str, size: int | None) -> None:
-    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
