@@ -14,10 +14,10 @@ from typing import Any
 
 import qmpblock
 from bench.live import wall
-from qmpblock.mapping import Disk
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.qemu import QemuProcess
 from qmpblock.testing.scenario import parse_scenario
+from qmpblock.vm import Disk
 
 MIB = 1 << 20
 RANGE = 64 << 10  # bytes of a small range

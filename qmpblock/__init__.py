@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from qmpblock.changes.imagerecovery import recover_images
     from qmpblock.errors import Error
     from qmpblock.extents.allocationmap import AllocationMap
-    from qmpblock.mapping import Disk, LayerMap
+    from qmpblock.mapping import LayerMap
     from qmpblock.qemu.job import Job, Progress
     from qmpblock.qemu.monitor import Monitor
     from qmpblock.speed import Speed
-    from qmpblock.vm import VM, connect
+    from qmpblock.vm import VM, Disk, connect
 
 __all__ = [
     "VM",
@@ -46,7 +46,7 @@ _HOMES = {
     "AllocationMap": "extents.allocationmap",
     "AllocationResult": "allocation.allocate",
     "Allocator": "allocation.thin",
-    "Disk": "mapping",
+    "Disk": "vm",
     "Error": "errors",
     "Job": "qemu.job",
     "LayerMap": "mapping",

@@ -21,12 +21,12 @@ from qmpblock.qemu.lock import Holder
 from qmpblock.recovery import recover
 
 if TYPE_CHECKING:
-    from qmpblock.vm import VM
+    from qmpblock.qemu.connection import Connection
 
 __all__ = ["find_job", "holder_of", "steer"]
 
 
-async def find_job(vm: VM, name: str) -> JobInfo:
+async def find_job(vm: Connection, name: str) -> JobInfo:
     """Find a job by its id.
 
     :raise NotFoundError: there is none; lists those that there are.
@@ -42,7 +42,7 @@ async def find_job(vm: VM, name: str) -> JobInfo:
     )
 
 
-async def holder_of(vm: VM, job: JobInfo) -> Holder | None:
+async def holder_of(vm: Connection, job: JobInfo) -> Holder | None:
     """Return the controller of a job of ours, dead or alive; None if nothing tells.
 
     :raise RecordError: a lock that may be that controller's cannot be read.
@@ -66,7 +66,7 @@ async def holder_of(vm: VM, job: JobInfo) -> Holder | None:
     return None
 
 
-async def steer(vm: VM, name: str, verb: str, speed: int = 0) -> str:
+async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
     """Apply a verb to a job of ours; return what was done, in a sentence.
 
     :param verb: `pause`, `resume`, `cancel`, `complete`, `finalize`, `dismiss` or `speed`.
@@ -109,7 +109,7 @@ async def steer(vm: VM, name: str, verb: str, speed: int = 0) -> str:
         return await _apply(vm, job, verb, speed)
 
 
-async def _apply(vm: VM, job: JobInfo, verb: str, speed: int) -> str:
+async def _apply(vm: Connection, job: JobInfo, verb: str, speed: int) -> str:
     name = job.id
     qemu = Job(vm.monitor, name, job.type)
     try:

@@ -1,4 +1,4 @@
-"""Disk: what a user holds of one guest disk."""
+"""The map of a live disk: what the guest sees of each byte, and what each layer holds."""
 
 from __future__ import annotations
 
@@ -21,26 +21,15 @@ from qmpblock.graph.model import Chain, Device, Layer
 from qmpblock.graph.openings import in_part
 from qmpblock.host import imagefiles
 from qmpblock.qemu import ownership
+from qmpblock.ranges import check_range
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
-    from contextlib import AbstractAsyncContextManager
-    from typing import Literal
-
-    from qmpblock.allocation.allocate import AllocationResult
-    from qmpblock.allocation.room import RoomResult
-    from qmpblock.allocation.thin import Allocator
-    from qmpblock.chains.jobs import ChainJob
-    from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.extents.allocationmap import AllocationMap, ExtentAllowance
     from qmpblock.nbd import Client
-    from qmpblock.qemu.job import Progress
+    from qmpblock.qemu.connection import Connection
     from qmpblock.ranges import Ranges
-    from qmpblock.speed import Speed
-    from qmpblock.vm import VM
 
-__all__ = ["Disk", "LayerMap", "check_range", "exported", "read_map"]
+__all__ = ["LayerMap", "MappedDisk", "exported", "read_map"]
 
 _CONTEXTS = ("base:allocation", "qemu:allocation-depth")
 _PARTS = 4  # of a range that are read at once
@@ -64,18 +53,18 @@ class LayerMap:
     source: str
 
 
-class Disk:
-    """One guest disk of a `VM`. Get it from `VM.disk` or `VM.disks`.
+class MappedDisk:
+    """One guest disk, as far as it can be read: `qmpblock.vm.Disk` adds what changes it.
 
     Its attributes say what was true when it was looked up; its methods look again.
     """
 
-    def __init__(self, vm: VM, device: Device) -> None:
+    def __init__(self, vm: Connection, device: Device) -> None:
         self.vm = vm
         self.device = device
 
     def __repr__(self) -> str:
-        return f"<Disk {self.device.describe()}>"
+        return f"<{type(self).__name__} {self.device.describe()}>"
 
     @property
     def name(self) -> str:
@@ -165,202 +154,6 @@ class Disk:
                     self._layer_reserved(found[depth]) for depth in range(len(chain.layers))
                 )
         raise GraphError(f"the chain of {self.name} changed during each of {_ATTEMPTS} maps")
-
-    async def allocate(
-        self,
-        offset: int = 0,
-        length: int | None = None,
-        *,
-        full: bool = False,
-        independent: bool = False,
-        speed: Speed | int = 0,
-        progress: Callable[[Progress], None] | None = None,
-        warn: Callable[[str], None] | None = None,
-    ) -> AllocationResult:
-        """Make a range stand in the active layer of the running disk, its content unchanged.
-
-        What a layer below holds comes up; what no layer holds stays blank. The guest is never
-        paused, no write can be lost, and the map is read at the end: what is still below is an
-        error. Cancelled, what was done by then stays, since it changes no content.
-
-        :param offset: rounded outwards to clusters, as is the end; the result says so.
-        :param length: in bytes; by default up to the disk's end.
-        :param full: what no layer holds, and mere zeros, get host space too: by fallocate on
-            raw, LUKS and raw data files, by staged commits on qcow2 and QED, whose pivots hold
-            the guest's I/O for milliseconds (`result.held`). QEMU dying in one of those needs
-            `qmpblock recover IMAGE` before the image is started again.
-        :param independent: afterwards nothing depends on the backing chain any more, and the
-            link to it is dropped. For the whole disk only.
-        :param speed: bytes a second; a `Speed` can be changed meanwhile.
-        :param progress: is called with how far it is.
-        :param warn: is called with each of `result.warnings` as soon as it is known: that
-            dirty bitmaps will grow, and by how much, before the guest's disk is touched.
-        :raise RangeError: the range is not inside the disk.
-        :raise UnsupportedError: this format, or place, cannot; nothing was touched.
-        :raise BusyError: another controller is at work on the disk.
-        :raise GraphError: somebody changed the chain meanwhile; it says what was done.
-        """
-        from qmpblock.allocation.allocate import allocate
-        from qmpblock.speed import Speed
-
-        return await allocate(
-            self,
-            offset,
-            length,
-            full=full,
-            independent=independent,
-            speed=speed if isinstance(speed, Speed) else Speed(speed),
-            progress=progress,
-            warn=warn,
-        )
-
-    def allocator(self) -> AbstractAsyncContextManager[Allocator]:
-        """Allocate many ranges, thin, one after another, for what one costs.
-
-        `async with disk.allocator() as a: await a.allocate(offset, length)`: as `allocate`, but
-        what each call would set up and take down is kept: the disk's lock and the export, through
-        which each range's map is read as it is now, before and after. So a range takes a
-        millisecond, not 25. Nothing that the guest writes meanwhile can be lost.
-
-        Full allocation is not for this: it freezes the disk for a moment, so `allocate` does as
-        many ranges in one go as it is given. While it is open, other maps of the VM wait, and
-        nobody else of ours changes the disk: hold it no longer than it is used.
-
-        A snapshot that somebody takes meanwhile is noticed within a fifth of a second, and at the
-        latest when this is left; what was returned in that time may have gone to the overlay.
-        Cancelled or failed, what was allocated by then stays, since it changes no content.
-
-        :raise UnsupportedError: this format, or place, cannot; nothing was touched.
-        :raise BusyError: another controller is at work on the disk, or on the VM's NBD server.
-        :raise GraphError: on leaving: the active layer is another one now.
-        """
-        from qmpblock.allocation.thin import open_allocator
-
-        return open_allocator(self)
-
-    async def make_room(self, size: int, *, keep_free: int = 0) -> RoomResult:
-        """Reserve host space for the next `size` bytes that the guest writes, once.
-
-        So a host that runs full later does not fail them. Where the active layer grows at its
-        end (qcow2, QED, ...) the space lies past the end of its file, and holds data and
-        metadata alike; where it stores data as it is (raw, LUKS, a data file), it is the lowest
-        blank ranges of the disk. By fallocate(2): the guest is not paused, no content and no
-        size changes. Idempotent: what is missing of it is reserved. Cancelling leaves what is
-        reserved by then.
-
-        :param size: bytes; rounded up to 64 KiB.
-        :param keep_free: bytes of the host's file system that are to stay free.
-        :raise RequestError: no bytes.
-        :raise UnsupportedError: this format, file system or place cannot; nothing was touched.
-        :raise Error: there is no room on the host; what was reserved by then stays.
-        """
-        from qmpblock.allocation.room import make_room
-        from qmpblock.sizes import Amount
-
-        return await make_room(self, size, keep_free=Amount(keep_free) if keep_free else None)
-
-    async def keep_ahead(
-        self,
-        size: int,
-        *,
-        keep_free: int = 0,
-        tell: Callable[[RoomResult], None] | None = None,
-    ) -> None:
-        """Keep host space reserved ahead of the guest for as long as the VM lives.
-
-        As `make_room`, again and again: up to `size` bytes, as soon as less than half of it is
-        left. QEMU wakes us by its event BLOCK_WRITE_THRESHOLD (block-set-write-threshold,
-        qapi/block-core.json), which is set on the storage node of the active layer and comes
-        once; a look every five seconds finds what no event tells, such as another active layer
-        after a snapshot or a commit, which is followed. A temporary overlay of another operation
-        of ours is left alone.
-
-        Returns when the VM has ended. Cancelling it is the way to end it before: the threshold
-        and the lock are taken away first; what is reserved stays.
-
-        :param size: bytes; rounded up to 64 KiB. What the guest writes in some seconds, at least.
-        :param keep_free: bytes of the host's file system that are to stay free.
-        :param tell: is called after each reservation, and when there is no room on the host
-            (`error`; it is tried again) or nothing left to reserve (`full`).
-        :raise RequestError: no bytes; or the disk was unplugged.
-        :raise UnsupportedError: this format, file system or place cannot, or that of a layer that
-            has become the active one.
-        :raise BusyError: another watcher keeps this disk's room, or somebody else has set a
-            write threshold on the node, which is left as it is.
-        :raise DisconnectedError: the connection was lost, but QEMU lives: `recover` removes what
-            is left.
-        """
-        from qmpblock.allocation.watch import keep_ahead
-        from qmpblock.sizes import Amount
-
-        await keep_ahead(self, size, keep_free=Amount(keep_free) if keep_free else None, tell=tell)
-
-    async def snapshot(
-        self,
-        overlay: str | os.PathLike[str],
-        *,
-        format: str = "qcow2",  # noqa: A002 - the command's word
-        backing_name: Literal["relative", "absolute"] = "relative",
-    ) -> SnapshotResult:
-        """Freeze the active layer; the guest's writes go to `overlay` from then on.
-
-        As `VM.snapshot`, for one disk.
-        """
-        return await self.vm.snapshot({self: overlay}, format=format, backing_name=backing_name)
-
-    def stream(
-        self, *, top: str | None = None, base: str | None = None, speed: int = 0
-    ) -> AbstractAsyncContextManager[ChainJob]:
-        """Copy what lies between `top` and `base` into `top`; the images between are dropped.
-
-        `async with disk.stream() as job:` starts it; leaving waits for its end. The guest
-        runs on, and sees no difference. No link to an image is dropped before what came from
-        it is on stable storage. Raised or cancelled inside, the job is cancelled, and the
-        chain is as it was; what was copied by then stays in `top`.
-
-        :param top: the LAYER that is written to: a node name, file name or `@N`; by default
-            the active one.
-        :param base: the LAYER to stop above, which stays; by default none does.
-        :param speed: bytes a second; 0 is no limit. `job.set_speed` changes it.
-        :raise RequestError: no such layer, wrong order, or not safely possible; nothing was
-            touched.
-        :raise BusyError: a job, or another controller, is at work on the disk; an InUseError:
-            somebody else uses a layer that would change, or go.
-        :raise JobError: QEMU's job failed; the chain is as it was.
-        :raise StalledError: it did not move for the stall limit; undone.
-        """
-        from qmpblock.chains.jobs import stream
-
-        return stream(self, top=top, base=base, speed=speed)
-
-    def commit(
-        self,
-        *,
-        top: str | None = None,
-        base: str | None = None,
-        speed: int = 0,
-        throttle_guest: int = 0,
-    ) -> AbstractAsyncContextManager[ChainJob]:
-        """Copy what `top` and the layers above `base` hold into `base`; they are dropped.
-
-        As `stream`. Where `top` is the active layer, the guest moves on to `base` at the end
-        (a pivot) once `job.complete()` asked for it, which leaving the `async with` does too;
-        the filters above stay. Its I/O is held for some milliseconds then. The VM is to be
-        started from `base` afterwards: what was the active image is stale.
-
-        `base` is written to: nobody else may depend on it. Given up, it keeps what it got,
-        which changes nothing for this disk.
-
-        :param top: the uppermost LAYER to commit; by default the active one.
-        :param base: by default the lowest layer.
-        :param throttle_guest: bytes a second to which the guest's I/O on this disk is limited
-            for the time of the pivot, if it writes faster than the job copies; 0: never.
-        :raise StalledError: also when an active commit does not converge: the guest writes
-            faster than it copies for the stall limit.
-        """
-        from qmpblock.chains.jobs import commit
-
-        return commit(self, top=top, base=base, speed=speed, throttle_guest=throttle_guest)
 
     async def _unveiled(self) -> None:
         """Wait while an allocation has the active layer see the others through a view of them.
@@ -455,7 +248,7 @@ class Disk:
 
 @asynccontextmanager
 async def exported(
-    disk: Disk, layers: Sequence[Layer], *, hold_writer: bool = False, in_flight: int = 16
+    disk: MappedDisk, layers: Sequence[Layer], *, hold_writer: bool = False, in_flight: int = 16
 ) -> AsyncIterator[list[Client]]:
     """Export layers of a disk, read-only, with all that a map needs; yields the clients.
 
@@ -484,23 +277,6 @@ async def read_map(client: Client, chain: Chain, offset: int, length: int) -> Al
     It is right only while the chain is the one given: look again afterwards (`Chain.shape`).
     """
     return await _read_map(client, chain.level_sizes, chain.levels, offset, length)
-
-
-def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
-    """Return the range asked for, its length filled in.
-
-    :raise RangeError: it is not inside a disk of `size` bytes.
-    """
-    if not 0 <= offset <= size:
-        raise RangeError(f"offset {offset} is not inside the disk of {size} bytes")
-    if length is None:
-        length = size - offset
-    if length < 0 or offset + length > size:
-        raise RangeError(
-            f"offset {offset} and length {length} reach to {offset + length}, "
-            f"but the disk has {size} bytes"
-        )
-    return offset, length
 
 
 async def _read_layer(client: Client, chain: Chain, layer: Layer) -> LayerMap:

@@ -49,7 +49,7 @@ from qmpblock.qemu.job import Job
 from qmpblock.qemu.lock import Holder
 
 if TYPE_CHECKING:
-    from qmpblock.vm import VM
+    from qmpblock.qemu.connection import Connection
 
 __all__ = ["Recovery", "recover"]
 
@@ -77,7 +77,7 @@ class Recovery:
 
 
 async def recover(
-    vm: VM,
+    vm: Connection,
     choice: Choice = Choice.UNDO,
     *,
     dry_run: bool = False,
@@ -127,7 +127,9 @@ async def recover(
     return found
 
 
-async def _holders(vm: VM, graph: BlockGraph) -> tuple[dict[str, Holder], list[RecordError]]:
+async def _holders(
+    vm: Connection, graph: BlockGraph
+) -> tuple[dict[str, Holder], list[RecordError]]:
     """Return who holds each lock of ours in the VM, by the lock's name, and those unreadable."""
     found: dict[str, Holder] = {}
     unread: list[RecordError] = []
@@ -197,7 +199,7 @@ def _refuse_the_unknown(holders: dict[str, Holder]) -> None:
             )
 
 
-async def _finalize_pivots(vm: VM, graph: BlockGraph, records: Iterable[Record]) -> None:
+async def _finalize_pivots(vm: Connection, graph: BlockGraph, records: Iterable[Record]) -> None:
     for record in records:
         job = graph.job(record.job)
         if record.pivot and job is not None and job.status == "pending":
@@ -234,7 +236,7 @@ def _foresee(record: Record, graph: BlockGraph, choice: Choice, me: VMIdentity) 
 
 
 async def _recover_change(
-    vm: VM,
+    vm: Connection,
     holder: Holder,
     record: Record,
     choice: Choice,
@@ -279,7 +281,7 @@ def _without_journal(record: Record) -> RecordError:
 
 
 async def _recover_orphans(
-    vm: VM,
+    vm: Connection,
     graph: BlockGraph,
     holders: dict[str, Holder],
     *,
@@ -330,7 +332,9 @@ async def _recover_orphans(
     return done
 
 
-async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -> list[Recovery]:
+async def _recover_locks(
+    vm: Connection, holders: dict[str, Holder], *, dry_run: bool
+) -> list[Recovery]:
     """Undo dead exports and watchers, and remove what is left of interrupted recoveries."""
     done = []
     names: dict[str, Holder] = {}
@@ -366,7 +370,9 @@ async def _recover_locks(vm: VM, holders: dict[str, Holder], *, dry_run: bool) -
     return done
 
 
-async def _forget_journals(vm: VM, done: list[Recovery], *, dry_run: bool) -> list[RecordError]:
+async def _forget_journals(
+    vm: Connection, done: list[Recovery], *, dry_run: bool
+) -> list[RecordError]:
     """Remove journals of this VM whose change has no lock any more: it ended.
 
     Returns an error for each that cannot be read.

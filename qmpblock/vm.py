@@ -1,40 +1,34 @@
-"""VM: a connection to one running QEMU, and the disks it has."""
+"""What users hold: `connect`, a `VM`, and each `Disk` of it."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Literal
 
 from qmpblock.address import Address
-from qmpblock.errors import (
-    CommandError,
-    Error,
-    GraphError,
-    MonitorHeldError,
-    NotFoundError,
-    UnsupportedError,
-    printable,
-)
-from qmpblock.export.session import NBDAccess
-from qmpblock.graph.model import BlockGraph, Job, Replies
-from qmpblock.mapping import Disk
-from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.errors import MonitorHeldError, NotFoundError
+from qmpblock.graph.model import Job
+from qmpblock.mapping import MappedDisk
+from qmpblock.qemu.connection import Connection, NBDAccess
 from qmpblock.qemu.elsewhere import check_served_here
-from qmpblock.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     import os
+    from contextlib import AbstractAsyncContextManager
 
+    from qmpblock.allocation.allocate import AllocationResult
+    from qmpblock.allocation.room import RoomResult
+    from qmpblock.allocation.thin import Allocator
+    from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.unfinished import Step
+    from qmpblock.graph.model import Device
+    from qmpblock.qemu.job import Progress
     from qmpblock.recovery import Recovery
+    from qmpblock.speed import Speed
 
-__all__ = ["VM", "connect"]
-
-_ATTEMPTS = 5
-_DISMISSAL = 10.0  # seconds for a foreign controller to dismiss a job that has ended
+__all__ = ["VM", "Disk", "connect"]
 
 
 @asynccontextmanager
@@ -62,122 +56,23 @@ async def connect(
         process holds it, and what it is about where it is one of ours.
     :raise UnsupportedError: QEMU older than 7.2.
     """
-    try:
-        monitor = await Monitor.connect(address, greeting_timeout=greeting_timeout, stall=stall)
-    except MonitorHeldError as error:
-        from qmpblock.changes.held import tell_of_our_own
-
-        tell_of_our_own(error, address)
-        raise
-    async with monitor:
-        Capabilities(monitor.version).check_supported()
-        await _check_is_vm(monitor)
-        yield VM(monitor, NBDAccess(nbd, tls_creds, insecure), stall, unmanaged=unmanaged)
-
-
-def _in_fdset(nodes: Any) -> bool:
-    return isinstance(nodes, list) and any(
-        isinstance(node, dict) and str(node.get("file")).startswith("/dev/fdset/") for node in nodes
+    access = NBDAccess(nbd, tls_creds, insecure)
+    opened = VM.open(
+        address, access, unmanaged=unmanaged, greeting_timeout=greeting_timeout, stall=stall
     )
+    async with AsyncExitStack() as stack:
+        try:
+            vm = await stack.enter_async_context(opened)
+        except MonitorHeldError as error:
+            from qmpblock.changes.held import tell_of_our_own
 
-
-async def _check_is_vm(monitor: Monitor) -> None:
-    """Refuse a storage daemon, whose monitor greets as a QEMU's does.
-
-    :raise UnsupportedError: it is one.
-    """
-    try:
-        await monitor.execute("query-status")
-    except CommandError as error:
-        if error.error_class != "CommandNotFound":
+            tell_of_our_own(error, address)
             raise
-        raise UnsupportedError(
-            f"what answers at {monitor.address} is no VM but a storage daemon "
-            f"(qemu-storage-daemon {Capabilities(monitor.version)}): it has no guest and no disks, "
-            "only nodes and exports, which others use",
-            standing="nothing was touched",
-            remedy="give the monitor of the VM that uses its images. A disk that the daemon serves "
-            "by vhost-user is not that VM's QEMU's to change either",
-        ) from None
+        yield vm
 
 
-class VM:
+class VM(Connection):
     """One running QEMU. Get it from `connect`."""
-
-    def __init__(
-        self, monitor: Monitor, nbd: NBDAccess, stall: float, *, unmanaged: bool = False
-    ) -> None:
-        self.monitor = monitor
-        self.nbd = nbd
-        self.stall = stall
-        self.unmanaged = unmanaged
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this QEMU can do."""
-        return Capabilities(self.monitor.version)
-
-    async def graph(self) -> BlockGraph:
-        """Read the block graph as it is now.
-
-        :raise GraphError: it kept changing between the replies, or makes no sense.
-        """
-        for attempt in range(_ATTEMPTS):
-            try:
-                return BlockGraph.from_replies(await self._replies())
-            except GraphError:
-                # Several replies, and QEMU may change the graph between two of them.
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-        raise AssertionError("unreachable")
-
-    async def _replies(self) -> Replies:
-        execute = self.monitor.execute
-        if self.capabilities.concluded_streams_kill:
-            await self._wait_for_dismissals()
-        try:
-            nodes = await execute("query-named-block-nodes", {"flat": True})
-        except CommandError as error:
-            raise _given_up(error) from None
-        try:
-            debug = await execute("x-debug-query-block-graph")
-        except CommandError:
-            debug = None  # an unstable command: a later QEMU may drop it
-        return Replies(
-            block=await execute("query-block"),
-            nodes=nodes,
-            stats=await execute("query-blockstats"),
-            jobs=await execute("query-jobs"),
-            exports=await execute("query-block-exports"),
-            debug_graph=debug,
-            fdsets=await execute("query-fdsets") if _in_fdset(nodes) else [],
-        )
-
-    async def _wait_for_dismissals(self) -> None:
-        """Wait until no stream job is concluded: QEMU would crash (capabilities).
-
-        Ours dismiss themselves there; whoever started another is about to dismiss it.
-
-        :raise UnsupportedError: nobody does.
-        """
-        deadline = asyncio.get_running_loop().time() + _DISMISSAL
-        while True:
-            concluded = [
-                job["id"]
-                for job in await self.monitor.execute("query-jobs")
-                if job["type"] == "stream" and job["status"] == "concluded"
-            ]
-            if not concluded:
-                return
-            if asyncio.get_running_loop().time() > deadline:
-                name = printable(concluded[0])
-                raise UnsupportedError(
-                    f"the stream job {name} has ended and nobody dismisses it; QEMU "
-                    f"{self.capabilities} would crash if we asked it for its block nodes",
-                    standing="nothing was touched",
-                    remedy=f'have it dismissed: job-dismiss {{"id": "{name}"}}',
-                )
-            await asyncio.sleep(0.05)
 
     async def disks(self) -> list[Disk]:
         """Return every guest device that has a disk in it."""
@@ -252,17 +147,209 @@ class VM:
         return await recover(self, choice, dry_run=dry_run, tell=tell)
 
 
-def _given_up(error: CommandError) -> Error:
-    """Say what it means that QEMU does not describe its nodes: one of them has no driver.
+class Disk(MappedDisk):
+    """One guest disk of a `VM`. Get it from `VM.disk` or `VM.disks`.
 
-    That is so where it found an image corrupt while the guest used it (qcow2): from then on its
-    I/O fails, and QEMU says "Block device NODE is ejected" of it.
+    Its attributes say what was true when it was looked up; its methods look again.
     """
-    if "is ejected" not in error.description:
-        return error
-    return UnsupportedError(
-        "QEMU found an image corrupt while the guest used it, and gave it up: "
-        f"{printable(error.description)}",
-        standing="nothing was touched; the guest's I/O on that disk fails",
-        remedy="end the VM, save the image, then: qemu-img check -r all IMAGE",
-    )
+
+    vm: VM
+
+    def __init__(self, vm: VM, device: Device) -> None:
+        super().__init__(vm, device)
+
+    async def allocate(
+        self,
+        offset: int = 0,
+        length: int | None = None,
+        *,
+        full: bool = False,
+        independent: bool = False,
+        speed: Speed | int = 0,
+        progress: Callable[[Progress], None] | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> AllocationResult:
+        """Make a range stand in the active layer of the running disk, its content unchanged.
+
+        What a layer below holds comes up; what no layer holds stays blank. The guest is never
+        paused, no write can be lost, and the map is read at the end: what is still below is an
+        error. Cancelled, what was done by then stays, since it changes no content.
+
+        :param offset: rounded outwards to clusters, as is the end; the result says so.
+        :param length: in bytes; by default up to the disk's end.
+        :param full: what no layer holds, and mere zeros, get host space too: by fallocate on
+            raw, LUKS and raw data files, by staged commits on qcow2 and QED, whose pivots hold
+            the guest's I/O for milliseconds (`result.held`). QEMU dying in one of those needs
+            `qmpblock recover IMAGE` before the image is started again.
+        :param independent: afterwards nothing depends on the backing chain any more, and the
+            link to it is dropped. For the whole disk only.
+        :param speed: bytes a second; a `Speed` can be changed meanwhile.
+        :param progress: is called with how far it is.
+        :param warn: is called with each of `result.warnings` as soon as it is known: that
+            dirty bitmaps will grow, and by how much, before the guest's disk is touched.
+        :raise RangeError: the range is not inside the disk.
+        :raise UnsupportedError: this format, or place, cannot; nothing was touched.
+        :raise BusyError: another controller is at work on the disk.
+        :raise GraphError: somebody changed the chain meanwhile; it says what was done.
+        """
+        from qmpblock.allocation.allocate import allocate
+        from qmpblock.speed import Speed
+
+        return await allocate(
+            self,
+            offset,
+            length,
+            full=full,
+            independent=independent,
+            speed=speed if isinstance(speed, Speed) else Speed(speed),
+            progress=progress,
+            warn=warn,
+        )
+
+    def allocator(self) -> AbstractAsyncContextManager[Allocator]:
+        """Allocate many ranges, thin, one after another, for what one costs.
+
+        `async with disk.allocator() as a: await a.allocate(offset, length)`: as `allocate`, but
+        what each call would set up and take down is kept: the disk's lock and the export, through
+        which each range's map is read as it is now, before and after. So a range takes a
+        millisecond, not 25. Nothing that the guest writes meanwhile can be lost.
+
+        Full allocation is not for this: it freezes the disk for a moment, so `allocate` does as
+        many ranges in one go as it is given. While it is open, other maps of the VM wait, and
+        nobody else of ours changes the disk: hold it no longer than it is used.
+
+        A snapshot that somebody takes meanwhile is noticed within a fifth of a second, and at the
+        latest when this is left; what was returned in that time may have gone to the overlay.
+        Cancelled or failed, what was allocated by then stays, since it changes no content.
+
+        :raise UnsupportedError: this format, or place, cannot; nothing was touched.
+        :raise BusyError: another controller is at work on the disk, or on the VM's NBD server.
+        :raise GraphError: on leaving: the active layer is another one now.
+        """
+        from qmpblock.allocation.thin import open_allocator
+
+        return open_allocator(self)
+
+    async def make_room(self, size: int, *, keep_free: int = 0) -> RoomResult:
+        """Reserve host space for the next `size` bytes that the guest writes, once.
+
+        So a host that runs full later does not fail them. Where the active layer grows at its
+        end (qcow2, QED, ...) the space lies past the end of its file, and holds data and
+        metadata alike; where it stores data as it is (raw, LUKS, a data file), it is the lowest
+        blank ranges of the disk. By fallocate(2): the guest is not paused, no content and no
+        size changes. Idempotent: what is missing of it is reserved. Cancelling leaves what is
+        reserved by then.
+
+        :param size: bytes; rounded up to 64 KiB.
+        :param keep_free: bytes of the host's file system that are to stay free.
+        :raise RequestError: no bytes.
+        :raise UnsupportedError: this format, file system or place cannot; nothing was touched.
+        :raise Error: there is no room on the host; what was reserved by then stays.
+        """
+        from qmpblock.allocation.room import make_room
+        from qmpblock.sizes import Amount
+
+        return await make_room(self, size, keep_free=Amount(keep_free) if keep_free else None)
+
+    async def keep_ahead(
+        self,
+        size: int,
+        *,
+        keep_free: int = 0,
+        tell: Callable[[RoomResult], None] | None = None,
+    ) -> None:
+        """Keep host space reserved ahead of the guest for as long as the VM lives.
+
+        As `make_room`, again and again: up to `size` bytes, as soon as less than half of it is
+        left. QEMU wakes us by its event BLOCK_WRITE_THRESHOLD (block-set-write-threshold,
+        qapi/block-core.json), which is set on the storage node of the active layer and comes
+        once; a look every five seconds finds what no event tells, such as another active layer
+        after a snapshot or a commit, which is followed. A temporary overlay of another operation
+        of ours is left alone.
+
+        Returns when the VM has ended. Cancelling it is the way to end it before: the threshold
+        and the lock are taken away first; what is reserved stays.
+
+        :param size: bytes; rounded up to 64 KiB. What the guest writes in some seconds, at least.
+        :param keep_free: bytes of the host's file system that are to stay free.
+        :param tell: is called after each reservation, and when there is no room on the host
+            (`error`; it is tried again) or nothing left to reserve (`full`).
+        :raise RequestError: no bytes; or the disk was unplugged.
+        :raise UnsupportedError: this format, file system or place cannot, or that of a layer that
+            has become the active one.
+        :raise BusyError: another watcher keeps this disk's room, or somebody else has set a
+            write threshold on the node, which is left as it is.
+        :raise DisconnectedError: the connection was lost, but QEMU lives: `recover` removes what
+            is left.
+        """
+        from qmpblock.allocation.watch import keep_ahead
+        from qmpblock.sizes import Amount
+
+        await keep_ahead(self, size, keep_free=Amount(keep_free) if keep_free else None, tell=tell)
+
+    async def snapshot(
+        self,
+        overlay: str | os.PathLike[str],
+        *,
+        format: str = "qcow2",  # noqa: A002 - the command's word
+        backing_name: Literal["relative", "absolute"] = "relative",
+    ) -> SnapshotResult:
+        """Freeze the active layer; the guest's writes go to `overlay` from then on.
+
+        As `VM.snapshot`, for one disk.
+        """
+        return await self.vm.snapshot({self: overlay}, format=format, backing_name=backing_name)
+
+    def stream(
+        self, *, top: str | None = None, base: str | None = None, speed: int = 0
+    ) -> AbstractAsyncContextManager[ChainJob]:
+        """Copy what lies between `top` and `base` into `top`; the images between are dropped.
+
+        `async with disk.stream() as job:` starts it; leaving waits for its end. The guest
+        runs on, and sees no difference. No link to an image is dropped before what came from
+        it is on stable storage. Raised or cancelled inside, the job is cancelled, and the
+        chain is as it was; what was copied by then stays in `top`.
+
+        :param top: the LAYER that is written to: a node name, file name or `@N`; by default
+            the active one.
+        :param base: the LAYER to stop above, which stays; by default none does.
+        :param speed: bytes a second; 0 is no limit. `job.set_speed` changes it.
+        :raise RequestError: no such layer, wrong order, or not safely possible; nothing was
+            touched.
+        :raise BusyError: a job, or another controller, is at work on the disk; an InUseError:
+            somebody else uses a layer that would change, or go.
+        :raise JobError: QEMU's job failed; the chain is as it was.
+        :raise StalledError: it did not move for the stall limit; undone.
+        """
+        from qmpblock.chains.jobs import stream
+
+        return stream(self, top=top, base=base, speed=speed)
+
+    def commit(
+        self,
+        *,
+        top: str | None = None,
+        base: str | None = None,
+        speed: int = 0,
+        throttle_guest: int = 0,
+    ) -> AbstractAsyncContextManager[ChainJob]:
+        """Copy what `top` and the layers above `base` hold into `base`; they are dropped.
+
+        As `stream`. Where `top` is the active layer, the guest moves on to `base` at the end
+        (a pivot) once `job.complete()` asked for it, which leaving the `async with` does too;
+        the filters above stay. Its I/O is held for some milliseconds then. The VM is to be
+        started from `base` afterwards: what was the active image is stale.
+
+        `base` is written to: nobody else may depend on it. Given up, it keeps what it got,
+        which changes nothing for this disk.
+
+        :param top: the uppermost LAYER to commit; by default the active one.
+        :param base: by default the lowest layer.
+        :param throttle_guest: bytes a second to which the guest's I/O on this disk is limited
+            for the time of the pivot, if it writes faster than the job copies; 0: never.
+        :raise StalledError: also when an active commit does not converge: the guest writes
+            faster than it copies for the stall limit.
+        """
+        from qmpblock.chains.jobs import commit
+
+        return commit(self, top=top, base=base, speed=speed, throttle_guest=throttle_guest)

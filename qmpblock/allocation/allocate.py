@@ -24,20 +24,19 @@ from qmpblock.errors import RequestError, printable
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
 from qmpblock.managers import Work
-from qmpblock.mapping import check_range
 from qmpblock.qemu import ownership
-from qmpblock.ranges import Ranges
+from qmpblock.ranges import Ranges, check_range
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
-    from qmpblock.mapping import Disk
+    from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.job import Progress
 
 __all__ = ["AllocationResult", "allocate", "allocate_ranges", "check_thin"]
 
 
 async def allocate(
-    disk: Disk,
+    disk: MappedDisk,
     offset: int = 0,
     length: int | None = None,
     *,
@@ -69,7 +68,9 @@ async def allocate(
     done = await allocate_ranges(disk, where, full=full, speed=speed, progress=progress, warn=warn)
     result = replace(done, offset=offset, length=length, rounded_offset=first, rounded_length=count)
     if independent and len(disk.chain.layers) > 1:
-        async with disk.stream() as job:
+        from qmpblock.chains.jobs import stream
+
+        async with stream(disk) as job:
             async for seen in job:
                 if progress is not None:
                     progress(seen)
@@ -81,7 +82,7 @@ async def allocate(
 
 
 async def allocate_ranges(
-    disk: Disk,
+    disk: MappedDisk,
     where: Ranges,
     *,
     full: bool = False,
@@ -159,7 +160,7 @@ class _Said:
 
 
 async def _tell_growth(
-    disk: Disk, where: Ranges, said: _Said, before: Mapping[str, int] | None = None
+    disk: MappedDisk, where: Ranges, said: _Said, before: Mapping[str, int] | None = None
 ) -> dict[str, int]:
     """Say by how much dirty bitmaps may grow; return it, by name.
 
@@ -180,7 +181,7 @@ async def _tell_growth(
     return found
 
 
-async def _prove_raw(disk: Disk, where: Ranges, raw: tuple[str, int], said: _Said) -> None:
+async def _prove_raw(disk: MappedDisk, where: Ranges, raw: tuple[str, int], said: _Said) -> None:
     """See that the host's file system has space for all of it now."""
     file, start = raw
     left = await asyncio.to_thread(blank_ranges, file, start, disk.size)
@@ -196,7 +197,7 @@ async def _prove_raw(disk: Disk, where: Ranges, raw: tuple[str, int], said: _Sai
         said(_given_back(disk, left.total))
 
 
-async def _prove_staged(disk: Disk, where: Ranges, had: Ranges, said: _Said) -> None:
+async def _prove_staged(disk: MappedDisk, where: Ranges, had: Ranges, said: _Said) -> None:
     """See on the map that all of it has host space now.
 
     That the zeros were stored was seen while the image was frozen. What is not data by now is
@@ -232,7 +233,7 @@ async def _prove_staged(disk: Disk, where: Ranges, had: Ranges, said: _Said) -> 
     )
 
 
-def _given_back(disk: Disk, total: int) -> str:
+def _given_back(disk: MappedDisk, total: int) -> str:
     return (
         f"{total} bytes of {disk.name} have no host space any more: the guest discarded them "
         "meanwhile; run it again"

@@ -37,8 +37,8 @@ from qmpblock.qemu.joint import Joint
 if TYPE_CHECKING:
     from qmpblock.changes.change import Change
     from qmpblock.graph.model import Layer
+    from qmpblock.qemu.connection import Connection
     from qmpblock.ranges import Ranges
-    from qmpblock.vm import VM
 
 __all__ = ["SPAN", "Parts", "fill"]
 
@@ -99,7 +99,7 @@ class Parts:
 
 
 async def fill(
-    vm: VM,
+    vm: Connection,
     change: Change,
     item: Item,
     frozen: Layer,
@@ -164,7 +164,9 @@ async def fill(
     await joint.remove()
 
 
-async def _make_zeros(vm: VM, change: Change, item: Item, frozen: Layer, chosen: Ranges) -> None:
+async def _make_zeros(
+    vm: Connection, change: Change, item: Item, frozen: Layer, chosen: Ranges
+) -> None:
     parts = Parts(change.record.run, change.record.top_file)
     first, size = int(chosen.starts[0]), int(chosen.stops[-1] - chosen.starts[0])
     header = Header("qcow2", size, cluster=_cluster(frozen), data_elsewhere=True)
@@ -173,7 +175,7 @@ async def _make_zeros(vm: VM, change: Change, item: Item, frozen: Layer, chosen:
     make_file(change, replace(item, file=parts.zeros), zeros)
 
 
-async def _make_kept(vm: VM, change: Change, item: Item, frozen: Layer) -> None:
+async def _make_kept(vm: Connection, change: Change, item: Item, frozen: Layer) -> None:
     """Make K; an encrypted one where data of an encrypted image may come into it.
 
     That is so where the filter's unit is larger than the image's clusters: it keeps what lies
@@ -211,7 +213,7 @@ def _cluster(frozen: Layer) -> int:
     return min(frozen.node.cluster_size or _FILTER_UNIT, _LARGEST_CLUSTER)
 
 
-async def _copied(vm: VM, job: Job, tell: Callable[[int], None]) -> None:
+async def _copied(vm: Connection, job: Job, tell: Callable[[int], None]) -> None:
     """Follow the job until all is copied and flushed, which is when it is ready, and end it.
 
     Completed, it would have whoever uses Z go on in the window; there is nobody.

@@ -26,7 +26,7 @@ from qmpblock.host.ourfiles import open_plain
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
-    from qmpblock.mapping import Disk
+    from qmpblock.mapping import MappedDisk
     from qmpblock.speed import Speed
 
 __all__ = [
@@ -41,7 +41,7 @@ _SMALLEST = 1 << 20  # bytes of a call at a low speed
 _PIECE = 64 << 20  # bytes of one call; it may take a while on some file systems
 
 
-async def raw_file(disk: Disk) -> tuple[str, int] | None:
+async def raw_file(disk: MappedDisk) -> tuple[str, int] | None:
     """Return the file that holds the active layer's data as it is, and where in it byte 0 lies.
 
     None where the format does not store it so.
@@ -64,7 +64,7 @@ async def raw_file(disk: Disk) -> tuple[str, int] | None:
     return host_file(disk, active), start
 
 
-def host_file(disk: Disk, layer: Layer) -> str:
+def host_file(disk: MappedDisk, layer: Layer) -> str:
     """Return the path on this host of the file that a layer is stored in.
 
     :raise UnsupportedError: it is a block device or a part of a file, or cannot be reached from
@@ -96,7 +96,7 @@ def host_file(disk: Disk, layer: Layer) -> str:
     return file
 
 
-async def _format_specific(disk: Disk, layer: Layer) -> dict[str, Any]:
+async def _format_specific(disk: MappedDisk, layer: Layer) -> dict[str, Any]:
     nodes = await disk.vm.monitor.execute("query-named-block-nodes", {"flat": True})
     for node in nodes:
         if node["node-name"] == layer.node.name:

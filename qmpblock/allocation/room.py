@@ -41,7 +41,7 @@ from qmpblock.sizes import Amount
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
-    from qmpblock.mapping import Disk
+    from qmpblock.mapping import MappedDisk
 
 __all__ = [
     "Place",
@@ -189,7 +189,7 @@ def threshold(room: Ranges, half: int) -> int | None:
 # -- one look, one pass
 
 
-async def find_place(disk: Disk) -> Place:
+async def find_place(disk: MappedDisk) -> Place:
     """Say where the room of a disk is.
 
     :raise UnsupportedError: it cannot have any, or not from here; nothing was touched.
@@ -250,7 +250,7 @@ def look(place: Place, wanted: int, until: int = 0) -> Space:
     return Space(reserved, blank - reserved)
 
 
-async def make_room(disk: Disk, size: int, *, keep_free: Amount | None = None) -> RoomResult:
+async def make_room(disk: MappedDisk, size: int, *, keep_free: Amount | None = None) -> RoomResult:
     """Have the disk's next `size` bytes reserved. See `Disk.make_room`."""
     wanted = rounded_room(size)
     await disk.refresh()
@@ -262,7 +262,7 @@ async def make_room(disk: Disk, size: int, *, keep_free: Amount | None = None) -
     return result_of(disk, place, wanted, before, reserved, after)
 
 
-async def plan_room(disk: Disk, size: int, coming: int = 0) -> RoomPlan:
+async def plan_room(disk: MappedDisk, size: int, coming: int = 0) -> RoomPlan:
     """Say what `make_room` would do. Changes nothing.
 
     :param coming: bytes inside the disk that will be reserved before.
@@ -328,7 +328,7 @@ def _check_free(file: str, keep_free: Amount, needed: int) -> None:
 
 
 def result_of(
-    disk: Disk, place: Place, wanted: int, before: Space, reserved: int, after: Space
+    disk: MappedDisk, place: Place, wanted: int, before: Space, reserved: int, after: Space
 ) -> RoomResult:
     """Put what a pass did into words."""
     return RoomResult(

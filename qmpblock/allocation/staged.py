@@ -56,7 +56,7 @@ from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import Layer
-    from qmpblock.mapping import Disk
+    from qmpblock.mapping import MappedDisk
     from qmpblock.ranges import Ranges
 
 __all__ = ["SLICE", "check_staged", "check_staging", "reserve_by_staging"]
@@ -70,7 +70,7 @@ _RESERVE = 64 << 20  # bytes of the file system that stay free besides
 
 
 async def reserve_by_staging(
-    disk: Disk,
+    disk: MappedDisk,
     where: Ranges,
     *,
     slice_size: int = SLICE,
@@ -171,7 +171,7 @@ async def reserve_by_staging(
     return done, held, reduce(Ranges.union, had)
 
 
-async def check_staging(disk: Disk) -> str:
+async def check_staging(disk: MappedDisk) -> str:
     """Refuse what this way is not for; return the active image's path here.
 
     :raise UnsupportedError: another format, or an image that is not on this host.
@@ -206,7 +206,7 @@ def _no_overlay(active: Layer, reason: str) -> UnsupportedError:
     )
 
 
-def _written(disk: Disk, file: str) -> tuple[tuple[str, int], ...]:
+def _written(disk: MappedDisk, file: str) -> tuple[tuple[str, int], ...]:
     """Return the files that an overlay's content comes home to: the image, its data file.
 
     Each with its inode, by what the VM has open.
@@ -223,7 +223,7 @@ def _written(disk: Disk, file: str) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def _open_home(disk: Disk, file: str) -> Directory:
+def _open_home(disk: MappedDisk, file: str) -> Directory:
     """Open the directory of the active image: the one in which it is, not only by its name.
 
     :raise Error: it is another one by now.
@@ -238,7 +238,7 @@ def _open_home(disk: Disk, file: str) -> Directory:
     raise _no_overlay(active, "was moved just now")
 
 
-async def check_staged(disk: Disk) -> None:
+async def check_staged(disk: MappedDisk) -> None:
     """Refuse what a staged commit is not for, before anything is touched.
 
     :raise UnsupportedError: as `check_staging`, or nobody could open the image again after a
@@ -269,7 +269,7 @@ def _check_room(file: str, length: int) -> None:
         )
 
 
-async def _blank(disk: Disk, where: Ranges) -> Ranges:
+async def _blank(disk: MappedDisk, where: Ranges) -> Ranges:
     """Return what of the ranges is still of interest, on the live map.
 
     Only to know whether a slice is worth it: what is reserved is chosen on the frozen map.
@@ -280,7 +280,7 @@ async def _blank(disk: Disk, where: Ranges) -> Ranges:
 
 
 async def _slice(
-    disk: Disk,
+    disk: MappedDisk,
     change: Change,
     where: Ranges,
     size: int,
@@ -352,7 +352,7 @@ async def _slice(
 
 
 async def _choose(
-    disk: Disk, change: Change, where: Ranges, size: int, had: list[Ranges]
+    disk: MappedDisk, change: Change, where: Ranges, size: int, had: list[Ranges]
 ) -> tuple[Ranges, bool]:
     """Choose, on the map of the frozen image, what gets host space; whether that is the last.
 
@@ -388,7 +388,7 @@ async def _choose(
     return some, not where and some == chosen
 
 
-async def _reserved(disk: Disk, base: str, wanted: Ranges) -> Ranges:
+async def _reserved(disk: MappedDisk, base: str, wanted: Ranges) -> Ranges:
     """Return where zero clusters have host space already, which only qemu-img tells.
 
     :param base: how the frozen image is opened.
@@ -407,7 +407,7 @@ async def _reserved(disk: Disk, base: str, wanted: Ranges) -> Ranges:
     return seen.where(present=True, reserved=True)
 
 
-async def _prove(disk: Disk, top: str, chosen: Ranges) -> None:
+async def _prove(disk: MappedDisk, top: str, chosen: Ranges) -> None:
     """See that the frozen image holds data there now: zeros with space of their own.
 
     Only here can it be seen for certain: later the guest may discard what it likes.

@@ -35,15 +35,15 @@ from qmpblock.changes.finalize import check_copy_on_read
 from qmpblock.changes.journal import Record
 from qmpblock.errors import CommandError, GraphError, NBDError, UnsupportedError
 from qmpblock.graph.writable import check_disk
-from qmpblock.mapping import check_range, exported, read_map
+from qmpblock.mapping import exported, read_map
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Progress
-from qmpblock.ranges import Ranges
+from qmpblock.ranges import Ranges, check_range
 from qmpblock.speed import RateMeter, Speed
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
-    from qmpblock.mapping import Disk
+    from qmpblock.mapping import MappedDisk
     from qmpblock.nbd import Client
 
 __all__ = ["AllocationResult", "Allocator", "Report", "allocator", "check_thin", "open_allocator"]
@@ -86,7 +86,7 @@ class AllocationResult:
     warnings: tuple[str, ...] = ()
 
 
-def check_thin(disk: Disk) -> None:
+def check_thin(disk: MappedDisk) -> None:
     """Refuse an active layer into which nothing can be brought from below.
 
     :raise UnsupportedError: its format, or this QEMU with it.
@@ -107,7 +107,7 @@ class Allocator:
     Several calls may be under way at once.
     """
 
-    def __init__(self, disk: Disk, client: Client) -> None:
+    def __init__(self, disk: MappedDisk, client: Client) -> None:
         self._disk = disk
         self._client = client
         self._active = disk.chain.active
@@ -284,7 +284,7 @@ class Allocator:
 
 
 @asynccontextmanager
-async def open_allocator(disk: Disk) -> AsyncIterator[Allocator]:
+async def open_allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
     """Keep what thin allocation of a disk takes, once others made way. See `Disk.allocator`."""
     await ownership.ask(disk.vm.monitor, [disk.device])
     await make_way(disk.vm, lock_names([disk.device]))
@@ -295,7 +295,7 @@ async def open_allocator(disk: Disk) -> AsyncIterator[Allocator]:
 
 
 @asynccontextmanager
-async def allocator(disk: Disk) -> AsyncIterator[Allocator]:
+async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
     """Keep what thin allocation of a disk takes, as it was seen last."""
     if len(disk.chain.layers) > 1:
         check_thin(disk)
@@ -328,7 +328,7 @@ async def allocator(disk: Disk) -> AsyncIterator[Allocator]:
         await undisturbed(change.end())
 
 
-def _other_layer(disk: Disk) -> GraphError:
+def _other_layer(disk: MappedDisk) -> GraphError:
     return GraphError(
         f"the active layer of {disk.name} is another one now: somebody took a snapshot",
         remedy="look at it, then try again: qmpblock disks ADDRESS",

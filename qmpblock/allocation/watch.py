@@ -52,9 +52,9 @@ from qmpblock.ranges import Ranges
 from qmpblock.sizes import Amount
 
 if TYPE_CHECKING:
-    from qmpblock.mapping import Disk
+    from qmpblock.mapping import MappedDisk
+    from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Event, Subscription
-    from qmpblock.vm import VM
 
 __all__ = ["Watch", "disarm_dead", "keep_ahead"]
 
@@ -75,7 +75,7 @@ class Watch:
 
 
 async def keep_ahead(
-    disk: Disk,
+    disk: MappedDisk,
     size: int,
     *,
     keep_free: Amount | None = None,
@@ -85,7 +85,7 @@ async def keep_ahead(
     await _Watcher(disk, rounded_room(size), keep_free, tell).run()
 
 
-async def disarm_dead(vm: VM, dead: Holder) -> None:
+async def disarm_dead(vm: Connection, dead: Holder) -> None:
     """Take away the write threshold that a dead watcher left. Idempotent.
 
     :raise RecordError: which one it is cannot be read: nothing is touched.
@@ -97,7 +97,7 @@ async def disarm_dead(vm: VM, dead: Holder) -> None:
         await _disarm(vm, await vm.graph(), watch.node, watch.offsets)
 
 
-async def _disarm(vm: VM, graph: BlockGraph, name: str, offsets: Sequence[int]) -> None:
+async def _disarm(vm: Connection, graph: BlockGraph, name: str, offsets: Sequence[int]) -> None:
     """Take a threshold away if it is one of those; one that somebody else set stays."""
     node = graph.nodes.get(name)
     if node is None or node.write_threshold not in offsets or not node.write_threshold:
@@ -109,7 +109,7 @@ async def _disarm(vm: VM, graph: BlockGraph, name: str, offsets: Sequence[int]) 
             raise  # else it went away with its node
 
 
-async def _set_threshold(vm: VM, node: str, offset: int) -> None:
+async def _set_threshold(vm: Connection, node: str, offset: int) -> None:
     await vm.monitor.execute(
         "block-set-write-threshold", {"node-name": node, "write-threshold": offset}
     )
@@ -128,7 +128,7 @@ class _Watcher:
 
     def __init__(
         self,
-        disk: Disk,
+        disk: MappedDisk,
         size: int,
         keep_free: Amount | None,
         tell: Callable[[RoomResult], None] | None,

@@ -24,7 +24,7 @@ from qmpblock.host.qemuimg import Contents, QemuImg
 from qmpblock.qemu.keys import read_keys
 
 if TYPE_CHECKING:
-    from qmpblock.vm import VM
+    from qmpblock.qemu.connection import Connection
 
 __all__ = ["CLUSTER", "Header", "by_qemu_img", "make"]
 
@@ -97,7 +97,7 @@ class Header:
         return options
 
 
-async def by_qemu_img(vm: VM, key_secret: str | None, *, local: bool) -> bool:
+async def by_qemu_img(vm: Connection, key_secret: str | None, *, local: bool) -> bool:
     """Whether qemu-img makes images for this VM; if not, QEMU itself does, by a job.
 
     :param key_secret: the id of the secret object that encrypts the image.
@@ -122,7 +122,7 @@ async def by_qemu_img(vm: VM, key_secret: str | None, *, local: bool) -> bool:
     return True
 
 
-async def _check(vm: VM, key_secret: str | None, *, local: bool) -> None:
+async def _check(vm: Connection, key_secret: str | None, *, local: bool) -> None:
     """Refuse what qemu-img cannot do."""
     program = QemuImg().program
     if shutil.which(program) is None:
@@ -135,7 +135,7 @@ async def _check(vm: VM, key_secret: str | None, *, local: bool) -> None:
         await check_access(vm.monitor, vm.nbd)
 
 
-async def make(vm: VM, header: Header) -> Contents:
+async def make(vm: Connection, header: Header) -> Contents:
     """Make an image in memory.
 
     Cancelling leaves nothing.

@@ -69,8 +69,8 @@ from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
-    from qmpblock.mapping import Disk
-    from qmpblock.vm import VM
+    from qmpblock.mapping import MappedDisk
+    from qmpblock.qemu.connection import Connection
 
 __all__ = ["Outcome", "carry_on", "commit", "stream"]
 
@@ -117,7 +117,7 @@ class ChainJob(Job):
     :ivar outcome: what it did; None before the `async with` that yielded it has ended.
     """
 
-    def __init__(self, vm: VM, id: str, type: str) -> None:  # noqa: A002 - QMP's words
+    def __init__(self, vm: Connection, id: str, type: str) -> None:  # noqa: A002 - QMP's words
         super().__init__(vm.monitor, id, type)
         self.warnings: tuple[str, ...] = ()
         self.outcome: Outcome | None = None
@@ -125,7 +125,7 @@ class ChainJob(Job):
 
 @asynccontextmanager
 async def stream(
-    disk: Disk, *, top: str | None = None, base: str | None = None, speed: int = 0
+    disk: MappedDisk, *, top: str | None = None, base: str | None = None, speed: int = 0
 ) -> AsyncIterator[ChainJob]:
     """Copy what the layers between `top` and `base` hold into `top`, and drop them.
 
@@ -156,7 +156,7 @@ async def stream(
 
 @asynccontextmanager
 async def commit(
-    disk: Disk,
+    disk: MappedDisk,
     *,
     top: str | None = None,
     base: str | None = None,
@@ -217,7 +217,9 @@ async def commit(
         yield job
 
 
-async def _with_settings(vm: VM, plan: CommitPlan, record: Record) -> tuple[CommitPlan, Record]:
+async def _with_settings(
+    vm: Connection, plan: CommitPlan, record: Record
+) -> tuple[CommitPlan, Record]:
     """Have the base get what the guest's disk is set to, and say what it will not have."""
     command, device = command_line(vm.monitor.peer_pid), plan.device
     assert device.chain is not None  # VM.disk refuses empty drives
@@ -235,7 +237,7 @@ def _helper(run: str, bitmap: NewBitmap) -> str:
     return f"qmpblock-{run}-{bitmap.name}"
 
 
-async def _plan(disk: Disk, make: Any) -> StreamPlan | CommitPlan:
+async def _plan(disk: MappedDisk, make: Any) -> StreamPlan | CommitPlan:
     await ownership.ask(disk.vm.monitor, [disk.device])
     await make_way(disk.vm, lock_names([disk.device]))
     graph = await disk.vm.graph()
@@ -273,7 +275,7 @@ def _named(
     return replace(plan, names=names, warnings=(*plan.warnings, *lost))
 
 
-def _work(disk: Disk, plan: StreamPlan | CommitPlan) -> Work:
+def _work(disk: MappedDisk, plan: StreamPlan | CommitPlan) -> Work:
     """Say what is to be done, for a manager that does it by itself."""
     base = plan.base.file if plan.base is not None and plan.base.depth else ""
     lowest = plan.base is not None and plan.base.depth == len(disk.chain.layers) - 1
@@ -305,7 +307,7 @@ def _check_other_processes(plan: StreamPlan | CommitPlan, files: OpenFiles, plac
             )
 
 
-def _check_copy_on_read(vm: VM, plan: StreamPlan | CommitPlan) -> None:
+def _check_copy_on_read(vm: Connection, plan: StreamPlan | CommitPlan) -> None:
     """Refuse to have QEMU copy on read where that would kill it."""
     if isinstance(plan, StreamPlan) and plan.leaving:
         check_copy_on_read(vm.capabilities, plan.top)
@@ -314,7 +316,9 @@ def _check_copy_on_read(vm: VM, plan: StreamPlan | CommitPlan) -> None:
         check_copy_on_read(vm.capabilities, plan.device.chain.active)
 
 
-async def _record(disk: Disk, plan: StreamPlan | CommitPlan, operation: str, run: str) -> Record:
+async def _record(
+    disk: MappedDisk, plan: StreamPlan | CommitPlan, operation: str, run: str
+) -> Record:
     device = plan.device
     assert device.chain is not None  # VM.disk refuses empty drives
     images = list(host_files(disk.vm, device.chain))
@@ -332,7 +336,7 @@ async def _record(disk: Disk, plan: StreamPlan | CommitPlan, operation: str, run
     )
 
 
-def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
+def host_files(vm: Connection, chain: Chain) -> tuple[str, ...]:
     """Return the image files of a chain, by their paths on this host where they have one."""
     files = OpenFiles(vm.monitor.peer_pid)
     found = []
@@ -345,7 +349,7 @@ def host_files(vm: VM, chain: Chain) -> tuple[str, ...]:
     return tuple(found)
 
 
-async def opened_as(vm: VM, layer: Layer) -> dict[str, Any]:
+async def opened_as(vm: Connection, layer: Layer) -> dict[str, Any]:
     """Return the options that open a layer from outside as QEMU has it, with all below it.
 
     :raise UnsupportedError: nobody could open it so.
@@ -361,7 +365,7 @@ async def opened_as(vm: VM, layer: Layer) -> dict[str, Any]:
     return opened(await vm.graph(), layer.node.name, path_of)
 
 
-async def _how_to_start(vm: VM, base: Layer) -> str:
+async def _how_to_start(vm: Connection, base: Layer) -> str:
     """Return how a base is opened, where its name and format do not suffice; else nothing."""
     if name_suffices(base):
         return ""
@@ -379,7 +383,7 @@ def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
 
 @asynccontextmanager
 async def _running(
-    disk: Disk,
+    disk: MappedDisk,
     plan: StreamPlan | CommitPlan,
     record: Record,
     command: str,
@@ -459,7 +463,7 @@ async def _running(
     )
 
 
-async def _prepare(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) -> int:
+async def _prepare(disk: MappedDisk, plan: StreamPlan | CommitPlan, record: Record) -> int:
     """Do what must come before the job; return the bytes that were made explicit."""
     await _unchanged(disk, plan, record)
     if record.flush:
@@ -478,7 +482,7 @@ async def _prepare(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) ->
     return explicit
 
 
-async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) -> None:
+async def _unchanged(disk: MappedDisk, plan: StreamPlan | CommitPlan, record: Record) -> None:
     """Look again, now that no controller of ours can change the disk."""
     graph = await disk.vm.graph()
     now = graph.device(disk.device.qom_path)
@@ -492,13 +496,13 @@ async def _unchanged(disk: Disk, plan: StreamPlan | CommitPlan, record: Record) 
     check_record(record, graph, disk.vm.monitor.peer_pid)
 
 
-def _refusal(vm: VM, plan: StreamPlan | CommitPlan, error: CommandError) -> Error:
+def _refusal(vm: Connection, plan: StreamPlan | CommitPlan, error: CommandError) -> Error:
     """Say in our words why QEMU did not start a job."""
     written = plan.top if isinstance(plan, StreamPlan) else plan.base
     return refusal(error, written, command_line(vm.monitor.peer_pid))
 
 
-async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
+async def _make_explicit(disk: MappedDisk, hidden: tuple[Hidden, ...]) -> int:
     """Make what short layers hide explicit zeros in the active layer; return the bytes.
 
     By NBD_CMD_CACHE of exactly those ranges (K20), and a look at what came of it.
@@ -533,7 +537,9 @@ async def _make_explicit(disk: Disk, hidden: tuple[Hidden, ...]) -> int:
     )
 
 
-async def _finish(change: Change, disk: Disk, plan: StreamPlan | CommitPlan) -> tuple[str, ...]:
+async def _finish(
+    change: Change, disk: MappedDisk, plan: StreamPlan | CommitPlan
+) -> tuple[str, ...]:
     """Remove what the job left, see that the chain is what it should be, and end.
 
     Returns warnings: what the disk could not be given back.
@@ -570,7 +576,7 @@ def _or_undo(change: Change) -> AbstractAsyncContextManager[None]:
     )
 
 
-async def carry_on(vm: VM, change: Change) -> Progress | None:
+async def carry_on(vm: Connection, change: Change) -> Progress | None:
     """Carry a dead controller's stream or commit on to its end; the change is ended then.
 
     :return: how the job was last seen; None where its end had come already.

@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qmpblock import luks
 from qmpblock.cancellation import undisturbed
@@ -61,8 +61,8 @@ from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Job
 
 if TYPE_CHECKING:
-    from qmpblock.mapping import Disk
-    from qmpblock.vm import VM
+    from qmpblock.mapping import MappedDisk
+    from qmpblock.qemu.connection import Connection
 
 __all__ = [
     "Item",
@@ -74,6 +74,8 @@ __all__ = [
     "snapshot",
     "take",
 ]
+
+DiskT = TypeVar("DiskT", bound="MappedDisk")
 
 _EMPTY_FILE = {"driver": "file", "size": 0}
 _BLOCK = 4096  # bytes
@@ -159,8 +161,8 @@ class Item:
 
 
 async def snapshot(
-    vm: VM,
-    overlays: Mapping[Disk, str | os.PathLike[str]],
+    vm: Connection,
+    overlays: Mapping[DiskT, str | os.PathLike[str]],
     *,
     format: str = "qcow2",  # noqa: A002 - the command's word
     backing_name: Literal["relative", "absolute"] = "relative",
@@ -241,9 +243,9 @@ async def snapshot(
 
 
 async def _plan(
-    vm: VM,
+    vm: Connection,
     run: str,
-    overlays: Mapping[Disk, str | os.PathLike[str]],
+    overlays: Mapping[DiskT, str | os.PathLike[str]],
     fmt: str,
     naming: str,
 ) -> list[Item]:
@@ -322,7 +324,9 @@ def _overlay_path(pid: int | None, wanted: str | os.PathLike[str]) -> tuple[str,
     return posixpath.normpath(file), False
 
 
-async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: bool) -> None:
+async def make_overlay(
+    vm: Connection, change: Change, item: Item, fmt: str, *, local: bool
+) -> None:
     """Make one overlay's file, header and node; it lies on nothing yet.
 
     :param local: whether QEMU sees the same files as this process.
@@ -366,7 +370,7 @@ async def make_overlay(vm: VM, change: Change, item: Item, fmt: str, *, local: b
         raise
 
 
-async def prove(vm: VM, change: Change, items: list[Item]) -> None:
+async def prove(vm: Connection, change: Change, items: list[Item]) -> None:
     """See, at the last moment, that overlays are ours and that their headers lead back.
 
     :raise Error: somebody has changed files meanwhile; nothing final was done.
@@ -380,7 +384,7 @@ async def prove(vm: VM, change: Change, items: list[Item]) -> None:
         check_made(places.get(item.storage), item.file, made.get(item.file))
 
 
-async def _create(vm: VM, item: Item, header: Header) -> None:
+async def _create(vm: Connection, item: Item, header: Header) -> None:
     """Have QEMU write a header."""
 
     async def attempt() -> None:
@@ -391,7 +395,7 @@ async def _create(vm: VM, item: Item, header: Header) -> None:
     await luks.retried(attempt)
 
 
-async def _run_create(vm: VM, job_id: str, options: dict[str, Any]) -> None:
+async def _run_create(vm: Connection, job_id: str, options: dict[str, Any]) -> None:
     job = Job(vm.monitor, job_id, "create")
     try:
         await vm.monitor.execute("blockdev-create", {"job-id": job_id, "options": options})
@@ -444,7 +448,7 @@ def _cannot_make(path: Path, error: OSError, *, standing: str | None = None) -> 
     return Error(f"cannot make {printable(path)}: {error.strerror}", standing=standing)
 
 
-async def _have_file_made(vm: VM, item: Item, size: int) -> None:
+async def _have_file_made(vm: Connection, item: Item, size: int) -> None:
     """Have QEMU make the file on its host, if there is none: creating would empty it."""
     probe = {"driver": "file", "node-name": item.storage, "filename": item.file}
     try:
@@ -461,7 +465,7 @@ async def _have_file_made(vm: VM, item: Item, size: int) -> None:
     await _run_create(vm, item.job, {**_EMPTY_FILE, "filename": item.file, "size": size})
 
 
-async def _send(vm: VM, item: Item, contents: Contents) -> None:
+async def _send(vm: Connection, item: Item, contents: Contents) -> None:
     """Write an image into its file on the VM's host."""
     request = Request(item.storage, (), writable=True)
     async with exports(vm.monitor, None, [request], access=vm.nbd, stall=vm.stall) as (client,):
@@ -488,7 +492,7 @@ def _sync(item: Item, made: FileId) -> None:
         raise Error(f"cannot write {printable(item.file)}: {error.strerror}") from None
 
 
-async def take(vm: VM, items: list[Item]) -> None:
+async def take(vm: Connection, items: list[Item]) -> None:
     """Have every disk go on in its overlay, at one point, or none."""
     actions: list[dict[str, Any]] = []
     for item in items:

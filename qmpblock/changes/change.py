@@ -62,7 +62,7 @@ from qmpblock.qemu.lock import Holder
 from qmpblock.versioned import UnreadableError
 
 if TYPE_CHECKING:
-    from qmpblock.vm import VM
+    from qmpblock.qemu.connection import Connection
 
 __all__ = [
     "AHEAD_LOCKS",
@@ -104,12 +104,12 @@ def ahead_lock_name(device: Device) -> str:
     return AHEAD_LOCKS + lock_name(device).removeprefix(LOCKS)
 
 
-async def is_watched(vm: VM, device: Device) -> bool:
+async def is_watched(vm: Connection, device: Device) -> bool:
     """Whether a watcher of ours keeps a disk's room: its write threshold follows the guest."""
     return await lock.read(vm.monitor, ahead_lock_name(device)) is not None
 
 
-async def identify(vm: VM) -> VMIdentity:
+async def identify(vm: Connection) -> VMIdentity:
     """Say which QEMU process this is."""
     uuid = str((await vm.monitor.execute("query-uuid"))["UUID"])
     name = str((await vm.monitor.execute("query-name")).get("name", ""))
@@ -148,7 +148,7 @@ class Change:
     """
 
     def __init__(
-        self, vm: VM, record: Record, *, beside: Path | None = None, journaled: bool = True
+        self, vm: Connection, record: Record, *, beside: Path | None = None, journaled: bool = True
     ) -> None:
         self.vm = vm
         self.record = record
@@ -380,7 +380,7 @@ class Change:
 
 
 async def make_way(
-    vm: VM, names: Iterable[str], tell: Callable[[Step], None] | None = None
+    vm: Connection, names: Iterable[str], tell: Callable[[Step], None] | None = None
 ) -> None:
     """Undo what controllers that died left on disks, before anything is planned.
 
@@ -408,7 +408,7 @@ async def make_way(
 
 
 async def undo_dead_change(
-    vm: VM, dead: Holder, tell: Callable[[Step], None] | None = None
+    vm: Connection, dead: Holder, tell: Callable[[Step], None] | None = None
 ) -> None:
     """Undo what the dead holder of a disk's lock left, its journal and other locks included.
 

@@ -37,7 +37,7 @@ from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
-    from qmpblock.vm import VM
+    from qmpblock.qemu.connection import Connection
 
 __all__ = [
     "before_finalize",
@@ -72,7 +72,7 @@ _LIMITS = (
 
 
 async def drive(
-    vm: VM,
+    vm: Connection,
     record: Record,
     journal: Journal | None,
     job: Job,
@@ -98,7 +98,7 @@ async def drive(
 
 
 async def _drive(
-    vm: VM,
+    vm: Connection,
     record: Record,
     journal: Journal | None,
     job: Job,
@@ -156,7 +156,7 @@ def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
         )
 
 
-async def relink(vm: VM, record: Record, graph: BlockGraph) -> None:
+async def relink(vm: Connection, record: Record, graph: BlockGraph) -> None:
     """Have an overlay of ours lie on its image itself, without what was put between.
 
     Where QEMU refuses, what is between is brought home too, if there is room for it.
@@ -172,7 +172,7 @@ async def relink(vm: VM, record: Record, graph: BlockGraph) -> None:
         _log.warning("%s stays where it is: %s", record.top, error)
 
 
-async def set_detect_zeroes(vm: VM, node: str, value: str) -> None:
+async def set_detect_zeroes(vm: Connection, node: str, value: str) -> None:
     """Change one option of a node, and see that it is so.
 
     blockdev-reopen would give all others their defaults, what they are no command tells, and
@@ -189,7 +189,7 @@ async def set_detect_zeroes(vm: VM, node: str, value: str) -> None:
     )
 
 
-async def set_writable(vm: VM, node: str) -> None:
+async def set_writable(vm: Connection, node: str) -> None:
     """Make a node writable again that a snapshot has made read-only, as a commit job does.
 
     Only if it has: where QEMU cannot open the file again by its name (a relative one, and
@@ -206,7 +206,7 @@ async def set_writable(vm: VM, node: str) -> None:
         raise UnsupportedError(f"QEMU does not make {printable(node)} writable: {printable(said)}")
 
 
-async def _reopen(vm: VM, node: str, options: str) -> tuple[Node | None, str]:
+async def _reopen(vm: Connection, node: str, options: str) -> tuple[Node | None, str]:
     """Reopen a node by qemu-io; return it as it is afterwards, and what QEMU said."""
     said = "the node's name cannot be put on a command line"
     if _NODE_NAME.fullmatch(node):
@@ -216,7 +216,7 @@ async def _reopen(vm: VM, node: str, options: str) -> tuple[Node | None, str]:
     return (await vm.graph()).nodes.get(node), said
 
 
-async def restore_zeroes(vm: VM, record: Record) -> None:
+async def restore_zeroes(vm: Connection, record: Record) -> None:
     """Give the base its detect-zeroes back; that must not keep an overlay from coming home."""
     try:
         await set_detect_zeroes(vm, record.base, record.detect_zeroes)
@@ -224,7 +224,7 @@ async def restore_zeroes(vm: VM, record: Record) -> None:
         _log.warning("%s", error)
 
 
-async def restore_discard(vm: VM, record: Record) -> None:
+async def restore_discard(vm: Connection, record: Record) -> None:
     """Give the base the `discard` of the layer that the guest comes from.
 
     Nothing tells whether it is so, but that QEMU does not complain. Idempotent.
@@ -243,7 +243,9 @@ async def restore_discard(vm: VM, record: Record) -> None:
         )
 
 
-async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: BlockGraph) -> None:
+async def bring_home(
+    vm: Connection, record: Record, journal: Journal | None, graph: BlockGraph
+) -> None:
     """Commit an overlay of ours into the image that it lies on, and have the guest move there.
 
     Carries on a job that does so already. Cancelled, it is left to whoever comes next.
@@ -268,7 +270,7 @@ async def bring_home(vm: VM, record: Record, journal: Journal | None, graph: Blo
 
 
 async def _finalize(
-    vm: VM, record: Record, journal: Journal | None, job: Job, device: Device | None
+    vm: Connection, record: Record, journal: Journal | None, job: Job, device: Device | None
 ) -> None:
     if record.pivot:
         await undisturbed(pivot(journal, job))
@@ -297,7 +299,7 @@ async def pivot(journal: Journal | None, job: Job) -> None:
         raise
 
 
-async def before_finalize(vm: VM, record: Record, device: Device) -> None:
+async def before_finalize(vm: Connection, record: Record, device: Device) -> None:
     """Do what must be done while a job that does not pivot waits in `pending`.
 
     What the job wrote is flushed before the link to where it came from is dropped (K6), and
@@ -315,7 +317,7 @@ async def before_finalize(vm: VM, record: Record, device: Device) -> None:
     await _until_unused(vm, record, device)
 
 
-async def _keep_exports_away(vm: VM, record: Record, alone: AsyncExitStack) -> None:
+async def _keep_exports_away(vm: Connection, record: Record, alone: AsyncExitStack) -> None:
     """Have no map of ours come or go while the job pivots, until `alone` is left.
 
     QEMU hung for good, in job-finalize, where an export of the node that goes was deleted in that
@@ -336,7 +338,7 @@ async def _keep_exports_away(vm: VM, record: Record, alone: AsyncExitStack) -> N
             return
 
 
-async def _until_unused(vm: VM, record: Record, device: Device | None = None) -> None:
+async def _until_unused(vm: Connection, record: Record, device: Device | None = None) -> None:
     """Wait until nobody else uses what is to go, or to change: an export may have come since.
 
     :param device: the disk, if the record's node is to be flushed first.
@@ -359,7 +361,7 @@ async def _until_unused(vm: VM, record: Record, device: Device | None = None) ->
             return
 
 
-def _check_base(record: Record, graph: BlockGraph, vm: VM) -> None:
+def _check_base(record: Record, graph: BlockGraph, vm: Connection) -> None:
     """Refuse to end a job where the name of what stays below has come to lead elsewhere.
 
     :raise Error: it has; QEMU would find other data, or none, at the next start.
@@ -384,7 +386,7 @@ def check_unused(record: Record, graph: BlockGraph) -> None:
             check_readers(graph, device, record.operation, record.top, record.base)
 
 
-async def flush(vm: VM, device: Device, node: str) -> None:
+async def flush(vm: Connection, device: Device, node: str) -> None:
     """Flush a node: what was written to it before is on stable storage when this returns.
 
     By NBD_CMD_FLUSH on a read-only export: QMP has no command for it.
@@ -397,7 +399,7 @@ async def flush(vm: VM, device: Device, node: str) -> None:
         await client.flush()
 
 
-async def promote_bitmaps(vm: VM, record: Record) -> None:
+async def promote_bitmaps(vm: Connection, record: Record) -> None:
     """Make transient bitmaps of a node that a job writes to persistent. Idempotent.
 
     Before the job the node is read-only, and QEMU refuses a persistent one (11.1) or loses it
@@ -418,7 +420,7 @@ async def promote_bitmaps(vm: VM, record: Record) -> None:
         await delete_bitmap(vm, node, helper)
 
 
-async def delete_bitmap(vm: VM, node: str, name: str) -> None:
+async def delete_bitmap(vm: Connection, node: str, name: str) -> None:
     """Remove a dirty bitmap of ours, unless its node has become read-only with it stored."""
     try:
         await vm.monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
@@ -435,7 +437,7 @@ async def delete_bitmap(vm: VM, node: str, name: str) -> None:
         )
 
 
-async def io_limits(vm: VM, device: Device) -> tuple[dict[str, int], str]:
+async def io_limits(vm: Connection, device: Device) -> tuple[dict[str, int], str]:
     """Return the I/O limits of a device's backend, and their group; empty where none."""
     for info in await vm.monitor.execute("query-block"):
         if info.get("qdev") in (device.qom_path, device.id) and "inserted" in info:
@@ -445,7 +447,7 @@ async def io_limits(vm: VM, device: Device) -> tuple[dict[str, int], str]:
     raise Error(f"{device.name} has no block backend any more: was it unplugged?")
 
 
-async def _slow_down(vm: VM, device: Device, record: Record, rate: int) -> None:
+async def _slow_down(vm: Connection, device: Device, record: Record, rate: int) -> None:
     """Limit the guest's I/O on a disk, where it is not limited further already."""
     before = dict(record.throttle)
     total = before.get("bps", 0)
@@ -454,14 +456,16 @@ async def _slow_down(vm: VM, device: Device, record: Record, rate: int) -> None:
     await _set_io_limits(vm, device, limits, record.throttle_group)
 
 
-async def _set_io_limits(vm: VM, device: Device, limits: Mapping[str, int], group: str) -> None:
+async def _set_io_limits(
+    vm: Connection, device: Device, limits: Mapping[str, int], group: str
+) -> None:
     arguments: dict[str, object] = {"id": device.qom_path, **dict.fromkeys(_REQUIRED, 0), **limits}
     if group:
         arguments["group"] = group
     await vm.monitor.execute("block_set_io_throttle", arguments)
 
 
-async def restore_limits(vm: VM, record: Record, device: Device) -> None:
+async def restore_limits(vm: Connection, record: Record, device: Device) -> None:
     """Give the guest back the I/O limits that it had."""
     if device.chain is None:
         return  # unplugged, and its limits with it

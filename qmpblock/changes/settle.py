@@ -35,7 +35,7 @@ from qmpblock.host import imagefiles, ourfiles
 from qmpblock.qemu.job import Job
 
 if TYPE_CHECKING:
-    from qmpblock.vm import VM
+    from qmpblock.qemu.connection import Connection
 
 __all__ = ["device_of", "settle"]
 
@@ -44,7 +44,7 @@ _ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
 
 
 async def settle(
-    vm: VM,
+    vm: Connection,
     record: Record,
     journal: Journal | None,
     choice: Choice,
@@ -96,7 +96,7 @@ def _being_mapped(record: Record, graph: BlockGraph) -> bool:
 
 
 async def _perform(
-    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, step: Step
+    vm: Connection, record: Record, journal: Journal | None, graph: BlockGraph, step: Step
 ) -> None:
     if step.verb in ("cancel", "wait", "pivot", "finalize", "dismiss"):
         job = Job(vm.monitor, step.what, record.operation)
@@ -124,7 +124,7 @@ async def _perform(
 
 
 async def _perform_on_job(
-    vm: VM, record: Record, journal: Journal | None, graph: BlockGraph, job: Job, verb: str
+    vm: Connection, record: Record, journal: Journal | None, graph: BlockGraph, job: Job, verb: str
 ) -> None:
     if verb == "cancel":
         await job.cancel()
@@ -139,7 +139,7 @@ async def _perform_on_job(
         await job.wait_concluded()
 
 
-async def _delete_node(vm: VM, node: str) -> None:
+async def _delete_node(vm: Connection, node: str) -> None:
     """Delete a node that nothing uses; one that goes with its parents goes by itself."""
     try:
         await vm.monitor.execute("blockdev-del", {"node-name": node})
@@ -162,7 +162,7 @@ def _made(journal: Journal | None) -> list[str]:
     return found
 
 
-def _delete_file(vm: VM, journal: Journal | None, file: str) -> None:
+def _delete_file(vm: Connection, journal: Journal | None, file: str) -> None:
     assert journal is not None  # only it says what we made
     identity = journal.made()[file]
     pid = vm.monitor.peer_pid

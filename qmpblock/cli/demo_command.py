@@ -17,10 +17,9 @@ from qmpblock.errors import Error, ToolError, UnsupportedError
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
-    from qmpblock.mapping import Disk
     from qmpblock.testing.images import BuiltScenario
     from qmpblock.testing.qemu import QemuProcess
-    from qmpblock.vm import VM
+    from qmpblock.vm import VM, Disk
 
 __all__ = ["command"]
 
@@ -106,7 +105,8 @@ async def _stage(
 
 async def _ask_nbdinfo(process: QemuProcess, vm: VM, disk: Disk) -> dict[str, bool | None]:
     """Compare both contexts with nbdinfo's, through one export on a server of the demo's own."""
-    from qmpblock.export.session import NBDAccess, Request, exports
+    from qmpblock.export.session import Request, exports
+    from qmpblock.qemu.connection import NBDAccess
 
     if which("nbdinfo") is None:
         return {f"equals_nbdinfo_{context}": None for context in _CONTEXTS}

@@ -15,7 +15,7 @@ from qmpblock.errors import printable
 
 if TYPE_CHECKING:
     from qmpblock.chains.jobs import ChainJob, Outcome
-    from qmpblock.mapping import Disk
+    from qmpblock.vm import Disk
 
 __all__ = ["run_job", "warn"]
 

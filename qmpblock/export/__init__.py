@@ -2,13 +2,13 @@
 
 from qmpblock.export.session import (
     LOCK,
-    NBDAccess,
     Request,
     check_access,
     clear_dead,
     exports,
     no_exports,
 )
+from qmpblock.qemu.connection import NBDAccess
 
 __all__ = [
     "LOCK",

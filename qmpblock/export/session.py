@@ -73,6 +73,7 @@ from qmpblock.graph.model import Device
 from qmpblock.host.ourfiles import Directory
 from qmpblock.qemu import lock, ownership
 from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.connection import NBDAccess
 from qmpblock.qemu.iothread import iothread_of
 from qmpblock.qemu.joint import Joint
 from qmpblock.qemu.lock import Holder
@@ -82,7 +83,7 @@ from qmpblock.qemu.polling import unpolled
 if TYPE_CHECKING:
     from qmpblock.nbd import Client
 
-__all__ = ["LOCK", "NBDAccess", "Request", "check_access", "clear_dead", "exports", "no_exports"]
+__all__ = ["LOCK", "Request", "check_access", "clear_dead", "exports", "no_exports"]
 
 #: The id of the lock object around our NBD server.
 LOCK = "qmpblock-nbd"
@@ -94,22 +95,6 @@ _BOOTING = 1.0  # seconds to wait for a guest that is about to drive its disk
 _HANDSHAKE = (
     10.0  # seconds after which QEMU hangs up, from 7.2.14 on, where it can be told no other
 )
-
-
-@dataclass(frozen=True)
-class NBDAccess:
-    """How this controller reaches an NBD server in the VM.
-
-    :ivar address: of a foreign NBD server that already listens in this VM; None has us
-        start our own.
-    :ivar tls_creds: a directory laid out for QEMU's tls-creds-x509. Where we start a TCP
-        server, QEMU must find the same directory on its host.
-    :ivar insecure: allow NBD over TCP without TLS.
-    """
-
-    address: str | None = None
-    tls_creds: str | None = None
-    insecure: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
-    from qmpblock.mapping import Disk, LayerMap
+    from qmpblock.mapping import LayerMap
     from qmpblock.policy.file import DiskPolicy
     from qmpblock.sizes import Amount
-    from qmpblock.vm import VM
+    from qmpblock.vm import VM, Disk
 
 __all__ = ["DiskPlan", "Room", "look", "share_room"]
 

@@ -27,11 +27,10 @@ from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
-    from qmpblock.mapping import Disk
     from qmpblock.policy.file import DiskPolicy, Policy
     from qmpblock.policy.steps import Changes
     from qmpblock.qemu.job import Progress
-    from qmpblock.vm import VM
+    from qmpblock.vm import VM, Disk
 
 __all__ = ["Connect", "DiskPlan", "DiskResult", "apply", "as_error", "connect_to", "plan"]
 

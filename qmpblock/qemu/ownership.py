@@ -26,7 +26,7 @@ from qmpblock.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import Device
-    from qmpblock.vm import VM
+    from qmpblock.qemu.connection import Connection
 
 __all__ = ["Owner", "Situation", "ask", "ask_for_change", "inactive_devices", "look", "situation"]
 
@@ -204,7 +204,7 @@ async def ask(
         raise UnsupportedError(found.why, standing=standing, remedy=found.remedy)
 
 
-async def ask_for_change(vm: VM, work: Work) -> None:
+async def ask_for_change(vm: Connection, work: Work) -> None:
     """Go on only where nobody else owns the chain that is to be changed.
 
     Asked at the beginning only: what has begun is brought to its end.

@@ -8,8 +8,8 @@ from qmpblock.address import TCPAddress, UnixAddress
 from qmpblock.chains import headers
 from qmpblock.chains.headers import Header, by_qemu_img
 from qmpblock.errors import UnsupportedError
-from qmpblock.export.session import NBDAccess
 from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.connection import NBDAccess
 
 OLD, NEW = (7, 2, 22), (11, 1, 3)
 

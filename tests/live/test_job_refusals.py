@@ -212,7 +212,7 @@ async def test_a_foreign_concluded_stream_is_waited_for(scenario, start_qemu, in
 async def test_a_foreign_concluded_stream_that_stays_is_refused(
     scenario, start_qemu, invariant, monkeypatch
 ):
-    monkeypatch.setattr("qmpblock.vm._DISMISSAL", 0.5)
+    monkeypatch.setattr("qmpblock.qemu.connection._DISMISSAL", 0.5)
     vm = await start_qemu(scenario)
     await conclude_foreign_stream(vm)
     async with qmpblock.connect(vm.monitor_path) as controller:
