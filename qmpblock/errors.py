@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
+    "UNTOUCHED",
     "AmbiguousError",
     "BusyError",
     "CommandError",
@@ -68,6 +69,8 @@ __all__ = [
     "UnsupportedError",
     "printable",
 ]
+
+UNTOUCHED = "nothing was touched"  #: what stands where a request was refused
 
 
 def printable(text: object, limit: int = 300) -> str:
@@ -170,7 +173,7 @@ class MonitorHeldError(GreetingError):
     def __init__(
         self, message: str, holders: Iterable[int] = (), *, remedy: str | None = None
     ) -> None:
-        super().__init__(message, standing="nothing was touched", remedy=remedy)
+        super().__init__(message, standing=UNTOUCHED, remedy=remedy)
         self.holders = tuple(holders)
 
 

@@ -10,10 +10,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qmpblock.changes.change import LOCKS, record_of
+from qmpblock.changes.leftovers import record_of
 from qmpblock.changes.unfinished import Choice
-from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    BusyError,
+    NotFoundError,
+    RecordError,
+    RequestError,
+    printable,
+)
 from qmpblock.graph.model import Job as JobInfo
+from qmpblock.names import LOCKS
 from qmpblock.qemu import lock, ownership, polling
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.jobstate import VERBS, allows
@@ -80,7 +88,7 @@ async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
     if not job.ours:
         raise RequestError(
             f"the job {printable(name)} is not one of ours",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy="whoever started it can steer it",
         )
     qemus = "set-speed" if verb == "speed" else verb
@@ -88,7 +96,7 @@ async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
         raise RequestError(
             f"the job {name} is {printable(job.status)}, and {verb} takes one that is "
             f"{' or '.join(sorted(VERBS[qemus]))}",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         )
     if verb not in ("pause", "cancel"):  # which keep a job from writing where it should not
         await ownership.ask(vm.monitor)
@@ -98,7 +106,7 @@ async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
             if verb != "complete":
                 raise BusyError(
                     f"the controller of {name} does that by itself: {holder}",
-                    standing="nothing was touched",
+                    standing=UNTOUCHED,
                     remedy="wait for it; if it hangs, kill it, then: qmpblock recover ADDRESS",
                 )
         elif holder is not None or job.id.endswith("-pivot"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock.errors import (
+    UNTOUCHED,
     BusyError,
     CommandError,
     GraphError,
@@ -167,7 +168,7 @@ class MappedDisk:
                 raise BusyError(
                     f"the layers of {self.name} are seen through a snapshot-access node, and QEMU "
                     "does not tell which of them supplies what",
-                    standing="nothing was touched",
+                    standing=UNTOUCHED,
                     remedy="wait for whoever put it there; if that was qmpblock, and it died: "
                     f"qmpblock recover {self.vm.monitor.address}",
                 )

@@ -15,13 +15,13 @@ import sys
 import traceback
 
 import qmpblock
-import qmpblock.allocation
+import qmpblock.allocation.allocate
 import qmpblock.chains.jobs
 import qmpblock.chains.snapshot
-import qmpblock.export
-import qmpblock.extents
+import qmpblock.export.session
+import qmpblock.extents.allocationmap
 import qmpblock.nbd
-import qmpblock.policy
+import qmpblock.policy.run
 import qmpblock.policy.file
 
 DIED = 9

@@ -309,7 +309,7 @@ async def eve(vm_dir: Path) -> AsyncIterator[Eve]:
 
 
 def _serve() -> None:
-    import qmpblock.allocation
+    import qmpblock.allocation.allocate
     import qmpblock.chains.jobs
     import qmpblock.chains.snapshot  # what the commands import, once
     import qmpblock.cli.app

@@ -6,7 +6,7 @@ import pytest
 from drawing import RUN, chain, record
 from fake_objects import dead, fake_vm
 
-from qmpblock.changes.change import identify
+from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import Journal
 from qmpblock.errors import BusyError, NotFoundError, RecordError, RequestError
 from qmpblock.jobcontrol import find_job, holder_of, steer

@@ -19,11 +19,12 @@ from qmpblock.allocation.plan import dataless, growth_warning, rounded
 from qmpblock.allocation.rawfile import blank_ranges, raw_file, reserve_ranges
 from qmpblock.allocation.staged import check_staged, reserve_by_staging
 from qmpblock.allocation.thin import AllocationResult, Report, allocator, check_thin
-from qmpblock.changes.change import lock_names, make_way
-from qmpblock.errors import RequestError, printable
+from qmpblock.changes.leftovers import make_way
+from qmpblock.errors import UNTOUCHED, RequestError, printable
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
 from qmpblock.managers import Work
+from qmpblock.names import lock_names
 from qmpblock.qemu import ownership
 from qmpblock.ranges import Ranges, check_range
 from qmpblock.speed import Speed
@@ -58,7 +59,7 @@ async def allocate(
     if independent and (first, count) != (0, disk.size):
         raise RequestError(
             "to be independent of its backing images a disk must be allocated whole",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy="leave --offset and --length out",
         )
     check_disk(disk.device)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.errors import Error, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, Error, UnsupportedError, printable
 from qmpblock.graph.model import Layer
 from qmpblock.graph.openings import in_part
 from qmpblock.host import imagefiles
@@ -75,13 +75,13 @@ def host_file(disk: MappedDisk, layer: Layer) -> str:
         raise UnsupportedError(
             f"{printable(layer.file)} is a file of which the image is only a part: space cannot be "
             "reserved there",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         )
     if storage is not None and storage.driver == "host_device":
         raise UnsupportedError(
             f"{printable(storage.filename)} is a block device: its space is its own already, and "
             "a thin volume below it is not ours to fill",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         )
     pid = disk.vm.monitor.peer_pid
     file = imagefiles.local_path(pid, layer)
@@ -89,7 +89,7 @@ def host_file(disk: MappedDisk, layer: Layer) -> str:
         raise UnsupportedError(
             f"{printable(layer.file)}, where space would be reserved, "
             f"{imagefiles.why_not_local(pid, layer)}",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; "
             "the image must be there under the name by which the VM has it",
         )

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qmpblock.allocation.rawfile import holes, host_file, raw_file, reserve_ranges
-from qmpblock.errors import Error, RequestError, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
 from qmpblock.graph.model import Layer
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
@@ -155,7 +155,7 @@ def rounded_room(size: int) -> int:
     :raise RequestError: none.
     """
     if size <= 0:
-        raise RequestError(f"{size} bytes of room are none", standing="nothing was touched")
+        raise RequestError(f"{size} bytes of room are none", standing=UNTOUCHED)
     return -(-size // _UNIT) * _UNIT
 
 
@@ -211,7 +211,7 @@ async def find_place(disk: MappedDisk) -> Place:
         raise UnsupportedError(
             f"where a {printable(active.format)} image{several} grows is not known, so no room "
             "can be made ahead of it",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         )
     return Place(host_file(disk, active), pid, active, None, disk.size)
 
@@ -245,7 +245,7 @@ def look(place: Place, wanted: int, until: int = 0) -> Space:
         raise UnsupportedError(
             f"the file system of {printable(place.file)} cannot tell what is reserved (FIEMAP), so "
             "how much room there is cannot be told",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         )
     return Space(reserved, blank - reserved)
 
@@ -293,7 +293,7 @@ async def look_at(place: Place, wanted: int, until: int = 0) -> Space:
     except OSError as error:
         raise Error(
             f"cannot look at {printable(place.file)}: {error.strerror}",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         ) from None
 
 

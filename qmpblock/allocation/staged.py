@@ -32,13 +32,15 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
 from qmpblock.chains.jobs import host_files, opened_as
-from qmpblock.chains.plan import SnapshotPlan, key_secret
+from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.chains.snapshot import Item, make_overlay, open_directory, prove, take
-from qmpblock.changes.change import Change, identify, lock_names
+from qmpblock.changes.change import Change
+from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import PIVOTED, Record
 from qmpblock.changes.settle import settle
 from qmpblock.changes.unfinished import Choice
 from qmpblock.errors import (
+    UNTOUCHED,
     Error,
     GraphError,
     UnsupportedError,
@@ -46,11 +48,13 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.jsonname import as_text, from_text
 from qmpblock.graph.opened import alone
+from qmpblock.graph.options import key_secret
 from qmpblock.graph.places import Place
 from qmpblock.host import imagefiles
 from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimg import QemuImg
+from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
 from qmpblock.speed import Speed
 
@@ -96,7 +100,7 @@ async def reserve_by_staging(
     file = await check_staging(disk)
     secret = key_secret(active) if active.node.encrypted else None
     await by_qemu_img(vm, secret, local=True)  # or refuse
-    run = Change.new_run()
+    run = new_run()
     device = disk.device
     how = as_text(await opened_as(disk.vm, active))
     overlay = f"{file}.qmpblock-{run}"
@@ -182,7 +186,7 @@ async def check_staging(disk: MappedDisk) -> str:
         raise UnsupportedError(
             f"host space for {active.format} images cannot be had while they are in use; for "
             "raw, luks, qcow2 and qed it can",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         )
     pid = disk.vm.monitor.peer_pid
     file = imagefiles.local_path(pid, active)
@@ -200,7 +204,7 @@ async def check_staging(disk: MappedDisk) -> str:
 def _no_overlay(active: Layer, reason: str) -> UnsupportedError:
     return UnsupportedError(
         f"{printable(active.file)}, beside which an overlay must lie for a while, {reason}",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; the "
         "image must be a file there, under the name by which the VM has it",
     )

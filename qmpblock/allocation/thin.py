@@ -30,12 +30,15 @@ from typing import TYPE_CHECKING
 from qmpblock.allocation.plan import Batch, below, requests, rounded
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.jobs import host_files
-from qmpblock.changes.change import Change, identify, lock_names, make_way
+from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import check_copy_on_read
+from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import Record
-from qmpblock.errors import CommandError, GraphError, NBDError, UnsupportedError
+from qmpblock.changes.leftovers import make_way
+from qmpblock.errors import UNTOUCHED, CommandError, GraphError, NBDError, UnsupportedError
 from qmpblock.graph.writable import check_disk
 from qmpblock.mapping import exported, read_map
+from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Progress
 from qmpblock.ranges import Ranges, check_range
@@ -96,7 +99,7 @@ def check_thin(disk: MappedDisk) -> None:
         raise UnsupportedError(
             f"a range of a {active.format} image cannot be allocated from its backing image: QEMU "
             "does not do it for that format",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         )
     check_copy_on_read(disk.vm.capabilities, active)
 
@@ -301,7 +304,7 @@ async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
         check_thin(disk)
     active = disk.chain.active
     record = Record(
-        run=Change.new_run(),
+        run=new_run(),
         operation="allocate",
         vm=await identify(disk.vm),
         devices=(disk.device.qom_path,),

@@ -13,9 +13,9 @@ whoever finds the lock of a dead watcher can take its threshold away, and nobody
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qmpblock.allocation.room import (
     Place,
@@ -29,10 +29,8 @@ from qmpblock.allocation.room import (
     threshold,
 )
 from qmpblock.cancellation import undisturbed
-from qmpblock.changes.change import Change, ahead_lock_name, lock_name
 from qmpblock.errors import (
     BusyError,
-    CommandError,
     DisconnectedError,
     Error,
     GraphError,
@@ -45,33 +43,25 @@ from qmpblock.errors import (
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.host import imagefiles
 from qmpblock.host.processes import start_time
+from qmpblock.names import ahead_lock_name, lock_name, new_run
 from qmpblock.qemu import lock, ownership
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.ownership import Owner
+from qmpblock.qemu.threshold import disarm, disarm_dead, set_threshold
 from qmpblock.ranges import Ranges
 from qmpblock.sizes import Amount
 
 if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
-    from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Event, Subscription
 
-__all__ = ["Watch", "disarm_dead", "keep_ahead"]
+__all__ = ["keep_ahead"]
 
 _EVENT = "BLOCK_WRITE_THRESHOLD"
 _LOOK = 5.0  # seconds between looks of a watcher that no event wakes
 _APART = 1.0  # seconds from one look to the next that an event asks for
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
 _REMEDY = "it keeps this disk's room already; end it, or leave the disk to it"
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What the holder of a watcher's lock says: the node, and the offsets that may be its own."""
-
-    node: str | None
-    offsets: tuple[int, ...]
-    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 async def keep_ahead(
@@ -83,36 +73,6 @@ async def keep_ahead(
 ) -> None:
     """Keep the room of a disk for as long as its VM lives. See `Disk.keep_ahead`."""
     await _Watcher(disk, rounded_room(size), keep_free, tell).run()
-
-
-async def disarm_dead(vm: Connection, dead: Holder) -> None:
-    """Take away the write threshold that a dead watcher left. Idempotent.
-
-    :raise RecordError: which one it is cannot be read: nothing is touched.
-    """
-    if dead.is_idle:
-        return
-    watch = dead.says(Watch)
-    if watch.node is not None:
-        await _disarm(vm, await vm.graph(), watch.node, watch.offsets)
-
-
-async def _disarm(vm: Connection, graph: BlockGraph, name: str, offsets: Sequence[int]) -> None:
-    """Take a threshold away if it is one of those; one that somebody else set stays."""
-    node = graph.nodes.get(name)
-    if node is None or node.write_threshold not in offsets or not node.write_threshold:
-        return
-    try:
-        await _set_threshold(vm, name, 0)
-    except CommandError:
-        if name in (await vm.graph()).nodes:
-            raise  # else it went away with its node
-
-
-async def _set_threshold(vm: Connection, node: str, offset: int) -> None:
-    await vm.monitor.execute(
-        "block-set-write-threshold", {"node-name": node, "write-threshold": offset}
-    )
 
 
 class _Watcher:
@@ -138,7 +98,7 @@ class _Watcher:
         self._size = size
         self._keep_free = keep_free
         self._tell = tell
-        self._run = Change.new_run()
+        self._run = new_run()
         self._lock = ahead_lock_name(disk.device)
         self._place: Place | None = None
         self._seen: tuple[object, ...] = ()  # node names, when the place was looked up
@@ -195,7 +155,7 @@ class _Watcher:
         try:
             if self._place is not None and self._offsets:
                 graph = await self._vm.graph()
-                await _disarm(self._vm, graph, self._place.node, self._offsets)
+                await disarm(self._vm, graph, self._place.node, self._offsets)
             await lock.release(self._vm.monitor, self._lock)
         except DisconnectedError:
             raise
@@ -288,7 +248,7 @@ class _Watcher:
         if self._place is None or place.node != self._place.node:
             self._check_foreign(graph, place.node, [])
             if self._place is not None:
-                await _disarm(self._vm, graph, self._place.node, self._offsets)
+                await disarm(self._vm, graph, self._place.node, self._offsets)
             self._offsets = []
         if self._place is None or place.file != self._place.file:
             self._until, self._told = 0, None
@@ -357,7 +317,7 @@ class _Watcher:
             # The record comes first: killed in between, there is nothing that it does not name.
             self._offsets = [*self._offsets[-1:], offset]
             await lock.update(self._vm.monitor, self._lock, self._holder())
-            await _set_threshold(self._vm, place.node, offset)
+            await set_threshold(self._vm, place.node, offset)
             self._offsets = [offset]
         self._settled = True
 

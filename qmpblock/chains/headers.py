@@ -18,7 +18,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import UNTOUCHED, UnsupportedError
 from qmpblock.export.session import check_access
 from qmpblock.host.qemuimg import Contents, QemuImg
 from qmpblock.qemu.keys import read_keys
@@ -116,7 +116,7 @@ async def by_qemu_img(vm: Connection, key_secret: str | None, *, local: bool) ->
             f"an overlay cannot be made safely: {error.message}. QEMU can make it by itself, but "
             f"QEMU {vm.capabilities} aborts if anybody asks it for its block nodes meanwhile"
         )
-        error.standing = "nothing was touched"
+        error.standing = UNTOUCHED
         error.remedy = f"{error.remedy or _REMEDY}; or use QEMU 10.0 or newer"
         raise
     return True

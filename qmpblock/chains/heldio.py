@@ -20,7 +20,7 @@ pivot. A human monitor's `qemu-io` on the disk hangs QEMU just so, and cannot be
 
 from __future__ import annotations
 
-from qmpblock.errors import CommandError, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.graph.model import Device
 from qmpblock.qemu.monitor import Monitor
 
@@ -53,13 +53,13 @@ async def check_held_io(monitor: Monitor, device: Device, *, remedy: str) -> Non
     except CommandError as error:
         raise UnsupportedError(
             f"what kind of device {device.name} is cannot be told: {printable(error.description)}",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         ) from None
     if kind not in _ASYNCHRONOUS:
         raise UnsupportedError(
             f"{device.name} is a {printable(kind)}. A pivot holds the device's I/O for a moment, "
             "and of such a device it is not known that QEMU serves its monitor meanwhile: pflash, "
             "floppy and SD card hang QEMU for good, with the guest",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy=remedy,
         )

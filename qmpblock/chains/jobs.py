@@ -38,12 +38,15 @@ from qmpblock.chains.plan import (
 )
 from qmpblock.chains.settings import discard_to_restore, lost_by_commit
 from qmpblock.changes.backingproof import check_record
-from qmpblock.changes.change import Change, identify, is_watched, lock_names, make_way
+from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import check_copy_on_read, drive, flush, io_limits
+from qmpblock.changes.identity import identify
+from qmpblock.changes.leftovers import make_way
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import device_of, settle
 from qmpblock.changes.unfinished import Choice
 from qmpblock.errors import (
+    UNTOUCHED,
     CommandError,
     Error,
     GraphError,
@@ -65,8 +68,10 @@ from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.processes import command_line
 from qmpblock.host.renamed import name_now
 from qmpblock.managers import Work
+from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Job, Progress
+from qmpblock.qemu.threshold import is_watched
 
 if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
@@ -133,7 +138,7 @@ async def stream(
     """
     plan = await _plan(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, StreamPlan)
-    run = Change.new_run()
+    run = new_run()
     record = replace(
         await _record(disk, plan, "stream", run),
         job=f"qmpblock-{run}-stream",
@@ -169,7 +174,7 @@ async def commit(
     """
     plan = await _plan(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, CommitPlan)
-    run = Change.new_run()
+    run = new_run()
     assert plan.device.chain is not None  # VM.disk refuses empty drives
     root = plan.device.chain.root.name
     record = replace(
@@ -302,7 +307,7 @@ def _check_other_processes(plan: StreamPlan | CommitPlan, files: OpenFiles, plac
             raise InUseError(
                 f"@{written.depth} {printable(written.file)} is open in {who} too, which writes "
                 "to it or would see it change (a second VM over the same image?)",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="end that process, or give it an image of its own",
             )
 

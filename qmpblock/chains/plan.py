@@ -23,11 +23,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from qmpblock.errors import BusyError, InUseError, RequestError, UnsupportedError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    BusyError,
+    InUseError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.graph.backingname import check_found, name_of_base
-from qmpblock.graph.jsonname import said_by
 from qmpblock.graph.layeruse import check_bitmaps, check_readers, overlays_of
 from qmpblock.graph.model import BlockGraph, Chain, Device, Layer
+from qmpblock.graph.options import key_secret
 from qmpblock.graph.places import Places
 from qmpblock.graph.sharedfiles import second_nodes
 from qmpblock.graph.writable import check_disk, check_sound
@@ -40,13 +47,11 @@ __all__ = [
     "SnapshotPlan",
     "StreamPlan",
     "check_idle",
-    "key_secret",
     "plan_commit",
     "plan_snapshot",
     "plan_stream",
 ]
 
-_UNTOUCHED = "nothing was touched"
 _RECORDERS = ("qcow2", "qed")  # formats whose recorded backing file QEMU can change
 
 
@@ -161,8 +166,9 @@ def plan_stream(
     keep = None if base is None else chain.layer(base)
     if keep is not None and keep.depth <= into.depth:
         raise RequestError(
-            f"the base {_name(keep)} does not lie below {_name(into)}, which would be written to",
-            standing=_UNTOUCHED,
+            f"the base {keep.describe()} does not lie below {into.describe()}, which would "
+            "be written to",
+            standing=UNTOUCHED,
             remedy=_order(chain),
         )
     stop = len(chain.layers) if keep is None else keep.depth
@@ -172,12 +178,12 @@ def plan_stream(
     check_idle(device)
     check_disk(device)
     check_sound(into)
-    check_bitmaps(graph, _nodes(leaving), standing=_UNTOUCHED)
+    check_bitmaps(graph, _nodes(leaving), standing=UNTOUCHED)
     _check_encryption(leaving, into)
     _check_recorder(into)
     if into.depth:
         _check_unshared(graph, device, into, places or {})
-    check_readers(graph, device, "stream", into.node.name, "", standing=_UNTOUCHED)
+    check_readers(graph, device, "stream", into.node.name, "", standing=UNTOUCHED)
     merges, warnings = _bitmaps_of_stream(into, leaving)
     return StreamPlan(
         device,
@@ -213,8 +219,8 @@ def plan_commit(
         return CommitPlan(device, first, last, ())  # idempotent: one layer is left
     if last.depth <= first.depth:
         raise RequestError(
-            f"the base {_name(last)} does not lie below the top {_name(first)}",
-            standing=_UNTOUCHED,
+            f"the base {last.describe()} does not lie below the top {first.describe()}",
+            standing=UNTOUCHED,
             remedy=_order(chain),
         )
     leaving = chain.layers[first.depth : last.depth]
@@ -225,16 +231,16 @@ def plan_commit(
     _check_encryption(leaving, last)
     for layer in (*leaving, last):
         _check_unshared(graph, device, layer, places or {})
-    check_readers(graph, device, "commit", first.node.name, last.node.name, standing=_UNTOUCHED)
-    check_bitmaps(graph, _nodes(leaving), standing=_UNTOUCHED)
+    check_readers(graph, device, "commit", first.node.name, last.node.name, standing=UNTOUCHED)
+    check_bitmaps(graph, _nodes(leaving), standing=UNTOUCHED)
     if above is not None:
         check_sound(above)  # its header will name another backing image
         _check_recorder(above)
     if above is None and last.size > first.size:
         raise RequestError(
-            f"the base {_name(last)} is larger ({last.size} bytes) than the disk ({first.size}); "
-            "after the pivot the guest's disk would have another size",
-            standing=_UNTOUCHED,
+            f"the base {last.describe()} is larger ({last.size} bytes) than the disk "
+            f"({first.size}); after the pivot the guest's disk would have another size",
+            standing=UNTOUCHED,
             remedy="resize the disk to the base's size first (block_resize)",
         )
     if above is None:
@@ -266,15 +272,15 @@ def plan_snapshot(graph: BlockGraph, device: Device, fmt: str) -> SnapshotPlan:
     if fmt not in ("qcow2", "qed"):
         raise UnsupportedError(
             f"an overlay of format {printable(fmt)} cannot be made; qcow2 and qed can",
-            standing=_UNTOUCHED,
+            standing=UNTOUCHED,
         )
     secret = None
     if active.node.encrypted:
         secret = key_secret(active)
         if fmt != "qcow2":
             raise UnsupportedError(
-                f"{_name(active)} is encrypted, and an overlay of format {fmt} cannot be",
-                standing=_UNTOUCHED,
+                f"{active.describe()} is encrypted, and an overlay of format {fmt} cannot be",
+                standing=UNTOUCHED,
                 remedy="make the overlay qcow2",
             )
     bitmaps, warnings = [], []
@@ -290,40 +296,13 @@ def plan_snapshot(graph: BlockGraph, device: Device, fmt: str) -> SnapshotPlan:
     return SnapshotPlan(device, active, secret, tuple(bitmaps), tuple(warnings))
 
 
-def key_secret(layer: Layer) -> str:
-    """Return the id of the secret object that opens an encrypted layer.
-
-    QEMU tells it only in the `json:` file name that it makes of such a node.
-
-    :raise UnsupportedError: it does not.
-    """
-    options = said_by(layer.node.filename)
-    nested = options.get("encrypt")
-    for found in (
-        options.get("key-secret"),
-        options.get("encrypt.key-secret"),
-        nested.get("key-secret") if isinstance(nested, dict) else None,
-    ):
-        if isinstance(found, str) and found:
-            return found
-    raise UnsupportedError(
-        f"{_name(layer)} is encrypted, and QEMU does not tell with which secret object; what we "
-        "make over it would hold its plaintext",
-        standing=_UNTOUCHED,
-    )
-
-
 def _chain(device: Device) -> Chain:
     assert device.chain is not None  # BlockGraph.device refuses empty drives
     return device.chain
 
 
-def _name(layer: Layer) -> str:
-    return f"@{layer.depth} {printable(layer.file)}"
-
-
 def _order(chain: Chain) -> str:
-    listed = "".join(f"\n  {_name(layer)}" for layer in chain.layers)
+    listed = "".join(f"\n  {layer.describe()}" for layer in chain.layers)
     return f"the layers are, the active one first:{listed}"
 
 
@@ -337,7 +316,7 @@ def check_idle(device: Device) -> None:
         raise BusyError(
             f"the job {printable(job.id)} ({printable(job.type)}, {printable(job.status)}) runs "
             f"on {device.name}",
-            standing=_UNTOUCHED,
+            standing=UNTOUCHED,
             remedy="wait for its end, or have whoever started it end it"
             if not job.id.startswith("qmpblock-")
             else "wait for its end; if its controller died: qmpblock recover ADDRESS",
@@ -352,9 +331,9 @@ def _check_encryption(sources: Iterable[Layer], target: Layer) -> None:
     for layer in sources:
         if layer.node.encrypted and not target.node.encrypted:
             raise UnsupportedError(
-                f"{_name(layer)} is encrypted and {_name(target)} is not: the plaintext of the "
-                "one would be stored in the other",
-                standing=_UNTOUCHED,
+                f"{layer.describe()} is encrypted and {target.describe()} is not: the plaintext of "
+                "the one would be stored in the other",
+                standing=UNTOUCHED,
             )
 
 
@@ -365,9 +344,9 @@ def _check_recorder(layer: Layer) -> None:
     """
     if layer.format not in _RECORDERS:
         raise UnsupportedError(
-            f"{_name(layer)} would get another backing image, and QEMU cannot record another in "
-            f"the header of a {printable(layer.format)} image",
-            standing=_UNTOUCHED,
+            f"{layer.describe()} would get another backing image, and QEMU cannot record another "
+            f"in the header of a {printable(layer.format)} image",
+            standing=UNTOUCHED,
             remedy="commit the active layer instead, or copy the disk into a qcow2 image",
         )
 
@@ -384,21 +363,22 @@ def _check_unshared(graph: BlockGraph, device: Device, layer: Layer, places: Pla
         for theirs in other.chain.layers:
             if theirs.node.name == layer.node.name:
                 raise InUseError(
-                    f"{_name(layer)} is also a layer of {other.name}, which this would change",
-                    standing=_UNTOUCHED,
+                    f"{layer.describe()} is also a layer of {other.name}, which this would change",
+                    standing=UNTOUCHED,
                 )
     for node in second_nodes(graph, layer, places):
         disks = [one.name for one in graph.devices if node.name in one.node_names()]
         what = f"is also a layer of {', '.join(disks)}" if disks else "is open a second time"
         raise InUseError(
-            f"{_name(layer)} {what}, by the node {printable(node.name)}, which this would change",
-            standing=_UNTOUCHED,
+            f"{layer.describe()} {what}, by the node {printable(node.name)}, which this would "
+            "change",
+            standing=UNTOUCHED,
             remedy="unplug that disk, or remove that node, if nobody needs it",
         )
     for use in overlays_of(graph, device, layer):
         raise InUseError(
-            f"{_name(layer)} is used by {use.what} too, which this would change",
-            standing=_UNTOUCHED,
+            f"{layer.describe()} is used by {use.what} too, which this would change",
+            standing=UNTOUCHED,
             remedy=use.remedy,
         )
 
@@ -418,11 +398,11 @@ def _hidden(above: Layer, leaving: Sequence[Layer], below: Layer) -> tuple[Hidde
     if found and above.depth:
         short = next(layer for layer in leaving if layer.depth == found[0].depth)
         raise UnsupportedError(
-            f"{_name(short)} is shorter ({short.size} bytes) than {_name(above)} and "
-            f"{_name(below)}; without it, where the guest reads zeros now, old data of "
-            f"{_name(below)} would appear. QEMU does not prevent it, and we can only in the "
+            f"{short.describe()} is shorter ({short.size} bytes) than {above.describe()} and "
+            f"{below.describe()}; without it, where the guest reads zeros now, old data of "
+            f"{below.describe()} would appear. QEMU does not prevent it, and we can only in the "
             "active layer",
-            standing=_UNTOUCHED,
+            standing=UNTOUCHED,
             remedy="stream into the active layer, or commit the active layer too",
         )
     return tuple(found)
@@ -466,8 +446,8 @@ def _bitmaps_of_commit(
             elif bitmap.name not in added:
                 if bitmap.persistent and not storable:
                     warnings.append(
-                        f"the dirty bitmap {printable(bitmap.name)} goes on in {_name(base)}, but "
-                        f"not persistently: {base.format} cannot store it"
+                        f"the dirty bitmap {printable(bitmap.name)} goes on in {base.describe()}, "
+                        f"but not persistently: {base.format} cannot store it"
                     )
                 keep = bitmap.persistent and storable
                 added[bitmap.name] = NewBitmap(
@@ -477,7 +457,7 @@ def _bitmaps_of_commit(
 
 
 def _lost(layer: Layer, name: str) -> str:
-    return f"the dirty bitmap {printable(name)} of {_name(layer)} ends with that layer"
+    return f"the dirty bitmap {printable(name)} of {layer.describe()} ends with that layer"
 
 
 def _snapshots_lost(leaving: Iterable[Layer]) -> Iterator[str]:
@@ -486,6 +466,6 @@ def _snapshots_lost(leaving: Iterable[Layer]) -> Iterator[str]:
         if layer.node.snapshots:
             names = ", ".join(printable(name) for name in layer.node.snapshots)
             yield (
-                f"{_name(layer)} holds internal snapshots (savevm): {names}. They stay in that "
+                f"{layer.describe()} holds internal snapshots (savevm): {names}. They stay in that "
                 "file, and the VM cannot load them when it has left the chain"
             )

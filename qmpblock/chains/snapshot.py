@@ -33,11 +33,14 @@ from qmpblock.chains.jobs import host_files
 from qmpblock.chains.plan import SnapshotPlan, plan_snapshot
 from qmpblock.chains.settings import lost_by_snapshot, wanted_discard
 from qmpblock.changes.backingproof import check_made, check_name
-from qmpblock.changes.change import Change, identify, is_watched, lock_names, make_way
+from qmpblock.changes.change import Change
+from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import Record
+from qmpblock.changes.leftovers import make_way
 from qmpblock.changes.settle import settle
 from qmpblock.changes.unfinished import Choice
 from qmpblock.errors import (
+    UNTOUCHED,
     CommandError,
     DisconnectedError,
     Error,
@@ -57,8 +60,10 @@ from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line
 from qmpblock.host.qemuimg import Contents
 from qmpblock.managers import Work
+from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Job
+from qmpblock.qemu.threshold import is_watched
 
 if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
@@ -173,7 +178,7 @@ async def snapshot(
         raise RequestError("a snapshot of no disk is none")
     await ownership.ask(vm.monitor, [disk.device for disk in overlays])
     await make_way(vm, lock_names([disk.device for disk in overlays]))
-    run = Change.new_run()
+    run = new_run()
     items = await _plan(vm, run, overlays, format, backing_name)
     devices = [item.plan.device for item in items]
     for item in items:
@@ -285,7 +290,7 @@ async def _plan(
         if item.local and os.path.lexists(item.file):
             raise RequestError(
                 f"{printable(item.file)} exists already; an overlay is always a new file",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
             )
     return items
 
@@ -439,7 +444,7 @@ def open_directory(file: str) -> Directory:
     try:
         return Directory(posixpath.dirname(file))
     except OSError as error:
-        raise _cannot_make(Path(file), error, standing="nothing was touched") from None
+        raise _cannot_make(Path(file), error, standing=UNTOUCHED) from None
 
 
 def _cannot_make(path: Path, error: OSError, *, standing: str | None = None) -> Error:

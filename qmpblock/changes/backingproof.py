@@ -13,7 +13,7 @@ import posixpath
 from collections.abc import Iterator
 
 from qmpblock.changes.record import Record
-from qmpblock.errors import Error, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, Error, UnsupportedError, printable
 from qmpblock.graph.backingname import check_found
 from qmpblock.graph.jsonname import innermost, said_by
 from qmpblock.graph.model import BlockGraph, Layer, Node
@@ -40,7 +40,7 @@ def check_name(
             raise UnsupportedError(
                 f"the name {printable(name)}, which was to be recorded for @{layer.depth} "
                 f"{printable(layer.file)}, does not lead to the file that the VM has open",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="give that file its name back, or see who changes names there",
             )
 

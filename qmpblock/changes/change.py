@@ -32,110 +32,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.changes.journal import Journal, discard_torn
-from qmpblock.changes.nomigration import allow_migration, blocker_name, forbid_migration
-from qmpblock.changes.record import Record, VMIdentity
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.leftovers import OWN_REMEDY, clear, undo_dead_change
+from qmpblock.changes.nomigration import allow_migration, forbid_migration
+from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
-from qmpblock.changes.survey import find
-from qmpblock.changes.unfinished import Choice, Step, took_effect
-from qmpblock.errors import (
-    BusyError,
-    DisconnectedError,
-    Error,
-    NoRoomError,
-    printable,
-)
-from qmpblock.export.server import monitor_name
-from qmpblock.graph.model import BlockGraph, Device
+from qmpblock.changes.unfinished import Choice, took_effect
+from qmpblock.errors import UNTOUCHED, BusyError, DisconnectedError, Error, NoRoomError, printable
 from qmpblock.host.openfiles import OpenFiles
-from qmpblock.host.processes import boot_id, is_running, start_time
+from qmpblock.host.processes import is_running
 from qmpblock.qemu import lock, ownership, polling
+from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.lock import Holder
-from qmpblock.versioned import UnreadableError
 
-if TYPE_CHECKING:
-    from qmpblock.qemu.connection import Connection
-
-__all__ = [
-    "AHEAD_LOCKS",
-    "LOCKS",
-    "Change",
-    "ahead_lock_name",
-    "check_all_said",
-    "identify",
-    "is_watched",
-    "lock_name",
-    "lock_names",
-    "record_of",
-    "undo_dead_change",
-]
-
-#: What the ids of our disk locks begin with.
-LOCKS = "qmpblock-disk-"
-#: What the ids of the locks of watchers begin with (`qmpblock.allocation.watch`).
-AHEAD_LOCKS = "qmpblock-ahead-"
+__all__ = ["Change"]
 
 _log = logging.getLogger(__name__)
 _RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
 _EMPTY = {f.name: f.default for f in fields(Record) if f.default is not MISSING}
-_OWN_REMEDY = "wait for it, or end it; if it hangs, kill it, then: qmpblock recover ADDRESS"
-
-
-def lock_name(device: Device) -> str:
-    """Return the id of the lock object of a disk."""
-    import hashlib
-
-    if device.id is not None:
-        return f"{LOCKS}{device.id}"
-    return f"{LOCKS}-{hashlib.sha256(device.qom_path.encode()).hexdigest()[:12]}"
-
-
-def ahead_lock_name(device: Device) -> str:
-    """Return the id of the lock of the watcher of a disk's room."""
-    return AHEAD_LOCKS + lock_name(device).removeprefix(LOCKS)
-
-
-async def is_watched(vm: Connection, device: Device) -> bool:
-    """Whether a watcher of ours keeps a disk's room: its write threshold follows the guest."""
-    return await lock.read(vm.monitor, ahead_lock_name(device)) is not None
-
-
-async def identify(vm: Connection) -> VMIdentity:
-    """Say which QEMU process this is."""
-    uuid = str((await vm.monitor.execute("query-uuid"))["UUID"])
-    name = str((await vm.monitor.execute("query-name")).get("name", ""))
-    pid = vm.monitor.peer_pid or 0
-    return VMIdentity(
-        name=name,
-        uuid=uuid if len(uuid) == 36 and uuid.replace("-", "").isalnum() else "unknown",
-        pid=pid,
-        start=start_time(pid) or 0 if pid else 0,
-        boot=boot_id(),
-        monitor=monitor_name(vm.monitor),
-    )
-
-
-def record_of(holder: Holder, name: str = "") -> Record | None:
-    """Return what the holder of a disk's lock is about; None if it is about nothing yet.
-
-    :param name: of the lock, where it is known.
-    :raise RecordError: what it says is not what this version understands.
-    """
-    if "record" not in holder.details:
-        return None  # it only holds the lock to undo what another one left
-    try:
-        return Record.from_json(holder.details["record"], holder.run)
-    except UnreadableError as error:
-        raise lock.unreadable(name or f"of {holder}", error, holder.run) from None
 
 
 class Change:
@@ -158,11 +79,6 @@ class Change:
         self._journaled = journaled
         self._locked: list[str] = []
         self._unpolled = False
-
-    @staticmethod
-    def new_run() -> str:
-        """Return a run id that nobody has."""
-        return secrets.token_hex(4)
 
     def holder(self) -> Holder:
         """Return what the locks say.
@@ -191,7 +107,7 @@ class Change:
                     self.holder(),
                     self._undo_dead,
                     stall=0,
-                    remedy=_OWN_REMEDY,
+                    remedy=OWN_REMEDY,
                 )
                 self._locked.append(name)
             self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
@@ -200,7 +116,7 @@ class Change:
                 self.journal = self._create_journal()
         except BusyError as error:
             await undisturbed(self.end())
-            error.standing = "nothing was touched"
+            error.standing = UNTOUCHED
             raise
         except DisconnectedError:
             lock.abandon(self.record.run)
@@ -332,8 +248,6 @@ class Change:
         would. Sets the error's words accordingly.
         """
         from qmpblock.changes.imagerecovery import recover_journal
-        from qmpblock.recovery import recover
-        from qmpblock.vm import connect
 
         monitor, record = self.vm.monitor, self.record
         await self._let_go_polling()
@@ -360,16 +274,11 @@ class Change:
         error.standing = self._left()
         error.remedy = f"run: qmpblock recover {monitor.address}"
         with contextlib.suppress(Error, OSError):
-            async with connect(
-                monitor.address,
-                nbd=self.vm.nbd.address,
-                tls_creds=self.vm.nbd.tls_creds,
-                insecure=self.vm.nbd.insecure,
-                greeting_timeout=_RECONNECT,
-                stall=monitor.stall,
+            async with Connection.open(
+                monitor.address, self.vm.nbd, greeting_timeout=_RECONNECT, stall=monitor.stall
             ) as again:
                 # Of this process, but given up: so it is dead, with all that it had in the VM.
-                await recover(again, Choice.UNDO)
+                await clear(again)
                 done = took_effect(record, await again.graph())
                 error.standing = "connected again; " + (
                     "the change turned out to be done, and what was left of it is removed"
@@ -377,78 +286,3 @@ class Change:
                     else "the change was undone, and nothing of ours is left in the VM"
                 )
                 error.remedy = None
-
-
-async def make_way(
-    vm: Connection, names: Iterable[str], tell: Callable[[Step], None] | None = None
-) -> None:
-    """Undo what controllers that died left on disks, before anything is planned.
-
-    Cancelling waits for the end of what has begun.
-
-    :param names: of the disks' locks.
-    :raise BusyError: another controller is at work on one of them; names it.
-    """
-    from qmpblock.export.session import clear_dead
-
-    async def undo(dead: Holder) -> None:
-        await undo_dead_change(vm, dead, tell)
-
-    async def clear(name: str) -> None:
-        me = Holder.me(Change.new_run())
-        await lock.acquire(vm.monitor, name, me, undo, stall=0, remedy=_OWN_REMEDY)
-        await lock.release(vm.monitor, name)
-        # Exports come and go within a change: one that was killed may have left some, too.
-        await clear_dead(vm.monitor, stall=vm.stall)
-
-    for name in names:
-        if await lock.read(vm.monitor, name) is not None:
-            async with polling.unpolled(vm.monitor):
-                await undisturbed(clear(name))
-
-
-async def undo_dead_change(
-    vm: Connection, dead: Holder, tell: Callable[[Step], None] | None = None
-) -> None:
-    """Undo what the dead holder of a disk's lock left, its journal and other locks included.
-
-    Idempotent. A pivot that was pending is finished, not undone.
-
-    :raise RecordError: what it was about cannot be read: nothing is touched.
-    """
-    record = record_of(dead)
-    check_all_said(dead, record, await vm.graph())
-    _log.warning("undoing what a controller that died left in the VM: %s", dead)
-    if record is None:
-        return  # it died before it did anything
-    me = await identify(vm)
-    discard_torn(me, record.run)
-    journal = find(record, me)
-    await settle(vm, record, journal, Choice.UNDO, tell)
-    await allow_migration(vm.monitor, record.run)
-    if journal is not None:
-        journal.remove()
-    for name in record.locks:
-        holder = await lock.read(vm.monitor, name)
-        if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
-            await lock.release(vm.monitor, name)
-
-
-def check_all_said(dead: Holder, record: Record | None, graph: BlockGraph, name: str = "") -> None:
-    """See that the holder of a disk's lock tells of all that bears the name of its run.
-
-    :param name: of the lock, where it is known.
-    :raise RecordError: there is a job or node that it does not tell of: another version made it.
-    """
-    said = {record.job, *record.helpers, *record.nodes} if record is not None else set()
-    said.add(blocker_name(dead.run))
-    prefix = f"qmpblock-{dead.run}-"
-    for one in (*(job.id for job in graph.jobs), *graph.nodes):
-        if one.startswith(prefix) and one not in said:
-            why = f"it does not say what {printable(one)} is for"
-            raise lock.unreadable(name or f"of {dead}", why, dead.run)
-
-
-def lock_names(devices: Sequence[Device]) -> tuple[str, ...]:
-    """Return the ids of the locks of several disks."""
-    return tuple(sorted(lock_name(device) for device in devices))

@@ -18,10 +18,10 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.chains.plan import key_secret
 from qmpblock.changes.backingproof import check_record
 from qmpblock.changes.journal import PIVOTED, Journal, Record
 from qmpblock.errors import (
+    UNTOUCHED,
     BusyError,
     CommandError,
     Error,
@@ -31,7 +31,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.layeruse import check_bitmaps, check_readers
 from qmpblock.graph.model import BlockGraph, Device, Layer, Node
-from qmpblock.graph.options import overlay_options
+from qmpblock.graph.options import key_secret, overlay_options
 from qmpblock.qemu import ownership
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.job import Job, Progress
@@ -151,7 +151,7 @@ def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
         raise UnsupportedError(
             f"{printable(into.file)} has subclusters (extended_l2), and QEMU {capabilities} aborts "
             "when it copies from a backing image into such an image",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy="commit instead, or use QEMU 10.0 or newer",
         )
 

@@ -20,6 +20,7 @@ from qmpblock.changes.record import Record
 from qmpblock.changes.survey import survey, unproven
 from qmpblock.changes.unfinished import ImageVerdict, image_verdict
 from qmpblock.errors import (
+    UNTOUCHED,
     BusyError,
     Error,
     NotFoundError,
@@ -116,7 +117,7 @@ async def recover_images(
             raise BusyError(
                 f"the VM still runs (process {record.vm.pid}) in which {record.describe()} was "
                 "not finished",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
             )
         if not record.vm.pid:  # a TCP monitor: the locks on the images tell
@@ -156,7 +157,7 @@ async def _check_unused(record: Record) -> None:
             raise BusyError(
                 f"{printable(file)} is in use: the VM in which {record.describe()} was not "
                 "finished still runs, or another has been started",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
             )
 
@@ -190,7 +191,7 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
         raise Error(
             f"whether {printable(record.top_file)} or {printable(record.base_file)} is newer "
             "cannot be told: the journal that says so, beside the image, cannot be read",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy=f"look for {printable(record.home)}.qmpblock-{record.run}.journal, which "
             "must belong to this user or root, and be writable for nobody else",
         )

@@ -41,7 +41,7 @@ from typing import Any
 from qmpblock.changes.journalfile import FULL, LIMIT, DistrustedError, JournalFile
 from qmpblock.changes.linechain import lines_of, proving, sealed
 from qmpblock.changes.record import Record, VMIdentity
-from qmpblock.errors import Error, NoRoomError, RecordError, printable
+from qmpblock.errors import UNTOUCHED, Error, NoRoomError, RecordError, printable
 from qmpblock.graph.places import FileId
 from qmpblock.host.statedirectory import (
     InsecureError,
@@ -327,7 +327,7 @@ class Journal:
         except UnreadableError as error:
             raise RecordError(
                 f"the journal {printable(path)} is ours by its name and cannot be read: {error}",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy=_REMEDY,
                 path=path,
                 run=run_of(path),

@@ -13,7 +13,7 @@ import stat
 from itertools import takewhile
 
 from qmpblock.changes.linechain import lines_of
-from qmpblock.errors import RecordError, printable
+from qmpblock.errors import UNTOUCHED, RecordError, printable
 from qmpblock.graph.places import FileId
 from qmpblock.host.fallocate import UNSUPPORTED, keep_size
 from qmpblock.host.statedirectory import OpenDirectory
@@ -106,7 +106,7 @@ class JournalFile:
         except OSError as error:
             raise RecordError(
                 f"the journal {printable(path)} cannot be read: {error.strerror}",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="run this as root, or as the user who ran that qmpblock",
                 path=path,
             ) from None

@@ -22,7 +22,7 @@ import os
 import struct
 from pathlib import Path
 
-from qmpblock.errors import CommandError, UnsupportedError
+from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError
 from qmpblock.export.server import tolerate
 from qmpblock.qemu.monitor import Monitor
 
@@ -69,7 +69,7 @@ async def forbid_migration(monitor: Monitor, run: str) -> bool:
             raise UnsupportedError(
                 "this VM is being migrated, or its state saved; its images may change hands at any "
                 "moment",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="wait for its end, or cancel it (migrate_cancel); then run this again, on "
                 "the VM in which the guest goes on",
             ) from None

@@ -19,7 +19,7 @@ from qmpblock.changes.journal import (
 )
 from qmpblock.changes.journalfile import DistrustedError, JournalFile
 from qmpblock.changes.record import Record, VMIdentity
-from qmpblock.errors import RecordError, printable
+from qmpblock.errors import UNTOUCHED, RecordError, printable
 from qmpblock.host.statedirectory import OpenDirectory, StateDirectory, state_directory
 
 __all__ = ["Survey", "find", "is_of", "is_same_process", "journals", "survey", "unproven"]
@@ -174,7 +174,7 @@ class _Look:
         self.result.unreadable.append(
             RecordError(
                 f"whether journals lie in {printable(directory)} cannot be seen: {error.strerror}",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
             )
         )
 
@@ -194,7 +194,7 @@ class _Look:
                 f"a change of {printable(image)} was not finished, and its journal is not here: "
                 f"{printable(path)} says that it lies on the host where it was begun, or in "
                 "another QMPBLOCK_STATE, because there was no room beside the image",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy=f"run there: qmpblock recover {printable(image)}. If that host is lost: "
                 "find out which of the images is the newest before any of them is used, then "
                 "remove that file",
@@ -253,7 +253,7 @@ def _begun_elsewhere(journal: Journal) -> RecordError:
     return RecordError(
         f"{journal.record.describe()} was begun by the monitor {monitor}; whether that is of this "
         "VM cannot be proven, so that its journal is not touched",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy=f"run: qmpblock recover {monitor}",
         path=journal.paths[0],
         run=journal.record.run,
@@ -273,7 +273,7 @@ def unproven(journal: Journal) -> RecordError:
             if journal.pivoted
             else f"that {printable(record.top_file)} is the newest image"
         ),
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy=f"run on the host where it was begun: qmpblock recover {home}. Or bring that "
         f"host's key here, as {printable(state_directory() / 'NAME.key')}. Or, if nobody who is "
         "not trusted can write to the image's directory: qmpblock recover --believe-journal "

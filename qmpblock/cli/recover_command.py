@@ -14,7 +14,7 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.app import command as make_command
-from qmpblock.errors import ConnectError, RecordError, printable
+from qmpblock.errors import UNTOUCHED, ConnectError, RecordError, printable
 
 if TYPE_CHECKING:
     from qmpblock.changes.imagerecovery import ImageRecovery
@@ -118,7 +118,7 @@ async def _connected(options: Options, target: str) -> AsyncIterator[VM]:
                 raise
             raise ConnectError(
                 f"there is neither a monitor nor an image at {printable(target)}",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy=f"of a monitor: {error.remedy}. Of an image: it has been removed or "
                 "renamed; give the name of one that is there",
             ) from None

@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Any
 from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import (
+    UNTOUCHED,
     BusyError,
     CommandError,
     DisconnectedError,
@@ -303,7 +304,7 @@ class _Session:
             raise UnsupportedError(
                 f"{device.name} runs in an iothread, and QEMU {capabilities} aborts when an NBD "
                 "client of such a disk goes away; only a UNIX monitor can prevent it",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="use a UNIX socket monitor (-qmp unix:PATH,server=on,wait=off) on the "
                 "VM's host, or QEMU 10.0 or newer",
             )
@@ -311,7 +312,7 @@ class _Session:
             raise UnsupportedError(
                 f"the monitor {address} is on another host, and this needs an NBD connection "
                 "to it, which would be neither encrypted nor authenticated",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="give --tls-creds DIR, or --nbd ADDRESS of a server of your own, or "
                 "--insecure on a network that you trust; or run qmpblock on the VM's host",
             )
@@ -677,6 +678,6 @@ def _socket_folder(name: str) -> Path:
 def _no_server(address: str, why: str) -> NBDConnectError:
     return NBDConnectError(
         f"no NBD server answers at {printable(address)}: {why}",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy="look whether --nbd names the server that runs in this VM",
     )

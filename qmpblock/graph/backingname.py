@@ -15,7 +15,7 @@ import posixpath
 from collections.abc import Mapping
 from typing import Any
 
-from qmpblock.errors import UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, UnsupportedError, printable
 from qmpblock.graph.jsonname import as_name
 from qmpblock.graph.model import Chain, Layer
 from qmpblock.graph.openings import description, is_plain, no_name, storage_of
@@ -23,7 +23,6 @@ from qmpblock.graph.places import Missing, Place, Places, known
 
 __all__ = ["check_found", "name_of_base", "name_of_frozen"]
 
-_UNTOUCHED = "nothing was touched"
 _LONGEST = 1023  # bytes of a backing file name (docs/interop/qcow2.txt)
 
 
@@ -38,7 +37,7 @@ def check_found(layer: Layer, places: Places) -> None:
             raise UnsupportedError(
                 f"{printable(node.filename)} {place.reason}: who starts the VM by that name finds "
                 "other data, or none",
-                standing=_UNTOUCHED,
+                standing=UNTOUCHED,
                 remedy="give the file that the VM has open its name back. If it is removed (a "
                 "temporary one of -snapshot, say), copy the disk before the VM ends",
             )
@@ -62,7 +61,7 @@ def name_of_frozen(base: Layer, places: Places, directory: str | None, *, relati
         if not file.startswith("/"):
             raise UnsupportedError(
                 f"where {printable(file)} lies cannot be told, so that no overlay could name it",
-                standing=_UNTOUCHED,
+                standing=UNTOUCHED,
                 remedy="start the VM with absolute paths of its images",
             )
         if not relative or directory is None:
@@ -135,7 +134,7 @@ def _unseen(now: str | None, via: Layer, recorder: Layer, base: Layer) -> str:
     raise UnsupportedError(
         f"no plain file name is known by which @{recorder.depth} {printable(recorder.file)} could "
         f"record @{base.depth} {printable(base.file)} as its backing file",
-        standing=_UNTOUCHED,
+        standing=UNTOUCHED,
     )
 
 

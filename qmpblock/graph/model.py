@@ -185,6 +185,10 @@ class Layer:
     data_file: Node | None = None
     between: tuple[Node, ...] = ()
 
+    def describe(self) -> str:
+        """Say which layer of its chain it is, for people."""
+        return f"@{self.depth} {printable(self.file)}"
+
     @property
     def file(self) -> str:
         """The image's file name (or URI), as QEMU has it.

@@ -16,7 +16,7 @@ import posixpath
 from collections.abc import Callable
 from typing import Any
 
-from qmpblock.errors import UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, UnsupportedError, printable
 from qmpblock.graph.jsonname import said_by
 from qmpblock.graph.model import FILTERS, BlockGraph, Layer, Node
 from qmpblock.graph.openings import part_of_node
@@ -47,9 +47,7 @@ def _options(
     storage: bool = False,
 ) -> dict[str, Any]:
     if name is None or name not in graph.nodes or not deep:
-        raise UnsupportedError(
-            "how an image is opened cannot be told", standing="nothing was touched"
-        )
+        raise UnsupportedError("how an image is opened cannot be told", standing=UNTOUCHED)
     node = graph.nodes[name]
     if node.is_filter:
         below = node.child(FILTERS[node.driver], "file", "backing", "image")
@@ -95,7 +93,7 @@ def _cannot(node: Node, why: str) -> UnsupportedError:
     return UnsupportedError(
         f"{printable(node.filename)} could not be opened again after a crash, to bring home what "
         f"the guest wrote meanwhile: {why}",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy="allocate without --full, or open the image by the plain name of its file",
     )
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qmpblock.errors import UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, UnsupportedError, printable
 from qmpblock.graph.jsonname import as_bytes, said_by
 from qmpblock.graph.model import Layer, Node
 from qmpblock.graph.places import Places, known
@@ -135,7 +135,7 @@ def no_name(layer: Layer, reason: str) -> UnsupportedError:
     return UnsupportedError(
         f"no name could be recorded that leads back to @{layer.depth} {printable(layer.file)} as "
         f"the VM has it open: {reason}",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy="copy the disk into an image of its own",
     )
 

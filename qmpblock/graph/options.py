@@ -8,9 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from qmpblock.graph.model import Node
+from qmpblock.errors import UNTOUCHED, UnsupportedError
+from qmpblock.graph.jsonname import said_by
+from qmpblock.graph.model import Layer, Node
 
-__all__ = ["aio_of", "cache_options", "discard_of", "options_of", "overlay_options"]
+__all__ = [
+    "aio_of",
+    "cache_options",
+    "discard_of",
+    "key_secret",
+    "options_of",
+    "overlay_options",
+]
 
 _AIO = ("threads", "native", "io_uring")
 _OPTION = re.compile(r"((?:[^,]|,,)*)(?:,(?!,)|$)")
@@ -133,3 +142,26 @@ def overlay_options(
     if key_secret is not None:
         options["encrypt"] = {"format": "luks", "key-secret": key_secret}
     return options
+
+
+def key_secret(layer: Layer) -> str:
+    """Return the id of the secret object that opens an encrypted layer.
+
+    QEMU tells it only in the `json:` file name that it makes of such a node.
+
+    :raise UnsupportedError: it does not.
+    """
+    options = said_by(layer.node.filename)
+    nested = options.get("encrypt")
+    for found in (
+        options.get("key-secret"),
+        options.get("encrypt.key-secret"),
+        nested.get("key-secret") if isinstance(nested, dict) else None,
+    ):
+        if isinstance(found, str) and found:
+            return found
+    raise UnsupportedError(
+        f"{layer.describe()} is encrypted, and QEMU does not tell with which secret object; what "
+        "we make over it would hold its plaintext",
+        standing=UNTOUCHED,
+    )

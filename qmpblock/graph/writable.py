@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qmpblock.errors import CommandError, Error, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, CommandError, Error, UnsupportedError, printable
 from qmpblock.graph.model import Device, Layer
 from qmpblock.graph.options import options_of
 
 __all__ = ["check_disk", "check_sound", "refusal"]
 
-_UNTOUCHED = "nothing was touched"
 _READABLE = frozenset({"curl", "ftp", "ftps", "http", "https"})  # drivers that cannot write
 
 
@@ -38,7 +37,7 @@ def check_disk(device: Device) -> None:
         raise UnsupportedError(
             f"the VM has {device.name} ({printable(active.file)}) for reading only, and it would "
             "be written to",
-            standing=_UNTOUCHED,
+            standing=UNTOUCHED,
             remedy="if it is meant to be written, start the VM with read-only=off for this disk "
             "(a CD is always read-only: attach it as a disk)",
         )
@@ -64,7 +63,7 @@ def check_sound(layer: Layer) -> None:
         return
     raise UnsupportedError(
         f"@{layer.depth} {file} must not be written to: {why}",
-        standing=_UNTOUCHED,
+        standing=UNTOUCHED,
         remedy="stream what it holds into the layer above instead (qmpblock stream); or end the "
         f"VM and repair it: qemu-img check -f {printable(layer.format)} -r all {file}",
     )

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qmpblock.errors import UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, UnsupportedError, printable
 from qmpblock.graph.places import FileId
 
 __all__ = ["in_the_name_of", "open_as_it_has"]
@@ -56,7 +56,7 @@ def open_as_it_has(pid: int, path: str) -> int:
     raise UnsupportedError(
         f"{printable(path)} is not open for writing in the VM's process {pid}: nothing is "
         "reserved in a file that it may only read",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
     )
 
 
@@ -75,7 +75,7 @@ def _numbers(pid: int) -> list[int]:
     except PermissionError:
         raise UnsupportedError(
             f"what the VM's process {pid} has open only its user and root may see",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
         ) from None
 
 
@@ -93,7 +93,7 @@ def _taken(pid: int, handle: int, number: int) -> Iterator[int]:
                 f"the kernel does not let root take a descriptor of the VM's process {pid} "
                 "(ptrace_scope 3, a container without SYS_PTRACE), so that the file which it "
                 "writes to cannot be proven",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="run qmpblock as the user that the VM runs as",
             ) from None
         # Its own user may not take it, but opens it with rights that it has itself.

@@ -17,8 +17,9 @@ from qmpblock.allocation.rawfile import blank_ranges, raw_file
 from qmpblock.allocation.room import RoomPlan, plan_room
 from qmpblock.allocation.staged import SLICE, check_staged
 from qmpblock.chains.plan import plan_stream
-from qmpblock.changes.change import lock_names, make_way
+from qmpblock.changes.leftovers import make_way
 from qmpblock.errors import (
+    UNTOUCHED,
     BusyError,
     Error,
     NotFoundError,
@@ -30,6 +31,7 @@ from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
 from qmpblock.host.openfiles import sees_directory
 from qmpblock.managers import Verb, Work
+from qmpblock.names import lock_names
 from qmpblock.policy.steps import Changes, Facts, Picture, plan_changes
 from qmpblock.qemu import lock, ownership
 from qmpblock.ranges import Ranges
@@ -84,7 +86,7 @@ class Room:
                 f"the file system of {printable(self.path)} has {self.free} bytes free, of which "
                 f"{promised} are promised to other disks; this one needs {self.needed}, and the "
                 f"policy keeps {self.keep} free",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="make room, or keep less free",
             )
 
@@ -213,12 +215,12 @@ async def _check_free(vm: VM, names: tuple[str, ...]) -> None:
         if holder.is_dead():
             raise BusyError(
                 f"a controller that died left this disk in the middle of a change: {holder}",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="apply undoes it first; so does: qmpblock recover ADDRESS",
             )
         raise BusyError(
             f"another controller is at work on this disk: {holder}",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy="wait for it, or end it",
         )
 
@@ -232,7 +234,7 @@ def _base(disk: Disk, wanted: DiskPolicy) -> int:
             raise RequestError(
                 f"{printable(wanted.base)} is the active layer of {disk.name}, so it cannot be "
                 "its own base",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
             )
         return depth
     return len(layers) if wanted.independent else 1
@@ -254,7 +256,7 @@ async def _pattern(
             raise RequestError(
                 f"the node {printable(wanted.like)} goes with its layer, and the policy could not "
                 "be applied again",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy=f"name the layer by its file: {printable(layer.file)}",
             )
         own = layers[layer.depth].map
@@ -294,7 +296,7 @@ def _room(disk: Disk, wanted: DiskPolicy, needed: int) -> Room | None:
     raise UnsupportedError(
         f"the policy keeps host space free, but {printable(active.file)} "
         f"{imagefiles.why_not_local(disk.vm.monitor.peer_pid, active)}",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; or "
         "leave keep_free out",
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qmpblock.address import Address, parse_address
 from qmpblock.allocation.room import RoomResult
 from qmpblock.allocation.watch import keep_ahead
-from qmpblock.errors import Error, RequestError
+from qmpblock.errors import UNTOUCHED, Error, RequestError
 from qmpblock.policy.file import DiskPolicy, Policy
 from qmpblock.policy.run import Connect, as_error, connect_to
 
@@ -61,7 +61,7 @@ class Watch:
         if not self.disks:
             raise RequestError(
                 f"{policy.source}: no disk has `ahead`, so there is nothing to watch",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
             )
 
     async def run(self) -> None:

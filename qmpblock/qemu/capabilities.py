@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import UNTOUCHED, UnsupportedError
 
 __all__ = ["Capabilities"]
 
@@ -35,7 +35,7 @@ class Capabilities:
         if self.version < _OLDEST:
             raise UnsupportedError(
                 f"QEMU {self} is older than 7.2, the oldest that qmpblock supports",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
             )
 
     @property

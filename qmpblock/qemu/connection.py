@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from qmpblock.address import Address
-from qmpblock.errors import CommandError, Error, GraphError, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, CommandError, Error, GraphError, UnsupportedError, printable
 from qmpblock.graph.model import BlockGraph, Replies
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.monitor import Monitor
@@ -132,7 +132,7 @@ class Connection:
                 raise UnsupportedError(
                     f"the stream job {name} has ended and nobody dismisses it; QEMU "
                     f"{self.capabilities} would crash if we asked it for its block nodes",
-                    standing="nothing was touched",
+                    standing=UNTOUCHED,
                     remedy=f'have it dismissed: job-dismiss {{"id": "{name}"}}',
                 )
             await asyncio.sleep(0.05)
@@ -158,7 +158,7 @@ async def _check_is_vm(monitor: Monitor) -> None:
             f"what answers at {monitor.address} is no VM but a storage daemon "
             f"(qemu-storage-daemon {Capabilities(monitor.version)}): it has no guest and no disks, "
             "only nodes and exports, which others use",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy="give the monitor of the VM that uses its images. A disk that the daemon serves "
             "by vhost-user is not that VM's QEMU's to change either",
         ) from None

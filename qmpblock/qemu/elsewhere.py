@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from qmpblock.errors import CommandError, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.host.processes import command_line
 from qmpblock.qemu.monitor import Monitor
 
@@ -108,7 +108,7 @@ async def check_served_here(monitor: Monitor, name: str) -> None:
             raise UnsupportedError(
                 f"{printable(name)} is a {printable(disk.driver)}: {disk.where()} has its images "
                 "and does the guest's I/O, and this QEMU has no block node of it",
-                standing="nothing was touched",
+                standing=UNTOUCHED,
                 remedy="work on its images by the means of that process (of a "
                 "qemu-storage-daemon: its own monitor)",
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qmpblock.errors import CommandError, UnsupportedError
+from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError
 from qmpblock.graph.model import Device
 from qmpblock.qemu.monitor import Monitor
 
@@ -39,6 +39,6 @@ async def iothread_of(
             return None
     raise UnsupportedError(
         f"whether {device.name} runs in an iothread cannot be told",
-        standing="nothing was touched",
+        standing=UNTOUCHED,
         remedy="use QEMU 10.0 or newer",
     )

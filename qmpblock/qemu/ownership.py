@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.errors import CommandError, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.host.processes import command_line
 from qmpblock.managers import Traits, Work, recognise
 from qmpblock.qemu.monitor import Monitor
@@ -191,7 +191,7 @@ async def ask(
     monitor: Monitor,
     devices: Iterable[Device] = (),
     *,
-    standing: str | None = "nothing was touched",
+    standing: str | None = UNTOUCHED,
 ) -> None:
     """Go on only where the images are this QEMU's.
 
@@ -228,6 +228,6 @@ async def ask_for_change(vm: Connection, work: Work) -> None:
         raise UnsupportedError(
             f"this VM is managed by {manager.name} ({printable(manager.told_by)}), which would not "
             f"know that {work.effect}",
-            standing="nothing was touched",
+            standing=UNTOUCHED,
             remedy=f"{manager.way(work)}; --unmanaged (unmanaged=True) does it all the same",
         )

@@ -12,12 +12,12 @@ from qmpblock.chains.plan import (
     Merge,
     NewBitmap,
     check_idle,
-    key_secret,
     plan_commit,
     plan_snapshot,
     plan_stream,
 )
 from qmpblock.errors import BusyError, InUseError, NotFoundError, RequestError, UnsupportedError
+from qmpblock.graph.options import key_secret
 from qmpblock.graph.places import FileId, Place
 
 

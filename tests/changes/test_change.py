@@ -7,17 +7,13 @@ import pytest
 from drawing import RUN, chain, record
 from fake_objects import dead, fake_vm
 
-from qmpblock.changes.change import (
-    Change,
-    identify,
-    lock_name,
-    lock_names,
-    make_way,
-    record_of,
-)
+from qmpblock.changes.change import Change
+from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import Journal
+from qmpblock.changes.leftovers import make_way, record_of
 from qmpblock.errors import BusyError, Error, RecordError
 from qmpblock.host.processes import boot_id, start_time
+from qmpblock.names import lock_name, lock_names, new_run
 from qmpblock.qemu.lock import Holder
 
 LOCK = "qmpblock-disk-vd0"
@@ -51,7 +47,7 @@ def test_an_anonymous_disk_is_not_taken_for_one_of_that_id():
 
 
 def test_run_ids_are_what_a_record_takes():
-    runs = {Change.new_run() for _ in range(100)}
+    runs = {new_run() for _ in range(100)}
     assert len(runs) == 100
     for run in runs:
         assert record_of(Holder.me(run, record=record(run=run).as_json())) is not None

@@ -11,7 +11,6 @@ import pytest
 from drawing import RUN, VM, record
 from journaling import Full, as_format_1, beside, elsewhere, of_pivot
 
-from qmpblock.changes.change import record_of
 from qmpblock.changes.journal import (
     FORMAT,
     Journal,
@@ -19,6 +18,7 @@ from qmpblock.changes.journal import (
     VMIdentity,
     state_directory,
 )
+from qmpblock.changes.leftovers import record_of
 from qmpblock.changes.survey import Survey, find, is_of, journals, survey, unproven
 from qmpblock.errors import RecordError
 from qmpblock.host.statedirectory import OpenDirectory

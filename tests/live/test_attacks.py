@@ -260,7 +260,7 @@ async def test_a_tcp_server_of_the_dead_is_stopped(scenario, start_qemu, invaria
     monitor = f"127.0.0.1:{port}"
     await start_qemu(scenario, extra=["-qmp", f"tcp:{monitor},server=on,wait=off"])
     code = (
-        "import asyncio, os, sys, qmpblock, qmpblock.export as e\n"
+        "import asyncio, os, sys, qmpblock, qmpblock.export.session as e\n"
         "async def die(self, slot): os._exit(9)\n"
         "e._Session._add_export = die\n"
         "async def main():\n"

@@ -20,7 +20,7 @@ from fake_objects import dead
 from journaling import of_pivot
 
 import qmpblock
-from qmpblock.changes.change import identify
+from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import Journal
 from qmpblock.errors import Error
 from qmpblock.testing.faults import Controller

@@ -26,8 +26,8 @@ from disturbed import (
 )
 
 import qmpblock
-from qmpblock.changes.change import LOCKS
 from qmpblock.errors import BusyError, CommandError, JobError, StalledError
+from qmpblock.names import LOCKS
 from qmpblock.qemu.job import Job
 from qmpblock.testing.faults import slow
 from qmpblock.testing.images import Tools

@@ -24,7 +24,7 @@ from chains import cli
 from rounds import with_guest
 
 import qmpblock
-from qmpblock.changes.change import Change, lock_names
+from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import lock
 from qmpblock.qemu.lock import Holder
 from qmpblock.testing.faults import inject, small_file_system
@@ -411,7 +411,7 @@ async def test_whom_a_plan_waits_for(scenario, start_qemu, vm_dir):
         async def nothing(holder):
             raise AssertionError(holder)
 
-        me = Holder.me(Change.new_run())
+        me = Holder.me(new_run())
         await lock.acquire(controller.monitor, name, me, nothing, stall=0)
         assert "another controller is at work" in (await plan_of(policy))[0]["error"]
         [result] = await apply_to(policy)

@@ -460,7 +460,7 @@ async def test_what_a_killed_controller_left_off(heir, start_qemu, invariant):
 async def _die_with_a_guard(vm):
     code = (
         "import asyncio, os, signal, sys, qmpblock\n"
-        "from qmpblock import polling\n"
+        "from qmpblock.qemu import polling\n"
         "async def main():\n"
         "    async with qmpblock.connect(sys.argv[1]) as vm:\n"
         "        await polling.hold(vm.monitor)\n"

@@ -1,0 +1,29 @@
+"""Which QEMU process a change is made in: by what outlives it, and by what does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpblock.changes.record import VMIdentity
+from qmpblock.export.server import monitor_name
+from qmpblock.host.processes import boot_id, start_time
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["identify"]
+
+
+async def identify(vm: Connection) -> VMIdentity:
+    """Say which QEMU process this is."""
+    uuid = str((await vm.monitor.execute("query-uuid"))["UUID"])
+    name = str((await vm.monitor.execute("query-name")).get("name", ""))
+    pid = vm.monitor.peer_pid or 0
+    return VMIdentity(
+        name=name,
+        uuid=uuid if len(uuid) == 36 and uuid.replace("-", "").isalnum() else "unknown",
+        pid=pid,
+        start=start_time(pid) or 0 if pid else 0,
+        boot=boot_id(),
+        monitor=monitor_name(vm.monitor),
+    )
