@@ -21,7 +21,7 @@ demo: setup  ## Watch the map of a running disk change (under a minute)
 test: setup  ## Check and test it all; QEMU=/path/to/qemu-system-x86_64 tests on that one only
 	@$(RUN) tools/run_tests.py test --qemu '$(strip $(QEMU))' -- $(ARGS)
 
-check: setup  ## Ruff and mypy only
+check: setup  ## Ruff, import-linter and mypy only
 	@$(RUN) tools/run_tests.py check
 
 matrix: setup  ## The live tests on QEMU 7.2 (or this machine's), 10.x and 11.x, as a table

@@ -1,4 +1,4 @@
-"""Addresses of monitors and NBD servers, and how to connect to one.
+"""Addresses of monitors and NBD servers. Pure: `qmpblock.sockets` connects to one.
 
 ::
 
@@ -10,22 +10,16 @@ Without a prefix, a text with a slash, or without a `:PORT` at its end, is a pat
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import ipaddress
-import os
 import re
-import socket
 from dataclasses import dataclass
-from typing import Any
 
 from qmpblock.errors import RequestError, printable
 
-__all__ = ["Address", "TCPAddress", "UnixAddress", "absolute", "open_socket", "parse_address"]
+__all__ = ["Address", "TCPAddress", "UnixAddress", "parse_address"]
 
 _HOST_PORT = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:/\[\]]+)):(?P<port>\d+)")
 _SUN_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
-_FULL = 0.02  # seconds between attempts to get into the queue of a listening socket
 
 
 @dataclass(frozen=True)
@@ -82,13 +76,6 @@ def parse_address(text: str) -> Address:
     return _unix(text, text)
 
 
-def absolute(address: Address) -> str:
-    """Name an address so that another process can tell whether it is the same."""
-    if isinstance(address, UnixAddress):
-        return f"unix:{os.path.realpath(address.path)}"
-    return str(address)
-
-
 def _unix(text: str, path: str) -> UnixAddress:
     if not path or "\0" in path:
         raise RequestError(f"the address {printable(text)!r} names no socket")
@@ -98,48 +85,3 @@ def _unix(text: str, path: str) -> UnixAddress:
             remedy="use a relative path from a directory nearer to it, or a symbolic link",
         )
     return UnixAddress(path)
-
-
-async def open_socket(address: Address) -> socket.socket:
-    """Connect a non-blocking stream socket. Cancelling closes it.
-
-    :raise OSError: nothing listens there, or the host is unknown.
-    """
-    if isinstance(address, UnixAddress):
-        return await _connect(socket.AF_UNIX, address.path)
-    found = await asyncio.get_running_loop().getaddrinfo(
-        address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-    )
-    for family, _, _, _, target in found[:-1]:
-        with contextlib.suppress(OSError):
-            return await _connect(family, target)
-    return await _connect(found[-1][0], found[-1][4])
-
-
-async def _connect(family: int, target: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        if family == socket.AF_UNIX:
-            await _connect_unix(sock, target)
-        else:
-            await asyncio.get_running_loop().sock_connect(sock, target)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def _connect_unix(sock: socket.socket, path: str) -> None:
-    """Connect; while the listener's queue is full, wait.
-
-    The event loop's own sock_connect takes EAGAIN for "under way", which on a UNIX socket it never
-    is (connect(2)), and says connected.
-    """
-    while True:
-        try:
-            sock.connect(path)
-        except BlockingIOError:
-            await asyncio.sleep(_FULL)
-        else:
-            return

@@ -22,7 +22,7 @@ from qmpblock.graph.model import Chain, Device, Layer
 from qmpblock.graph.openings import in_part
 from qmpblock.host import imagefiles
 from qmpblock.qemu import ownership
-from qmpblock.ranges import check_range
+from qmpblock.sizes import check_range
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap, ExtentAllowance

@@ -217,20 +217,3 @@ def _canonical(starts: _Edges, stops: _Edges) -> _Edges:
     edges[0::2] = starts[np.concatenate([np.ones(min(1, len(starts)), np.bool_), apart])]
     edges[1::2] = reach[np.concatenate([apart, np.ones(min(1, len(starts)), np.bool_)])]
     return edges
-
-
-def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
-    """Return the range asked for, its length filled in.
-
-    :raise RangeError: it is not inside a disk of `size` bytes.
-    """
-    if not 0 <= offset <= size:
-        raise RangeError(f"offset {offset} is not inside the disk of {size} bytes")
-    if length is None:
-        length = size - offset
-    if length < 0 or offset + length > size:
-        raise RangeError(
-            f"offset {offset} and length {length} reach to {offset + length}, "
-            f"but the disk has {size} bytes"
-        )
-    return offset, length

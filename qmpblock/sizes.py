@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
-__all__ = ["LARGEST", "UNITS", "Amount", "human_size", "parse_size"]
+from qmpblock.errors import RangeError
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+__all__ = ["LARGEST", "UNITS", "Amount", "check_range", "human_size", "parse_size"]
 
 LARGEST = (1 << 63) - 1  #: bytes, of anything in QEMU (int64_t)
 UNITS = {unit: 1 << 10 * power for power, unit in enumerate("BKMGTPE")}
@@ -22,6 +27,8 @@ _LONGEST = 40  # characters of a term: Python reads no more than 4300 digits
 
 def parse_size(text: str) -> int | None:
     """Read a number of bytes, rounded down to a whole one; None if it is none."""
+    from fractions import Fraction  # it costs more than all else here
+
     total = Fraction(0)
     for term in text.split("+"):
         match = _TERM.fullmatch(term) if len(term) <= _LONGEST else None
@@ -32,6 +39,23 @@ def parse_size(text: str) -> int | None:
         else:
             total += Fraction(match[2]) * UNITS[match[3].upper() or "B"]
     return int(total)
+
+
+def check_range(size: int, offset: int, length: int | None) -> tuple[int, int]:
+    """Return the range asked for, its length filled in.
+
+    :raise RangeError: it is not inside a disk of `size` bytes.
+    """
+    if not 0 <= offset <= size:
+        raise RangeError(f"offset {offset} is not inside the disk of {size} bytes")
+    if length is None:
+        length = size - offset
+    if length < 0 or offset + length > size:
+        raise RangeError(
+            f"offset {offset} and length {length} reach to {offset + length}, "
+            f"but the disk has {size} bytes"
+        )
+    return offset, length
 
 
 def human_size(size: int) -> str:

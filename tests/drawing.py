@@ -3,7 +3,7 @@
 A drawing can be changed afterwards, as QEMU's graph would be.
 """
 
-from qmpblock.changes.journal import Record, VMIdentity
+from qmpblock.changes.record import Record, VMIdentity
 from qmpblock.graph.model import BlockGraph, Replies
 
 MIB = 1 << 20

@@ -21,8 +21,8 @@ import qmpblock.chains.snapshot
 import qmpblock.export.session
 import qmpblock.extents.allocationmap
 import qmpblock.nbd
-import qmpblock.policy.run
 import qmpblock.policy.file
+import qmpblock.policy.run
 
 DIED = 9
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpblock.address import TCPAddress, UnixAddress, open_socket, parse_address
+from qmpblock.address import TCPAddress, UnixAddress, parse_address
 from qmpblock.errors import RequestError
+from qmpblock.sockets import open_socket
 
 
 @pytest.mark.parametrize(

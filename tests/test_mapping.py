@@ -3,7 +3,7 @@
 import pytest
 
 from qmpblock.errors import RangeError
-from qmpblock.ranges import check_range
+from qmpblock.sizes import check_range
 
 
 @pytest.mark.parametrize(

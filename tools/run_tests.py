@@ -1,9 +1,9 @@
 """Run the checks and the tests, phase by phase, and sum them up: `make test`, `make matrix`.
 
-`test` (the default): ruff, mypy, the unit tests, the live tests on this machine's QEMU, and
-the live tests again on a newer one. With --qemu, the live tests on that one only.
+`test` (the default): ruff, import-linter, mypy, the unit tests, the live tests on this machine's
+QEMU, and the live tests again on a newer one. With --qemu, the live tests on that one only.
 `matrix`: the live tests on this machine's QEMU and on each newer one.
-`check`: ruff and mypy only.
+`check`: ruff, import-linter and mypy only.
 
 A phase that fails does not stop the next ones. Exit code 1 if any failed, 130 when
 interrupted. Words after `--` go to pytest.
@@ -29,6 +29,8 @@ NEWER = ("11",)
 MATRIX = ("10", "11")
 # QEMUs mostly wait: on 2 cores, 3 workers keep them busy. ARGS="-n 0" turns it off, for --pdb.
 WORKERS = ("-n", str(min(4, max(3, os.cpu_count() or 1))))
+# What its command `lint-imports` is; it cannot be run as a module.
+LINT_IMPORTS = "from importlinter.cli import lint_imports_command as run; run()"
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
 
 
@@ -76,10 +78,10 @@ def say(text: str) -> None:
 
 
 def run_check(title: str, *command: str) -> Result:
-    """Run one of the checkers."""
+    """Run one of the checkers: what Python is to run."""
     say(f"\n== {title}")
     start = time.monotonic()
-    code = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=False).returncode
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     return Result(title, code == 0, time.monotonic() - start)
 
 
@@ -171,10 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: list[Result] = []
     try:
         if options.what in ("test", "check"):
-            results.append(run_check("ruff check", "ruff", "check"))
-            results.append(run_check("ruff format", "ruff", "format", "--check"))
-            results.append(run_check("mypy", "mypy"))
-            results.append(run_check("mypy tools", "mypy", "tools"))
+            results.append(run_check("ruff check", "-m", "ruff", "check"))
+            results.append(run_check("ruff format", "-m", "ruff", "format", "--check"))
+            results.append(run_check("imports", "-c", LINT_IMPORTS, "--no-cache"))
+            results.append(run_check("mypy", "-m", "mypy"))
+            results.append(run_check("mypy tools", "-m", "mypy", "tools"))
         if options.what == "test":
             if not options.qemu:  # first, for unit tests use the newer qemu-nbd as a peer
                 for wanted in NEWER:

@@ -26,7 +26,8 @@ from qmpblock.host import imagefiles
 from qmpblock.managers import Work
 from qmpblock.names import lock_names
 from qmpblock.qemu import ownership
-from qmpblock.ranges import Ranges, check_range
+from qmpblock.ranges import Ranges
+from qmpblock.sizes import check_range
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:

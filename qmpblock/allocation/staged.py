@@ -36,7 +36,7 @@ from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.chains.snapshot import Item, make_overlay, open_directory, prove, take
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
-from qmpblock.changes.journal import PIVOTED, Record
+from qmpblock.changes.record import PIVOTED, Record
 from qmpblock.changes.settle import settle
 from qmpblock.changes.unfinished import Choice
 from qmpblock.errors import (

@@ -33,15 +33,16 @@ from qmpblock.chains.jobs import host_files
 from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import check_copy_on_read
 from qmpblock.changes.identity import identify
-from qmpblock.changes.journal import Record
 from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.record import Record
 from qmpblock.errors import UNTOUCHED, CommandError, GraphError, NBDError, UnsupportedError
 from qmpblock.graph.writable import check_disk
 from qmpblock.mapping import exported, read_map
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Progress
-from qmpblock.ranges import Ranges, check_range
+from qmpblock.ranges import Ranges
+from qmpblock.sizes import check_range
 from qmpblock.speed import RateMeter, Speed
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ from qmpblock.chains.settings import lost_by_snapshot, wanted_discard
 from qmpblock.changes.backingproof import check_made, check_name
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
-from qmpblock.changes.journal import Record
 from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
 from qmpblock.changes.unfinished import Choice
 from qmpblock.errors import (

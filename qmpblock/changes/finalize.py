@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.changes.backingproof import check_record
-from qmpblock.changes.journal import PIVOTED, Journal, Record
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.record import PIVOTED, Record
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,

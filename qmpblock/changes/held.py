@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmpblock.address import Address, absolute, parse_address
+from qmpblock.address import Address, parse_address
 from qmpblock.changes.survey import journals
 from qmpblock.errors import MonitorHeldError
 from qmpblock.host.processes import command_line
+from qmpblock.sockets import absolute
 
 __all__ = ["tell_of_our_own"]
 

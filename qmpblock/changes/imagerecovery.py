@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.changes.journal import PIVOTED, Journal
-from qmpblock.changes.record import Record
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.record import PIVOTED, Record
 from qmpblock.changes.survey import survey, unproven
-from qmpblock.changes.unfinished import ImageVerdict, image_verdict
+from qmpblock.changes.verdict import ImageVerdict, image_verdict
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,

@@ -40,7 +40,7 @@ from typing import Any
 
 from qmpblock.changes.journalfile import FULL, LIMIT, DistrustedError, JournalFile
 from qmpblock.changes.linechain import lines_of, proving, sealed
-from qmpblock.changes.record import Record, VMIdentity
+from qmpblock.changes.record import Record, VMIdentity, pivoted
 from qmpblock.errors import UNTOUCHED, Error, NoRoomError, RecordError, printable
 from qmpblock.graph.places import FileId
 from qmpblock.host.statedirectory import (
@@ -53,22 +53,16 @@ from qmpblock.versioned import UnreadableError, stamped, unstamped
 
 __all__ = [
     "FORMAT",
-    "PIVOTED",
     "DistrustedError",
     "Journal",
-    "Record",
-    "VMIdentity",
     "discard_torn",
     "home_path",
     "is_elsewhere",
     "of_vm",
-    "pivoted",
     "run_of",
     "state_directory",
 ]
 
-#: The key of the entry that says whether the base is the image to trust now.
-PIVOTED = "pivoted"
 #: The newest format of journals; that of locks is another.
 FORMAT = 2
 
@@ -433,12 +427,6 @@ def discard_torn(vm: VMIdentity, run: str) -> None:
             file = JournalFile.open(state, name)
             if file is not None and file.writable and _is_torn(file.read()):
                 file.remove()
-
-
-def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the last word of these entries is that the base is the image to trust."""
-    words = [entry[PIVOTED] for entry in entries if PIVOTED in entry]
-    return bool(words) and words[-1] is True
 
 
 def _open_state() -> StateDirectory | None:

@@ -6,7 +6,7 @@ It is kept in the data of the change's locks and in its journal (`qmpblock.chang
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,16 @@ from qmpblock.errors import printable
 from qmpblock.graph.jsonname import from_text
 from qmpblock.versioned import UnreadableError, plain, read
 
-__all__ = ["OPERATIONS", "Record", "VMIdentity"]
+__all__ = ["OPERATIONS", "PIVOTED", "Record", "VMIdentity", "pivoted"]
 
 #: What a change of a disk can be.
 OPERATIONS = ("snapshot", "stream", "commit", "allocate")
 
 _RUN = re.compile(r"[0-9a-f]{8}")
+
+
+#: The key of the entry that says whether the base is the image to trust now.
+PIVOTED = "pivoted"
 
 
 @dataclass(frozen=True)
@@ -169,3 +173,9 @@ class Record:
     def describe(self) -> str:
         """Say what it is, for people."""
         return f"{self.operation} of {', '.join(map(printable, self.names))} (run {self.run})"
+
+
+def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the last word of these entries is that the base is the image to trust."""
+    words = [entry[PIVOTED] for entry in entries if PIVOTED in entry]
+    return bool(words) and words[-1] is True

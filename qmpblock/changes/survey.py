@@ -10,13 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qmpblock.changes.journal import (
-    Journal,
-    home_path,
-    is_elsewhere,
-    of_vm,
-    run_of,
-)
+from qmpblock.changes.journal import Journal, home_path, is_elsewhere, of_vm, run_of
 from qmpblock.changes.journalfile import DistrustedError, JournalFile
 from qmpblock.changes.record import Record, VMIdentity
 from qmpblock.errors import UNTOUCHED, RecordError, printable

@@ -197,10 +197,10 @@ class Size(click.ParamType[int]):
             return value
         from qmpblock.sizes import LARGEST, parse_size
 
-        size = parse_size(str(value))
+        size = parse_size(str(value).removeprefix("-"))
         if size is None:
             self.fail(f"{value!r} is not a size such as 65536, 64K or 1.5G", param, ctx)
-        if size > LARGEST:
+        if size > LARGEST or str(value).startswith("-"):
             self.fail(f"{value!r} is not between 0 and 2^63 - 1 bytes", param, ctx)
         return size
 

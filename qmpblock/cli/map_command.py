@@ -155,7 +155,8 @@ async def _look_at_image(
 ) -> _View:
     from qmpblock.host.imagefiles import reserved_ranges
     from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
-    from qmpblock.ranges import Ranges, check_range
+    from qmpblock.ranges import Ranges
+    from qmpblock.sizes import check_range
 
     # As above: let that pass while qemu-img looks.
     loading = asyncio.get_running_loop().run_in_executor(None, import_module, "qmpblock.extents")

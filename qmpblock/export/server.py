@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qmpblock.address import TCPAddress, absolute, open_socket
+from qmpblock.address import TCPAddress
 from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.host.ourfiles import Directory
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.sockets import absolute, open_socket
 
 __all__ = [
     "SOCKET",

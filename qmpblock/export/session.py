@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.address import Address, TCPAddress, UnixAddress, open_socket, parse_address
+from qmpblock.address import Address, TCPAddress, UnixAddress, parse_address
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import (
     UNTOUCHED,
@@ -80,6 +80,7 @@ from qmpblock.qemu.joint import Joint
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.polling import unpolled
+from qmpblock.sockets import open_socket
 
 if TYPE_CHECKING:
     from qmpblock.nbd import Client

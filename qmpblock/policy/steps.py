@@ -22,7 +22,8 @@ import numpy as np
 from qmpblock.allocation.plan import below, rounded
 from qmpblock.extents.allocationmap import DATA, PRESENT, RESERVED, ZERO, AllocationMap
 from qmpblock.policy.file import DiskPolicy
-from qmpblock.ranges import Ranges, check_range
+from qmpblock.ranges import Ranges
+from qmpblock.sizes import check_range
 
 __all__ = ["Changes", "Facts", "Picture", "Step", "plan_changes", "spans", "wanted_ranges"]
 

@@ -29,7 +29,7 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import ConnectError as _QMPConnectError
 from qemu.qmp.protocol import StateError
 
-from qmpblock.address import Address, UnixAddress, open_socket, parse_address
+from qmpblock.address import Address, UnixAddress, parse_address
 from qmpblock.errors import (
     CommandError,
     ConnectError,
@@ -45,6 +45,7 @@ from qmpblock.host.processes import describe_process
 from qmpblock.host.socketholders import holders
 from qmpblock.peerjson import MOST_BYTES, MOST_VALUES, RefusedError, read_json
 from qmpblock.qemu.answers import checked
+from qmpblock.sockets import open_socket
 
 __all__ = ["Event", "Monitor", "Subscription"]
 

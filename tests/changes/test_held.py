@@ -5,7 +5,8 @@ import os
 import pytest
 
 from qmpblock.changes.held import tell_of_our_own
-from qmpblock.changes.journal import Journal, Record, VMIdentity
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.record import Record, VMIdentity
 from qmpblock.errors import MonitorHeldError
 
 

@@ -15,7 +15,8 @@ from headers_of_eve import EVE, Place, in_file, with_data_file
 from journaling import as_format_1
 
 from qmpblock.changes.imagerecovery import recover_images, recover_journal
-from qmpblock.changes.journal import Journal, VMIdentity
+from qmpblock.changes.journal import Journal
+from qmpblock.changes.record import VMIdentity
 from qmpblock.changes.survey import journals
 from qmpblock.errors import BusyError, Error, NotFoundError, ToolError, UnsupportedError
 from qmpblock.graph.jsonname import as_text

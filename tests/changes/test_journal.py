@@ -16,13 +16,8 @@ from journaling import Full, beside, of_pivot
 from qmpblock import __version__
 from qmpblock.changes import journal as journals
 from qmpblock.changes import journalfile as module
-from qmpblock.changes.journal import (
-    FORMAT,
-    Journal,
-    discard_torn,
-    pivoted,
-    state_directory,
-)
+from qmpblock.changes.journal import FORMAT, Journal, discard_torn, state_directory
+from qmpblock.changes.record import pivoted
 from qmpblock.errors import Error, NoRoomError, RecordError
 
 

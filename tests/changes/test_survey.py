@@ -11,14 +11,9 @@ import pytest
 from drawing import RUN, VM, record
 from journaling import Full, as_format_1, beside, elsewhere, of_pivot
 
-from qmpblock.changes.journal import (
-    FORMAT,
-    Journal,
-    Record,
-    VMIdentity,
-    state_directory,
-)
+from qmpblock.changes.journal import FORMAT, Journal, state_directory
 from qmpblock.changes.leftovers import record_of
+from qmpblock.changes.record import Record, VMIdentity
 from qmpblock.changes.survey import Survey, find, is_of, journals, survey, unproven
 from qmpblock.errors import RecordError
 from qmpblock.host.statedirectory import OpenDirectory

@@ -5,7 +5,8 @@ from drawing import RUN, Drawing, bitmap, chain, record
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpblock.changes.unfinished import Choice, Step, image_verdict, steps, took_effect
+from qmpblock.changes.unfinished import Choice, Step, steps, took_effect
+from qmpblock.changes.verdict import image_verdict
 from qmpblock.qemu.jobstate import ACTIVE, TRANSITIONS
 
 PREFIX = f"qmpblock-{RUN}-"

@@ -1,0 +1,67 @@
+"""Sockets: connecting to an address."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from typing import Any
+
+from qmpblock.address import Address, UnixAddress
+
+__all__ = ["absolute", "open_socket"]
+
+_FULL = 0.02  # seconds between attempts to get into the queue of a listening socket
+
+
+def absolute(address: Address) -> str:
+    """Name an address so that another process can tell whether it is the same."""
+    if isinstance(address, UnixAddress):
+        return f"unix:{os.path.realpath(address.path)}"
+    return str(address)
+
+
+async def open_socket(address: Address) -> socket.socket:
+    """Connect a non-blocking stream socket. Cancelling closes it.
+
+    :raise OSError: nothing listens there, or the host is unknown.
+    """
+    if isinstance(address, UnixAddress):
+        return await _connect(socket.AF_UNIX, address.path)
+    found = await asyncio.get_running_loop().getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+    )
+    for family, _, _, _, target in found[:-1]:
+        with contextlib.suppress(OSError):
+            return await _connect(family, target)
+    return await _connect(found[-1][0], found[-1][4])
+
+
+async def _connect(family: int, target: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        if family == socket.AF_UNIX:
+            await _connect_unix(sock, target)
+        else:
+            await asyncio.get_running_loop().sock_connect(sock, target)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def _connect_unix(sock: socket.socket, path: str) -> None:
+    """Connect; while the listener's queue is full, wait.
+
+    The event loop's own sock_connect takes EAGAIN for "under way", which on a UNIX socket it never
+    is (connect(2)), and says connected.
+    """
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            await asyncio.sleep(_FULL)
+        else:
+            return
