@@ -153,9 +153,7 @@ async def _look_at_image(
     reserved: bool,
     fmt: str | None,
 ) -> _View:
-    from qmpblock.host.imagefiles import reserved_ranges
     from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
-    from qmpblock.ranges import Ranges
     from qmpblock.sizes import check_range
 
     # As above: let that pass while qemu-img looks.
@@ -164,14 +162,18 @@ async def _look_at_image(
     chain = await tool.chain(path, fmt or format_of(path))
     offset, length = check_range(chain[0].size, offset, length)
     await loading
+    from qmpblock.ranges import Ranges
+
     view = await tool.map(
         blockdev(chain[0].format, chain[0].file, chain[1:]), [one.format for one in chain]
     )
     held = []
     for depth, one in enumerate(chain):
-        found = (
-            reserved_ranges(one.file, one.size) if reserved and one.format == "raw" else None
-        ) or Ranges()
+        found = Ranges()
+        if reserved and one.format == "raw":
+            from qmpblock.host.imagefiles import reserved_ranges
+
+            found = reserved_ranges(one.file, one.size) or Ranges()
         view = view.with_reserved(found & view.where(depth=depth, present=True))
         if layers:
             alone = blockdev(one.format, one.file)

@@ -1,17 +1,25 @@
-"""Who is stacked on whom inside a running QEMU, as it told, and what follows from it. Pure."""
+"""Who is stacked on whom inside a running QEMU, as it told, and what follows from it. Pure.
 
-from qmpblock.graph.model import (
-    FILTERS,
-    Bitmap,
-    BlockGraph,
-    Chain,
-    Device,
-    Edge,
-    Job,
-    Layer,
-    Node,
-    Replies,
-)
+Names are imported when they are first used: what is told of closed images needs none of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import (
+        FILTERS,
+        Bitmap,
+        BlockGraph,
+        Chain,
+        Device,
+        Edge,
+        Job,
+        Layer,
+        Node,
+        Replies,
+    )
 
 __all__ = [
     "FILTERS",
@@ -25,3 +33,15 @@ __all__ = [
     "Node",
     "Replies",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qmpblock.graph import model
+
+    return getattr(model, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,8 +9,10 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from qmpblock.graph.model import Node
+if TYPE_CHECKING:
+    from qmpblock.graph.model import Node
 
 __all__ = ["FileId", "Missing", "Place", "Places", "known"]
 

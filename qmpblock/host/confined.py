@@ -18,7 +18,7 @@ but those that were handed, and what a program needs to start. It ends with its 
 | network  sockets are allowed
 
 The descriptors are O_PATH: they give no right to what they refer to. Nothing else is imported from
-the package, and of Python only what is there anyway, and ctypes: then it takes 13 ms, of which 8
+the package, and of Python only what is there anyway, and ctypes: then it takes 10 ms, of which 7
 are Python's own.
 
 Sockets are denied on x86-64, AArch64 and RISC-V, whose numbers are known here. Elsewhere Landlock
@@ -28,10 +28,10 @@ socket's path.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import posixpath
 import stat
+import struct
 import sys
 
 __all__ = ["FAILED", "MORE_FILES", "NOT_SAFE", "START", "UNREACHABLE", "main"]
@@ -91,6 +91,13 @@ _VMDK = (b"KDMV", b"COWD")  # any other is taken for a description
 
 _X32 = 0x40000000  # its calls have numbers of their own
 
+_ATTRIBUTES = struct.Struct("=QQQ")  # landlock_ruleset_attr: files, network, scoped
+_BENEATH = struct.Struct("=Qi")  # landlock_path_beneath_attr: access, the descriptor
+_INSTRUCTION = struct.Struct("=HBBI")  # sock_filter: code, jumps if true and if not, operand
+_PROGRAM = struct.Struct("HP")  # sock_fprog: how many, where
+_CAPABILITY_HEADER = struct.Struct("=Ii")  # version, process
+_SETS = struct.Struct("=6I")  # effective, permitted, inheritable; of 32 capabilities each
+
 
 class _RefusedError(Exception):
     def __init__(self, code: int, *why: str | bytes) -> None:
@@ -99,80 +106,50 @@ class _RefusedError(Exception):
         self.why = b"\0".join(os.fsencode(one) for one in why)
 
 
-class _Attributes(ctypes.Structure):
-    _fields_ = (
-        ("files", ctypes.c_uint64),
-        ("network", ctypes.c_uint64),
-        ("scoped", ctypes.c_uint64),
-    )
+class _Kernel:
+    """System calls that Python has not.
 
+    ctypes is imported only here: who merely starts this program need not wait for it.
+    """
 
-class _Beneath(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = (("access", ctypes.c_uint64), ("parent", ctypes.c_int32))
+    def __init__(self) -> None:
+        import ctypes
 
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.syscall.restype = ctypes.c_long
+        self._long = ctypes.c_long
+        self._errno = ctypes.get_errno
+        self.buffer = ctypes.create_string_buffer
+        self.address = ctypes.addressof
 
-class _Instruction(ctypes.Structure):
-    _fields_ = (
-        ("code", ctypes.c_uint16),
-        ("yes", ctypes.c_uint8),
-        ("no", ctypes.c_uint8),
-        ("k", ctypes.c_uint32),
-    )
+    def call(self, name: str, *words: object) -> int:
+        """Call a function of libc; a structure is given as its bytes, or as a buffer.
 
+        :raise OSError: it returned less than 0.
+        """
+        given = [self._long(one) if isinstance(one, int) else one for one in words]
+        done: int = getattr(self._libc, name)(*given)
+        if done < 0:
+            raise OSError(self._errno(), os.strerror(self._errno()))
+        return done
 
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_uint16), ("filter", ctypes.POINTER(_Instruction)))
-
-
-class _Capabilities(ctypes.Structure):
-    _fields_ = (
-        ("effective", ctypes.c_uint32),
-        ("permitted", ctypes.c_uint32),
-        ("inheritable", ctypes.c_uint32),
-    )
-
-
-class _Header(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-def _syscall(number: int, *arguments: object) -> int:
-    done: int = _libc.syscall(ctypes.c_long(number), *arguments)
-    if done < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return done
-
-
-def _prctl(option: int, *arguments: int) -> None:
-    words = [ctypes.c_ulong(one) for one in (*arguments, 0, 0, 0, 0)[:4]]
-    if _libc.prctl(option, *words) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    def prctl(self, option: int, *words: object) -> None:
+        """Control this process. The call has five arguments, always."""
+        self.call("prctl", option, *(*words, 0, 0, 0, 0)[:4])
 
 
 class _Landlock:
     """Which files may be opened; nothing may be made, removed or renamed."""
 
-    def __init__(self, *, network: bool) -> None:
-        version = _syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    def __init__(self, kernel: _Kernel, *, network: bool) -> None:
+        version = kernel.call("syscall", _CREATE_RULESET, None, 0, 1)
         kinds = next(kinds for since, kinds in _KINDS if version >= since)
+        self._kernel = kernel
         self._known = (1 << kinds) - 1
-        attributes = _Attributes(
-            self._known, 3 if version >= 4 and not network else 0, 3 if version >= 6 else 0
-        )
+        tcp, scoped = 3 if version >= 4 and not network else 0, 3 if version >= 6 else 0
+        attributes = _ATTRIBUTES.pack(self._known, tcp, scoped)
         size = 24 if version >= 6 else 16 if version >= 4 else 8
-        self._fd = _syscall(
-            _CREATE_RULESET,
-            ctypes.byref(attributes),
-            ctypes.c_size_t(size),
-            ctypes.c_uint32(0),
-        )
+        self._fd = kernel.call("syscall", _CREATE_RULESET, attributes, size, 0)
 
     def allow(self, fd: int, access: int) -> None:
         """Allow access to a file, or to all that is beneath a directory."""
@@ -181,8 +158,8 @@ class _Landlock:
             access &= _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
         if not stat.S_ISBLK(mode):
             access &= ~_IOCTL_DEV
-        rule = _Beneath(access & self._known, fd)
-        _syscall(_ADD_RULE, self._fd, 1, ctypes.byref(rule), ctypes.c_uint32(0))
+        rule = _BENEATH.pack(access & self._known, fd)
+        self._kernel.call("syscall", _ADD_RULE, self._fd, 1, rule, 0)
 
     def allow_path(self, path: str, access: int) -> None:
         """Allow it, if there is such a path."""
@@ -195,18 +172,18 @@ class _Landlock:
 
     def enforce(self) -> None:
         """From now on, for this process and what it becomes."""
-        _syscall(_RESTRICT_SELF, self._fd, ctypes.c_uint32(0))
+        self._kernel.call("syscall", _RESTRICT_SELF, self._fd, 0)
         os.close(self._fd)
 
 
-def _landlock(*, network: bool) -> _Landlock | None:
+def _landlock(kernel: _Kernel, *, network: bool) -> _Landlock | None:
     try:
-        return _Landlock(network=network)
+        return _Landlock(kernel, network=network)
     except OSError:
         return None  # an older kernel, or one where it is switched off
 
 
-def _deny_sockets() -> None:
+def _deny_sockets(kernel: _Kernel) -> None:
     """Have socket(2) fail, and io_uring, which can make sockets too."""
     machine = os.uname().machine
     if machine not in _NUMBERS or sys.maxsize < 1 << 32:
@@ -227,10 +204,12 @@ def _deny_sockets() -> None:
         (answer, 0, 0, no_such_call),
         (answer, 0, 0, allow),
     ]
-    instructions = (_Instruction * len(code))(*(_Instruction(*one) for one in code))
-    program = _Program(len(code), instructions)
-    if _libc.prctl(_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(program), 0, 0) < 0:
-        raise OSError(ctypes.get_errno(), "this kernel does not let sockets be denied (seccomp)")
+    instructions = kernel.buffer(b"".join(_INSTRUCTION.pack(*one) for one in code))
+    try:
+        kernel.prctl(_SET_SECCOMP, 2, _PROGRAM.pack(len(code), kernel.address(instructions)))
+    except OSError as error:
+        why = "this kernel does not let sockets be denied (seccomp)"
+        raise OSError(error.errno, why) from None
 
 
 def _become(rights: str) -> None:
@@ -241,24 +220,20 @@ def _become(rights: str) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def _give_up(kept: int) -> None:
+def _give_up(kernel: _Kernel, kept: int) -> None:
     """Give up the capabilities of this process."""
-    header = _Header(_CAPABILITY_VERSION_3, 0)
-    had = (_Capabilities * 2)()
-    if _libc.capget(ctypes.byref(header), had) < 0:
-        raise OSError(ctypes.get_errno(), "its capabilities cannot be told")
-    kept &= had[0].permitted
-    sets = (_Capabilities * 2)(_Capabilities(kept, kept, 0), _Capabilities(0, 0, 0))
-    if _libc.capset(ctypes.byref(header), sets) < 0:
-        raise OSError(ctypes.get_errno(), "its capabilities cannot be given up")
+    header, had = _CAPABILITY_HEADER.pack(_CAPABILITY_VERSION_3, 0), kernel.buffer(_SETS.size)
+    kernel.call("capget", header, had)
+    kept &= _SETS.unpack(had.raw)[1]  # what it is permitted
+    kernel.call("capset", header, _SETS.pack(kept, kept, 0, 0, 0, 0))
 
 
-def _drop_bounds(kept: int) -> None:
+def _drop_bounds(kernel: _Kernel, kept: int) -> None:
     """Give up the capabilities that a program could get; whoever has none cannot, and need not."""
     for capability in range(_CAPABILITIES):
         if not kept >> capability & 1:
             try:
-                _prctl(_CAPBSET_DROP, capability)
+                kernel.prctl(_CAPBSET_DROP, capability)
             except OSError:
                 return  # no more of them, or none of ours
 
@@ -317,10 +292,10 @@ def _extents(head: bytes) -> list[bytes]:
 
 
 def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
-    limit = (ctypes.c_uint64 * 2)(0, 0)
-    _libc.setrlimit(_RLIMIT_CORE, limit)
+    kernel = _Kernel()
+    kernel.call("setrlimit", _RLIMIT_CORE, bytes(16))
     network = "network" in words
-    landlock = _landlock(network=network)
+    landlock = _landlock(kernel, network=network)
     stays_root = os.geteuid() == 0 and rights.startswith(("-", "0:"))
     if landlock is not None:
         for path in (*_SYSTEM, *_around(program)):
@@ -337,12 +312,12 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
         )
     # Root opens what others own, as ever; but of that, no more than it is handed.
     kept = 1 << _DAC_OVERRIDE if stays_root and landlock is not None else 0
-    _drop_bounds(kept)
+    _drop_bounds(kernel, kept)
     if rights != "-":
         _become(rights)
-    _prctl(_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
-    _give_up(kept)
-    _prctl(_SET_PDEATHSIG, _SIGKILL)  # after the user: changing that forgets it
+    kernel.prctl(_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
+    _give_up(kernel, kept)
+    kernel.prctl(_SET_PDEATHSIG, _SIGKILL)  # after the user: changing that forgets it
     if os.getppid() != parent:
         raise _RefusedError(FAILED, "whoever started it is gone")
     for word in words:
@@ -361,9 +336,9 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
         raise _RefusedError(
             FAILED, f"user {os.getuid()} may not run {program}: install it where everybody may"
         )
-    _prctl(_SET_NO_NEW_PRIVS, 1)
+    kernel.prctl(_SET_NO_NEW_PRIVS, 1)
     if not network:
-        _deny_sockets()
+        _deny_sockets(kernel)
     if landlock is not None:
         landlock.enforce()
 

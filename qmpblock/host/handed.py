@@ -32,7 +32,6 @@ from qmpblock.errors import NotFoundError, ToolError, UnsupportedError, printabl
 from qmpblock.graph.jsonname import as_bytes, innermost
 from qmpblock.graph.places import FileId
 from qmpblock.host import confined
-from qmpblock.host.openfiles import OpenFiles
 
 __all__ = ["FORMATS", "HandedFiles", "MoreFiles", "User", "has_servers", "is_local"]
 
@@ -134,8 +133,11 @@ class HandedFiles(contextlib.ExitStack):
         more: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.user = User.of_process(vm) if vm is not None else user
-        self._open_in_vm = OpenFiles(vm).ids() if vm is not None else None
+        self.user, self._open_in_vm = user, None
+        if vm is not None:
+            from qmpblock.host.openfiles import OpenFiles
+
+            self.user, self._open_in_vm = User.of_process(vm), OpenFiles(vm).ids()
         self._network = network
         self._known = known
         self._more = more

@@ -11,12 +11,12 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.graph.model import Layer
 from qmpblock.graph.places import FileId, Missing, Place
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.ourfiles import open_plain
 
 if TYPE_CHECKING:
+    from qmpblock.graph.model import Layer
     from qmpblock.ranges import Ranges
 
 __all__ = [

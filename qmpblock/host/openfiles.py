@@ -27,9 +27,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qmpblock.graph.model import Node
 from qmpblock.graph.places import FileId, Missing, Place
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import Node
 
 __all__ = ["NOWHERE", "OpenFiles", "sees_directory"]
 

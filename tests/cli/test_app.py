@@ -100,7 +100,7 @@ def test_python_m_is_the_same_command():
     assert done.stdout == f"qmpblock {__version__}\n"
 
 
-def test_a_command_imports_only_what_it_needs():
+def test_a_command_imports_only_what_it_needs(tmp_path):
     """Start-up is what a script pays a thousand times."""
     probe = (
         "import sys; from qmpblock.cli.app import run; code = run(sys.argv[1:]); "
@@ -118,6 +118,9 @@ def test_a_command_imports_only_what_it_needs():
     assert loaded("--help") == "0"
     assert "numpy" not in loaded("disks", "/nosuch")
     assert "rich" not in loaded("disks", "/nosuch")
+    image = tmp_path / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "64K"], check=True)
+    assert loaded("map", "--json", str(image)) == "0 numpy asyncio ssl"  # which asyncio takes
 
 
 def test_every_json_schema_is_itself_valid():

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -193,12 +194,12 @@ def without_landlock():
     """Have this process, and all it starts, be on a kernel that has no Landlock."""
     load, equal, answer, enosys, allow = 0x20, 0x15, 0x06, 0x50026, 0x7FFF0000
     code = [(load, 0, 0, 0), (equal, 0, 1, 444), (answer, 0, 0, enosys), (answer, 0, 0, allow)]
-    filters = (confined._Instruction * len(code))(*(confined._Instruction(*one) for one in code))
-    program = confined._Program(len(code), filters)
+    filters = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in code))
+    program = struct.pack("HP", len(code), ctypes.addressof(filters))
     libc = ctypes.CDLL(None, use_errno=True)
     words = [ctypes.c_ulong(one) for one in (1, 0, 0, 0)]
     assert libc.prctl(38, *words) == 0
-    assert libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(program), 0, 0) == 0
+    assert libc.prctl(22, ctypes.c_ulong(2), program, 0, 0) == 0
 
 
 @pytest.mark.skipif(not ROOT, reason="root is what matters here")
