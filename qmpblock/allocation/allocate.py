@@ -23,6 +23,7 @@ from qmpblock.changes.leftovers import make_way
 from qmpblock.errors import UNTOUCHED, RequestError, printable
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
+from qmpblock.host.space import check_reservable
 from qmpblock.managers import Work
 from qmpblock.names import lock_names
 from qmpblock.qemu import ownership
@@ -103,8 +104,15 @@ async def allocate_ranges(
     span = _span(where) if where else (0, 0)
     found = AllocationResult(disk.name, *span, *span)
     raw = await raw_file(disk) if full else None
-    if full and raw is None:
-        await check_staged(disk)
+    pid = disk.vm.monitor.peer_pid or 0  # it has one, where a file is local
+    if raw is not None:
+        file, begin = raw
+        in_file = [(begin + start, begin + stop) for start, stop in where]
+        check_reservable(file, pid, in_file)
+    elif full:
+        file = await check_staged(disk)
+        if disk.chain.active.data_file is None:
+            check_reservable(file, pid, [(0, where.total)], grows=True)
         await ownership.ask_for_change(disk.vm, Work("reserve", disk.chain.active.file))
     if not where:
         return found
@@ -121,10 +129,7 @@ async def allocate_ranges(
     if full:
         meter = Report(0, 0, progress, "reserving")
         if raw is not None:
-            file, begin = raw
             await ownership.ask(disk.vm.monitor, [disk.device], standing=None)
-            in_file = [(begin + start, begin + stop) for start, stop in where]
-            pid = disk.vm.monitor.peer_pid or 0  # it has one: the file is local
             done = await reserve_ranges(file, pid, in_file, speed=speed, tell=meter.set)
             found = replace(found, reserved=done)
             await _prove_raw(disk, where, raw, said)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.errors import UNTOUCHED, Error, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, Error, GraphError, UnsupportedError, printable
 from qmpblock.graph.model import Layer
 from qmpblock.graph.openings import in_part
 from qmpblock.host import imagefiles
@@ -23,6 +23,7 @@ from qmpblock.host.borrowed import in_the_name_of, open_as_it_has
 from qmpblock.host.fallocate import UNSUPPORTED, keep_size
 from qmpblock.host.handed import User
 from qmpblock.host.ourfiles import open_plain
+from qmpblock.host.space import check_reservable
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -52,7 +53,12 @@ async def raw_file(disk: MappedDisk) -> tuple[str, int] | None:
     if active.format == "raw":
         start = 0
     elif active.format == "luks":
-        start = int((await _format_specific(disk, active)).get("payload-offset", 0))
+        start = (await _format_specific(disk, active)).get("payload-offset", 0)
+        if not isinstance(start, int) or not 0 <= start < 1 << 62:
+            raise GraphError(
+                f"{printable(active.file)} has its payload at {printable(start)}, by QEMU's words",
+                standing=UNTOUCHED,
+            )
     elif (
         active.data_file is not None
         and (await _format_specific(disk, active)).get("data-file-raw") is True
@@ -112,6 +118,7 @@ async def reserve_ranges(
     *,
     speed: Speed,
     tell: Callable[[int, int], None] | None = None,
+    grows: bool = False,
 ) -> int:
     """Reserve several (start, stop) of a file, in their order; return what the file takes more.
 
@@ -119,6 +126,8 @@ async def reserve_ranges(
 
     :param pid: of the process that has the file open for writing, in whose user's name it is done.
     :param tell: is called with bytes done and bytes to do.
+    :param grows: whether the file grows at its end, so that they may lie beyond it.
+    :raise RequestError: that much cannot be (`qmpblock.host.space`); nothing was reserved.
     :raise UnsupportedError: the file system cannot, or that process does not have it open so.
     :raise Error: there is no room, say; what was reserved by then stays.
     """
@@ -130,6 +139,7 @@ async def reserve_ranges(
     except OSError as error:
         raise _cannot(file, error, done) from None
     try:
+        check_reservable(file, pid, wanted, fd=fd, grows=grows)
         before = os.fstat(fd).st_blocks
         for start, stop in wanted:
             at = start

@@ -35,6 +35,7 @@ from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, pr
 from qmpblock.graph.model import Layer
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
+from qmpblock.host.space import end_of
 from qmpblock.qemu import ownership
 from qmpblock.ranges import Ranges
 from qmpblock.sizes import Amount
@@ -230,7 +231,8 @@ def look(place: Place, wanted: int, until: int = 0) -> Space:
         if ahead is not None:
             return Space(ahead, None, end)
         return Space(Ranges([(end, max(end, until))]), None, end, known=False)
-    start, stop = place.start, place.start + place.size
+    # What a VM says of its size counts no further than the file itself.
+    start, stop = place.start, min(place.start + place.size, end_of(place.file))
     reserved = imagefiles.reserved_ranges(place.file, stop, first=start)
     blank = holes(place.file, start, stop)
     if reserved is not None:
@@ -309,7 +311,8 @@ async def fill(
         return 0, space
     if keep_free is not None:
         _check_free(place.file, keep_free, size - space.room.total)
-    reserved = await reserve_ranges(place.file, place.pid, todo, speed=Speed())
+    grows = place.start is None
+    reserved = await reserve_ranges(place.file, place.pid, todo, speed=Speed(), grows=grows)
     until = int(todo.stops[-1]) if space.blank is None else 0
     return reserved, await look_at(place, size, until)
 

@@ -242,13 +242,13 @@ def _open_home(disk: MappedDisk, file: str) -> Directory:
     raise _no_overlay(active, "was moved just now")
 
 
-async def check_staged(disk: MappedDisk) -> None:
-    """Refuse what a staged commit is not for, before anything is touched.
+async def check_staged(disk: MappedDisk) -> str:
+    """Refuse what a staged commit is not for, before anything is touched; return its path here.
 
     :raise UnsupportedError: as `check_staging`, or nobody could open the image again after a
         crash, or make an overlay of it, or the guest's device cannot be held.
     """
-    await check_staging(disk)
+    file = await check_staging(disk)
     active = disk.chain.active
     await opened_as(disk.vm, active)
     secret = key_secret(active) if active.node.encrypted else None
@@ -259,6 +259,7 @@ async def check_staged(disk: MappedDisk) -> None:
         remedy="convert it with preallocation=full when the VM is off (qemu-img convert -o); "
         "thin allocation works",
     )
+    return file
 
 
 def _check_room(file: str, length: int) -> None:

@@ -65,6 +65,7 @@ _PERIPHERAL = "/machine/peripheral/"
 _MOST_NODES = 20_000  # a monitor's message has room for 16,000 such as QEMU describes
 _MOST_USERS = 4_000  # devices, jobs and exports, of each
 _MOST_CHILDREN = 256  # of one node; a quorum has the most
+_LARGEST_CLUSTER = 256 << 20  # bytes: a block of VHDX; no format that grows has larger ones
 _MOST_BELOW = 64  # a format node, with no format node between; of two is known
 _MOST_STEPS = 200_000  # from node to node, along all chains; 500 chains of 150 layers take 150,000
 
@@ -576,6 +577,8 @@ class _Builder:
                 )
         backing = image.get("backing-filename")
         cluster = image.get("cluster-size")
+        if not isinstance(cluster, int) or not 0 < cluster <= _LARGEST_CLUSTER:
+            cluster = None
         data = _format_data(image).get("data-file")
         return Node(
             name=name,
@@ -584,7 +587,7 @@ class _Builder:
             size=size,
             read_only=info.get("ro") is True,
             backing_filename=backing if isinstance(backing, str) else None,
-            cluster_size=cluster if isinstance(cluster, int) and cluster > 0 else None,
+            cluster_size=cluster,
             encrypted=info.get("encrypted") is True or image.get("encrypted") is True,
             subclusters=_format_data(image).get("extended-l2") is True,
             children=children,

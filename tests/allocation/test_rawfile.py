@@ -11,7 +11,7 @@ from otherusers import within
 
 from qmpblock.allocation import rawfile as reserving
 from qmpblock.allocation.rawfile import blank_ranges, holes
-from qmpblock.errors import Error, UnsupportedError
+from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.host.imagefiles import reserved_ranges
 from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
@@ -45,8 +45,22 @@ async def test_blocks_are_reserved_and_nothing_else_changes(file):
     assert again == 0
 
 
+async def test_nothing_is_reserved_beyond_the_disk_that_the_file_holds(file):
+    """The ranges come from what the VM says of its size; the file's is the kernel's word."""
+    with file.open("wb") as written:
+        written.truncate(MIB + 1)
+    for ranges in ([(0, MIB), (MIB, 2 * MIB)], [(0, 1 << 62)]):
+        with pytest.raises(RequestError, match=f"ends at byte {MIB + 512}"):
+            await reserving.reserve_ranges(str(file), os.getpid(), ranges, speed=Speed())
+    assert file.stat().st_blocks == 0
+    ranges = [(0, MIB + 512)]
+    assert await reserving.reserve_ranges(str(file), os.getpid(), ranges, speed=Speed())
+    assert file.stat().st_size == MIB + 1
+
+
 async def test_a_speed_cuts_it_into_pieces(file, monkeypatch):
-    file.write_bytes(bytes(MIB))
+    with file.open("wb") as written:
+        written.truncate(8 * MIB)
     pieces = []
     monkeypatch.setattr(reserving, "keep_size", lambda fd, *piece: pieces.append(piece))
     ranges = [(512, 512 + 5 * MIB)]

@@ -154,10 +154,16 @@ async def test_room_inside_a_disk_is_the_lowest_blank(file):
 
 
 def test_a_disk_that_begins_within_its_file(file):
-    reserve(file, M, 3 * M)
+    os.truncate(file, 8 * M)
+    reserve(file, M, 4 * M)
     where = place(file, 2 * M, start=2 * M)
     # Offsets are the file's. What lies before and behind the disk does not count.
     assert look(where, M) == Space(Ranges([(2 * M, 4 * M)]), Ranges())
+
+
+def test_a_disk_is_no_larger_than_its_file_whatever_the_vm_says(file):
+    os.truncate(file, 2 * M)
+    assert look(place(file, 1 << 62), M).blank == Ranges([(M, 2 * M)])
 
 
 def test_what_was_just_written_is_no_room_any_more(file):

@@ -12,7 +12,7 @@ from chains import cli
 from disturbed import nothing_of_ours, until
 
 import qmpblock
-from qmpblock.errors import CommandError, DisconnectedError, NoRoomError
+from qmpblock.errors import CommandError, DisconnectedError, NoRoomError, RequestError
 from qmpblock.testing.faults import Controller, fill_up, small_file_system
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
@@ -243,4 +243,32 @@ async def test_no_room_for_the_state_alone(start_qemu, vm_dir, qemu_binary, inva
                 pass
             assert job.outcome.changed
     await vm.quit()
+    invariant.forget(vm)
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+async def test_what_the_file_system_could_never_hold(
+    fmt, start_qemu, vm_dir, qemu_binary, invariant
+):
+    """It is refused at once, instead of taking all that there is from everybody."""
+    async with small_file_system(vm_dir / "small", 128 * MIB) as small:
+        scenario = parse_scenario(
+            f"about: A large disk.\nimages: [{{size: 1G, format: {fmt}}}]", "large"
+        )
+        built = await build(scenario, small / "images", Tools.of(qemu_binary))
+        vm = await start_qemu(built)
+        file = built.disks[0].active.path.resolve()
+        before = file.stat().st_blocks
+        code, _, err = await cli("allocate", vm.monitor_path, "vd0", "--full")
+        assert (code, f"is of {128 * MIB} bytes in all" in err) == (2, True), err
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            disk = await controller.disk("vd0")
+            if fmt == "qcow2":
+                with pytest.raises(RequestError, match="in all"):
+                    await disk.make_room(1 << 30)
+        assert file.stat().st_blocks == before
+        await nothing_of_ours(vm)
+        code, _, err = await cli("allocate", vm.monitor_path, "vd0", "--full", "--length", "1M")
+        assert code == (4 if fmt == "raw" else 0), err  # tmpfs does not tell what it reserved
+        await vm.quit()
     invariant.forget(vm)
