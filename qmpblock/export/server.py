@@ -124,7 +124,10 @@ class ServerUse:
 
 
 async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str) -> None:
-    """Remove everything that the controller `dead` added to QEMU. Idempotent.
+    """Remove everything that the controller `dead` added to QEMU, and log what. Idempotent.
+
+    Where it came by another monitor, its sockets stay in QEMU under names that only that one can
+    close.
 
     :param name: of its lock.
     :raise BusyError: that takes the monitor which the dead controller used.
@@ -144,18 +147,24 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
     # Named descriptors belong to a monitor. On the one that the dead controller came by, a
     # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
     elsewhere = use.monitor != monitor_name(monitor)
-    found = half_open = False
+    half_open = False
+    found, closed, removed, kept = 0, 0, [], []
     for name in names:
         there, had_client = await _delete_dead_export(monitor, name, stall)
-        found |= there
-        closed = await tolerate("not found", monitor.execute("closefd", {"fdname": name}))
-        half_open |= elsewhere and not had_client and not closed
+        found += there
+        if await tolerate("not found", monitor.execute("closefd", {"fdname": name})):
+            closed += 1
+        elif elsewhere:
+            kept.append(name)
+            half_open |= not had_client
+    removed += _counted(found, "export") + _counted(closed, "connection")
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
     ours = [
         name for name in (str(node.get("node-name")) for node in nodes) if name.startswith(prefix)
     ]
     for name in sorted(ours, key=len):  # the name of each begins with that of what is over it
         await monitor.execute("blockdev-del", {"node-name": name})
+    removed += _counted(len(ours), "node")
     await tolerate("not found", monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
     # With an export of the dead run there, its server runs. Without, it died between two
     # commands; then its listening socket tells. On a foreign server it has no path.
@@ -170,14 +179,33 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
             raise BusyError(
                 f"{dead} died before its NBD handshake was complete, and QEMU holds its sockets "
                 "under names that only the monitor it came by can close",
-                standing="the VM is well; the dead controller's lock and sockets are left in it",
-                remedy=f"run the same command once by the monitor {printable(use.monitor)}",
+                standing=f"the VM is well; removed: {_listed(removed)}; left in it: the dead "
+                "controller's NBD server, its sockets, and its lock",
+                remedy="run the same command once by the monitor that it came by, "
+                f"{printable(use.monitor)}: it removes the rest",
             )
         await settle(monitor)
-        await tolerate("not running", monitor.execute("nbd-server-stop"))
+        if await tolerate("not running", monitor.execute("nbd-server-stop")):
+            removed.append("the NBD server")
     await delete_object(monitor, f"{prefix}tls")
     if path and not is_listening(path):  # another controller's of that run, if it is
         remove_socket(path)
+    _log.warning("undone, of what %s left: %s", dead, _listed(removed))
+    if kept and use.custody:
+        _log.warning(
+            "left in the VM until it ends, without harm: the sockets that it may hold under the "
+            "names %s; only the monitor that they came by can close them, by closefd: %s",
+            " ".join(kept),
+            printable(use.monitor),
+        )
+
+
+def _counted(number: int, noun: str) -> list[str]:
+    return [f"{number} {noun}{'s' * (number != 1)}"] if number else []
+
+
+def _listed(removed: Sequence[str]) -> str:
+    return ", ".join(removed) or "nothing"
 
 
 def remove_socket(path: str) -> None:

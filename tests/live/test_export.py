@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -134,7 +135,9 @@ async def test_a_killed_controller_does_not_kill_the_vm(scenario, start_qemu, in
 
 
 @CHAIN
-async def test_the_next_controller_may_come_by_another_monitor(scenario, start_qemu, invariant):
+async def test_the_next_controller_may_come_by_another_monitor(
+    scenario, start_qemu, invariant, caplog
+):
     vm = await start_qemu(scenario)
     process = await hanging_controller(vm.monitor_path)
     process.kill()
@@ -143,8 +146,66 @@ async def test_the_next_controller_may_come_by_another_monitor(scenario, start_q
         await (await controller.disks())[0].map()
     assert await vm.execute("query-block-exports") == []
     assert LOCK not in await objects(vm)
-    # The dead one's socket is a named descriptor of the other monitor; nothing else is left.
-    invariant.expect(r"socket")
+    # The dead one's socket is a named descriptor of the other monitor; nothing else is left, and
+    # that is said.
+    _, undone, left = caplog.messages
+    assert f"process {process.pid}" in undone
+    assert undone.endswith(" left: 1 export, the NBD server")
+    assert left.endswith(f"by closefd: unix:{vm.monitor_path}")
+    [name] = re.findall(r"qmpblock-\w+-0", left)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        await controller.monitor.execute("closefd", {"fdname": name})
+
+
+@CHAIN
+async def test_the_next_controller_says_what_it_undid(scenario, start_qemu, invariant, caplog):
+    vm = await start_qemu(scenario)
+    process = await hanging_controller(vm.monitor_path)
+    process.kill()
+    await process.wait()
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        await (await controller.disks())[0].map()
+    found, undone = caplog.messages
+    assert "undoing" in found
+    assert undone.endswith(" left: 1 export, 1 connection, the NBD server")
+
+
+# One that dies when its server listens, and before there is an export on it.
+DYING = """
+import asyncio, os, sys
+import qmpblock
+from qmpblock.qemu.monitor import Monitor
+real = Monitor.execute
+async def execute(monitor, command, *rest, **named):
+    if command == "block-export-add":
+        os.kill(os.getpid(), 9)
+    return await real(monitor, command, *rest, **named)
+Monitor.execute = execute
+async def main():
+    async with qmpblock.connect(sys.argv[1]) as vm:
+        await (await vm.disks())[0].map()
+asyncio.run(main())
+"""
+
+
+@CHAIN
+async def test_what_only_its_own_monitor_can_undo(scenario, start_qemu, invariant, caplog):
+    """The error says what is left, and by which monitor to come; by that one it goes."""
+    vm = await start_qemu(scenario)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", DYING, vm.monitor_path)
+    assert await process.wait() == -signal.SIGKILL
+    async with qmpblock.connect(vm.second_monitor_path) as controller:
+        [disk] = await controller.disks()
+        with pytest.raises(BusyError, match="handshake") as caught:
+            await disk.map()
+    assert "removed: nothing; left in it: the dead" in caught.value.standing
+    assert f"came by, unix:{vm.monitor_path}: it removes the rest" in caught.value.remedy
+    assert LOCK in await objects(vm)
+    caplog.clear()
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        await (await controller.disks())[0].map()
+    assert caplog.messages[-1].endswith(" left: 1 connection, the NBD server")
+    assert LOCK not in await objects(vm)
 
 
 @CHAIN
