@@ -322,10 +322,16 @@ class QemuImg:
             # One record a line: `[{ ... },`, `{ ... },` and `{ ... }]`.
             text = ",".join(line.strip().strip("[],") for line in pending if line.strip())
             pending.clear()
-            records = json.loads(f"[{text}]")
-            if records:
-                found = AllocationMap.from_qemu_img(records, layers=len(formats), formats=formats)
-                parts.append(found)
+            try:
+                records = json.loads(f"[{text}]")
+                if records:
+                    parts.append(
+                        AllocationMap.from_qemu_img(records, layers=len(formats), formats=formats)
+                    )
+            except UnsupportedError:
+                raise
+            except (RecursionError, RequestError, ValueError) as error:
+                raise self._no_map(error) from None
 
         # A few megabytes at a time, whatever a guest made of its image.
         def command(files: HandedFiles) -> Sequence[str]:
@@ -338,9 +344,14 @@ class QemuImg:
             if len(pending) >= _RECORDS:
                 take()
         take()
-        if not parts:
-            raise ToolError([self.program, "map"], 0, "it printed no map")
-        return AllocationMap.concat(parts).coalesce()
+        try:
+            return AllocationMap.concat(parts).coalesce()
+        except RequestError as error:
+            raise self._no_map(error) from None
+
+    def _no_map(self, error: Exception) -> ToolError:
+        why = f"it printed no map: {printable(error, 200)}"
+        return ToolError([self.program, "map"], 0, why)
 
     async def in_use(self, path: str) -> bool:
         """Whether some QEMU has a file open for writing, by the locks that it puts on it.

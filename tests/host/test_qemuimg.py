@@ -193,6 +193,40 @@ def test_who_holds_an_image_is_told_by_qemus_words_and_not_by_a_name(said, held)
     assert in_use_by_another(said) is held
 
 
+GOOD = '{"start": 0, "length": 512, "depth": 0, "present": true, "zero": false, "data": true}'
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("", "there is no map"),
+        ("no map\n", "Expecting value"),
+        ('{"a": ' * 20_000, "recursion"),
+        ("[{}]", "present"),
+        (f"[{GOOD}", None),
+        (f"[{GOOD.replace('true', '1')}]", "has the present 1"),
+        (f"[{GOOD.replace('512', '9' * 5000)}]", "limit"),
+        (f"[{GOOD.replace('512', '-1')}]", "length -1"),
+        (f"[{GOOD},\n{GOOD}]", "not contiguous"),
+        (f"[{GOOD.replace('0, ', '7, ').replace('7', '0', 1)}]", "outside the 1 layers"),
+        ("7\n", "not a list of records"),
+    ],
+)
+async def test_a_map_that_is_none(tmp_path, said, why):
+    """A broken program fails as a program does: nobody's request was wrong."""
+    program, image = tmp_path / "qemu-img", tmp_path / "a.raw"
+    program.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    program.chmod(0o755)
+    image.write_bytes(bytes(512))
+    mapping = QemuImg(str(program)).map(blockdev("raw", str(image)), ["raw"])
+    if why is None:
+        assert (await mapping).stop == 512
+        return
+    with pytest.raises((ToolError, UnsupportedError), match=why) as caught:
+        await mapping
+    assert isinstance(caught.value, ToolError) or why == "present"
+
+
 async def test_a_script_that_starts_another_program_is_told(tmp_path, monkeypatch):
     program = tmp_path / "bin" / "qemu-img"
     program.parent.mkdir()
