@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import grp
 import os
 import pwd
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -27,8 +29,10 @@ __all__ = ["InsecureError", "OpenDirectory", "StateDirectory", "state_directory"
 
 KEY = "key"
 _KEY_SIZE = 32  # bytes
+_TRIAL = re.compile(rf"{KEY}-[0-9a-f]{{16}}")
 _LINKS = 40  # that are followed on the way, as the kernel does
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_HOLD = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -109,23 +113,44 @@ class StateDirectory(OpenDirectory):
 
         :raise OSError: it cannot be read, or made; there is no room, say.
         """
-        with contextlib.suppress(FileNotFoundError):
-            return self._read_key(KEY)
+        self._sweep_trials()
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                return self._read_key(KEY)
+            self._make_key()
+
+    def _make_key(self) -> None:
         # Made whole before it has its name: of two that make one, the first one's counts.
         trial = f"{KEY}-{secrets.token_hex(8)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(trial, flags, 0o600, dir_fd=self.fd)
         try:
+            # Held until it has no name any more, so that nobody takes it for one of the dead's.
+            with contextlib.suppress(OSError):  # where there are no locks, nobody sweeps either
+                fcntl.flock(fd, fcntl.LOCK_EX)
             os.fchmod(fd, 0o600)
             os.write(fd, secrets.token_bytes(_KEY_SIZE))
             os.fsync(fd)
-            with contextlib.suppress(FileExistsError):
+            # Not there: it was swept before it was held. Then once more.
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
                 os.link(trial, KEY, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(trial, dir_fd=self.fd)
             os.close(fd)
-            os.unlink(trial, dir_fd=self.fd)
         self.sync()
-        return self._read_key(KEY)
+
+    def _sweep_trials(self) -> None:
+        """Remove what was to become the key, and whose maker died: nobody holds it."""
+        for name in filter(_TRIAL.fullmatch, self.names()):
+            with contextlib.suppress(OSError):  # of no harm where it stays
+                fd = os.open(name, _HOLD, dir_fd=self.fd)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if stat.S_ISREG(os.fstat(fd).st_mode):
+                        os.unlink(name, dir_fd=self.fd)
+                finally:
+                    os.close(fd)
 
     def keys(self) -> list[bytes]:
         """Return every key that proves a journal here: our own, and those that were brought."""

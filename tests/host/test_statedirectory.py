@@ -1,7 +1,11 @@
 """The state directory: nobody but us can write there, whatever the umask is."""
 
+import fcntl
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 from drawing import record
@@ -139,3 +143,58 @@ def test_keys_of_other_installations_can_be_brought(state):
     other.write_bytes(b"k" * 32)
     other.chmod(0o600)
     assert StateDirectory.proven().keys() == [mine, b"k" * 32]
+
+
+DYING = """
+import os, sys
+from qmpblock.host.statedirectory import StateDirectory
+directory = StateDirectory.proven(make=True)
+real = getattr(os, sys.argv[1])
+def die(*arguments, **named):
+    if sys.argv[2] == "after":
+        real(*arguments, **named)
+    os.kill(os.getpid(), 9)
+setattr(os, sys.argv[1], die)
+directory.key()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "when"),
+    [("write", "before"), ("fsync", "after"), ("link", "before"), ("link", "after")],
+)
+def test_what_is_left_of_a_key_whose_maker_was_killed_goes(state, call, when):
+    done = subprocess.run([sys.executable, "-c", DYING, call, when], check=False)
+    assert done.returncode == -signal.SIGKILL
+    [left] = state.glob("key-*")
+    made = (state / "key").read_bytes() if (state / "key").exists() else None
+    held = state / "key-0123456789abcdef"  # of one that lives
+    held.write_bytes(b"")
+    for name in ("key-mine", "key-0123456789ABCDEF", "my-key-0123456789abcdee"):  # none of ours
+        (state / name).write_bytes(b"")
+    (state / "key-fedcba9876543210").mkdir()
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = StateDirectory.proven().key()
+    assert made in (None, found)
+    assert not left.exists()
+    assert held.exists()
+    assert len(list(state.glob("*key-*"))) == 5
+    assert StateDirectory.proven().key() == found
+    assert not held.exists()
+
+
+def test_a_key_that_is_swept_while_it_is_made_is_made_again(state, monkeypatch):
+    real, swept = fcntl.flock, []
+
+    def flock(fd, how):
+        for left in () if swept else state.glob("key-*"):
+            left.unlink()
+            swept.append(left)
+        return real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    key = StateDirectory.proven(make=True).key()
+    assert len(swept) == 1
+    assert [path.name for path in state.iterdir()] == ["key"]
+    assert (state / "key").read_bytes() == key
