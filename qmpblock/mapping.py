@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qmpblock.cancellation import task_group
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,
@@ -200,13 +201,10 @@ class MappedDisk:
 
     async def _frozen_layers(self, chain: Chain) -> dict[int, LayerMap]:
         few = asyncio.Semaphore(_PARTS)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._frozen_layer(layer, few)) for layer in chain.layers[1:]
-                ]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with task_group() as group:
+            tasks = [
+                group.create_task(self._frozen_layer(layer, few)) for layer in chain.layers[1:]
+            ]
         found = [task.result() for task in tasks]
         return {one.layer.depth: one for one in found if one is not None}
 
@@ -321,14 +319,11 @@ async def _read_map(
 
     step = max(_SMALLEST_PART, -(-(stop - start) // _PARTS))
     step += -step % block
-    try:
-        async with asyncio.TaskGroup() as group:
-            parts = [
-                group.create_task(read(first, min(first + step, stop)))
-                for first in range(start, stop, step)
-            ]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    async with task_group() as group:
+        parts = [
+            group.create_task(read(first, min(first + step, stop)))
+            for first in range(start, stop, step)
+        ]
     from qmpblock.extents.allocationmap import AllocationMap
 
     found = [part.result() for part in parts]

@@ -1,10 +1,10 @@
-"""Work that is finished although its caller is cancelled."""
+"""Work that is finished although its caller is cancelled; failures of several tasks."""
 
 import asyncio
 
 import pytest
 
-from qmpblock.cancellation import undisturbed
+from qmpblock.cancellation import task_group, undisturbed
 
 
 async def test_work_is_finished_although_cancelled():
@@ -47,3 +47,64 @@ async def test_a_failure_is_not_hidden_by_being_cancelled():
     task.cancel()
     with pytest.raises(KeyError):
         await task
+
+
+async def fail(error, after=0.0):
+    await asyncio.sleep(after)
+    raise error
+
+
+async def together(*works):
+    async with task_group() as group:
+        for work in works:
+            group.create_task(work)
+
+
+async def fail_to_end(error):
+    """Fail when cancelled, as what cannot be undone does."""
+    try:
+        await asyncio.sleep(60)
+    finally:
+        raise error
+
+
+async def test_the_first_failure_of_a_group_is_raised_with_what_it_has():
+    cause, first = OSError("why"), KeyError("first")
+    first.__cause__ = cause
+    with pytest.raises(KeyError) as caught:
+        await together(fail_to_end(ValueError("not undone\x1b")), fail(first, 0.01))
+    assert caught.value is first
+    assert first.__cause__ is cause
+    assert first.__context__ is None
+    assert first.__notes__ == ["besides, ValueError: not undone\\x1b"]
+
+
+async def test_groups_in_groups_are_taken_apart():
+    group = ExceptionGroup("one", [KeyError("inner"), ExceptionGroup("two", [OSError()])])
+    with pytest.raises(KeyError, match="inner") as caught:
+        await together(fail(group))
+    assert caught.value.__notes__ == ["besides, OSError: "]
+
+
+async def test_a_failure_of_the_body_ends_the_tasks():
+    tasks = []
+
+    async def body():
+        async with task_group() as group:
+            tasks.append(group.create_task(asyncio.sleep(60)))
+            await fail(KeyError("body"))
+
+    with pytest.raises(KeyError, match="body"):
+        await body()
+    assert tasks[0].cancelled()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancelled_group_ends_its_tasks_and_says_what_was_not_undone(fails):
+    work = fail_to_end(KeyError("not undone")) if fails else asyncio.sleep(60)
+    calling = asyncio.create_task(together(work))
+    await asyncio.sleep(0.01)
+    calling.cancel()
+    with pytest.raises(KeyError if fails else asyncio.CancelledError):
+        await calling
+    assert asyncio.all_tasks() == {asyncio.current_task()}

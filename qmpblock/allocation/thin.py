@@ -28,7 +28,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from qmpblock.allocation.plan import Batch, below, requests, rounded
-from qmpblock.cancellation import undisturbed
+from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.chains.jobs import host_files
 from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import check_copy_on_read
@@ -247,12 +247,9 @@ class Allocator:
             await work(head)
             return
         left = chain(head, left)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(_IN_FLIGHT):
-                    group.create_task(work(left))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with task_group() as group:
+            for _ in range(_IN_FLIGHT):
+                group.create_task(work(left))
 
     async def _look(self) -> None:
         """See now and then that the export is still of the active layer.

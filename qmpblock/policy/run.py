@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmpblock.allocation.allocate import allocate_ranges
 from qmpblock.allocation.room import RoomResult, make_room
-from qmpblock.cancellation import undisturbed
+from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.errors import Error, RequestError, printable
 from qmpblock.policy.look import DiskPlan, Room, look, share_room
 from qmpblock.policy.steps import Step
@@ -96,12 +96,9 @@ async def _look_at_all(policy: Policy, connect: Connect, *, undo: bool) -> tuple
                     nothing = DiskPlan(wanted, wanted.disk, error=error)
                     found.setdefault(wanted, nothing)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for address, disks in vms.items():
-                group.create_task(look_at(address, disks))
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+    async with task_group() as group:
+        for address, disks in vms.items():
+            group.create_task(look_at(address, disks))
     return tuple(found[wanted] for wanted in policy.disks)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from qmpblock.address import Address, parse_address
 from qmpblock.allocation.room import RoomResult
 from qmpblock.allocation.watch import keep_ahead
+from qmpblock.cancellation import task_group
 from qmpblock.errors import UNTOUCHED, Error, RequestError
 from qmpblock.policy.file import DiskPolicy, Policy
 from qmpblock.policy.run import Connect, as_error, connect_to
@@ -72,16 +72,13 @@ class Watch:
         vms: dict[Address, list[DiskPolicy]] = {}
         for wanted in self.disks:  # a monitor serves one client, however its address is written
             vms.setdefault(parse_address(wanted.address), []).append(wanted)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for disks in vms.values():
-                    group.create_task(self._vm(disks[0].address, disks))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        async with task_group() as group:
+            for disks in vms.values():
+                group.create_task(self._vm(disks[0].address, disks))
 
     async def _vm(self, address: str, disks: list[DiskPolicy]) -> None:
         try:
-            async with self._connect(address) as vm, asyncio.TaskGroup() as group:
+            async with self._connect(address) as vm, task_group() as group:
                 for wanted in disks:
                     group.create_task(self._disk(vm, wanted))
         except Error as error:  # the connection; what happens to a disk is seen to there
