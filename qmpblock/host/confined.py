@@ -77,6 +77,12 @@ _SYSTEM = (
     "/etc/ssl/openssl.cnf", "/dev/urandom", "/dev/random", "/dev/zero",
 )  # fmt: skip
 
+#: What a program that lies elsewhere may need of its installation: modules and data of QEMU's,
+#: and of a script all that may be in the one that it starts, but nothing else.
+_OF_QEMU = ("lib", "lib64", "libexec", "share")
+_OF_SCRIPT = ("lib", "lib64", "libexec", "share", "usr", "root")
+_PT_INTERP = 3
+
 #: By machine: the AUDIT_ARCH of its system calls, socket(2), io_uring_setup(2).
 _NUMBERS = {
     "x86_64": (0xC000003E, 41, 425),
@@ -298,7 +304,7 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
     landlock = _landlock(kernel, network=network)
     stays_root = os.geteuid() == 0 and rights.startswith(("-", "0:"))
     if landlock is not None:
-        for path in (*_SYSTEM, *_around(program)):
+        for path in _SYSTEM:
             landlock.allow_path(path, _READ_FILE | _READ_DIR | _EXECUTE)
         landlock.allow_path("/dev/null", _READ_FILE | _WRITE_FILE)
         for word in words:
@@ -336,6 +342,9 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
         raise _RefusedError(
             FAILED, f"user {os.getuid()} may not run {program}: install it where everybody may"
         )
+    if landlock is not None:
+        for path in _needs(program):
+            landlock.allow_path(path, _READ_FILE | _READ_DIR | _EXECUTE)
     kernel.prctl(_SET_NO_NEW_PRIVS, 1)
     if not network:
         _deny_sockets(kernel)
@@ -352,11 +361,60 @@ def _allow_handed(landlock: _Landlock, fd: int, *, writable: bool) -> None:
             raise
 
 
-def _around(program: str) -> list[str]:
-    """Return where a program that is not the system's has its libraries."""
-    prefix = posixpath.dirname(posixpath.dirname(posixpath.realpath(program)))
-    given = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    return [path for path in (prefix, *given) if path not in ("", "/")]
+def _needs(program: str) -> list[str]:
+    """Return what a program that is not the system's has to come to: itself, libraries, data."""
+    file = posixpath.realpath(program)
+    found = [
+        one for one in os.environ.get("LD_LIBRARY_PATH", "").split(":") if one not in ("", "/")
+    ]
+    if file.startswith(tuple(f"{one}/" for one in _SYSTEM)):
+        return found
+    prefix = posixpath.dirname(posixpath.dirname(file))
+    beside = [] if prefix == "/" else [prefix]
+    with open(file, "rb") as opened:  # noqa: PTH123  pathlib takes 2 ms
+        head = opened.read(_HEAD)
+    if head[:2] == b"#!":  # it starts another one, which lies with it
+        return [*found, file, *(f"{one}/{name}" for one in beside for name in _OF_SCRIPT)]
+    found += [f"{one}/{name}/qemu" for one in beside for name in _OF_QEMU]
+    return [*found, file, *_libraries(file, _loader(head))]
+
+
+def _loader(head: bytes) -> str:
+    """Return the dynamic loader that a 64-bit ELF program names (elf(5)); empty if none."""
+    if head[:6] != b"\x7fELF\x02" + bytes([1 + (sys.byteorder == "big")]) or len(head) < 64:
+        return ""
+    at, size, count = *struct.unpack_from("=Q", head, 32), *struct.unpack_from("=HH", head, 54)
+    for start in range(at, at + size * count, size or 1):
+        if start + 40 <= len(head) and struct.unpack_from("=I", head, start)[0] == _PT_INTERP:
+            (offset,), (length,) = (struct.unpack_from("=Q", head, start + one) for one in (8, 32))
+            return os.fsdecode(head[offset : offset + length].rstrip(b"\0"))
+    return ""
+
+
+def _libraries(file: str, loader: str) -> list[str]:
+    """Ask the dynamic loader where a program's libraries are; it does not run the program."""
+    if not loader:
+        return []
+    reading, writing = os.pipe()
+    try:
+        pid = os.posix_spawn(
+            loader,
+            [loader, "--list", file],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, writing, 1),
+                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),  # the program says it again
+            ],
+        )
+    except OSError:
+        os.close(reading)
+        return []
+    finally:
+        os.close(writing)
+    with open(reading, "rb") as said:  # noqa: PTH123  it is a descriptor
+        words = said.read().split()
+    os.waitpid(pid, 0)
+    return [loader, *(os.fsdecode(one) for one in words if one.startswith(b"/"))]
 
 
 def main(rights: str, parent: str, *rest: str) -> None:

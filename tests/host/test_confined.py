@@ -94,6 +94,42 @@ def test_only_what_is_handed_is_opened_and_only_so(file):
     assert file.read_bytes() == b""
 
 
+@pytest.mark.skipif(not has_landlock(), reason="this kernel has no Landlock")
+@pytest.mark.parametrize("script", [False, True])
+def test_a_program_in_somebodys_home_comes_to_nothing_else_there(tmp_path, script):
+    """Of its installation it comes to itself, its libraries, and QEMU's modules and data."""
+    home = tmp_path / "home"
+    cat, data = home / "bin" / "cat", home / "share" / "qemu" / "data"
+    secret, other = home / ".ssh" / "id", home / "bin" / "other"
+    for path in (cat, data, secret, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("read\n")
+    if script:
+        program = home / "root" / "cat"
+        program.parent.mkdir()
+        cat.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    else:
+        program = cat
+    shutil.copy(str(shutil.which("cat")), program)
+    cat.chmod(0o755)
+    with handed() as files:
+        done = start(files, files.command(str(cat), [str(data), str(secret), str(other)]))
+    assert done.stdout == "read\n", done.stderr
+    assert done.stderr.count("Permission denied") == 2
+
+
+def test_the_libraries_of_a_program_are_told_by_its_loader():
+    program = os.path.realpath(str(shutil.which("cat")))
+    loader = confined._loader(Path(program).read_bytes())
+    found = confined._libraries(program, loader)
+    assert found[0] == loader
+    assert any("libc" in Path(one).name for one in found[1:])
+    for cut in range(0, 200, 7):
+        assert confined._loader(Path(program).read_bytes()[:cut]) in ("", loader[:cut])
+    assert confined._libraries(program, "") == []
+    assert confined._libraries(program, "/nowhere/ld.so") == []
+
+
 SOCKETS = """
 import socket
 for family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX, socket.AF_NETLINK):
