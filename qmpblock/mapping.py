@@ -21,7 +21,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.model import Chain, Device, Layer
 from qmpblock.graph.openings import in_part
-from qmpblock.host import imagefiles
+from qmpblock.host import imagefiles, space
 from qmpblock.qemu import ownership
 from qmpblock.sizes import check_range
 
@@ -242,7 +242,7 @@ class MappedDisk:
         if layer.format != "raw" or in_part(layer):
             return None
         path = imagefiles.local_path(self.vm.monitor.peer_pid, layer)
-        return imagefiles.reserved_ranges(path, layer.size) if path is not None else None
+        return space.reserved_ranges(path, layer.size) if path is not None else None
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
-from qmpblock.host.imagefiles import reserved_ranges
+from qmpblock.host.space import reserved_ranges
 from qmpblock.testing.faults import _run as run_tool
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario

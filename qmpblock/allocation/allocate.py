@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.allocation.plan import dataless, growth_warning, rounded
-from qmpblock.allocation.rawfile import blank_ranges, raw_file, reserve_ranges
+from qmpblock.allocation.rawfile import raw_file, reserve_ranges
 from qmpblock.allocation.staged import check_staged, reserve_by_staging
 from qmpblock.allocation.thin import AllocationResult, Report, allocator, check_thin
 from qmpblock.changes.leftovers import make_way
 from qmpblock.errors import UNTOUCHED, RequestError, printable
 from qmpblock.graph.writable import check_disk
-from qmpblock.host import imagefiles
-from qmpblock.host.space import check_reservable
+from qmpblock.host import imagefiles, space
+from qmpblock.host.space import blank_ranges, check_reservable
 from qmpblock.managers import Work
 from qmpblock.names import lock_names
 from qmpblock.qemu import ownership
@@ -195,7 +195,7 @@ async def _prove_raw(disk: MappedDisk, where: Ranges, raw: tuple[str, int], said
     left = left & where
     if not left:
         return
-    if imagefiles.reserved_ranges(file, start + disk.size) is None:
+    if space.reserved_ranges(file, start + disk.size) is None:
         said(
             f"the file system of {printable(file)} does not tell what it has reserved, but by "
             f"the success of the calls (fallocate): {left.total} bytes are not seen to be so"

@@ -8,11 +8,9 @@ begins at an offset), and qcow2 images whose external data file is raw.
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import UNTOUCHED, Error, GraphError, UnsupportedError, printable
@@ -22,17 +20,13 @@ from qmpblock.host import imagefiles
 from qmpblock.host.borrowed import in_the_name_of, open_as_it_has
 from qmpblock.host.fallocate import UNSUPPORTED, keep_size
 from qmpblock.host.handed import User
-from qmpblock.host.ourfiles import open_plain
 from qmpblock.host.space import check_reservable
-from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
     from qmpblock.speed import Speed
 
 __all__ = [
-    "blank_ranges",
-    "holes",
     "host_file",
     "raw_file",
     "reserve_ranges",
@@ -162,52 +156,6 @@ async def reserve_ranges(
 def _reserve(user: int, fd: int, offset: int, length: int) -> None:
     with in_the_name_of(user):
         keep_size(fd, offset, length)
-
-
-def holes(file: str, start: int, stop: int) -> Ranges:
-    """Return what holds no data between two offsets of a file, past its end included.
-
-    What is reserved counts as a hole while it is neither written nor in the page cache, which
-    it is when it was read, too.
-    """
-    found: list[tuple[int, int]] = []
-    at = start
-    fd = open_plain(file)
-    try:
-        while at < stop:
-            try:
-                data = min(os.lseek(fd, at, os.SEEK_DATA), stop)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                data = stop  # no data from here on
-            if data > at:
-                found.append((at, data))
-            if data < stop:
-                data = os.lseek(fd, data, os.SEEK_HOLE)
-            at = data
-    finally:
-        os.close(fd)
-    return Ranges(found)
-
-
-def blank_ranges(file: str, start: int, size: int) -> Ranges:
-    """Return which bytes of a disk that lies in a file as it is have no host space.
-
-    Metadata only: the file system's holes, less what it has reserved (FIEMAP). Where it cannot
-    tell that, a file with as many blocks as bytes counts as full.
-
-    :param start: where the disk begins in the file; what is returned counts from there.
-    """
-    stop = start + size
-    found = holes(file, start, stop)
-    reserved = imagefiles.reserved_ranges(file, stop)
-    if reserved is None:
-        status = Path(file).stat()
-        full = status.st_blocks * 512 >= max(stop, status.st_size)
-        reserved = Ranges([(0, stop)]) if full else Ranges()
-    left = found - reserved
-    return Ranges.from_arrays(left.starts - start, left.stops - start)
 
 
 def _cannot(file: str, error: OSError, done: int) -> Error:

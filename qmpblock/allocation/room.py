@@ -30,12 +30,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qmpblock.allocation.rawfile import holes, host_file, raw_file, reserve_ranges
+from qmpblock.allocation.rawfile import host_file, raw_file, reserve_ranges
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
 from qmpblock.graph.model import Layer
 from qmpblock.graph.writable import check_disk
-from qmpblock.host import imagefiles
-from qmpblock.host.space import end_of
+from qmpblock.host.space import end_of, holes, reserved_ranges
 from qmpblock.qemu import ownership
 from qmpblock.ranges import Ranges
 from qmpblock.sizes import Amount
@@ -227,20 +226,20 @@ def look(place: Place, wanted: int, until: int = 0) -> Space:
     """
     if place.start is None:
         end = Path(place.file).stat().st_size
-        ahead = imagefiles.reserved_ranges(place.file, _FAR, first=end)
+        ahead = reserved_ranges(place.file, _FAR, first=end)
         if ahead is not None:
             return Space(ahead, None, end)
         return Space(Ranges([(end, max(end, until))]), None, end, known=False)
     # What a VM says of its size counts no further than the file itself.
     start, stop = place.start, min(place.start + place.size, end_of(place.file))
-    reserved = imagefiles.reserved_ranges(place.file, stop, first=start)
+    reserved = reserved_ranges(place.file, stop, first=start)
     blank = holes(place.file, start, stop)
     if reserved is not None:
         # What was written a moment ago is in the page cache only, and reserved to FIEMAP.
         certain = reserved & blank
         if certain.total < min(wanted, reserved.total):
             # So is what was read. Written back, FIEMAP tells them apart.
-            reserved = imagefiles.reserved_ranges(place.file, stop, first=start, sync=True)
+            reserved = reserved_ranges(place.file, stop, first=start, sync=True)
         else:
             reserved = certain
     if reserved is None:

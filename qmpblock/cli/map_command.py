@@ -171,7 +171,7 @@ async def _look_at_image(
     for depth, one in enumerate(chain):
         found = Ranges()
         if reserved and one.format == "raw":
-            from qmpblock.host.imagefiles import reserved_ranges
+            from qmpblock.host.space import reserved_ranges
 
             found = reserved_ranges(one.file, one.size) or Ranges()
         view = view.with_reserved(found & view.where(depth=depth, present=True))

@@ -1,41 +1,27 @@
-"""Image files of a running VM that are on this host too, and what of them has host space.
+"""Image files of a running VM that are on this host too.
 
 Which file is the VM's, its own descriptors tell (`qmpblock.host.openfiles`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.graph.places import FileId, Missing, Place
 from qmpblock.host.openfiles import OpenFiles
-from qmpblock.host.ourfiles import open_plain
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import Layer
-    from qmpblock.ranges import Ranges
 
 __all__ = [
     "home_of",
     "local_path",
     "open_inodes",
-    "reserved_ranges",
     "status_of",
     "why_not_local",
 ]
-
-# linux/fiemap.h, linux/fs.h
-_FS_IOC_FIEMAP = 0xC020660B
-_HEADER = struct.Struct("=QQLLLL")  # start, length, flags, mapped extents, extent count, reserved
-_EXTENT = struct.Struct("=QQQQQLLLL")  # logical, physical, length, 2 reserved, flags, 3 reserved
-_LAST = 0x1
-_UNWRITTEN = 0x800
-_BATCH = 1024
-_SYNC = 0x1  # FIEMAP_FLAG_SYNC
 
 
 def local_path(pid: int | None, layer: Layer) -> str | None:
@@ -88,46 +74,3 @@ def _place(pid: int | None, layer: Layer) -> Place | Missing:
 def open_inodes(pid: int) -> set[tuple[int, int]]:
     """Return the device and inode of every file that a process has open, as far as we may look."""
     return {(one.device, one.inode) for one in OpenFiles(pid).ids() if one.inode is not None}
-
-
-def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False) -> Ranges | None:
-    """Return the ranges of a file that are fallocated but not written, in bytes.
-
-    To QEMU they are holes; only FIEMAP tells (F4). Reads metadata only.
-
-    :param size: of the disk; what the file holds past it does not count.
-    :param first: where to begin.
-    :param sync: write back what is in the page cache first: until then, what is written to a
-        reserved range counts as not written.
-    :return: None where the file system cannot tell.
-    """
-    from qmpblock.ranges import Ranges
-
-    found: list[tuple[int, int]] = []
-    position = first
-    try:
-        fd = open_plain(path)
-    except OSError:
-        return None
-    try:
-        buffer = bytearray(_HEADER.size + _BATCH * _EXTENT.size)
-        while position < size:
-            want = _SYNC if sync else 0
-            _HEADER.pack_into(buffer, 0, position, size - position, want, 0, _BATCH, 0)
-            try:
-                fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
-            except OSError:
-                return None
-            count = _HEADER.unpack_from(buffer)[3]
-            flags = 0
-            for index in range(count):
-                fields = _EXTENT.unpack_from(buffer, _HEADER.size + index * _EXTENT.size)
-                logical, length, flags = fields[0], fields[2], fields[5]
-                position = logical + length
-                if flags & _UNWRITTEN and logical < size:
-                    found.append((max(logical, first), min(position, size)))
-            if count == 0 or flags & _LAST:
-                break
-    finally:
-        os.close(fd)
-    return Ranges(found)

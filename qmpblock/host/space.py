@@ -1,4 +1,4 @@
-"""How much space a file can be given at all: by the kernel's word, not by a VM's.
+"""Host space: what of a file has it, and how much it can be given, by the kernel's word.
 
 How large a disk is, its monitor says, which may be answered by whoever runs it. What is reserved
 on that word takes host space from everybody, so it has to be possible first.
@@ -6,13 +6,31 @@ on that word takes host space from everybody, so it has to be possible first.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qmpblock.errors import Error, RequestError, printable
+from qmpblock.host.ourfiles import open_plain
 
-__all__ = ["check_reservable", "end_of"]
+if TYPE_CHECKING:
+    from qmpblock.ranges import Ranges
+
+__all__ = ["blank_ranges", "check_reservable", "end_of", "holes", "reserved_ranges"]
+
+
+# linux/fiemap.h, linux/fs.h
+_FS_IOC_FIEMAP = 0xC020660B
+_HEADER = struct.Struct("=QQLLLL")  # start, length, flags, mapped extents, extent count, reserved
+_EXTENT = struct.Struct("=QQQQQLLLL")  # logical, physical, length, 2 reserved, flags, 3 reserved
+_LAST = 0x1
+_UNWRITTEN = 0x800
+_BATCH = 1024
+_SYNC = 0x1  # FIEMAP_FLAG_SYNC
 
 _SECTOR = 512  # bytes; a raw disk is its file, rounded up to whole ones
 _NOTHING = "nothing was reserved"
@@ -88,3 +106,96 @@ def _largest_file(pid: int) -> int | None:
         return None  # it has ended, which whoever borrows its file will say
     words = next((line.split() for line in lines if line.startswith("Max file size")), [])
     return int(words[3]) if len(words) > 3 and words[3].isdigit() else None
+
+
+def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False) -> Ranges | None:
+    """Return the ranges of a file that are fallocated but not written, in bytes.
+
+    To QEMU they are holes; only FIEMAP tells (F4). Reads metadata only.
+
+    :param size: of the disk; what the file holds past it does not count.
+    :param first: where to begin.
+    :param sync: write back what is in the page cache first: until then, what is written to a
+        reserved range counts as not written.
+    :return: None where the file system cannot tell.
+    """
+    from qmpblock.ranges import Ranges
+
+    found: list[tuple[int, int]] = []
+    position = first
+    try:
+        fd = open_plain(path)
+    except OSError:
+        return None
+    try:
+        buffer = bytearray(_HEADER.size + _BATCH * _EXTENT.size)
+        while position < size:
+            want = _SYNC if sync else 0
+            _HEADER.pack_into(buffer, 0, position, size - position, want, 0, _BATCH, 0)
+            try:
+                fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
+            except OSError:
+                return None
+            count = _HEADER.unpack_from(buffer)[3]
+            flags = 0
+            for index in range(count):
+                fields = _EXTENT.unpack_from(buffer, _HEADER.size + index * _EXTENT.size)
+                logical, length, flags = fields[0], fields[2], fields[5]
+                position = logical + length
+                if flags & _UNWRITTEN and logical < size:
+                    found.append((max(logical, first), min(position, size)))
+            if count == 0 or flags & _LAST:
+                break
+    finally:
+        os.close(fd)
+    return Ranges(found)
+
+
+def holes(file: str, start: int, stop: int) -> Ranges:
+    """Return what holds no data between two offsets of a file, past its end included.
+
+    What is reserved counts as a hole while it is neither written nor in the page cache, which
+    it is when it was read, too.
+    """
+    from qmpblock.ranges import Ranges
+
+    found: list[tuple[int, int]] = []
+    at = start
+    fd = open_plain(file)
+    try:
+        while at < stop:
+            try:
+                data = min(os.lseek(fd, at, os.SEEK_DATA), stop)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = stop  # no data from here on
+            if data > at:
+                found.append((at, data))
+            if data < stop:
+                data = os.lseek(fd, data, os.SEEK_HOLE)
+            at = data
+    finally:
+        os.close(fd)
+    return Ranges(found)
+
+
+def blank_ranges(file: str, start: int, size: int) -> Ranges:
+    """Return which bytes of a disk that lies in a file as it is have no host space.
+
+    Metadata only: the file system's holes, less what it has reserved (FIEMAP). Where it cannot
+    tell that, a file with as many blocks as bytes counts as full.
+
+    :param start: where the disk begins in the file; what is returned counts from there.
+    """
+    from qmpblock.ranges import Ranges
+
+    stop = start + size
+    found = holes(file, start, stop)
+    reserved = reserved_ranges(file, stop)
+    if reserved is None:
+        status = Path(file).stat()
+        full = status.st_blocks * 512 >= max(stop, status.st_size)
+        reserved = Ranges([(0, stop)]) if full else Ranges()
+    left = found - reserved
+    return Ranges.from_arrays(left.starts - start, left.stops - start)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.allocation.allocate import check_thin
 from qmpblock.allocation.plan import growth_warning
-from qmpblock.allocation.rawfile import blank_ranges, raw_file
+from qmpblock.allocation.rawfile import raw_file
 from qmpblock.allocation.room import RoomPlan, plan_room
 from qmpblock.allocation.staged import SLICE, check_staged
 from qmpblock.chains.plan import plan_stream
@@ -30,6 +30,7 @@ from qmpblock.errors import (
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
 from qmpblock.host.openfiles import sees_directory
+from qmpblock.host.space import blank_ranges
 from qmpblock.managers import Verb, Work
 from qmpblock.names import lock_names
 from qmpblock.policy.steps import Changes, Facts, Picture, plan_changes

@@ -7,13 +7,9 @@ import itertools
 import os
 
 import pytest
-from otherusers import within
 
 from qmpblock.allocation import rawfile as reserving
-from qmpblock.allocation.rawfile import blank_ranges, holes
 from qmpblock.errors import Error, RequestError, UnsupportedError
-from qmpblock.host.imagefiles import reserved_ranges
-from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 
 MIB = 1 << 20
@@ -89,29 +85,3 @@ async def test_what_cannot_be_is_said(file, monkeypatch, number, kind, words):
     with pytest.raises(kind, match=words) as caught:
         await reserving.reserve_ranges(str(file), os.getpid(), [(0, MIB)], speed=Speed())
     assert caught.value.standing is not None
-
-
-def test_what_of_a_file_has_no_host_space(tmp_path):
-    path = tmp_path / "file"
-    with path.open("wb") as file:
-        file.write(b"x" * MIB)
-        file.truncate(8 * MIB)
-        os.pwrite(file.fileno(), b"y" * MIB, 4 * MIB)
-        os.fsync(file.fileno())
-    assert blank_ranges(str(path), 0, 8 * MIB) == Ranges([(MIB, 4 * MIB), (5 * MIB, 8 * MIB)])
-    # A disk that begins within the file, as LUKS's payload does.
-    assert blank_ranges(str(path), 2 * MIB, 4 * MIB) == Ranges([(0, 2 * MIB), (3 * MIB, 4 * MIB)])
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, 8 * MIB)
-    assert blank_ranges(str(path), 0, 8 * MIB) == Ranges()
-
-
-@pytest.mark.parametrize("look", [holes, lambda path, *_: reserved_ranges(path, MIB)])
-def test_a_fifo_in_the_place_of_the_file_is_no_file(tmp_path, look):
-    """Opening one waits for its other end, for ever, and SIGTERM does nothing."""
-    os.mkfifo(tmp_path / "fifo")
-    with within(5):
-        try:
-            assert look(str(tmp_path / "fifo"), 0, MIB) is None
-        except OSError as error:
-            assert error.errno == errno.EINVAL

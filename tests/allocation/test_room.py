@@ -24,7 +24,7 @@ from qmpblock.allocation.room import (
 )
 from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.graph.model import Chain, Device, Edge, Layer, Node
-from qmpblock.host import imagefiles
+from qmpblock.host.space import reserved_ranges
 from qmpblock.ranges import Ranges
 from qmpblock.sizes import Amount
 
@@ -100,7 +100,7 @@ def place(path, size=None, start=0):
 def file(tmp_path):
     path = tmp_path / "image"
     path.write_bytes(b"x" * M)
-    if imagefiles.reserved_ranges(str(path), M) is None:
+    if reserved_ranges(str(path), M) is None:
         pytest.skip("this file system has no FIEMAP")
     with path.open("r+b"):  # as a VM's process has it
         yield path
@@ -184,7 +184,7 @@ def test_what_was_read_is_room_still(file):
 
 
 async def test_a_file_system_that_cannot_tell(file, monkeypatch):
-    monkeypatch.setattr(imagefiles, "reserved_ranges", lambda *_, **__: None)
+    monkeypatch.setattr(headroom, "reserved_ranges", lambda *_, **__: None)
     where = place(file)
     space = look(where, M)
     assert (space.room, space.known) == (Ranges(), False)

@@ -1,7 +1,8 @@
-"""How much can be reserved at all: the end of the file, its file system, the process's limit."""
+"""What of a file has host space, and how much it can be given."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -9,9 +10,11 @@ import subprocess
 import sys
 
 import pytest
+from otherusers import within
 
 from qmpblock.errors import Error, RequestError
-from qmpblock.host.space import check_reservable, end_of
+from qmpblock.host.space import blank_ranges, check_reservable, end_of, holes, reserved_ranges
+from qmpblock.ranges import Ranges
 
 MIB = 1 << 20
 
@@ -71,3 +74,87 @@ def test_no_more_than_the_process_may_write(file):
 def test_a_file_that_has_gone(tmp_path):
     with pytest.raises(Error, match="No such file"):
         check_reservable(str(tmp_path / "none"), os.getpid(), [(0, 1)])
+
+
+def make(path, *, fallocate=(), write=()):
+    with path.open("wb") as file:
+        file.truncate(16 * MIB)
+        for offset, length in fallocate:
+            os.posix_fallocate(file.fileno(), offset, length)
+        for offset, length in write:
+            os.pwrite(file.fileno(), b"x" * length, offset)
+        os.fsync(file.fileno())
+    found = reserved_ranges(str(path), 16 * MIB)
+    if found is None:
+        pytest.skip("this file system has no FIEMAP")
+    return list(found)
+
+
+def test_fallocated_and_unwritten(tmp_path):
+    path = tmp_path / "image"
+    assert make(path) == []
+    assert make(path, write=[(0, MIB)]) == []
+    assert make(path, fallocate=[(2 * MIB, 2 * MIB)]) == [(2 * MIB, 4 * MIB)]
+    assert make(path, fallocate=[(2 * MIB, 4 * MIB)], write=[(3 * MIB, MIB)]) == [
+        (2 * MIB, 3 * MIB),
+        (4 * MIB, 6 * MIB),
+    ]
+
+
+def test_more_extents_than_one_call_returns(tmp_path):
+    pieces = [(i * 8192, 4096) for i in range(1500)]
+    assert make(tmp_path / "image", fallocate=pieces) == [(o, o + n) for o, n in pieces]
+
+
+def test_what_lies_past_the_disk_does_not_count(tmp_path):
+    path = tmp_path / "image"
+    make(path, fallocate=[(MIB, 2 * MIB)])
+    assert list(reserved_ranges(str(path), 2 * MIB)) == [(MIB, 2 * MIB)]
+    assert list(reserved_ranges(str(path), 0)) == []
+
+
+def test_from_somewhere_in_an_extent_on_past_the_end(tmp_path):
+    path = tmp_path / "image"
+    make(path, fallocate=[(MIB, 2 * MIB)])
+    subprocess.run(["fallocate", "-n", "-o", "16M", "-l", "4M", str(path)], check=True)
+    found = reserved_ranges(str(path), 1 << 60, first=2 * MIB)
+    assert list(found) == [(2 * MIB, 3 * MIB), (16 * MIB, 20 * MIB)]
+
+
+def test_what_is_in_the_page_cache_counts_once_it_is_written_back(tmp_path):
+    path = tmp_path / "image"
+    make(path, fallocate=[(0, 4 * MIB)])
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"x" * MIB, 0)
+        assert list(reserved_ranges(str(path), 4 * MIB, sync=True)) == [(MIB, 4 * MIB)]
+
+
+def test_no_such_file_or_no_fiemap(tmp_path):
+    assert reserved_ranges(str(tmp_path / "gone"), MIB) is None
+    assert reserved_ranges("/proc/self/maps", MIB) is None
+
+
+def test_what_of_a_file_has_no_host_space(tmp_path):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(b"x" * MIB)
+        file.truncate(8 * MIB)
+        os.pwrite(file.fileno(), b"y" * MIB, 4 * MIB)
+        os.fsync(file.fileno())
+    assert blank_ranges(str(path), 0, 8 * MIB) == Ranges([(MIB, 4 * MIB), (5 * MIB, 8 * MIB)])
+    # A disk that begins within the file, as LUKS's payload does.
+    assert blank_ranges(str(path), 2 * MIB, 4 * MIB) == Ranges([(0, 2 * MIB), (3 * MIB, 4 * MIB)])
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 8 * MIB)
+    assert blank_ranges(str(path), 0, 8 * MIB) == Ranges()
+
+
+@pytest.mark.parametrize("look", [holes, lambda path, *_: reserved_ranges(path, MIB)])
+def test_a_fifo_in_the_place_of_the_file_is_no_file(tmp_path, look):
+    """Opening one waits for its other end, for ever, and SIGTERM does nothing."""
+    os.mkfifo(tmp_path / "fifo")
+    with within(5):
+        try:
+            assert look(str(tmp_path / "fifo"), 0, MIB) is None
+        except OSError as error:
+            assert error.errno == errno.EINVAL

@@ -25,9 +25,10 @@ from watching import (
 
 import qmpblock
 from qmpblock.allocation import watch as ahead
-from qmpblock.allocation.rawfile import blank_ranges, reserve_ranges
+from qmpblock.allocation.rawfile import reserve_ranges
 from qmpblock.allocation.room import find_place, look
 from qmpblock.errors import BusyError, Error, NotFoundError, UnsupportedError
+from qmpblock.host.space import blank_ranges
 from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 from qmpblock.testing.faults import fill_up, small_file_system, unplug

@@ -9,7 +9,7 @@ from chains import cli
 import qmpblock
 from qmpblock.allocation import allocate as allocation
 from qmpblock.errors import DisconnectedError
-from qmpblock.host import imagefiles
+from qmpblock.host import space
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -229,7 +229,7 @@ async def test_a_file_system_that_does_not_tell(
 ):
     """As tmpfs: it reserves, but has no FIEMAP. Nothing is claimed that was not seen."""
     vm = await one_disk(start_qemu, vm_dir, qemu_binary, RAW)
-    monkeypatch.setattr(imagefiles, "reserved_ranges", lambda *_, **__: None)
+    monkeypatch.setattr(space, "reserved_ranges", lambda *_, **__: None)
     async with qmpblock.connect(vm.monitor_path) as controller:
         [disk] = await controller.disks()
         part = await disk.allocate(AT, 4 * MIB, full=True)
