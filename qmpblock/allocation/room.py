@@ -23,7 +23,6 @@ the end. It neither pauses the guest, nor changes content or size of the image.
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +33,7 @@ from qmpblock.allocation.rawfile import host_file, raw_file, reserve_ranges
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
 from qmpblock.graph.model import Layer
 from qmpblock.graph.writable import check_disk
-from qmpblock.host.space import end_of, holes, reserved_ranges
+from qmpblock.host.space import HostSpace, end_of, holes, reserved_ranges
 from qmpblock.qemu import ownership
 from qmpblock.ranges import Ranges
 from qmpblock.sizes import Amount
@@ -317,13 +316,11 @@ async def fill(
 
 
 def _check_free(file: str, keep_free: Amount, needed: int) -> None:
-    found = os.statvfs(file)
-    keep = keep_free.of(found.f_blocks * found.f_frsize)
-    free = found.f_bavail * found.f_frsize
-    if free - needed < keep:
+    host = HostSpace.of(file, keep_free)
+    if not host.leaves(needed):
         raise Error(
             f"{needed} bytes of room are missing in {printable(file)}, whose file system has "
-            f"{free} bytes free, and {keep} are to stay so",
+            f"{host.free} bytes free, and {host.keep} are to stay so",
             standing="none was made",
             remedy="make room, or keep less free",
         )

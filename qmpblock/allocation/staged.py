@@ -20,7 +20,6 @@ at the whole disk.
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections.abc import Callable
 from functools import reduce
@@ -54,8 +53,10 @@ from qmpblock.host import imagefiles
 from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.space import HostSpace
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
+from qmpblock.sizes import Amount
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ async def reserve_by_staging(
             while left:
                 size = min(slice_size, left.total)
                 await speed.wait(size)
-                _check_room(file, size)
+                _check_space(file, size)
                 copied(0)
                 where = where.clip(int(left.starts[0]), end)
                 chosen, finished = await _slice(
@@ -262,14 +263,15 @@ async def check_staged(disk: MappedDisk) -> str:
     return file
 
 
-def _check_room(file: str, length: int) -> None:
+def _check_space(file: str, length: int) -> None:
     """See that the slice, and a reserve, is free."""
-    free = [os.statvfs(path) for path in (file, Path(file).parent)]  # it may be a link
-    room, needed = min(one.f_bavail * one.f_frsize for one in free), length + _RESERVE
-    if room < needed:
+    keep = Amount(_RESERVE)
+    both = [HostSpace.of(path, keep) for path in (file, str(Path(file).parent))]  # may be a link
+    space = min(both, key=lambda one: one.free)
+    if not space.leaves(length):
         raise Error(
-            f"the file system of {printable(file)} has {room} bytes free; reserving the next "
-            f"{length} takes {needed}",
+            f"the file system of {printable(file)} has {space.free} bytes free; reserving the next "
+            f"{length} takes {length + _RESERVE}",
             remedy="make room, then run it again: it goes on where it was",
         )
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,9 @@ from qmpblock.host.ourfiles import open_plain
 
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
+    from qmpblock.sizes import Amount
 
-__all__ = ["blank_ranges", "check_reservable", "end_of", "holes", "reserved_ranges"]
+__all__ = ["HostSpace", "blank_ranges", "check_reservable", "end_of", "holes", "reserved_ranges"]
 
 
 # linux/fiemap.h, linux/fs.h
@@ -34,6 +36,47 @@ _SYNC = 0x1  # FIEMAP_FLAG_SYNC
 
 _SECTOR = 512  # bytes; a raw disk is its file, rounded up to whole ones
 _NOTHING = "nothing was reserved"
+
+
+@dataclass(frozen=True)
+class HostSpace:
+    """The free space of a file system of this host. All in bytes.
+
+    Not to be confused with a disk's room, which its image has already
+    (`qmpblock.allocation.room`).
+
+    :ivar path: of a file there.
+    :ivar device: the file system's number.
+    :ivar free: how much there is for us.
+    :ivar keep: how much must stay so.
+    """
+
+    path: str
+    device: int
+    free: int
+    keep: int = 0
+
+    @classmethod
+    def of(cls, path: str, keep: Amount | None = None) -> HostSpace:
+        """Look at the file system of a file.
+
+        :param keep: what must stay free; a share is one of the whole file system.
+        :raise OSError: there is no such file.
+        """
+        seen = os.statvfs(path)
+        kept = 0 if keep is None else keep.of(seen.f_blocks * seen.f_frsize)
+        return cls(path, Path(path).stat().st_dev, seen.f_bavail * seen.f_frsize, kept)
+
+    def now(self) -> HostSpace:
+        """Look at it again.
+
+        :raise OSError: the file is gone.
+        """
+        return replace(HostSpace.of(self.path), keep=self.keep)
+
+    def leaves(self, taken: int) -> bool:
+        """Whether as much as must stay free would, if so much were taken."""
+        return self.free - taken >= self.keep
 
 
 def end_of(place: int | str) -> int:

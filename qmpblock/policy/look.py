@@ -6,7 +6,6 @@ Changes nothing; what cannot be done is refused here, before anything is touched
 from __future__ import annotations
 
 import asyncio
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,7 @@ from qmpblock.errors import (
 from qmpblock.graph.writable import check_disk
 from qmpblock.host import imagefiles
 from qmpblock.host.openfiles import sees_directory
-from qmpblock.host.space import blank_ranges
+from qmpblock.host.space import HostSpace, blank_ranges
 from qmpblock.managers import Verb, Work
 from qmpblock.names import lock_names
 from qmpblock.policy.steps import Changes, Facts, Picture, plan_changes
@@ -41,55 +40,9 @@ if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.mapping import LayerMap
     from qmpblock.policy.file import DiskPolicy
-    from qmpblock.sizes import Amount
     from qmpblock.vm import VM, Disk
 
-__all__ = ["DiskPlan", "Room", "look", "share_room"]
-
-
-@dataclass(frozen=True)
-class Room:
-    """The host file system on which a disk's active image grows.
-
-    :ivar device: its number there; also `path` of the image.
-    :ivar free: bytes that are; also `keep`, those that must stay so.
-    :ivar needed: by what is to be done, with what it takes only for a while.
-    """
-
-    device: int
-    path: str
-    free: int
-    keep: int
-    needed: int
-
-    @classmethod
-    def of(cls, path: str, keep: Amount | None, needed: int) -> Room:
-        """Look at the file system of an image."""
-        found = os.statvfs(path)
-        kept = 0 if keep is None else keep.of(found.f_blocks * found.f_frsize)
-        free = found.f_bavail * found.f_frsize
-        return cls(Path(path).stat().st_dev, path, free, kept, needed)
-
-    def is_short(self) -> bool:
-        """Whether less is free now than must stay so."""
-        found = os.statvfs(self.path)
-        return found.f_bavail * found.f_frsize < self.keep
-
-    def check(self, promised: int = 0) -> None:
-        """Refuse what would leave less than must stay free.
-
-        :param promised: bytes that others will still take.
-        :raise Error: it would.
-        """
-        left = self.free - promised - self.needed
-        if left < self.keep:
-            raise Error(
-                f"the file system of {printable(self.path)} has {self.free} bytes free, of which "
-                f"{promised} are promised to other disks; this one needs {self.needed}, and the "
-                f"policy keeps {self.keep} free",
-                standing=UNTOUCHED,
-                remedy="make room, or keep less free",
-            )
+__all__ = ["DiskPlan", "look", "share_space"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +52,8 @@ class DiskPlan:
     :ivar name: of the disk in its VM.
     :ivar today: its layers; None where they could not be looked at.
     :ivar changes: None where it cannot be done, for the reason `error`.
-    :ivar room: on the host, for what is to be done.
+    :ivar needed: bytes of host space, by what is to be done, with what it takes only for a while.
+    :ivar space: of the host, from which that is taken; None where it cannot be filled.
     :ivar ahead: the room ahead of the guest, if the policy wants any.
     """
 
@@ -107,7 +61,8 @@ class DiskPlan:
     name: str
     today: Picture | None = None
     changes: Changes | None = None
-    room: Room | None = None
+    needed: int = 0
+    space: HostSpace | None = None
     ahead: RoomPlan | None = None
     warnings: tuple[str, ...] = ()
     error: Error | None = None
@@ -118,8 +73,24 @@ class DiskPlan:
         steps = self.changes is not None and self.changes.steps
         return bool(steps) or (self.ahead is not None and self.ahead.reserve > 0)
 
+    def check_space(self, promised: int = 0) -> None:
+        """Refuse what would leave less than must stay free.
 
-def share_room(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
+        :param promised: bytes of the same file system that others will still take.
+        :raise Error: it would.
+        """
+        space = self.space
+        if space is not None and not space.leaves(promised + self.needed):
+            raise Error(
+                f"the file system of {printable(space.path)} has {space.free} bytes free, of which "
+                f"{promised} are promised to other disks; this one needs {self.needed}, and the "
+                f"policy keeps {space.keep} free",
+                standing=UNTOUCHED,
+                remedy="make room, or keep less free",
+            )
+
+
+def share_space(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
     """Give the free space of each file system to the disks in their order. Pure.
 
     Those for which not enough is left get an error.
@@ -127,11 +98,11 @@ def share_room(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
     promised: dict[int, int] = {}
     shared = []
     for one in plans:
-        if one.room is not None and one.error is None and one.has_work:
-            taken = promised.get(one.room.device, 0)
+        if one.space is not None and one.error is None and one.has_work:
+            taken = promised.get(one.space.device, 0)
             try:
-                one.room.check(taken)
-                promised[one.room.device] = taken + one.room.needed
+                one.check_space(taken)
+                promised[one.space.device] = taken + one.needed
             except Error as error:
                 shared.append(replace(one, error=error))
                 continue
@@ -202,8 +173,8 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
         coming = changes.reserve if facts.blank is not None else 0
         ahead = await plan_room(disk, wanted.ahead.of(disk.size) or 1, coming)
     needed = changes.move + changes.reserve + temporary + (ahead.reserve if ahead else 0)
-    room = _room(disk, wanted, needed)
-    return DiskPlan(wanted, disk.name, today, changes, room, ahead, tuple(warnings))
+    space = _host_space(disk, wanted)
+    return DiskPlan(wanted, disk.name, today, changes, needed, space, ahead, tuple(warnings))
 
 
 async def _check_free(vm: VM, names: tuple[str, ...]) -> None:
@@ -283,13 +254,13 @@ async def _map_of_file(
     return found.own()
 
 
-def _room(disk: Disk, wanted: DiskPolicy, needed: int) -> Room | None:
+def _host_space(disk: Disk, wanted: DiskPolicy) -> HostSpace | None:
     active = disk.chain.active
     if active.data_file is not None:
         active = replace(active, storage=active.data_file)
     path = imagefiles.local_path(disk.vm.monitor.peer_pid, active)
     if path is not None:
-        return Room.of(path, wanted.keep_free, needed)
+        return HostSpace.of(path, wanted.keep_free)
     if wanted.keep_free is None or (
         active.storage is not None and active.storage.driver == "host_device"
     ):

@@ -21,12 +21,13 @@ from qmpblock.allocation.allocate import allocate_ranges
 from qmpblock.allocation.room import RoomResult, make_room
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.errors import Error, RequestError, printable
-from qmpblock.policy.look import DiskPlan, Room, look, share_room
+from qmpblock.policy.look import DiskPlan, look, share_space
 from qmpblock.policy.steps import Step
 from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
+    from qmpblock.host.space import HostSpace
     from qmpblock.policy.file import DiskPolicy, Policy
     from qmpblock.policy.steps import Changes
     from qmpblock.qemu.job import Progress
@@ -74,7 +75,7 @@ async def plan(policy: Policy, *, connect: Connect | None = None) -> tuple[DiskP
 
     :param connect: makes a VM of an address; by default `qmpblock.connect`.
     """
-    return share_room(await _look_at_all(policy, connect or connect_to, undo=False))
+    return share_space(await _look_at_all(policy, connect or connect_to, undo=False))
 
 
 async def _look_at_all(policy: Policy, connect: Connect, *, undo: bool) -> tuple[DiskPlan, ...]:
@@ -170,7 +171,7 @@ async def apply(
         if ended is not None:
             ended(result)
 
-    plans = share_room(await _look_at_all(policy, connect, undo=True))
+    plans = share_space(await _look_at_all(policy, connect, undo=True))
     if planned is not None:
         planned(plans)
     todo = []
@@ -212,6 +213,19 @@ async def _in_turn(
             await undisturbed(asyncio.wait(running))
 
 
+@dataclass(frozen=True)
+class _Taking:
+    """Host space that a disk under way takes.
+
+    :ivar needed: bytes, in all.
+    :ivar before: how many its image had.
+    """
+
+    space: HostSpace
+    needed: int
+    before: int
+
+
 class _Applying:
     """Does single disks, and knows what those under way will still take of the host's space."""
 
@@ -220,7 +234,7 @@ class _Applying:
     ) -> None:
         self._connect = connect
         self._progress = progress
-        self._taking: dict[DiskPolicy, tuple[Room, int]] = {}  # with the image's size before
+        self._taking: dict[DiskPolicy, _Taking] = {}
 
     def disk(self, wanted: DiskPolicy) -> asyncio.Future[DiskResult]:
         """Begin with one disk; the future's result says how it ended."""
@@ -242,17 +256,17 @@ class _Applying:
         assert plan.changes is not None  # look raises where it cannot say
         if not plan.has_work:
             return _nothing(plan)
-        if plan.room is not None:
-            plan.room.check(self._promised(plan.room.device))
-            self._taking[wanted] = plan.room, _used(plan.room.path)
-        return await _unless_short(self._steps(disk, plan, plan.changes), plan.room)
+        if plan.space is not None:
+            plan.check_space(self._promised(plan.space.device))
+            self._taking[wanted] = _Taking(plan.space, plan.needed, _used(plan.space.path))
+        return await _unless_short(self._steps(disk, plan, plan.changes), plan.space)
 
     def _promised(self, device: int) -> int:
         """Return how much of a file system those under way will still take."""
         return sum(
-            max(0, room.needed - (_used(room.path) - before))
-            for room, before in self._taking.values()
-            if room.device == device
+            max(0, one.needed - (_used(one.space.path) - one.before))
+            for one in self._taking.values()
+            if one.space.device == device
         )
 
     async def _steps(self, disk: Disk, plan: DiskPlan, changes: Changes) -> DiskResult:
@@ -339,13 +353,15 @@ def _used(path: str) -> int:
         return 0  # unplugged and gone, say: it takes no more
 
 
-async def _unless_short(work: Coroutine[Any, Any, DiskResult], room: Room | None) -> DiskResult:
+async def _unless_short(
+    work: Coroutine[Any, Any, DiskResult], space: HostSpace | None
+) -> DiskResult:
     """Do the work, and give it up when the host has less free than must stay so."""
     task = asyncio.ensure_future(work)
     short = False
     try:
         while not (await asyncio.wait({task}, timeout=_LOOK))[0]:
-            if room is not None and room.keep and room.is_short():
+            if space is not None and space.keep and not space.now().leaves(0):
                 short = True
                 break
     finally:
@@ -353,9 +369,9 @@ async def _unless_short(work: Coroutine[Any, Any, DiskResult], room: Room | None
             task.cancel()
             await undisturbed(asyncio.wait({task}))
     if short and task.cancelled():
-        assert room is not None  # that is what was short
+        assert space is not None  # that is what was short
         raise Error(
-            f"the file system of {printable(room.path)} has less than {room.keep} bytes free, "
+            f"the file system of {printable(space.path)} has less than {space.keep} bytes free, "
             "which the policy keeps so",
             standing="it was given up; what was allocated by then stays, contents are as they "
             "were, and nothing of ours is left in the VM",

@@ -8,13 +8,22 @@ import re
 import resource
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 from otherusers import within
 
 from qmpblock.errors import Error, RequestError
-from qmpblock.host.space import blank_ranges, check_reservable, end_of, holes, reserved_ranges
+from qmpblock.host.space import (
+    HostSpace,
+    blank_ranges,
+    check_reservable,
+    end_of,
+    holes,
+    reserved_ranges,
+)
 from qmpblock.ranges import Ranges
+from qmpblock.sizes import Amount
 
 MIB = 1 << 20
 
@@ -158,3 +167,17 @@ def test_a_fifo_in_the_place_of_the_file_is_no_file(tmp_path, look):
             assert look(str(tmp_path / "fifo"), 0, MIB) is None
         except OSError as error:
             assert error.errno == errno.EINVAL
+
+
+def test_how_much_is_free_and_what_of_it_must_stay_so(file):
+    seen = os.statvfs(file)
+    whole = seen.f_blocks * seen.f_frsize
+    space = HostSpace.of(str(file), Amount(percent=Fraction(50)))
+    assert (space.device, space.keep) == (file.stat().st_dev, whole // 2)
+    assert 0 < space.free <= whole
+    assert HostSpace.of(str(file)).keep == 0
+    told = HostSpace(str(file), 0, free=100, keep=10)
+    assert [told.leaves(taken) for taken in (0, 90, 91)] == [True, True, False]
+    again = told.now()  # of the file system, and what must stay free is still told
+    assert (again.device, again.keep) == (space.device, 10)
+    assert again.free > 100

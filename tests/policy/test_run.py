@@ -8,8 +8,9 @@ import pytest
 from qmpblock.allocation.room import RoomPlan
 from qmpblock.errors import Error
 from qmpblock.extents.allocationmap import AllocationMap
+from qmpblock.host.space import HostSpace
 from qmpblock.policy.file import DiskPolicy
-from qmpblock.policy.look import Room, share_room
+from qmpblock.policy.look import share_space
 from qmpblock.policy.run import DiskPlan, DiskResult, _Applying, _in_turn, _nothing, _unless_short
 from qmpblock.policy.steps import Changes, Picture, Step
 from qmpblock.qemu.job import Progress
@@ -82,11 +83,11 @@ async def test_cancelled_all_that_is_under_way_is_waited_for():
 def planned(name, device, needed, *, free=100, keep=10, steps=1):
     today = Picture((name,), (AllocationMap.uniform(0, 10),))
     changes = Changes((Step("reserve", 0, 10, needed),) * steps, today, reserve=needed)
-    room = Room(device, "/image", free, keep, needed)
-    return DiskPlan(wish("a", name), name, today, changes, room)
+    space = HostSpace("/image", device, free, keep)
+    return DiskPlan(wish("a", name), name, today, changes, needed, space)
 
 
-def test_room_is_given_to_the_disks_in_their_order():
+def test_space_is_given_to_the_disks_in_their_order():
     plans = (
         planned("1", 1, 50),
         planned("2", 1, 41),  # 50 + 41 + 10 that stay free: one too many
@@ -94,11 +95,11 @@ def test_room_is_given_to_the_disks_in_their_order():
         planned("4", 2, 90),  # another file system
         planned("5", 1, 999, steps=0),  # needs nothing
     )
-    shared = share_room(plans)
+    shared = share_space(plans)
     assert [one.error is None for one in shared] == [True, False, True, True, True]
     assert "50 are promised" in str(shared[1].error)
     failed = replace(plans[0], error=Error("no"))
-    assert share_room((failed, planned("2", 1, 90)))[1].error is None
+    assert share_space((failed, planned("2", 1, 90)))[1].error is None
 
 
 def test_room_ahead_takes_its_share_too():
@@ -106,7 +107,7 @@ def test_room_ahead_takes_its_share_too():
     there = replace(planned("2", 1, 999, steps=0), ahead=RoomPlan("/image", 60, 60, 0, False))
     assert only_ahead.has_work
     assert not there.has_work
-    shared = share_room((only_ahead, there, planned("3", 1, 31)))
+    shared = share_space((only_ahead, there, planned("3", 1, 31)))
     assert [one.error is None for one in shared] == [True, True, False]
     result = _nothing(there)
     assert (result.state, result.ahead.before, result.ahead.room) == ("nothing", 60, 60)
@@ -124,16 +125,16 @@ async def test_work_is_given_up_where_the_host_runs_short(tmp_path):
         finally:
             undone.append(True)
 
-    room = Room(0, str(image), 0, 1 << 62, 0)
+    space = HostSpace(str(image), 0, 0, 1 << 62)
     with pytest.raises(Error, match="keeps so"):
-        await _unless_short(work(), room)
+        await _unless_short(work(), space)
     assert undone == [True]
     result = DiskResult(wish("a"), "d", "done")
 
     async def quick():
         return result
 
-    assert await _unless_short(quick(), room) is result
+    assert await _unless_short(quick(), space) is result
     assert await _unless_short(quick(), None) is result
 
 
