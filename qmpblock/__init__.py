@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qmpblock.changes.imagerecovery import recover_images
     from qmpblock.errors import Error
     from qmpblock.extents.allocationmap import AllocationMap
+    from qmpblock.host.closedimage import ClosedImage, ImageLayer, closed_image
     from qmpblock.mapping import LayerMap
     from qmpblock.qemu.job import Job, Progress
     from qmpblock.qemu.monitor import Monitor
@@ -29,8 +30,10 @@ __all__ = [
     "AllocationMap",
     "AllocationResult",
     "Allocator",
+    "ClosedImage",
     "Disk",
     "Error",
+    "ImageLayer",
     "Job",
     "LayerMap",
     "Monitor",
@@ -38,6 +41,7 @@ __all__ = [
     "RoomResult",
     "Speed",
     "__version__",
+    "closed_image",
     "connect",
     "recover_images",
 ]
@@ -46,8 +50,10 @@ _HOMES = {
     "AllocationMap": "extents.allocationmap",
     "AllocationResult": "allocation.allocate",
     "Allocator": "allocation.thin",
+    "ClosedImage": "host.closedimage",
     "Disk": "vm",
     "Error": "errors",
+    "ImageLayer": "host.closedimage",
     "Job": "qemu.job",
     "LayerMap": "mapping",
     "Monitor": "qemu.monitor",
@@ -55,6 +61,7 @@ _HOMES = {
     "RoomResult": "allocation.room",
     "Speed": "speed",
     "VM": "vm",
+    "closed_image": "host.closedimage",
     "connect": "vm",
     "recover_images": "changes.imagerecovery",
 }

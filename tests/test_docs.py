@@ -216,13 +216,14 @@ def test_every_way_to_run_python_is_known():
 
 def owners() -> dict[str, object]:
     """What the names before the dot stand for in docs/python.md."""
-    from qmpblock import AllocationMap, Disk, Monitor, export, nbd, ranges
+    from qmpblock import AllocationMap, ClosedImage, Disk, Monitor, export, nbd, ranges
 
     return {
         "AllocationMap": AllocationMap,
         "Client": nbd.Client,
         "Ranges": ranges.Ranges,
         "disk": Disk,
+        "image": ClosedImage,
         "m": AllocationMap,
         "monitor": Monitor,
         "qmpblock": qmpblock,
@@ -241,7 +242,7 @@ def described() -> list[tuple[str, str, str | None]]:
 
 
 # Set by __init__, so that the class does not have them.
-ATTRIBUTES = {("disk", "device"), ("vm", "monitor")}
+ATTRIBUTES = {("disk", "device"), ("image", "chain"), ("vm", "monitor")}
 
 
 @pytest.mark.parametrize(("owner", "name", "parameters"), described())

@@ -17,6 +17,7 @@ from qmpblock.errors import RequestError, printable
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
+    from qmpblock.host.closedimage import ClosedImage
 
 __all__ = ["command"]
 
@@ -115,10 +116,14 @@ async def _look(
     reserved: bool,
     fmt: str | None,
 ) -> _View:
-    if disk is None:
-        return await _look_at_image(options, target, offset, length, layers, reserved, fmt)
-    # NumPy takes a tenth of a second to import: let that pass while QEMU answers.
+    # NumPy takes a tenth of a second to import: let that pass while QEMU, or qemu-img, answers.
     loading = asyncio.get_running_loop().run_in_executor(None, import_module, "qmpblock.extents")
+    if disk is None:
+        from qmpblock.host.closedimage import closed_image
+
+        image = await closed_image(target, format=fmt, stall=options.stall)
+        await loading
+        return await _look_at_image(image, offset, length, layers, reserved)
     async with options.connect(target) as vm:
         found = await vm.disk(disk)
         view = await found.map(offset, length, reserved=reserved)
@@ -145,49 +150,26 @@ async def _look(
 
 
 async def _look_at_image(
-    options: Options,
-    path: str,
-    offset: int,
-    length: int | None,
-    layers: bool,
-    reserved: bool,
-    fmt: str | None,
+    image: ClosedImage, offset: int, length: int | None, layers: bool, reserved: bool
 ) -> _View:
-    from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
-    from qmpblock.sizes import check_range
-
-    # As above: let that pass while qemu-img looks.
-    loading = asyncio.get_running_loop().run_in_executor(None, import_module, "qmpblock.extents")
-    tool = QemuImg(stall=options.stall)
-    chain = await tool.chain(path, fmt or format_of(path))
-    offset, length = check_range(chain[0].size, offset, length)
-    await loading
-    from qmpblock.ranges import Ranges
-
-    view = await tool.map(
-        blockdev(chain[0].format, chain[0].file, chain[1:]), [one.format for one in chain]
-    )
-    held = []
-    for depth, one in enumerate(chain):
-        found = Ranges()
-        if reserved and one.format == "raw":
-            from qmpblock.host.space import reserved_ranges
-
-            found = reserved_ranges(one.file, one.size) or Ranges()
-        view = view.with_reserved(found & view.where(depth=depth, present=True))
-        if layers:
-            alone = blockdev(one.format, one.file)
-            own = (await tool.map(alone, [one.format], opener=one.opener)).own()
-            held.append((depth, one, own.with_reserved(found)))
-    view = view.clip(offset, length)
+    view = await image.map(offset, length, reserved=reserved)
+    held = await image.layers(reserved=reserved) if layers else ()
     return _View(
-        path,
-        chain[0].size,
+        image.chain[0].file,
+        image.size,
         view,
-        tuple(one.file for one in chain),
+        tuple(one.file for one in image.chain),
         tuple(
-            _LayerView(depth, None, one.file, one.format, one.size, _window(own, view), "qemu-img")
-            for depth, one, own in held
+            _LayerView(
+                one.depth,
+                None,
+                one.file,
+                one.format,
+                one.size,
+                _window(one.map, view),
+                "qemu-img",
+            )
+            for one in held
         ),
     )
 

@@ -15,7 +15,7 @@ from rounds import with_guest
 import qmpblock
 from qmpblock.cli.disks_command import document
 from qmpblock.cli.map_command import _layer_document, _LayerView
-from qmpblock.errors import NotFoundError, RangeError
+from qmpblock.errors import NotFoundError, RangeError, ToolError
 from qmpblock.extents.allocationmap import DATA, AllocationMap
 from qmpblock.nbd import Client
 from qmpblock.testing.images import build
@@ -259,6 +259,21 @@ async def test_a_disk_that_does_not_exist(scenario, start_qemu, invariant):
             await controller.disk("nosuch")
     await command("map", vm.monitor_path, "nosuch", code=2)
     await command("map", vm.monitor_path + "x", "nosuch", code=3)
+
+
+@pytest.mark.scenarios("chain-3.yaml")
+async def test_an_image_of_a_running_vm_is_not_a_closed_one(scenario, start_qemu, invariant):
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        _, *frozen = await disk.layers()
+        with pytest.raises(ToolError) as caught:
+            await qmpblock.closed_image(disk.chain.active.file)
+        assert "map it through that VM's monitor" in caught.value.remedy
+        image = await qmpblock.closed_image(frozen[0].layer.file, format=frozen[0].layer.format)
+        for one, other in zip(await image.layers(), frozen, strict=True):
+            assert one.map == other.map.without_reserved()
+            assert (one.file, one.size) == (other.layer.file, other.layer.size)
 
 
 async def test_a_chain_of_150_layers(start_qemu, vm_dir, invariant):
