@@ -20,7 +20,7 @@ from qmpblock.errors import (
     RequestError,
     printable,
 )
-from qmpblock.graph.model import Job as JobInfo
+from qmpblock.graph.model import JobInfo
 from qmpblock.names import LOCKS
 from qmpblock.qemu import lock, ownership, polling
 from qmpblock.qemu.job import Job

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qmpblock.address import Address
 from qmpblock.errors import MonitorHeldError, NotFoundError
-from qmpblock.graph.model import Job
+from qmpblock.graph.model import JobInfo
 from qmpblock.mapping import MappedDisk
 from qmpblock.qemu.connection import Connection, NBDAccess
 from qmpblock.qemu.elsewhere import check_served_here
@@ -92,7 +92,7 @@ class VM(Connection):
             await check_served_here(self.monitor, name)
             raise
 
-    async def jobs(self) -> tuple[Job, ...]:
+    async def jobs(self) -> tuple[JobInfo, ...]:
         """Return every background job, of whomever; `job.ours` says whose it is."""
         return (await self.graph()).jobs
 

@@ -25,7 +25,7 @@ from enum import Enum
 from qmpblock.changes.record import Record
 from qmpblock.errors import printable
 from qmpblock.graph.layeruse import may_go
-from qmpblock.graph.model import BlockGraph, Job
+from qmpblock.graph.model import BlockGraph, JobInfo
 from qmpblock.qemu.jobstate import ACTIVE
 
 __all__ = ["Choice", "Step", "steps", "took_effect"]
@@ -157,7 +157,7 @@ def _active_nodes(record: Record, graph: BlockGraph) -> set[str]:
     }
 
 
-def _of_job(record: Record, job: Job, choice: Choice) -> Step:
+def _of_job(record: Record, job: JobInfo, choice: Choice) -> Step:
     if job.status == "concluded":
         verdict = "with success" if job.error is None else f"with {printable(job.error)!r}"
         return Step("dismiss", job.id, f"it has ended, {verdict}")

@@ -10,7 +10,7 @@ import click
 from qmpblock.cli.app import Options, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.errors import printable
-from qmpblock.graph.model import BlockGraph, Job
+from qmpblock.graph.model import BlockGraph, JobInfo
 
 __all__ = ["command", "document"]
 
@@ -33,7 +33,7 @@ async def command(options: Options, address: str) -> None:
         _show(documents)
 
 
-def document(job: Job, graph: BlockGraph) -> dict[str, Any]:
+def document(job: JobInfo, graph: BlockGraph) -> dict[str, Any]:
     """Return one record of docs/schema/jobs.schema.json."""
     disks = [device.name for device in graph.devices if job in device.jobs]
     return {

@@ -37,7 +37,7 @@ __all__ = [
     "Chain",
     "Device",
     "Edge",
-    "Job",
+    "JobInfo",
     "Layer",
     "Node",
     "Replies",
@@ -292,8 +292,8 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A background job, with the nodes that it works on where QEMU tells them."""
+class JobInfo:
+    """What is told of a background job, with the nodes that it works on where QEMU tells them."""
 
     id: str
     type: str
@@ -325,7 +325,7 @@ class Device:
     removable: bool
     read_only: bool
     chain: Chain | None
-    jobs: tuple[Job, ...] = ()
+    jobs: tuple[JobInfo, ...] = ()
     exports: tuple[str, ...] = ()
 
     @property
@@ -363,7 +363,7 @@ class BlockGraph:
 
     nodes: Mapping[str, Node]
     devices: tuple[Device, ...]
-    jobs: tuple[Job, ...] = ()
+    jobs: tuple[JobInfo, ...] = ()
     exports: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -404,7 +404,7 @@ class BlockGraph:
         found += [f"job {printable(job.id)}" for job in self.jobs if name in job.nodes]
         return tuple(sorted(found))
 
-    def job(self, name: str) -> Job | None:
+    def job(self, name: str) -> JobInfo | None:
         """Return the job of that id, or None."""
         return next((job for job in self.jobs if job.id == name), None)
 
@@ -455,7 +455,7 @@ class _Builder:
         self.replies = replies
         self.steps = 0
         # By the node that query-block shows: its chain, and the jobs and exports of that.
-        self.seen: dict[str, tuple[Chain, tuple[Job, ...], tuple[str, ...]]] = {}
+        self.seen: dict[str, tuple[Chain, tuple[JobInfo, ...], tuple[str, ...]]] = {}
         self.infos: dict[str, Mapping[str, Any]] = {}
         for info in _records(replies.nodes, _MOST_NODES):
             name = _text(info, "node-name")
@@ -618,10 +618,10 @@ class _Builder:
             descriptors=self.fdsets.get(_text(info, "file").removeprefix("/dev/fdset/"), ()),
         )
 
-    def _job(self, info: Mapping[str, Any]) -> Job:
+    def _job(self, info: Mapping[str, Any]) -> JobInfo:
         job_id = _text(info, "id")
         error = info.get("error")
-        return Job(
+        return JobInfo(
             id=job_id,
             type=_text(info, "type"),
             status=_text(info, "status"),
@@ -631,13 +631,13 @@ class _Builder:
             nodes=self.job_nodes.get(job_id, frozenset()),
         )
 
-    def _device(self, info: Mapping[str, Any], jobs: Sequence[Job]) -> Device:
+    def _device(self, info: Mapping[str, Any], jobs: Sequence[JobInfo]) -> Device:
         qdev = _text(info, "qdev")
         path = qdev if qdev.startswith("/") else _PERIPHERAL + qdev
         inserted = info.get("inserted")
         shown = None if inserted is None else _text(_mapping(inserted), "node-name")
         chain: Chain | None = None
-        works: tuple[Job, ...] = ()
+        works: tuple[JobInfo, ...] = ()
         exports: tuple[str, ...] = ()
         if shown is not None and shown in self.seen:
             chain, works, exports = self.seen[shown]

@@ -76,7 +76,7 @@ class Progress:
 
 
 class Job:
-    """One job. `Disk.stream` and `Disk.commit` yield one; `VM.jobs` lists them.
+    """One job. `Disk.stream` and `Disk.commit` yield one; of all, `VM.jobs` tells.
 
     Async iteration yields `Progress` until the job has ended; how it ended is said on
     leaving the `async with` that yielded it.
