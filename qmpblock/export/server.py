@@ -32,8 +32,8 @@ __all__ = [
     "delete_object",
     "is_listening",
     "monitor_name",
+    "notice_closed",
     "remove_socket",
-    "settle",
     "tolerate",
     "undo_dead_run",
 ]
@@ -80,7 +80,7 @@ async def delete_object(monitor: Monitor, name: str) -> None:
     await tolerate("not found", monitor.execute("object-del", {"id": name}))
 
 
-async def settle(monitor: Monitor) -> None:
+async def notice_closed(monitor: Monitor) -> None:
     """Let QEMU notice the connections that were closed before.
 
     A command that is sent after the reply to another runs in a later turn of QEMU's main
@@ -184,7 +184,7 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
                 remedy="run the same command once by the monitor that it came by, "
                 f"{printable(use.monitor)}: it removes the rest",
             )
-        await settle(monitor)
+        await notice_closed(monitor)
         if await tolerate("not running", monitor.execute("nbd-server-stop")):
             removed.append("the NBD server")
     await delete_object(monitor, f"{prefix}tls")

@@ -65,8 +65,8 @@ from qmpblock.export.server import (
     delete_object,
     is_listening,
     monitor_name,
+    notice_closed,
     remove_socket,
-    settle,
     tolerate,
     undo_dead_run,
 )
@@ -630,7 +630,7 @@ class _Session:
 
     async def _stop_server(self) -> None:
         if self.server:
-            await settle(self.monitor)
+            await notice_closed(self.monitor)
             await tolerate("not running", self.monitor.execute("nbd-server-stop"))
 
     async def _server_is_ours(self) -> bool:
