@@ -22,7 +22,7 @@ from qmpblock.allocation.room import RoomResult, make_room
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.errors import Error, RequestError, printable
 from qmpblock.policy.look import DiskPlan, look, share_space
-from qmpblock.policy.steps import Step
+from qmpblock.policy.steps import PlannedStep
 from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 
@@ -308,7 +308,7 @@ class _Applying:
         return result
 
     def _teller(
-        self, wanted: DiskPolicy, step: Step, before: int, total: int
+        self, wanted: DiskPolicy, step: PlannedStep, before: int, total: int
     ) -> Callable[[Progress], None]:
         """Make what tells of the whole disk what a step tells of its phases, one by one.
 
@@ -336,14 +336,14 @@ class _Applying:
         return tell
 
 
-def _together(steps: Iterable[Step]) -> Iterator[tuple[Step, Ranges]]:
+def _together(steps: Iterable[PlannedStep]) -> Iterator[tuple[PlannedStep, Ranges]]:
     """Yield steps that are done at once, as one, each with the ranges that it is of."""
     for verb, same in groupby(steps, key=lambda step: step.verb):
         several = list(same)
         where = Ranges((step.offset, step.offset + step.length) for step in several)
         first = several[0].offset
         total = sum(step.bytes for step in several)
-        yield Step(verb, first, int(where.stops[-1]) - first, total), where
+        yield PlannedStep(verb, first, int(where.stops[-1]) - first, total), where
 
 
 def _used(path: str) -> int:

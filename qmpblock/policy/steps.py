@@ -25,7 +25,7 @@ from qmpblock.policy.file import DiskPolicy
 from qmpblock.ranges import Ranges
 from qmpblock.sizes import check_range
 
-__all__ = ["Changes", "Facts", "Picture", "Step", "plan_changes", "spans", "wanted_ranges"]
+__all__ = ["Changes", "Facts", "Picture", "PlannedStep", "plan_changes", "spans", "wanted_ranges"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStep:
     """One thing to do.
 
     :ivar verb: `allocate` (thin), `reserve` (in full), or `drop` (what lies between the
@@ -86,7 +86,7 @@ class Changes:
     :ivar leaving: files that leave the chain.
     """
 
-    steps: tuple[Step, ...]
+    steps: tuple[PlannedStep, ...]
     wanted: Picture
     move: int = 0
     zeros: int = 0
@@ -145,7 +145,7 @@ def plan_changes(policy: DiskPolicy, facts: Facts) -> Changes:
     steps += [_step("reserve", span, work) for span in reserved]
     if facts.base > 1:
         left = work - Ranges([*thin, *reserved])
-        steps.append(Step("drop", 0, size, left.total))
+        steps.append(PlannedStep("drop", 0, size, left.total))
 
     painted = _painted(own[0], data, PRESENT | DATA)
     painted = _painted(painted, zeros, PRESENT | ZERO)
@@ -215,9 +215,9 @@ def _supplied_above(guest: AllocationMap, base: int) -> Ranges:
     return supplied | guest.where(hides, present=False)
 
 
-def _step(verb: Literal["allocate", "reserve"], span: tuple[int, int], work: Ranges) -> Step:
+def _step(verb: Literal["allocate", "reserve"], span: tuple[int, int], work: Ranges) -> PlannedStep:
     start, stop = span
-    return Step(verb, start, stop - start, (work & Ranges([span])).total)
+    return PlannedStep(verb, start, stop - start, (work & Ranges([span])).total)
 
 
 def _painted(own: AllocationMap, where: Ranges, flags: int) -> AllocationMap:

@@ -12,7 +12,7 @@ from qmpblock.host.space import HostSpace
 from qmpblock.policy.file import DiskPolicy
 from qmpblock.policy.look import share_space
 from qmpblock.policy.run import DiskPlan, DiskResult, _Applying, _in_turn, _nothing, _unless_short
-from qmpblock.policy.steps import Changes, Picture, Step
+from qmpblock.policy.steps import Changes, Picture, PlannedStep
 from qmpblock.qemu.job import Progress
 
 M = 1 << 20
@@ -82,7 +82,7 @@ async def test_cancelled_all_that_is_under_way_is_waited_for():
 
 def planned(name, device, needed, *, free=100, keep=10, steps=1):
     today = Picture((name,), (AllocationMap.uniform(0, 10),))
-    changes = Changes((Step("reserve", 0, 10, needed),) * steps, today, reserve=needed)
+    changes = Changes((PlannedStep("reserve", 0, 10, needed),) * steps, today, reserve=needed)
     space = HostSpace("/image", device, free, keep)
     return DiskPlan(wish("a", name), name, today, changes, needed, space)
 
@@ -168,7 +168,7 @@ def told(wanted, step, before, total, news):
 
 
 def test_progress_is_of_the_whole_disk_and_never_goes_back():
-    step = Step("reserve", 0, 100, 60)
+    step = PlannedStep("reserve", 0, 100, 60)
     news = [("allocating", 0, 20), ("allocating", 20, 20), ("reserving", 10, 40)]
     news += [("reserving", 40, 40), ("finishing", 999, 999)]
     assert told(wish("a"), step, 40, 200, news) == [
@@ -179,7 +179,7 @@ def test_progress_is_of_the_whole_disk_and_never_goes_back():
         (100, 10.0),
     ]
     # QEMU counts a stream in its own way: what counts is the share.
-    step = Step("drop", 0, 100, 60)
+    step = PlannedStep("drop", 0, 100, 60)
     news = [("copying", 0, 1000), ("copying", 500, 1000), ("copying", 400, 2000)]
     base = replace(wish("a"), base="b")
     assert [done for done, _ in told(base, step, 0, 60, news)] == [0, 30, 30]
