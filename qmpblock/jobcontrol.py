@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmpblock.changes.leftovers import record_of
-from qmpblock.changes.unfinished import Choice
+from qmpblock.changes.step import Choice
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,

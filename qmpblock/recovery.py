@@ -12,8 +12,8 @@ from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import Recovery, clear
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
+from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.survey import find
-from qmpblock.changes.unfinished import Choice, Step
 from qmpblock.errors import UNTOUCHED, RecordError, printable
 from qmpblock.host.statedirectory import state_directory
 from qmpblock.qemu.lock import Holder

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qmpblock.allocation.thin import Allocator
     from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
-    from qmpblock.changes.unfinished import Step
+    from qmpblock.changes.step import Step
     from qmpblock.graph.model import Device
     from qmpblock.qemu.job import Progress
     from qmpblock.recovery import Recovery
@@ -140,7 +140,7 @@ class VM(Connection):
         :raise BusyError: of some controller it cannot be told whether it lives; all else is
             recovered.
         """
-        from qmpblock.changes.unfinished import Choice
+        from qmpblock.changes.step import Choice
         from qmpblock.recovery import recover
 
         choice = Choice.CONTINUE if carry_on else Choice.UNDO

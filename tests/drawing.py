@@ -3,7 +3,10 @@
 A drawing can be changed afterwards, as QEMU's graph would be.
 """
 
-from qmpblock.changes.record import Record, VMIdentity
+from dataclasses import fields
+
+from qmpblock.changes.operations import _KINDS
+from qmpblock.changes.record import VMIdentity
 from qmpblock.graph.model import BlockGraph, Replies
 
 MIB = 1 << 20
@@ -11,12 +14,15 @@ RUN = "deadbeef"
 VM = VMIdentity("vm", "0" * 36, 0, 0, "no-such-boot", "unix:/run/vm.qmp")
 
 
-def record(**changes):
-    """Return the record of a change to the disk vd0."""
-    return Record(
+def record(operation="stream", pivot=False, **changes):
+    """Return the record of a change to the disk vd0; what such a change does not have is none."""
+    kind = _KINDS[operation, pivot]
+    known = {one.name for one in fields(kind)}
+    changes = {name: value for name, value in changes.items() if name in known or value}
+    assert changes.keys() <= known, f"a {operation} has no {changes.keys() - known}"
+    return kind(
         **{
             "run": RUN,
-            "operation": "stream",
             "vm": VM,
             "devices": ("/machine/peripheral/vd0",),
             "names": ("vd0",),

@@ -36,6 +36,7 @@ from qmpblock.qemu.joint import Joint
 
 if TYPE_CHECKING:
     from qmpblock.changes.change import Change
+    from qmpblock.changes.operations import StagedCommit
     from qmpblock.graph.model import Layer
     from qmpblock.qemu.connection import Connection
     from qmpblock.ranges import Ranges
@@ -100,7 +101,7 @@ class Parts:
 
 async def fill(
     vm: Connection,
-    change: Change,
+    change: Change[StagedCommit],
     item: Item,
     frozen: Layer,
     chosen: Ranges,
@@ -165,7 +166,7 @@ async def fill(
 
 
 async def _make_zeros(
-    vm: Connection, change: Change, item: Item, frozen: Layer, chosen: Ranges
+    vm: Connection, change: Change[StagedCommit], item: Item, frozen: Layer, chosen: Ranges
 ) -> None:
     parts = Parts(change.record.run, change.record.top_file)
     first, size = int(chosen.starts[0]), int(chosen.stops[-1] - chosen.starts[0])
@@ -175,7 +176,9 @@ async def _make_zeros(
     make_file(change, replace(item, file=parts.zeros), zeros)
 
 
-async def _make_kept(vm: Connection, change: Change, item: Item, frozen: Layer) -> None:
+async def _make_kept(
+    vm: Connection, change: Change[StagedCommit], item: Item, frozen: Layer
+) -> None:
     """Make K; an encrypted one where data of an encrypted image may come into it.
 
     That is so where the filter's unit is larger than the image's clusters: it keeps what lies

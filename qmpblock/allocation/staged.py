@@ -35,9 +35,10 @@ from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.chains.snapshot import Item, make_overlay, open_directory, prove, take
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
-from qmpblock.changes.record import PIVOTED, Record
+from qmpblock.changes.operations import StagedCommit
+from qmpblock.changes.record import PIVOTED
 from qmpblock.changes.settle import settle
-from qmpblock.changes.unfinished import Choice
+from qmpblock.changes.step import Choice
 from qmpblock.errors import (
     UNTOUCHED,
     Error,
@@ -107,16 +108,14 @@ async def reserve_by_staging(
     overlay = f"{file}.qmpblock-{run}"
     node = f"qmpblock-{run}-0"
     parts = Parts(run, overlay)
-    record = Record(
+    record = StagedCommit(
         run=run,
-        operation="allocate",
         vm=await identify(vm),
         devices=(device.qom_path,),
         names=(device.name,),
         locks=lock_names([device]),
         job=f"qmpblock-{run}-pivot",
         helpers=(f"qmpblock-{run}-create-0", parts.job, parts.making),
-        pivot=True,
         top=node,
         top_file=overlay,
         base=active.node.name,
@@ -288,7 +287,7 @@ async def _blank(disk: MappedDisk, where: Ranges) -> Ranges:
 
 async def _slice(
     disk: MappedDisk,
-    change: Change,
+    change: Change[StagedCommit],
     where: Ranges,
     size: int,
     had: list[Ranges],
@@ -359,7 +358,7 @@ async def _slice(
 
 
 async def _choose(
-    disk: MappedDisk, change: Change, where: Ranges, size: int, had: list[Ranges]
+    disk: MappedDisk, change: Change[StagedCommit], where: Ranges, size: int, had: list[Ranges]
 ) -> tuple[Ranges, bool]:
     """Choose, on the map of the frozen image, what gets host space; whether that is the last.
 

@@ -34,7 +34,7 @@ from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import check_copy_on_read
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
-from qmpblock.changes.record import Record
+from qmpblock.changes.operations import ThinAllocation
 from qmpblock.errors import UNTOUCHED, CommandError, GraphError, NBDError, UnsupportedError
 from qmpblock.graph.writable import check_disk
 from qmpblock.mapping import exported, read_map
@@ -301,9 +301,8 @@ async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
     if len(disk.chain.layers) > 1:
         check_thin(disk)
     active = disk.chain.active
-    record = Record(
+    record = ThinAllocation(
         run=new_run(),
-        operation="allocate",
         vm=await identify(disk.vm),
         devices=(disk.device.qom_path,),
         names=(disk.name,),

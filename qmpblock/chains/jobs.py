@@ -42,9 +42,10 @@ from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import check_copy_on_read, drive, flush, io_limits
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.operations import ActiveCommit, Commit, Stream
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import device_of, settle
-from qmpblock.changes.unfinished import Choice
+from qmpblock.changes.step import Choice
 from qmpblock.errors import (
     UNTOUCHED,
     CommandError,
@@ -139,8 +140,8 @@ async def stream(
     plan = await _plan(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, StreamPlan)
     run = new_run()
-    record = replace(
-        await _record(disk, plan, "stream", run),
+    record = Stream(
+        **await _common(disk, plan, run),
         job=f"qmpblock-{run}-stream",
         flush=plan.top.node.name,
         keeper=plan.top.node.name,
@@ -177,37 +178,12 @@ async def commit(
     run = new_run()
     assert plan.device.chain is not None  # VM.disk refuses empty drives
     root = plan.device.chain.root.name
-    record = replace(
-        await _record(disk, plan, "commit", run),
-        job=f"qmpblock-{run}-{'pivot' if plan.pivots else 'commit'}",
-        pivot=plan.pivots,
-        flush="" if plan.pivots else plan.base.node.name,
-        keeper=plan.above.node.name if plan.above else "",
-        top=plan.top.node.name,
-        top_file=plan.top.file,
-        base=plan.base.node.name,
-        base_file=plan.base.file,
-        base_opened=await _how_to_start(disk.vm, plan.base) if plan.pivots else "",
-        backing_name=plan.backing_name or "",
-        leaving=_nodes_of(plan.leaving),
-        bitmaps=tuple(
-            (bitmap.node, name)
-            for bitmap in plan.bitmaps
-            for name in (
-                [bitmap.name, _helper(run, bitmap)] if bitmap.persistent else [bitmap.name]
-            )
-        ),
-        promotions=tuple(
-            (bitmap.node, _helper(run, bitmap), bitmap.name, bitmap.granularity)
-            for bitmap in plan.bitmaps
-            if bitmap.persistent
-        ),
-    )
-    if plan.pivots and plan.leaving:
+    record: Commit | ActiveCommit = await _record_of_commit(disk, plan, run)
+    if isinstance(record, ActiveCommit) and plan.leaving:
         plan, record = await _with_settings(disk.vm, plan, record)
-    if throttle_guest and plan.pivots and plan.leaving:
-        limits, group = await io_limits(disk.vm, plan.device)
-        record = replace(record, throttle=tuple(limits.items()), throttle_group=group)
+        if throttle_guest:
+            limits, group = await io_limits(disk.vm, plan.device)
+            record = replace(record, throttle=tuple(limits.items()), throttle_group=group)
     arguments: dict[str, Any] = {
         "device": root,
         "top-node": plan.top.node.name,
@@ -222,9 +198,43 @@ async def commit(
         yield job
 
 
+async def _record_of_commit(disk: MappedDisk, plan: CommitPlan, run: str) -> Commit | ActiveCommit:
+    said = {
+        **await _common(disk, plan, run),
+        "top": plan.top.node.name,
+        "top_file": plan.top.file,
+        "base": plan.base.node.name,
+        "base_file": plan.base.file,
+        "leaving": _nodes_of(plan.leaving),
+        "bitmaps": tuple(
+            (bitmap.node, name)
+            for bitmap in plan.bitmaps
+            for name in (
+                [bitmap.name, _helper(run, bitmap)] if bitmap.persistent else [bitmap.name]
+            )
+        ),
+        "promotions": tuple(
+            (bitmap.node, _helper(run, bitmap), bitmap.name, bitmap.granularity)
+            for bitmap in plan.bitmaps
+            if bitmap.persistent
+        ),
+    }
+    if plan.pivots:
+        opened = await _how_to_start(disk.vm, plan.base)
+        return ActiveCommit(**said, job=f"qmpblock-{run}-pivot", base_opened=opened)
+    assert plan.above is not None  # a layer stays, and gets another backing image
+    return Commit(
+        **said,
+        job=f"qmpblock-{run}-commit",
+        flush=plan.base.node.name,
+        keeper=plan.above.node.name,
+        backing_name=plan.backing_name or "",
+    )
+
+
 async def _with_settings(
-    vm: Connection, plan: CommitPlan, record: Record
-) -> tuple[CommitPlan, Record]:
+    vm: Connection, plan: CommitPlan, record: ActiveCommit
+) -> tuple[CommitPlan, ActiveCommit]:
     """Have the base get what the guest's disk is set to, and say what it will not have."""
     command, device = command_line(vm.monitor.peer_pid), plan.device
     assert device.chain is not None  # VM.disk refuses empty drives
@@ -321,24 +331,22 @@ def _check_copy_on_read(vm: Connection, plan: StreamPlan | CommitPlan) -> None:
         check_copy_on_read(vm.capabilities, plan.device.chain.active)
 
 
-async def _record(
-    disk: MappedDisk, plan: StreamPlan | CommitPlan, operation: str, run: str
-) -> Record:
+async def _common(disk: MappedDisk, plan: StreamPlan | CommitPlan, run: str) -> dict[str, Any]:
+    """Return what the record of either job says."""
     device = plan.device
     assert device.chain is not None  # VM.disk refuses empty drives
     images = list(host_files(disk.vm, device.chain))
     for layer, name in zip(plan.leaving, plan.names, strict=True):
         if name not in (None, layer.file):
             images[layer.depth] = home_of(str(name))
-    return Record(
-        run=run,
-        operation=operation,
-        vm=await identify(disk.vm),
-        devices=(device.qom_path,),
-        names=(device.name,),
-        locks=lock_names([device]),
-        images=tuple(images),
-    )
+    return {
+        "run": run,
+        "vm": await identify(disk.vm),
+        "devices": (device.qom_path,),
+        "names": (device.name,),
+        "locks": lock_names([device]),
+        "images": tuple(images),
+    }
 
 
 def host_files(vm: Connection, chain: Chain) -> tuple[str, ...]:
@@ -390,7 +398,7 @@ def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
 async def _running(
     disk: MappedDisk,
     plan: StreamPlan | CommitPlan,
-    record: Record,
+    record: Stream | Commit | ActiveCommit,
     command: str,
     arguments: dict[str, Any],
     *,
@@ -409,7 +417,7 @@ async def _running(
     if arguments["speed"] < 0:
         raise RequestError(f"a speed of {arguments['speed']} bytes a second is none")
     beside = None
-    if record.pivot:
+    if isinstance(record, ActiveCommit):
         # By its path here, if it is here: then that is where its journal lies, too.
         record = replace(record, top_file=record.images[plan.top.depth])
         record = replace(record, base_file=record.images[plan.base.depth if plan.base else 0])
@@ -461,7 +469,7 @@ async def _running(
         pivoted=record.pivot,
         seconds=time.monotonic() - started,
         warnings=(*plan.warnings, *missing),
-        opened=record.base_opened,
+        opened=record.base_opened if isinstance(record, ActiveCommit) else "",
         nameless=tuple(
             layer.file for layer, name in zip(plan.leaving, plan.names, strict=True) if name is None
         ),
@@ -543,7 +551,7 @@ async def _make_explicit(disk: MappedDisk, hidden: tuple[Hidden, ...]) -> int:
 
 
 async def _finish(
-    change: Change, disk: MappedDisk, plan: StreamPlan | CommitPlan
+    change: Change[Record], disk: MappedDisk, plan: StreamPlan | CommitPlan
 ) -> tuple[str, ...]:
     """Remove what the job left, see that the chain is what it should be, and end.
 
@@ -566,13 +574,13 @@ async def _finish(
             remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
         )
     found = disk.chain.active.node.detect_zeroes
-    if record.operation == "commit" and record.detect_zeroes not in ("", found):
-        wanted = record.detect_zeroes
+    wanted = record.detect_zeroes if isinstance(record, ActiveCommit) else ""
+    if wanted not in ("", found):
         return (f"detect-zeroes of {disk.name} is {found} now: QEMU does not set it to {wanted}",)
     return ()
 
 
-def _or_undo(change: Change) -> AbstractAsyncContextManager[None]:
+def _or_undo(change: Change[Record]) -> AbstractAsyncContextManager[None]:
     return change.or_undo(
         lambda: "the chain is as it was; nothing of ours is left in the VM",
         done=lambda: (
@@ -581,7 +589,7 @@ def _or_undo(change: Change) -> AbstractAsyncContextManager[None]:
     )
 
 
-async def carry_on(vm: Connection, change: Change) -> Progress | None:
+async def carry_on(vm: Connection, change: Change[Record]) -> Progress | None:
     """Carry a dead controller's stream or commit on to its end; the change is ended then.
 
     :return: how the job was last seen; None where its end had come already.

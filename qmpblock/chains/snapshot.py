@@ -36,9 +36,10 @@ from qmpblock.changes.backingproof import check_made, check_name
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.operations import Snapshot
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
-from qmpblock.changes.unfinished import Choice
+from qmpblock.changes.step import Choice
 from qmpblock.errors import (
     UNTOUCHED,
     CommandError,
@@ -185,9 +186,8 @@ async def snapshot(
         await by_qemu_img(vm, item.plan.key_secret, local=item.local)  # or refuse
     await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))
     chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
-    record = Record(
+    record = Snapshot(
         run=run,
-        operation="snapshot",
         vm=await identify(vm),
         devices=tuple(device.qom_path for device in devices),
         names=tuple(device.name for device in devices),
@@ -330,7 +330,7 @@ def _overlay_path(pid: int | None, wanted: str | os.PathLike[str]) -> tuple[str,
 
 
 async def make_overlay(
-    vm: Connection, change: Change, item: Item, fmt: str, *, local: bool
+    vm: Connection, change: Change[Record], item: Item, fmt: str, *, local: bool
 ) -> None:
     """Make one overlay's file, header and node; it lies on nothing yet.
 
@@ -375,7 +375,7 @@ async def make_overlay(
         raise
 
 
-async def prove(vm: Connection, change: Change, items: list[Item]) -> None:
+async def prove(vm: Connection, change: Change[Record], items: list[Item]) -> None:
     """See, at the last moment, that overlays are ours and that their headers lead back.
 
     :raise Error: somebody has changed files meanwhile; nothing final was done.
@@ -412,7 +412,7 @@ async def _run_create(vm: Connection, job_id: str, options: dict[str, Any]) -> N
         raise JobError(job_id, "create", error)
 
 
-def make_file(change: Change, item: Item, contents: Contents) -> FileId:
+def make_file(change: Change[Record], item: Item, contents: Contents) -> FileId:
     """Make the overlay's file, in such an order that it is never there unrecorded.
 
     It has the owner and the mode of the active image, so that QEMU can open it. Where the file

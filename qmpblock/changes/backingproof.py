@@ -53,17 +53,20 @@ def check_record(record: Record, graph: BlockGraph, pid: int | None) -> None:
 
     :raise UnsupportedError: it is not.
     """
+    link = record.link
+    if link is None:
+        return  # what comes home from an overlay of ours, say, does so in any case
     for device in graph.devices:
         if device.chain is None or device.qom_path not in record.devices:
             continue
         layers = {layer.node.name: layer for layer in device.chain.layers}
-        base, keeper = layers.get(record.base), layers.get(record.keeper)
-        if base is None or record.operation not in ("commit", "stream"):
-            continue  # what comes home from an overlay of ours does so in any case
+        base, keeper = layers.get(link.base), layers.get(link.keeper)
+        if base is None:
+            continue
         files = OpenFiles(pid)
         places = files.places(graph.nodes.values())
         by = known(places, storage_of(keeper)) if keeper is not None else None
-        name = record.backing_name or (_path(places, base) if record.pivot else "")
+        name = link.name or (_path(places, base) if record.pivot else "")
         check_name(files, places, name, by.path if by else None, base)
 
 

@@ -36,6 +36,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.changes.journal import Journal
@@ -43,7 +44,7 @@ from qmpblock.changes.leftovers import OWN_REMEDY, clear, undo_dead_change
 from qmpblock.changes.nomigration import allow_migration, forbid_migration
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
-from qmpblock.changes.unfinished import Choice, took_effect
+from qmpblock.changes.step import Choice
 from qmpblock.errors import UNTOUCHED, BusyError, DisconnectedError, Error, NoRoomError, printable
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import is_running
@@ -53,13 +54,14 @@ from qmpblock.qemu.lock import Holder
 
 __all__ = ["Change"]
 
+RecordT = TypeVar("RecordT", bound=Record, covariant=True)
+
 _log = logging.getLogger(__name__)
 _RECONNECT = 5.0  # seconds for the monitor to come back after its connection was cut
 _ENDING = 2.0  # seconds from QEMU's last word to the end of its process
-_EMPTY = {f.name: f.default for f in fields(Record) if f.default is not MISSING}
 
 
-class Change:
+class Change(Generic[RecordT]):
     """One change to a VM's disks. `begin`, do it, then `end` or `undo`.
 
     :param record: what it intends; its run id is in the names of all that it makes.
@@ -69,7 +71,7 @@ class Change:
     """
 
     def __init__(
-        self, vm: Connection, record: Record, *, beside: Path | None = None, journaled: bool = True
+        self, vm: Connection, record: RecordT, *, beside: Path | None = None, journaled: bool = True
     ) -> None:
         self.vm = vm
         self.record = record
@@ -85,7 +87,8 @@ class Change:
 
         What is empty is left out: QEMU takes a command in byte by byte, 8 us each.
         """
-        said = {k: v for k, v in self.record.as_json().items() if _EMPTY.get(k) != v}
+        empty = {one.name: one.default for one in fields(self.record)}
+        said = {k: v for k, v in self.record.as_json().items() if empty.get(k, MISSING) != v}
         return Holder.me(self.record.run, record=said)
 
     async def begin(self) -> None:
@@ -140,7 +143,7 @@ class Change:
             opened = OpenFiles(self.vm.monitor.peer_pid).ids() if self._beside is not None else ()
             return Journal.create(self.record, self._beside, opened)
         except NoRoomError as error:
-            if self.record.pivot or self.record.operation not in ("stream", "commit"):
+            if self.record.needs_journal:
                 raise
             # Whatever dies, such a chain is whole, and starts from where it did: to have no
             # journal says so, too. And it may be what is to make room.
@@ -279,7 +282,7 @@ class Change:
             ) as again:
                 # Of this process, but given up: so it is dead, with all that it had in the VM.
                 await clear(again)
-                done = took_effect(record, await again.graph())
+                done = record.took_effect(await again.graph())
                 error.standing = "connected again; " + (
                     "the change turned out to be done, and what was left of it is removed"
                     if done

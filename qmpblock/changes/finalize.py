@@ -30,7 +30,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.graph.layeruse import check_bitmaps, check_readers
+from qmpblock.graph.layeruse import check_bitmaps
 from qmpblock.graph.model import BlockGraph, Device, Layer, Node
 from qmpblock.graph.options import key_secret, overlay_options
 from qmpblock.qemu import ownership
@@ -157,20 +157,22 @@ def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
         )
 
 
-async def relink(vm: Connection, record: Record, graph: BlockGraph) -> None:
+async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> None:
     """Have an overlay of ours lie on its image itself, without what was put between.
 
     Where QEMU refuses, what is between is brought home too, if there is room for it.
+
+    :param node: the overlay's; `below`: the image's.
     """
-    top = graph.nodes[record.top]
+    top = graph.nodes[node]
     storage = top.child("file")
     assert storage is not None  # an overlay of ours has a file
     try:
         secret = key_secret(Layer(0, top, None)) if top.encrypted else None
-        options = overlay_options(record.top, storage, top, secret, record.base)
+        options = overlay_options(node, storage, top, secret, below)
         await vm.monitor.execute("blockdev-reopen", {"options": [options]})
     except (CommandError, UnsupportedError) as error:
-        _log.warning("%s stays where it is: %s", record.top, error)
+        _log.warning("%s stays where it is: %s", node, error)
 
 
 async def set_detect_zeroes(vm: Connection, node: str, value: str) -> None:
@@ -217,29 +219,29 @@ async def _reopen(vm: Connection, node: str, options: str) -> tuple[Node | None,
     return (await vm.graph()).nodes.get(node), said
 
 
-async def restore_zeroes(vm: Connection, record: Record) -> None:
-    """Give the base its detect-zeroes back; that must not keep an overlay from coming home."""
+async def restore_zeroes(vm: Connection, node: str, value: str) -> None:
+    """Give a node its detect-zeroes back; that must not keep an overlay from coming home."""
     try:
-        await set_detect_zeroes(vm, record.base, record.detect_zeroes)
+        await set_detect_zeroes(vm, node, value)
     except (CommandError, UnsupportedError) as error:
         _log.warning("%s", error)
 
 
-async def restore_discard(vm: Connection, record: Record) -> None:
+async def restore_discard(vm: Connection, node: str, value: str) -> None:
     """Give the base the `discard` of the layer that the guest comes from.
 
     Nothing tells whether it is so, but that QEMU does not complain. Idempotent.
     """
-    if not _NODE_NAME.fullmatch(record.base):
-        _log.warning("the name of %s cannot be put on a command line", printable(record.base))
+    if not _NODE_NAME.fullmatch(node):
+        _log.warning("the name of %s cannot be put on a command line", printable(node))
         return
-    line = f'qemu-io {record.base} "reopen -o discard={record.discard}"'
+    line = f'qemu-io {node} "reopen -o discard={value}"'
     said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
     if said:
         _log.warning(
             "QEMU does not set discard of %s to %s: %s",
-            printable(record.base),
-            record.discard,
+            printable(node),
+            value,
             printable(said.strip()),
         )
 
@@ -382,9 +384,7 @@ def check_unused(record: Record, graph: BlockGraph) -> None:
     """
     going = [*(node for node, _ in record.leaving), *record.nodes]
     check_bitmaps(graph, going)
-    for device in graph.devices:
-        if device.qom_path in record.devices and record.operation in ("commit", "stream"):
-            check_readers(graph, device, record.operation, record.top, record.base)
+    record.check_readers(graph)
 
 
 async def flush(vm: Connection, device: Device, node: str) -> None:
@@ -466,11 +466,12 @@ async def _set_io_limits(
     await vm.monitor.execute("block_set_io_throttle", arguments)
 
 
-async def restore_limits(vm: Connection, record: Record, device: Device) -> None:
-    """Give the guest back the I/O limits that it had."""
+async def restore_limits(
+    vm: Connection, device: Device, before: Mapping[str, int], group: str
+) -> None:
+    """Give the guest back the I/O limits that it had before."""
     if device.chain is None:
         return  # unplugged, and its limits with it
-    before = dict(record.throttle)
     now, _ = await io_limits(vm, device)
     if now != before:
-        await _set_io_limits(vm, device, before, record.throttle_group)
+        await _set_io_limits(vm, device, before, group)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.changes.journal import Journal
+from qmpblock.changes.operations import StagedCommit
 from qmpblock.changes.record import PIVOTED, Record
 from qmpblock.changes.survey import survey, unproven
-from qmpblock.changes.verdict import ImageVerdict, image_verdict
+from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,
@@ -182,11 +183,10 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
                 empty[file] = file not in formats or await _holds_nothing(
                     file, formats[file], identity
                 )
-    verdict = image_verdict(record, journal.entries, empty)
-    pivoting = record.operation == "commit" and record.pivot and not journal.pivoted
+    verdict = record.verdict(journal.entries, empty)
     if not journal.complete and (
         # Where the image is not on this host, all is in the one journal that there is.
-        verdict.commit or (pivoting and os.path.lexists(record.home))
+        verdict.commit or (verdict.uncertain and os.path.lexists(record.home))
     ):
         raise Error(
             f"whether {printable(record.top_file)} or {printable(record.base_file)} is newer "
@@ -196,9 +196,11 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             "must belong to this user or root, and be writable for nobody else",
         )
     if verdict.commit:
+        assert isinstance(record, StagedCommit)  # no other has an overlay that comes home
         _check_same_files(record)
     if not dry_run:
         for overlay, base in verdict.commit:
+            assert isinstance(record, StagedCommit)
             fmt = formats.get(overlay) or "qcow2"
             await _commit(record, overlay, fmt, base, made[overlay])
             # Killed here, and the VM started: the overlay must not be committed again.
@@ -208,12 +210,10 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
         for file in verdict.unused:
             ourfiles.remove(file, FileId(*made[file]))
         journal.remove()
-    moved = record.operation == "commit" and verdict.start == (record.base_file,)
-    how = record.base_opened if moved else ""
-    return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, how)
+    return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, verdict.opened)
 
 
-def _check_same_files(record: Record) -> None:
+def _check_same_files(record: StagedCommit) -> None:
     """See that what an overlay would be committed into is what it was taken of.
 
     By inode only: a device may have another number after the host was started again.
@@ -237,7 +237,9 @@ def _check_same_files(record: Record) -> None:
             )
 
 
-async def _commit(record: Record, overlay: str, fmt: str, base: str, made: tuple[int, int]) -> None:
+async def _commit(
+    record: StagedCommit, overlay: str, fmt: str, base: str, made: tuple[int, int]
+) -> None:
     """Bring an overlay home.
 
     :param made: its device and inode.

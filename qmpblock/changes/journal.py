@@ -40,6 +40,7 @@ from typing import Any
 
 from qmpblock.changes.journalfile import FULL, LIMIT, DistrustedError, JournalFile
 from qmpblock.changes.linechain import lines_of, proving, sealed
+from qmpblock.changes.operations import read_record
 from qmpblock.changes.record import Record, VMIdentity, pivoted
 from qmpblock.errors import UNTOUCHED, Error, NoRoomError, RecordError, printable
 from qmpblock.graph.places import FileId
@@ -315,7 +316,7 @@ class Journal:
             form = first.get("format", 1)
             said = unstamped(first, FORMAT)
             alone = said.pop("alone", False) is True
-            record = Record.from_json(said)
+            record = read_record(said)
             record.check_journaled()
             entries = [_parsed(texts, number) for number in range(1, len(texts))]
         except UnreadableError as error:

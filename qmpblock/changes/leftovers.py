@@ -15,17 +15,19 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.changes.finalize import pivot
 from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import discard_torn
 from qmpblock.changes.nomigration import allow_migration, blocker_name
+from qmpblock.changes.operations import read_record
 from qmpblock.changes.record import Record, VMIdentity
 from qmpblock.changes.settle import settle
+from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.survey import find, is_of, is_same_process, journals, survey
-from qmpblock.changes.unfinished import Choice, Step, steps, took_effect
+from qmpblock.changes.unfinished import steps
 from qmpblock.errors import BusyError, CommandError, RecordError, UnsupportedError, printable
 from qmpblock.export.server import ServerUse, undo_dead_run
 from qmpblock.export.session import LOCK as NBD_LOCK
@@ -77,6 +79,18 @@ class Recovery:
     run: str
     steps: tuple[Step, ...]
     done: bool | None
+
+
+@dataclass(frozen=True)
+class _Orphans(Record):
+    """What bears the name of a run whose record is gone: the names are all that is known of it."""
+
+    operation: ClassVar[str] = "change"
+
+    @property
+    def pivot(self) -> bool:
+        """What its job's name says."""
+        return self.job.endswith("-pivot")
 
 
 @dataclass(frozen=True)
@@ -279,7 +293,7 @@ def _foresee(record: Record, graph: BlockGraph, choice: Choice, me: VMIdentity) 
     made = list(journal.made()) if journal is not None else []
     planned = list(steps(record, graph, choice, made))
     planned += [Step("remove", name, "the lock of a controller that died") for name in record.locks]
-    return Recovery(record.describe(), record.run, tuple(planned), took_effect(record, graph))
+    return Recovery(record.describe(), record.run, tuple(planned), record.took_effect(graph))
 
 
 async def _clear_change(
@@ -300,7 +314,7 @@ async def _clear_change(
         await make_way(vm, record.locks, note)
     elif not await carry_on(vm, holder, record, note):
         return Recovery(record.describe(), record.run, (), None)
-    done = took_effect(record, await vm.graph())
+    done = record.took_effect(await vm.graph())
     return Recovery(record.describe(), record.run, tuple(told), done)
 
 
@@ -324,16 +338,14 @@ async def _clear_orphans(
     done = []
     for run, names_of in found.items():
         jobs = sorted(names_of["job"], key=lambda name: "-create-" in name)
-        record = Record(
+        record: Record = _Orphans(
             run=run,
-            operation="change",
             vm=me,
             devices=("",),
             names=("a disk",),
             locks=(),
             job=jobs[0] if jobs else "",
             helpers=tuple(jobs[1:]),
-            pivot=bool(jobs) and jobs[0].endswith("-pivot"),
             nodes=tuple(sorted(names_of["node"], key=len)),
         )
         for journal in journals():
@@ -431,7 +443,7 @@ def record_of(holder: Holder, name: str = "") -> Record | None:
     if "record" not in holder.details:
         return None  # it only holds the lock to undo what another one left
     try:
-        return Record.from_json(holder.details["record"], holder.run)
+        return read_record(holder.details["record"], holder.run)
     except UnreadableError as error:
         raise lock.unreadable(name or f"of {holder}", error, holder.run) from None
 

@@ -1,6 +1,9 @@
-"""Record: what a change intends, for whoever undoes it or carries it on (`qmpblock.versioned`).
+"""Record: what every change says of itself, for whoever undoes it or carries it on.
 
-It is kept in the data of the change's locks and in its journal (`qmpblock.changes.journal`).
+It is kept in the data of the change's locks and in its journal (`qmpblock.changes.journal`), and
+read back by `qmpblock.changes.operations.read_record`. Each operation is a class of its own there:
+what it alone has are its fields, and what only it can answer are its methods. The engine that
+undoes and carries on (`qmpblock.changes.unfinished`) asks, and knows no operation. Pure.
 """
 
 from __future__ import annotations
@@ -8,22 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from qmpblock.changes.step import Choice, Step
+from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
-from qmpblock.graph.jsonname import from_text
-from qmpblock.versioned import UnreadableError, plain, read
+from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.qemu.jobstate import ACTIVE
+from qmpblock.versioned import UnreadableError, plain
 
-__all__ = ["OPERATIONS", "PIVOTED", "Record", "VMIdentity", "pivoted"]
-
-#: What a change of a disk can be.
-OPERATIONS = ("snapshot", "stream", "commit", "allocate")
-
-_RUN = re.compile(r"[0-9a-f]{8}")
-
+__all__ = ["PIVOTED", "Link", "Record", "VMIdentity", "lies_on_something", "pivoted"]
 
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
+
+_RUN = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -46,133 +48,242 @@ class VMIdentity:
 
 
 @dataclass(frozen=True)
+class Link:
+    """What the VM depends on once a change is done.
+
+    :ivar keeper: the node whose backing link changes; empty where the VM starts from `base`.
+    :ivar name: by which `keeper` records the node `base`, or empty.
+    """
+
+    keeper: str
+    base: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Record:
     """What one change intends: all that undoing it, or carrying it on, needs to know.
 
     :ivar run: in the names of all that it makes.
-    :ivar operation: `snapshot`, `stream`, `commit` or `allocate`.
     :ivar devices: QOM paths of the disks; `names`: what people call them.
     :ivar locks: the ids of the locks that it holds.
     :ivar job: the id of its job, or empty; `helpers`: of those that only prepare.
-    :ivar pivot: whether the job ends in a pivot: an active commit.
-    :ivar flush: the node that must be flushed before the job is finalized, or empty.
-    :ivar keeper: the node whose backing link will change; empty where the job pivots.
-    :ivar top: the node that is streamed into, or the upper end of a commit; `base` the lower.
-    :ivar top_file: its image file; also `base_file`, and `base_format` where that matters.
-    :ivar base_opened: the options that open the base as QEMU had it (`qmpblock.graph.opened`), as
-        text; empty where its name and format suffice, or an older version wrote this.
-    :ivar written: the files that bringing an overlay home writes to, each with its inode; none
-        where an older version wrote this.
-    :ivar backing_name: that `keeper` will record for `base`, or empty.
-    :ivar leaving: the nodes that leave the chain, each with its file name.
     :ivar nodes: nodes that it adds, in the order in which they can be removed.
     :ivar files: image files that it makes.
-    :ivar bitmaps: dirty bitmaps that it adds to nodes that were there: (node, name).
-    :ivar promotions: those of them that are to become persistent once their node is writable:
-        (node, name of the transient one, name, granularity).
-    :ivar merges: dirty bitmaps to be taken over before the job is finalized:
-        (target node, source node, name).
-    :ivar throttle: the guest's I/O limits, as they were, where it lowers them; empty if not.
-        Its `group` is in `throttle_group`.
-    :ivar detect_zeroes: that the base is to have at the end, where it has another one, or has
-        for a while; empty if not. Likewise `discard`, of a commit.
     :ivar images: every image file of the disks, the active ones first.
     :ivar more: what another version wrote that this one does not know.
     """
 
+    #: What the record and people call it.
+    operation: ClassVar[str] = ""
+    #: What it must say in a journal: a default there would have another image started than the
+    #: newest one.
+    needed: ClassVar[tuple[str, ...]] = ("images",)
+    #: Whether its images are whole, and start from where they did, whoever dies without a journal.
+    needs_journal: ClassVar[bool] = True
+
     run: str
-    operation: str
     vm: VMIdentity
     devices: tuple[str, ...]
     names: tuple[str, ...]
     locks: tuple[str, ...]
     job: str = ""
     helpers: tuple[str, ...] = ()
-    pivot: bool = False
-    flush: str = ""
-    keeper: str = ""
-    top: str = ""
-    base: str = ""
-    top_file: str = ""
-    base_file: str = ""
-    base_format: str = ""
-    base_opened: str = ""
-    written: tuple[tuple[str, int], ...] = ()
-    backing_name: str = ""
-    leaving: tuple[tuple[str, str], ...] = ()
     nodes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    bitmaps: tuple[tuple[str, str], ...] = ()
-    promotions: tuple[tuple[str, str, str, int], ...] = ()
-    merges: tuple[tuple[str, str, str], ...] = ()
-    throttle: tuple[tuple[str, int], ...] = ()
-    throttle_group: str = ""
-    detect_zeroes: str = ""
-    discard: str = ""
     images: tuple[str, ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    # What a class may have as a field, and has none of otherwise.
+
+    @property
+    def pivot(self) -> bool:
+        """Whether its job ends in a pivot."""
+        return False
+
+    @property
+    def top(self) -> str:
+        """The node that is streamed into, or the upper end of a commit; `base` the lower."""
+        return ""
+
+    @property
+    def base(self) -> str:
+        """The node that stays below, or that is committed into."""
+        return ""
+
+    @property
+    def top_file(self) -> str:
+        """The image file of `top`."""
+        return ""
+
+    @property
+    def base_file(self) -> str:
+        """The image file of `base`."""
+        return ""
+
+    @property
+    def flush(self) -> str:
+        """The node that must be flushed before the job is finalized."""
+        return ""
+
+    @property
+    def leaving(self) -> tuple[tuple[str, str], ...]:
+        """The nodes that leave the chain, each with its file name."""
+        return ()
+
+    @property
+    def bitmaps(self) -> tuple[tuple[str, str], ...]:
+        """Dirty bitmaps that it adds to nodes that were there: (node, name)."""
+        return ()
+
+    @property
+    def promotions(self) -> tuple[tuple[str, str, str, int], ...]:
+        """Those of them that are to become persistent once their node is writable.
+
+        (node, name of the transient one, name, granularity)
+        """
+        return ()
+
+    @property
+    def merges(self) -> tuple[tuple[str, str, str], ...]:
+        """Dirty bitmaps to be taken over before the job is finalized.
+
+        (target node, source node, name)
+        """
+        return ()
+
+    @property
+    def throttle(self) -> tuple[tuple[str, int], ...]:
+        """The guest's I/O limits, as they were, where it lowers them."""
+        return ()
+
+    @property
+    def throttle_group(self) -> str:
+        """The group of these limits."""
+        return ""
+
+    # What a class answers for itself.
 
     @property
     def home(self) -> str:
         """The image beside which its journal is kept too; empty where it pivots nothing."""
-        if not self.pivot:
-            return ""
-        return self.base_file if self.operation == "allocate" else self.top_file
+        return ""
+
+    @property
+    def link(self) -> Link | None:
+        """What the VM depends on, once it is done, that it did not before; None if nothing."""
+        return None
+
+    def took_effect(self, graph: BlockGraph) -> bool | None:
+        """Whether it is done, as far as the guest and the chain go; None: cannot tell."""
+        return None
+
+    def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
+        """Return what brings the guest back, where an overlay of ours holds its newest data.
+
+        :param stale: whether the journal says that it is stale; None: there is no journal.
+        """
+        return ()
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Yield what gives nodes and disks that stay what they had, or are to have.
+
+        :param done: see `took_effect`.
+        """
+        return ()
+
+    def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
+        """Whether a node of ours has been written to by the guest, or could be.
+
+        So an overlay that lies on an image, also if its disk was unplugged since.
+        """
+        return lies_on_something(graph, node)
+
+    def check_readers(self, graph: BlockGraph) -> None:
+        """Refuse to end its job under somebody who reads what changes.
+
+        :raise InUseError: somebody does.
+        """
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Say which image to start from (F13), now that QEMU is gone.
+
+        :param entries: of the journal.
+        :param empty: for each image that the change made and that is there: whether it is
+            certain that it holds nothing.
+        """
+        return ImageVerdict(self.active_files, (), (), "it changed no image")
+
+    def of_job(self, job: JobInfo, choice: Choice) -> Step:
+        """Return what is to be done about a job of this change, which is not over."""
+        if job.status == "concluded":
+            verdict = "with success" if job.error is None else f"with {printable(job.error)!r}"
+            return Step("dismiss", job.id, f"it has ended, {verdict}")
+        if job.status == "pending" and self.pivot and job.id == self.job:
+            return Step("pivot", job.id, "it holds the guest's I/O until it is finalized")
+        if choice is Choice.UNDO and (job.status in ACTIVE or job.status == "pending"):
+            return Step("cancel", job.id, f"it is {job.status}; nothing final has been done")
+        if job.status in ACTIVE:
+            return Step("follow", job.id, f"it is {job.status}, and is to be carried on")
+        if job.status == "pending":
+            return Step("finalize", job.id, "its data is flushed, then the chain changes")
+        return Step("wait", job.id, f"it is {printable(job.status)}")
+
+    # Of all alike.
+
+    @property
+    def active_files(self) -> tuple[str, ...]:
+        """The image files of the active layers, as they were."""
+        return self.images[: len(self.devices)]
+
+    def active_nodes(self, graph: BlockGraph) -> set[str]:
+        """Return the active layers of its disks."""
+        return {
+            device.chain.active.node.name
+            for device in graph.devices
+            if device.chain is not None and device.qom_path in self.devices
+        }
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return plain(self)
+        """Return what `qmpblock.changes.operations.read_record` reads."""
+        said = {"run": self.run, "operation": self.operation, **plain(self)}
+        return said | {"pivot": True} if self.pivot else said
 
-    @classmethod
-    def from_json(cls, data: Any, run: str | None = None) -> Record:
-        """Read a record that another version may have written, or somebody forged.
+    def check(self) -> None:
+        """See that whatever it names that we would have made has our name in it.
 
-        Whatever it names that we would have made has our name in it.
-
-        :param run: whose it must be; None: of any.
-        :raise UnreadableError: it is no record, or not one that this version understands.
+        :raise UnreadableError: another version wrote it, or somebody forged it.
         """
-        record = read(cls, data)
-        if not _RUN.fullmatch(record.run) or run not in (None, record.run):
+        if not _RUN.fullmatch(self.run):
             raise UnreadableError("its run is none")
-        if record.operation not in OPERATIONS:
-            raise UnreadableError(f"its operation is {printable(record.operation, 40)!r}")
-        prefix = f"qmpblock-{record.run}-"
-        ours = [*record.nodes, *record.helpers, *([record.job] if record.job else [])]
+        prefix = f"qmpblock-{self.run}-"
+        ours = [*self.nodes, *self.helpers, *([self.job] if self.job else [])]
         if not all(name.startswith(prefix) for name in ours):
             raise UnreadableError("it names jobs or nodes that are not of its run")
-        if not all(name.startswith("qmpblock-disk-") for name in record.locks):
+        if not all(name.startswith("qmpblock-disk-") for name in self.locks):
             raise UnreadableError("it names locks that are none")
-        # What goes into a command line.
-        if record.detect_zeroes not in ("", "off", "on", "unmap"):
-            raise UnreadableError("its detect_zeroes is none")
-        if record.discard not in ("", "ignore", "unmap"):
-            raise UnreadableError("its discard is none")
-        if record.base_opened and not from_text(record.base_opened).get("driver"):
-            raise UnreadableError("its base_opened opens nothing")
-        if record.job and record.job.endswith("-pivot") != record.pivot:
+        if self.job and self.job.endswith("-pivot") != self.pivot:
             raise UnreadableError("whether its job pivots is contradicted by the job's name")
-        return record
 
     def check_journaled(self) -> None:
         """See that it says what is needed once QEMU is gone.
 
         :raise UnreadableError: it does not.
         """
-        needed = ["images"]
-        if self.pivot:
-            needed += ["top_file", "base_file"]
-        if self.operation == "snapshot":
-            needed += ["files"]
-        if self.operation == "allocate":
-            needed += ["pivot", "files", "base_format"]
-        for name in needed:
+        for name in self.needed:
             if not getattr(self, name):
                 raise UnreadableError(f"its field {name} is absent or empty")
 
     def describe(self) -> str:
         """Say what it is, for people."""
         return f"{self.operation} of {', '.join(map(printable, self.names))} (run {self.run})"
+
+
+def lies_on_something(graph: BlockGraph, node: str) -> bool:
+    """Whether a node has a backing image."""
+    return graph.nodes[node].child("backing") is not None
 
 
 def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:

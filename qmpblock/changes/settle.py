@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ from qmpblock.changes.finalize import (
 )
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.record import Record
-from qmpblock.changes.unfinished import Choice, Step, steps, took_effect
+from qmpblock.changes.step import Choice, Step
+from qmpblock.changes.unfinished import steps
 from qmpblock.errors import (
     CommandError,
     Error,
@@ -71,11 +73,11 @@ async def settle(
             await asyncio.sleep(_LOOK)
             continue
         if not todo or todo[0].verb == "follow":
-            return took_effect(record, graph) is True
+            return record.took_effect(graph) is True
         for step in todo:
             if tell is not None:
                 tell(step)
-            await _perform(vm, record, journal, graph, step)
+            await _PERFORM[step.verb](_Settling(vm, record, journal, graph), step)
             if step.verb not in ("wait", "cancel", "bring-home"):
                 done.add(step)
     raise Error(
@@ -95,58 +97,96 @@ def _being_mapped(record: Record, graph: BlockGraph) -> bool:
     )
 
 
-async def _perform(
-    vm: Connection, record: Record, journal: Journal | None, graph: BlockGraph, step: Step
-) -> None:
-    if step.verb in ("cancel", "wait", "pivot", "finalize", "dismiss"):
-        job = Job(vm.monitor, step.what, record.operation)
-        try:
-            await _perform_on_job(vm, record, journal, graph, job, step.verb)
-        finally:
-            job.end()
-    elif step.verb == "relink":
-        await relink(vm, record, graph)
-    elif step.verb == "restore-zeroes":
-        await restore_zeroes(vm, record)
-    elif step.verb == "restore-discard":
-        await restore_discard(vm, record)
-    elif step.verb == "bring-home":
-        await bring_home(vm, record, journal, graph)
-    elif step.verb == "restore-limits":
-        await restore_limits(vm, record, device_of(record, graph))
-    elif step.verb == "delete-bitmap":
-        node, _, name = step.what.partition("/")
-        await delete_bitmap(vm, node, name)
-    elif step.verb == "delete-node":
-        await _delete_node(vm, step.what)
-    elif step.verb == "delete-file":
-        _delete_file(vm, journal, step.what)
+@dataclass(frozen=True)
+class _Settling:
+    """What performing a step needs to know."""
+
+    vm: Connection
+    record: Record
+    journal: Journal | None
+    graph: BlockGraph
 
 
-async def _perform_on_job(
-    vm: Connection, record: Record, journal: Journal | None, graph: BlockGraph, job: Job, verb: str
-) -> None:
+async def _on_job(its: _Settling, step: Step) -> None:
+    job = Job(its.vm.monitor, step.what, its.record.operation)
+    try:
+        await _perform_on_job(its, job, step.verb)
+    finally:
+        job.end()
+
+
+async def _relink(its: _Settling, step: Step) -> None:
+    await relink(its.vm, step.what, str(step.to), its.graph)
+
+
+async def _restore_zeroes(its: _Settling, step: Step) -> None:
+    await restore_zeroes(its.vm, step.what, str(step.to))
+
+
+async def _restore_discard(its: _Settling, step: Step) -> None:
+    await restore_discard(its.vm, step.what, str(step.to))
+
+
+async def _restore_limits(its: _Settling, step: Step) -> None:
+    assert isinstance(step.to, tuple)  # limits, and their group
+    limits, group = step.to
+    await restore_limits(its.vm, device_of(its.record, its.graph), dict(limits), group)
+
+
+async def _bring_home(its: _Settling, step: Step) -> None:
+    await bring_home(its.vm, its.record, its.journal, its.graph)
+
+
+async def _delete_bitmap(its: _Settling, step: Step) -> None:
+    node, _, name = step.what.partition("/")
+    await delete_bitmap(its.vm, node, name)
+
+
+async def _delete_node(its: _Settling, step: Step) -> None:
+    """Delete a node that nothing uses; one that goes with its parents goes by itself."""
+    try:
+        await its.vm.monitor.execute("blockdev-del", {"node-name": step.what})
+    except CommandError as error:
+        expected = ("not owned by the monitor", "in use", "is busy", "Failed to find node")
+        if not any(words in error.description for words in expected):
+            raise
+
+
+async def _delete_file(its: _Settling, step: Step) -> None:
+    assert its.journal is not None  # only it says what we made
+    identity = its.journal.made()[step.what]
+    pid = its.vm.monitor.peer_pid
+    if pid is not None and identity in imagefiles.open_inodes(pid):
+        return  # QEMU has it open: it is in use, under whatever name
+    ourfiles.remove(step.what, FileId(*identity))
+
+
+#: How each verb of a step is performed.
+_PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[None]]] = {
+    **dict.fromkeys(("cancel", "wait", "pivot", "finalize", "dismiss"), _on_job),
+    "relink": _relink,
+    "restore-zeroes": _restore_zeroes,
+    "restore-discard": _restore_discard,
+    "restore-limits": _restore_limits,
+    "bring-home": _bring_home,
+    "delete-bitmap": _delete_bitmap,
+    "delete-node": _delete_node,
+    "delete-file": _delete_file,
+}
+
+
+async def _perform_on_job(its: _Settling, job: Job, verb: str) -> None:
     if verb == "cancel":
         await job.cancel()
     elif verb == "pivot":
-        await pivot(journal, job)
+        await pivot(its.journal, job)
     elif verb == "finalize":
-        await before_finalize(vm, record, device_of(record, graph))
+        await before_finalize(its.vm, its.record, device_of(its.record, its.graph))
         await job.finalize()
     if verb == "dismiss":
         await job.dismiss()
     else:
         await job.wait_concluded()
-
-
-async def _delete_node(vm: Connection, node: str) -> None:
-    """Delete a node that nothing uses; one that goes with its parents goes by itself."""
-    try:
-        await vm.monitor.execute("blockdev-del", {"node-name": node})
-    except CommandError as error:
-        expected = ("not owned by the monitor", "in use", "is busy", "Failed to find node")
-        if not any(words in error.description for words in expected):
-            raise
 
 
 def _made(journal: Journal | None) -> list[str]:
@@ -160,15 +200,6 @@ def _made(journal: Journal | None) -> list[str]:
             if directory.holds(path.name, FileId(*identity)):
                 found.append(file)
     return found
-
-
-def _delete_file(vm: Connection, journal: Journal | None, file: str) -> None:
-    assert journal is not None  # only it says what we made
-    identity = journal.made()[file]
-    pid = vm.monitor.peer_pid
-    if pid is not None and identity in imagefiles.open_inodes(pid):
-        return  # QEMU has it open: it is in use, under whatever name
-    ourfiles.remove(file, FileId(*identity))
 
 
 def device_of(record: Record, graph: BlockGraph) -> Device:

@@ -18,7 +18,7 @@ from qmpblock.errors import UNTOUCHED, ConnectError, RecordError, printable
 
 if TYPE_CHECKING:
     from qmpblock.changes.imagerecovery import ImageRecovery
-    from qmpblock.changes.unfinished import Step
+    from qmpblock.changes.step import Step
     from qmpblock.recovery import Recovery
     from qmpblock.vm import VM
 

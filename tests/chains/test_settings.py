@@ -11,7 +11,8 @@ from qmpblock.chains.settings import (
     lost_by_snapshot,
     wanted_discard,
 )
-from qmpblock.changes.unfinished import Choice, steps
+from qmpblock.changes.step import Choice
+from qmpblock.changes.unfinished import steps
 from qmpblock.graph.options import discard_of
 
 

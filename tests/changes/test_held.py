@@ -6,7 +6,8 @@ import pytest
 
 from qmpblock.changes.held import tell_of_our_own
 from qmpblock.changes.journal import Journal
-from qmpblock.changes.record import Record, VMIdentity
+from qmpblock.changes.operations import Commit
+from qmpblock.changes.record import VMIdentity
 from qmpblock.errors import MonitorHeldError
 
 
@@ -17,7 +18,7 @@ def _state(tmp_path, monkeypatch):
 
 def journal(monitor):
     identity = VMIdentity("", "unknown", 1, 1, "boot", monitor)
-    record = Record("0123abcd", "commit", identity, ("/machine/x",), ("vd0",), (), images=("/i/a",))
+    record = Commit("0123abcd", identity, ("/machine/x",), ("vd0",), (), images=("/i/a",))
     return Journal.create(record)
 
 

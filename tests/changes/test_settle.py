@@ -8,7 +8,7 @@ from fake_objects import fake_vm
 
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.settle import device_of, settle
-from qmpblock.changes.unfinished import Choice
+from qmpblock.changes.step import Choice
 
 
 @pytest.fixture(autouse=True)

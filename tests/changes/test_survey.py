@@ -13,7 +13,8 @@ from journaling import Full, as_format_1, beside, elsewhere, of_pivot
 
 from qmpblock.changes.journal import FORMAT, Journal, state_directory
 from qmpblock.changes.leftovers import record_of
-from qmpblock.changes.record import Record, VMIdentity
+from qmpblock.changes.operations import ActiveCommit, read_record
+from qmpblock.changes.record import VMIdentity
 from qmpblock.changes.survey import Survey, find, is_of, journals, survey, unproven
 from qmpblock.errors import RecordError
 from qmpblock.host.statedirectory import OpenDirectory
@@ -109,7 +110,9 @@ def test_a_line_that_is_no_entry_spoils_the_journal(image, line):
     assert [error.path for error in found.unreadable] == [path]
 
 
-@pytest.mark.parametrize("name", [one.name for one in fields(Record)])
+@pytest.mark.parametrize(
+    "name", ["operation", "pivot", *(one.name for one in fields(ActiveCommit))]
+)
 def test_a_field_fewer_is_read_or_said(image, name):
     """Never skipped: the next start of that VM would be from the wrong image."""
     Journal.create(of_pivot(image), image)
@@ -277,7 +280,7 @@ def test_other_images_and_other_files_are_left_out(image):
 
 def test_a_process_is_identified():
     data = VMIdentity("n", "u", 1, 2, "b", "m")
-    assert Record.from_json(replace(record(), vm=data).as_json()).vm == data
+    assert read_record(replace(record(), vm=data).as_json()).vm == data
     error = RecordError("", path=Path("/s/u-1-2-cafebabe-deadbeef.journal"))
     assert is_of(error, data)
     assert not is_of(error, replace(data, start=3))
@@ -403,7 +406,7 @@ def test_a_lock_only_says_which_to_look_for(image):
     made = Journal.create(wanted, image)
     assert find(wanted, HERE).paths == made.paths
     assert find(replace(wanted, run="cafebabe", job="qmpblock-cafebabe-pivot"), HERE) is None
-    assert find(replace(wanted, keeper="another"), HERE) is None
+    assert find(replace(wanted, base="another"), HERE) is None
 
 
 def test_where_a_lock_says_is_not_even_looked_at(image, monkeypatch, tmp_path):

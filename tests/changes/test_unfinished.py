@@ -5,8 +5,8 @@ from drawing import RUN, Drawing, bitmap, chain, record
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpblock.changes.unfinished import Choice, Step, steps, took_effect
-from qmpblock.changes.verdict import image_verdict
+from qmpblock.changes.step import Choice, Step
+from qmpblock.changes.unfinished import steps
 from qmpblock.qemu.jobstate import ACTIVE, TRANSITIONS
 
 PREFIX = f"qmpblock-{RUN}-"
@@ -186,35 +186,35 @@ def test_bitmaps_go_before_the_job_that_has_their_node_writable():
 def test_a_stream_is_done_when_its_layer_lies_on_the_base():
     before, after = chain("d0", "d1", "d2"), chain("d0", "d1", "d2")
     after.rebase("d0", "d2")
-    assert took_effect(of_stream(), before.graph()) is False
-    assert took_effect(of_stream(), after.graph()) is True
+    assert of_stream().took_effect(before.graph()) is False
+    assert of_stream().took_effect(after.graph()) is True
 
 
 def test_a_stream_of_everything_is_done_when_nothing_lies_below():
     drawing = chain("d0", "d1")
-    assert took_effect(of_stream(base=""), drawing.graph()) is False
+    assert of_stream(base="").took_effect(drawing.graph()) is False
     drawing.rebase("d0", None)
-    assert took_effect(of_stream(base=""), drawing.graph()) is True
+    assert of_stream(base="").took_effect(drawing.graph()) is True
 
 
 def test_filters_between_layers_do_not_count():
     drawing = chain("d0", "d1", "d2").filter("f", "throttle", "d2").filter("g", "blkdebug", "f")
     drawing.filter("g", "blkdebug", "f", "image")
     drawing.rebase("d0", "g")
-    assert took_effect(of_stream(), drawing.graph()) is True
+    assert of_stream().took_effect(drawing.graph()) is True
 
 
 def test_of_a_layer_that_is_gone_nothing_can_be_told():
-    assert took_effect(of_stream(keeper="gone"), chain("d0").graph()) is None
+    assert of_stream(keeper="gone").took_effect(chain("d0").graph()) is None
 
 
 def test_a_pivot_is_done_when_the_guest_is_on_the_base():
     drawing = chain("d0", "d1", "d2")
-    assert took_effect(of_pivot(), drawing.graph()) is False
+    assert of_pivot().took_effect(drawing.graph()) is False
     drawing.device("d2")
-    assert took_effect(of_pivot(), drawing.graph()) is True
+    assert of_pivot().took_effect(drawing.graph()) is True
     drawing.image("d3", backing="d2").device("d3")
-    assert took_effect(of_pivot(), drawing.graph()) is True  # somebody's snapshot since
+    assert of_pivot().took_effect(drawing.graph()) is True  # somebody's snapshot since
 
 
 @pytest.mark.parametrize("root", [None, "other"])
@@ -223,22 +223,22 @@ def test_of_an_unplugged_disk_a_pivot_cannot_be_told(root):
     drawing.devices.clear()
     if root:
         drawing.image("other").device("other", "vd1")
-    assert took_effect(of_pivot(), drawing.graph()) is None
+    assert of_pivot().took_effect(drawing.graph()) is None
 
 
 def test_a_disk_in_which_neither_is_did_not_pivot():
     drawing = chain("d0", "d1", "d2").image("other").device("other")
-    assert took_effect(of_pivot(), drawing.graph()) is False
+    assert of_pivot().took_effect(drawing.graph()) is False
 
 
 def test_a_snapshot_is_done_when_an_overlay_lies_on_its_image():
     drawing = chain("d0").image(f"{PREFIX}0", file="/i/new")
-    assert took_effect(of_snapshot(), drawing.graph()) is False
+    assert of_snapshot().took_effect(drawing.graph()) is False
     drawing.rebase(f"{PREFIX}0", "d0")
     drawing.device(f"{PREFIX}0")
-    assert took_effect(of_snapshot(), drawing.graph()) is True
+    assert of_snapshot().took_effect(drawing.graph()) is True
     drawing.devices.clear()
-    assert took_effect(of_snapshot(), drawing.graph()) is True  # unplugged since
+    assert of_snapshot().took_effect(drawing.graph()) is True  # unplugged since
 
 
 # what is left over
@@ -644,7 +644,7 @@ PIVOTED = [{"pivoted": True}]
 
 @pytest.mark.parametrize("entries", [[], [{"pivoted": False}], PIVOTED])
 def test_a_stream_changes_no_content(entries):
-    verdict = image_verdict(of_stream(images=IMAGES), entries, {})
+    verdict = of_stream(images=IMAGES).verdict(entries, {})
     assert verdict.start == ("/i/d0",)
     assert (verdict.stale, verdict.unused, verdict.commit) == ((), (), ())
 
@@ -652,7 +652,7 @@ def test_a_stream_changes_no_content(entries):
 def test_a_commit_of_middle_layers_leaves_the_active_one():
     """Also if the word of a pivot got there: it has none."""
     for entries in ([], PIVOTED):
-        verdict = image_verdict(of_commit(images=IMAGES), entries, {})
+        verdict = of_commit(images=IMAGES).verdict(entries, {})
         assert verdict.start == ("/i/d0",)
         assert verdict.stale == ()
 
@@ -669,13 +669,13 @@ def test_a_commit_of_middle_layers_leaves_the_active_one():
 )
 def test_only_the_record_tells_whether_a_pivot_happened(entries, start, stale):
     """Facts 10.3: on disk, ready and completed look the same."""
-    verdict = image_verdict(of_pivot(images=IMAGES), entries, {})
+    verdict = of_pivot(images=IMAGES).verdict(entries, {})
     assert (verdict.start, verdict.stale) == ((start,), stale)
     assert (verdict.unused, verdict.commit) == ((), ())  # no image of the user's is touched
 
 
 def test_after_an_interrupted_commit_the_base_is_warned_of():
-    verdict = image_verdict(of_pivot(images=IMAGES), [], {})
+    verdict = of_pivot(images=IMAGES).verdict([], {})
     assert "no point in time" in verdict.why
 
 
@@ -694,7 +694,7 @@ TWO = {"devices": ("a", "b"), "files": ("/i/n0", "/i/n1"), "images": ("/i/d0", "
     ],
 )
 def test_a_snapshot_of_two_disks_is_one_point(empty, start, unused):
-    verdict = image_verdict(of_snapshot(**TWO), [], empty)
+    verdict = of_snapshot(**TWO).verdict([], empty)
     assert (verdict.start, verdict.unused, verdict.stale) == (start, unused, ())
     assert not set(verdict.unused) & set(verdict.start)
 
@@ -721,7 +721,7 @@ WRITTEN = {"/i/d0.t": False, "/i/d0.z": True}
     ],
 )
 def test_a_staged_commit(entries, empty, unused, commit):
-    verdict = image_verdict(of_staging(images=("/i/d0", "/i/d1")), entries, empty)
+    verdict = of_staging(images=("/i/d0", "/i/d1")).verdict(entries, empty)
     assert verdict.start == ("/i/d0",)
     assert verdict.unused == unused
     assert verdict.commit == commit
@@ -735,7 +735,7 @@ def test_a_staged_commit(entries, empty, unused, commit):
 def test_what_holds_the_newest_data_is_never_removed(said, empty):
     """Of a staged commit: written to and not stale, the overlay is committed, and before that."""
     entries = [{"pivoted": word} for word in said]
-    verdict = image_verdict(of_staging(images=("/i/d0",)), entries, empty)
+    verdict = of_staging(images=("/i/d0",)).verdict(entries, empty)
     newest = empty.get("/i/d0.t") is False and not (said and said[-1])
     assert (("/i/d0.t", "/i/d0") in verdict.commit) is newest
     assert ("/i/d0.t" in verdict.unused) is ("/i/d0.t" in empty and not newest)
@@ -749,5 +749,5 @@ def test_scenes_are_what_they_say():
             drawing = scene(None, done).drawing
             assert isinstance(drawing, Drawing)
             if scene is not preparing:
-                done_now = took_effect(scene(None, done).record, drawing.graph())
+                done_now = scene(None, done).record.took_effect(drawing.graph())
                 assert done_now is done

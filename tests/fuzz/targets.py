@@ -20,7 +20,7 @@ import numpy as np
 from fuzz.source import Source, disturbed, words_of
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.journalfile import JournalFile
-from qmpblock.changes.record import Record
+from qmpblock.changes.operations import read_record
 from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.extents.allocationmap import AllocationMap, NBDMapBuilder
 from qmpblock.graph.model import BlockGraph, Replies
@@ -243,7 +243,7 @@ def record(data: bytes) -> None:
     """A record, as a lock or a journal may hold it."""
     source = Source(data)
     with suppress(UnreadableError):
-        found = Record.from_json(disturbed(_RECORD, source, list(_RECORD)))
+        found = read_record(disturbed(_RECORD, source, list(_RECORD)))
         assert found.describe().isprintable()
         found.check_journaled()
 

@@ -1,0 +1,462 @@
+"""What each operation says of itself: one class each, and the reading of what was written. Pure.
+
+A new operation is a new class here and a row of `_KINDS`: what its fields are, when it took effect,
+what is to be given back, which image holds the data if QEMU dies. Undoing it, carrying it on, its
+journal and its locks are the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from qmpblock.changes.record import Link, Record, lies_on_something, pivoted
+from qmpblock.changes.step import Choice, Step
+from qmpblock.changes.verdict import ImageVerdict
+from qmpblock.errors import printable
+from qmpblock.graph.jsonname import from_text
+from qmpblock.graph.layeruse import check_readers
+from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.qemu.jobstate import ACTIVE
+from qmpblock.versioned import UnreadableError, read
+
+__all__ = [
+    "ActiveCommit",
+    "Commit",
+    "Snapshot",
+    "StagedCommit",
+    "Stream",
+    "ThinAllocation",
+    "read_record",
+]
+
+
+@dataclass(frozen=True)
+class Snapshot(Record):
+    """Overlays over the active layers of one or several disks: one transaction."""
+
+    operation: ClassVar[str] = "snapshot"
+    needed: ClassVar[tuple[str, ...]] = ("images", "files")
+
+    def took_effect(self, graph: BlockGraph) -> bool:
+        """Tell by any overlay: all lie on their images, or none does."""
+        return any(node in graph.nodes and lies_on_something(graph, node) for node in self.nodes)
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Name the overlays, once one of them may hold anything."""
+        if any(not nothing for nothing in empty.values()):
+            # An overlay shows what lies below where it holds nothing, so that the whole set
+            # is right, also for a disk to which the guest had not written yet.
+            return ImageVerdict(self.files, (), (), "the guest had begun to write to an overlay")
+        return ImageVerdict(
+            self.active_files,
+            (),
+            tuple(empty),
+            "nothing was written to an overlay: the images hold it all",
+        )
+
+
+@dataclass(frozen=True)
+class _Shortening(Record):
+    """A job of QEMU's that copies from layers which then leave the chain.
+
+    :ivar leaving: the nodes that leave the chain, each with its file name.
+    """
+
+    top: str = ""
+    base: str = ""
+    top_file: str = ""
+    base_file: str = ""
+    leaving: tuple[tuple[str, str], ...] = ()
+
+    def check_readers(self, graph: BlockGraph) -> None:
+        """Look once more, for somebody may have come since; `qmpblock.chains.plan` looks before."""
+        for device in graph.devices:
+            if device.qom_path in self.devices:
+                check_readers(graph, device, self.operation, self.top, self.base)
+
+
+@dataclass(frozen=True)
+class _Relinking(_Shortening):
+    """One at whose end a layer that stays gets another backing image.
+
+    :ivar flush: the node that must be flushed before the job is finalized, or empty.
+    :ivar keeper: the node whose backing link will change.
+    :ivar backing_name: that `keeper` will record for `base`, or empty.
+    """
+
+    needs_journal: ClassVar[bool] = False
+
+    flush: str = ""
+    keeper: str = ""
+    backing_name: str = ""
+
+    @property
+    def link(self) -> Link:
+        """The layer that stays, on its new backing image."""
+        return Link(self.keeper, self.base, self.backing_name)
+
+    def took_effect(self, graph: BlockGraph) -> bool | None:
+        """Tell by what the layer that stays lies on."""
+        if self.keeper not in graph.nodes:
+            return None
+        return (_below(graph, self.keeper) or "") == self.base
+
+
+@dataclass(frozen=True)
+class Stream(_Relinking):
+    """What lies between `top` and `base` is copied into `top`.
+
+    :ivar merges: dirty bitmaps to be taken over before the job is finalized:
+        (target node, source node, name).
+    """
+
+    operation: ClassVar[str] = "stream"
+
+    merges: tuple[tuple[str, str, str], ...] = ()
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Change nothing: no link is dropped before what came over it is on stable storage."""
+        return ImageVerdict(
+            self.active_files,
+            (),
+            (),
+            "a stream changes no content: every link in the chain is as the headers say, and whole",
+        )
+
+
+@dataclass(frozen=True)
+class _Committing(_Shortening):
+    """What `top` and the layers above `base` hold is copied into `base`.
+
+    :ivar bitmaps: dirty bitmaps that it adds to nodes that were there: (node, name).
+    :ivar promotions: those of them that are to become persistent once their node is writable:
+        (node, name of the transient one, name, granularity).
+    """
+
+    operation: ClassVar[str] = "commit"
+
+    bitmaps: tuple[tuple[str, str], ...] = ()
+    promotions: tuple[tuple[str, str, str, int], ...] = ()
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Take away dirty bitmaps that are not needed."""
+        helpers = [(node, helper) for node, helper, _, _ in self.promotions]
+        yield from without_bitmaps(graph, self.bitmaps if done is False else helpers)
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Change nothing: the base alone is of no point in time."""
+        why = (
+            "the commit was not complete: the overlay holds the newest data. The base has got "
+            "a part of it and shows no point in time by itself"
+        )
+        return ImageVerdict(self.active_files, (), (), why)
+
+
+@dataclass(frozen=True)
+class Commit(_Committing, _Relinking):
+    """A commit of layers below the active one."""
+
+
+class _Pivoting(Record):
+    """Its job ends in a pivot: the guest moves from `top` on to `base`."""
+
+    @property
+    def pivot(self) -> bool:
+        """It does."""
+        return True
+
+    def took_effect(self, graph: BlockGraph) -> bool | None:
+        """Tell by where the guest is; of a disk that was unplugged meanwhile it cannot be told."""
+        for device in graph.devices:
+            if device.chain is not None and device.qom_path in self.devices:
+                layers = [layer.node.name for layer in device.chain.layers]
+                return self.top not in layers and self.base in layers
+        return None
+
+
+@dataclass(frozen=True)
+class ActiveCommit(_Pivoting, _Committing):
+    """A commit of the active layer: the guest moves on to the base.
+
+    :ivar base_opened: the options that open the base as QEMU had it (`qmpblock.graph.opened`), as
+        text; empty where its name and format suffice, or an older version wrote this.
+    :ivar throttle: the guest's I/O limits, as they were, where it lowers them; empty if not.
+        Its `group` is in `throttle_group`.
+    :ivar detect_zeroes: that the base is to have at the end, where it has another one; empty if
+        not. Likewise `discard`.
+    """
+
+    needed: ClassVar[tuple[str, ...]] = ("images", "top_file", "base_file")
+
+    base_opened: str = ""
+    throttle: tuple[tuple[str, int], ...] = ()
+    throttle_group: str = ""
+    detect_zeroes: str = ""
+    discard: str = ""
+
+    @property
+    def home(self) -> str:
+        """The image that is active before."""
+        return self.top_file
+
+    @property
+    def link(self) -> Link:
+        """The base, from which the VM is to be started."""
+        return Link("", self.base, "")
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Have the base be what the guest's disk was, and the guest as fast as it was."""
+        if done:
+            yield from self._settings(graph)
+        if self.throttle:
+            yield Step(
+                "restore-limits",
+                self.devices[0],
+                "the guest was slowed down for the pivot",
+                (self.throttle, self.throttle_group),
+            )
+        yield from super().gives_back(graph, done=done)
+
+    def _settings(self, graph: BlockGraph) -> Iterable[Step]:
+        why = "the guest's disk had it before the pivot"
+        zeroes = tuple(zeroes_of(graph, self.base, self.detect_zeroes, why))
+        discard: tuple[Step, ...] = ()
+        if self.discard and self.base in graph.nodes:
+            discard = (Step("restore-discard", self.base, why, self.discard),)
+        # QEMU takes detect-zeroes=unmap only beside discard=unmap.
+        yield from (*discard, *zeroes) if self.discard == "unmap" else (*zeroes, *discard)
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Name the base, once it was declared the image to trust."""
+        if not pivoted(entries):
+            left = super().verdict(entries, empty)
+            return ImageVerdict(left.start, left.stale, left.unused, left.why, uncertain=True)
+        return ImageVerdict(
+            (self.base_file,),
+            (self.top_file,),
+            (),
+            "the commit was complete and the guest had moved on to the base: it may hold newer "
+            "data, and the overlay is stale",
+            opened=self.base_opened,
+        )
+
+    def check(self) -> None:
+        """Look at what goes into a command line, too."""
+        super().check()
+        _check_settings(self.detect_zeroes, self.discard, self.base_opened)
+
+
+@dataclass(frozen=True)
+class ThinAllocation(Record):
+    """What lies below a range comes up; nothing that it makes outlives QEMU."""
+
+    operation: ClassVar[str] = "allocate"
+    needed: ClassVar[tuple[str, ...]] = ("images", "pivot")  # it has no journal
+
+
+@dataclass(frozen=True)
+class StagedCommit(_Pivoting):
+    """Host space for ranges of an image that is frozen below an overlay for a moment.
+
+    :ivar top: the overlay of ours; `base`: the guest's image.
+    :ivar base_format: its format.
+    :ivar base_opened: as of an `ActiveCommit`.
+    :ivar written: the files that bringing the overlay home writes to, each with its inode; none
+        where an older version wrote this.
+    :ivar detect_zeroes: that the base is to have at the end, and is off for a while; empty if not.
+    """
+
+    operation: ClassVar[str] = "allocate"
+    needed: ClassVar[tuple[str, ...]] = (
+        *("images", "top_file", "base_file", "pivot", "files", "base_format"),
+    )
+
+    top: str = ""
+    base: str = ""
+    top_file: str = ""
+    base_file: str = ""
+    base_format: str = ""
+    base_opened: str = ""
+    written: tuple[tuple[str, int], ...] = ()
+    detect_zeroes: str = ""
+
+    @property
+    def home(self) -> str:
+        """The image, not the overlay of ours, which goes."""
+        return self.base_file
+
+    def of_job(self, job: JobInfo, choice: Choice) -> Step:
+        """Never give its job up: all that it does is to bring the overlay home."""
+        if job.id == self.job and job.status in ACTIVE:
+            return Step("bring-home", self.top, "it holds what the guest wrote last")
+        return super().of_job(job, choice)
+
+    def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
+        """Bring it home without the zeros that were to get there first: there may be no room.
+
+        Where its disk was unplugged, only the journal tells whether the overlay holds the newest
+        data; without one it is left alone.
+        """
+        if self.top not in graph.nodes:
+            return ()
+        active = self.active_nodes(graph)
+        out = self.top in active if active else stale is False
+        if not out or not (active or lies_on_something(graph, self.top)):
+            return ()
+        return (
+            *self._without_zeros(graph),
+            *self._zeroes(graph),
+            Step("bring-home", self.top, "it holds what the guest wrote last"),
+        )
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Leave the overlay under somebody's snapshot, but not what it was put on for a while."""
+        yield from self._zeroes(graph)
+        yield from self._without_zeros(graph)
+
+    def _zeroes(self, graph: BlockGraph) -> Iterable[Step]:
+        why = "its detect-zeroes was off while it was frozen"
+        return zeroes_of(graph, self.base, self.detect_zeroes, why)
+
+    def _without_zeros(self, graph: BlockGraph) -> Iterable[Step]:
+        """Have an overlay of ours lie on its image itself, and remove what brought zeros there.
+
+        While that lies on the image, the image cannot be written to by anybody else; and while it
+        may write there, nobody may lie on the image who has to see it as it was.
+        """
+        overlay = graph.nodes.get(self.top)
+        between = overlay.child("backing") if overlay is not None else None
+        gone: set[str] = set()
+        for node in self.nodes:  # each before those that it lies on
+            if node == between:
+                why = "it is to lie on the image itself again"
+                yield Step("relink", self.top, why, self.base)
+                gone.add(f"node {self.top}")
+            if node in graph.nodes and node != self.top and gone.issuperset(graph.users(node)):
+                gone.add(f"node {node}")
+                yield Step("delete-node", node, "it served to bring zeros there, and holds none")
+
+    def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
+        """Tell by the overlay, until the guest is back on the image."""
+        if node != self.top or not lies_on_something(graph, node):
+            return False
+        return self.base not in self.active_nodes(graph) and stale is not True
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Name the image, into which the overlay is committed first, unless that is stale."""
+        others = tuple(file for file in empty if file != self.top_file)
+        if self.top_file not in empty:
+            return ImageVerdict((self.base_file,), (), others, "no overlay of ours is left")
+        if pivoted(entries):
+            why = "the guest was back on the image; the overlay is stale"
+            return ImageVerdict((self.base_file,), (), (*others, self.top_file), why)
+        if empty[self.top_file]:
+            why = "nothing was written to the overlay"
+            return ImageVerdict((self.base_file,), (), (*others, self.top_file), why)
+        return ImageVerdict(
+            (self.base_file,),
+            (),
+            others,
+            "the overlay held what the guest wrote last",
+            commit=((self.top_file, self.base_file),),
+        )
+
+    def check(self) -> None:
+        """Look at what goes into a command line, too."""
+        super().check()
+        _check_settings(self.detect_zeroes, "", self.base_opened)
+
+
+#: By what the record says: the operation, and whether its job pivots.
+_KINDS: Mapping[tuple[str, bool], type[Record]] = {
+    ("snapshot", False): Snapshot,
+    ("stream", False): Stream,
+    ("commit", False): Commit,
+    ("commit", True): ActiveCommit,
+    ("allocate", False): ThinAllocation,
+    ("allocate", True): StagedCommit,
+}
+#: What the record of any of them may say. Older versions wrote all of it, most of it empty.
+_KNOWN = {one.name for kind in _KINDS.values() for one in fields(kind)} - {"more"}
+
+
+def read_record(data: Any, run: str | None = None) -> Record:
+    """Read a record that another version may have written, or somebody forged.
+
+    :param run: whose it must be; None: of any.
+    :raise UnreadableError: it is no record, or not one that this version understands.
+    """
+    if not isinstance(data, Mapping):
+        raise UnreadableError("a Record is no JSON object")
+    said = {name: data[name] for name in data if name not in ("operation", "pivot")}
+    for name, kind in (("operation", str), ("pivot", bool)):
+        if name == "operation" and name not in data:
+            raise UnreadableError("its field operation is absent")
+        if type(data.get(name, False if kind is bool else "")) is not kind:
+            raise UnreadableError(f"its field {name} is of another type")
+    operation, pivots = data["operation"], data.get("pivot", False)
+    if not any(operation == known for known, _ in _KINDS):
+        raise UnreadableError(f"its operation is {printable(operation, 40)!r}")
+    found = _KINDS.get((operation, pivots))
+    if found is None:
+        raise UnreadableError(f"a {operation} does not pivot")
+    its = {one.name for one in fields(found)}
+    # What is empty, and of another operation, says nothing.
+    record = read(found, {name: said[name] for name in said if name in its or _says(name, said)})
+    if run not in (None, record.run):
+        raise UnreadableError("its run is none")
+    record.check()
+    return record
+
+
+def _says(name: str, said: Mapping[str, Any]) -> bool:
+    return name not in _KNOWN or said[name] not in ("", [], ())
+
+
+def zeroes_of(graph: BlockGraph, node: str, value: str, why: str) -> Iterable[Step]:
+    """Yield what gives a node its detect-zeroes back, if it is to have one and has another."""
+    known = graph.nodes.get(node)
+    if value and known is not None and known.detect_zeroes != value:
+        yield Step("restore-zeroes", node, why, value)
+
+
+def without_bitmaps(graph: BlockGraph, added: Iterable[tuple[str, str]]) -> list[Step]:
+    """Return what removes dirty bitmaps that are there."""
+    return [
+        Step("delete-bitmap", f"{node}/{name}", "we added it, and it is not needed any more")
+        for node, name in added
+        if node in graph.nodes and any(one.name == name for one in graph.nodes[node].bitmaps)
+    ]
+
+
+def _below(graph: BlockGraph, node: str) -> str | None:
+    """Return the node that an image lies on, filters left out."""
+    below = graph.nodes[node].child("backing")
+    while below is not None and graph.nodes[below].is_filter:
+        below = graph.nodes[below].child("file", "backing", "image")
+    return below
+
+
+def _check_settings(detect_zeroes: str, discard: str, base_opened: str) -> None:
+    """See that what goes into a command line is what may stand there.
+
+    :raise UnreadableError: it is not.
+    """
+    if detect_zeroes not in ("", "off", "on", "unmap"):
+        raise UnreadableError("its detect_zeroes is none")
+    if discard not in ("", "ignore", "unmap"):
+        raise UnreadableError("its discard is none")
+    if base_opened and not from_text(base_opened).get("driver"):
+        raise UnreadableError("its base_opened opens nothing")
