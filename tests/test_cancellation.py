@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from qmpblock.cancellation import task_group, undisturbed
+from qmpblock.cancellation import end_is_wanted, task_group, undisturbed
 
 
 async def test_work_is_finished_although_cancelled():
@@ -47,6 +47,33 @@ async def test_a_failure_is_not_hidden_by_being_cancelled():
     task.cancel()
     with pytest.raises(KeyError):
         await task
+
+
+async def test_what_is_undisturbed_knows_when_its_end_is_wanted():
+    seen = []
+
+    async def inner():
+        seen.append(end_is_wanted())
+        await asyncio.sleep(0.05)
+        seen.append(end_is_wanted())
+
+    async def undo():
+        seen.append(end_is_wanted())
+
+    async def outer():
+        try:
+            await undisturbed(undisturbed(inner()))
+        finally:
+            await undisturbed(undo())  # whose caller was cancelled before
+
+    task = asyncio.create_task(outer())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert seen == [False, True, True]
+    await undisturbed(undo())
+    assert seen[3] is end_is_wanted() is False
 
 
 async def fail(error, after=0.0):

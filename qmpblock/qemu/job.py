@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qmpblock.cancellation import end_is_wanted
 from qmpblock.errors import CommandError, JobError, StalledError
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.jobstate import ENDED, GONE, allows
@@ -201,7 +202,8 @@ class Job:
         :param converging: seconds that the passes of a job that pivots may go without
             becoming smaller, while it is to complete.
         :raise StalledError: it did not move, though it should, for the monitor's stall limit;
-            or it does not converge.
+            or it does not converge. Paused, or waiting for room, it should where the end is wanted
+            of what cannot be broken off (`qmpblock.cancellation.end_is_wanted`).
         :raise JobError: somebody else dismissed it.
         """
         clock = asyncio.get_running_loop().time
@@ -231,8 +233,11 @@ class Job:
             # job paused: so once full, full until it runs.
             full = status == "paused" and (full or info.get("io-status", "ok") != "ok")
             working = status in _WORKING or (status == "ready" and self.completion_asked)
-            if (status, done, total) != last or not working:
-                last, moved = (status, done, total), now
+            # A job that is resumed, and finds no room again, has moved; but not to its end.
+            ending = end_is_wanted()
+            step = ("", done, 0) if ending else (status, done, total)
+            if step != last or not (working or ending):
+                last, moved = step, now
             idle = max(0.0, now - moved - _rest(info))
             meter.add(now, done)
             if status in ("running", "ready"):

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 from fake_qmp import GREETING, fake_qmp
 
+from qmpblock.cancellation import undisturbed
 from qmpblock.errors import CommandError, JobError, StalledError
 from qmpblock.qemu import job as module
 from qmpblock.qemu.job import Job, Progress
@@ -240,6 +241,23 @@ async def test_what_waits_for_somebody_has_not(tmp_path, status):
             assert seen.idle == 0
             if clock() - began > 0.8:
                 break
+
+
+@pytest.mark.parametrize("status", ["paused", "standby"])
+@pytest.mark.usefixtures("fast")
+async def test_what_waits_for_somebody_does_not_hold_up_who_wants_to_end(tmp_path, status):
+    """An interrupted command brings the guest home first, and does not wait all night for room."""
+    looks = [look(status, 10, **{"io-status": "nospace"}), look("running", 10)]
+    async with following(tmp_path, looks, stall=0.5) as (job, script, _):
+        script.now = lambda: looks[script.count % 2]  # resumed, it comes to be full again
+        task = asyncio.create_task(undisturbed(whole(job)))
+        await asyncio.sleep(0.8)
+        assert not task.done()
+        task.cancel()
+        await asyncio.sleep(0.1)
+        assert not task.done()
+        with pytest.raises(StalledError, match="has not moved"):
+            await asyncio.wait_for(asyncio.shield(task), 5)
 
 
 @pytest.mark.usefixtures("fast")
