@@ -22,6 +22,7 @@ import doctest
 import inspect
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -418,6 +419,14 @@ def test_the_tree_names_each_module_and_package_once():
         for path in (ROOT / "qmpblock").glob("[!_]*")
         if path.is_dir() or path.suffix == ".py"
     )
+
+
+def test_the_picture_of_the_rooms_is_what_is_drawn_now():
+    tool = runpy.run_path(str(ROOT / "tools/draw_architecture.py"))
+    pyproject, readme = (ROOT / "pyproject.toml").read_text(), README.read_text()
+    drawn = tool["draw"](tool["read"](pyproject, readme))
+    if (ROOT / "docs/architecture.svg").read_text() != drawn:
+        pytest.fail("the rooms have changed: run .venv/bin/python tools/draw_architecture.py")
 
 
 def test_each_module_says_what_it_is():
