@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from qmpblock.changes.operations import _KINDS
 from qmpblock.changes.record import VMIdentity
-from qmpblock.graph.model import BlockGraph, Replies
+from qmpblock.graph.model import Replies, build
 
 MIB = 1 << 20
 RUN = "deadbeef"
@@ -129,7 +129,7 @@ class Drawing:
 
     def graph(self):
         """Build the graph."""
-        return BlockGraph.from_replies(self.replies())
+        return build(self.replies())
 
     def replies(self):
         """Return what QEMU would say."""

@@ -41,6 +41,7 @@ __all__ = [
     "Layer",
     "Node",
     "Replies",
+    "build",
 ]
 
 #: Drivers that pass data through unchanged, and the child that they pass it from.
@@ -366,20 +367,6 @@ class BlockGraph:
     jobs: tuple[JobInfo, ...] = ()
     exports: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def from_replies(cls, replies: Replies) -> BlockGraph:
-        """Build the graph.
-
-        :raise GraphError: the replies are malformed, or do not fit together (the graph may
-            have changed between two of them: ask again).
-        """
-        try:
-            return _Builder(replies).build()
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise GraphError(
-                f"QEMU's description of its block graph makes no sense: {printable(repr(error))}"
-            ) from error
-
     def parents(self, name: str) -> tuple[str, ...]:
         """Return the nodes that have this one as a child, sorted."""
         return tuple(sorted(self._parents.get(name, ())))
@@ -446,6 +433,20 @@ def _same_file(asked: str, recorded: str) -> bool:
         and recorded.startswith("/")
         and posixpath.normpath(asked) == posixpath.normpath(recorded)
     )
+
+
+def build(replies: Replies) -> BlockGraph:
+    """Build the graph.
+
+    :raise GraphError: the replies are malformed, or do not fit together (the graph may have
+        changed between two of them: ask again).
+    """
+    try:
+        return _Builder(replies).build()
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise GraphError(
+            f"QEMU's description of its block graph makes no sense: {printable(repr(error))}"
+        ) from error
 
 
 class _Builder:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from qmpblock.address import Address
 from qmpblock.errors import UNTOUCHED, CommandError, Error, GraphError, UnsupportedError, printable
-from qmpblock.graph.model import BlockGraph, Replies
+from qmpblock.graph.model import BlockGraph, Replies, build
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.monitor import Monitor
 
@@ -82,7 +82,7 @@ class Connection:
         """
         for attempt in range(_ATTEMPTS):
             try:
-                return BlockGraph.from_replies(await self._replies())
+                return build(await self._replies())
             except GraphError:
                 # Several replies, and QEMU may change the graph between two of them.
                 if attempt + 1 == _ATTEMPTS:

@@ -23,7 +23,7 @@ from qmpblock.changes.journalfile import JournalFile
 from qmpblock.changes.operations import read_record
 from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.extents.allocationmap import AllocationMap, NBDMapBuilder
-from qmpblock.graph.model import BlockGraph, Replies
+from qmpblock.graph.model import Replies, build
 from qmpblock.host.statedirectory import OpenDirectory
 from qmpblock.nbd import wire
 from qmpblock.nbd.protocol import Finished, Opened, Protocol, Wanted
@@ -193,7 +193,7 @@ def graph(data: bytes) -> None:
         return
     known = {name: replies[name] for name in Replies.__dataclass_fields__ if name in replies}
     with suppress(Error):
-        found = BlockGraph.from_replies(Replies(**{"exports": [], **known}))
+        found = build(Replies(**{"exports": [], **known}))
         for device in found.devices:
             device.describe()
             if device.chain is not None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock.errors import AmbiguousError, Error, GraphError, NotFoundError, RequestError
-from qmpblock.graph.model import Bitmap, BlockGraph, Replies
+from qmpblock.graph.model import Bitmap, Replies, build
 
 RECORDINGS = {
     path.stem: json.loads(path.read_text())
@@ -20,8 +20,8 @@ RECORDINGS = {
 }
 
 
-def build(version, moment, **changes):
-    return BlockGraph.from_replies(Replies(**{**RECORDINGS[version][moment], **changes}))
+def recorded(version, moment, **changes):
+    return build(Replies(**{**RECORDINGS[version][moment], **changes}))
 
 
 @pytest.fixture(params=sorted(RECORDINGS))
@@ -36,7 +36,7 @@ def test_recordings_cover_both_sources_of_edges():
 
 
 def test_chain_under_two_filters(version):
-    chain = build(version, "quiet").device("vd0").chain
+    chain = recorded(version, "quiet").device("vd0").chain
     assert [(node.name, node.driver) for node in chain.filters] == [
         ("cor", "copy-on-read"),
         ("thr", "throttle"),
@@ -56,7 +56,7 @@ def test_chain_under_two_filters(version):
 
 
 def test_devices_of_every_kind(version):
-    graph = build(version, "quiet")
+    graph = recorded(version, "quiet")
     by_name = {device.name: device for device in graph.devices}
     assert by_name["sd0"].drive == "drv1"
     assert by_name["sd0"].qom_path == "/machine/peripheral/sd0"
@@ -71,7 +71,7 @@ def test_devices_of_every_kind(version):
 
 
 def test_data_file(version):
-    layer = build(version, "quiet").device("df").chain.active
+    layer = recorded(version, "quiet").device("df").chain.active
     assert layer.file == "withdata.qcow2"
     assert layer.data_file.filename == "data.raw"
 
@@ -92,12 +92,12 @@ def test_data_file(version):
     ],
 )
 def test_a_disk_goes_by_each_of_its_names(version, name, device):
-    assert build(version, "quiet").device(name).name == device
+    assert recorded(version, "quiet").device(name).name == device
 
 
 def test_unknown_disk_lists_those_that_there_are(version):
     with pytest.raises(NotFoundError) as caught:
-        build(version, "quiet").device("vda")
+        recorded(version, "quiet").device("vda")
     assert caught.value.exit_code == 2
     assert any(line.startswith("vd0 (node d0") for line in caught.value.candidates)
     assert "cdx (empty)" in caught.value.candidates
@@ -106,7 +106,7 @@ def test_unknown_disk_lists_those_that_there_are(version):
 def test_a_backing_file_is_not_a_disks_name(version):
     """Two disks may share it: writing to the one it happens to name would be a mistake."""
     with pytest.raises(NotFoundError):
-        build(version, "quiet").device("base.raw")
+        recorded(version, "quiet").device("base.raw")
 
 
 def test_ambiguous_file_lists_the_disks(version):
@@ -115,13 +115,13 @@ def test_ambiguous_file_lists_the_disks(version):
         if node["file"] == "legacy.raw":
             node["file"] = "active.qcow2"
     with pytest.raises(AmbiguousError) as caught:
-        build(version, "quiet", nodes=nodes).device("active.qcow2")
+        recorded(version, "quiet", nodes=nodes).device("active.qcow2")
     assert len(caught.value.candidates) == 2
 
 
 def test_empty_tray_is_refused(version):
     with pytest.raises(RequestError, match="empty"):
-        build(version, "quiet").device("cdx")
+        recorded(version, "quiet").device("cdx")
 
 
 def test_absolute_names_match_in_normal_form(version):
@@ -129,30 +129,30 @@ def test_absolute_names_match_in_normal_form(version):
     for node in nodes:
         if node["file"] == "legacy.raw":
             node["file"] = "/images/legacy.raw"
-    graph = build(version, "quiet", nodes=nodes)
+    graph = recorded(version, "quiet", nodes=nodes)
     assert graph.device("/images/../images/legacy.raw").name == "sd0"
 
 
 @pytest.mark.parametrize("text", ["@1", "middle.qcow2"])
 def test_layer_by_depth_and_by_file(version, text):
-    assert build(version, "quiet").device("vd0").chain.layer(text).depth == 1
+    assert recorded(version, "quiet").device("vd0").chain.layer(text).depth == 1
 
 
 @pytest.mark.parametrize("text", ["@3", "@-1", "nosuch"])
 def test_unknown_layer_lists_the_chain(version, text):
     with pytest.raises(NotFoundError) as caught:
-        build(version, "quiet").device("vd0").chain.layer(text)
+        recorded(version, "quiet").device("vd0").chain.layer(text)
     assert len(caught.value.candidates) == 3
 
 
 def test_layer_depth_must_be_a_number(version):
     with pytest.raises(RequestError, match="@N"):
-        build(version, "quiet").device("vd0").chain.layer("@top")
+        recorded(version, "quiet").device("vd0").chain.layer("@top")
 
 
 def test_job_filters_on_top_are_found(version):
     """query-block skips them; a backup's is named even there (F8)."""
-    graph = build(version, "jobs")
+    graph = recorded(version, "jobs")
     assert [n.driver for n in graph.device("sd0").chain.filters] == ["mirror_top"]
     assert [n.driver for n in graph.device("df").chain.filters] == ["copy-before-write"]
     # An active commit is a mirror inside QEMU; its filter is under the user's own.
@@ -163,7 +163,7 @@ def test_job_filters_on_top_are_found(version):
 
 
 def test_jobs_are_told_by_disk(version):
-    graph = build(version, "jobs")
+    graph = recorded(version, "jobs")
     ids = {device.name: [job.id for job in device.jobs] for device in graph.devices}
     assert ids["sd0"] == ["m"]
     assert ids["vd0"] == ["c"]
@@ -173,8 +173,8 @@ def test_jobs_are_told_by_disk(version):
 
 def test_without_the_debug_graph_chains_are_the_same(version):
     """x-debug-query-block-graph is unstable; what lies below the root must not need it."""
-    whole = build(version, "quiet")
-    stable = build(version, "quiet", debug_graph=None)
+    whole = recorded(version, "quiet")
+    stable = recorded(version, "quiet", debug_graph=None)
     for one, other in zip(whole.devices, stable.devices, strict=True):
         assert one.qom_path == other.qom_path
         if one.chain is not None:
@@ -187,7 +187,7 @@ def test_without_the_debug_graph_chains_are_the_same(version):
 
 def test_exports_are_told_by_disk(version):
     exports = [{"id": "e", "node-name": "d0", "type": "nbd", "shutting-down": False}]
-    graph = build(version, "quiet", exports=exports)
+    graph = recorded(version, "quiet", exports=exports)
     assert graph.device("vd0").exports == ("e",)
     assert graph.device("sd0").exports == ()
 
@@ -214,7 +214,7 @@ def device(shown, **more):
 
 def made(nodes, shown="n0", **changes):
     whole = {"block": [device(shown)], "nodes": nodes, "stats": [], "jobs": [], "exports": []}
-    return BlockGraph.from_replies(Replies(**(whole | changes)))
+    return build(Replies(**(whole | changes)))
 
 
 def test_a_filter_inside_the_chain_counts_as_a_level():
@@ -341,16 +341,16 @@ def test_the_device_uses_its_filter_and_the_filter_the_image():
 
 
 def test_a_job_by_its_id(version):
-    graph = build(version, "jobs")
+    graph = recorded(version, "jobs")
     assert graph.job("c").type == "commit"
     assert graph.job("nosuch") is None
     assert not graph.job("c").ours
     jobs = [{"id": "qmpblock-deadbeef-stream", "type": "stream", "status": "running"}]
-    assert build(version, "quiet", jobs=jobs).jobs[0].ours
+    assert recorded(version, "quiet", jobs=jobs).jobs[0].ours
 
 
 def test_nodes_of_recorded_jobs_have_users(version):
-    graph = build(version, "jobs")
+    graph = recorded(version, "jobs")
     working = [(job.id, name) for job in graph.jobs for name in job.nodes]
     assert len(working) >= 3
     for job, name in working:
@@ -400,9 +400,7 @@ def test_mutated_replies_give_a_graph_or_an_error_of_ours(data, version, moment)
     for _ in range(data.draw(st.integers(1, 3))):
         mutate(data, replies)
     try:
-        graph = BlockGraph.from_replies(
-            Replies(**{k: replies[k] for k in RECORDINGS[version][moment]})
-        )
+        graph = build(Replies(**{k: replies[k] for k in RECORDINGS[version][moment]}))
         graph.device("vd0")
     except Error:
         pass
@@ -415,7 +413,7 @@ def test_mutated_replies_give_a_graph_or_an_error_of_ours(data, version, moment)
 )
 def test_arbitrary_replies_give_a_graph_or_an_error_of_ours(replies):
     with contextlib.suppress(GraphError):
-        BlockGraph.from_replies(Replies(**replies))
+        build(Replies(**replies))
 
 
 def test_a_layer_seen_through_a_view_is_veiled():
@@ -431,7 +429,7 @@ def test_a_layer_seen_through_a_view_is_veiled():
 
 def built(nodes, devices=("vd0",), **more):
     block = [{"device": "", "qdev": one, "inserted": {"node-name": "0"}} for one in devices]
-    return BlockGraph.from_replies(
+    return build(
         Replies(**({"block": block, "nodes": nodes, "stats": [], "jobs": [], "exports": []} | more))
     )
 
