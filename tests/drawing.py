@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from qmpblock.changes.operations import _KINDS
 from qmpblock.changes.record import VMIdentity
-from qmpblock.graph.model import Replies, build
+from qmpblock.graph.builder import Replies, build
 
 MIB = 1 << 20
 RUN = "deadbeef"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qmpblock.graph.builder import Replies, build
     from qmpblock.graph.model import (
         FILTERS,
         Bitmap,
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
         JobInfo,
         Layer,
         Node,
-        Replies,
     )
 
 __all__ = [
@@ -32,15 +32,16 @@ __all__ = [
     "Layer",
     "Node",
     "Replies",
+    "build",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from qmpblock.graph import model
+    from qmpblock.graph import builder, model
 
-    return getattr(model, name)
+    return getattr(builder if name in builder.__all__ else model, name)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from qmpblock.address import Address
 from qmpblock.errors import UNTOUCHED, CommandError, Error, GraphError, UnsupportedError, printable
-from qmpblock.graph.model import BlockGraph, Replies, build
+from qmpblock.graph.builder import Replies, build
+from qmpblock.graph.model import BlockGraph
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.monitor import Monitor
 

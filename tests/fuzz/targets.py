@@ -23,7 +23,7 @@ from qmpblock.changes.journalfile import JournalFile
 from qmpblock.changes.operations import read_record
 from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.extents.allocationmap import AllocationMap, NBDMapBuilder
-from qmpblock.graph.model import Replies, build
+from qmpblock.graph.builder import Replies, build
 from qmpblock.host.statedirectory import OpenDirectory
 from qmpblock.nbd import wire
 from qmpblock.nbd.protocol import Finished, Opened, Protocol, Wanted

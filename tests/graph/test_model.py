@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpblock.errors import AmbiguousError, Error, GraphError, NotFoundError, RequestError
-from qmpblock.graph.model import Bitmap, Replies, build
+from qmpblock.graph.builder import Replies, build
+from qmpblock.graph.model import Bitmap
 
 RECORDINGS = {
     path.stem: json.loads(path.read_text())
@@ -481,7 +482,7 @@ def test_a_long_way_down_to_the_file_is_refused():
 
 
 def test_chains_that_meet_below_are_walked_so_often_and_no_more(monkeypatch):
-    monkeypatch.setattr("qmpblock.graph.model._MOST_STEPS", 2000)
+    monkeypatch.setattr("qmpblock.graph.builder._MOST_STEPS", 2000)
     nodes = line(190, "backing")
     nodes += [node(f"top{n}", "qcow2") for n in range(20)]
     for one in nodes[190:]:
