@@ -26,7 +26,8 @@ from qmpblock.qemu import ownership
 from qmpblock.sizes import check_range
 
 if TYPE_CHECKING:
-    from qmpblock.extents.allocationmap import AllocationMap, ExtentAllowance
+    from qmpblock.extents.allocationmap import AllocationMap
+    from qmpblock.extents.blockstatus import ExtentAllowance
     from qmpblock.nbd import Client
     from qmpblock.qemu.connection import Connection
     from qmpblock.ranges import Ranges
@@ -305,7 +306,7 @@ async def _read_map(
         # Asked before NumPy is imported, so that QEMU looks it up meanwhile.
         length = min(last - first, client.max_status_length)
         status = await client.block_status(first, length)
-        from qmpblock.extents.allocationmap import ExtentAllowance, NBDMapBuilder
+        from qmpblock.extents.blockstatus import ExtentAllowance, NBDMapBuilder
 
         allowances[:] = allowances or [ExtentAllowance()]
         builder = NBDMapBuilder(sizes, first, last - first, levels=levels, allowance=allowances[0])

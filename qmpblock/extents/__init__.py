@@ -7,13 +7,12 @@ from qmpblock.extents.allocationmap import (
     ZERO,
     AllocationMap,
     Extent,
-    ExtentAllowance,
     LayerTotals,
-    NBDMapBuilder,
     Ranges,
     Totals,
     layer_extents_json,
 )
+from qmpblock.extents.blockstatus import ExtentAllowance, NBDMapBuilder
 
 __all__ = [
     "DATA",

@@ -20,15 +20,14 @@ Pure: NumPy only. Offsets, lengths and sizes are bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qmpblock.errors import NBDError, NBDProtocolError, RangeError, RequestError
-from qmpblock.extents.blockstatus import Nodes, merge
+from qmpblock.errors import RangeError, RequestError
 from qmpblock.extents.records import (
     DATA,
     PRESENT,
@@ -48,18 +47,12 @@ __all__ = [
     "ZERO",
     "AllocationMap",
     "Extent",
-    "ExtentAllowance",
     "LayerTotals",
-    "NBDMapBuilder",
     "Ranges",
     "Totals",
     "layer_extents_json",
 ]
 
-#: How many extents of a running disk are taken from a server for one map: 1.3 GB of columns, and
-#: as much again for a moment where parts are put together.
-MOST_EXTENTS = 100_000_000
-_SMALLEST_REPLY = 64  # extents that a reply counts as at least: taking one costs that much time
 
 _QEMU_IMG = PRESENT | ZERO | DATA  # what qemu-img's JSON can say
 _CHUNK = 1 << 14  # extents turned into Python objects at a time
@@ -550,115 +543,3 @@ def _extent(offset: int, length: int, depth: int, flags: int) -> Extent:
         bool(flags & DATA),
         bool(flags & RESERVED),
     )
-
-
-class ExtentAllowance:
-    """How many extents a server may still describe, in all parts of one map together.
-
-    :param most: at the beginning.
-    """
-
-    def __init__(self, most: int | None = None) -> None:
-        self._most = MOST_EXTENTS if most is None else most
-        self._left = self._most
-
-    def take(self, count: int, offset: int) -> None:
-        """Take one reply with `count` extents from `offset` on off it.
-
-        :raise NBDError: it is used up.
-        """
-        self._left -= max(count, _SMALLEST_REPLY)
-        if self._left < 0:
-            raise NBDError(
-                f"the NBD server describes the disk in more than {self._most} extents; "
-                f"it was stopped at offset {offset}",
-                remedy="map a part at a time, with --offset and --length",
-            )
-
-
-@dataclass(slots=True)
-class NBDMapBuilder:
-    """Builds a map from the two contexts of an NBD export, reply by reply.
-
-    Memory: 13 bytes an extent and an eighth more while it grows; no copy at the end. The
-    allowance bounds it, and with it the time that a server can keep us busy.
-
-    :param layer_sizes: the virtual size of each node that NBD counts, the exported one
-        first (NBD depth 1). QEMU counts filters inside the chain too.
-    :param offset: where the map starts.
-    :param length: how much it covers; inside the first layer.
-    :param levels: for each of those nodes the depth it goes by in the map, where they
-        are not simply 0, 1, 2, ...: a filter goes by that of the layer under it.
-    :param allowance: how many extents to take from the server at most; builders of one map
-        share it.
-    :raise RangeError: the range is not inside the first layer.
-    """
-
-    layer_sizes: Sequence[int]
-    offset: int
-    length: int
-    levels: Sequence[int] | None = None
-    allowance: ExtentAllowance = field(default_factory=lambda: ExtentAllowance())
-    next_offset: int = field(init=False)
-    _nodes: Nodes = field(init=False)
-    _last: tuple[int, int] | None = field(init=False, default=None)
-    _columns: tuple[bytearray, bytearray, bytearray] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._nodes = Nodes.of(self.layer_sizes, self.levels)
-        stop = self.offset + self.length
-        if not 0 <= self.offset <= stop <= self.layer_sizes[0]:
-            raise RangeError(
-                f"offset {self.offset}, length {self.length} is outside the disk "
-                f"of {self.layer_sizes[0]} bytes"
-            )
-        self.next_offset = self.offset
-        self._columns = bytearray(), bytearray(), bytearray()
-
-    @property
-    def remaining(self) -> int:
-        """Bytes that no reply has described yet."""
-        return self.offset + self.length - self.next_offset
-
-    def feed(self, base: npt.NDArray[Any], depth: npt.NDArray[Any]) -> None:
-        """Add one reply; `next_offset` moves on as far as both contexts reach.
-
-        :param base: integers of shape (n, 2): length and flags of each base:allocation
-            extent, the first at `next_offset`.
-        :param depth: the same of qemu:allocation-depth.
-        :raise NBDProtocolError: an empty context, an extent without length, a depth past
-            the chain. Nothing of the reply is taken.
-        :raise NBDError: the server has described more extents than the allowance.
-        """
-        self.allowance.take(max(len(base), len(depth)), self.next_offset)
-        found = merge(base, depth, self.next_offset, self.remaining, self._nodes)
-        keep = np.empty(len(found.starts), np.bool_)  # what differs from the extent before it
-        keep[0] = self._last != (found.depth[0], found.flags[0])
-        keep[1:] = found.depth[1:] != found.depth[:-1]
-        keep[1:] |= found.flags[1:] != found.flags[:-1]
-        offsets, depths, flags = self._columns
-        offsets += found.starts[keep].tobytes()
-        depths += found.depth[keep].tobytes()
-        flags += found.flags[keep].tobytes()
-        self._last = int(found.depth[-1]), int(found.flags[-1])
-        self.next_offset = found.stop
-
-    def finish(self) -> AllocationMap:
-        """Return the map; the builder is used up.
-
-        :raise NBDProtocolError: part of the range was not described.
-        """
-        if self.remaining:
-            raise NBDProtocolError(
-                f"the NBD server described the disk only up to {self.next_offset}, "
-                f"not to {self.offset + self.length}"
-            )
-        offsets, depth, flags = self._columns
-        return AllocationMap(
-            self.offset,
-            self.offset + self.length,
-            np.frombuffer(offsets, np.int64),
-            np.frombuffer(depth, np.int32),
-            np.frombuffer(flags, np.uint8),
-            self._nodes.layers,
-        )

@@ -22,10 +22,10 @@ from qmpblock.extents.allocationmap import (
     ZERO,
     AllocationMap,
     Extent,
-    NBDMapBuilder,
     Ranges,
     layer_extents_json,
 )
+from qmpblock.extents.blockstatus import NBDMapBuilder
 
 # Correct, not quick: the machine may be busy with other tests.
 settings.register_profile("patient", deadline=None)

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpblock.errors import NBDError, NBDProtocolError, RangeError, RequestError
-from qmpblock.extents.allocationmap import AllocationMap, ExtentAllowance, NBDMapBuilder
-from qmpblock.extents.blockstatus import Nodes, merge
+from qmpblock.extents.allocationmap import AllocationMap
+from qmpblock.extents.blockstatus import ExtentAllowance, NBDMapBuilder, Nodes, merge
 
 TOOLS = ("qemu-img", "qemu-io", "qemu-nbd", "nbdinfo")
 needs_tools = pytest.mark.skipif(

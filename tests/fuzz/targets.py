@@ -22,7 +22,8 @@ from qmpblock.changes.journal import Journal
 from qmpblock.changes.journalfile import JournalFile
 from qmpblock.changes.operations import read_record
 from qmpblock.errors import Error, RequestError, UnsupportedError
-from qmpblock.extents.allocationmap import AllocationMap, NBDMapBuilder
+from qmpblock.extents.allocationmap import AllocationMap
+from qmpblock.extents.blockstatus import NBDMapBuilder
 from qmpblock.graph.builder import Replies, build
 from qmpblock.host.statedirectory import OpenDirectory
 from qmpblock.nbd import wire

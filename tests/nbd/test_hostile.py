@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from qmpblock.errors import NBDError, StalledError
-from qmpblock.extents import allocationmap as module
+from qmpblock.extents import blockstatus as module
 from qmpblock.mapping import _read_map
 from qmpblock.nbd import Client
 
