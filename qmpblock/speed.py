@@ -1,4 +1,4 @@
-"""Pace: how fast a job goes, and whether it will ever catch up with the guest.
+"""Speed: how fast a job goes, and whether it will ever catch up with the guest.
 
 Pure, but for `Speed.wait`.
 """

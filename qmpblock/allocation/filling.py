@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.chains.headers import Header, make
 from qmpblock.chains.snapshot import Item, make_file, make_overlay
-from qmpblock.changes.finalize import set_detect_zeroes, set_writable
+from qmpblock.changes.nodes import set_detect_zeroes, set_writable
 from qmpblock.errors import JobError
 from qmpblock.host.qemuimg import QemuIo, null_data
 from qmpblock.qemu.job import Job

@@ -31,9 +31,9 @@ from qmpblock.allocation.plan import Batch, below, requests, rounded
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.chains.jobs import host_files
 from qmpblock.changes.change import Change
-from qmpblock.changes.finalize import check_copy_on_read
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.nodes import check_copy_on_read
 from qmpblock.changes.operations import ThinAllocation
 from qmpblock.errors import UNTOUCHED, CommandError, GraphError, NBDError, UnsupportedError
 from qmpblock.graph.writable import check_disk

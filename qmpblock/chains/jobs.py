@@ -39,13 +39,15 @@ from qmpblock.chains.plan import (
 from qmpblock.chains.settings import discard_to_restore, lost_by_commit
 from qmpblock.changes.backingproof import check_record
 from qmpblock.changes.change import Change
-from qmpblock.changes.finalize import check_copy_on_read, drive, flush, io_limits
+from qmpblock.changes.finalize import drive, flush
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.nodes import check_copy_on_read
 from qmpblock.changes.operations import ActiveCommit, Commit, Stream
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import device_of, settle
 from qmpblock.changes.step import Choice
+from qmpblock.changes.throttle import io_limits
 from qmpblock.errors import (
     UNTOUCHED,
     CommandError,

@@ -1,4 +1,4 @@
-"""Driving: what is ours to do while a job of QEMU runs, above all at its end.
+"""What is ours to do while a job of QEMU runs, above all at its end.
 
 - Before a job that drops a link is finalized, what it wrote is flushed (K6; the base of a
   commit of middle layers too: 11 of 12 kills in the four milliseconds after job-finalize lost
@@ -11,30 +11,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.changes.backingproof import check_record
+from qmpblock.changes.bitmaps import promote_bitmaps
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.record import PIVOTED, Record
+from qmpblock.changes.throttle import slow_down
 from qmpblock.errors import (
-    UNTOUCHED,
     BusyError,
     CommandError,
     Error,
     JobError,
     UnsupportedError,
-    printable,
 )
 from qmpblock.graph.layeruse import check_bitmaps
-from qmpblock.graph.model import BlockGraph, Device, Layer, Node
-from qmpblock.graph.options import key_secret, overlay_options
+from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.qemu import ownership
-from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
@@ -43,33 +39,14 @@ if TYPE_CHECKING:
 __all__ = [
     "before_finalize",
     "bring_home",
-    "check_copy_on_read",
     "check_unused",
-    "delete_bitmap",
     "drive",
     "flush",
-    "io_limits",
     "pivot",
-    "promote_bitmaps",
-    "relink",
-    "restore_discard",
-    "restore_limits",
-    "restore_zeroes",
-    "set_detect_zeroes",
-    "set_writable",
 ]
 
 _log = logging.getLogger(__name__)
-# What QEMU lets a node be called, by people or by itself; it goes into a command line.
-_NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
 _PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
-_REQUIRED = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
-_LIMITS = (
-    *_REQUIRED,
-    *(f"{key}_max" for key in _REQUIRED),
-    *(f"{key}_max_length" for key in _REQUIRED),
-    "iops_size",
-)
 
 
 async def drive(
@@ -135,115 +112,12 @@ async def _drive(
             waited = asked and time.monotonic() - asked_at > _PATIENCE
             if seen.lagging or (waited and seen.remaining):
                 slowed = True
-                await _slow_down(vm, device, record, throttle_guest)
+                await slow_down(vm, device, record, throttle_guest)
     assert last is not None  # follow() yields at least once, or raises
     if last.error is not None and journal is not None and journal.pivoted:
         journal.mark(**{PIVOTED: False})  # the guest is still on the overlay
     if last.error is not None:
         raise JobError(job.id, job.type, last.error)
-
-
-def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
-    """Refuse to have QEMU copy on read into a layer where that would kill it.
-
-    :raise UnsupportedError: see `Capabilities.copy_on_read_breaks_subclusters`.
-    """
-    if into.node.subclusters and capabilities.copy_on_read_breaks_subclusters:
-        raise UnsupportedError(
-            f"{printable(into.file)} has subclusters (extended_l2), and QEMU {capabilities} aborts "
-            "when it copies from a backing image into such an image",
-            standing=UNTOUCHED,
-            remedy="commit instead, or use QEMU 10.0 or newer",
-        )
-
-
-async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> None:
-    """Have an overlay of ours lie on its image itself, without what was put between.
-
-    Where QEMU refuses, what is between is brought home too, if there is room for it.
-
-    :param node: the overlay's; `below`: the image's.
-    """
-    top = graph.nodes[node]
-    storage = top.child("file")
-    assert storage is not None  # an overlay of ours has a file
-    try:
-        secret = key_secret(Layer(0, top, None)) if top.encrypted else None
-        options = overlay_options(node, storage, top, secret, below)
-        await vm.monitor.execute("blockdev-reopen", {"options": [options]})
-    except (CommandError, UnsupportedError) as error:
-        _log.warning("%s stays where it is: %s", node, error)
-
-
-async def set_detect_zeroes(vm: Connection, node: str, value: str) -> None:
-    """Change one option of a node, and see that it is so.
-
-    blockdev-reopen would give all others their defaults, what they are no command tells, and
-    it refuses nodes that QEMU named itself (those of -drive). qemu-io's `reopen` keeps them.
-
-    :param value: `off`, `on` or `unmap`.
-    :raise UnsupportedError: it had no effect.
-    """
-    found, said = await _reopen(vm, node, f"-o detect-zeroes={value}")
-    if found is not None and found.detect_zeroes == value:
-        return
-    raise UnsupportedError(
-        f"QEMU does not set detect-zeroes of {printable(node)} to {value}: {printable(said)}"
-    )
-
-
-async def set_writable(vm: Connection, node: str) -> None:
-    """Make a node writable again that a snapshot has made read-only, as a commit job does.
-
-    Only if it has: where QEMU cannot open the file again by its name (a relative one, and
-    -daemonize), the snapshot left the node as it was, and to reopen it would spoil it: a job that
-    writes to it then fails ("Could not open").
-
-    :raise UnsupportedError: it had no effect.
-    """
-    known = (await vm.graph()).nodes.get(node)
-    if known is not None and not known.read_only:
-        return
-    found, said = await _reopen(vm, node, "-w")
-    if found is None or found.read_only:
-        raise UnsupportedError(f"QEMU does not make {printable(node)} writable: {printable(said)}")
-
-
-async def _reopen(vm: Connection, node: str, options: str) -> tuple[Node | None, str]:
-    """Reopen a node by qemu-io; return it as it is afterwards, and what QEMU said."""
-    said = "the node's name cannot be put on a command line"
-    if _NODE_NAME.fullmatch(node):
-        line = f'qemu-io {node} "reopen {options}"'
-        said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
-    # By the graph, which waits where a query of the nodes would crash QEMU 7.2 (K7).
-    return (await vm.graph()).nodes.get(node), said
-
-
-async def restore_zeroes(vm: Connection, node: str, value: str) -> None:
-    """Give a node its detect-zeroes back; that must not keep an overlay from coming home."""
-    try:
-        await set_detect_zeroes(vm, node, value)
-    except (CommandError, UnsupportedError) as error:
-        _log.warning("%s", error)
-
-
-async def restore_discard(vm: Connection, node: str, value: str) -> None:
-    """Give the base the `discard` of the layer that the guest comes from.
-
-    Nothing tells whether it is so, but that QEMU does not complain. Idempotent.
-    """
-    if not _NODE_NAME.fullmatch(node):
-        _log.warning("the name of %s cannot be put on a command line", printable(node))
-        return
-    line = f'qemu-io {node} "reopen -o discard={value}"'
-    said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
-    if said:
-        _log.warning(
-            "QEMU does not set discard of %s to %s: %s",
-            printable(node),
-            value,
-            printable(said.strip()),
-        )
 
 
 async def bring_home(
@@ -398,80 +272,3 @@ async def flush(vm: Connection, device: Device, node: str) -> None:
         client
     ]:
         await client.flush()
-
-
-async def promote_bitmaps(vm: Connection, record: Record) -> None:
-    """Make transient bitmaps of a node that a job writes to persistent. Idempotent.
-
-    Before the job the node is read-only, and QEMU refuses a persistent one (11.1) or loses it
-    (7.2). So a transient one records from the start, and is merged into the persistent one.
-    """
-    for node, helper, name, granularity in record.promotions:
-        known = (await vm.graph()).nodes[node].bitmaps
-        if not any(bitmap.name == helper for bitmap in known):
-            continue
-        if not any(bitmap.name == name for bitmap in known):
-            await vm.monitor.execute(
-                "block-dirty-bitmap-add",
-                {"node": node, "name": name, "granularity": granularity, "persistent": True},
-            )
-        await vm.monitor.execute(
-            "block-dirty-bitmap-merge", {"node": node, "target": name, "bitmaps": [helper]}
-        )
-        await delete_bitmap(vm, node, helper)
-
-
-async def delete_bitmap(vm: Connection, node: str, name: str) -> None:
-    """Remove a dirty bitmap of ours, unless its node has become read-only with it stored."""
-    try:
-        await vm.monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
-    except CommandError as error:
-        if "not found" in error.description:
-            return
-        if "read-only" not in error.description and "No write access" not in error.description:
-            raise
-        _log.warning(
-            "the dirty bitmap %s stays in %s, which is read-only now: QEMU says %s",
-            printable(name),
-            printable(node),
-            printable(error.description),
-        )
-
-
-async def io_limits(vm: Connection, device: Device) -> tuple[dict[str, int], str]:
-    """Return the I/O limits of a device's backend, and their group; empty where none."""
-    for info in await vm.monitor.execute("query-block"):
-        if info.get("qdev") in (device.qom_path, device.id) and "inserted" in info:
-            inserted = info["inserted"]
-            limits = {key: int(inserted[key]) for key in _LIMITS if key in inserted}
-            return limits, str(inserted.get("group", ""))
-    raise Error(f"{device.name} has no block backend any more: was it unplugged?")
-
-
-async def _slow_down(vm: Connection, device: Device, record: Record, rate: int) -> None:
-    """Limit the guest's I/O on a disk, where it is not limited further already."""
-    before = dict(record.throttle)
-    total = before.get("bps", 0)
-    limits = {key: before.get(key, 0) for key in _REQUIRED}
-    limits |= {"bps": min(total, rate) if total else rate, "bps_rd": 0, "bps_wr": 0}
-    await _set_io_limits(vm, device, limits, record.throttle_group)
-
-
-async def _set_io_limits(
-    vm: Connection, device: Device, limits: Mapping[str, int], group: str
-) -> None:
-    arguments: dict[str, object] = {"id": device.qom_path, **dict.fromkeys(_REQUIRED, 0), **limits}
-    if group:
-        arguments["group"] = group
-    await vm.monitor.execute("block_set_io_throttle", arguments)
-
-
-async def restore_limits(
-    vm: Connection, device: Device, before: Mapping[str, int], group: str
-) -> None:
-    """Give the guest back the I/O limits that it had before."""
-    if device.chain is None:
-        return  # unplugged, and its limits with it
-    now, _ = await io_limits(vm, device)
-    if now != before:
-        await _set_io_limits(vm, device, before, group)

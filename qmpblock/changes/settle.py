@@ -13,19 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.changes.finalize import (
-    before_finalize,
-    bring_home,
-    delete_bitmap,
-    pivot,
-    relink,
-    restore_discard,
-    restore_limits,
-    restore_zeroes,
-)
+from qmpblock.changes.bitmaps import delete_bitmap
+from qmpblock.changes.finalize import before_finalize, bring_home, pivot
 from qmpblock.changes.journal import Journal
+from qmpblock.changes.nodes import relink, restore_discard, restore_zeroes
 from qmpblock.changes.record import Record
 from qmpblock.changes.step import Choice, Step
+from qmpblock.changes.throttle import restore_limits
 from qmpblock.changes.unfinished import steps
 from qmpblock.errors import (
     CommandError,

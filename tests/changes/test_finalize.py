@@ -3,7 +3,8 @@
 import pytest
 from drawing import bitmap, chain, record
 
-from qmpblock.changes.finalize import check_copy_on_read, check_unused
+from qmpblock.changes.finalize import check_unused
+from qmpblock.changes.nodes import check_copy_on_read
 from qmpblock.errors import BusyError, UnsupportedError
 from qmpblock.qemu.capabilities import Capabilities
 

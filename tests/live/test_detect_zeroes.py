@@ -7,7 +7,7 @@ from disturbed import nothing_of_ours
 
 import qmpblock
 from qmpblock.allocation import filling
-from qmpblock.changes import finalize as driving
+from qmpblock.changes import nodes
 from qmpblock.errors import Error
 from qmpblock.ranges import Ranges
 from qmpblock.testing.images import Tools, build
@@ -127,8 +127,8 @@ async def test_nodes_whose_option_cannot_be_set(start_qemu, vm_dir, qemu_binary,
     vm = await start_qemu(built, guest=True)
     async with qmpblock.connect(vm.monitor_path) as controller:
         with pytest.raises(Error, match=r"does not set detect-zeroes of no\.such to off: .*such"):
-            await driving.set_detect_zeroes(controller, "no.such", "off")
+            await nodes.set_detect_zeroes(controller, "no.such", "off")
         with pytest.raises(Error, match="cannot be put on a command line"):
-            await driving.set_detect_zeroes(controller, 'd0 "help"', "off")
+            await nodes.set_detect_zeroes(controller, 'd0 "help"', "off")
         with pytest.raises(Error, match=r"does not make no\.such writable: .*such"):
-            await driving.set_writable(controller, "no.such")
+            await nodes.set_writable(controller, "no.such")

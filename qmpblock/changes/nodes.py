@@ -1,0 +1,131 @@
+"""Options of block nodes, changed for a while, and given back."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
+from qmpblock.graph.model import BlockGraph, Layer, Node
+from qmpblock.graph.options import key_secret, overlay_options
+from qmpblock.qemu.capabilities import Capabilities
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = [
+    "check_copy_on_read",
+    "relink",
+    "restore_discard",
+    "restore_zeroes",
+    "set_detect_zeroes",
+    "set_writable",
+]
+
+_log = logging.getLogger(__name__)
+# What QEMU lets a node be called, by people or by itself; it goes into a command line.
+_NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
+
+
+def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
+    """Refuse to have QEMU copy on read into a layer where that would kill it.
+
+    :raise UnsupportedError: see `Capabilities.copy_on_read_breaks_subclusters`.
+    """
+    if into.node.subclusters and capabilities.copy_on_read_breaks_subclusters:
+        raise UnsupportedError(
+            f"{printable(into.file)} has subclusters (extended_l2), and QEMU {capabilities} aborts "
+            "when it copies from a backing image into such an image",
+            standing=UNTOUCHED,
+            remedy="commit instead, or use QEMU 10.0 or newer",
+        )
+
+
+async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> None:
+    """Have an overlay of ours lie on its image itself, without what was put between.
+
+    Where QEMU refuses, what is between is brought home too, if there is room for it.
+
+    :param node: the overlay's; `below`: the image's.
+    """
+    top = graph.nodes[node]
+    storage = top.child("file")
+    assert storage is not None  # an overlay of ours has a file
+    try:
+        secret = key_secret(Layer(0, top, None)) if top.encrypted else None
+        options = overlay_options(node, storage, top, secret, below)
+        await vm.monitor.execute("blockdev-reopen", {"options": [options]})
+    except (CommandError, UnsupportedError) as error:
+        _log.warning("%s stays where it is: %s", node, error)
+
+
+async def set_detect_zeroes(vm: Connection, node: str, value: str) -> None:
+    """Change one option of a node, and see that it is so.
+
+    blockdev-reopen would give all others their defaults, what they are no command tells, and
+    it refuses nodes that QEMU named itself (those of -drive). qemu-io's `reopen` keeps them.
+
+    :param value: `off`, `on` or `unmap`.
+    :raise UnsupportedError: it had no effect.
+    """
+    found, said = await _reopen(vm, node, f"-o detect-zeroes={value}")
+    if found is not None and found.detect_zeroes == value:
+        return
+    raise UnsupportedError(
+        f"QEMU does not set detect-zeroes of {printable(node)} to {value}: {printable(said)}"
+    )
+
+
+async def set_writable(vm: Connection, node: str) -> None:
+    """Make a node writable again that a snapshot has made read-only, as a commit job does.
+
+    Only if it has: where QEMU cannot open the file again by its name (a relative one, and
+    -daemonize), the snapshot left the node as it was, and to reopen it would spoil it: a job that
+    writes to it then fails ("Could not open").
+
+    :raise UnsupportedError: it had no effect.
+    """
+    known = (await vm.graph()).nodes.get(node)
+    if known is not None and not known.read_only:
+        return
+    found, said = await _reopen(vm, node, "-w")
+    if found is None or found.read_only:
+        raise UnsupportedError(f"QEMU does not make {printable(node)} writable: {printable(said)}")
+
+
+async def _reopen(vm: Connection, node: str, options: str) -> tuple[Node | None, str]:
+    """Reopen a node by qemu-io; return it as it is afterwards, and what QEMU said."""
+    said = "the node's name cannot be put on a command line"
+    if _NODE_NAME.fullmatch(node):
+        line = f'qemu-io {node} "reopen {options}"'
+        said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    # By the graph, which waits where a query of the nodes would crash QEMU 7.2 (K7).
+    return (await vm.graph()).nodes.get(node), said
+
+
+async def restore_zeroes(vm: Connection, node: str, value: str) -> None:
+    """Give a node its detect-zeroes back; that must not keep an overlay from coming home."""
+    try:
+        await set_detect_zeroes(vm, node, value)
+    except (CommandError, UnsupportedError) as error:
+        _log.warning("%s", error)
+
+
+async def restore_discard(vm: Connection, node: str, value: str) -> None:
+    """Give the base the `discard` of the layer that the guest comes from.
+
+    Nothing tells whether it is so, but that QEMU does not complain. Idempotent.
+    """
+    if not _NODE_NAME.fullmatch(node):
+        _log.warning("the name of %s cannot be put on a command line", printable(node))
+        return
+    line = f'qemu-io {node} "reopen -o discard={value}"'
+    said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    if said:
+        _log.warning(
+            "QEMU does not set discard of %s to %s: %s",
+            printable(node),
+            value,
+            printable(said.strip()),
+        )
