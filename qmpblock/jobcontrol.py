@@ -21,7 +21,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph.model import JobInfo
-from qmpblock.names import LOCKS
+from qmpblock.names import LockKind, is_pivot, lock_kind
 from qmpblock.qemu import lock, ownership, polling
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.jobstate import VERBS, allows
@@ -57,7 +57,7 @@ async def holder_of(vm: Connection, job: JobInfo) -> Holder | None:
     """
     unread: RecordError | None = None
     for name in await lock.names(vm.monitor):
-        if not name.startswith(LOCKS):
+        if lock_kind(name) is not LockKind.DISK:
             continue
         holder = await lock.read(vm.monitor, name)
         try:
@@ -109,7 +109,7 @@ async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
                     standing=UNTOUCHED,
                     remedy="wait for it; if it hangs, kill it, then: qmpblock recover ADDRESS",
                 )
-        elif holder is not None or job.id.endswith("-pivot"):
+        elif holder is not None or is_pivot(job.id):
             choice = Choice.UNDO if verb == "dismiss" else Choice.CONTINUE
             await recover(vm, choice)
             return f"the controller of {name} had died; what it left was brought to its end"

@@ -1,17 +1,143 @@
-"""Names of what we make in a VM and on its host: given here, and read back here. Pure."""
+"""Names of all that we make in a VM and on its host: given here, and read back here. Pure.
+
+By its name whoever finds a thing tells that it is ours, of which run, and what it is for: the next
+controller, of whatever version, and a person at night. So no name ever changes, and nothing else
+makes one, or looks into one. RUN is 8 random hex digits, new for each use; N counts from 0::
+
+    in a VM, objects      qmpblock-disk-DEVICE       lock of a disk, by its qdev id; by -HASH of its
+                                                     path in QEMU's object tree where it has none
+                          qmpblock-ahead-DEVICE      lock of the watcher of a disk's room
+                          qmpblock-nbd               lock of QEMU's NBD server
+                          qmpblock-polling           lock under which guards come and go
+                          qmpblock-poll-RUN          guard: meanwhile no iothread polls
+                          LOCK-undo-RUN              turn: whose it is to undo what RUN, which
+                                                     died, left of that lock
+                          qmpblock-RUN-tls           credentials of an NBD server of ours
+    jobs                  qmpblock-RUN-stream        a stream
+                          qmpblock-RUN-commit        a commit of frozen layers
+                          qmpblock-RUN-pivot         a commit of the active layer
+                          qmpblock-RUN-create-N      has QEMU make an image
+                          qmpblock-RUN-z             has zeros stored as data
+    nodes                 qmpblock-RUN-N             overlay N
+                          qmpblock-RUN-N-file        its storage
+                          qmpblock-RUN-z, -window, -view, -filter, -kept, -kept-file
+                                                     for zeros to be stored (`allocation.filling`)
+                          qmpblock-RUN-joint         by which these lie on the image
+                          qmpblock-RUN-N-w           holds the right to write for export N,
+                          qmpblock-RUN-N-w-j         by this joint
+                          JOINT-null                 what a joint lies on at first
+                          qmpblock-RUN-no-migration  has QEMU migrate nothing
+    exports               qmpblock-RUN-N             export N, and its export name
+    named descriptors     qmpblock-RUN-N             our end of its connection
+                          qmpblock-RUN-listen        listening socket
+                          qmpblock-RUN-no-migration  image of that node, also its memfd
+    dirty bitmaps         qmpblock-RUN-BITMAP        becomes BITMAP once its node is writable
+
+    on a host, files      IMAGE.qmpblock-RUN         temporary overlay of an allocation
+                          OVERLAY-z, OVERLAY-k       beside it: zeros; what the filter keeps
+                          IMAGE.qmpblock-RUN.journal
+                          IMAGE.qmpblock-RUN.elsewhere
+                                                     empty: that journal is not here
+                          UUID-PID-START-WHICH-RUN.journal
+                                                     in the state directory: of which QEMU process;
+                                                     WHICH is a hash of the paths of its disks
+    sockets               TMPDIR/qmpblock-RUN/nbd    of an NBD server of ours
+    directories           TMPDIR/qmpblock-demo-...   of `qmpblock demo`
+
+What says more than a name can (a lock's data, a journal) is told by whoever writes it.
+"""
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable
+from enum import Enum
+from pathlib import PurePath
 from typing import Protocol
 
-__all__ = ["AHEAD_LOCKS", "LOCKS", "ahead_lock_name", "lock_name", "lock_names", "new_run"]
+__all__ = [
+    "DEMO_FOLDER",
+    "NBD_LOCK",
+    "OURS",
+    "POLLING_LOCK",
+    "SOCKET",
+    "Device",
+    "LockKind",
+    "ahead_lock_name",
+    "blocker_name",
+    "commit_job",
+    "create_job",
+    "credentials_name",
+    "elsewhere_beside",
+    "export_name",
+    "filling_job",
+    "filling_nodes",
+    "guard_name",
+    "helper_bitmap",
+    "holder_node",
+    "is_beside",
+    "is_create_job",
+    "is_elsewhere",
+    "is_holders_run",
+    "is_of_run",
+    "is_of_vm",
+    "is_ours",
+    "is_pivot",
+    "is_run",
+    "is_socket",
+    "is_turn_of",
+    "joint_node",
+    "joint_nodes",
+    "journal_beside",
+    "journal_in_state",
+    "kept_file",
+    "listener_name",
+    "lock_kind",
+    "lock_name",
+    "lock_names",
+    "lock_of_turn",
+    "new_run",
+    "overlay_file",
+    "overlay_node",
+    "pivot_job",
+    "prefix_of_run",
+    "run_of",
+    "run_of_journal",
+    "socket_folder",
+    "storage_node",
+    "stream_job",
+    "turn_name",
+    "zeros_file",
+]
 
-#: What the ids of our disk locks begin with.
-LOCKS = "qmpblock-disk-"
-#: What the ids of the locks of watchers begin with (`qmpblock.allocation.watch`).
-AHEAD_LOCKS = "qmpblock-ahead-"
+#: What the name of everything of ours begins with, in a VM and in the temporary directory.
+OURS = "qmpblock-"
+#: The lock of QEMU's NBD server, of which a VM has one.
+NBD_LOCK = f"{OURS}nbd"
+#: The lock under which guards come and go.
+POLLING_LOCK = f"{OURS}polling"
+#: The name of a socket of ours, in a directory of its own.
+SOCKET = "nbd"
+#: What the directory of a demonstration begins with.
+DEMO_FOLDER = f"{OURS}demo-"
+
+_DISK_LOCKS = f"{OURS}disk-"
+_AHEAD_LOCKS = f"{OURS}ahead-"
+_GUARDS = f"{OURS}poll-"
+_TURN = "-undo-"
+_BESIDE = f".{OURS}"
+_JOURNAL = ".journal"
+_ELSEWHERE = ".elsewhere"
+
+_RUN = re.compile(r"[0-9a-f]{8}")
+_HOLDERS_RUN = re.compile(r"[0-9a-z]{1,32}")
+_OF_A_RUN = re.compile(rf"{OURS}({_RUN.pattern})-(.+)")
+_A_TURN = re.compile(rf"(.+?){_TURN}[0-9a-z]+")
+_A_JOURNAL = re.compile(
+    rf".*?[.-]({_RUN.pattern})(?:{re.escape(_JOURNAL)}|{re.escape(_ELSEWHERE)})",
+    re.DOTALL,
+)
 
 
 class Device(Protocol):
@@ -26,25 +152,322 @@ class Device(Protocol):
         """Its path in QEMU's object tree."""
 
 
+class Process(Protocol):
+    """Which QEMU process it is."""
+
+    @property
+    def uuid(self) -> str:
+        """Of the VM; zeros where it has none."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id; 0 where it is unknown."""
+
+    @property
+    def start(self) -> int:
+        """When it began, in clock ticks since boot; 0 where it is unknown."""
+
+
+# -- whose
+
+
 def new_run() -> str:
     """Return a run id that nobody has."""
     return secrets.token_hex(4)
 
 
-def lock_name(device: Device) -> str:
-    """Return the id of the lock object of a disk."""
-    import hashlib
+def is_run(text: str) -> bool:
+    """Whether it is the id of a run, as `new_run` makes them."""
+    return _RUN.fullmatch(text) is not None
 
-    if device.id is not None:
-        return f"{LOCKS}{device.id}"
-    return f"{LOCKS}-{hashlib.sha256(device.qom_path.encode()).hexdigest()[:12]}"
+
+def is_holders_run(text: str) -> bool:
+    """Whether it can be the run of a lock's holder, of whatever version."""
+    return _HOLDERS_RUN.fullmatch(text) is not None
+
+
+def is_ours(name: str) -> bool:
+    """Whether an object, job, node or export is one of ours."""
+    return name.startswith(OURS)
+
+
+def prefix_of_run(run: str) -> str:
+    """Return what the name of all that a run makes in a VM begins with; locks have their own."""
+    return f"{OURS}{run}-"
+
+
+def is_of_run(name: str, run: str) -> bool:
+    """Whether a job, node, export or bitmap was made by that run."""
+    return name.startswith(prefix_of_run(run))
+
+
+def run_of(name: str) -> str:
+    """Return the run that made a job or node; empty where none of ours did."""
+    match = _OF_A_RUN.fullmatch(name)
+    return match[1] if match else ""
+
+
+# -- locks
+
+
+class LockKind(Enum):
+    """What an object of ours that is a lock, or like one, is about."""
+
+    DISK = "a disk, while it is changed"
+    AHEAD = "the room of a disk, while it is watched"
+    NBD = "QEMU's NBD server"
+    POLLING = "the coming and going of guards"
+    GUARD = "iothreads, which do not poll"
+
+
+def lock_name(device: Device) -> str:
+    """Return the lock of a disk."""
+    return _DISK_LOCKS + _of_device(device)
 
 
 def lock_names(devices: Iterable[Device]) -> tuple[str, ...]:
-    """Return the ids of the locks of several disks."""
+    """Return the locks of several disks, in the order in which they are taken."""
     return tuple(sorted(lock_name(device) for device in devices))
 
 
 def ahead_lock_name(device: Device) -> str:
-    """Return the id of the lock of the watcher of a disk's room."""
-    return AHEAD_LOCKS + lock_name(device).removeprefix(LOCKS)
+    """Return the lock of the watcher of a disk's room."""
+    return _AHEAD_LOCKS + _of_device(device)
+
+
+def guard_name(run: str) -> str:
+    """Return the guard with which a run has no iothread poll."""
+    return _GUARDS + run
+
+
+def lock_kind(name: str) -> LockKind | None:
+    """Return what a lock is about; None where it is none of ours.
+
+    A turn about a lock with a disk or a run in its name begins as that does, and is of its kind;
+    `lock_of_turn` tells it apart.
+    """
+    if name in _SINGLE:
+        return _SINGLE[name]
+    return next((kind for begin, kind in _MANY.items() if name.startswith(begin)), None)
+
+
+def turn_name(lock: str, dead: str) -> str:
+    """Return the turn to undo what the run `dead` left of a lock."""
+    return f"{lock}{_TURN}{dead}"
+
+
+def is_turn_of(name: str, lock: str) -> bool:
+    """Whether it is a turn about that lock, of whichever run."""
+    return name.startswith(f"{lock}{_TURN}")
+
+
+def lock_of_turn(name: str) -> str | None:
+    """Return the lock, or other turn, that a turn is about; None where it is no turn."""
+    match = _A_TURN.fullmatch(name)
+    return match[1] if match else None
+
+
+def _of_device(device: Device) -> str:
+    import hashlib
+
+    if device.id is not None:
+        return device.id
+    return f"-{hashlib.sha256(device.qom_path.encode()).hexdigest()[:12]}"
+
+
+_SINGLE = {NBD_LOCK: LockKind.NBD, POLLING_LOCK: LockKind.POLLING}
+_MANY = {_DISK_LOCKS: LockKind.DISK, _AHEAD_LOCKS: LockKind.AHEAD, _GUARDS: LockKind.GUARD}
+
+# -- jobs
+
+
+def stream_job(run: str) -> str:
+    """Return the job of a stream."""
+    return _named(run, "stream")
+
+
+def commit_job(run: str) -> str:
+    """Return the job of a commit of frozen layers."""
+    return _named(run, "commit")
+
+
+def pivot_job(run: str) -> str:
+    """Return the job of a commit of the active layer."""
+    return _named(run, "pivot")
+
+
+def is_pivot(job: str) -> bool:
+    """Whether a job of ours ends in a pivot."""
+    return job.endswith("-pivot")
+
+
+def create_job(run: str, number: int) -> str:
+    """Return the job by which QEMU makes an image; `number`: of those that the run makes."""
+    return _named(run, f"create-{number}")
+
+
+def is_create_job(job: str) -> bool:
+    """Whether a job of ours makes an image."""
+    return "-create-" in job
+
+
+def filling_job(run: str) -> str:
+    """Return the job by which zeros are stored as data."""
+    return _named(run, "z")
+
+
+# -- nodes, exports, descriptors, bitmaps
+
+
+def overlay_node(run: str, number: int) -> str:
+    """Return the node of an overlay; `number`: of those that the run makes."""
+    return _named(run, str(number))
+
+
+def storage_node(overlay: str) -> str:
+    """Return the node of an overlay's file."""
+    return f"{overlay}-file"
+
+
+def filling_nodes(run: str) -> tuple[str, str, str, str, str, str]:
+    """Return the nodes by which zeros are stored as data (`qmpblock.allocation.filling`).
+
+    Z, the window, what is seen through the filter, the filter, what it keeps, and the file of that:
+    each before those that it lies on.
+    """
+    return (
+        _named(run, "z"),
+        _named(run, "window"),
+        _named(run, "view"),
+        _named(run, "filter"),
+        _named(run, "kept"),
+        _named(run, "kept-file"),
+    )
+
+
+def joint_node(run: str) -> str:
+    """Return the joint by which those lie on the image."""
+    return _named(run, "joint")
+
+
+def joint_nodes(joint: str) -> tuple[str, str]:
+    """Return the nodes of a joint, each before what it lies on: itself, and the one over nothing.
+
+    See `qmpblock.qemu.joint`.
+    """
+    return joint, f"{joint}-null"
+
+
+def holder_node(export: str) -> tuple[str, str]:
+    """Return the node that holds the right to write for an export, and the joint it lies on."""
+    return f"{export}-w", f"{export}-w-j"
+
+
+def blocker_name(run: str) -> str:
+    """Return the node with which a run keeps the VM where it is; its descriptor is called so too.
+
+    See `qmpblock.changes.nomigration`.
+    """
+    return _named(run, "no-migration")
+
+
+def export_name(run: str, number: int) -> str:
+    """Return an export, also its export name and our connection's; `number`: of the run's."""
+    return _named(run, str(number))
+
+
+def listener_name(run: str) -> str:
+    """Return the descriptor of the listening socket that QEMU is handed."""
+    return _named(run, "listen")
+
+
+def credentials_name(run: str) -> str:
+    """Return the object with the TLS credentials of an NBD server of ours."""
+    return _named(run, "tls")
+
+
+def helper_bitmap(run: str, bitmap: str) -> str:
+    """Return the transient dirty bitmap that a persistent one begins as."""
+    return _named(run, bitmap)
+
+
+def _named(run: str, what: str) -> str:
+    return f"{prefix_of_run(run)}{what}"
+
+
+# -- on the host
+
+
+def overlay_file(image: str, run: str) -> str:
+    """Return the file of the temporary overlay of an image, beside it."""
+    return f"{image}{_BESIDE}{run}"
+
+
+def zeros_file(overlay: str) -> str:
+    """Return the file of the zeros that are to be stored as data, beside the overlay's."""
+    return f"{overlay}-z"
+
+
+def kept_file(overlay: str) -> str:
+    """Return the file of what the image was meanwhile, beside the overlay's."""
+    return f"{overlay}-k"
+
+
+def journal_beside(image: str, run: str) -> str:
+    """Return the journal of a change, beside its image."""
+    return f"{image}{_BESIDE}{run}{_JOURNAL}"
+
+
+def elsewhere_beside(image: str, run: str) -> str:
+    """Return the empty file, beside its image, that says that a change's journal is elsewhere."""
+    return f"{image}{_BESIDE}{run}{_ELSEWHERE}"
+
+
+def journal_in_state(process: Process, devices: Iterable[str], run: str) -> str:
+    """Return the journal of a change in the state directory.
+
+    :param devices: the paths of its disks in QEMU's object tree.
+    """
+    import hashlib
+
+    which = hashlib.sha256(" ".join(devices).encode()).hexdigest()[:8]
+    return f"{_of_process(process)}{which}-{run}{_JOURNAL}"
+
+
+def is_of_vm(journal: str, process: Process) -> bool:
+    """Whether a journal in the state directory is of that QEMU process."""
+    return journal.startswith(_of_process(process))
+
+
+def run_of_journal(name: str) -> str:
+    """Return the run of a journal, or of a file that says where one is; empty if it is neither.
+
+    :param name: of the file, without its directory.
+    """
+    match = _A_JOURNAL.fullmatch(name)
+    return match[1] if match else ""
+
+
+def is_beside(name: str, image: str) -> bool:
+    """Whether a file is a journal beside an image, or says that one is elsewhere."""
+    return name.startswith(f"{image}{_BESIDE}") and bool(run_of_journal(name))
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether a file that `run_of_journal` knows says that its journal is elsewhere."""
+    return name.endswith(_ELSEWHERE)
+
+
+def socket_folder(run: str) -> str:
+    """Return the directory of a socket of ours, in the temporary directory."""
+    return f"{OURS}{run}"
+
+
+def is_socket(path: str, run: str) -> bool:
+    """Whether a path, of anybody's writing, leads to the socket of that run by its form."""
+    folder, _, name = path.rpartition("/")
+    return name == SOCKET and PurePath(folder).name == socket_folder(run)
+
+
+def _of_process(process: Process) -> str:
+    return f"{process.uuid}-{process.pid}-{process.start}-"

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import qmpblock
-from qmpblock.export.session import LOCK
+from qmpblock.names import NBD_LOCK
 from qmpblock.testing.invariant import snapshot
 from qmpblock.testing.stamps import StressSpec, check_acknowledged
 
@@ -83,7 +83,7 @@ async def maps_under_stress(vm, invariant, tools, chance, count, kills):
         progress = await vm.guest.progress()
         assert progress.running, progress
     objects = {item["name"] for item in await vm.execute("qom-list", path="/objects")}
-    assert LOCK not in objects
+    assert NBD_LOCK not in objects
     assert await vm.execute("query-block-exports") == []
     done = await vm.guest.stop_stress()
     assert (done.bad, done.errors) == (0, 0), done

@@ -31,6 +31,15 @@ from qmpblock.chains.snapshot import Item, make_file, make_overlay
 from qmpblock.changes.nodes import set_detect_zeroes, set_writable
 from qmpblock.errors import JobError
 from qmpblock.host.qemuimg import QemuIo, null_data
+from qmpblock.names import (
+    create_job,
+    filling_job,
+    filling_nodes,
+    joint_node,
+    joint_nodes,
+    kept_file,
+    zeros_file,
+)
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.joint import Joint
 
@@ -60,25 +69,22 @@ class Parts:
     @property
     def nodes(self) -> tuple[str, ...]:
         """The nodes, each before those that it lies on."""
-        return (
-            *map(self._named, ("z", "window", "view", "filter", "kept", "kept-file")),
-            *Joint.names(self.joint),
-        )
+        return *filling_nodes(self.run), *joint_nodes(self.joint)
 
     @property
     def joint(self) -> str:
         """The joint by which all of them lie on the image."""
-        return self._named("joint")
+        return joint_node(self.run)
 
     @property
     def zeros(self) -> str:
         """The file of Z."""
-        return f"{self.overlay}-z"
+        return zeros_file(self.overlay)
 
     @property
     def kept(self) -> str:
         """The file of K."""
-        return f"{self.overlay}-k"
+        return kept_file(self.overlay)
 
     @property
     def files(self) -> tuple[str, str]:
@@ -88,15 +94,12 @@ class Parts:
     @property
     def job(self) -> str:
         """The commit job."""
-        return self._named("z")
+        return filling_job(self.run)
 
     @property
     def making(self) -> str:
         """The job that makes K's header, where QEMU has to."""
-        return self._named("create-1")
-
-    def _named(self, what: str) -> str:
-        return f"qmpblock-{self.run}-{what}"
+        return create_job(self.run, 1)
 
 
 async def fill(

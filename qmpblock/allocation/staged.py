@@ -55,7 +55,15 @@ from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.space import HostSpace
-from qmpblock.names import lock_names, new_run
+from qmpblock.names import (
+    create_job,
+    lock_names,
+    new_run,
+    overlay_file,
+    overlay_node,
+    pivot_job,
+    storage_node,
+)
 from qmpblock.qemu import ownership
 from qmpblock.sizes import Amount
 from qmpblock.speed import Speed
@@ -105,8 +113,8 @@ async def reserve_by_staging(
     run = new_run()
     device = disk.device
     how = as_text(await opened_as(disk.vm, active))
-    overlay = f"{file}.qmpblock-{run}"
-    node = f"qmpblock-{run}-0"
+    overlay = overlay_file(file, run)
+    node = overlay_node(run, 0)
     parts = Parts(run, overlay)
     record = StagedCommit(
         run=run,
@@ -114,8 +122,8 @@ async def reserve_by_staging(
         devices=(device.qom_path,),
         names=(device.name,),
         locks=lock_names([device]),
-        job=f"qmpblock-{run}-pivot",
-        helpers=(f"qmpblock-{run}-create-0", parts.job, parts.making),
+        job=pivot_job(run),
+        helpers=(create_job(run, 0), parts.job, parts.making),
         top=node,
         top_file=overlay,
         base=active.node.name,
@@ -124,7 +132,7 @@ async def reserve_by_staging(
         base_opened=how,
         written=_written(disk, file),
         detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
-        nodes=(node, f"{node}-file", *parts.nodes),
+        nodes=(node, storage_node(node), *parts.nodes),
         files=(overlay, *parts.files),
         images=host_files(vm, disk.chain),
     )

@@ -43,7 +43,7 @@ from qmpblock.errors import (
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.host import imagefiles
 from qmpblock.host.processes import start_time
-from qmpblock.names import ahead_lock_name, lock_name, new_run
+from qmpblock.names import ahead_lock_name, is_of_run, is_ours, lock_name, new_run
 from qmpblock.qemu import lock, ownership
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.ownership import Owner
@@ -263,7 +263,8 @@ class _Watcher:
             return False
         # Of a lock that cannot be read, any overlay of ours may be.
         run = holder.run if isinstance(holder, Holder) else ""
-        return device.chain.active.node.name.startswith(f"qmpblock-{run}")
+        name = device.chain.active.node.name
+        return is_of_run(name, run) if run else is_ours(name)
 
     def _check_foreign(self, graph: BlockGraph, name: str, ours: list[int]) -> None:
         node = graph.nodes.get(name)

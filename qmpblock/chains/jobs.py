@@ -71,7 +71,7 @@ from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.processes import command_line
 from qmpblock.host.renamed import name_now
 from qmpblock.managers import Work
-from qmpblock.names import lock_names, new_run
+from qmpblock.names import commit_job, helper_bitmap, lock_names, new_run, pivot_job, stream_job
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Job, Progress
 from qmpblock.qemu.threshold import is_watched
@@ -144,7 +144,7 @@ async def stream(
     run = new_run()
     record = Stream(
         **await _common(disk, plan, run),
-        job=f"qmpblock-{run}-stream",
+        job=stream_job(run),
         flush=plan.top.node.name,
         keeper=plan.top.node.name,
         top=plan.top.node.name,
@@ -223,11 +223,11 @@ async def _record_of_commit(disk: MappedDisk, plan: CommitPlan, run: str) -> Com
     }
     if plan.pivots:
         opened = await _how_to_start(disk.vm, plan.base)
-        return ActiveCommit(**said, job=f"qmpblock-{run}-pivot", base_opened=opened)
+        return ActiveCommit(**said, job=pivot_job(run), base_opened=opened)
     assert plan.above is not None  # a layer stays, and gets another backing image
     return Commit(
         **said,
-        job=f"qmpblock-{run}-commit",
+        job=commit_job(run),
         flush=plan.base.node.name,
         keeper=plan.above.node.name,
         backing_name=plan.backing_name or "",
@@ -251,7 +251,7 @@ async def _with_settings(
 
 def _helper(run: str, bitmap: NewBitmap) -> str:
     """Return the name of the transient bitmap that a persistent one begins as."""
-    return f"qmpblock-{run}-{bitmap.name}"
+    return helper_bitmap(run, bitmap.name)
 
 
 async def _plan(disk: MappedDisk, make: Any) -> StreamPlan | CommitPlan:

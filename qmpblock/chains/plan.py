@@ -318,7 +318,7 @@ def check_idle(device: Device) -> None:
             f"on {device.name}",
             standing=UNTOUCHED,
             remedy="wait for its end, or have whoever started it end it"
-            if not job.id.startswith("qmpblock-")
+            if not job.ours
             else "wait for its end; if its controller died: qmpblock recover ADDRESS",
         )
 

@@ -61,7 +61,7 @@ from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line
 from qmpblock.host.qemuimg import Contents
 from qmpblock.managers import Work
-from qmpblock.names import lock_names, new_run
+from qmpblock.names import create_job, lock_names, new_run, overlay_node, storage_node
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.threshold import is_watched
@@ -273,14 +273,14 @@ async def _plan(
             raise RequestError(f"{device.name} is named twice")
         unseen = known(places, storage_of(plan.active)) is None
         directory = os.path.realpath(posixpath.dirname(file)) if local or unseen else None
-        node = f"qmpblock-{run}-{number}"
+        node = overlay_node(run, number)
         items.append(
             Item(
                 plan,
                 file,
                 node,
-                f"{node}-file",
-                f"qmpblock-{run}-create-{number}",
+                storage_node(node),
+                create_job(run, number),
                 name_of_frozen(plan.active, places, directory, relative=naming != "absolute"),
                 local=local,
                 discard=wanted_discard(command, device.chain) or "unmap",

@@ -35,6 +35,7 @@ from qmpblock.graph.places import FileId
 from qmpblock.host import ourfiles
 from qmpblock.host.processes import is_running
 from qmpblock.host.qemuimg import QemuImg, blockdev, in_use_by_another
+from qmpblock.names import journal_beside
 
 if TYPE_CHECKING:
     pass
@@ -192,7 +193,7 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             f"whether {printable(record.top_file)} or {printable(record.base_file)} is newer "
             "cannot be told: the journal that says so, beside the image, cannot be read",
             standing=UNTOUCHED,
-            remedy=f"look for {printable(record.home)}.qmpblock-{record.run}.journal, which "
+            remedy=f"look for {journal_beside(printable(record.home), record.run)}, which "
             "must belong to this user or root, and be writable for nobody else",
         )
     if verdict.commit:

@@ -28,11 +28,9 @@ journal is read, and its copy believed as it was then, where the state directory
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +48,13 @@ from qmpblock.host.statedirectory import (
     StateDirectory,
     state_directory,
 )
+from qmpblock.names import (
+    elsewhere_beside,
+    is_of_vm,
+    journal_beside,
+    journal_in_state,
+    run_of_journal,
+)
 from qmpblock.versioned import UnreadableError, stamped, unstamped
 
 __all__ = [
@@ -58,17 +63,12 @@ __all__ = [
     "Journal",
     "discard_torn",
     "home_path",
-    "is_elsewhere",
-    "of_vm",
-    "run_of",
     "state_directory",
 ]
 
 #: The newest format of journals; that of locks is another.
 FORMAT = 2
 
-_NAME = re.compile(r".*?[.-](?:qmpblock-)?([0-9a-f]{8})\.(?:journal|elsewhere)", re.DOTALL)
-ELSEWHERE = ".elsewhere"
 _log = logging.getLogger(__name__)
 
 
@@ -159,12 +159,13 @@ class Journal:
         said = stamped(self.record.as_json()) | {"format": FORMAT}
         self.lines = sealed(self._key, b"", said)
         if state is not None:
-            self._add_file(state, _file_name(self.record))
+            record = self.record
+            self._add_file(state, journal_in_state(record.vm, record.devices, record.run))
         inside = bool(self.files)
         if home is None or beside is None:
             return
         if self._key is not None:  # without one, nothing would prove it
-            self._add_file(home, _beside(beside, self.record.run).name)
+            self._add_file(home, journal_beside(beside.name, self.record.run))
         if inside and len(self.files) == 1:
             self._mark_elsewhere(home)
         elif self.files and not inside:
@@ -187,7 +188,8 @@ class Journal:
         )
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with contextlib.suppress(OSError):  # without it, only other hosts know less
-            os.close(os.open(_elsewhere(self.record).name, flags, 0o600, dir_fd=directory.fd))
+            name = elsewhere_beside(Path(home).name, self.record.run)
+            os.close(os.open(name, flags, 0o600, dir_fd=directory.fd))
             directory.sync()
 
     def add(self, **entry: Any) -> None:
@@ -279,7 +281,7 @@ class Journal:
                 file.remove()
         if self.record.home and self.files:
             with contextlib.suppress(OSError):
-                _remove_elsewhere(_elsewhere(self.record))
+                _remove_elsewhere(self.record)
 
     @classmethod
     def load(cls, path: Path) -> Journal | None:
@@ -325,7 +327,7 @@ class Journal:
                 standing=UNTOUCHED,
                 remedy=_REMEDY,
                 path=path,
-                run=run_of(path),
+                run=run_of_journal(path.name),
                 files=_files_of(record.as_json() if record else first),
             ) from None
         return cls(record, (file,), entries, lines=lines, form=form, alone=alone)
@@ -393,17 +395,6 @@ def _parsed(lines: list[bytes], number: int, size: int = 0) -> dict[str, Any]:
     return found
 
 
-def is_elsewhere(path: Path) -> bool:
-    """Whether a file that is ours by its name says that its journal is elsewhere."""
-    return path.suffix == ELSEWHERE
-
-
-def run_of(path: Path) -> str:
-    """Return the run of a file that is ours by its name; empty if it is not."""
-    match = _NAME.fullmatch(path.name)
-    return match[1] if match else ""
-
-
 def _files_of(data: Any) -> tuple[str, ...] | None:
     """Return the image files that a record of any version is about; None if it does not say."""
     if not isinstance(data, Mapping):
@@ -422,7 +413,7 @@ def discard_torn(vm: VMIdentity, run: str) -> None:
     with contextlib.suppress(OSError, RecordError, DistrustedError):
         state = StateDirectory.proven()
         for name in state.names() if state is not None else ():
-            if not name.startswith(of_vm(vm)) or run_of(Path(name)) != run:
+            if not is_of_vm(name, vm) or run_of_journal(name) != run:
                 continue
             assert state is not None
             file = JournalFile.open(state, name)
@@ -462,13 +453,15 @@ def _key_of(state: StateDirectory) -> bytes | None:
         return None
 
 
-def _remove_elsewhere(path: Path) -> None:
-    directory = OpenDirectory.at(path.parent)
-    status = directory.status(path.name)
+def _remove_elsewhere(record: Record) -> None:
+    home = Path(record.home)
+    name = elsewhere_beside(home.name, record.run)
+    directory = OpenDirectory.at(home.parent)
+    status = directory.status(name)
     if status is None or status.st_size or status.st_uid not in (0, os.geteuid()):
         return
     file = FileId.of(status)
-    if file is not None and directory.remove(path.name, file):
+    if file is not None and directory.remove(name, file):
         directory.sync()
 
 
@@ -491,24 +484,7 @@ def _cannot_write(path: Path, error: OSError) -> Error:
     )
 
 
-def _elsewhere(record: Record) -> Path:
-    return home_path(record).with_suffix(ELSEWHERE)
-
-
 def home_path(record: Record) -> Path:
     """Return where the journal of a change that has a home lies beside its image."""
-    return _beside(Path(record.home), record.run)
-
-
-def _beside(image: Path, run: str) -> Path:
-    return image.with_name(f"{image.name}.qmpblock-{run}.journal")
-
-
-def _file_name(record: Record) -> str:
-    which = hashlib.sha256(" ".join(record.devices).encode()).hexdigest()[:8]
-    return f"{of_vm(record.vm)}{which}-{record.run}.journal"
-
-
-def of_vm(vm: VMIdentity) -> str:
-    """Return what the names of the journals of a VM begin with in the state directory."""
-    return f"{vm.uuid}-{vm.pid}-{vm.start}-"
+    home = Path(record.home)
+    return home.with_name(journal_beside(home.name, record.run))

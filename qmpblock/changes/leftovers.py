@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.changes.finalize import pivot
 from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import discard_torn
-from qmpblock.changes.nomigration import allow_migration, blocker_name
+from qmpblock.changes.nomigration import allow_migration
 from qmpblock.changes.operations import read_record
 from qmpblock.changes.record import Record, VMIdentity
 from qmpblock.changes.settle import settle
@@ -30,10 +29,19 @@ from qmpblock.changes.survey import find, is_of, is_same_process, journals, surv
 from qmpblock.changes.unfinished import steps
 from qmpblock.errors import BusyError, CommandError, RecordError, UnsupportedError, printable
 from qmpblock.export.server import ServerUse, undo_dead_run
-from qmpblock.export.session import LOCK as NBD_LOCK
 from qmpblock.export.session import clear_dead
 from qmpblock.graph.model import BlockGraph
-from qmpblock.names import AHEAD_LOCKS, LOCKS, new_run
+from qmpblock.names import (
+    LockKind,
+    blocker_name,
+    is_create_job,
+    is_of_run,
+    is_pivot,
+    lock_kind,
+    lock_of_turn,
+    new_run,
+    run_of,
+)
 from qmpblock.qemu import lock, ownership, polling
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.lock import Holder
@@ -60,8 +68,6 @@ CarryOn = Callable[["Connection", Holder, Record, Callable[[Step], None]], Await
 OWN_REMEDY = "wait for it, or end it; if it hangs, kill it, then: qmpblock recover ADDRESS"
 
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"qmpblock-([0-9a-f]{8})-(.+)")
-_TURN = re.compile(r"(.+?)-undo-[0-9a-z]+")
 
 
 @dataclass(frozen=True)
@@ -90,26 +96,20 @@ class _Orphans(Record):
     @property
     def pivot(self) -> bool:
         """What its job's name says."""
-        return self.job.endswith("-pivot")
+        return is_pivot(self.job)
 
 
 @dataclass(frozen=True)
 class _Kind:
     """What a lock of one kind means. A new kind of lock is a new one of these.
 
-    :ivar name: the lock's, or what all such names begin with (`many`).
     :ivar check: sees that what a dead holder says of its work can be read, and is all.
     :ivar undo: removes what a dead holder left, and does not touch its lock; None where what it
         left is undone by whoever stops iothreads from polling, as every recovery does.
     """
 
-    name: str
-    many: bool
     check: Callable[[str, Holder, BlockGraph], object]
     undo: Callable[[Connection, Holder, str], Awaitable[None]] | None
-
-    def covers(self, name: str) -> bool:
-        return name.startswith(self.name) if self.many else name == self.name
 
 
 def _check_change(name: str, dead: Holder, graph: BlockGraph) -> None:
@@ -128,20 +128,18 @@ async def _undo_watch(vm: Connection, dead: Holder, _: str) -> None:
     await disarm_dead(vm, dead)
 
 
-_KINDS = (
-    _Kind(LOCKS, True, _check_change, _undo_change),
-    _Kind(NBD_LOCK, False, lambda name, dead, _: dead.says(ServerUse, name), _undo_exports),
-    _Kind(AHEAD_LOCKS, True, lambda name, dead, _: dead.says(Watch, name), _undo_watch),
-    _Kind(polling.GUARDS, True, lambda name, dead, _: dead.says(polling.Guard, name), None),
-    _Kind(polling.LOCK, False, lambda *_: None, None),  # it says nothing
-)
+_KINDS = {
+    LockKind.DISK: _Kind(_check_change, _undo_change),
+    LockKind.NBD: _Kind(lambda name, dead, _: dead.says(ServerUse, name), _undo_exports),
+    LockKind.AHEAD: _Kind(lambda name, dead, _: dead.says(Watch, name), _undo_watch),
+    LockKind.GUARD: _Kind(lambda name, dead, _: dead.says(polling.Guard, name), None),
+    LockKind.POLLING: _Kind(lambda *_: None, None),  # it says nothing
+}
 
 
-def _kind(name: str) -> _Kind | None:
-    """Return what a lock means; of a turn to undo one, what that one does."""
-    turn = _TURN.fullmatch(name)
-    of = turn[1] if turn else name
-    return next((kind for kind in _KINDS if kind.covers(of)), None)
+def _kind(name: str) -> LockKind | None:
+    """Return what a lock is about; of a turn to undo one, what that one is."""
+    return lock_kind(lock_of_turn(name) or name)
 
 
 async def clear(
@@ -170,7 +168,7 @@ async def clear(
     dead = {
         holder.run: holder
         for name, holder in holders.items()
-        if name.startswith(LOCKS) and holder.is_dead()
+        if lock_kind(name) is LockKind.DISK and holder.is_dead()
     }
     records = [(holder, record_of(holder)) for holder in dead.values()]
     # First, for until then the guest is held by a drain; and before polling is touched (K9).
@@ -217,10 +215,10 @@ async def _holders(
             if (
                 holder is not None
                 and holder.is_dead()
-                and not _TURN.fullmatch(name)
-                and (kind.name == LOCKS or not holder.is_idle)
+                and lock_of_turn(name) is None
+                and (kind is LockKind.DISK or not holder.is_idle)
             ):
-                kind.check(name, holder, graph)
+                _KINDS[kind].check(name, holder, graph)
         except RecordError as error:
             unread.append(error)
         else:
@@ -245,7 +243,7 @@ def _left_alone(holders: dict[str, Holder]) -> list[Recovery]:
 
 def _is_of_polling(name: str) -> bool:
     """Whether it is a lock that says nothing but that iothreads do not poll meanwhile."""
-    return name == polling.LOCK or name.startswith(polling.GUARDS)
+    return lock_kind(name) in (LockKind.POLLING, LockKind.GUARD)
 
 
 def _refuse_the_unknown(holders: dict[str, Holder]) -> None:
@@ -332,12 +330,12 @@ async def _clear_orphans(
     found: dict[str, dict[str, list[str]]] = {}
     for kind, names in (("job", [job.id for job in graph.jobs]), ("node", list(graph.nodes))):
         for name in names:
-            match = _NAME.fullmatch(name)
-            if match and match[1] not in runs and not (kind == "node" and graph.users(name)):
-                found.setdefault(match[1], {"job": [], "node": []})[kind].append(name)
+            run = run_of(name)
+            if run and run not in runs and not (kind == "node" and graph.users(name)):
+                found.setdefault(run, {"job": [], "node": []})[kind].append(name)
     done = []
     for run, names_of in found.items():
-        jobs = sorted(names_of["job"], key=lambda name: "-create-" in name)
+        jobs = sorted(names_of["job"], key=is_create_job)
         record: Record = _Orphans(
             run=run,
             vm=me,
@@ -377,9 +375,9 @@ async def _clear_locks(
     for name, holder in holders.items():
         if not holder.is_dead():
             continue
-        turn = _TURN.fullmatch(name)
-        if turn or not name.startswith(LOCKS) or record_of(holder) is None:
-            names.setdefault(turn[1] if turn else name, holder)
+        about = lock_of_turn(name)
+        if about or lock_kind(name) is not LockKind.DISK or record_of(holder) is None:
+            names.setdefault(about or name, holder)
     for name, holder in names.items():
         step = Step("remove", name, "the lock of a controller that died, and what it guards")
         done.append(Recovery(f"use of {name}", holder.run, (step,), None))
@@ -390,13 +388,13 @@ async def _clear_locks(
 
 async def _clear_lock(vm: Connection, name: str) -> None:
     kind = _kind(name)
-    if kind is None or kind.undo is None:
+    performs = None if kind is None else _KINDS[kind].undo
+    if performs is None:
         # The guard around this recovery has taken it over by now, if there is an iothread.
         left = await lock.read(vm.monitor, name)
         if isinstance(left, Holder) and left.is_dead():
             await lock.release(vm.monitor, name)
         return
-    performs = kind.undo
 
     async def undo(dead: Holder) -> None:
         await performs(vm, dead, name)
@@ -510,8 +508,7 @@ def check_all_said(dead: Holder, record: Record | None, graph: BlockGraph, name:
     """
     said = {record.job, *record.helpers, *record.nodes} if record is not None else set()
     said.add(blocker_name(dead.run))
-    prefix = f"qmpblock-{dead.run}-"
     for one in (*(job.id for job in graph.jobs), *graph.nodes):
-        if one.startswith(prefix) and one not in said:
+        if is_of_run(one, dead.run) and one not in said:
             why = f"it does not say what {printable(one)} is for"
             raise lock.unreadable(name or f"of {dead}", why, dead.run)

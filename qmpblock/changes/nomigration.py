@@ -24,16 +24,12 @@ from pathlib import Path
 
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError
 from qmpblock.export.server import tolerate
+from qmpblock.names import blocker_name
 from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["allow_migration", "blocker_name", "forbid_migration"]
+__all__ = ["allow_migration", "forbid_migration"]
 
 _UNIT = 1 << 20  # bytes of the one block that the image has
-
-
-def blocker_name(run: str) -> str:
-    """Return the name of the node with which a run keeps the VM where it is."""
-    return f"qmpblock-{run}-no-migration"
 
 
 async def forbid_migration(monitor: Monitor, run: str) -> bool:

@@ -8,7 +8,6 @@ undoes and carries on (`qmpblock.changes.unfinished`) asks, and knows no operati
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
 from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.names import LockKind, is_of_run, is_pivot, is_run, lock_kind
 from qmpblock.qemu.jobstate import ACTIVE
 from qmpblock.versioned import UnreadableError, plain
 
@@ -24,8 +24,6 @@ __all__ = ["PIVOTED", "Link", "Record", "VMIdentity", "lies_on_something", "pivo
 
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
-
-_RUN = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -256,15 +254,14 @@ class Record:
 
         :raise UnreadableError: another version wrote it, or somebody forged it.
         """
-        if not _RUN.fullmatch(self.run):
+        if not is_run(self.run):
             raise UnreadableError("its run is none")
-        prefix = f"qmpblock-{self.run}-"
         ours = [*self.nodes, *self.helpers, *([self.job] if self.job else [])]
-        if not all(name.startswith(prefix) for name in ours):
+        if not all(is_of_run(name, self.run) for name in ours):
             raise UnreadableError("it names jobs or nodes that are not of its run")
-        if not all(name.startswith("qmpblock-disk-") for name in self.locks):
+        if not all(lock_kind(name) is LockKind.DISK for name in self.locks):
             raise UnreadableError("it names locks that are none")
-        if self.job and self.job.endswith("-pivot") != self.pivot:
+        if self.job and is_pivot(self.job) != self.pivot:
             raise UnreadableError("whether its job pivots is contradicted by the job's name")
 
     def check_journaled(self) -> None:

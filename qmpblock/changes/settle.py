@@ -28,6 +28,7 @@ from qmpblock.errors import (
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles, ourfiles
+from qmpblock.names import is_ours
 from qmpblock.qemu.job import Job
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _being_mapped(record: Record, graph: BlockGraph) -> bool:
     """
     users = [graph.users(node) for node in record.nodes if node in graph.nodes]
     return any(
-        names and all(name.startswith("export qmpblock-") for name in names) for names in users
+        names and all(is_ours(name.removeprefix("export ")) for name in names) for names in users
     )
 
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qmpblock.changes.journal import Journal, home_path, is_elsewhere, of_vm, run_of
+from qmpblock.changes.journal import Journal, home_path
 from qmpblock.changes.journalfile import DistrustedError, JournalFile
 from qmpblock.changes.record import Record, VMIdentity
 from qmpblock.errors import UNTOUCHED, RecordError, printable
 from qmpblock.host.statedirectory import OpenDirectory, StateDirectory, state_directory
+from qmpblock.names import is_beside, is_elsewhere, is_of_vm, run_of_journal
 
 __all__ = ["Survey", "find", "is_of", "is_same_process", "journals", "survey", "unproven"]
 
@@ -62,7 +63,7 @@ class _Look:
         elsewhere: dict[Path, str] = {}
         for image in images:
             for other in self._list(Path(image)):
-                if is_elsewhere(other):
+                if is_elsewhere(other.name):
                     elsewhere[other] = image
                 else:
                     copies[other] = (image,)
@@ -74,7 +75,7 @@ class _Look:
         for path, about in copies.items():
             self._look_at_copy(path, about, asked=path in asked)
         for path, image in elsewhere.items():
-            if run_of(path) not in self.found:
+            if run_of_journal(path.name) not in self.found:
                 self._note_elsewhere(image, path)
         self.result.journals.extend(self.found.values())
 
@@ -89,13 +90,13 @@ class _Look:
             return
         for name in names:
             path = Path(name)
-            if state is None or not run_of(path) or is_elsewhere(path):
+            if state is None or not run_of_journal(path.name) or is_elsewhere(name):
                 continue
             try:
                 file = JournalFile.open(state, name)
                 journal = None if file is None else Journal.parse(file, file.read())
             except RecordError as error:
-                error.run = error.run or run_of(path)
+                error.run = error.run or run_of_journal(path.name)
                 self.result.unreadable.append(error)
             except DistrustedError:
                 continue
@@ -111,7 +112,7 @@ class _Look:
             data = b"" if file is None else file.read()
             copy = None if file is None else Journal.parse(file, data)
         except RecordError as error:
-            error.run = error.run or run_of(path)
+            error.run = error.run or run_of_journal(path.name)
             error.files = (*about, *(error.files or ()))
             self.result.unreadable.append(error)
             return
@@ -121,11 +122,12 @@ class _Look:
             return
         if file is None:
             return
-        known = self.found.get(run_of(path))
+        run = run_of_journal(path.name)
+        known = self.found.get(run)
         if copy is None:  # torn before it began
             if known is not None:
                 known.take_torn(file, data)
-        elif copy.record.run != run_of(path) or home_path(copy.record).name != path.name:
+        elif copy.record.run != run or home_path(copy.record).name != path.name:
             if asked:
                 self.result.distrusted.append((path, "it is of another change, or image"))
         elif known is not None:
@@ -157,12 +159,7 @@ class _Look:
         except OSError as error:
             self._note_unseen(image.parent, error)
             return []
-        prefix = f"{image.name}.qmpblock-"
-        return [
-            image.with_name(name)
-            for name in names
-            if name.startswith(prefix) and run_of(Path(name))
-        ]
+        return [image.with_name(name) for name in names if is_beside(name, image.name)]
 
     def _note_unseen(self, directory: Path, error: OSError) -> None:
         self.result.unreadable.append(
@@ -193,7 +190,7 @@ class _Look:
                 "find out which of the images is the newest before any of them is used, then "
                 "remove that file",
                 path=path,
-                run=run_of(path),
+                run=run_of_journal(path.name),
                 files=(image,),
             )
         )
@@ -280,4 +277,4 @@ def unproven(journal: Journal) -> RecordError:
 
 def is_of(error: RecordError, vm: VMIdentity) -> bool:
     """Whether a journal that cannot be read is of that QEMU, by its name."""
-    return error.path is not None and error.path.name.startswith(of_vm(vm))
+    return error.path is not None and is_of_vm(error.path.name, vm)

@@ -14,6 +14,7 @@ import click
 from qmpblock.cli.app import Options, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.errors import Error, ToolError, UnsupportedError
+from qmpblock.names import DEMO_FOLDER
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
@@ -57,7 +58,7 @@ async def command(options: Options, qemu: str | None) -> None:
     say = _say if not options.json else _quiet
     # An iothread-free disk: nbdinfo's own disconnect would abort QEMU before 10.0 (K1).
     scenario = parse_scenario(_SCENARIO, "demo")
-    with tempfile.TemporaryDirectory(prefix="qmpblock-demo-") as folder:
+    with tempfile.TemporaryDirectory(prefix=DEMO_FOLDER) as folder:
         tools = Tools.of(qemu or find_qemu())
         say("Making base.raw <- middle.qcow2 <- active.qcow2 ...")
         built = await build(scenario, Path(folder) / "images", tools)

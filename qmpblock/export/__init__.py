@@ -1,7 +1,6 @@
 """NBD exports of nodes inside QEMU, entered and left safely."""
 
 from qmpblock.export.session import (
-    LOCK,
     Request,
     check_access,
     clear_dead,
@@ -11,7 +10,6 @@ from qmpblock.export.session import (
 from qmpblock.qemu.connection import NBDAccess
 
 __all__ = [
-    "LOCK",
     "NBDAccess",
     "Request",
     "check_access",

@@ -19,13 +19,13 @@ from typing import Any
 from qmpblock.address import TCPAddress
 from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.host.ourfiles import Directory
+from qmpblock.names import credentials_name, export_name, is_of_run, is_socket, listener_name
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.sockets import absolute, open_socket
 
 __all__ = [
-    "SOCKET",
     "ServerUse",
     "answers",
     "delete_export",
@@ -37,9 +37,6 @@ __all__ = [
     "tolerate",
     "undo_dead_run",
 ]
-
-#: The name of a socket of ours, in a directory of its own.
-SOCKET = "nbd"
 
 _log = logging.getLogger(__name__)
 
@@ -137,13 +134,10 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
         return
     use = dead.says(ServerUse, name)
     _log.warning("undoing what a controller that died left in the VM: %s", dead)
-    prefix = f"qmpblock-{dead.run}-"
     # Read from QEMU, where anybody with a monitor may have written it: nothing of it is used
     # but names that are ours by their form.
-    names = [f"{prefix}{i}" for i in range(len(use.exports[:64]))]
-    path = use.path
-    if posixpath.split(path)[1] != SOCKET or Path(path).parent.name != prefix.rstrip("-"):
-        path = ""
+    names = [export_name(dead.run, i) for i in range(len(use.exports[:64]))]
+    path = use.path if is_socket(use.path, dead.run) else ""
     # Named descriptors belong to a monitor. On the one that the dead controller came by, a
     # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
     elsewhere = use.monitor != monitor_name(monitor)
@@ -160,12 +154,12 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
     removed += _counted(found, "export") + _counted(closed, "connection")
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
     ours = [
-        name for name in (str(node.get("node-name")) for node in nodes) if name.startswith(prefix)
+        name for name in (str(node.get("node-name")) for node in nodes) if is_of_run(name, dead.run)
     ]
     for name in sorted(ours, key=len):  # the name of each begins with that of what is over it
         await monitor.execute("blockdev-del", {"node-name": name})
     removed += _counted(len(ours), "node")
-    await tolerate("not found", monitor.execute("closefd", {"fdname": f"{prefix}listen"}))
+    await tolerate("not found", monitor.execute("closefd", {"fdname": listener_name(dead.run)}))
     # With an export of the dead run there, its server runs. Without, it died between two
     # commands; then its listening socket tells. On a foreign server it has no path.
     listening = is_listening(path)
@@ -187,7 +181,7 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
         await notice_closed(monitor)
         if await tolerate("not running", monitor.execute("nbd-server-stop")):
             removed.append("the NBD server")
-    await delete_object(monitor, f"{prefix}tls")
+    await delete_object(monitor, credentials_name(dead.run))
     if path and not is_listening(path):  # another controller's of that run, if it is
         remove_socket(path)
     _log.warning("undone, of what %s left: %s", dead, _listed(removed))

@@ -59,7 +59,6 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.export.server import (
-    SOCKET,
     answers,
     delete_export,
     delete_object,
@@ -72,6 +71,18 @@ from qmpblock.export.server import (
 )
 from qmpblock.graph.model import Device
 from qmpblock.host.ourfiles import Directory
+from qmpblock.names import (
+    NBD_LOCK,
+    SOCKET,
+    credentials_name,
+    export_name,
+    holder_node,
+    joint_nodes,
+    listener_name,
+    new_run,
+    prefix_of_run,
+    socket_folder,
+)
 from qmpblock.qemu import lock, ownership
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.connection import NBDAccess
@@ -85,10 +96,7 @@ from qmpblock.sockets import open_socket
 if TYPE_CHECKING:
     from qmpblock.nbd import Client
 
-__all__ = ["LOCK", "Request", "check_access", "clear_dead", "exports", "no_exports"]
-
-#: The id of the lock object around our NBD server.
-LOCK = "qmpblock-nbd"
+__all__ = ["Request", "check_access", "clear_dead", "exports", "no_exports"]
 
 _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16
@@ -205,12 +213,12 @@ async def no_exports(monitor: Monitor, *, stall: float) -> AsyncIterator[None]:
     """
 
     async def undo(dead: Holder) -> None:
-        await undo_dead_run(monitor, dead, stall, LOCK)
+        await undo_dead_run(monitor, dead, stall, NBD_LOCK)
 
     run = secrets.token_hex(4)
     me = Holder.me(run, monitor=monitor_name(monitor), path="", ports=[], custody=False, exports=[])
     try:
-        await lock.acquire(monitor, LOCK, me, undo, stall=stall)
+        await lock.acquire(monitor, NBD_LOCK, me, undo, stall=stall)
     except BaseException:
         lock.abandon(run)
         raise
@@ -218,7 +226,7 @@ async def no_exports(monitor: Monitor, *, stall: float) -> AsyncIterator[None]:
         yield
     finally:
         try:
-            await undisturbed(lock.release(monitor, LOCK))
+            await undisturbed(lock.release(monitor, NBD_LOCK))
         except DisconnectedError:
             lock.abandon(run)
 
@@ -229,7 +237,7 @@ async def clear_dead(monitor: Monitor, *, stall: float) -> None:
     :param stall: seconds to wait for another controller that is doing so.
     :raise BusyError: it does not end, or that takes the monitor which the dead one used.
     """
-    holder = await lock.read(monitor, LOCK)
+    holder = await lock.read(monitor, NBD_LOCK)
     if isinstance(holder, Holder) and holder.is_dead():
         async with no_exports(monitor, stall=stall):
             pass  # to have taken the lock is to have undone it
@@ -266,8 +274,7 @@ class _Session:
         self.monitor = monitor
         self.access = access
         self.stall = stall
-        self.run = secrets.token_hex(4)
-        self.prefix = f"qmpblock-{self.run}"
+        self.run = new_run()
         self.slots: list[_Slot] = []
         self.folder: Path | None = None
         self.directory: Directory | None = None  # the same, once it is made
@@ -327,7 +334,7 @@ class _Session:
 
     async def reach(self, requests: Sequence[Request]) -> None:
         """Connect to the foreign server, if that is the way. May be cancelled."""
-        self.slots = [_Slot(r, f"{self.prefix}-{i}") for i, r in enumerate(requests)]
+        self.slots = [_Slot(r, export_name(self.run, i)) for i, r in enumerate(requests)]
         if self.access.address is None:
             return
         self.reached = asyncio.get_running_loop().time()
@@ -355,7 +362,7 @@ class _Session:
         if self.access.address is None:
             # Named here, for the lock's record, and made under the lock: a controller that is
             # killed leaves nothing that the record does not name.
-            self.folder = _socket_folder(self.prefix)
+            self.folder = _socket_folder(socket_folder(self.run))
             self.path = str(self.folder / SOCKET)
             if self._over_tcp():
                 self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
@@ -368,14 +375,14 @@ class _Session:
             exports=[slot.name for slot in self.slots],
         )
         try:
-            await lock.acquire(self.monitor, LOCK, me, self._undo, stall=self.stall)
+            await lock.acquire(self.monitor, NBD_LOCK, me, self._undo, stall=self.stall)
         except BaseException:
             lock.abandon(self.run)  # should it be held after all, whoever comes next may break it
             raise
         self.locked = True
 
     async def _undo(self, dead: Holder) -> None:
-        await undo_dead_run(self.monitor, dead, self.stall, LOCK)
+        await undo_dead_run(self.monitor, dead, self.stall, NBD_LOCK)
 
     async def _start_own(self) -> None:
         assert self.folder is not None  # lock() went before
@@ -412,7 +419,7 @@ class _Session:
             for slot in self.slots:
                 slot.sock = await open_socket(where)
                 await self._take_custody(slot)
-            name = f"{self.prefix}-listen"
+            name = listener_name(self.run)
             await self.monitor.pass_fd(name, listener.fileno())
             try:
                 await self._start_server({"type": "fd", "data": {"str": name}})
@@ -427,7 +434,7 @@ class _Session:
         host = self.monitor.address.host
         tls: dict[str, object] = {}
         if self.access.tls_creds:
-            tls = {"tls-creds": f"{self.prefix}-tls"}
+            tls = {"tls-creds": credentials_name(self.run)}
             self.tls_object = True
             await self.monitor.execute(
                 "object-add",
@@ -579,9 +586,9 @@ class _Session:
                 await self._end_connection(slot)
             await self._stop_server()
             if self.tls_object:
-                await delete_object(self.monitor, f"{self.prefix}-tls")
+                await delete_object(self.monitor, credentials_name(self.run))
             if self.locked:
-                await lock.release(self.monitor, LOCK)
+                await lock.release(self.monitor, NBD_LOCK)
         except DisconnectedError:
             # With QEMU itself gone (powered off, quit, killed), so is all that was to be
             # removed. If only this connection was cut, the next controller removes it, and
@@ -591,7 +598,8 @@ class _Session:
                 raise DisconnectedError(
                     f"the connection to {self.monitor.address} was lost before all that was "
                     "added to the VM was removed",
-                    standing=f"left in it: the lock {LOCK}, exports named {self.prefix}-...",
+                    standing=f"left in it: the lock {NBD_LOCK}, exports named "
+                    f"{prefix_of_run(self.run)}...",
                     remedy="run any map of this VM: it removes them first",
                 ) from None
         except BaseException:
@@ -619,7 +627,7 @@ class _Session:
         # An export that went away by itself means that somebody stopped our server, and may
         # have started one of their own since.
         if self.server and (lost or self.unsure):
-            listener = {"fdname": f"{self.prefix}-listen"}
+            listener = {"fdname": listener_name(self.run)}
             await tolerate("not found", self.monitor.execute("closefd", listener))
             self.server = await self._server_is_ours()
 
@@ -655,7 +663,8 @@ class _Session:
 
 def _holder(slot: _Slot) -> tuple[str, ...]:
     """Return the names of the nodes that hold the write permission, each before what it is over."""
-    return f"{slot.name}-w", *Joint.names(f"{slot.name}-w-j")
+    holder, joint = holder_node(slot.name)
+    return holder, *joint_nodes(joint)
 
 
 def _open_ours(folder: Path) -> Directory:

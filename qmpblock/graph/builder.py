@@ -32,6 +32,7 @@ from qmpblock.graph.model import (
     Layer,
     Node,
 )
+from qmpblock.names import is_ours
 
 __all__ = ["Replies", "build"]
 
@@ -299,7 +300,7 @@ class _Builder:
                 parent
                 for parent in self.parents.get(name, ())
                 if self.nodes[parent].driver in _JOB_FILTERS
-                and not parent.startswith("qmpblock-")  # ours are beside the stack, not in it
+                and not is_ours(parent)  # ours are beside the stack, not in it
                 and self.nodes[parent].child(FILTERS[self.nodes[parent].driver]) == name
             ]
             if len(above) != 1 or above[0] in seen:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from qmpblock.errors import BusyError, InUseError, printable
 from qmpblock.graph.model import BlockGraph, Device, Layer, Node
+from qmpblock.names import is_ours
 
 __all__ = ["Use", "check_bitmaps", "check_readers", "may_go", "overlays_of", "readers_of"]
 
@@ -54,7 +55,7 @@ def readers_of(graph: BlockGraph, device: Device, nodes: Iterable[Node]) -> Iter
     above = sorted(_above(graph, device, nodes))
     reached = {node.name for node in nodes}.union(above)
     for export, node in graph.exports.items():
-        if node in reached and not export.startswith("qmpblock-"):
+        if node in reached and not is_ours(export):
             yield Use(
                 f"the export {printable(export)}",
                 "wait until whoever reads it is done; if nobody does: block-export-del",

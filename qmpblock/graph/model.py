@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from qmpblock.errors import AmbiguousError, NotFoundError, RequestError, printable
+from qmpblock.names import is_ours
 
 __all__ = [
     "FILTERS",
@@ -265,7 +266,7 @@ class JobInfo:
     @property
     def ours(self) -> bool:
         """Whether qmpblock started it: its name says so."""
-        return self.id.startswith("qmpblock-")
+        return is_ours(self.id)
 
 
 @dataclass(frozen=True)

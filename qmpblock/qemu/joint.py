@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qmpblock.errors import CommandError
+from qmpblock.names import joint_nodes
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.iothread import iothread_of
 
@@ -34,17 +35,12 @@ class Joint:
         self._monitor = monitor
         self.name = name
 
-    @staticmethod
-    def names(name: str) -> tuple[str, str]:
-        """Return what the nodes of a joint are called, each before what it lies on."""
-        return name, f"{name}-null"
-
     async def add(self, size: int) -> None:
         """Add it, over nothing, as large as what it is for.
 
         :raise CommandError: QEMU refused.
         """
-        joint, nothing = self.names(self.name)
+        joint, nothing = joint_nodes(self.name)
         for node in (
             {"driver": "null-co", "node-name": nothing, "size": size, "read-zeroes": True},
             {"driver": "raw", "node-name": joint, "file": nothing},
@@ -56,7 +52,7 @@ class Joint:
 
         :raise CommandError: QEMU refused; it lies on nothing still.
         """
-        joint, nothing = self.names(self.name)
+        joint, nothing = joint_nodes(self.name)
         reopen = {"options": [{"driver": "raw", "node-name": joint, "file": node}]}
         thread = None
         if Capabilities(self._monitor.version).adding_over_iothreads_aborts:
@@ -76,5 +72,5 @@ class Joint:
 
     async def remove(self) -> None:
         """Remove it, once nothing lies upon it."""
-        for node in self.names(self.name):
+        for node in joint_nodes(self.name):
             await self._monitor.execute("blockdev-del", {"node-name": node})

@@ -25,7 +25,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,6 +33,7 @@ from typing import Any, TypeVar
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import BusyError, CommandError, RecordError, printable
 from qmpblock.host.processes import boot_id, pid_namespace, start_time
+from qmpblock.names import is_holders_run, is_ours, is_turn_of, turn_name
 from qmpblock.peerjson import read_json
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
@@ -51,7 +51,6 @@ __all__ = [
     "update",
 ]
 
-_RUN = re.compile(r"[0-9a-z]{1,32}")
 T = TypeVar("T")
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
 _MOST_DEAD = 64  # holders of one lock, and of the turns to undo them, that are undone for it
@@ -112,7 +111,7 @@ class Holder:
                 f"it is no JSON, so an object not of ours, or damaged: {printable(text, 60)}"
             ) from None
         holder = read_fields(cls, unstamped(data))
-        if not _RUN.fullmatch(holder.run):
+        if not is_holders_run(holder.run):
             raise UnreadableError("its run is none")
         return holder
 
@@ -273,7 +272,7 @@ async def adopt(monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Und
 
     :raise BusyError: another controller is about to do the same, or to undo.
     """
-    turn = f"{name}-undo-{dead.run}"
+    turn = turn_name(name, dead.run)
     await acquire(monitor, turn, me, undo, stall=0)
     return await undisturbed(_adopt_in_turn(monitor, name, turn, dead, me))
 
@@ -294,7 +293,7 @@ async def _adopt_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, m
 async def _take_over(
     monitor: Monitor, name: str, dead: Holder, me: Holder, undo: Undo, patience: _Patience
 ) -> None:
-    turn = f"{name}-undo-{dead.run}"
+    turn = turn_name(name, dead.run)
     await _acquire(monitor, turn, me, undo, patience, None)
     await undisturbed(_undo_in_turn(monitor, name, turn, dead, undo))
 
@@ -312,7 +311,7 @@ async def _undo_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, un
 async def _sweep(monitor: Monitor, name: str) -> None:
     """Remove turns whose holders died just before they gave them back. Only under the lock."""
     objects = await monitor.execute("qom-list", {"path": "/objects"})
-    turns = [one["name"] for one in objects if one["name"].startswith(f"{name}-undo-")]
+    turns = [one["name"] for one in objects if is_turn_of(one["name"], name)]
     for turn in turns[:_MOST_TURNS]:
         holder = await read(monitor, turn)
         if isinstance(holder, Holder) and holder.is_dead():
@@ -340,7 +339,7 @@ async def names(monitor: Monitor) -> list[str]:
     :raise BusyError: there are more than controllers of ours can have made.
     """
     objects = await monitor.execute("qom-list", {"path": "/objects"})
-    found = [one["name"] for one in objects if one["name"].startswith("qmpblock-")]
+    found = [one["name"] for one in objects if is_ours(one["name"])]
     if len(found) > _MOST_OBJECTS:
         raise BusyError(
             f"{len(found)} objects in this VM bear our name, more than we can have made",

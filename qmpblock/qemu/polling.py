@@ -7,7 +7,7 @@ an export that comes or goes, a snapshot, the start and the end of a job. So aro
 polling is off::
 
     hold                                         let_go
-    1. lock LOCK                                 1. lock LOCK
+    1. lock POLLING_LOCK                         1. lock POLLING_LOCK
     2. read each iothread's poll-max-ns          2. put back what no other guard wants off
     3. add our guard, an object: what they were  3. remove our guard
     4. set them to 0                             4. unlock
@@ -27,7 +27,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -37,17 +36,13 @@ from weakref import WeakKeyDictionary
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import CommandError, DisconnectedError, Error, RecordError
 from qmpblock.host.processes import times_slept
+from qmpblock.names import POLLING_LOCK, LockKind, guard_name, lock_kind, new_run
 from qmpblock.qemu import lock
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["GUARDS", "LOCK", "Guard", "hold", "let_go", "unpolled"]
-
-#: The id of the lock object under which guards come and go.
-LOCK = "qmpblock-polling"
-#: What the ids of guards begin with; the run follows.
-GUARDS = "qmpblock-poll-"
+__all__ = ["Guard", "hold", "let_go", "unpolled"]
 
 _log = logging.getLogger(__name__)
 # Nanoseconds: so long that a thread which begins to poll does it once for certain, whatever it
@@ -114,7 +109,7 @@ async def hold(
     :param wake: have the threads look at all their queues at the end, so that a guest goes on
         that somebody else's drain has hung. Takes 20 ms. Not done while another controller
         holds a guard.
-    :raise BusyError: another controller does not let go of `LOCK`.
+    :raise BusyError: another controller does not let go of `POLLING_LOCK`.
     """
     if not Capabilities(monitor.version).polling_forgets_queues:
         return
@@ -157,9 +152,9 @@ async def _end(monitor: Monitor, guard: _Ours) -> None:
 
 
 async def _join(monitor: Monitor, guard: _Ours) -> None:
-    me = Holder.me(secrets.token_hex(4))
+    me = Holder.me(new_run())
     try:
-        await lock.acquire(monitor, LOCK, me, _nothing, stall=monitor.stall)
+        await lock.acquire(monitor, POLLING_LOCK, me, _nothing, stall=monitor.stall)
         await undisturbed(_join_in_turn(monitor, guard, me.run))
     except BaseException:
         if guard.run:  # cancelled, it is finished all the same, and nobody will let go
@@ -189,27 +184,27 @@ async def _join_in_turn(monitor: Monitor, guard: _Ours, run: str) -> None:
             holder = Holder.me(run, poll_max_ns=list(guard.values.items()))
             await monitor.execute(
                 "object-add",
-                {"qom-type": "secret", "id": f"{GUARDS}{run}", "data": holder.text()},
+                {"qom-type": "secret", "id": guard_name(run), "data": holder.text()},
             )
         await _set_and_see(monitor, now, dict.fromkeys(polling, 0))
         for name in dead:  # what they say, ours says
             await lock.release(monitor, name)
     finally:
-        await lock.release(monitor, LOCK)
+        await lock.release(monitor, POLLING_LOCK)
 
 
 async def _leave(monitor: Monitor, guard: _Ours) -> None:
-    me = Holder.me(secrets.token_hex(4))
+    me = Holder.me(new_run())
     try:
-        await lock.acquire(monitor, LOCK, me, _nothing, stall=monitor.stall)
+        await lock.acquire(monitor, POLLING_LOCK, me, _nothing, stall=monitor.stall)
         try:
             if await _put_back(monitor, guard):
-                await lock.release(monitor, f"{GUARDS}{guard.run}")
+                await lock.release(monitor, guard_name(guard.run))
             else:
                 _log.warning("a pivot is pending: polling stays off until the next command of ours")
                 lock.abandon(guard.run)
         finally:
-            await lock.release(monitor, LOCK)
+            await lock.release(monitor, POLLING_LOCK)
     except BaseException:
         lock.abandon(me.run)
         raise
@@ -248,7 +243,7 @@ async def _put_back(monitor: Monitor, guard: _Ours) -> bool:
 
 
 async def _nothing(_: Holder) -> None:
-    """All that the holder of `LOCK` did is seen in the guards."""
+    """All that the holder of `POLLING_LOCK` did is seen in the guards."""
 
 
 async def _others(monitor: Monitor, run: str) -> dict[str, tuple[Holder, Guard]]:
@@ -259,7 +254,7 @@ async def _others(monitor: Monitor, run: str) -> dict[str, tuple[Holder, Guard]]
     """
     found = {}
     for name in await lock.names(monitor):
-        if name.startswith(GUARDS) and name != f"{GUARDS}{run}":
+        if lock_kind(name) is LockKind.GUARD and name != guard_name(run):
             holder = await lock.read(monitor, name)
             if isinstance(holder, Holder):
                 with contextlib.suppress(RecordError):

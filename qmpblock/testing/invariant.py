@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import CommandError
+from qmpblock.names import OURS
 from qmpblock.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def _file_lines(directories: Iterable[Path]) -> list[str]:
         lines += [f"file: {path}" for path in directory.rglob("*") if not stat.S_ISDIR(_mode(path))]
     for directory in {Path(tempfile.gettempdir()), Path("/run"), Path("/dev/shm")}:  # noqa: S108
         if directory.is_dir():
-            lines += [f"file: {path}" for path in directory.glob("qmpblock-*")]
+            lines += [f"file: {path}" for path in directory.glob(f"{OURS}*")]
     state = os.environ.get("QMPBLOCK_STATE")
     if state and Path(state).is_dir():
         # The key of the installation is made once, and stays.

@@ -6,8 +6,9 @@ import pytest
 from drawing import RUN, chain
 from fake_objects import fake_vm
 
-from qmpblock.changes.nomigration import allow_migration, blocker_name, forbid_migration
+from qmpblock.changes.nomigration import allow_migration, forbid_migration
 from qmpblock.errors import UnsupportedError
+from qmpblock.names import blocker_name
 from qmpblock.qemu.monitor import Monitor
 
 NAME = blocker_name(RUN)

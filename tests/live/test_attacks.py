@@ -12,8 +12,8 @@ from disturbed import locks
 
 import qmpblock
 from qmpblock.errors import Error, RecordError, StalledError
-from qmpblock.export.session import LOCK
 from qmpblock.host.processes import boot_id, pid_namespace
+from qmpblock.names import NBD_LOCK
 from qmpblock.qemu.lock import Holder
 
 pytestmark = pytest.mark.live
@@ -159,19 +159,19 @@ async def test_a_forged_lock_deletes_nothing(scenario, start_qemu, invariant, vm
         ({"path": ["x"], "exports": [{}] * 3, "monitor": 7}, False),
     ):
         forged = Holder(dead.run, dead.host, 1 << 22, 1, dead.boot, dead.pids, details)
-        await vm.execute("object-add", qom_type="secret", id=LOCK, data=forged.text())
+        await vm.execute("object-add", qom_type="secret", id=NBD_LOCK, data=forged.text())
         async with qmpblock.connect(vm.monitor_path) as controller:
             disk = (await controller.disks())[0]
             with nullcontext() if readable else pytest.raises(RecordError, match="cannot be read"):
                 await disk.map()
         if not readable:
-            await vm.execute("object-del", id=LOCK)
+            await vm.execute("object-del", id=NBD_LOCK)
     assert (victim / "nbd").read_text() == "precious"
 
 
 @CHAIN
 @pytest.mark.parametrize("verb", ["recover", "verb"])
-@pytest.mark.parametrize("name", [LOCK, "qmpblock-disk-vd0", "qmpblock-ahead-vd0"])
+@pytest.mark.parametrize("name", [NBD_LOCK, "qmpblock-disk-vd0", "qmpblock-ahead-vd0"])
 async def test_a_recovery_that_died_when_it_had_taken_a_lock_over(
     name, verb, scenario, start_qemu, invariant
 ):
@@ -184,7 +184,7 @@ async def test_a_recovery_that_died_when_it_had_taken_a_lock_over(
             for dry_run in (True, False):
                 [found] = await controller.recover(dry_run=dry_run)
                 assert (found.run, found.steps[0].verb) == ("gone", "remove")
-        elif name == LOCK:
+        elif name == NBD_LOCK:
             await (await controller.disks())[0].map()
         else:
             disk = await controller.disk("vd0")
@@ -201,14 +201,14 @@ async def test_turns_of_the_dead_are_swept(scenario, start_qemu, invariant):
     alive = Holder.me("alive")
     for holder, of in ((dead, "first"), (alive, "second")):
         await vm.execute(
-            "object-add", qom_type="secret", id=f"{LOCK}-undo-{of}", data=holder.text()
+            "object-add", qom_type="secret", id=f"{NBD_LOCK}-undo-{of}", data=holder.text()
         )
     async with qmpblock.connect(vm.monitor_path) as controller:
         await (await controller.disks())[0].map()
     names = {item["name"] for item in await vm.execute("qom-list", path="/objects")}
-    assert f"{LOCK}-undo-first" not in names
-    assert f"{LOCK}-undo-second" in names
-    await vm.execute("object-del", id=f"{LOCK}-undo-second")
+    assert f"{NBD_LOCK}-undo-first" not in names
+    assert f"{NBD_LOCK}-undo-second" in names
+    await vm.execute("object-del", id=f"{NBD_LOCK}-undo-second")
 
 
 @CHAIN

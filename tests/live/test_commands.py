@@ -209,7 +209,7 @@ async def test_an_image_that_a_vm_holds_is_refused(scenario, start_qemu, vm_dir)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 async def test_a_signal_undoes_and_is_130(number, scenario, start_qemu):
     """The command waits for the lock that this test holds, and is interrupted there."""
-    from qmpblock.export.session import LOCK
+    from qmpblock.names import NBD_LOCK
     from qmpblock.qemu import lock
     from qmpblock.qemu.lock import Holder
 
@@ -220,7 +220,7 @@ async def test_a_signal_undoes_and_is_130(number, scenario, start_qemu):
         async def nothing(holder):
             raise AssertionError(holder)
 
-        await lock.acquire(controller.monitor, LOCK, Holder.me("test"), nothing, stall=1)
+        await lock.acquire(controller.monitor, NBD_LOCK, Holder.me("test"), nothing, stall=1)
         process = await start("map", vm.second_monitor_path, disk.name)
         await asyncio.sleep(1.5)
         assert process.returncode is None
@@ -228,7 +228,7 @@ async def test_a_signal_undoes_and_is_130(number, scenario, start_qemu):
         _, err = await process.communicate()
         assert process.returncode == 130, err
         assert b"nothing of ours is left" in err
-        await lock.release(controller.monitor, LOCK)
+        await lock.release(controller.monitor, NBD_LOCK)
 
 
 async def test_demo_says_that_all_is_equal(qemu_binary, vm_dir):

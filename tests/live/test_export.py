@@ -22,7 +22,8 @@ from qmpblock.errors import (
     UnsupportedError,
 )
 from qmpblock.export import session as export
-from qmpblock.export.session import LOCK, Request, exports
+from qmpblock.export.session import Request, exports
+from qmpblock.names import NBD_LOCK
 from qmpblock.testing.faults import Controller
 from qmpblock.testing.invariant import snapshot
 from qmpblock.testing.stamps import StressSpec, checksum
@@ -88,7 +89,7 @@ async def test_a_busy_host_does_not_end_a_handshake(scenario, start_qemu, invari
         controller.kill(signal.SIGCONT)
         assert await controller.wait() == 0, controller.stderr
     assert controller.stdout.startswith("mapped ")
-    assert LOCK not in await objects(vm)
+    assert NBD_LOCK not in await objects(vm)
 
 
 @CHAIN
@@ -131,7 +132,7 @@ async def test_a_killed_controller_does_not_kill_the_vm(scenario, start_qemu, in
     # The next controller undoes what the last one left (each one did, of the one before).
     async with qmpblock.connect(vm.monitor_path) as controller:
         assert await (await controller.disks())[0].map() == expected
-    assert LOCK not in await objects(vm)
+    assert NBD_LOCK not in await objects(vm)
 
 
 @CHAIN
@@ -145,7 +146,7 @@ async def test_the_next_controller_may_come_by_another_monitor(
     async with qmpblock.connect(vm.second_monitor_path) as controller:
         await (await controller.disks())[0].map()
     assert await vm.execute("query-block-exports") == []
-    assert LOCK not in await objects(vm)
+    assert NBD_LOCK not in await objects(vm)
     # The dead one's socket is a named descriptor of the other monitor; nothing else is left, and
     # that is said.
     _, undone, left = caplog.messages
@@ -200,12 +201,12 @@ async def test_what_only_its_own_monitor_can_undo(scenario, start_qemu, invarian
             await disk.map()
     assert "removed: nothing; left in it: the dead" in caught.value.standing
     assert f"came by, unix:{vm.monitor_path}: it removes the rest" in caught.value.remedy
-    assert LOCK in await objects(vm)
+    assert NBD_LOCK in await objects(vm)
     caplog.clear()
     async with qmpblock.connect(vm.monitor_path) as controller:
         await (await controller.disks())[0].map()
     assert caplog.messages[-1].endswith(" left: 1 connection, the NBD server")
-    assert LOCK not in await objects(vm)
+    assert NBD_LOCK not in await objects(vm)
 
 
 @CHAIN
@@ -230,7 +231,7 @@ async def test_ctrl_c_undoes(scenario, start_qemu, invariant):
     process.send_signal(signal.SIGINT)
     await process.wait()
     assert await vm.execute("query-block-exports") == []
-    assert LOCK not in await objects(vm)
+    assert NBD_LOCK not in await objects(vm)
 
 
 @CHAIN

@@ -27,7 +27,7 @@ from disturbed import (
 
 import qmpblock
 from qmpblock.errors import BusyError, CommandError, JobError, StalledError
-from qmpblock.names import LOCKS
+from qmpblock.names import LockKind, lock_kind
 from qmpblock.qemu.job import Job
 from qmpblock.testing.faults import slow
 from qmpblock.testing.images import Tools
@@ -132,7 +132,7 @@ async def test_different_disks_are_worked_on_at_once(scenario, start_qemu, invar
         for number, disk in enumerate((one, two)):
             await disk.snapshot(vm.image_directories()[0] / f"overlay{number}.qcow2")
         async with one.commit(base="@1") as left, two.commit(base="@1") as right:
-            assert len([name for name in await locks(vm) if name.startswith(LOCKS)]) == 2
+            assert len([one for one in await locks(vm) if lock_kind(one) is LockKind.DISK]) == 2
             left.complete()
             right.complete()
         assert left.outcome.changed

@@ -11,8 +11,8 @@ from chains import cli
 from disturbed import until
 
 import qmpblock
-from qmpblock.changes.nomigration import blocker_name
 from qmpblock.errors import UnsupportedError
+from qmpblock.names import blocker_name
 from qmpblock.qemu.ownership import Owner, look
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario

@@ -20,6 +20,7 @@ import qmpblock
 from qmpblock.changes import finalize as driving
 from qmpblock.errors import JobError
 from qmpblock.jobcontrol import steer
+from qmpblock.names import guard_name
 from qmpblock.qemu import polling
 from qmpblock.qemu.job import Job
 from qmpblock.testing.hang import look, wake
@@ -527,5 +528,5 @@ async def _die_with_a_guard_of(vm, values):
         check=True,
     )
     await vm.execute(
-        "object-add", qom_type="secret", id=f"{polling.GUARDS}deadbeef", data=done.stdout.strip()
+        "object-add", qom_type="secret", id=guard_name("deadbeef"), data=done.stdout.strip()
     )

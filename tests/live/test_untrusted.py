@@ -11,7 +11,7 @@ from otherusers import EVE, within
 import qmpblock
 from qmpblock.errors import Error
 from qmpblock.export import session as export
-from qmpblock.export.session import LOCK
+from qmpblock.names import NBD_LOCK
 from qmpblock.qemu.lock import Holder
 from qmpblock.testing.images import Tools
 from qmpblock.testing.scenario import parse_scenario
@@ -130,7 +130,7 @@ async def test_a_lock_of_hers_removes_no_socket_of_roots(scenario, eve, vm_dir):
         "custody": False,
     }
     forged = Holder(dead.run, dead.host, 1 << 22, 1, dead.boot, dead.pids, details)
-    await vm.execute("object-add", qom_type="secret", id=LOCK, data=forged.text())
+    await vm.execute("object-add", qom_type="secret", id=NBD_LOCK, data=forged.text())
     await vm.execute(
         "nbd-server-start",
         addr={"type": "unix", "data": {"path": str(eve.directory / "nbd")}},

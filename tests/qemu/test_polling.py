@@ -8,6 +8,7 @@ from drawing import Drawing
 from fake_objects import dead, fake_vm
 
 from qmpblock.errors import RecordError
+from qmpblock.names import POLLING_LOCK
 from qmpblock.qemu import polling
 from qmpblock.qemu.lock import Holder
 
@@ -54,9 +55,9 @@ async def test_a_cancel_ends_also_where_another_dead_one_has_the_lock_each_time(
 
         def get(command, default=None):
             arguments = objects.fake.seen[-1].get("arguments", {})
-            if lies.on and command == "object-add" and arguments["id"] == polling.LOCK:
+            if lies.on and command == "object-add" and arguments["id"] == POLLING_LOCK:
                 return {"error": {"class": "GenericError", "desc": "duplicate"}}
-            if lies.on and command == "qom-get" and arguments["path"].endswith(polling.LOCK):
+            if lies.on and command == "qom-get" and arguments["path"].endswith(POLLING_LOCK):
                 return {"return": lies.holder()}
             return real(command, default)
 
