@@ -242,8 +242,9 @@ class MappedDisk:
     def _fallocated(self, layer: Layer) -> Ranges | None:
         if layer.format != "raw" or in_part(layer):
             return None
-        path = imagefiles.local_path(self.vm.monitor.peer_pid, layer)
-        return space.reserved_ranges(path, layer.size) if path is not None else None
+        pid = self.vm.monitor.peer_pid
+        path = imagefiles.local_path(pid, layer)
+        return None if path is None else space.reserved_ranges(path, layer.size, vm=pid)
 
 
 @asynccontextmanager

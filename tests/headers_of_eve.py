@@ -55,14 +55,39 @@ def in_file(path):
 
 
 @contextlib.contextmanager
-def open_to_all():
+def open_to_all(place="/tmp"):
     """Give a directory that she can come to; of pytest's own each session takes that away."""
-    path = Path(tempfile.mkdtemp(prefix="qe-", dir="/tmp"))
+    path = Path(tempfile.mkdtemp(prefix="qe-", dir=place))
     path.chmod(0o755)
     try:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+# linux/inotify.h
+OPENED = 0x20
+CHANGED = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
+
+
+class Watch:
+    """Sees what is done to files, or to directories and what is in them (inotify(7))."""
+
+    def __init__(self, *paths, events):
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        for path in paths:
+            assert libc.inotify_add_watch(self._fd, os.fsencode(path), events) > 0
+
+    def seen(self):
+        """Whether there was anything since the last time."""
+        try:
+            return bool(os.read(self._fd, 1 << 16))
+        except BlockingIOError:
+            return False
+
+    def close(self):
+        os.close(self._fd)
 
 
 class Place:
@@ -87,21 +112,14 @@ class Place:
         self.hers.write_bytes(bytes(65536))
         self.top = self.eve / "top.qcow2"
 
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        for file in (self.secret, self.hidden):
-            opened = 0x20
-            assert libc.inotify_add_watch(self._watch, os.fsencode(file), opened) > 0
+        self._watch = Watch(self.secret, self.hidden, events=OPENED)
 
     def opened(self):
         """Whether anybody has opened what is root's (O_PATH apart, which gives no right to it)."""
-        try:
-            return bool(os.read(self._watch, 4096))
-        except BlockingIOError:
-            return False
+        return self._watch.seen()
 
     def close(self):
-        os.close(self._watch)
+        self._watch.close()
 
     def finish(self):
         self.opened()  # while it was made

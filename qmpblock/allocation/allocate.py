@@ -191,11 +191,12 @@ async def _tell_growth(
 async def _prove_raw(disk: MappedDisk, where: Ranges, raw: tuple[str, int], said: _Said) -> None:
     """See that the host's file system has space for all of it now."""
     file, start = raw
-    left = await asyncio.to_thread(blank_ranges, file, start, disk.size)
+    pid = disk.vm.monitor.peer_pid
+    left = await asyncio.to_thread(blank_ranges, file, start, disk.size, vm=pid)
     left = left & where
     if not left:
         return
-    if space.reserved_ranges(file, start + disk.size) is None:
+    if space.reserved_ranges(file, start + disk.size, vm=pid) is None:
         said(
             f"the file system of {printable(file)} does not tell what it has reserved, but by "
             f"the success of the calls (fallocate): {left.total} bytes are not seen to be so"
@@ -226,10 +227,11 @@ async def _prove_staged(disk: MappedDisk, where: Ranges, had: Ranges, said: _Sai
     if not mapped:
         return
     active = disk.chain.active
-    file = imagefiles.local_path(disk.vm.monitor.peer_pid, active)
+    pid = disk.vm.monitor.peer_pid
+    file = imagefiles.local_path(pid, active)
     if file is None:
         why = "cannot be seen any more"
-    elif await asyncio.to_thread(blank_ranges, file, 0, Path(file).stat().st_size):
+    elif await asyncio.to_thread(blank_ranges, file, 0, Path(file).stat().st_size, vm=pid):
         why = "has holes"
     else:
         return

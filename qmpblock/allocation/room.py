@@ -225,20 +225,20 @@ def look(place: Place, wanted: int, until: int = 0) -> Space:
     """
     if place.start is None:
         end = Path(place.file).stat().st_size
-        ahead = reserved_ranges(place.file, _FAR, first=end)
+        ahead = reserved_ranges(place.file, _FAR, vm=place.pid, first=end)
         if ahead is not None:
             return Space(ahead, None, end)
         return Space(Ranges([(end, max(end, until))]), None, end, known=False)
     # What a VM says of its size counts no further than the file itself.
     start, stop = place.start, min(place.start + place.size, end_of(place.file))
-    reserved = reserved_ranges(place.file, stop, first=start)
-    blank = holes(place.file, start, stop)
+    reserved = reserved_ranges(place.file, stop, vm=place.pid, first=start)
+    blank = holes(place.file, start, stop, vm=place.pid)
     if reserved is not None:
         # What was written a moment ago is in the page cache only, and reserved to FIEMAP.
         certain = reserved & blank
         if certain.total < min(wanted, reserved.total):
             # So is what was read. Written back, FIEMAP tells them apart.
-            reserved = reserved_ranges(place.file, stop, first=start, sync=True)
+            reserved = reserved_ranges(place.file, stop, vm=place.pid, first=start, sync=True)
         else:
             reserved = certain
     if reserved is None:

@@ -35,11 +35,8 @@ its disk, and any job on the chain.
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import secrets
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -65,15 +62,13 @@ from qmpblock.export.server import (
     is_listening,
     monitor_name,
     notice_closed,
-    remove_socket,
     tolerate,
     undo_dead_run,
 )
+from qmpblock.export.socketfolder import SocketFolder
 from qmpblock.graph.model import Device
-from qmpblock.host.ourfiles import Directory
 from qmpblock.names import (
     NBD_LOCK,
-    SOCKET,
     credentials_name,
     export_name,
     holder_node,
@@ -276,8 +271,7 @@ class _Session:
         self.stall = stall
         self.run = new_run()
         self.slots: list[_Slot] = []
-        self.folder: Path | None = None
-        self.directory: Directory | None = None  # the same, once it is made
+        self.folder: SocketFolder | None = None
         self.custody = monitor.can_pass_fds
         self.iothreads: list[dict[str, Any]] | None = None  # where that had to be asked
         self.iothread: str | None = None
@@ -362,8 +356,8 @@ class _Session:
         if self.access.address is None:
             # Named here, for the lock's record, and made under the lock: a controller that is
             # killed leaves nothing that the record does not name.
-            self.folder = _socket_folder(socket_folder(self.run))
-            self.path = str(self.folder / SOCKET)
+            self.folder = SocketFolder(socket_folder(self.run))
+            self.path = self.folder.socket
             if self._over_tcp():
                 self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
         me = Holder.me(
@@ -388,16 +382,16 @@ class _Session:
         assert self.folder is not None  # lock() went before
         self.reached = asyncio.get_running_loop().time()
         try:
-            self.folder.mkdir(mode=0o700)
-            self.directory = _open_ours(self.folder)
+            self.folder.make()
         except OSError as error:
             raise Error(
-                f"cannot make the directory {self.folder} for a socket: {error.strerror}",
+                f"cannot make the directory {self.folder.path} for a socket: {error.strerror}",
                 standing=_NOTHING_LEFT,
-                remedy="set TMPDIR to a directory that this user may write to",
+                remedy="set TMPDIR to a directory that this user may write to, and nobody else, "
+                "unless it is sticky as /tmp is (mode 1777)",
             ) from None
         if self.monitor.can_pass_fds:
-            await self._listen_and_hand_over(self.path)
+            await self._listen_and_hand_over(self.folder)
         elif self._over_tcp():
             await self._listen_on_tcp()
         else:
@@ -409,15 +403,14 @@ class _Session:
                     "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
                 )
                 raise
-            self.where = self._socket()
+            self.where = self.folder.address()
 
-    async def _listen_and_hand_over(self, path: str) -> None:
+    async def _listen_and_hand_over(self, folder: SocketFolder) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(path)
-            where = self._socket()  # or somebody else's
+            listener.bind(folder.socket)
             listener.listen(len(self.slots))
             for slot in self.slots:
-                slot.sock = await open_socket(where)
+                slot.sock = await open_socket(folder.address())
                 await self._take_custody(slot)
             name = listener_name(self.run)
             await self.monitor.pass_fd(name, listener.fileno())
@@ -427,7 +420,7 @@ class _Session:
                 # The server takes the descriptor only where it starts.
                 await tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
                 raise
-        self._remove_folder()
+        folder.remove()
 
     async def _listen_on_tcp(self) -> None:
         assert isinstance(self.monitor.address, TCPAddress)  # _over_tcp()
@@ -608,7 +601,8 @@ class _Session:
         finally:
             for slot in self.slots:
                 await slot.close()
-            self._remove_folder()
+            if self.folder is not None:
+                self.folder.remove()
 
     def _qemu_is_there(self) -> bool:
         pid = self.monitor.peer_pid
@@ -648,41 +642,11 @@ class _Session:
         host = address.host if isinstance(address, TCPAddress) else ""
         return await answers(host, self.ports)
 
-    def _remove_folder(self) -> None:
-        if self.folder is not None:
-            remove_socket(self.path)
-            self.folder = None
-        if self.directory is not None:
-            self.directory.close()
-
-    def _socket(self) -> UnixAddress:
-        """Return the way to the socket in the directory that we made, whatever bears its name."""
-        assert self.directory is not None  # it was made before
-        return UnixAddress(f"/proc/self/fd/{self.directory.fd}/{SOCKET}")
-
 
 def _holder(slot: _Slot) -> tuple[str, ...]:
     """Return the names of the nodes that hold the write permission, each before what it is over."""
     holder, joint = holder_node(slot.name)
     return holder, *joint_nodes(joint)
-
-
-def _open_ours(folder: Path) -> Directory:
-    """Open a directory that was just made, and see that nobody put another one in its place.
-
-    :raise OSError: somebody did.
-    """
-    directory = Directory(folder)
-    if not directory.is_ours():
-        directory.close()
-        raise PermissionError(errno.EACCES, "somebody has put another directory in its place")
-    return directory
-
-
-def _socket_folder(name: str) -> Path:
-    """Name a directory for a socket, where the socket's path is not too long (unix(7))."""
-    folder = Path(tempfile.gettempdir(), name)
-    return folder if len(os.fsencode(folder)) < 100 else Path("/tmp", name)  # noqa: S108  # 0700
 
 
 def _no_server(address: str, why: str) -> NBDConnectError:

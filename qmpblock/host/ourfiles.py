@@ -9,7 +9,8 @@ once, and a file in it is told by what was made, not by what it is called::
     removed   only if that name still is that file
 
 The way to a directory may lead through links. One of another user's may lead only where he could
-write himself: or he would have root make files, which he then owns, anywhere.
+write himself: or he would have root make files, which he then owns, anywhere. And the way to a file
+that is read, only to what he could read himself.
 
 Between that last look and unlinkat(2) another file may come to bear the name. It goes then: one
 that its owner moved there, out of a directory in which he could have removed it himself.
@@ -21,14 +22,15 @@ import contextlib
 import errno
 import os
 import posixpath
+import pwd
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NoReturn, Self
 
 from qmpblock.graph.places import FileId
 
-__all__ = ["Directory", "open_plain", "remove"]
+__all__ = ["Directory", "look", "open_plain", "remove"]
 
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 _LOOK = os.O_PATH | os.O_CLOEXEC
@@ -52,7 +54,7 @@ class Directory:
         """
         self.path = Path(path)
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-        self.fd = _walk(self.path) if os.geteuid() == 0 else os.open(path, flags)
+        self.fd = _walk(self.path, os.W_OK) if os.geteuid() == 0 else os.open(path, flags)
 
     def __enter__(self) -> Self:
         return self
@@ -189,17 +191,37 @@ class Directory:
         return status.st_uid == os.geteuid() and not stat.S_IMODE(status.st_mode) & 0o022
 
 
-def open_plain(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+def look(path: str | os.PathLike[str]) -> int:
+    """Open a file for looking at it alone (O_PATH), which gives no right to it and does nothing.
+
+    :raise OSError: it is not there; or (as root) the way leads through a link of another user, who
+        may not read it.
+    """
+    if os.geteuid() == 0:
+        return _walk(Path(path), os.R_OK)
+    return os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+
+def open_plain(
+    path: str | os.PathLike[str],
+    flags: int = os.O_RDONLY,
+    *,
+    among: Collection[FileId] | None = None,
+) -> int:
     """Open a regular file or a block device by its path, and nothing else: nothing waits for it.
 
     Looked at before it is opened: what opening does to a FIFO or to a device does not happen.
 
+    :param among: what it must be one of: then the way there proves nothing, and is not looked at.
     :raise OSError: it cannot be opened, or is something else.
     """
-    found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    found = look(path) if among is None else os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        if FileId.of(os.fstat(found)) is None:
+        file = FileId.of(os.fstat(found))
+        if file is None:
             raise OSError(errno.EINVAL, "no regular file and no block device", str(path))
+        if among is not None and file not in among:
+            raise _another(Path(path))
         return os.open(f"/proc/self/fd/{found}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     finally:
         os.close(found)
@@ -219,15 +241,21 @@ def remove(path: str | os.PathLike[str], file: FileId) -> bool:
         return directory.remove(name, file)
 
 
-def _walk(path: Path) -> int:
-    """Open a directory step by step, and look at the links on the way."""
+def _walk(path: Path, wanted: int) -> int:
+    """Open what a path leads to, step by step, and look at the links on the way.
+
+    :param wanted: what the owners of those must be allowed there: W_OK, in what must be a
+        directory, or R_OK.
+    """
     todo = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts))
-    links: dict[int, str] = {}
+    links: dict[int, str] = {}  # by their owners
     passed = 0
     at = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
     try:
         while todo:
             name = todo.pop()
+            if wanted == os.R_OK:
+                _check_links(at, path, links, os.X_OK)
             found, owner, target = _step(at, name)
             if target is not None:
                 passed += 1
@@ -240,7 +268,9 @@ def _walk(path: Path) -> int:
                 found = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
             os.close(at)
             at = found
-        _check_arrival(at, path, links)
+        if wanted == os.W_OK and not stat.S_ISDIR(os.fstat(at).st_mode):
+            _fail(errno.ENOTDIR, path)
+        _check_links(at, path, links, wanted)
     except BaseException:
         os.close(at)
         raise
@@ -261,19 +291,29 @@ def _step(at: int, name: str) -> tuple[int, int, Path | None]:
         os.close(fd)
 
 
-def _check_arrival(fd: int, path: Path, links: Mapping[int, str]) -> None:
-    """See that it is a directory, and none to which a link of another's has led us astray."""
+def _check_links(fd: int, path: Path, links: dict[int, str], wanted: int) -> None:
+    """See that no link of another's has led us to where he could not come himself."""
     status = os.fstat(fd)
-    if not stat.S_ISDIR(status.st_mode):
-        _fail(errno.ENOTDIR, path)
     for owner, name in links.items():
-        if owner not in (0, status.st_uid) and not status.st_mode & 0o022:
+        if owner not in (0, status.st_uid) and not _may(owner, status, wanted):
+            may_not = {os.R_OK: "read it", os.W_OK: "write there", os.X_OK: "go there"}[wanted]
             _fail(
                 errno.EACCES,
                 path,
-                f"the way there leads through the link {name} of user {owner}, who may not write "
-                "there",
+                f"the way there leads through the link {name} of user {owner}, who may not "
+                f"{may_not}",
             )
+
+
+def _may(user: int, status: os.stat_result, wanted: int) -> bool:
+    """Whether the mode of a file allows something to who is not its owner."""
+    try:
+        known = pwd.getpwuid(user)
+        groups = os.getgrouplist(known.pw_name, known.pw_gid)
+    except KeyError:
+        groups = []
+    shift = 3 if status.st_gid in groups else 0
+    return bool(status.st_mode >> shift & wanted)
 
 
 def _fail(number: int, path: Path, why: str = "") -> NoReturn:

@@ -16,14 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.errors import Error, RequestError, printable
+from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.ourfiles import open_plain
 
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
     from qmpblock.sizes import Amount
 
-__all__ = ["HostSpace", "blank_ranges", "check_reservable", "end_of", "holes", "reserved_ranges"]
-
+__all__ = [
+    "HostSpace",
+    "blank_ranges",
+    "check_reservable",
+    "end_of",
+    "holes",
+    "open_image",
+    "reserved_ranges",
+]
 
 # linux/fiemap.h, linux/fs.h
 _FS_IOC_FIEMAP = 0xC020660B
@@ -151,12 +159,24 @@ def _largest_file(pid: int) -> int | None:
     return int(words[3]) if len(words) > 3 and words[3].isdigit() else None
 
 
-def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False) -> Ranges | None:
+def open_image(path: str, vm: int | None) -> int:
+    """Open an image file, to ask the file system about it.
+
+    :param vm: the process that has it open; None: none has.
+    :raise OSError: it cannot be opened; or its name leads to what that process has not open.
+    """
+    return open_plain(path, among=None if vm is None else OpenFiles(vm).ids())
+
+
+def reserved_ranges(
+    path: str, size: int, *, vm: int | None = None, first: int = 0, sync: bool = False
+) -> Ranges | None:
     """Return the ranges of a file that are fallocated but not written, in bytes.
 
     To QEMU they are holes; only FIEMAP tells (F4). Reads metadata only.
 
     :param size: of the disk; what the file holds past it does not count.
+    :param vm: the process that has it open; None: none has.
     :param first: where to begin.
     :param sync: write back what is in the page cache first: until then, what is written to a
         reserved range counts as not written.
@@ -167,7 +187,7 @@ def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False)
     found: list[tuple[int, int]] = []
     position = first
     try:
-        fd = open_plain(path)
+        fd = open_image(path, vm)
     except OSError:
         return None
     try:
@@ -194,17 +214,19 @@ def reserved_ranges(path: str, size: int, *, first: int = 0, sync: bool = False)
     return Ranges(found)
 
 
-def holes(file: str, start: int, stop: int) -> Ranges:
+def holes(file: str, start: int, stop: int, *, vm: int | None = None) -> Ranges:
     """Return what holds no data between two offsets of a file, past its end included.
 
     What is reserved counts as a hole while it is neither written nor in the page cache, which
     it is when it was read, too.
+
+    :param vm: the process that has it open; None: none has.
     """
     from qmpblock.ranges import Ranges
 
     found: list[tuple[int, int]] = []
     at = start
-    fd = open_plain(file)
+    fd = open_image(file, vm)
     try:
         while at < stop:
             try:
@@ -223,19 +245,20 @@ def holes(file: str, start: int, stop: int) -> Ranges:
     return Ranges(found)
 
 
-def blank_ranges(file: str, start: int, size: int) -> Ranges:
+def blank_ranges(file: str, start: int, size: int, *, vm: int | None = None) -> Ranges:
     """Return which bytes of a disk that lies in a file as it is have no host space.
 
     Metadata only: the file system's holes, less what it has reserved (FIEMAP). Where it cannot
     tell that, a file with as many blocks as bytes counts as full.
 
     :param start: where the disk begins in the file; what is returned counts from there.
+    :param vm: the process that has it open; None: none has.
     """
     from qmpblock.ranges import Ranges
 
     stop = start + size
-    found = holes(file, start, stop)
-    reserved = reserved_ranges(file, stop)
+    found = holes(file, start, stop, vm=vm)
+    reserved = reserved_ranges(file, stop, vm=vm)
     if reserved is None:
         status = Path(file).stat()
         full = status.st_blocks * 512 >= max(stop, status.st_size)

@@ -25,7 +25,13 @@ from pathlib import Path
 from qmpblock.errors import printable
 from qmpblock.host.ourfiles import Directory
 
-__all__ = ["InsecureError", "OpenDirectory", "StateDirectory", "state_directory"]
+__all__ = [
+    "InsecureError",
+    "OpenDirectory",
+    "StateDirectory",
+    "open_proven",
+    "state_directory",
+]
 
 KEY = "key"
 _KEY_SIZE = 32  # bytes
@@ -97,7 +103,7 @@ class StateDirectory(OpenDirectory):
         """
         path = state_directory()
         try:
-            fd = _descend(path, make=make)
+            fd = open_proven(path, make=make)
         except (FileNotFoundError, NotADirectoryError):
             if make:
                 raise
@@ -182,8 +188,18 @@ class StateDirectory(OpenDirectory):
         return found
 
 
-def _descend(path: Path, *, make: bool) -> int:
-    """Open a directory, one step after another; each is proven before the next is taken."""
+def open_proven(path: Path, *, make: bool = False, shared: bool = False) -> int:
+    """Open a directory, one step after another; each is proven before the next is taken.
+
+    All are root's or ours, and nobody else can put another one in the place of the next.
+
+    :param make: make it, and what is missing above it, for this user alone (0700).
+    :param shared: whether others may make files in it, as in /tmp; to rename or remove ours they
+        may not.
+    :return: its descriptor (O_PATH).
+    :raise InsecureError: it is not so.
+    :raise OSError: it cannot be opened, or made.
+    """
     waiting = list(path.absolute().parts)
     fd, links = -1, 0
     try:
@@ -208,7 +224,7 @@ def _descend(path: Path, *, make: bool) -> int:
             if not stat.S_ISDIR(status.st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
             # In a sticky directory nobody can put another one in our place.
-            guarded = bool(waiting) and bool(status.st_mode & stat.S_ISVTX)
+            guarded = bool(waiting or shared) and bool(status.st_mode & stat.S_ISVTX)
             if not guarded and _others_write(status):
                 where = Path(f"/proc/self/fd/{fd}").readlink()
                 raise InsecureError(where, f"is writable for others: chmod go-w {where}")

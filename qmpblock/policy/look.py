@@ -140,7 +140,8 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
                 await check_staged(disk)
                 staged = True
             else:
-                blank = await asyncio.to_thread(blank_ranges, *raw, disk.size)
+                pid = disk.vm.monitor.peer_pid
+                blank = await asyncio.to_thread(blank_ranges, *raw, disk.size, vm=pid)
                 facts = replace(facts, blank=blank)
         except UnsupportedError as error:
             refusal = error  # which matters only if something is to be reserved

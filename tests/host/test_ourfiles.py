@@ -6,9 +6,11 @@ import re
 import stat
 
 import pytest
+from headers_of_eve import open_to_all
+from otherusers import EVE
 
 from qmpblock.graph.places import FileId
-from qmpblock.host.ourfiles import Directory, open_plain, remove
+from qmpblock.host.ourfiles import Directory, look, open_plain, remove
 
 
 @pytest.fixture
@@ -159,19 +161,74 @@ def test_a_link_of_another_user_leads_only_where_he_may_write(tmp_path):
     """Else he has root make files anywhere, which are given to him."""
     (tmp_path / "roots").mkdir(mode=0o755)
     (tmp_path / "his").mkdir(mode=0o755)
-    os.chown(tmp_path / "his", 61666, 61666)
+    os.chown(tmp_path / "his", EVE, EVE)
     for target in ("roots", "his"):
         link = tmp_path / f"to-{target}"
         link.symlink_to(target)
         with Directory(link):  # root's own leads anywhere
             pass
-        os.lchown(link, 61666, 61666)
+        os.lchown(link, EVE, EVE)
     with Directory(tmp_path / "to-his") as directory:
         assert os.path.samestat(os.fstat(directory.fd), (tmp_path / "his").stat())
-    with pytest.raises(OSError, match="the link to-roots of user 61666"):
+    with pytest.raises(OSError, match=f"the link to-roots of user {EVE}"):
         Directory(tmp_path / "to-roots")
-    with pytest.raises(OSError, match="the link to-roots of user 61666"):
+    with pytest.raises(OSError, match=f"the link to-roots of user {EVE}"):
         Directory(tmp_path / "his" / ".." / "to-roots" / ".")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to be led astray")
+def test_what_a_group_may_write_to_is_not_his_by_that(tmp_path):
+    """As /usr/local/lib is of a group that he is not in."""
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups").chmod(0o775)
+    (tmp_path / "link").symlink_to("groups")
+    os.lchown(tmp_path / "link", EVE, EVE)
+    with pytest.raises(OSError, match=f"the link link of user {EVE}, who may not write there"):
+        Directory(tmp_path / "link")
+    (tmp_path / "groups").chmod(0o777)
+    with Directory(tmp_path / "link"):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has to be led astray")
+def test_a_link_of_another_user_leads_only_to_what_he_may_read(tmp_path):
+    with open_to_all() as place:
+        (place / "roots").mkdir()
+        file, link = place / "roots" / "file", place / "link"
+        file.touch()
+        link.symlink_to(file)
+        for directory, mode, mine, may in (
+            (0o755, 0o644, 0, None),
+            (0o755, 0o600, 0, "read it"),
+            (0o755, 0o640, 0, "read it"),  # he is not in the group
+            (0o750, 0o644, 0, "go there"),
+            (0o755, 0o600, EVE, None),
+        ):
+            (place / "roots").chmod(directory)
+            file.chmod(mode)
+            os.chown(file, mine, mine)
+            os.lchown(link, 0, 0)
+            os.close(look(link))  # root's own leads anywhere
+            os.close(look(file))
+            os.lchown(link, EVE, EVE)
+            if may is None:
+                os.close(look(link))
+                os.close(open_plain(link))
+                continue
+            for opened in (look, open_plain):
+                with pytest.raises(OSError, match=f"the link link of user {EVE}, .* not {may}"):
+                    opened(link)
+
+
+def test_only_what_is_among_these_is_opened(tmp_path):
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    (tmp_path / "link").symlink_to("a")
+    these = [FileId.of((tmp_path / "a").stat())]
+    for name in ("a", "link"):
+        os.close(open_plain(tmp_path / name, among=these))
+    with pytest.raises(FileNotFoundError, match="another file"):
+        open_plain(tmp_path / "b", among=these)
 
 
 def test_ways_are_walked_as_the_kernel_does(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ from otherusers import EVE, within
 
 import qmpblock
 from qmpblock.errors import Error
-from qmpblock.export import session as export
 from qmpblock.names import NBD_LOCK
 from qmpblock.qemu.lock import Holder
 from qmpblock.testing.images import Tools
@@ -159,27 +158,21 @@ while True:
 
 
 @pytest.mark.scenarios("chain-3.yaml")
-async def test_where_tmpdir_is_hers_root_talks_to_nobody_else(scenario, eve, monkeypatch):
-    """Root made its socket there, and then connected to whatever had its name."""
+async def test_where_tmpdir_is_hers_root_talks_to_nobody_else(scenario, eve, vm_dir, monkeypatch):
+    """Root made its socket there, and then connected to whatever had its name.
+
+    Its own path could lead anywhere by the time it was bound, too: so nothing of root's is there.
+    """
     vm = await eve.start(scenario)
     hers = eve.directory / "tmp"
     hers.mkdir(mode=0o755)
     eve.take(hers)
     monkeypatch.setattr(tempfile, "tempdir", str(hers))
-    real, swapped = export.open_socket, []
-
-    async def open_socket(address):
-        for folder in hers.glob("qmpblock-*"):  # at the worst moment
-            swap = "import os, sys; os.rename(sys.argv[1], 'was'); os.symlink('hers', sys.argv[1])"
-            eve.run(f"import os; os.chdir({str(hers)!r}); {swap}", folder.name)
-            swapped.append(folder)
-        return await real(address)
-
-    monkeypatch.setattr(export, "open_socket", open_socket)
     with eve.running(LISTEN, str(hers)) as process:
-        async with qmpblock.connect(vm.monitor_path) as controller:
-            [disk] = await controller.disks()
-            assert await disk.map()
+        with eve.swapping(vm_dir, hers, "qmpblock-*") as swapped:
+            async with qmpblock.connect(vm.monitor_path) as controller:
+                [disk] = await controller.disks()
+                assert await disk.map()
         process.kill()
         assert process.stdout.read() == ""
-    assert swapped
+    assert swapped == [0]

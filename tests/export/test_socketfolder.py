@@ -1,0 +1,72 @@
+"""The directory for a socket of ours."""
+
+import os
+import socket
+import stat
+
+import pytest
+
+from qmpblock.export.socketfolder import SocketFolder
+from qmpblock.host.statedirectory import InsecureError
+
+NAME = "qmpblock-00c0ffee"
+
+
+@pytest.fixture
+def place(vm_dir):
+    path = vm_dir / "tmp"
+    path.mkdir(mode=0o700)
+    return path
+
+
+def test_it_is_made_and_removed(place):
+    folder = SocketFolder(NAME, [str(place)])
+    folder.remove()  # there is none yet
+    assert not list(place.iterdir())
+    folder.make()
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(folder.socket)
+        listener.listen()
+        client.connect(folder.address().path)
+    assert stat.S_IMODE((place / NAME).stat().st_mode) == 0o700
+    before = len(os.listdir("/proc/self/fd"))
+    folder.remove()
+    folder.remove()
+    assert not list(place.iterdir())
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_what_is_there_already_is_not_taken_for_ours(place):
+    (place / NAME).mkdir()
+    folder = SocketFolder(NAME, [str(place)])
+    with pytest.raises(FileExistsError):
+        folder.make()
+    folder.remove()
+    assert (place / NAME).exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it is about what root trusts")
+def test_where_others_could_replace_it_it_is_not_made(place, vm_dir):
+    other = vm_dir / "other"
+    other.mkdir()
+    for spoil in (lambda: place.chmod(0o777), lambda: os.chown(place, 61666, 61666)):
+        place.chmod(0o755)
+        assert SocketFolder(NAME, [str(place), str(other)]).path == place / NAME
+        spoil()
+        assert SocketFolder(NAME, [str(place), str(other)]).path == other / NAME
+        with pytest.raises(InsecureError):
+            SocketFolder(NAME, [str(place)]).make()
+    assert not list(place.iterdir())
+
+
+def test_a_sticky_directory_does(place):
+    place.chmod(0o1777)
+    folder = SocketFolder(NAME, [str(place)])
+    folder.make()
+    folder.remove()
+
+
+def test_a_path_that_is_too_long_for_a_socket_is_none(place, vm_dir):
+    deep = vm_dir / ("d" * 90)
+    deep.mkdir()
+    assert SocketFolder(NAME, [str(deep), str(place)]).path == place / NAME
