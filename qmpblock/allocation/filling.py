@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.chains.headers import Header, make
-from qmpblock.chains.snapshot import Item, make_file, make_overlay
+from qmpblock.chains.overlay import Item, make_file, make_overlay
 from qmpblock.changes.nodes import set_detect_zeroes, set_writable
 from qmpblock.errors import JobError
 from qmpblock.host.qemuimg import QemuIo, null_data

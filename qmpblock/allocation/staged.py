@@ -31,8 +31,8 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
 from qmpblock.chains.jobs import host_files, opened_as
+from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
 from qmpblock.chains.plan import SnapshotPlan
-from qmpblock.chains.snapshot import Item, make_overlay, open_directory, prove, take
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
 from qmpblock.changes.operations import StagedCommit

@@ -14,8 +14,7 @@ from chains import nothing_left, subjects
 import qmpblock
 from qmpblock import luks
 from qmpblock.address import TCPAddress
-from qmpblock.chains import headers
-from qmpblock.chains import snapshot as snapshots
+from qmpblock.chains import headers, overlay
 from qmpblock.chains.headers import Header
 from qmpblock.errors import CommandError, ToolError, UnsupportedError
 from qmpblock.host.qemuimg import QemuImg
@@ -124,7 +123,7 @@ async def test_it_is_what_a_create_job_makes(header, scenario, start_qemu, vm_di
         ours = store(await headers.make(controller, header), vm_dir / "ours")
         storage = {"driver": "file", "node-name": "t", "filename": str(theirs)}
         await vm.execute("blockdev-add", **storage)
-        await luks.retried(lambda: snapshots._run_create(controller, "t", header.job("t")))
+        await luks.retried(lambda: overlay._run_create(controller, "t", header.job("t")))
     await vm.quit()
     tools = Tools.of()
     seen = []
