@@ -37,12 +37,14 @@ import pytest
 
 import qmpblock
 from qmpblock.cli import app
+from qmpblock.errors import Error
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 README, MAP, PYTHON = ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/python.md"
 JOBS, ALLOCATE = ROOT / "docs/jobs.md", ROOT / "docs/allocate.md"
 POLICY = ROOT / "docs/policy.md"
+ARCHITECTURE = ROOT / "docs/architecture.md"
 EXIT_CODES = {0, 1, 2, 3, 4, 130}
 
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -432,6 +434,62 @@ def test_the_picture_of_the_rooms_is_what_is_drawn_now():
 def test_each_module_says_what_it_is():
     for path in (ROOT / "qmpblock").rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def code_spans(page: Path) -> list[str]:
+    """What stands between backquotes in the prose and the tables of a page."""
+    return re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def defines(path: Path, name: str) -> bool:
+    """Whether a module defines `name`, or `Class.name` in that class."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        for node in body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            if part in [getattr(one, "id", getattr(one, "name", None)) for one in targets] or (
+                isinstance(node, ast.AnnAssign) and getattr(node.target, "id", None) == part
+            ):
+                body = getattr(node, "body", [])
+                break
+        else:
+            return False
+    return True
+
+
+def test_what_a_module_defines_is_found():
+    path = ROOT / "qmpblock/errors.py"
+    assert defines(path, "Error")
+    assert defines(path, "Error.exit_code")
+    assert defines(path, "UNTOUCHED")
+    assert not defines(path, "Error.exit")
+    assert not defines(path, "exit_code")
+    assert not defines(path, "printable.text")
+
+
+CITED = [span for span in code_spans(ARCHITECTURE) if "::" in span]
+
+
+@pytest.mark.parametrize("cited", sorted(set(CITED)))
+def test_what_the_house_cites_exists(cited):
+    path, _, name = cited.partition("::")
+    assert defines(ROOT / "qmpblock" / path, name)
+
+
+def test_every_path_that_the_house_names_exists():
+    spans = {span for span in code_spans(ARCHITECTURE) if "::" not in span}
+    paths = {span for span in spans if re.fullmatch(r"[\w/.]+(/|\.\w+)", span)}
+    assert len(CITED) > 50
+    assert len(paths) > 20
+    paths.remove("cli/NAME_command.py")
+    assert [p for p in paths if not ((ROOT / p).exists() or (ROOT / "qmpblock" / p).exists())] == []
+    # What else is cited is a command, or one of these.
+    words = {span for span in spans - paths if not re.match(r"qmpblock |make |kill ", span)}
+    words -= {"cli/NAME_command.py", "qmpblock-", "--json", "console"}
+    walks = ARCHITECTURE.read_text().partition("\n## Where does")[0]
+    asked = set(re.findall(r"`([a-z-]+)`", walks))  # tests/live/test_architecture.py checks these
+    assert words - asked == {"standing", "remedy"}
+    assert set(vars(Error("what failed"))) >= {"standing", "remedy"}
 
 
 def boundary() -> list[str]:
