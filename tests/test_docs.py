@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
+import importlib
 import inspect
 import os
 import re
@@ -215,6 +216,46 @@ def test_every_way_to_run_python_is_known():
     known = {"run=script", "run=vm", "run=pure"}
     used = {word for b in PYTHON_BLOCKS for word in b.words[1:] if word.startswith("run=")}
     assert used == known
+
+
+def public() -> dict[str, list[str]]:
+    """What docs/python.md says can be imported from which module."""
+    table = PYTHON.read_text(encoding="utf-8").partition("\n| from | |\n")[2].partition("\n\n")[0]
+    rows = (row.split("|")[1:3] for row in table.splitlines()[1:])
+    return {
+        module: re.findall(r"`(\w+)`", names)
+        for modules, names in rows
+        for module in re.findall(r"`([\w.]+)`", modules)
+    }
+
+
+@pytest.mark.parametrize("module", public())
+def test_what_is_public_is_there(module):
+    found, names = importlib.import_module(module), public()[module]
+    assert set(names) <= set(found.__all__)
+    assert all(hasattr(found, name) for name in names)
+
+
+def test_all_of_the_package_itself_and_every_error_is_public():
+    assert set(public()["qmpblock"]) == set(qmpblock.__all__)
+    errors = importlib.import_module("qmpblock.errors")
+    classes = [name for name in errors.__all__ if isinstance(getattr(errors, name), type)]
+    assert set(public()["qmpblock.errors"]) == set(classes)
+
+
+def test_what_the_pages_import_is_public():
+    """Of the package, in every block of Python; docs/testing.md has names of its own."""
+    imported = [
+        (node.module, alias.name)
+        for block in PYTHON_BLOCKS
+        for node in ast.walk(ast.parse(block.body))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("qmpblock")
+        for alias in node.names
+    ]
+    assert len(imported) > 8
+    ours = [one for one in imported if not one[0].startswith("qmpblock.testing")]
+    assert [one for one in ours if one[1] not in public().get(one[0], ())] == []
+    assert [one for one in imported if not hasattr(importlib.import_module(one[0]), one[1])] == []
 
 
 def owners() -> dict[str, object]:
