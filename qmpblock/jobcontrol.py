@@ -56,18 +56,16 @@ async def holder_of(vm: Connection, job: JobInfo) -> Holder | None:
     :raise RecordError: a lock that may be that controller's cannot be read.
     """
     unread: RecordError | None = None
-    for name in await lock.names(vm.monitor):
-        if lock_kind(name) is not LockKind.DISK:
-            continue
-        holder = await lock.read(vm.monitor, name)
+    disks = await lock.holders(vm.monitor, lambda name: lock_kind(name) is LockKind.DISK)
+    for name, holder in disks.items():
         try:
             if isinstance(holder, str):
                 raise lock.unreadable(name, holder)
-            record = record_of(holder, name) if holder is not None else None
+            record = record_of(holder, name)
         except RecordError as error:
             unread = error
             continue
-        if holder and record and job.id in (record.job, *record.helpers):
+        if record and job.id in (record.job, *record.helpers):
             return holder
     if unread is not None:
         raise unread

@@ -560,16 +560,14 @@ async def _finish(
     Returns warnings: what the disk could not be given back.
     """
     record = change.record
-    done = await settle(disk.vm, record, change.journal, Choice.CONTINUE)
-    graph = await disk.vm.graph()
-    gone = not any(device.qom_path == record.devices[0] for device in graph.devices)
+    graph = await settle(disk.vm, record, change.journal, Choice.CONTINUE)
     await change.end()
-    if gone:
+    if not any(device.qom_path == record.devices[0] for device in graph.devices):
         return ()  # unplugged; the images are as the journal's end says
-    await disk.refresh()
+    disk.device = graph.device(record.devices[0])
     names = {layer.node.name for layer in disk.chain.layers}
     left = [layer for layer in plan.leaving if layer.node.name in names]
-    if not done or left:
+    if not record.took_effect(graph) or left:
         raise GraphError(
             f"QEMU reports success, but the chain of {disk.name} is not what it should be: "
             f"{', '.join(printable(layer.file) for layer in disk.chain.layers)}",

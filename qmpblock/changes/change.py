@@ -200,7 +200,7 @@ class Change(Generic[RecordT]):
         """
         try:
             async with polling.unpolled(self.vm.monitor):
-                done = await settle(self.vm, self.record, self.journal, Choice.UNDO)
+                graph = await settle(self.vm, self.record, self.journal, Choice.UNDO)
                 await self.end()
         except DisconnectedError as error:
             await self.after_disconnect(error)
@@ -212,7 +212,7 @@ class Change(Generic[RecordT]):
                 error.standing = self._left()
                 error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
             raise
-        return done
+        return self.record.took_effect(graph) is True
 
     @asynccontextmanager
     async def or_undo(

@@ -203,27 +203,19 @@ async def _holders(
     """Return who holds each lock of ours in the VM, by the lock's name, and those unreadable."""
     found: dict[str, Holder] = {}
     unread: list[RecordError] = []
-    for name in await lock.names(vm.monitor):
-        kind = _kind(name)
-        if kind is None:
-            continue
-        holder = await lock.read(vm.monitor, name)
+    ours = await lock.holders(vm.monitor, lambda name: _kind(name) is not None)
+    for name, holder in ours.items():
         try:
             if isinstance(holder, str):
                 raise lock.unreadable(name, holder)
             # A turn was about to undo what another lock tells of, which is there too.
-            if (
-                holder is not None
-                and holder.is_dead()
-                and lock_of_turn(name) is None
-                and (kind is LockKind.DISK or not holder.is_idle)
-            ):
+            kind = _kind(name) if lock_of_turn(name) is None else None
+            if kind and holder.is_dead() and (kind is LockKind.DISK or not holder.is_idle):
                 _KINDS[kind].check(name, holder, graph)
         except RecordError as error:
             unread.append(error)
         else:
-            if holder is not None:
-                found[name] = holder
+            found[name] = holder
     return found, unread
 
 

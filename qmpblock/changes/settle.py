@@ -46,8 +46,10 @@ async def settle(
     journal: Journal | None,
     choice: Choice,
     tell: Callable[[Step], None] | None = None,
-) -> bool:
-    """Perform what is left of a change, until nothing is; return whether it took effect.
+) -> BlockGraph:
+    """Perform what is left of a change, until nothing is; return the graph that shows it.
+
+    `Record.took_effect` tells from that whether the change is done.
 
     Idempotent; can itself be killed anywhere. With `Choice.CONTINUE` a job that still works
     is left alone: whoever carries it on follows it.
@@ -68,7 +70,7 @@ async def settle(
             await asyncio.sleep(_LOOK)
             continue
         if not todo or todo[0].verb == "follow":
-            return record.took_effect(graph) is True
+            return graph
         for step in todo:
             if tell is not None:
                 tell(step)

@@ -44,6 +44,7 @@ __all__ = [
     "abandon",
     "acquire",
     "adopt",
+    "holders",
     "names",
     "read",
     "release",
@@ -331,6 +332,20 @@ async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
             return False
         raise
     return True
+
+
+async def holders(monitor: Monitor, wanted: Callable[[str], bool]) -> dict[str, Holder | str]:
+    """Return who holds each lock, or why that cannot be read, by the lock's name.
+
+    :param wanted: tells by its name whether a lock is of interest.
+    :raise BusyError: see `names`.
+    """
+    found = {}
+    for name in filter(wanted, await names(monitor)):
+        holder = await read(monitor, name)
+        if holder is not None:
+            found[name] = holder
+    return found
 
 
 async def names(monitor: Monitor) -> list[str]:

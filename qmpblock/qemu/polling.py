@@ -252,13 +252,14 @@ async def _others(monitor: Monitor, run: str) -> dict[str, tuple[Holder, Guard]]
     One that cannot be read is left where it is, and so is what it may have switched off:
     `recover` says so.
     """
+    guards = await lock.holders(
+        monitor, lambda name: lock_kind(name) is LockKind.GUARD and name != guard_name(run)
+    )
     found = {}
-    for name in await lock.names(monitor):
-        if lock_kind(name) is LockKind.GUARD and name != guard_name(run):
-            holder = await lock.read(monitor, name)
-            if isinstance(holder, Holder):
-                with contextlib.suppress(RecordError):
-                    found[name] = holder, holder.says(Guard, name)
+    for name, holder in guards.items():
+        if isinstance(holder, Holder):
+            with contextlib.suppress(RecordError):
+                found[name] = holder, holder.says(Guard, name)
     return found
 
 

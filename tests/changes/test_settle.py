@@ -41,9 +41,11 @@ def overlay(tmp_path):
 async def test_an_unused_file_of_ours_is_removed(tmp_path, overlay):
     path, wanted, journal = overlay
     async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
-        assert await settle(vm, wanted, journal, Choice.UNDO) is False
+        graph = await settle(vm, wanted, journal, Choice.UNDO)
+        assert wanted.took_effect(graph) is False
         assert not path.exists()
-        assert await settle(vm, wanted, journal, Choice.UNDO) is False  # idempotent
+        graph = await settle(vm, wanted, journal, Choice.UNDO)
+        assert wanted.took_effect(graph) is False  # idempotent
 
 
 async def test_without_its_journal_no_file_is_removed(tmp_path, overlay):
