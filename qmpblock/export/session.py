@@ -37,7 +37,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,6 +262,181 @@ class _Slot:
             self.sock.close()
 
 
+class OwnServer:
+    """An NBD server of ours in QEMU, which has one at most: started, known again, stopped.
+
+    :ivar path: of its socket, once it is chosen; also the `ports` on which it may listen.
+    :ivar where: to connect to, where that is not handed over.
+    """
+
+    def __init__(self, monitor: Monitor, access: NBDAccess, run: str) -> None:
+        self.path = ""
+        self.ports: list[int] = []
+        self.where: Address | None = None
+        self._monitor = monitor
+        self._access = access
+        self._run = run
+        self._folder: SocketFolder | None = None
+        self._runs = False
+        self._unsure = False  # whether the server that runs is ours
+        self._tls_object = False
+
+    @property
+    def over_tcp(self) -> bool:
+        """Whether it listens on a TCP port of the monitor's host."""
+        return isinstance(self._monitor.address, TCPAddress) and bool(
+            self._access.tls_creds or self._access.insecure
+        )
+
+    def choose_place(self) -> None:
+        """Say where it will listen. Makes nothing.
+
+        Named here, for the lock's record, and made under the lock: a controller that is killed
+        leaves nothing that the record does not name.
+        """
+        self._folder = SocketFolder(socket_folder(self._run))
+        self.path = self._folder.socket
+        if self.over_tcp:
+            self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
+
+    async def start(
+        self, hand_over: Callable[[Address], Awaitable[None]], connections: int
+    ) -> None:
+        """Start it, where `choose_place` said. Must not be cancelled half-way.
+
+        :param hand_over: makes so many connections to it, where its socket is passed to QEMU:
+            then, before QEMU has that.
+        :raise BusyError: another NBD server runs in this VM.
+        :raise CommandError: QEMU refused.
+        :raise Error: there is no directory for a socket.
+        """
+        assert self._folder is not None  # choose_place() went before
+        try:
+            self._folder.make()
+        except OSError as error:
+            raise Error(
+                f"cannot make the directory {self._folder.path} for a socket: {error.strerror}",
+                standing=_NOTHING_LEFT,
+                remedy="set TMPDIR to a directory that this user may write to, and nobody else, "
+                "unless it is sticky as /tmp is (mode 1777)",
+            ) from None
+        if self._monitor.can_pass_fds:
+            await self._listen_and_pass(self._folder, hand_over, connections)
+        elif self.over_tcp:
+            await self._listen_on_tcp()
+        else:
+            try:
+                await self._start_server({"type": "unix", "data": {"path": self.path}})
+            except CommandError as error:
+                error.remedy = (
+                    "QEMU may run as another user or in another container; use its UNIX "
+                    "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
+                )
+                raise
+            self.where = self._folder.address()
+
+    async def _listen_and_pass(
+        self,
+        folder: SocketFolder,
+        hand_over: Callable[[Address], Awaitable[None]],
+        connections: int,
+    ) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(folder.socket)
+            listener.listen(connections)
+            await hand_over(folder.address())
+            name = listener_name(self._run)
+            await self._monitor.pass_fd(name, listener.fileno())
+            try:
+                await self._start_server({"type": "fd", "data": {"str": name}})
+            except (BusyError, CommandError):
+                # The server takes the descriptor only where it starts.
+                await tolerate("not found", self._monitor.execute("closefd", {"fdname": name}))
+                raise
+        folder.remove()
+
+    async def _listen_on_tcp(self) -> None:
+        assert isinstance(self._monitor.address, TCPAddress)  # over_tcp
+        host = self._monitor.address.host
+        tls: dict[str, object] = {}
+        if self._access.tls_creds:
+            tls = {"tls-creds": credentials_name(self._run)}
+            self._tls_object = True
+            await self._monitor.execute(
+                "object-add",
+                {
+                    "qom-type": "tls-creds-x509",
+                    "id": tls["tls-creds"],
+                    "endpoint": "server",
+                    "dir": self._access.tls_creds,
+                    "verify-peer": True,
+                },
+            )
+        for attempt, port in enumerate(self.ports, 1):
+            try:
+                await self._start_server(
+                    {"type": "inet", "data": {"host": host, "port": str(port)}}, **tls
+                )
+            except CommandError as error:
+                if "in use" in error.description and attempt < len(self.ports):
+                    continue
+                raise
+            self.where = TCPAddress(host, port)
+            return
+
+    async def _start_server(self, address: dict[str, object], **more: object) -> None:
+        self._runs = True  # as intent, like all that is removed later: it copes with "not there"
+        if Capabilities(self._monitor.version).nbd_handshake_limit_can_be_lifted:
+            more["handshake-max-seconds"] = 0  # our own wait has a limit, which the user chose
+        try:
+            await self._monitor.execute("nbd-server-start", {"addr": address, **more})
+        except CommandError as error:
+            self._runs = False
+            if "already running" in error.description:
+                raise BusyError(
+                    "an NBD server that is not ours already runs in this VM, and QEMU has "
+                    "room for one only",
+                    standing="it was not touched, and nothing of ours is left in the VM",
+                    remedy="give its address with --nbd ADDRESS (QEMU cannot tell it; whoever "
+                    "started it can, or: ss -xlp), and we add and remove our own export there",
+                ) from error
+            raise
+        except BaseException:
+            self._unsure = True
+            raise
+
+    def doubt(self) -> None:
+        """Note that somebody may have stopped it, and started one of their own since."""
+        self._unsure = True
+
+    async def check_ours(self) -> None:
+        """See whether the server that runs is this one, where that is in doubt."""
+        if self._runs and self._unsure:
+            listener = {"fdname": listener_name(self._run)}
+            await tolerate("not found", self._monitor.execute("closefd", listener))
+            self._runs = await self._is_ours()
+
+    async def stop(self) -> None:
+        """Stop it, if it runs, and remove what it was started with. Idempotent."""
+        if self._runs:
+            await notice_closed(self._monitor)
+            await tolerate("not running", self._monitor.execute("nbd-server-stop"))
+        if self._tls_object:
+            await delete_object(self._monitor, credentials_name(self._run))
+
+    async def _is_ours(self) -> bool:
+        if is_listening(self.path):
+            return True
+        address = self._monitor.address
+        host = address.host if isinstance(address, TCPAddress) else ""
+        return await answers(host, self.ports)
+
+    def remove_folder(self) -> None:
+        """Remove the socket and its directory: all that may connect has. Idempotent."""
+        if self._folder is not None:
+            self._folder.remove()
+
+
 class _Session:
     """All that one use of `exports` adds to QEMU, and how to remove it."""
 
@@ -271,18 +446,12 @@ class _Session:
         self.stall = stall
         self.run = new_run()
         self.slots: list[_Slot] = []
-        self.folder: SocketFolder | None = None
+        self.server = OwnServer(monitor, access, self.run)
         self.custody = monitor.can_pass_fds
         self.iothreads: list[dict[str, Any]] | None = None  # where that had to be asked
         self.iothread: str | None = None
         self.devices: tuple[Device, ...] = ()
         self.locked = False
-        self.server = False
-        self.unsure = False  # whether the server that runs is ours
-        self.tls_object = False
-        self.path = ""
-        self.ports: list[int] = []
-        self.where: Address | None = None
         self.device: Device | None = None
         self.reached = 0.0  # when the first connection was made, or could be
 
@@ -310,7 +479,7 @@ class _Session:
                 remedy="use a UNIX socket monitor (-qmp unix:PATH,server=on,wait=off) on the "
                 "VM's host, or QEMU 10.0 or newer",
             )
-        if not self.access.address and not self._over_tcp() and not address.loopback:
+        if not self.access.address and not self.server.over_tcp and not address.loopback:
             raise UnsupportedError(
                 f"the monitor {address} is on another host, and this needs an NBD connection "
                 "to it, which would be neither encrypted nor authenticated",
@@ -318,11 +487,6 @@ class _Session:
                 remedy="give --tls-creds DIR, or --nbd ADDRESS of a server of your own, or "
                 "--insecure on a network that you trust; or run qmpblock on the VM's host",
             )
-
-    def _over_tcp(self) -> bool:
-        return isinstance(self.monitor.address, TCPAddress) and bool(
-            self.access.tls_creds or self.access.insecure
-        )
 
     # entering
 
@@ -344,7 +508,8 @@ class _Session:
     async def enter(self) -> None:
         """Do all that must not be interrupted half-way."""
         if self.access.address is None:
-            await self._start_own()
+            self.reached = asyncio.get_running_loop().time()
+            await self.server.start(self._hand_over, len(self.slots))
         elif self.custody:
             for slot in self.slots:
                 await self._take_custody(slot)
@@ -354,17 +519,12 @@ class _Session:
     async def lock(self) -> None:
         """Keep other controllers away from the VM's NBD server. May be cancelled."""
         if self.access.address is None:
-            # Named here, for the lock's record, and made under the lock: a controller that is
-            # killed leaves nothing that the record does not name.
-            self.folder = SocketFolder(socket_folder(self.run))
-            self.path = self.folder.socket
-            if self._over_tcp():
-                self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
+            self.server.choose_place()
         me = Holder.me(
             self.run,
             monitor=monitor_name(self.monitor),
-            path=self.path,
-            ports=self.ports,
+            path=self.server.path,
+            ports=self.server.ports,
             custody=self.custody,
             exports=[slot.name for slot in self.slots],
         )
@@ -378,99 +538,11 @@ class _Session:
     async def _undo(self, dead: Holder) -> None:
         await undo_dead_run(self.monitor, dead, self.stall, NBD_LOCK)
 
-    async def _start_own(self) -> None:
-        assert self.folder is not None  # lock() went before
-        self.reached = asyncio.get_running_loop().time()
-        try:
-            self.folder.make()
-        except OSError as error:
-            raise Error(
-                f"cannot make the directory {self.folder.path} for a socket: {error.strerror}",
-                standing=_NOTHING_LEFT,
-                remedy="set TMPDIR to a directory that this user may write to, and nobody else, "
-                "unless it is sticky as /tmp is (mode 1777)",
-            ) from None
-        if self.monitor.can_pass_fds:
-            await self._listen_and_hand_over(self.folder)
-        elif self._over_tcp():
-            await self._listen_on_tcp()
-        else:
-            try:
-                await self._start_server({"type": "unix", "data": {"path": self.path}})
-            except CommandError as error:
-                error.remedy = (
-                    "QEMU may run as another user or in another container; use its UNIX "
-                    "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
-                )
-                raise
-            self.where = self.folder.address()
-
-    async def _listen_and_hand_over(self, folder: SocketFolder) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(folder.socket)
-            listener.listen(len(self.slots))
-            for slot in self.slots:
-                slot.sock = await open_socket(folder.address())
-                await self._take_custody(slot)
-            name = listener_name(self.run)
-            await self.monitor.pass_fd(name, listener.fileno())
-            try:
-                await self._start_server({"type": "fd", "data": {"str": name}})
-            except (BusyError, CommandError):
-                # The server takes the descriptor only where it starts.
-                await tolerate("not found", self.monitor.execute("closefd", {"fdname": name}))
-                raise
-        folder.remove()
-
-    async def _listen_on_tcp(self) -> None:
-        assert isinstance(self.monitor.address, TCPAddress)  # _over_tcp()
-        host = self.monitor.address.host
-        tls: dict[str, object] = {}
-        if self.access.tls_creds:
-            tls = {"tls-creds": credentials_name(self.run)}
-            self.tls_object = True
-            await self.monitor.execute(
-                "object-add",
-                {
-                    "qom-type": "tls-creds-x509",
-                    "id": tls["tls-creds"],
-                    "endpoint": "server",
-                    "dir": self.access.tls_creds,
-                    "verify-peer": True,
-                },
-            )
-        for attempt, port in enumerate(self.ports, 1):
-            try:
-                await self._start_server(
-                    {"type": "inet", "data": {"host": host, "port": str(port)}}, **tls
-                )
-            except CommandError as error:
-                if "in use" in error.description and attempt < len(self.ports):
-                    continue
-                raise
-            self.where = TCPAddress(host, port)
-            return
-
-    async def _start_server(self, address: dict[str, object], **more: object) -> None:
-        self.server = True  # as intent, like all that leave() removes: it copes with "not there"
-        if Capabilities(self.monitor.version).nbd_handshake_limit_can_be_lifted:
-            more["handshake-max-seconds"] = 0  # our own wait has a limit, which the user chose
-        try:
-            await self.monitor.execute("nbd-server-start", {"addr": address, **more})
-        except CommandError as error:
-            self.server = False
-            if "already running" in error.description:
-                raise BusyError(
-                    "an NBD server that is not ours already runs in this VM, and QEMU has "
-                    "room for one only",
-                    standing="it was not touched, and nothing of ours is left in the VM",
-                    remedy="give its address with --nbd ADDRESS (QEMU cannot tell it; whoever "
-                    "started it can, or: ss -xlp), and we add and remove our own export there",
-                ) from error
-            raise
-        except BaseException:
-            self.unsure = True
-            raise
+    async def _hand_over(self, where: Address) -> None:
+        """Connect to the listening socket of our own server, before QEMU has that."""
+        for slot in self.slots:
+            slot.sock = await open_socket(where)
+            await self._take_custody(slot)
 
     async def _take_custody(self, slot: _Slot) -> None:
         assert slot.sock is not None
@@ -539,12 +611,14 @@ class _Session:
         """Negotiate on the slot's connection. May be cancelled."""
         from qmpblock.nbd import Client, tls_context
 
-        target = slot.sock if slot.sock is not None else self.where
+        target = slot.sock if slot.sock is not None else self.server.where
         assert target is not None  # enter() went through
         tls, host = None, None
-        if self.access.tls_creds and (self.access.address or self._over_tcp()):
+        if self.access.tls_creds and (self.access.address or self.server.over_tcp):
             tls = tls_context(self.access.tls_creds)
-            reached = parse_address(self.access.address) if self.access.address else self.where
+            reached = (
+                parse_address(self.access.address) if self.access.address else self.server.where
+            )
             host = reached.host if isinstance(reached, TCPAddress) else None
         try:
             slot.client = await Client.connect(
@@ -577,9 +651,7 @@ class _Session:
             await self._remove_exports()
             for slot in self.slots:
                 await self._end_connection(slot)
-            await self._stop_server()
-            if self.tls_object:
-                await delete_object(self.monitor, credentials_name(self.run))
+            await self.server.stop()
             if self.locked:
                 await lock.release(self.monitor, NBD_LOCK)
         except DisconnectedError:
@@ -601,8 +673,7 @@ class _Session:
         finally:
             for slot in self.slots:
                 await slot.close()
-            if self.folder is not None:
-                self.folder.remove()
+            self.server.remove_folder()
 
     def _qemu_is_there(self) -> bool:
         pid = self.monitor.peer_pid
@@ -620,27 +691,14 @@ class _Session:
                 )
         # An export that went away by itself means that somebody stopped our server, and may
         # have started one of their own since.
-        if self.server and (lost or self.unsure):
-            listener = {"fdname": listener_name(self.run)}
-            await tolerate("not found", self.monitor.execute("closefd", listener))
-            self.server = await self._server_is_ours()
+        if lost:
+            self.server.doubt()
+        await self.server.check_ours()
 
     async def _end_connection(self, slot: _Slot) -> None:
         await slot.close()
         if slot.in_custody:
             await tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
-
-    async def _stop_server(self) -> None:
-        if self.server:
-            await notice_closed(self.monitor)
-            await tolerate("not running", self.monitor.execute("nbd-server-stop"))
-
-    async def _server_is_ours(self) -> bool:
-        if is_listening(self.path):
-            return True
-        address = self.monitor.address
-        host = address.host if isinstance(address, TCPAddress) else ""
-        return await answers(host, self.ports)
 
 
 def _holder(slot: _Slot) -> tuple[str, ...]:
