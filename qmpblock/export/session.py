@@ -37,7 +37,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,36 +47,27 @@ from qmpblock.address import Address, TCPAddress, UnixAddress, parse_address
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import (
     UNTOUCHED,
-    BusyError,
     CommandError,
     DisconnectedError,
-    Error,
     NBDConnectError,
     UnsupportedError,
     printable,
 )
+from qmpblock.export.ownserver import NOTHING_LEFT, OwnServer
 from qmpblock.export.server import (
-    answers,
     delete_export,
-    delete_object,
-    is_listening,
     monitor_name,
-    notice_closed,
     tolerate,
     undo_dead_run,
 )
-from qmpblock.export.socketfolder import SocketFolder
 from qmpblock.graph.model import Device
 from qmpblock.names import (
     NBD_LOCK,
-    credentials_name,
     export_name,
     holder_node,
     joint_nodes,
-    listener_name,
     new_run,
     prefix_of_run,
-    socket_folder,
 )
 from qmpblock.qemu import lock, ownership
 from qmpblock.qemu.capabilities import Capabilities
@@ -93,9 +84,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "check_access", "clear_dead", "exports", "no_exports"]
 
-_PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
-_TRIES = 16
-_NOTHING_LEFT = "nothing of ours is left in the VM"
+_TRIES = 16  # to add an export where the guest is about to drive its disk
 _BOOTING = 1.0  # seconds to wait for a guest that is about to drive its disk
 _HANDSHAKE = (
     10.0  # seconds after which QEMU hangs up, from 7.2.14 on, where it can be told no other
@@ -192,7 +181,7 @@ async def _exports(
                 clients = [await session.connect(slot) for slot in session.slots]
             except CommandError as error:
                 if error.standing is None:
-                    error.standing = _NOTHING_LEFT
+                    error.standing = NOTHING_LEFT
                 raise
             yield clients
         finally:
@@ -260,181 +249,6 @@ class _Slot:
             await self.client.close()
         elif self.sock is not None:
             self.sock.close()
-
-
-class OwnServer:
-    """An NBD server of ours in QEMU, which has one at most: started, known again, stopped.
-
-    :ivar path: of its socket, once it is chosen; also the `ports` on which it may listen.
-    :ivar where: to connect to, where that is not handed over.
-    """
-
-    def __init__(self, monitor: Monitor, access: NBDAccess, run: str) -> None:
-        self.path = ""
-        self.ports: list[int] = []
-        self.where: Address | None = None
-        self._monitor = monitor
-        self._access = access
-        self._run = run
-        self._folder: SocketFolder | None = None
-        self._runs = False
-        self._unsure = False  # whether the server that runs is ours
-        self._tls_object = False
-
-    @property
-    def over_tcp(self) -> bool:
-        """Whether it listens on a TCP port of the monitor's host."""
-        return isinstance(self._monitor.address, TCPAddress) and bool(
-            self._access.tls_creds or self._access.insecure
-        )
-
-    def choose_place(self) -> None:
-        """Say where it will listen. Makes nothing.
-
-        Named here, for the lock's record, and made under the lock: a controller that is killed
-        leaves nothing that the record does not name.
-        """
-        self._folder = SocketFolder(socket_folder(self._run))
-        self.path = self._folder.socket
-        if self.over_tcp:
-            self.ports = [secrets.choice(_PORTS) for _ in range(_TRIES)]
-
-    async def start(
-        self, hand_over: Callable[[Address], Awaitable[None]], connections: int
-    ) -> None:
-        """Start it, where `choose_place` said. Must not be cancelled half-way.
-
-        :param hand_over: makes so many connections to it, where its socket is passed to QEMU:
-            then, before QEMU has that.
-        :raise BusyError: another NBD server runs in this VM.
-        :raise CommandError: QEMU refused.
-        :raise Error: there is no directory for a socket.
-        """
-        assert self._folder is not None  # choose_place() went before
-        try:
-            self._folder.make()
-        except OSError as error:
-            raise Error(
-                f"cannot make the directory {self._folder.path} for a socket: {error.strerror}",
-                standing=_NOTHING_LEFT,
-                remedy="set TMPDIR to a directory that this user may write to, and nobody else, "
-                "unless it is sticky as /tmp is (mode 1777)",
-            ) from None
-        if self._monitor.can_pass_fds:
-            await self._listen_and_pass(self._folder, hand_over, connections)
-        elif self.over_tcp:
-            await self._listen_on_tcp()
-        else:
-            try:
-                await self._start_server({"type": "unix", "data": {"path": self.path}})
-            except CommandError as error:
-                error.remedy = (
-                    "QEMU may run as another user or in another container; use its UNIX "
-                    "monitor, or --tls-creds DIR or --insecure for NBD over TCP"
-                )
-                raise
-            self.where = self._folder.address()
-
-    async def _listen_and_pass(
-        self,
-        folder: SocketFolder,
-        hand_over: Callable[[Address], Awaitable[None]],
-        connections: int,
-    ) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            listener.bind(folder.socket)
-            listener.listen(connections)
-            await hand_over(folder.address())
-            name = listener_name(self._run)
-            await self._monitor.pass_fd(name, listener.fileno())
-            try:
-                await self._start_server({"type": "fd", "data": {"str": name}})
-            except (BusyError, CommandError):
-                # The server takes the descriptor only where it starts.
-                await tolerate("not found", self._monitor.execute("closefd", {"fdname": name}))
-                raise
-        folder.remove()
-
-    async def _listen_on_tcp(self) -> None:
-        assert isinstance(self._monitor.address, TCPAddress)  # over_tcp
-        host = self._monitor.address.host
-        tls: dict[str, object] = {}
-        if self._access.tls_creds:
-            tls = {"tls-creds": credentials_name(self._run)}
-            self._tls_object = True
-            await self._monitor.execute(
-                "object-add",
-                {
-                    "qom-type": "tls-creds-x509",
-                    "id": tls["tls-creds"],
-                    "endpoint": "server",
-                    "dir": self._access.tls_creds,
-                    "verify-peer": True,
-                },
-            )
-        for attempt, port in enumerate(self.ports, 1):
-            try:
-                await self._start_server(
-                    {"type": "inet", "data": {"host": host, "port": str(port)}}, **tls
-                )
-            except CommandError as error:
-                if "in use" in error.description and attempt < len(self.ports):
-                    continue
-                raise
-            self.where = TCPAddress(host, port)
-            return
-
-    async def _start_server(self, address: dict[str, object], **more: object) -> None:
-        self._runs = True  # as intent, like all that is removed later: it copes with "not there"
-        if Capabilities(self._monitor.version).nbd_handshake_limit_can_be_lifted:
-            more["handshake-max-seconds"] = 0  # our own wait has a limit, which the user chose
-        try:
-            await self._monitor.execute("nbd-server-start", {"addr": address, **more})
-        except CommandError as error:
-            self._runs = False
-            if "already running" in error.description:
-                raise BusyError(
-                    "an NBD server that is not ours already runs in this VM, and QEMU has "
-                    "room for one only",
-                    standing="it was not touched, and nothing of ours is left in the VM",
-                    remedy="give its address with --nbd ADDRESS (QEMU cannot tell it; whoever "
-                    "started it can, or: ss -xlp), and we add and remove our own export there",
-                ) from error
-            raise
-        except BaseException:
-            self._unsure = True
-            raise
-
-    def doubt(self) -> None:
-        """Note that somebody may have stopped it, and started one of their own since."""
-        self._unsure = True
-
-    async def check_ours(self) -> None:
-        """See whether the server that runs is this one, where that is in doubt."""
-        if self._runs and self._unsure:
-            listener = {"fdname": listener_name(self._run)}
-            await tolerate("not found", self._monitor.execute("closefd", listener))
-            self._runs = await self._is_ours()
-
-    async def stop(self) -> None:
-        """Stop it, if it runs, and remove what it was started with. Idempotent."""
-        if self._runs:
-            await notice_closed(self._monitor)
-            await tolerate("not running", self._monitor.execute("nbd-server-stop"))
-        if self._tls_object:
-            await delete_object(self._monitor, credentials_name(self._run))
-
-    async def _is_ours(self) -> bool:
-        if is_listening(self.path):
-            return True
-        address = self._monitor.address
-        host = address.host if isinstance(address, TCPAddress) else ""
-        return await answers(host, self.ports)
-
-    def remove_folder(self) -> None:
-        """Remove the socket and its directory: all that may connect has. Idempotent."""
-        if self._folder is not None:
-            self._folder.remove()
 
 
 class _Session:
@@ -551,7 +365,7 @@ class _Session:
 
     async def _add_export(self, slot: _Slot) -> None:
         # Now at the latest: an export activates images that are another QEMU's.
-        await ownership.ask(self.monitor, self.devices, standing=_NOTHING_LEFT)
+        await ownership.ask(self.monitor, self.devices, standing=NOTHING_LEFT)
         if slot.request.hold_writer:
             slot.holder = True
             assert self.device is not None  # check() went before
@@ -602,7 +416,7 @@ class _Session:
             f"not drive it: it boots or resets, or has no driver. QEMU "
             f"{Capabilities(self.monitor.version)} may abort when a guest begins to drive a disk "
             "that has an NBD client",
-            standing=_NOTHING_LEFT,
+            standing=NOTHING_LEFT,
             remedy="try again when the guest uses the disk, or while the VM is paused; or use "
             "QEMU 10.0 or newer",
         )
@@ -638,7 +452,7 @@ class _Session:
                 raise
             raise _LateError(
                 f"{error.message}, {late:.0f} s after it was made: QEMU waits for {_HANDSHAKE:g} s",
-                standing=_NOTHING_LEFT,
+                standing=NOTHING_LEFT,
                 remedy="try again when this host is less busy",
             ) from error
         return slot.client
