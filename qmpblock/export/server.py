@@ -132,66 +132,115 @@ async def undo_dead_run(monitor: Monitor, dead: Holder, stall: float, name: str)
     """
     if dead.is_idle:
         return
-    use = dead.says(ServerUse, name)
+    run = _DeadRun(monitor, dead, dead.says(ServerUse, name), stall)
     _log.warning("undoing what a controller that died left in the VM: %s", dead)
-    # Read from QEMU, where anybody with a monitor may have written it: nothing of it is used
-    # but names that are ours by their form.
-    names = [export_name(dead.run, i) for i in range(len(use.exports[:64]))]
-    path = use.path if is_socket(use.path, dead.run) else ""
-    # Named descriptors belong to a monitor. On the one that the dead controller came by, a
-    # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
-    elsewhere = use.monitor != monitor_name(monitor)
-    half_open = False
-    found, closed, removed, kept = 0, 0, [], []
-    for name in names:
-        there, had_client = await _delete_dead_export(monitor, name, stall)
-        found += there
-        if await tolerate("not found", monitor.execute("closefd", {"fdname": name})):
-            closed += 1
-        elif elsewhere:
-            kept.append(name)
-            half_open |= not had_client
-    removed += _counted(found, "export") + _counted(closed, "connection")
-    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
-    ours = [
-        name for name in (str(node.get("node-name")) for node in nodes) if is_of_run(name, dead.run)
-    ]
-    for name in sorted(ours, key=len):  # the name of each begins with that of what is over it
-        await monitor.execute("blockdev-del", {"node-name": name})
-    removed += _counted(len(ours), "node")
-    await tolerate("not found", monitor.execute("closefd", {"fdname": listener_name(dead.run)}))
-    # With an export of the dead run there, its server runs. Without, it died between two
-    # commands; then its listening socket tells. On a foreign server it has no path.
-    listening = is_listening(path)
-    if isinstance(monitor.address, TCPAddress):
-        listening = listening or await answers(monitor.address.host, use.ports[:16])
-    if path and (found or listening):
-        hangs = Capabilities(monitor.version).nbd_server_stop_hangs_in_handshake
-        if elsewhere and (not found or (hangs and half_open and use.custody)):
-            # Stopping a server with a half-open connection would hang this QEMU; and without
-            # an export there, the server that runs may be somebody else's by now.
-            raise BusyError(
-                f"{dead} died before its NBD handshake was complete, and QEMU holds its sockets "
-                "under names that only the monitor it came by can close",
-                standing=f"the VM is well; removed: {_listed(removed)}; left in it: the dead "
-                "controller's NBD server, its sockets, and its lock",
-                remedy="run the same command once by the monitor that it came by, "
-                f"{printable(use.monitor)}: it removes the rest",
+    await run.remove_exports()
+    await run.remove_nodes()
+    await run.stop_server()
+    run.remove_socket()
+    run.tell()
+
+
+class _DeadRun:
+    """All that one use of `exports` left in QEMU; its methods are the steps of undoing that."""
+
+    def __init__(self, monitor: Monitor, dead: Holder, use: ServerUse, stall: float) -> None:
+        self._monitor = monitor
+        self._dead = dead
+        self._use = use
+        self._stall = stall
+        # Read from QEMU, where anybody with a monitor may have written it: nothing of it is used
+        # but names that are ours by their form.
+        self._run = dead.run
+        self._names = [export_name(dead.run, i) for i in range(len(use.exports[:64]))]
+        self._path = use.path if is_socket(use.path, dead.run) else ""  # as on a foreign server
+        # Named descriptors belong to a monitor. On the one that the dead controller came by, a
+        # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
+        self._elsewhere = use.monitor != monitor_name(monitor)
+        self._exported = False  # whether any export was there
+        self._half_open = False  # whether a connection may be that had not come to its export
+        self._kept: list[str] = []  # names of sockets that only another monitor can close
+        self._removed: list[str] = []
+
+    async def remove_exports(self) -> None:
+        """Delete the exports, then close the connections that QEMU holds for us."""
+        exports, closed = 0, 0
+        for name in self._names:
+            there, had_client = await _delete_dead_export(self._monitor, name, self._stall)
+            exports += there
+            if await self._close(name):
+                closed += 1
+            elif self._elsewhere:
+                self._kept.append(name)
+                self._half_open |= not had_client
+        self._exported = exports > 0
+        self._removed += _counted(exports, "export") + _counted(closed, "connection")
+
+    async def remove_nodes(self) -> None:
+        """Remove the nodes that held write permissions."""
+        nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True})
+        names = [str(node.get("node-name")) for node in nodes]
+        ours = [name for name in names if is_of_run(name, self._run)]
+        for name in sorted(ours, key=len):  # the name of each begins with that of what is over it
+            await self._monitor.execute("blockdev-del", {"node-name": name})
+        self._removed += _counted(len(ours), "node")
+
+    async def stop_server(self) -> None:
+        """Stop the server, if it is that run's own.
+
+        :raise BusyError: that takes the monitor which the dead controller used.
+        """
+        await self._close(listener_name(self._run))
+        if self._path and (self._exported or await self._is_listening()):
+            if self._elsewhere and self._endangers():
+                raise BusyError(
+                    f"{self._dead} died before its NBD handshake was complete, and QEMU holds its "
+                    "sockets under names that only the monitor it came by can close",
+                    standing=f"the VM is well; removed: {_listed(self._removed)}; left in it: the "
+                    "dead controller's NBD server, its sockets, and its lock",
+                    remedy="run the same command once by the monitor that it came by, "
+                    f"{printable(self._use.monitor)}: it removes the rest",
+                )
+            await notice_closed(self._monitor)
+            if await tolerate("not running", self._monitor.execute("nbd-server-stop")):
+                self._removed.append("the NBD server")
+        await delete_object(self._monitor, credentials_name(self._run))
+
+    async def _is_listening(self) -> bool:
+        """Whether its server runs although no export of it was there: it died between commands."""
+        if is_listening(self._path):
+            return True
+        address = self._monitor.address
+        return isinstance(address, TCPAddress) and await answers(address.host, self._use.ports[:16])
+
+    def _endangers(self) -> bool:
+        """Whether to stop the server by another monitor may hang this QEMU, or hit others.
+
+        A half-open connection would hang it; and without an export there, the server that runs
+        may be somebody else's by now.
+        """
+        hangs = Capabilities(self._monitor.version).nbd_server_stop_hangs_in_handshake
+        return not self._exported or (hangs and self._half_open and self._use.custody)
+
+    def remove_socket(self) -> None:
+        """Remove the socket's path, unless another controller listens there."""
+        if self._path and not is_listening(self._path):
+            remove_socket(self._path)
+
+    def tell(self) -> None:
+        """Log what was removed, and what could not be."""
+        _log.warning("undone, of what %s left: %s", self._dead, _listed(self._removed))
+        if self._kept and self._use.custody:
+            _log.warning(
+                "left in the VM until it ends, without harm: the sockets that it may hold under "
+                "the names %s; only the monitor that they came by can close them, by closefd: %s",
+                " ".join(self._kept),
+                printable(self._use.monitor),
             )
-        await notice_closed(monitor)
-        if await tolerate("not running", monitor.execute("nbd-server-stop")):
-            removed.append("the NBD server")
-    await delete_object(monitor, credentials_name(dead.run))
-    if path and not is_listening(path):  # another controller's of that run, if it is
-        remove_socket(path)
-    _log.warning("undone, of what %s left: %s", dead, _listed(removed))
-    if kept and use.custody:
-        _log.warning(
-            "left in the VM until it ends, without harm: the sockets that it may hold under the "
-            "names %s; only the monitor that they came by can close them, by closefd: %s",
-            " ".join(kept),
-            printable(use.monitor),
-        )
+
+    async def _close(self, name: str) -> bool:
+        """Close a descriptor that QEMU holds; False if it has none of that name."""
+        return await tolerate("not found", self._monitor.execute("closefd", {"fdname": name}))
 
 
 def _counted(number: int, noun: str) -> list[str]:
