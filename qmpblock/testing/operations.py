@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 from qmpblock.testing._yaml import Mapping, parse_size
 
@@ -43,6 +44,8 @@ _OPERATION = re.compile(
 )
 _MAX_TIMES = 100_000
 
+_Refuse = Callable[[str], NoReturn]
+
 
 def read_operations(
     entry: Mapping, key: str, verbs: tuple[str, ...], size: int
@@ -60,39 +63,48 @@ def read_operations(
             refuse(f"must begin with one of {', '.join(verbs)}")
         if words[0] == "flush" and len(words) == 1:
             found.append(Operation("flush"))
-            continue
-        if words[0] == "snapshot" and len(words) == 2:
+        elif words[0] == "snapshot" and len(words) == 2:
             found.append(Operation("snapshot", name=words[1]))
-            continue
-        match = _OPERATION.fullmatch(text.strip())
-        if match is None:
-            refuse("is not VERB OFFSET LENGTH [PATTERN] [unmap] [every STEP times N]")
-        numbers = []
-        for group in ("offset", "length", "step"):
-            value = parse_size(match[group] or "0")
-            if value is None:
-                refuse(f"{match[group]!r} is not a size")
-            numbers.append(value or 0)
-        offset, length, step = numbers
-        verb = cast(Verb, match["verb"])
-        if (verb in ("write", "compress")) != (match["pattern"] is not None):
-            refuse("write and compress, and only they, need a pattern (0x00 to 0xff, or a letter)")
-        if match["unmap"] and verb != "zero":
-            refuse("unmap goes with zero")
-        times = int(match["times"] or 1)
-        if (
-            length == 0
-            or not 1 <= times <= _MAX_TIMES
-            or offset + length + step * (times - 1) > size
-        ):
-            refuse(f"must stay inside the {size} bytes of the image (at most {_MAX_TIMES} times)")
-        pattern = match["pattern"] or "0x0"
-        first = Operation(
-            verb,
-            offset,
-            length,
-            int(pattern, 16) if pattern.startswith("0x") else ord(pattern),
-            unmap=match["unmap"] is not None,
-        )
-        found += [replace(first, offset=offset + step * index) for index in range(times)]
+        else:
+            found += _on_ranges(text.strip(), size, refuse)
     return tuple(found)
+
+
+def _on_ranges(text: str, size: int, refuse: _Refuse) -> list[Operation]:
+    """Read a line that names a range, and how often it is repeated."""
+    match = _OPERATION.fullmatch(text)
+    if match is None:
+        refuse("is not VERB OFFSET LENGTH [PATTERN] [unmap] [every STEP times N]")
+    offset, length, step = (_bytes(match[group], refuse) for group in ("offset", "length", "step"))
+    first = Operation(
+        cast(Verb, match["verb"]),
+        offset,
+        length,
+        _pattern(match, refuse),
+        unmap=match["unmap"] is not None,
+    )
+    if first.unmap and first.verb != "zero":
+        refuse("unmap goes with zero")
+    times = int(match["times"] or 1)
+    last = first.end + step * (times - 1)
+    if length == 0 or not 1 <= times <= _MAX_TIMES or last > size:
+        refuse(f"must stay inside the {size} bytes of the image (at most {_MAX_TIMES} times)")
+    return [replace(first, offset=offset + step * index) for index in range(times)]
+
+
+def _bytes(text: str | None, refuse: _Refuse) -> int:
+    """Read a number of bytes; what is not there is 0."""
+    value = parse_size(text or "0")
+    if value is None:
+        refuse(f"{text!r} is not a size")
+    return value
+
+
+def _pattern(match: re.Match[str], refuse: _Refuse) -> int:
+    """Return the byte that is written; 0 where none is."""
+    text = match["pattern"]
+    if (match["verb"] in ("write", "compress")) != (text is not None):
+        refuse("write and compress, and only they, need a pattern (0x00 to 0xff, or a letter)")
+    if text is None:
+        return 0
+    return int(text, 16) if text.startswith("0x") else ord(text)
