@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,40 +58,21 @@ async def command(
     With IMAGE...: where QEMU died in the middle of a change. Says which image to start the
     VM from, and removes what was made for nothing. Exit code 4: from another one than before.
     """
-    if undo and carry_on:
-        raise click.UsageError("--undo and --continue exclude each other")
     images = [target for target in targets if _is_image(target)]
-    if images and len(images) < len(targets):
-        raise click.UsageError("give one ADDRESS, or images, not both")
+    for wrong, words in (
+        (undo and carry_on, "--undo and --continue exclude each other"),
+        (0 < len(images) < len(targets), "give one ADDRESS, or images, not both"),
+        (images and (undo or carry_on), "--undo and --continue go with ADDRESS: the QEMU is gone"),
+        (believe_journal and not images, "--believe-journal goes with IMAGE"),
+        (len(targets) > 1 and not images, "give one ADDRESS"),
+    ):
+        if wrong:
+            raise click.UsageError(words)
     if images:
-        if undo or carry_on:
-            raise click.UsageError("--undo and --continue go with ADDRESS: the QEMU is gone")
         return await _recover_images(
             options, images, dry_run=dry_run, check=check, believe=believe_journal
         )
-    if believe_journal:
-        raise click.UsageError("--believe-journal goes with IMAGE")
-    if len(targets) > 1:
-        raise click.UsageError("give one ADDRESS")
-    async with _connected(options, targets[0]) as vm:
-        try:
-            found = await vm.recover(
-                carry_on=carry_on,
-                dry_run=dry_run or check,
-                tell=None if dry_run or check else _tell,
-            )
-        except RecordError as error:
-            return _unread(options, error, check=check)
-    if options.json:
-        emit(json.dumps([_document(one) for one in found], indent=2) + "\n")
-    elif not found:
-        click.echo("nothing to recover: nothing of ours is left in this VM")
-    else:
-        for one in found:
-            _say(one, planned=dry_run or check)
-    # A controller at work, such as a watcher, is no reason to recover.
-    needed = any(step.verb != "leave" for one in found for step in one.steps)
-    return WARNED if check and needed else 0
+    return await _recover_vm(options, targets[0], carry_on=carry_on, dry_run=dry_run, check=check)
 
 
 def _is_image(target: str) -> bool:
@@ -125,6 +106,29 @@ async def _connected(options: Options, target: str) -> AsyncIterator[VM]:
         yield vm
 
 
+async def _recover_vm(
+    options: Options, address: str, *, carry_on: bool, dry_run: bool, check: bool
+) -> int:
+    planned = dry_run or check
+    async with _connected(options, address) as vm:
+        try:
+            found = await vm.recover(
+                carry_on=carry_on, dry_run=planned, tell=None if planned else _tell
+            )
+        except RecordError as error:
+            return _unread(options, error, check=check)
+    if options.json:
+        emit(json.dumps([_document(one) for one in found], indent=2) + "\n")
+    elif not found:
+        click.echo("nothing to recover: nothing of ours is left in this VM")
+    else:
+        for one in found:
+            _say(one, planned=planned)
+    # A controller at work, such as a watcher, is no reason to recover.
+    needed = any(step.verb != "leave" for one in found for step in one.steps)
+    return WARNED if check and needed else 0
+
+
 def _tell(what: str, step: Step) -> None:
     click.echo(f"{what}: {step}", err=True)
 
@@ -156,19 +160,22 @@ async def _recover_images(
     except RecordError as error:
         return _unread(options, error, check=check)
     doubtful = survey(tuple(map(os.path.realpath, images))).distrusted
-    if options.json:
-        emit(json.dumps([_image_document(one) for one in found], indent=2) + "\n")
-    elif not found:
-        if doubtful:
-            click.echo("no journal that can be believed is about these images")
-        else:
-            click.echo("safe: no change of ours to these images was interrupted")
-    for one in found:
-        if not options.json:
-            click.echo(f"{one.what}: {one.describe()}")
+    _show_images(options, found, doubtful=bool(doubtful))
     if check:
         return WARNED if found or doubtful else 0
     return WARNED if doubtful or any(one.verdict.stale for one in found) else 0
+
+
+def _show_images(options: Options, found: Sequence[ImageRecovery], *, doubtful: bool) -> None:
+    if options.json:
+        emit(json.dumps([_image_document(one) for one in found], indent=2) + "\n")
+        return
+    for one in found:
+        click.echo(f"{one.what}: {one.describe()}")
+    if not found and doubtful:
+        click.echo("no journal that can be believed is about these images")
+    elif not found:
+        click.echo("safe: no change of ours to these images was interrupted")
 
 
 def _unread(options: Options, error: RecordError, *, check: bool) -> int:
