@@ -9,8 +9,9 @@ import contextlib
 import os
 import posixpath
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -100,13 +101,32 @@ async def snapshot(
     await ownership.ask(vm.monitor, [disk.device for disk in overlays])
     await make_way(vm, lock_names([disk.device for disk in overlays]))
     run = new_run()
-    items = await _plan(vm, run, overlays, format, backing_name)
-    devices = [item.plan.device for item in items]
+    plan = partial(_plan, vm, run, overlays, format, backing_name)
+    items = await plan()
     for item in items:
         await by_qemu_img(vm, item.plan.key_secret, local=item.local)  # or refuse
     await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))
+    record = await _record(vm, run, items)
+    with contextlib.ExitStack() as stack:
+        items = [
+            replace(item, directory=stack.enter_context(open_directory(item.file)))
+            if item.local
+            else item
+            for item in items
+        ]
+        await _take(vm, record, items, format, plan)
+    await _look_again(overlays, items)
+    return SnapshotResult(
+        tuple(_overlay(item) for item in items),
+        time.monotonic() - started,
+        tuple(warning for item in items for warning in item.plan.warnings),
+    )
+
+
+async def _record(vm: Connection, run: str, items: list[Item]) -> Snapshot:
+    devices = [item.plan.device for item in items]
     chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
-    record = Snapshot(
+    return Snapshot(
         run=run,
         vm=await identify(vm),
         devices=tuple(device.qom_path for device in devices),
@@ -118,30 +138,42 @@ async def snapshot(
         images=tuple(chain[0] for chain in chains)
         + tuple(file for chain in chains for file in chain[1:]),
     )
-    with contextlib.ExitStack() as stack:
-        items = [
-            replace(item, directory=stack.enter_context(open_directory(item.file)))
-            if item.local
-            else item
-            for item in items
-        ]
-        change = Change(vm, record)
-        await change.begin()
-        async with change.or_undo(
-            lambda: _not_taken(items),
-            done=lambda: "the snapshot was taken all the same",
-        ):
-            again = await _plan(vm, run, overlays, format, backing_name)
-            _unchanged(items, again)
-            for item in items:
-                await make_overlay(vm, change, item, format, local=item.local)
-            await prove(vm, change, items)
-            await ownership.ask(vm.monitor, devices, standing=None)
-            await undisturbed(take(vm, items))
-            await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
-            await undisturbed(change.end())
+
+
+async def _take(
+    vm: Connection,
+    record: Snapshot,
+    items: list[Item],
+    fmt: str,
+    plan: Callable[[], Awaitable[list[Item]]],
+) -> None:
+    """Make the overlays and have the guest go on in them, or leave all as it was.
+
+    :param plan: looks again, under the locks, what would be made.
+    """
+    change = Change(vm, record)
+    await change.begin()
+    async with change.or_undo(
+        lambda: _not_taken(items),
+        done=lambda: "the snapshot was taken all the same",
+    ):
+        _unchanged(items, await plan())
+        for item in items:
+            await make_overlay(vm, change, item, fmt, local=item.local)
+        await prove(vm, change, items)
+        await ownership.ask(vm.monitor, [item.plan.device for item in items], standing=None)
+        await undisturbed(take(vm, items))
+        await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+        await undisturbed(change.end())
+
+
+async def _look_again(disks: Iterable[DiskT], items: list[Item]) -> None:
+    """Have the disks see their new chains.
+
+    :raise DisconnectedError: the connection is lost; the snapshot was taken.
+    """
     try:
-        for disk in overlays:
+        for disk in disks:
             await disk.refresh()
     except DisconnectedError as error:
         # The change has ended, and other controllers may build on it: only words are left.
@@ -151,20 +183,11 @@ async def snapshot(
             f"start the VM from {files}: there the guest went on"
         )
         raise
-    return SnapshotResult(
-        tuple(
-            Overlay(
-                item.plan.device.name,
-                item.file,
-                item.node,
-                item.plan.active.file,
-                item.backing_name,
-            )
-            for item in items
-        ),
-        time.monotonic() - started,
-        tuple(warning for item in items for warning in item.plan.warnings),
-    )
+
+
+def _overlay(item: Item) -> Overlay:
+    plan = item.plan
+    return Overlay(plan.device.name, item.file, item.node, plan.active.file, item.backing_name)
 
 
 async def _plan(
