@@ -48,7 +48,8 @@ async def closed_image(
     """Look at an image that no running VM writes to, and follow its backing links.
 
     It is read by qemu-img with the rights of its owner, and each backing image with those of
-    whoever owns the image that names it.
+    whoever owns the image that names it. Of plain qcow2 images only the headers are read here;
+    what else is wrong with them, the map says.
 
     :param format: of the image itself; None: as the suffix of its name tells. It is never probed,
         because a guest can forge its content; nor is that of a backing image.
@@ -58,11 +59,11 @@ async def closed_image(
     :raise UnsupportedError: a backing file is not a local file, or its format is not recorded, or
         the owner of the image that names it may not come to it.
     :raise ToolError: qemu-img is not here, or cannot read one of them; or a running VM holds the
-        image.
+        image. Of a plain qcow2 image `map` raises that.
     :raise StalledError: qemu-img says nothing for the stall limit.
     """
     tool, name = QemuImg(stall=stall), str(path)
-    return ClosedImage(tool, await tool.chain(name, format or format_of(name)))
+    return ClosedImage(tool, await tool.chain(name, format or format_of(name), by_headers=True))
 
 
 class ClosedImage:

@@ -225,7 +225,7 @@ class HandedFiles(contextlib.ExitStack):
         words = [f"{'w' if file.writable else 'r'}{file.fd}" for file in self._files]
         if self._open_in_vm is None:  # what a VM has open it has come to
             said = [file for file in self._files if file.said]
-            words += [f"n{file.fd}={posixpath.abspath(file.name)}" for file in said]
+            words += [f"n{file.fd}={_absolute(file.name)}" for file in said]
         words += self._questions
         words += ["landlock"] * self._must_have_landlock() + ["network"] * self._network
         return [
@@ -242,6 +242,16 @@ class HandedFiles(contextlib.ExitStack):
             posixpath.abspath(found),
             *arguments,
         ]
+
+    def follow(self, name: str) -> None:
+        """Hand a qcow2 image, of which and of those below only the headers are looked at.
+
+        The program is not run; what is printed instead see `qmpblock.host.confined`.
+
+        :raise Error: as `image`.
+        """
+        fd = self._hand(name, writable=False, said=False)
+        self._questions.append(f"c{fd}={_absolute(name)}")
 
     @property
     def owner(self) -> User:
@@ -399,6 +409,11 @@ def is_local(options: Mapping[str, Any]) -> bool:
 
 #: Options of any of the drivers that name a node, an image or a file besides.
 _CHILDREN = frozenset({"file", "data-file", "backing", "header", "extents", "pr-manager"})
+
+
+def _absolute(name: str) -> str:
+    """Return an absolute name that leads to the same file: `..` counts from where a link leads."""
+    return posixpath.join(os.getcwd(), name)  # noqa: PTH109  text
 
 
 def _not_local(name: str) -> UnsupportedError:

@@ -1,12 +1,15 @@
 """Closed images, by qemu-img, and never by probing."""
 
 import json
+import os
 import shutil
 import subprocess
 
 import pytest
+from rounds import rounds
 
-from qmpblock.errors import NotFoundError, RequestError, ToolError, UnsupportedError
+from qmpblock.errors import Error, NotFoundError, RequestError, ToolError, UnsupportedError
+from qmpblock.host import confined
 from qmpblock.host.qemuimg import Contents, Key, QemuImg, blockdev, format_of, in_use_by_another
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here")
@@ -43,6 +46,143 @@ async def test_a_chain_is_followed_by_what_is_recorded(tmp_path):
         blockdev(images[0].format, images[0].file, images[1:]), [i.format for i in images]
     )
     assert found.layers == 3
+
+
+def counted(monkeypatch):
+    """Return the list of the runs of qemu-img, by what they do."""
+    runs, real = [], QemuImg._run
+
+    def run(self, arguments, *rest, **named):
+        runs.append(arguments[0])
+        return real(self, arguments, *rest, **named)
+
+    monkeypatch.setattr(QemuImg, "_run", run)
+    return runs
+
+
+async def test_headers_say_what_qemu_img_does(tmp_path, monkeypatch):
+    """All plain qcow2 images of a chain by one process, the rest by qemu-img, one by one."""
+    (tmp_path / "in").mkdir()
+    create("-f", "raw", "base.raw", "3M", cwd=tmp_path)
+    below, fmt = "base.raw", "raw"
+    for number, options in enumerate(
+        ("compat=0.10", "compat=1.1,cluster_size=512", "cluster_size=2M,extended_l2=on", "")
+    ):
+        name = f"in/a b=ü{number}.qcow2"
+        words = ["-o", options] if options else []
+        named = f"../{below}" if number == 0 else below.rpartition("/")[2]
+        create("-f", "qcow2", *words, "-F", fmt, "-b", named, name, f"{number + 4}M", cwd=tmp_path)
+        below, fmt = name, "qcow2"
+    monkeypatch.chdir(tmp_path)
+    runs = counted(monkeypatch)
+    for name in (below, tmp_path / below, f"in/../{below}"):
+        runs.clear()
+        expected = await QemuImg().chain(str(name), "qcow2")
+        assert runs == ["info"] * 5
+        runs.clear()
+        assert await QemuImg().chain(str(name), "qcow2", by_headers=True) == expected
+        assert runs == ["info"] * 2
+        assert [one.size >> 20 for one in expected] == [7, 6, 5, 4, 3]
+
+
+async def test_where_a_link_leads_counts_and_not_how_its_name_is_written(tmp_path):
+    """`x/../top` is not `top` where x is a link."""
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    for where, size in ((tmp_path, "1M"), (tmp_path / "far", "2M")):
+        create("-f", "qcow2", "base.qcow2", size, cwd=where)
+        create("-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2", "top.qcow2", cwd=where)
+    (tmp_path / "x").symlink_to("far/deep")
+    name = f"{tmp_path}/x/../top.qcow2"
+    found = await QemuImg().chain(name, "qcow2", by_headers=True)
+    assert [one.size >> 20 for one in found] == [2, 2]
+    assert found == await QemuImg().chain(name, "qcow2")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "no backing format",
+        "a data file",
+        "a fifo below",
+        "nothing below",
+        "a link to itself",
+        "a format that is none",
+        "a name with a line in it",
+        "corrupt",
+        "described",
+        "cut",
+    ],
+)
+async def test_what_is_not_plain_is_asked_of_qemu_img(tmp_path, spoil):
+    create("-f", "qcow2", "base.qcow2", "1M", cwd=tmp_path)
+    top, base = tmp_path / "top.qcow2", tmp_path / "base.qcow2"
+    below, fmt = "base.qcow2", "qcow2"
+    if spoil == "a name with a line in it":
+        below = "ba\nse.qcow2"
+        base.rename(tmp_path / below)
+    elif spoil == "described":
+        below = "json:" + json.dumps(blockdev("qcow2", str(base)))
+    words = ["-F", fmt, "-b", below]
+    if spoil == "a data file":
+        words += ["-o", "data_file=data"]
+    create("-u", "-f", "qcow2", *words, "top.qcow2", "1M", cwd=tmp_path)
+    header = bytearray(top.read_bytes())
+    if spoil == "no backing format":
+        header[:] = header.replace(b"\xe2\x79\x2a\xca", b"\x12\x34\x56\x78")
+    elif spoil == "a format that is none":
+        header[:] = header.replace(b"\0\0\0\x05qcow2", b"\0\0\0\x05qqqqq")
+    elif spoil == "corrupt":
+        header[79] |= 2
+    elif spoil == "cut":
+        del header[90:]
+    top.write_bytes(header)
+    if spoil in ("a fifo below", "nothing below", "a link to itself"):
+        base.unlink()
+    if spoil == "a fifo below":
+        os.mkfifo(base)
+    if spoil == "a link to itself":
+        base.symlink_to("base.qcow2")
+
+    async def end(*, by_headers):
+        try:
+            return await QemuImg().chain(str(top), "qcow2", by_headers=by_headers)
+        except Error as error:
+            return type(error), str(error), error.remedy
+
+    assert await end(by_headers=True) == await end(by_headers=False)
+
+
+def test_any_header_is_read_as_qemu_img_reads_it(tmp_path):
+    """Or not at all. A sample by chance."""
+    count, chance = rounds(60)
+    create("-f", "qcow2", "-u", "-F", "raw", "-b", "base.raw", "top.qcow2", "1M", cwd=tmp_path)
+    top = tmp_path / "top.qcow2"
+    whole = top.read_bytes()
+    end = whole.index(b"base.raw") + 16
+    taken = 0
+    for _ in range(count):
+        header = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            at = chance.choice([chance.randrange(104), chance.randrange(end)])
+            header[at] = chance.choice([0, 1, 2, 8, 255, header[at] ^ 1 << chance.randrange(8)])
+        for cut in (chance.randrange(end), chance.randrange(104)):
+            confined._says(bytes(header[:cut]))
+        found = confined._says(bytes(header))
+        if found is None:
+            continue
+        top.write_bytes(header)
+        done = subprocess.run(
+            ["qemu-img", "info", "--output=json", "-f", "qcow2", top],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            continue  # whoever maps it hears that
+        taken += 1
+        said = json.loads(done.stdout)
+        told = (said.get(key, "") for key in ("backing-filename", "backing-filename-format"))
+        assert found == (said["virtual-size"], *map(os.fsencode, told))
+    assert taken
 
 
 async def test_a_raw_image_is_not_opened_as_what_it_pretends_to_be(tmp_path):
