@@ -25,6 +25,7 @@ from pathlib import Path
 from headers_of_eve import CHANGED, OPENED, Watch, give, img, open_to_all, over, with_data_file
 from otherusers import EVE, Eve
 
+from qmpblock.address import UnixAddress
 from qmpblock.changes.journalfile import DistrustedError, JournalFile
 from qmpblock.errors import Error
 from qmpblock.export.server import remove_socket
@@ -37,6 +38,7 @@ from qmpblock.host.ourfiles import Directory, remove
 from qmpblock.host.qemuimg import QemuImg, blockdev
 from qmpblock.host.space import open_image
 from qmpblock.host.statedirectory import OpenDirectory
+from qmpblock.sockets import open_socket
 
 __all__ = ["RACES", "Race", "Score", "race", "race_naively"]
 
@@ -85,6 +87,21 @@ def step():
     put(chance.choice(('../root/victim', '../root/new')), 'over')
     pause()
     away('over')
+"""
+SWAPS_HER_MONITOR = """
+import socket
+os.unlink('disk')
+os.symlink('../root/nbd', 'link')
+monitor = socket.socket(socket.AF_UNIX)
+monitor.bind('disk')
+monitor.listen(100)
+monitor.setblocking(False)
+def step():
+    exchange('disk', 'link')
+    try:
+        monitor.accept()
+    except OSError:
+        pass
 """
 COMES_FIRST_IN_A_SHARED_ONE = """
 os.chdir('../shared')
@@ -183,6 +200,7 @@ class Arena:
         self.pid = 0
         self.known: list[tuple[int, int]] = []
         self._chance = random.Random()
+        self._listener = socket.socket(socket.AF_UNIX)
         self.restore()
         (self.root / "readable").write_bytes(bytes(SIZE))
         (self.root / "readable").chmod(0o644)
@@ -198,11 +216,17 @@ class Arena:
             (self.root / name).write_bytes(b"of root's alone\n")
             (self.root / name).chmod(0o600)
         if not (self.root / "nbd").exists():
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(str(self.root / "nbd"))
+            self._listener.close()
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self.root / "nbd"))
+            self._listener.listen()
+            self._listener.setblocking(False)
 
     def harmed(self) -> bool:
         """Whether anything was done to root's, since the last time."""
+        with contextlib.suppress(BlockingIOError):
+            self._listener.accept()[0].close()
+            return True
         return self._watch.seen()
 
     def wait(self) -> None:
@@ -213,6 +237,7 @@ class Arena:
 
     def close(self) -> None:
         """End the watch."""
+        self._listener.close()
         self._watch.close()
 
 
@@ -608,6 +633,18 @@ def listen_in_hers_naively(arena: Arena) -> None:
             (folder / "nbd2").unlink()
 
 
+def connect(arena: Arena) -> None:
+    """Connect to her monitor."""
+    asyncio.run(open_socket(UnixAddress(str(arena.disk)))).close()
+
+
+def connect_naively(arena: Arena) -> None:
+    """See that it is hers; then connect."""
+    if arena.disk.lstat().st_uid == EVE and not arena.disk.is_symlink():
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(arena.disk))
+
+
 def remove_a_socket(arena: Arena) -> None:
     """Remove what a lock says was the socket of a server."""
     remove_socket(str(arena.eve / "images" / "nbd"))
@@ -647,6 +684,7 @@ RACES = {
     "commit into another": Race(
         SWAPS_THE_FILE, commit, commit_naively, 1e-3, _an_overlay, slow=True
     ),
+    "connect": Race(SWAPS_HER_MONITOR, connect, connect_naively),
     "listen": Race(COMES_FIRST_IN_A_SHARED_ONE, listen, listen_naively),
     "listen in hers": Race(SWAPS_WHAT_ROOT_MADE, listen_in_hers, listen_in_hers_naively),
     "remove a socket": Race(SWAPS_THE_SOCKETS_DIRECTORY, remove_a_socket, remove_a_socket_naively),

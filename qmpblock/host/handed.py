@@ -70,13 +70,18 @@ class User:
     def of_process(cls, pid: int) -> User:
         """Tell who a process runs as.
 
-        :raise UnsupportedError: there is no such process any more.
+        :raise UnsupportedError: there is no such process any more; or it has the rights of several.
         """
         try:
             lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
         except OSError:
             raise UnsupportedError(f"the VM's process {pid} has ended") from None
         words = {line.partition(":")[0]: line.split()[1:] for line in lines.splitlines()}
+        if len(set(words["Uid"][:3])) > 1:
+            raise UnsupportedError(
+                f"the VM's process {pid} has the rights of several users "
+                f"({', '.join(dict.fromkeys(words['Uid'][:3]))}), as no QEMU has"
+            )
         return cls(
             int(words["Uid"][1]), int(words["Gid"][1]), tuple(int(one) for one in words["Groups"])
         )

@@ -8,9 +8,9 @@ once, and a file in it is told by what was made, not by what it is called::
     opened    again by no link, without waiting for a FIFO's other end; then it must be that file
     removed   only if that name still is that file
 
-The way to a directory may lead through links. One of another user's may lead only where he could
-write himself: or he would have root make files, which he then owns, anywhere. And the way to a file
-that is read, only to what he could read himself.
+A link of another user's on the way to a directory may lead only where he could write himself: or he
+would have root make files, which he then owns, anywhere. On the way to a file that is read, only to
+what he could read (`qmpblock.links`).
 
 Between that last look and unlinkat(2) another file may come to bear the name. It goes then: one
 that its owner moved there, out of a directory in which he could have removed it himself.
@@ -22,19 +22,17 @@ import contextlib
 import errno
 import os
 import posixpath
-import pwd
 import stat
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
 
 from qmpblock.graph.places import FileId
+from qmpblock.links import walk
 
 __all__ = ["Directory", "look", "open_plain", "remove"]
 
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
-_LOOK = os.O_PATH | os.O_CLOEXEC
-_LINKS = 40  # on one way, as path_resolution(7)
 
 
 class Directory:
@@ -54,7 +52,13 @@ class Directory:
         """
         self.path = Path(path)
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-        self.fd = _walk(self.path, os.W_OK) if os.geteuid() == 0 else os.open(path, flags)
+        if os.geteuid() != 0:
+            self.fd = os.open(path, flags)
+            return
+        self.fd = walk(self.path, os.W_OK)
+        if not stat.S_ISDIR(os.fstat(self.fd).st_mode):
+            self.close()
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
     def __enter__(self) -> Self:
         return self
@@ -198,7 +202,7 @@ def look(path: str | os.PathLike[str]) -> int:
         may not read it.
     """
     if os.geteuid() == 0:
-        return _walk(Path(path), os.R_OK)
+        return walk(Path(path), os.R_OK, search=True)
     return os.open(path, os.O_PATH | os.O_CLOEXEC)
 
 
@@ -239,85 +243,6 @@ def remove(path: str | os.PathLike[str], file: FileId) -> bool:
         return False
     with directory:
         return directory.remove(name, file)
-
-
-def _walk(path: Path, wanted: int) -> int:
-    """Open what a path leads to, step by step, and look at the links on the way.
-
-    :param wanted: what the owners of those must be allowed there: W_OK, in what must be a
-        directory, or R_OK.
-    """
-    todo = list(reversed((path if path.is_absolute() else Path.cwd() / path).parts))
-    links: dict[int, str] = {}  # by their owners
-    passed = 0
-    at = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
-    try:
-        while todo:
-            name = todo.pop()
-            if wanted == os.R_OK:
-                _check_links(at, path, links, os.X_OK)
-            found, owner, target = _step(at, name)
-            if target is not None:
-                passed += 1
-                if passed > _LINKS:
-                    _fail(errno.ELOOP, path)
-                links[owner] = name
-                todo += reversed(target.parts)
-                if not target.is_absolute():
-                    continue
-                found = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
-            os.close(at)
-            at = found
-        if wanted == os.W_OK and not stat.S_ISDIR(os.fstat(at).st_mode):
-            _fail(errno.ENOTDIR, path)
-        _check_links(at, path, links, wanted)
-    except BaseException:
-        os.close(at)
-        raise
-    return at
-
-
-def _step(at: int, name: str) -> tuple[int, int, Path | None]:
-    """Open what bears a name; of a link return its owner and its target instead."""
-    fd = os.open(name, _LOOK | os.O_NOFOLLOW, dir_fd=at)
-    status = os.fstat(fd)
-    if not stat.S_ISLNK(status.st_mode):
-        return fd, status.st_uid, None
-    try:
-        if status.st_dev == Path("/proc").stat().st_dev:  # /proc/PID/root: no text says whereto
-            return os.open(name, _LOOK, dir_fd=at), status.st_uid, None
-        return -1, status.st_uid, Path(os.readlink("", dir_fd=fd))
-    finally:
-        os.close(fd)
-
-
-def _check_links(fd: int, path: Path, links: dict[int, str], wanted: int) -> None:
-    """See that no link of another's has led us to where he could not come himself."""
-    status = os.fstat(fd)
-    for owner, name in links.items():
-        if owner not in (0, status.st_uid) and not _may(owner, status, wanted):
-            may_not = {os.R_OK: "read it", os.W_OK: "write there", os.X_OK: "go there"}[wanted]
-            _fail(
-                errno.EACCES,
-                path,
-                f"the way there leads through the link {name} of user {owner}, who may not "
-                f"{may_not}",
-            )
-
-
-def _may(user: int, status: os.stat_result, wanted: int) -> bool:
-    """Whether the mode of a file allows something to who is not its owner."""
-    try:
-        known = pwd.getpwuid(user)
-        groups = os.getgrouplist(known.pw_name, known.pw_gid)
-    except KeyError:
-        groups = []
-    shift = 3 if status.st_gid in groups else 0
-    return bool(status.st_mode >> shift & wanted)
-
-
-def _fail(number: int, path: Path, why: str = "") -> NoReturn:
-    raise OSError(number, why or os.strerror(number), str(path))
 
 
 def _entry(name: str) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import struct
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from qmpblock.errors import printable
 
 __all__ = [
+    "Peer",
     "boot_id",
     "command_line",
     "describe_process",
@@ -18,6 +22,7 @@ __all__ = [
     "shown_words",
     "start_time",
     "times_slept",
+    "users_of",
 ]
 
 _NAMES = "data|password|passwd|passphrase|token"
@@ -80,6 +85,56 @@ def start_time(pid: int) -> int | None:
     # The second field is the command in parentheses and may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def users_of(pid: int) -> tuple[int, ...]:
+    """Return as whom a process runs: its real, effective and saved user, mostly one.
+
+    :raise OSError: there is no such process any more.
+    """
+    for line in Path(f"/proc/{pid}/status").read_bytes().splitlines():
+        label, *words = line.split()
+        if label == b"Uid:":
+            return tuple(dict.fromkeys(map(int, words[:3])))
+    raise ProcessLookupError(pid)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The process that made a listening socket, by the kernel's word (SO_PEERCRED).
+
+    Which word is of that time. Another process may answer for it by now, and this one be something
+    else: have another's rights, as a program that is set-user-ID has, or be gone, and its number
+    another's. Whoever runs it could have that so.
+
+    :ivar user: as whom it made the socket.
+    """
+
+    pid: int
+    user: int
+    start: int | None
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Peer | None:
+        """Tell it by a connection of ours to that socket; None where the kernel does not."""
+        size = struct.calcsize("3i")
+        try:
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        except OSError:
+            return None
+        pid, user, _ = struct.unpack("3i", credentials)
+        return cls(pid, user, start_time(pid)) if pid else None
+
+    def known(self) -> int | None:
+        """Return its number; None where that is not, or not only, whose it was by now.
+
+        Root may have given its rights up.
+        """
+        try:
+            same = not self.user or users_of(self.pid) == (self.user,)
+        except OSError:
+            return self.pid  # it has ended, which whoever looks for it will say
+        return self.pid if same and start_time(self.pid) in (self.start, None) else None
 
 
 def is_running(pid: int, start: int, boot: str) -> bool:

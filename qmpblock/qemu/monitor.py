@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import struct
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
@@ -41,7 +40,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.host.processes import describe_process
+from qmpblock.host.processes import Peer, describe_process
 from qmpblock.host.socketholders import holders
 from qmpblock.peerjson import MOST_BYTES, MOST_VALUES, RefusedError, read_json
 from qmpblock.qemu.answers import checked
@@ -254,13 +253,18 @@ class Monitor:
     def __init__(self, address: Address, stall: float) -> None:
         self.address = address
         self.stall = stall
-        self.peer_pid: int | None = None
+        self._peer: Peer | None = None
         self.version: tuple[int, int, int] = (0, 0, 0)
         self.package = ""
         self.closed = False
         self._client = _Client(self._on_event, self._on_end)
         self._subscriptions: set[Subscription] = set()
         self._turn = asyncio.Lock()
+
+    @property
+    def peer_pid(self) -> int | None:
+        """The process that made the listening socket: QEMU, or a manager. None: not known."""
+        return None if self._peer is None else self._peer.known()
 
     @classmethod
     async def connect(
@@ -282,7 +286,7 @@ class Monitor:
         try:
             await _await_greeting(sock, where, greeting_timeout)
             if isinstance(where, UnixAddress):
-                monitor.peer_pid = _peer_pid(sock)
+                monitor._peer = Peer.of(sock)
             async with asyncio.timeout(greeting_timeout):
                 await monitor._client.connect(sock)
         except TimeoutError:
@@ -511,15 +515,3 @@ def _held(address: Address, what: str) -> MonitorHeldError:
     return MonitorHeldError(
         f"{what}: it serves one client at a time, and that is {who}", found, remedy=_SECOND_MONITOR
     )
-
-
-def _peer_pid(sock: socket.socket) -> int | None:
-    """Return the process that made the listening socket (SO_PEERCRED): QEMU, or a manager."""
-    size = struct.calcsize("3i")
-    try:
-        pid, _, _ = struct.unpack(
-            "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-        )
-    except OSError:
-        return None
-    return int(pid) or None

@@ -1,21 +1,30 @@
 """Processes that a pid alone would confuse."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from headers_of_eve import give, open_to_all
+from otherusers import EVE, User
 
+from qmpblock.errors import UnsupportedError
+from qmpblock.host.handed import User as TheirRights
 from qmpblock.host.processes import (
+    Peer,
     boot_id,
     command_line,
     is_running,
     pid_namespace,
     start_time,
     times_slept,
+    users_of,
 )
 
 PROGRAM = "print(flush=True); input()"
@@ -109,3 +118,67 @@ def test_how_often_a_thread_has_slept():
     assert times_slept(me, thread) > before
     assert times_slept(None, thread) is None
     assert times_slept(me, 1 << 30) is None
+
+
+#: Listens on a socket, then becomes another program, and says when.
+BECOMES = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.set_inheritable(listener.fileno(), True)
+if os.fork():
+    os.execv(sys.argv[2], [sys.argv[2], "60"])
+print(flush=True)
+os.read(0, 1)
+"""
+
+
+def test_a_peer_is_the_process_that_made_the_socket(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "sock"))
+        listener.listen()
+        client.connect(str(tmp_path / "sock"))
+        peer = Peer.of(client)
+        assert (peer.pid, peer.user) == (os.getpid(), os.geteuid())
+        assert peer.known() == os.getpid()
+        assert replace(peer, start=peer.start - 1).known() is None  # its number is another's
+        if peer.user == 0:
+            assert replace(peer, user=61666).known() is None  # it is root's, and was not
+    with socket.socket() as unconnected:
+        assert Peer.of(unconnected) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a program of root's")
+@pytest.mark.parametrize("mode", [0o755, 0o4755])
+def test_a_peer_that_has_become_root_is_none(mode):
+    """Its user would have had us do everything as root: by any set-user-ID program that waits."""
+    with open_to_all() as place, socket.socket(socket.AF_UNIX) as client:
+        give(place, EVE, 0o755)
+        program = shutil.copy("/bin/sleep", place / "sleep")
+        os.chmod(program, mode)
+        command = User(EVE).command(sys.executable, "-I", "-S", "-c", BECOMES)
+        with subprocess.Popen(
+            [*command, str(place / "sock"), str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            try:
+                process.stdout.readline()
+                client.connect(str(place / "sock"))
+                peer = Peer.of(client)
+                assert (peer.pid, peer.user) == (process.pid, EVE)
+                while Path(f"/proc/{peer.pid}/comm").read_text() != "sleep\n":
+                    time.sleep(0.01)
+                if mode == 0o755:
+                    assert users_of(peer.pid) == (EVE,)
+                    assert peer.known() == process.pid
+                    return
+                if users_of(peer.pid) == (EVE,):
+                    pytest.skip("/tmp is mounted nosuid here")
+                assert users_of(peer.pid) == (EVE, 0)
+                assert peer.known() is None
+                with pytest.raises(UnsupportedError, match="the rights of several users"):
+                    TheirRights.of_process(peer.pid)
+            finally:
+                process.kill()
