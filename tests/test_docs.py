@@ -35,6 +35,7 @@ from pathlib import Path
 
 import click
 import pytest
+from publicnames import public
 
 import qmpblock
 from qmpblock.cli import app
@@ -216,17 +217,6 @@ def test_every_way_to_run_python_is_known():
     known = {"run=script", "run=vm", "run=pure"}
     used = {word for b in PYTHON_BLOCKS for word in b.words[1:] if word.startswith("run=")}
     assert used == known
-
-
-def public() -> dict[str, list[str]]:
-    """What docs/python.md says can be imported from which module."""
-    table = PYTHON.read_text(encoding="utf-8").partition("\n| from | |\n")[2].partition("\n\n")[0]
-    rows = (row.split("|")[1:3] for row in table.splitlines()[1:])
-    return {
-        module: re.findall(r"`(\w+)`", names)
-        for modules, names in rows
-        for module in re.findall(r"`([\w.]+)`", modules)
-    }
 
 
 @pytest.mark.parametrize("module", public())
