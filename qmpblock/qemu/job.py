@@ -207,79 +207,65 @@ class Job:
         :raise JobError: somebody else dismissed it.
         """
         clock = asyncio.get_running_loop().time
-        meter, pace, last, moved = RateMeter(), Convergence(), None, clock()
-        full, retried = False, clock()
+        course, retried = _Course(clock()), clock()
         while True:
             info = await self.look()
             for event in self._events.pending():
                 self._take(event)
             now = clock()
-            if info is None and self._dismisses_itself:
-                last_seen = self.progress or Progress("", "", 0, 0)
-                progress = replace(
-                    last_seen, status="concluded", phase="ended", eta=None, error=self._verdict
-                )
-                self._publish(progress)
-                yield progress
-                return
             if info is None:
-                raise JobError(
-                    self.id,
-                    self.type,
-                    "somebody else dismissed it, so that its verdict is lost",
+                progress = self._gone()
+            else:
+                progress = course.add(
+                    info,
+                    now,
+                    completion_asked=self.completion_asked,
+                    ending=end_is_wanted(),
+                    errors=self.errors,
                 )
-            status, done, total = str(info["status"]), *_counts(info)
-            # `cont` of a VM that is out of room too resets the job's io-status, and leaves the
-            # job paused: so once full, full until it runs.
-            full = status == "paused" and (full or info.get("io-status", "ok") != "ok")
-            working = status in _WORKING or (status == "ready" and self.completion_asked)
-            # A job that is resumed, and finds no room again, has moved; but not to its end.
-            ending = end_is_wanted()
-            step = ("", done, 0) if ending else (status, done, total)
-            if step != last or not (working or ending):
-                last, moved = step, now
-            idle = max(0.0, now - moved - _rest(info))
-            meter.add(now, done)
-            if status in ("running", "ready"):
-                pace.add(now, max(0, total - done))
-            rate = meter.rate
-            progress = Progress(
-                status=status,
-                phase=_phase(status, full=full, asked=self.completion_asked),
-                done=done,
-                total=total,
-                rate=rate,
-                eta=(total - done) / rate if rate > 0 and status == "running" else None,
-                idle=idle,
-                lagging=pace.passes,
-                errors=self.errors,
-                error=None if info.get("error") is None else str(info["error"]),
-            )
             self._publish(progress)
             yield progress
-            if status == "concluded":
+            if progress.status == "concluded":
                 return
-            if idle > self._monitor.stall:
-                raise StalledError(
-                    f"the job {self.id} ({self.type}) is {status} and has not moved for "
-                    f"{self._monitor.stall:g} s ({done} of {total} bytes)",
-                    remedy="look whether its storage hangs, or give a longer --stall",
-                )
-            wanted = self.completion_asked or status == "running"
-            if wanted and pace.hopeless(now, converging):
-                raise StalledError(
-                    f"the job {self.id} does not converge: the guest writes faster than it "
-                    f"copies; the distance is {progress.remaining} bytes and has not become "
-                    f"smaller for {converging:g} s",
-                    remedy="let the guest write less, raise --speed, or slow the guest down "
-                    "until the pivot with --throttle-guest RATE",
-                )
-            if full and now - retried > _RETRY:
+            self._check_moves(progress)
+            wanted = self.completion_asked or progress.status == "running"
+            if wanted and course.hopeless(now, converging):
+                raise self._diverging(progress, converging)
+            if course.full and now - retried > _RETRY:
                 retried = now
                 with contextlib.suppress(CommandError):  # it was resumed, or ended, meanwhile
                     await self._verb("resume")
             with contextlib.suppress(StalledError):  # no event is no news
                 self._take(await self._events.get(_TICK))
+
+    def _gone(self) -> Progress:
+        """Return the end of a job that dismisses itself, as its events told it.
+
+        :raise JobError: it does not.
+        """
+        if not self._dismisses_itself:
+            raise JobError(
+                self.id, self.type, "somebody else dismissed it, so that its verdict is lost"
+            )
+        last = self.progress or Progress("", "", 0, 0)
+        return replace(last, status="concluded", phase="ended", eta=None, error=self._verdict)
+
+    def _check_moves(self, progress: Progress) -> None:
+        if progress.idle > self._monitor.stall:
+            raise StalledError(
+                f"the job {self.id} ({self.type}) is {progress.status} and has not moved for "
+                f"{self._monitor.stall:g} s ({progress.done} of {progress.total} bytes)",
+                remedy="look whether its storage hangs, or give a longer --stall",
+            )
+
+    def _diverging(self, progress: Progress, converging: float) -> StalledError:
+        return StalledError(
+            f"the job {self.id} does not converge: the guest writes faster than it "
+            f"copies; the distance is {progress.remaining} bytes and has not become "
+            f"smaller for {converging:g} s",
+            remedy="let the guest write less, raise --speed, or slow the guest down "
+            "until the pivot with --throttle-guest RATE",
+        )
 
     def _take(self, event: Mapping[str, Any]) -> None:
         name, data = event["event"], event["data"]
@@ -369,6 +355,63 @@ class Job:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+class _Course:
+    """How a job comes on, from one look at it to the next. Pure.
+
+    :ivar full: whether it waits for room since it met ENOSPC.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.full = False
+        self._meter = RateMeter()
+        self._pace = Convergence()
+        self._last: tuple[str, int, int] | None = None
+        self._moved = now
+
+    def add(
+        self,
+        info: Mapping[str, Any],
+        now: float,
+        *,
+        completion_asked: bool,
+        ending: bool,
+        errors: int,
+    ) -> Progress:
+        """Take QEMU's records of a job in, and say how far it is.
+
+        :param ending: whether only what leads to its end counts as a move.
+        """
+        status, done, total = str(info["status"]), *_counts(info)
+        # `cont` of a VM that is out of room too resets the job's io-status, and leaves the
+        # job paused: so once full, full until it runs.
+        self.full = status == "paused" and (self.full or info.get("io-status", "ok") != "ok")
+        working = status in _WORKING or (status == "ready" and completion_asked)
+        # A job that is resumed, and finds no room again, has moved; but not to its end.
+        step = ("", done, 0) if ending else (status, done, total)
+        if step != self._last or not (working or ending):
+            self._last, self._moved = step, now
+        self._meter.add(now, done)
+        if status in ("running", "ready"):
+            self._pace.add(now, max(0, total - done))
+        rate = self._meter.rate
+        return Progress(
+            status=status,
+            phase=_phase(status, full=self.full, asked=completion_asked),
+            done=done,
+            total=total,
+            rate=rate,
+            eta=(total - done) / rate if rate > 0 and status == "running" else None,
+            idle=max(0.0, now - self._moved - _rest(info)),
+            lagging=self._pace.passes,
+            errors=errors,
+            error=None if info.get("error") is None else str(info["error"]),
+        )
+
+    def hopeless(self, now: float, converging: float) -> bool:
+        """Whether its passes have not become smaller for so many seconds."""
+        return self._pace.hopeless(now, converging)
 
 
 def _counts(info: Mapping[str, Any]) -> tuple[int, int]:
