@@ -8,7 +8,7 @@ stream that is finalized without a flush can lose data (K6).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qmpblock.changes.leftovers import record_of
 from qmpblock.changes.step import Choice
@@ -24,14 +24,17 @@ from qmpblock.graph.model import JobInfo
 from qmpblock.names import LockKind, is_pivot, lock_kind
 from qmpblock.qemu import lock, ownership, polling
 from qmpblock.qemu.job import Job
-from qmpblock.qemu.jobstate import VERBS, allows
+from qmpblock.qemu.jobstate import VERBS, Verb, allows
 from qmpblock.qemu.lock import Holder
 from qmpblock.recovery import recover
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["find_job", "holder_of", "steer"]
+__all__ = ["Steering", "find_job", "holder_of", "steer"]
+
+#: The verbs of `qmpblock job`.
+Steering = Literal["pause", "resume", "cancel", "complete", "finalize", "dismiss", "speed"]
 
 
 async def find_job(vm: Connection, name: str) -> JobInfo:
@@ -72,10 +75,9 @@ async def holder_of(vm: Connection, job: JobInfo) -> Holder | None:
     return None
 
 
-async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
+async def steer(vm: Connection, name: str, verb: Steering, speed: int = 0) -> str:
     """Apply a verb to a job of ours; return what was done, in a sentence.
 
-    :param verb: `pause`, `resume`, `cancel`, `complete`, `finalize`, `dismiss` or `speed`.
     :param speed: bytes a second, of `speed`; 0 is no limit.
     :raise NotFoundError: there is no such job.
     :raise RequestError: it is not ours, or its status does not allow the verb.
@@ -89,7 +91,7 @@ async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
             standing=UNTOUCHED,
             remedy="whoever started it can steer it",
         )
-    qemus = "set-speed" if verb == "speed" else verb
+    qemus: Verb = "set-speed" if verb == "speed" else verb
     if not allows(job.status, qemus):
         raise RequestError(
             f"the job {name} is {printable(job.status)}, and {verb} takes one that is "
@@ -115,7 +117,7 @@ async def steer(vm: Connection, name: str, verb: str, speed: int = 0) -> str:
         return await _apply(vm, job, verb, speed)
 
 
-async def _apply(vm: Connection, job: JobInfo, verb: str, speed: int) -> str:
+async def _apply(vm: Connection, job: JobInfo, verb: Steering, speed: int) -> str:
     name = job.id
     qemu = Job(vm.monitor, name, job.type)
     try:
@@ -124,7 +126,7 @@ async def _apply(vm: Connection, job: JobInfo, verb: str, speed: int) -> str:
             return (
                 f"{name} runs at {speed} bytes a second at most" if speed else f"{name}: no limit"
             )
-        await vm.monitor.execute(f"job-{verb}", {"id": name})
+        await qemu.send(verb)
     finally:
         qemu.end()
     return f"{verb}: {name}"

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from qmpblock.cli.app import Options, Rate, emit
 from qmpblock.cli.app import command as make_command
 
+if TYPE_CHECKING:
+    from qmpblock.jobcontrol import Steering
+
 __all__ = ["command"]
 
-_VERBS = ("pause", "resume", "cancel", "complete", "finalize", "dismiss", "speed")
+_VERBS: tuple[Steering, ...] = (
+    "pause",
+    "resume",
+    "cancel",
+    "complete",
+    "finalize",
+    "dismiss",
+    "speed",
+)
 
 
 @make_command
@@ -23,7 +35,7 @@ async def command(
     options: Options,
     address: str,
     id: str,  # noqa: A002 - the contract's word
-    verb: str,
+    verb: Steering,
     rate: int | None,
 ) -> None:
     """Steer the job ID, one of ours: pause, resume, cancel, complete, finalize, dismiss.

@@ -20,7 +20,7 @@ from typing import Any
 from qmpblock.cancellation import end_is_wanted
 from qmpblock.errors import CommandError, JobError, StalledError
 from qmpblock.qemu.capabilities import Capabilities
-from qmpblock.qemu.jobstate import ENDED, GONE, allows
+from qmpblock.qemu.jobstate import ENDED, GONE, Verb, allows
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.speed import WINDOW, Convergence, RateMeter
 
@@ -143,14 +143,14 @@ class Job:
 
         :raise CommandError: it is paused already, or its status does not allow it.
         """
-        await self._verb("pause")
+        await self.send("pause")
 
     async def resume(self) -> None:
         """Go on after `pause`.
 
         :raise CommandError: it is not paused.
         """
-        await self._verb("resume")
+        await self.send("resume")
 
     async def set_speed(self, speed: int) -> None:
         """Limit the job to `speed` bytes a second from now on; 0 is no limit.
@@ -234,7 +234,7 @@ class Job:
             if course.full and now - retried > _RETRY:
                 retried = now
                 with contextlib.suppress(CommandError):  # it was resumed, or ended, meanwhile
-                    await self._verb("resume")
+                    await self.send("resume")
             with contextlib.suppress(StalledError):  # no event is no news
                 self._take(await self._events.get(_TICK))
 
@@ -277,11 +277,11 @@ class Job:
 
     async def complete_now(self) -> None:
         """Have a ready job pivot: QEMU then copies the rest, and waits in `pending`."""
-        await self._verb("complete")
+        await self.send("complete")
 
     async def finalize(self) -> None:
         """Let a pending job do what is final."""
-        await self._verb("finalize")
+        await self.send("finalize")
 
     async def cancel(self) -> None:
         """Give the job up: nothing final is done. Idempotent; does not wait for the end.
@@ -291,7 +291,7 @@ class Job:
         info = await self.look()
         if info is not None and allows(str(info["status"]), "cancel"):
             try:
-                await self._verb("cancel")
+                await self.send("cancel")
             except CommandError:
                 now = await self.look()
                 if now is not None and str(now["status"]) not in ENDED:
@@ -301,7 +301,7 @@ class Job:
         """Forget a concluded job. Idempotent."""
         if await self.look() is not None:
             try:
-                await self._verb("dismiss")
+                await self.send("dismiss")
             except CommandError:
                 if await self.look() is not None:
                     raise
@@ -345,7 +345,11 @@ class Job:
         self._over = True
         self._wake()
 
-    async def _verb(self, verb: str) -> None:
+    async def send(self, verb: Verb) -> None:
+        """Have QEMU apply a verb, but for the speed (`set_speed`).
+
+        :raise CommandError: it does not.
+        """
         await self._monitor.execute(f"job-{verb}", {"id": self.id})
 
     def _publish(self, progress: Progress) -> None:

@@ -19,8 +19,12 @@ Two rules make a controller's life bearable, and all of `qmpblock.qemu.job` rest
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
-__all__ = ["ACTIVE", "ENDED", "GONE", "TRANSITIONS", "VERBS", "allows", "may_follow"]
+__all__ = ["ACTIVE", "ENDED", "GONE", "TRANSITIONS", "VERBS", "Verb", "allows", "may_follow"]
+
+#: What may be asked of a job: the commands `job-VERB`, and `block-job-set-speed`.
+Verb = Literal["pause", "resume", "set-speed", "complete", "cancel", "finalize", "dismiss"]
 
 #: What `query-jobs` no longer lists; QMP's name of the state in events.
 GONE = "null"
@@ -46,8 +50,8 @@ ACTIVE = frozenset({"created", "running", "paused", "ready", "standby"})
 #: Statuses from which a job does not come back.
 ENDED = frozenset({"aborting", "concluded", GONE})
 
-#: For each verb (the commands `job-VERB`), the statuses in which QEMU accepts it.
-VERBS: Mapping[str, frozenset[str]] = {
+#: For each verb, the statuses in which QEMU accepts it.
+VERBS: Mapping[Verb, frozenset[str]] = {
     "pause": ACTIVE,
     "resume": ACTIVE,
     "set-speed": ACTIVE,
@@ -58,7 +62,7 @@ VERBS: Mapping[str, frozenset[str]] = {
 }
 
 
-def allows(status: str, verb: str) -> bool:
+def allows(status: str, verb: Verb) -> bool:
     """Whether QEMU accepts `verb` of a job in this status."""
     return status in VERBS[verb]
 
