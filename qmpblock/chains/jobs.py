@@ -36,6 +36,7 @@ from qmpblock.chains.plan import (
     plan_commit,
     plan_stream,
 )
+from qmpblock.chains.readonly import refusal
 from qmpblock.chains.settings import discard_to_restore, lost_by_commit
 from qmpblock.changes.backingproof import check_record
 from qmpblock.changes.change import Change
@@ -64,7 +65,6 @@ from qmpblock.graph.model import Chain, Layer, Node
 from qmpblock.graph.opened import name_suffices, opened
 from qmpblock.graph.places import Place, Places, known
 from qmpblock.graph.sharedfiles import files_of
-from qmpblock.graph.writable import refusal
 from qmpblock.host.filelocks import foreign_users
 from qmpblock.host.imagefiles import home_of
 from qmpblock.host.openfiles import OpenFiles, sees_directory

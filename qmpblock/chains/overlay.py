@@ -47,6 +47,7 @@ from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line
 from qmpblock.host.qemuimg import Contents
 from qmpblock.qemu.job import Job
+from qmpblock.qemu.refusals import no_file, wrong_key
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -151,7 +152,7 @@ async def make_overlay(
     try:
         await execute("blockdev-add", item.node_options(None, fmt))
     except CommandError as error:
-        if ours and plan.key_secret is not None and "password" in error.description:
+        if ours and plan.key_secret is not None and wrong_key(error):
             error.remedy = (
                 f"the secret object {printable(plan.key_secret)} tells of another key than QEMU "
                 "holds: its file was changed since. Write the VM's own key into it"
@@ -243,7 +244,7 @@ async def _have_file_made(vm: Connection, item: Item, size: int) -> None:
     try:
         await vm.monitor.execute("blockdev-add", {**probe, "read-only": True})
     except CommandError as error:
-        if "No such file" not in error.description:
+        if not no_file(error):
             raise
     else:
         await vm.monitor.execute("blockdev-del", {"node-name": item.storage})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.changes.record import Record
 from qmpblock.errors import CommandError, printable
+from qmpblock.qemu.refusals import not_found
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -42,7 +43,7 @@ async def delete_bitmap(vm: Connection, node: str, name: str) -> None:
     try:
         await vm.monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
     except CommandError as error:
-        if "not found" in error.description:
+        if not_found(error):
             return
         if "read-only" not in error.description and "No write access" not in error.description:
             raise

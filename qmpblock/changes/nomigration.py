@@ -23,9 +23,15 @@ import struct
 from pathlib import Path
 
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError
-from qmpblock.export.server import tolerate
 from qmpblock.names import blocker_name
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.refusals import (
+    duplicate_node,
+    migration_in_progress,
+    no_node,
+    not_found,
+    tolerate,
+)
 
 __all__ = ["allow_migration", "forbid_migration"]
 
@@ -61,7 +67,7 @@ async def forbid_migration(monitor: Monitor, run: str) -> bool:
             },
         )
     except CommandError as error:
-        if "in progress" in error.description:
+        if migration_in_progress(error):
             raise UnsupportedError(
                 "this VM is being migrated, or its state saved; its images may change hands at any "
                 "moment",
@@ -69,18 +75,18 @@ async def forbid_migration(monitor: Monitor, run: str) -> bool:
                 remedy="wait for its end, or cancel it (migrate_cancel); then run this again, on "
                 "the VM in which the guest goes on",
             ) from None
-        return "node-name" in error.description  # it is there: that of a run that is carried on
+        return duplicate_node(error)  # it is there: that of a run that is carried on
     finally:
         os.close(fd)
-        await tolerate("not found", monitor.execute("closefd", {"fdname": name}))
+        await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
     return True
 
 
 async def allow_migration(monitor: Monitor, run: str) -> None:
     """Have QEMU migrate again. Idempotent."""
     name = blocker_name(run)
-    await tolerate("Failed to find node", monitor.execute("blockdev-del", {"node-name": name}))
-    await tolerate("not found", monitor.execute("closefd", {"fdname": name}))
+    await tolerate(no_node, monitor.execute("blockdev-del", {"node-name": name}))
+    await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
 
 
 def _descriptor(pid: int, name: str) -> str | None:

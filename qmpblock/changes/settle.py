@@ -30,6 +30,7 @@ from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles, ourfiles
 from qmpblock.names import is_ours
 from qmpblock.qemu.job import Job
+from qmpblock.qemu.refusals import in_use, is_busy, no_node, not_owned
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -144,8 +145,7 @@ async def _delete_node(its: _Settling, step: Step) -> None:
     try:
         await its.vm.monitor.execute("blockdev-del", {"node-name": step.what})
     except CommandError as error:
-        expected = ("not owned by the monitor", "in use", "is busy", "Failed to find node")
-        if not any(words in error.description for words in expected):
+        if not any(expected(error) for expected in (not_owned, in_use, is_busy, no_node)):
             raise
 
 

@@ -18,7 +18,6 @@ from qmpblock.export.server import (
     delete_object,
     is_listening,
     notice_closed,
-    tolerate,
 )
 from qmpblock.export.socketfolder import SocketFolder
 from qmpblock.names import (
@@ -29,6 +28,7 @@ from qmpblock.names import (
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.connection import NBDAccess
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.refusals import already_running, in_use, not_found, not_running, tolerate
 
 __all__ = ["NOTHING_LEFT", "OwnServer"]
 
@@ -128,7 +128,7 @@ class OwnServer:
                 await self._start_server({"type": "fd", "data": {"str": name}})
             except (BusyError, CommandError):
                 # The server takes the descriptor only where it starts.
-                await tolerate("not found", self._monitor.execute("closefd", {"fdname": name}))
+                await tolerate(not_found, self._monitor.execute("closefd", {"fdname": name}))
                 raise
         folder.remove()
 
@@ -155,7 +155,7 @@ class OwnServer:
                     {"type": "inet", "data": {"host": host, "port": str(port)}}, **tls
                 )
             except CommandError as error:
-                if "in use" in error.description and attempt < len(self.ports):
+                if in_use(error) and attempt < len(self.ports):
                     continue
                 raise
             self.where = TCPAddress(host, port)
@@ -169,7 +169,7 @@ class OwnServer:
             await self._monitor.execute("nbd-server-start", {"addr": address, **more})
         except CommandError as error:
             self._runs = False
-            if "already running" in error.description:
+            if already_running(error):
                 raise BusyError(
                     "an NBD server that is not ours already runs in this VM, and QEMU has "
                     "room for one only",
@@ -190,14 +190,14 @@ class OwnServer:
         """See whether the server that runs is this one, where that is in doubt."""
         if self._runs and self._unsure:
             listener = {"fdname": listener_name(self._run)}
-            await tolerate("not found", self._monitor.execute("closefd", listener))
+            await tolerate(not_found, self._monitor.execute("closefd", listener))
             self._runs = await self._is_ours()
 
     async def stop(self) -> None:
         """Stop it, if it runs, and remove what it was started with. Idempotent."""
         if self._runs:
             await notice_closed(self._monitor)
-            await tolerate("not running", self._monitor.execute("nbd-server-stop"))
+            await tolerate(not_running, self._monitor.execute("nbd-server-stop"))
         if self._tls_object:
             await delete_object(self._monitor, credentials_name(self._run))
 

@@ -11,7 +11,7 @@ import logging
 import os
 import posixpath
 import stat
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from qmpblock.names import credentials_name, export_name, is_of_run, is_socket, 
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.refusals import already_shutting_down, in_use, not_found, not_running, tolerate
 from qmpblock.sockets import absolute, open_socket
 
 __all__ = [
@@ -34,22 +35,10 @@ __all__ = [
     "monitor_name",
     "notice_closed",
     "remove_socket",
-    "tolerate",
     "undo_dead_run",
 ]
 
 _log = logging.getLogger(__name__)
-
-
-async def tolerate(words: str, command: Awaitable[Any]) -> bool:
-    """Await a command; False if QEMU refused it with these words."""
-    try:
-        await command
-    except CommandError as error:
-        if words not in error.description:
-            raise
-        return False
-    return True
 
 
 async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "hard") -> bool:
@@ -64,9 +53,9 @@ async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "
         try:
             await monitor.execute("block-export-del", {"id": name, "mode": mode})
         except CommandError as error:
-            if "not found" in error.description:
+            if not_found(error):
                 return False
-            if "already shutting down" not in error.description:
+            if not already_shutting_down(error):
                 raise
         await deleted.get(stall)
     return True
@@ -74,7 +63,7 @@ async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "
 
 async def delete_object(monitor: Monitor, name: str) -> None:
     """Delete a QOM object, if it is there."""
-    await tolerate("not found", monitor.execute("object-del", {"id": name}))
+    await tolerate(not_found, monitor.execute("object-del", {"id": name}))
 
 
 async def notice_closed(monitor: Monitor) -> None:
@@ -202,7 +191,7 @@ class _DeadRun:
                     f"{printable(self._use.monitor)}: it removes the rest",
                 )
             await notice_closed(self._monitor)
-            if await tolerate("not running", self._monitor.execute("nbd-server-stop")):
+            if await tolerate(not_running, self._monitor.execute("nbd-server-stop")):
                 self._removed.append("the NBD server")
         await delete_object(self._monitor, credentials_name(self._run))
 
@@ -240,7 +229,7 @@ class _DeadRun:
 
     async def _close(self, name: str) -> bool:
         """Close a descriptor that QEMU holds; False if it has none of that name."""
-        return await tolerate("not found", self._monitor.execute("closefd", {"fdname": name}))
+        return await tolerate(not_found, self._monitor.execute("closefd", {"fdname": name}))
 
 
 def _counted(number: int, noun: str) -> list[str]:
@@ -290,6 +279,6 @@ async def _delete_dead_export(monitor: Monitor, name: str, stall: float) -> tupl
     try:
         return await delete_export(monitor, name, stall, mode="safe"), False
     except CommandError as error:
-        if "in use" not in error.description:
+        if not in_use(error):
             raise
     return await delete_export(monitor, name, stall), True

@@ -57,7 +57,6 @@ from qmpblock.export.ownserver import NOTHING_LEFT, OwnServer
 from qmpblock.export.server import (
     delete_export,
     monitor_name,
-    tolerate,
     undo_dead_run,
 )
 from qmpblock.graph.model import Device
@@ -77,6 +76,12 @@ from qmpblock.qemu.joint import Joint
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.polling import unpolled
+from qmpblock.qemu.refusals import (
+    iothread_is_fixed,
+    no_node,
+    not_found,
+    tolerate,
+)
 from qmpblock.sockets import open_socket
 
 if TYPE_CHECKING:
@@ -401,7 +406,7 @@ class _Session:
             try:
                 await self.monitor.execute("block-export-add", pinned)
             except CommandError as error:
-                if "Cannot change iothread" not in error.description:
+                if not iothread_is_fixed(error):
                     raise
             else:
                 return
@@ -500,7 +505,7 @@ class _Session:
                 lost |= not await delete_export(self.monitor, slot.name, self.stall)
             for node in _holder(slot) if slot.holder else ():
                 await tolerate(
-                    "Failed to find node",
+                    no_node,
                     self.monitor.execute("blockdev-del", {"node-name": node}),
                 )
         # An export that went away by itself means that somebody stopped our server, and may
@@ -512,7 +517,7 @@ class _Session:
     async def _end_connection(self, slot: _Slot) -> None:
         await slot.close()
         if slot.in_custody:
-            await tolerate("not found", self.monitor.execute("closefd", {"fdname": slot.name}))
+            await tolerate(not_found, self.monitor.execute("closefd", {"fdname": slot.name}))
 
 
 def _holder(slot: _Slot) -> tuple[str, ...]:

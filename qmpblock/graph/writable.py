@@ -1,4 +1,4 @@
-"""What speaks against writing to an image, and why QEMU does not. Pure.
+"""What speaks against writing to an image. Pure.
 
 - **A disk that the VM has for reading only** (`read-only=on`, a CD) is not written to, although
   QEMU would take a snapshot of it, after which it is writable, and commit into it.
@@ -13,15 +13,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from qmpblock.errors import UNTOUCHED, CommandError, Error, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, UnsupportedError, printable
 from qmpblock.graph.model import Device, Layer
-from qmpblock.graph.options import options_of
 
-__all__ = ["check_disk", "check_sound", "refusal"]
-
-_READABLE = frozenset({"curl", "ftp", "ftps", "http", "https"})  # drivers that cannot write
+__all__ = ["check_disk", "check_sound"]
 
 
 def check_disk(device: Device) -> None:
@@ -66,60 +61,4 @@ def check_sound(layer: Layer) -> None:
         standing=UNTOUCHED,
         remedy="stream what it holds into the layer above instead (qmpblock stream); or end the "
         f"VM and repair it: qemu-img check -f {printable(layer.format)} -r all {file}",
-    )
-
-
-def refusal(error: CommandError, layer: Layer, command: Sequence[str]) -> Error:
-    """Say in our words why QEMU did not start a job that writes to a layer, and what to do.
-
-    :param command: QEMU's own command line; empty where it is not known.
-    """
-    said = error.description
-    file = printable(layer.file)
-    node = layer.storage or layer.node
-    name = printable(node.name)
-    if "read-only" not in said and "Read-only" not in said and "ermi" not in said:
-        error.standing = "nothing was changed"
-        return error
-    if "Read-only file system" in said:
-        remedy = f"the file system of {file} is mounted read-only: mount it for writing"
-    elif "Could not open" in said or "Could not reopen" in said:
-        remedy = (
-            f"give whom QEMU runs as the right to write to {file} (owner, mode, chattr, the label "
-            "of SELinux or AppArmor)"
-        )
-    elif _is_told(command, layer):
-        remedy = (
-            f"the VM was started with read-only=on for its storage node {name}; auto-read-only=on "
-            "instead lets jobs write"
-        )
-    elif node.driver == "nbd":
-        remedy = (
-            f"{name} is an NBD client, and the server ({printable(node.filename)}) exports it "
-            "read-only, or the node was added with read-only=on: both must allow writing"
-        )
-    elif node.driver in _READABLE:
-        remedy = f"QEMU cannot write by {node.driver}: copy the image to this host's storage"
-    elif node.driver == "host_device":
-        remedy = (
-            f"is the block device itself read-only (blockdev --getro {printable(node.filename)})? "
-            f"Else its storage node {name} was given read-only=on; auto-read-only=on lets jobs "
-            "write"
-        )
-    else:
-        remedy = (
-            f"its storage node {name} was given read-only=on; auto-read-only=on lets jobs write"
-        )
-    return UnsupportedError(
-        f"QEMU has @{layer.depth} {file} open for reading only: {printable(said)}",
-        standing="nothing was changed",
-        remedy=remedy,
-    )
-
-
-def _is_told(command: Sequence[str], layer: Layer) -> bool:
-    """Whether the command line says that a node of this layer's file is read-only."""
-    return any(
-        options_of(command, node).get("read-only") in (True, "on", "yes", "true")
-        for node in layer.nodes[1:]
     )

@@ -14,6 +14,7 @@ from qmpblock.graph.builder import Replies, build
 from qmpblock.graph.model import BlockGraph
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.refusals import is_ejected, no_command
 
 __all__ = ["Connection", "NBDAccess"]
 
@@ -153,7 +154,7 @@ async def _check_is_vm(monitor: Monitor) -> None:
     try:
         await monitor.execute("query-status")
     except CommandError as error:
-        if error.error_class != "CommandNotFound":
+        if not no_command(error):
             raise
         raise UnsupportedError(
             f"what answers at {monitor.address} is no VM but a storage daemon "
@@ -171,7 +172,7 @@ def _given_up(error: CommandError) -> Error:
     That is so where it found an image corrupt while the guest used it (qcow2): from then on its
     I/O fails, and QEMU says "Block device NODE is ejected" of it.
     """
-    if "is ejected" not in error.description:
+    if not is_ejected(error):
         return error
     return UnsupportedError(
         "QEMU found an image corrupt while the guest used it, and gave it up: "

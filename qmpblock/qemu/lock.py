@@ -36,6 +36,7 @@ from qmpblock.host.processes import boot_id, pid_namespace, start_time
 from qmpblock.names import is_holders_run, is_ours, is_turn_of, turn_name
 from qmpblock.peerjson import read_json
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.refusals import duplicate_object, no_object, not_found
 from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
 from qmpblock.versioned import read as read_fields
 
@@ -257,7 +258,7 @@ async def release(monitor: Monitor, name: str) -> None:
     try:
         await monitor.execute("object-del", {"id": name})
     except CommandError as error:
-        if "not found" not in error.description:
+        if not not_found(error):
             raise
 
 
@@ -328,7 +329,7 @@ async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
     try:
         await monitor.execute("object-add", {"qom-type": "secret", "id": name, "data": me.text()})
     except CommandError as error:
-        if "duplicate" in error.description:
+        if duplicate_object(error):
             return False
         raise
     return True
@@ -369,7 +370,7 @@ async def read(monitor: Monitor, name: str) -> Holder | str | None:
     try:
         text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
     except CommandError as error:
-        if error.error_class == "DeviceNotFound":
+        if no_object(error):
             return None
         raise
     try:

@@ -41,6 +41,7 @@ from qmpblock.qemu import lock
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.refusals import no_object
 
 __all__ = ["Guard", "hold", "let_go", "unpolled"]
 
@@ -312,7 +313,7 @@ async def _set(monitor: Monitor, name: str, value: int) -> None:
             "qom-set", {"path": f"/objects/{name}", "property": "poll-max-ns", "value": value}
         )
     except CommandError as error:
-        if error.error_class != "DeviceNotFound":  # unplugged meanwhile
+        if not no_object(error):  # unplugged meanwhile
             raise
 
 

@@ -1,16 +1,11 @@
-"""What speaks against writing to an image, and the remedy that fits why QEMU does not."""
-
-import json
+"""What speaks against writing to an image."""
 
 import pytest
 from drawing import Drawing, chain
 
 from qmpblock.chains.plan import plan_commit, plan_snapshot, plan_stream
-from qmpblock.errors import CommandError, UnsupportedError
-from qmpblock.graph.writable import check_disk, check_sound, refusal
-
-READ_ONLY = "Block node is read-only"
-FILE = {"driver": "file", "filename": "/i/d1"}
+from qmpblock.errors import UnsupportedError
+from qmpblock.graph.writable import check_disk, check_sound
 
 
 def mark(drawing, node, *, corrupt=False, unclean=False, read_only=True):
@@ -82,59 +77,3 @@ def test_the_header_of_a_corrupt_image_gets_no_other_backing_file():
     graph = mark(chain("d0", "d1", "d2", "d3"), "d1", corrupt=True).graph()
     with pytest.raises(UnsupportedError, match="@1 /i/d1 must not"):
         plan_commit(graph, graph.device("vd0"), "@2", "@3")
-
-
-@pytest.mark.parametrize(
-    ("said", "command", "remedy"),
-    [
-        (READ_ONLY, [], "its storage node d1-f was given read-only=on"),
-        (
-            READ_ONLY,
-            ["-blockdev", json.dumps({**FILE, "node-name": "d1-f", "read-only": True})],
-            "the VM was started with read-only=on for its storage node d1-f",
-        ),
-        (
-            READ_ONLY,
-            ["-blockdev", "driver=file,node-name=d1-f,filename=/i/d1,read-only=on"],
-            "the VM was started with read-only=on",
-        ),
-        (
-            READ_ONLY,
-            ["-blockdev", "driver=file,node-name=d1-f,filename=/i/d1,read-only=off"],
-            "was given read-only=on",
-        ),
-        ("Could not open '/i/d1': Permission denied", [], "give whom QEMU runs as the right"),
-        ("Could not open '/i/d1': Operation not permitted", [], "chattr"),
-        ("Could not open '/i/d1': Read-only file system", [], "mount it for writing"),
-    ],
-)
-def test_the_remedy_fits_the_cause(said, command, remedy):
-    error = refusal(
-        CommandError("block-commit", {}, "x", said), layer(chain("d0", "d1"), 1), command
-    )
-    assert isinstance(error, UnsupportedError)
-    assert remedy in error.remedy
-    assert said in str(error)
-    assert error.standing == "nothing was changed"
-
-
-@pytest.mark.parametrize(
-    ("driver", "remedy"),
-    [
-        ("nbd", r"NBD client, and the server \(nbd://host/x\) exports it read-only"),
-        ("https", "QEMU cannot write by https"),
-        ("host_device", "blockdev --getro nbd://host/x"),
-    ],
-)
-def test_the_remedy_fits_the_storage(driver, remedy):
-    drawing = chain("d0", "d1")
-    drawing.nodes["d1-f"] |= {"drv": driver, "file": "nbd://host/x"}
-    error = refusal(CommandError("block-commit", {}, "x", READ_ONLY), layer(drawing, 1), [])
-    with pytest.raises(UnsupportedError, match=remedy):
-        raise error
-
-
-def test_another_refusal_keeps_qemus_words():
-    said = CommandError("block-commit", {}, "x", "Something else")
-    assert refusal(said, layer(chain("d0", "d1"), 1), []) is said
-    assert said.standing == "nothing was changed"
