@@ -122,60 +122,99 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
     else:
         await _check_free(vm, lock_names([disk.device]))
     layers = await disk.layers()
-    chain = disk.chain
+    active = disk.chain.active
     today = Picture(tuple(one.layer.file for one in layers), tuple(one.map for one in layers))
     base = _base(disk, wanted)
-    facts = Facts(
-        today,
-        chain.active.node.cluster_size or 512,
-        base,
-        like=await _pattern(disk, wanted, layers, base),
-    )
-    refusal: UnsupportedError | None = None
-    staged = False
-    if wanted.allocation in ("full", "like"):
-        try:
-            raw = await raw_file(disk)
-            if raw is None:
-                await check_staged(disk)
-                staged = True
-            else:
-                pid = disk.vm.monitor.peer_pid
-                blank = await asyncio.to_thread(blank_ranges, *raw, disk.size, vm=pid)
-                facts = replace(facts, blank=blank)
-        except UnsupportedError as error:
-            refusal = error  # which matters only if something is to be reserved
+    like = await _pattern(disk, wanted, layers, base)
+    reserving = await _reserving(disk, wanted)
+    facts = Facts(today, active.node.cluster_size or 512, base, like=like, blank=reserving.blank)
     changes = plan_changes(wanted, facts)
-    if changes.steps:
-        check_disk(disk.device)
-    reserves = any(step.verb == "reserve" for step in changes.steps)
-    if reserves and refusal is not None:
-        raise refusal
-    if changes.move or changes.zeros:
-        check_thin(disk)
-    warnings: list[str] = []
-    if staged and reserves:
-        await ownership.ask_for_change(vm, Work("reserve", chain.active.file))
-    if changes.leaving:
-        verb: Verb = "independent" if wanted.independent else "stream"
-        kept = "" if base >= len(layers) else chain.layers[base].file
-        await ownership.ask_for_change(vm, Work(verb, chain.active.file, base=kept))
-        graph = await vm.graph()
-        device = graph.device(disk.device.qom_path)
-        warnings += plan_stream(graph, device, None, wanted.base).warnings
-    recording = [b.name for b in chain.active.node.bitmaps if b.recording]
-    if staged and changes.reserve:
-        warnings += [growth_warning(name, changes.reserve) for name in recording]
-    # A staged commit puts so much beside the image for a while.
-    temporary = min(changes.move + changes.reserve, SLICE) if staged and reserves else 0
+    _check_able(disk, changes, reserving)
+    await _ask_manager(disk, wanted, changes, reserving, base)
+    warnings = await _warnings(disk, wanted, changes, reserving)
     ahead = None
     if wanted.ahead is not None:
         # What is reserved inside a raw disk is room from then on.
-        coming = changes.reserve if facts.blank is not None else 0
+        coming = changes.reserve if reserving.blank is not None else 0
         ahead = await plan_room(disk, wanted.ahead.of(disk.size) or 1, coming)
-    needed = changes.move + changes.reserve + temporary + (ahead.reserve if ahead else 0)
+    needed = changes.move + changes.reserve + (ahead.reserve if ahead else 0)
+    if reserving.staged and changes.reserves:
+        needed += min(changes.move + changes.reserve, SLICE)  # beside the image, for a while
     space = _host_space(disk, wanted)
-    return DiskPlan(wanted, disk.name, today, changes, needed, space, ahead, tuple(warnings))
+    return DiskPlan(wanted, disk.name, today, changes, needed, space, ahead, warnings)
+
+
+@dataclass(frozen=True)
+class _Reserving:
+    """How host space is reserved in the active layer, where the policy may want that.
+
+    :ivar blank: what has none, of a disk that lies in a file as it is.
+    :ivar staged: whether it is done by staged commits.
+    :ivar refusal: why it cannot be; which matters only if something is to be reserved.
+    """
+
+    blank: Ranges | None = None
+    staged: bool = False
+    refusal: UnsupportedError | None = None
+
+
+async def _reserving(disk: Disk, wanted: DiskPolicy) -> _Reserving:
+    if wanted.allocation not in ("full", "like"):
+        return _Reserving()
+    try:
+        raw = await raw_file(disk)
+        if raw is None:
+            await check_staged(disk)
+            return _Reserving(staged=True)
+        pid = disk.vm.monitor.peer_pid
+        return _Reserving(await asyncio.to_thread(blank_ranges, *raw, disk.size, vm=pid))
+    except UnsupportedError as error:
+        return _Reserving(refusal=error)
+
+
+def _check_able(disk: Disk, changes: Changes, reserving: _Reserving) -> None:
+    """Refuse what cannot be done to this disk, or not from here.
+
+    :raise RequestError: it cannot; nothing was touched.
+    """
+    if changes.steps:
+        check_disk(disk.device)
+    if changes.reserves and reserving.refusal is not None:
+        raise reserving.refusal
+    if changes.move or changes.zeros:
+        check_thin(disk)
+
+
+async def _ask_manager(
+    disk: Disk, wanted: DiskPolicy, changes: Changes, reserving: _Reserving, base: int
+) -> None:
+    """See that whoever manages the VM can live with the changes of its chain.
+
+    :raise UnsupportedError: it cannot.
+    """
+    layers, file = disk.chain.layers, disk.chain.active.file
+    if reserving.staged and changes.reserves:
+        await ownership.ask_for_change(disk.vm, Work("reserve", file))
+    if changes.leaving:
+        verb: Verb = "independent" if wanted.independent else "stream"
+        kept = "" if base >= len(layers) else layers[base].file
+        await ownership.ask_for_change(disk.vm, Work(verb, file, base=kept))
+
+
+async def _warnings(
+    disk: Disk, wanted: DiskPolicy, changes: Changes, reserving: _Reserving
+) -> tuple[str, ...]:
+    """Say what the changes do besides; refuse a stream that cannot be."""
+    warnings: list[str] = []
+    if changes.leaving:
+        graph = await disk.vm.graph()
+        device = graph.device(disk.device.qom_path)
+        warnings += plan_stream(graph, device, None, wanted.base).warnings
+    if reserving.staged and changes.reserve:
+        bitmaps = disk.chain.active.node.bitmaps
+        recording = [bitmap.name for bitmap in bitmaps if bitmap.recording]
+        warnings += [growth_warning(name, changes.reserve) for name in recording]
+    return tuple(warnings)
 
 
 async def _check_free(vm: VM, names: tuple[str, ...]) -> None:

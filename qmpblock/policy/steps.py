@@ -98,6 +98,11 @@ class Changes:
         """Bytes that count for the rate."""
         return self.move + self.zeros + self.reserve
 
+    @property
+    def reserves(self) -> bool:
+        """Whether any step reserves host space."""
+        return any(step.verb == "reserve" for step in self.steps)
+
     def seconds(self, speed: int) -> float | None:
         """Return how long that takes at a rate; None at no limit."""
         return self.work / speed if speed else None
