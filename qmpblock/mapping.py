@@ -19,7 +19,7 @@ from qmpblock.errors import (
     RequestError,
     ToolError,
 )
-from qmpblock.graph.model import Chain, Device, Layer
+from qmpblock.graph.model import Chain, DiskDevice, Layer
 from qmpblock.graph.openings import in_part
 from qmpblock.host import imagefiles, space
 from qmpblock.qemu import ownership
@@ -62,7 +62,7 @@ class MappedDisk:
     Its attributes say what was true when it was looked up; its methods look again.
     """
 
-    def __init__(self, vm: Connection, device: Device) -> None:
+    def __init__(self, vm: Connection, device: DiskDevice) -> None:
         self.vm = vm
         self.device = device
 
@@ -77,7 +77,6 @@ class MappedDisk:
     @property
     def chain(self) -> Chain:
         """Filters and layers, when the disk was looked up."""
-        assert self.device.chain is not None  # VM.disk refuses empty drives
         return self.device.chain
 
     @property

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.step import Step
-    from qmpblock.graph.model import Device
+    from qmpblock.graph.model import DiskDevice
     from qmpblock.qemu.job import Progress
     from qmpblock.recovery import Recovery
     from qmpblock.speed import Speed
@@ -77,7 +77,7 @@ class VM(Connection):
     async def disks(self) -> list[Disk]:
         """Return every guest device that has a disk in it."""
         graph = await self.graph()
-        return [Disk(self, device) for device in graph.devices if device.chain is not None]
+        return [Disk(self, device) for device in graph.disks()]
 
     async def disk(self, name: str) -> Disk:
         """Find a disk by qdev id, QOM path, drive id, node name or active image file.
@@ -155,7 +155,7 @@ class Disk(MappedDisk):
 
     vm: VM
 
-    def __init__(self, vm: VM, device: Device) -> None:
+    def __init__(self, vm: VM, device: DiskDevice) -> None:
         super().__init__(vm, device)
 
     async def allocate(

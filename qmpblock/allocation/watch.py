@@ -40,7 +40,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.graph.model import BlockGraph, Device
+from qmpblock.graph.model import BlockGraph, DiskDevice
 from qmpblock.host import imagefiles
 from qmpblock.host.processes import start_time
 from qmpblock.names import ahead_lock_name, is_of_run, is_ours, lock_name, new_run
@@ -255,9 +255,8 @@ class _Watcher:
         self._place, self._seen, self._settled = place, names, False
         return True
 
-    async def _is_passing(self, device: Device) -> bool:
+    async def _is_passing(self, device: DiskDevice) -> bool:
         """Whether the active layer is an overlay of ours that will be gone in a while."""
-        assert device.chain is not None  # graph.device refuses empty drives
         holder = await lock.read(self._vm.monitor, lock_name(device))
         if holder is None:
             return False

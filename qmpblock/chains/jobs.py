@@ -178,7 +178,6 @@ async def commit(
     plan = await _plan(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, CommitPlan)
     run = new_run()
-    assert plan.device.chain is not None  # VM.disk refuses empty drives
     root = plan.device.chain.root.name
     record: Commit | ActiveCommit = await _record_of_commit(disk, plan, run)
     if isinstance(record, ActiveCommit) and plan.leaving:
@@ -239,7 +238,6 @@ async def _with_settings(
 ) -> tuple[CommitPlan, ActiveCommit]:
     """Have the base get what the guest's disk is set to, and say what it will not have."""
     command, device = command_line(vm.monitor.peer_pid), plan.device
-    assert device.chain is not None  # VM.disk refuses empty drives
     lost = lost_by_commit(command, device, plan.base, watched=await is_watched(vm, device))
     now, there = plan.top.node.detect_zeroes, plan.base.node.detect_zeroes
     return replace(plan, warnings=(*plan.warnings, *lost)), replace(
@@ -329,14 +327,12 @@ def _check_copy_on_read(vm: Connection, plan: StreamPlan | CommitPlan) -> None:
     if isinstance(plan, StreamPlan) and plan.leaving:
         check_copy_on_read(vm.capabilities, plan.top)
     elif plan.hidden:
-        assert plan.device.chain is not None  # VM.disk refuses empty drives
         check_copy_on_read(vm.capabilities, plan.device.chain.active)
 
 
 async def _common(disk: MappedDisk, plan: StreamPlan | CommitPlan, run: str) -> dict[str, Any]:
     """Return what the record of either job says."""
     device = plan.device
-    assert device.chain is not None  # VM.disk refuses empty drives
     images = list(host_files(disk.vm, device.chain))
     for layer, name in zip(plan.leaving, plan.names, strict=True):
         if name not in (None, layer.file):
@@ -503,7 +499,7 @@ async def _unchanged(disk: MappedDisk, plan: StreamPlan | CommitPlan, record: Re
     now = graph.device(disk.device.qom_path)
     before = plan.device.chain
     check_idle(now)
-    if now.chain is None or before is None or now.chain.shape != before.shape:
+    if now.chain.shape != before.shape:
         raise GraphError(
             f"the chain of {disk.name} has just been changed by somebody else",
             remedy="look at it, then try again: qmpblock disks ADDRESS",

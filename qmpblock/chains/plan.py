@@ -33,7 +33,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.backingname import check_found, name_of_base
 from qmpblock.graph.layeruse import check_bitmaps, check_readers, overlays_of
-from qmpblock.graph.model import BlockGraph, Chain, Device, Layer
+from qmpblock.graph.model import BlockGraph, Chain, DiskDevice, Layer
 from qmpblock.graph.options import key_secret
 from qmpblock.graph.places import Places
 from qmpblock.graph.sharedfiles import second_nodes
@@ -92,7 +92,7 @@ class StreamPlan:
     :ivar names: what each of `leaving` is called now; None where no name leads to its file.
     """
 
-    device: Device
+    device: DiskDevice
     top: Layer
     base: Layer | None
     leaving: tuple[Layer, ...]
@@ -114,7 +114,7 @@ class CommitPlan:
     :ivar names: as in `StreamPlan`.
     """
 
-    device: Device
+    device: DiskDevice
     top: Layer
     base: Layer
     leaving: tuple[Layer, ...]
@@ -139,7 +139,7 @@ class SnapshotPlan:
     :ivar bitmaps: to add to the overlay, with an empty `node`.
     """
 
-    device: Device
+    device: DiskDevice
     active: Layer
     key_secret: str | None
     bitmaps: tuple[NewBitmap, ...]
@@ -148,7 +148,7 @@ class SnapshotPlan:
 
 def plan_stream(
     graph: BlockGraph,
-    device: Device,
+    device: DiskDevice,
     top: str | None = None,
     base: str | None = None,
     places: Places | None = None,
@@ -161,7 +161,7 @@ def plan_stream(
     :raise RequestError: no such layers, wrong order, or not possible safely.
     :raise BusyError: a job runs on the disk.
     """
-    chain = _chain(device)
+    chain = device.chain
     into = chain.active if top is None else chain.layer(top)
     keep = None if base is None else chain.layer(base)
     if keep is not None and keep.depth <= into.depth:
@@ -199,7 +199,7 @@ def plan_stream(
 
 def plan_commit(
     graph: BlockGraph,
-    device: Device,
+    device: DiskDevice,
     top: str | None = None,
     base: str | None = None,
     places: Places | None = None,
@@ -212,7 +212,7 @@ def plan_commit(
     :raise RequestError: no such layers, wrong order or sizes, or not possible safely.
     :raise BusyError: a job runs on the disk; an InUseError: somebody else uses one of the layers.
     """
-    chain = _chain(device)
+    chain = device.chain
     first = chain.active if top is None else chain.layer(top)
     last = chain.layers[-1] if base is None else chain.layer(base)
     if first.depth == last.depth and (top is None or base is None):
@@ -259,13 +259,13 @@ def plan_commit(
     )
 
 
-def plan_snapshot(graph: BlockGraph, device: Device, fmt: str) -> SnapshotPlan:
+def plan_snapshot(graph: BlockGraph, device: DiskDevice, fmt: str) -> SnapshotPlan:
     """Plan an overlay of format `fmt`.
 
     :raise RequestError: the disk, or this format, cannot have one.
     :raise BusyError: a job runs on the disk.
     """
-    chain = _chain(device)
+    chain = device.chain
     active = chain.active
     check_idle(device)
     check_disk(device)
@@ -296,17 +296,12 @@ def plan_snapshot(graph: BlockGraph, device: Device, fmt: str) -> SnapshotPlan:
     return SnapshotPlan(device, active, secret, tuple(bitmaps), tuple(warnings))
 
 
-def _chain(device: Device) -> Chain:
-    assert device.chain is not None  # BlockGraph.device refuses empty drives
-    return device.chain
-
-
 def _order(chain: Chain) -> str:
     listed = "".join(f"\n  {layer.describe()}" for layer in chain.layers)
     return f"the layers are, the active one first:{listed}"
 
 
-def check_idle(device: Device) -> None:
+def check_idle(device: DiskDevice) -> None:
     """Refuse to work beside a job.
 
     :raise BusyError: one runs on the disk.
@@ -351,14 +346,14 @@ def _check_recorder(layer: Layer) -> None:
         )
 
 
-def _check_unshared(graph: BlockGraph, device: Device, layer: Layer, places: Places) -> None:
+def _check_unshared(graph: BlockGraph, device: DiskDevice, layer: Layer, places: Places) -> None:
     """Refuse to change a layer that something else depends on too.
 
     QEMU refuses some of it, by its permissions; it silently rewires both chains where two
     disks share a middle layer, and changes the content of an overlay that no device uses.
     """
-    for other in graph.devices:
-        if other.qom_path == device.qom_path or other.chain is None:
+    for other in graph.disks():
+        if other.qom_path == device.qom_path:
             continue
         for theirs in other.chain.layers:
             if theirs.node.name == layer.node.name:

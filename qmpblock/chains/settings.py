@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qmpblock.errors import printable
-from qmpblock.graph.model import Chain, Device, Layer
+from qmpblock.graph.model import Chain, DiskDevice, Layer
 from qmpblock.graph.options import aio_of, discard_of, options_of
 
 __all__ = ["discard_to_restore", "lost_by_commit", "lost_by_snapshot", "wanted_discard"]
@@ -44,13 +44,12 @@ def discard_to_restore(command: Sequence[str], chain: Chain, base: Layer) -> str
 
 
 def lost_by_snapshot(
-    command: Sequence[str], device: Device, *, watched: bool = False
+    command: Sequence[str], device: DiskDevice, *, watched: bool = False
 ) -> Iterator[str]:
     """Say what an overlay will not have.
 
     :param watched: whether a write threshold is ours, and follows the guest.
     """
-    assert device.chain is not None  # BlockGraph.device refuses empty drives
     active = device.chain.active
     if _copies_on_read(command, active):
         yield (
@@ -61,10 +60,9 @@ def lost_by_snapshot(
 
 
 def lost_by_commit(
-    command: Sequence[str], device: Device, base: Layer, *, watched: bool = False
+    command: Sequence[str], device: DiskDevice, base: Layer, *, watched: bool = False
 ) -> Iterator[str]:
     """Say what the guest's disk will not have, or have otherwise, when it is on the base."""
-    assert device.chain is not None  # BlockGraph.device refuses empty drives
     active = device.chain.active
     here, there = active.storage or active.node, base.storage or base.node
     for option in ("direct", "no-flush"):
@@ -88,7 +86,7 @@ def _copies_on_read(command: Sequence[str], layer: Layer) -> bool:
     return options_of(command, layer.node).get("copy-on-read") in ("on", "yes", "true")
 
 
-def _threshold(device: Device, active: Layer, *, watched: bool) -> Iterator[str]:
+def _threshold(device: DiskDevice, active: Layer, *, watched: bool) -> Iterator[str]:
     for node in active.nodes:
         if node.write_threshold and not watched:
             yield (

@@ -125,7 +125,7 @@ async def snapshot(
 
 async def _record(vm: Connection, run: str, items: list[Item]) -> Snapshot:
     devices = [item.plan.device for item in items]
-    chains = [host_files(vm, device.chain) for device in devices if device.chain is not None]
+    chains = [host_files(vm, device.chain) for device in devices]
     return Snapshot(
         run=run,
         vm=await identify(vm),
@@ -206,7 +206,6 @@ async def _plan(
     for number, (disk, wanted) in enumerate(overlays.items()):
         device = graph.device(disk.device.qom_path)
         plan = plan_snapshot(graph, device, fmt)
-        assert device.chain is not None  # plan_snapshot refuses empty drives
         lost = lost_by_snapshot(command, device, watched=await is_watched(vm, device))
         plan = replace(plan, warnings=(*plan.warnings, *lost))
         file, local = _overlay_path(pid, wanted)

@@ -27,6 +27,7 @@ from qmpblock.graph.model import (
     BlockGraph,
     Chain,
     Device,
+    DiskDevice,
     Edge,
     JobInfo,
     Layer,
@@ -266,20 +267,7 @@ class _Builder:
         qdev = _text(info, "qdev")
         path = qdev if qdev.startswith("/") else _PERIPHERAL + qdev
         inserted = info.get("inserted")
-        shown = None if inserted is None else _text(_mapping(inserted), "node-name")
-        chain: Chain | None = None
-        works: tuple[JobInfo, ...] = ()
-        exports: tuple[str, ...] = ()
-        if shown is not None and shown in self.seen:
-            chain, works, exports = self.seen[shown]
-        elif shown is not None:
-            chain = self._chain(self._topmost(shown))
-            names = chain.node_names()
-            numbers = {number for name in names for number in self.jobs_at.get(name, ())}
-            works = tuple(jobs[number] for number in sorted(numbers))
-            exports = tuple(sorted(one for name in names for one in self.exports_at.get(name, ())))
-            self.seen[shown] = chain, works, exports
-        return Device(
+        empty = Device(
             id=path.removeprefix(_PERIPHERAL).split("/")[0]
             if path.startswith(_PERIPHERAL)
             else None,
@@ -287,9 +275,25 @@ class _Builder:
             qom_path=path,
             removable=info.get("removable") is True,
             read_only=inserted is not None and _mapping(inserted).get("ro") is True,
-            chain=chain,
-            jobs=works,
-            exports=exports,
+            chain=None,
+        )
+        if inserted is None:
+            return empty
+        shown = _text(_mapping(inserted), "node-name")
+        if shown not in self.seen:
+            chain = self._chain(self._topmost(shown))
+            names = chain.node_names()
+            numbers = {number for name in names for number in self.jobs_at.get(name, ())}
+            works = tuple(jobs[number] for number in sorted(numbers))
+            exports = tuple(sorted(one for name in names for one in self.exports_at.get(name, ())))
+            self.seen[shown] = chain, works, exports
+        return DiskDevice(
+            empty.id,
+            empty.drive,
+            empty.qom_path,
+            empty.removable,
+            empty.read_only,
+            *self.seen[shown],
         )
 
     def _topmost(self, name: str) -> str:

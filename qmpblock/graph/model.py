@@ -11,7 +11,7 @@ each guest device::
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,6 +24,7 @@ __all__ = [
     "BlockGraph",
     "Chain",
     "Device",
+    "DiskDevice",
     "Edge",
     "JobInfo",
     "Layer",
@@ -318,6 +319,13 @@ class Device:
 
 
 @dataclass(frozen=True)
+class DiskDevice(Device):
+    """A device that holds a disk, so that it has a chain."""
+
+    chain: Chain
+
+
+@dataclass(frozen=True)
 class BlockGraph:
     """All nodes, the guest's devices, and the jobs, of one VM at one moment."""
 
@@ -343,8 +351,8 @@ class BlockGraph:
         found = [f"node {printable(parent)}" for parent in self.parents(name)]
         found += [
             f"device {device.describe()}"
-            for device in self.devices
-            if device.chain is not None and device.chain.root.name == name
+            for device in self.disks()
+            if device.chain.root.name == name
         ]
         found += [f"export {printable(key)}" for key, node in self.exports.items() if node == name]
         found += [f"job {printable(job.id)}" for job in self.jobs if name in job.nodes]
@@ -354,19 +362,21 @@ class BlockGraph:
         """Return the job of that id, or None."""
         return next((job for job in self.jobs if job.id == name), None)
 
-    def device(self, text: str) -> Device:
+    def disks(self) -> tuple[DiskDevice, ...]:
+        """Return the devices that hold a disk, in their order."""
+        return tuple(one for one in self.devices if isinstance(one, DiskDevice))
+
+    def device(self, text: str) -> DiskDevice:
         """Find the one device that DISK names (design.md, contracts).
 
         :raise NotFoundError: none matches; lists those that there are.
         :raise AmbiguousError: several match; lists them.
         :raise RequestError: it matches a device with an empty tray.
         """
-        found = [device for device in self.devices if text in device.names()]
+        found: Sequence[Device] = [one for one in self.devices if text in one.names()]
         if not found:
             found = [
-                device
-                for device in self.devices
-                if device.chain is not None and _same_file(text, device.chain.active.file)
+                device for device in self.disks() if _same_file(text, device.chain.active.file)
             ]
         if not found:
             every = [device.describe() for device in self.devices]
@@ -381,9 +391,10 @@ class BlockGraph:
                 [device.describe() for device in found],
                 remedy="name one by its device",
             )
-        if found[0].chain is None:
+        [device] = found
+        if not isinstance(device, DiskDevice):
             raise RequestError(f"{printable(text)} is an empty drive: it holds no disk")
-        return found[0]
+        return device
 
 
 def _same_file(asked: str, recorded: str) -> bool:

@@ -14,19 +14,18 @@
 from __future__ import annotations
 
 from qmpblock.errors import UNTOUCHED, UnsupportedError, printable
-from qmpblock.graph.model import Device, Layer
+from qmpblock.graph.model import DiskDevice, Layer
 
 __all__ = ["check_disk", "check_sound"]
 
 
-def check_disk(device: Device) -> None:
+def check_disk(device: DiskDevice) -> None:
     """Refuse to change a disk that the VM has for reading only.
 
     Frozen layers are read-only by nature; this is about the active one.
 
     :raise UnsupportedError: it has.
     """
-    assert device.chain is not None  # BlockGraph.device refuses empty drives
     active = device.chain.active
     if device.read_only or device.chain.root.read_only or active.node.read_only:
         raise UnsupportedError(

@@ -71,6 +71,13 @@ def test_devices_of_every_kind(version):
     assert "unused" not in by_name  # a -drive that no guest device uses is no disk
 
 
+def test_a_device_with_an_empty_tray_is_no_disk(version):
+    graph = recorded(version, "quiet")
+    empty = [one.name for one in graph.devices if one not in graph.disks()]
+    assert empty == ["cdx"]
+    assert all(one.chain.layers for one in graph.disks())
+
+
 def test_data_file(version):
     layer = recorded(version, "quiet").device("df").chain.active
     assert layer.file == "withdata.qcow2"
