@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.changes.record import Record
 from qmpblock.errors import CommandError, printable
-from qmpblock.qemu.refusals import not_found
+from qmpblock.qemu.refusals import bitmap_is_fixed, not_found
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -45,7 +45,7 @@ async def delete_bitmap(vm: Connection, node: str, name: str) -> None:
     except CommandError as error:
         if not_found(error):
             return
-        if "read-only" not in error.description and "No write access" not in error.description:
+        if not bitmap_is_fixed(error):
             raise
         _log.warning(
             "the dirty bitmap %s stays in %s, which is read-only now: QEMU says %s",

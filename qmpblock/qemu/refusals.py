@@ -19,6 +19,7 @@ from qmpblock.errors import CommandError
 __all__ = [
     "already_running",
     "already_shutting_down",
+    "bitmap_is_fixed",
     "could_not_open",
     "duplicate_node",
     "duplicate_object",
@@ -192,6 +193,15 @@ def read_only_file_system(error: CommandError) -> bool:
 def could_not_open(error: CommandError) -> bool:
     """Whether a file could not be opened as it is to be: "Could not open 'X': ..."."""
     return any(words in error.description for words in ("Could not open", "Could not reopen"))
+
+
+def bitmap_is_fixed(error: CommandError) -> bool:
+    """Whether a persistent dirty bitmap lies in an image that cannot be written to now.
+
+    7.2: "Bitmap 'X' is readonly and cannot be modified"; 11.1: "Cannot remove persistent bitmap
+    'X': no write access to node 'Y'".
+    """
+    return any(words in error.description for words in ("is readonly", "no write access"))
 
 
 def wrong_key(error: CommandError) -> bool:

@@ -11,11 +11,20 @@ from chains import cli
 from disturbed import nothing_of_ours, until
 
 import qmpblock
+from qmpblock.changes.bitmaps import delete_bitmap
 from qmpblock.errors import UnsupportedError
 
 pytestmark = pytest.mark.live
 
 RAW = "about: One.\nimages:\n  - {format: raw, size: 16M, content: [write 0 1M 0xaa]}\n"
+
+
+LAYERS = """\
+about: An image over one that holds a persistent dirty bitmap.
+images:
+  - {size: 16M, content: [write 0 1M 0xaa]}
+  - {}
+"""
 
 
 def files_of(built):
@@ -183,3 +192,18 @@ async def test_the_remedy_for_a_storage_node_that_is_read_only(start_qemu, build
     vm = await start_qemu([], extra=extra)
     said = await remedy(vm)
     assert "was started with read-only=on for its storage node d0-2-file" in said
+
+
+async def test_a_bitmap_that_is_stored_stays_and_that_is_said(start_qemu, build_images, caplog):
+    """Undoing goes on: in an image that is read-only by now nobody can remove it."""
+    built = await build_images(LAYERS)
+    base = built.disks[0].active.chain()[1].path
+    await built.tools.run(built.tools.img, "bitmap", "--add", str(base), "ours")
+    vm = await start_qemu(built)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        await delete_bitmap(controller, "d0-1", "ours")
+        assert "the dirty bitmap ours stays in d0-1, which is read-only now" in caplog.text
+        assert [one.name for one in (await controller.graph()).nodes["d0-1"].bitmaps] == ["ours"]
+        caplog.clear()
+        await delete_bitmap(controller, "d0-1", "not there")
+        assert not caplog.text

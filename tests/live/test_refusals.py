@@ -32,9 +32,11 @@ class Refusals:
         self.tools = tools
         self.seen = set()
 
-    async def make_image(self, name):
+    async def make_image(self, name, *arguments):
         path = self.folder / name
         await self.tools.run(self.tools.img, "create", "-q", "-f", "qcow2", str(path), "1M")
+        for more in arguments:
+            await self.tools.run(self.tools.img, *more, str(path), "kept")
         return path
 
     async def see(self, *names, of, **arguments):
@@ -146,13 +148,15 @@ async def a_migration_under_way(asked):
 
 
 async def images_for_reading_only(asked):
-    base = await asked.make_image("base.qcow2")
+    base = await asked.make_image("base.qcow2", ("bitmap", "--add"))
     overlay = await asked.make_image("overlay.qcow2")
     below = {"driver": "qcow2", "node-name": "below-ro", "read-only": True}
     await asked.vm.execute("blockdev-add", **below, file=file(base, **{"read-only": True}))
     above = {"driver": "qcow2", "node-name": "above-ro", "backing": "below-ro"}
     await asked.vm.execute("blockdev-add", **above, file=file(overlay))
     await asked.see("read_only", of="block-commit", device="above-ro", **{"job-id": "j"})
+    bitmap = {"node": "below-ro", "name": "kept"}
+    await asked.see("bitmap_is_fixed", of="block-dirty-bitmap-remove", **bitmap)
 
 
 async def a_key_that_is_wrong(asked):
@@ -174,7 +178,7 @@ PROVOKE = {
     an_nbd_server: {"not_running", "in_use", "already_running"},
     an_export_with_a_client: {"in_use", "already_shutting_down"},
     a_thread_of_its_own: {"iothread_is_fixed"},
-    images_for_reading_only: {"read_only"},
+    images_for_reading_only: {"read_only", "bitmap_is_fixed"},
     a_key_that_is_wrong: {"wrong_key"},
     a_migration_under_way: {"migration_in_progress"},
 }
