@@ -568,6 +568,14 @@ def read_header_naively(arena: Arena) -> None:
         subprocess.run(command, check=True, capture_output=True)
 
 
+def read_what_lies_below_naively(arena: Arena) -> None:
+    """See that what the header names is hers; then map both."""
+    below = arena.eve / "below"
+    if below.lstat().st_uid == EVE and not below.is_symlink():
+        command = ["qemu-img", "map", "-f", "qcow2", "--output=json", str(arena.disk)]
+        subprocess.run(command, check=True, capture_output=True)
+
+
 def _an_overlay(arena: Arena) -> None:
     _two_headers(arena)
     over(arena.eve / "top", "disk", "qcow2")
@@ -679,6 +687,14 @@ RACES = {
     ),
     "backing name": Race(
         REWRITES_THE_HEADER, read_header, read_header_naively, 1e-3, _two_backing_names, slow=True
+    ),
+    "backing file": Race(
+        SWAPS_THE_FILE.replace("disk", "below"),
+        read_header,
+        read_what_lies_below_naively,
+        1e-3,
+        _two_backing_names,
+        slow=True,
     ),
     "commit": Race(REWRITES_THE_HEADER, commit, commit_naively, 1e-3, _an_overlay, slow=True),
     "commit into another": Race(

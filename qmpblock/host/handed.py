@@ -8,7 +8,8 @@ gives no right to it (O_PATH)::
     {"driver": "qcow2", "file": {"driver": "file", "filename": "/i/top.qcow2"}, "backing": null}
     {"driver": "qcow2", "file": {"driver": "file", "filename": "/proc/self/fd/7"}, "backing": null}
 
-The tool opens that as the image's owner, or as the user of the QEMU that has it open, and what
+The tool opens that as whoever may write to the image, its owner as a rule, or as the user of the
+QEMU that has it open, and what
 another file says it has to be able to come to by that name (`qmpblock.host.confined`). Every image
 below and every data file is stated, so that no header's word for it counts.
 """
@@ -21,6 +22,7 @@ import posixpath
 import re
 import shutil
 import stat
+import struct
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +54,10 @@ _OPEN_TO_THEM = (
     "if it is theirs to read, give them the right to it, and to the directories above it; if not, "
     "no header of theirs should name it"
 )
+_NOBODY = 65534  # who owns nothing
+# linux/posix_acl.h, posix_acl_xattr.h
+_ACL_USER, _ACL_GROUP = 0x02, 0x08
+_ACL_ENTRY = struct.Struct("<HHI")  # tag, what is allowed, of whom
 _PROTOCOL = re.compile(r"[^/]*:")  # as QEMU takes a name for one
 
 
@@ -88,9 +94,32 @@ class User:
 
     @classmethod
     def of_file(cls, fd: int) -> User:
-        """Tell whose a file is."""
+        """Tell whose a file is: who has written what its header says.
+
+        Of a file of root's to which others may write, that is them: somebody of its group, or
+        anybody.
+        """
         status = os.fstat(fd)
-        return cls(status.st_uid, status.st_gid)
+        owner = cls(status.st_uid, status.st_gid)
+        if owner.uid or not status.st_mode & 0o022:
+            return owner
+        if status.st_mode & 0o002:
+            return cls(_NOBODY, _NOBODY)
+        writers = {cls(_NOBODY, owner.gid)} if owner.gid else set()
+        writers |= {
+            cls(who, _NOBODY) if tag == _ACL_USER else cls(_NOBODY, who)
+            for tag, allowed, who in _access_list(fd)
+            if tag in (_ACL_USER, _ACL_GROUP) and allowed & os.W_OK
+        }
+        if len(writers) > 1:
+            return cls(_NOBODY, _NOBODY)  # one of them has; what all may read, is followed
+        return writers.pop() if writers else owner
+
+    def describe(self) -> str:
+        """Say who it is, for people."""
+        if self.uid != _NOBODY:
+            return f"user {self.uid}"
+        return "everybody" if self.gid == _NOBODY else f"the group {self.gid}"
 
     def __str__(self) -> str:
         return f"{self.uid}:{self.gid}:{','.join(str(one) for one in self.groups)}"
@@ -306,7 +335,7 @@ class HandedFiles(contextlib.ExitStack):
             raise UnsupportedError(
                 f"{printable(text, 2000)}: "
                 + ("the VM runs as" if self._open_in_vm is not None else "the image belongs to")
-                + f" user {whose.uid}, who may not open it, and root does not do it instead",
+                + f" {whose.describe()}, who may not open it, and root does not do it instead",
                 remedy=_OPEN_TO_THEM,
             )
 
@@ -426,6 +455,15 @@ def _not_local(name: str) -> UnsupportedError:
         f"{printable(name)} is not a local file",
         remedy="map it through the monitor of a VM that has it open",
     )
+
+
+def _access_list(fd: int) -> list[tuple[int, int, int]]:
+    """Return the entries of a file's access control list (acl(5))."""
+    try:
+        found = os.getxattr(f"/proc/self/fd/{fd}", "system.posix_acl_access")
+        return list(_ACL_ENTRY.iter_unpack(found[4:]))
+    except (OSError, struct.error):
+        return []  # it has none
 
 
 def _is_device(status: os.stat_result) -> bool:

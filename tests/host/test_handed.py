@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -23,6 +24,7 @@ from headers_of_eve import (
     backing,
     data_file,
     described,
+    described_file,
     extents,
     in_file,
     open_to_all,
@@ -84,6 +86,64 @@ async def test_root_does_not_follow_a_header_for_its_owner(header, place, server
     assert time.monotonic() - began < 4
     assert not place.opened()
     assert place.secret.read_bytes() == SECRET
+
+
+@pytest.mark.parametrize(("group", "mode"), [(EVE, 0o660), (0, 0o666)])
+@pytest.mark.parametrize("header", [data_file, backing, described_file, extents])
+async def test_nor_for_root_where_others_may_write_to_the_image(header, group, mode, place, server):
+    """An image of root's in a group of QEMU's user: who has broken out has written its header."""
+    header(place, server)
+    top = place.finish()
+    for file in place.eve.iterdir():
+        os.chown(file, 0, group)
+        file.chmod(mode)
+    who = f"the group {group}" if group else "everybody"
+    with pytest.raises(UnsupportedError, match=f"the image belongs to {who}, who may not open it"):
+        await look(top)
+    assert not place.opened()
+
+
+def test_who_may_write_to_a_file_of_roots(tmp_path):
+    path, nobody = tmp_path / "image", 65534
+    path.touch()
+
+    def whose(mode, group=0, *entries):
+        os.chown(path, 0, group)
+        path.chmod(mode)
+        if entries:
+            # Owner, those, the owning group, all that any of them may, others.
+            whole = [(1, 6, 2**32 - 1), *entries, (4, 0, 2**32 - 1)]
+            whole += [(16, 6, 2**32 - 1), (32, 0, 2**32 - 1)]
+            packed = b"".join(struct.pack("<HHI", *one) for one in sorted(whole))
+            os.setxattr(path, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+        fd = os.open(path, os.O_PATH)
+        try:
+            return User.of_file(fd)
+        finally:
+            os.close(fd)
+
+    assert whose(0o644, EVE) == User(0, EVE)
+    assert whose(0o660) == User(0, 0)  # root's own group
+    assert whose(0o660, EVE) == User(nobody, EVE)
+    assert whose(0o666, EVE) == User(nobody, nobody)
+    try:
+        assert whose(0o660, 0, (2, 6, EVE)) == User(EVE, nobody)
+    except OSError as error:
+        pytest.skip(f"no access control lists here: {error.strerror}")
+    assert whose(0o660, 0, (2, 4, EVE)) == User(0, 0)  # she may read
+    assert whose(0o660, 0, (8, 6, EVE)) == User(nobody, EVE)
+    assert whose(0o660, 0, (2, 6, EVE), (2, 6, EVE + 1)) == User(nobody, nobody)
+
+
+async def test_what_the_group_may_read_is_followed(place):
+    place.hers.write_bytes(b"x" * 65536)
+    over(place.top, place.hers)
+    place.finish()
+    place.eve.chmod(0o750)
+    for file in place.eve.iterdir():
+        os.chown(file, 0, EVE)
+        file.chmod(0o660)
+    assert (await look(place.top)).where(depth=1, data=True).total == 65536
 
 
 async def test_the_test_sees_what_is_opened(place):
