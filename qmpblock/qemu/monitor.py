@@ -175,6 +175,16 @@ class _Client(QMPClient):
         self.unlogged = False
         self.broken = ""  # how the peer broke the protocol
 
+    @classmethod
+    def make_execute_msg(
+        cls, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False
+    ) -> Message:
+        """Make a command, which is written out when it is sent, and not here too."""
+        words: dict[str, object] = {"exec-oob" if oob else "execute": cmd}
+        if arguments is not None:
+            words["arguments"] = arguments
+        return Message(words, eager=False)
+
     def _cb_outbound(self, msg: Message) -> Message:
         return super()._cb_outbound(msg) if self._is_logged() else msg
 
