@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "examine_host", "examine_vm", "no_monitor"]
 
 _NEWEST_TOO_OLD = (7, 1)  # of qemu-img; as of QEMU itself (README)
-_SOCKET_ROOM = (
-    76  # bytes that a temporary directory's name may have, for a socket in a folder of it
-)
 _CREATE_RULESET = 444  # landlock_create_ruleset(2), on every architecture
 _SECCOMP = Path("/proc/sys/kernel/seccomp/actions_avail")
 #: What the VM's process and its open files are looked at for.

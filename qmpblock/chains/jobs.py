@@ -83,7 +83,6 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "carry_on", "commit", "stream"]
 
 _ATTEMPTS = 4  # at making hidden zeros explicit while the guest discards
-_PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -45,7 +44,6 @@ __all__ = [
     "pivot",
 ]
 
-_log = logging.getLogger(__name__)
 _PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
 
 
