@@ -87,17 +87,17 @@ async def examine_vm(vm: VM) -> list[Finding]:
     version = await monitor.execute("query-version")
     numbers = version.get("qemu", {})
     said = ".".join(str(numbers.get(part)) for part in ("major", "minor", "micro"))
-    found = [Finding("monitor", False, f"QEMU {printable(said)} answers", "every command")]
+    findings = [Finding("monitor", False, f"QEMU {printable(said)} answers", "every command")]
     pid = monitor.peer_pid
     local = isinstance(monitor.address, UnixAddress)
-    found.append(_process(pid, local=local))
+    findings.append(_process(pid, local=local))
     files = OpenFiles(pid)
-    found.append(_open_files(files))
+    findings.append(_open_files(files))
     if files.blind is None and files.is_qemu:
         for device in (await vm.graph()).devices:
             if device.chain is not None:
-                found += _images(files, device.name, device.chain.layers)
-    return found
+                findings += _images(files, device.name, device.chain.layers)
+    return findings
 
 
 def _program(name: str, needed_for: str) -> Finding:

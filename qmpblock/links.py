@@ -36,7 +36,7 @@ def walk(path: Path, wanted: int, *, search: bool = False) -> int:
             name = todo.pop()
             if search:
                 _check_links(at, path, links, os.X_OK)
-            found, owner, target = _step(at, name)
+            next_fd, owner, target = _step(at, name)
             if target is not None:
                 passed += 1
                 if passed > _MOST:
@@ -45,9 +45,9 @@ def walk(path: Path, wanted: int, *, search: bool = False) -> int:
                 todo += reversed(target.parts)
                 if not target.is_absolute():
                     continue
-                found = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
+                next_fd = os.open(todo.pop(), _LOOK | os.O_DIRECTORY)
             os.close(at)
-            at = found
+            at = next_fd
         _check_links(at, path, links, wanted)
     except BaseException:
         os.close(at)

@@ -189,14 +189,14 @@ _INCUS_SOCKET = re.compile(r"/(incus|lxd)/(?:[^,]*/)?([^/,]+)/qemu\.(?:monitor|q
 
 def _incus(traits: Traits) -> Manager | None:
     names = (*traits.nodes, *traits.devices)
-    found = next((match for match in map(_INCUS.fullmatch, names) if match), None)
+    node = next((match for match in map(_INCUS.fullmatch, names) if match), None)
     sockets = map(_INCUS_SOCKET.search, traits.chardevs.values())
     socket = next((match for match in sockets if match), None)
-    match = found or socket
+    match = node or socket
     if match is None:
         return None
     kind = "Incus" if match[1] == "incus" else "LXD"
-    where = "the node or device" if found else "the socket"
+    where = "the node or device" if node else "the socket"
     return Manager(kind, traits.name, f"{where} {match[0].lstrip('/')}")
 
 

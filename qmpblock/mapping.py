@@ -122,9 +122,9 @@ class MappedDisk:
             # A foreign snapshot silently redirects an export to the overlay (F6),
             # and the map is of neither chain then.
             async with self._unless_changed(chain), exported(self, [chain.active]) as [client]:
-                found = await read_map(client, chain, start, count)
+                seen = await read_map(client, chain, start, count)
             if self.chain.shape == chain.shape:
-                return self._mark_reserved(found, chain) if reserved else found
+                return self._mark_reserved(seen, chain) if reserved else seen
         raise GraphError(
             f"the chain of {self.name} changed during each of {_ATTEMPTS} maps",
             standing="nothing of ours is left in the VM",
@@ -143,17 +143,17 @@ class MappedDisk:
             await self._unveiled()
             chain, busy = self.chain, bool(self.device.jobs)
             # A job may be writing to a layer that only looks frozen.
-            found = await self._frozen_layers(chain) if local and not busy else {}
-            through_qemu = [layer for layer in chain.layers if layer.depth not in found]
+            maps = await self._frozen_layers(chain) if local and not busy else {}
+            through_qemu = [layer for layer in chain.layers if layer.depth not in maps]
             async with self._unless_changed(chain):
                 for first in range(0, len(through_qemu), _BATCH):
                     batch = through_qemu[first : first + _BATCH]
                     async with exported(self, batch) as clients:
                         for layer, client in zip(batch, clients, strict=True):
-                            found[layer.depth] = await _read_layer(client, chain, layer)
+                            maps[layer.depth] = await _read_layer(client, chain, layer)
             if self.chain.shape == chain.shape and (busy or not self.device.jobs):
                 return tuple(
-                    self._layer_reserved(found[depth]) for depth in range(len(chain.layers))
+                    self._layer_reserved(maps[depth]) for depth in range(len(chain.layers))
                 )
         raise GraphError(f"the chain of {self.name} changed during each of {_ATTEMPTS} maps")
 
@@ -205,8 +205,8 @@ class MappedDisk:
             tasks = [
                 group.create_task(self._frozen_layer(layer, few)) for layer in chain.layers[1:]
             ]
-        found = [task.result() for task in tasks]
-        return {one.layer.depth: one for one in found if one is not None}
+        maps = [task.result() for task in tasks]
+        return {one.layer.depth: one for one in maps if one is not None}
 
     async def _frozen_layer(self, layer: Layer, few: asyncio.Semaphore) -> LayerMap | None:
         """Map a frozen layer with qemu-img; None where QEMU itself is to be asked."""
@@ -224,19 +224,19 @@ class MappedDisk:
                 return None  # no qemu-img here, or one that cannot
         return LayerMap(layer, seen.own(), "qemu-img") if seen.stop == layer.size else None
 
-    def _layer_reserved(self, found: LayerMap) -> LayerMap:
-        ranges = self._fallocated(found.layer)
+    def _layer_reserved(self, seen: LayerMap) -> LayerMap:
+        ranges = self._fallocated(seen.layer)
         if ranges is None:
-            return found
-        return LayerMap(found.layer, found.map.with_reserved(ranges), found.source)
+            return seen
+        return LayerMap(seen.layer, seen.map.with_reserved(ranges), seen.source)
 
-    def _mark_reserved(self, found: AllocationMap, chain: Chain) -> AllocationMap:
+    def _mark_reserved(self, seen: AllocationMap, chain: Chain) -> AllocationMap:
         for layer in chain.layers:
             ranges = self._fallocated(layer)
             if ranges is not None:
-                supplied = found.where(depth=layer.depth, present=True)
-                found = found.with_reserved(ranges.intersection(supplied))
-        return found
+                supplied = seen.where(depth=layer.depth, present=True)
+                seen = seen.with_reserved(ranges.intersection(supplied))
+        return seen
 
     def _fallocated(self, layer: Layer) -> Ranges | None:
         if layer.format != "raw" or in_part(layer):
@@ -327,7 +327,7 @@ async def _read_map(
         ]
     from qmpblock.extents.allocationmap import AllocationMap
 
-    found = [part.result() for part in parts]
-    if not found:
+    maps = [part.result() for part in parts]
+    if not maps:
         return AllocationMap.uniform(offset, 0, layers=levels[-1] + 1)
-    return AllocationMap.concat(found).coalesce().clip(offset, length)
+    return AllocationMap.concat(maps).coalesce().clip(offset, length)

@@ -49,7 +49,7 @@ def read_json(data: bytes) -> Any:
     many_digits = b"0" * _SHORT in data.translate(_DIGITS_ALIKE)
     decoder = _CAREFUL if many_digits else _QUICK
     try:
-        found = decoder.decode(data.decode("utf-8"))
+        document = decoder.decode(data.decode("utf-8"))
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
@@ -57,19 +57,19 @@ def read_json(data: bytes) -> Any:
     except UnicodeDecodeError:
         raise RefusedError("it is not UTF-8") from None
     if len(data) > MOST_LEVELS:
-        _check_depth(found)
+        _check_depth(document)
     if b"\\" in data and b"\\u" in data:  # the first alone is found much faster
-        for text in _texts(found):
+        for text in _texts(document):
             _check_text(text)
-    return found
+    return document
 
 
 def _too_deep() -> RefusedError:
     return RefusedError(f"it is nested more than {MOST_LEVELS} levels deep")
 
 
-def _check_depth(found: Any) -> None:
-    level = [found] if isinstance(found, dict | list) else []
+def _check_depth(document: Any) -> None:
+    level = [document] if isinstance(document, dict | list) else []
     for _ in range(MOST_LEVELS):
         level = [
             one
@@ -82,8 +82,8 @@ def _check_depth(found: Any) -> None:
     raise _too_deep()
 
 
-def _texts(found: Any) -> Iterator[str]:
-    todo = [found]
+def _texts(document: Any) -> Iterator[str]:
+    todo = [document]
     while todo:
         item = todo.pop()
         if isinstance(item, str):

@@ -187,8 +187,8 @@ class Ranges:
         return Ranges._of(points[inside != before])
 
     def _holds(self, points: _Edges) -> _Mask:
-        found = np.searchsorted(self._edges, points, side="right")
-        return (found & 1).astype(np.bool_)
+        index = np.searchsorted(self._edges, points, side="right")
+        return (index & 1).astype(np.bool_)
 
 
 def _unit(size: int) -> int:

@@ -31,13 +31,13 @@ async def open_socket(address: Address) -> socket.socket:
     """
     if isinstance(address, UnixAddress):
         return await _connect(socket.AF_UNIX, address.path)
-    found = await asyncio.get_running_loop().getaddrinfo(
+    addresses = await asyncio.get_running_loop().getaddrinfo(
         address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
     )
-    for family, _, _, _, target in found[:-1]:
+    for family, _, _, _, target in addresses[:-1]:
         with contextlib.suppress(OSError):
             return await _connect(family, target)
-    return await _connect(found[-1][0], found[-1][4])
+    return await _connect(addresses[-1][0], addresses[-1][4])
 
 
 async def _connect(family: int, target: Any) -> socket.socket:
@@ -63,15 +63,15 @@ async def _connect_unix(sock: socket.socket, path: str) -> None:
     The event loop's own sock_connect takes EAGAIN for "under way", which on a UNIX socket it never
     is (connect(2)), and says connected.
     """
-    found = walk(Path(path), os.W_OK, search=True) if os.geteuid() == 0 else -1
+    pinned = walk(Path(path), os.W_OK, search=True) if os.geteuid() == 0 else -1
     try:
         while True:
             try:
-                sock.connect(path if found < 0 else f"/proc/self/fd/{found}")
+                sock.connect(path if pinned < 0 else f"/proc/self/fd/{pinned}")
             except BlockingIOError:
                 await asyncio.sleep(_FULL)
             else:
                 return
     finally:
-        if found >= 0:
-            os.close(found)
+        if pinned >= 0:
+            os.close(pinned)

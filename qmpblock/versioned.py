@@ -73,14 +73,14 @@ def writer(data: Any) -> str:
 
 def plain(value: Any) -> dict[str, Any]:
     """Return a dataclass as JSON values, with what this version does not know in its place."""
-    found: dict[str, Any] = {}
+    kept: dict[str, Any] = {}
     for one in fields(value):
         item = getattr(value, one.name)
         if one.name == MORE:
-            found = {**item, **found}
+            kept = {**item, **kept}
         else:
-            found[one.name] = plain(item) if hasattr(item, "__dataclass_fields__") else item
-    return found
+            kept[one.name] = plain(item) if hasattr(item, "__dataclass_fields__") else item
+    return kept
 
 
 def read(kind: type[T], data: Any) -> T:

@@ -102,7 +102,7 @@ async def allocate_ranges(
     started = time.monotonic()
     check_disk(disk.device)
     span = _span(where) if where else (0, 0)
-    found = AllocationResult(disk.name, *span, *span)
+    result = AllocationResult(disk.name, *span, *span)
     raw = await raw_file(disk) if full else None
     pid = disk.vm.monitor.peer_pid or 0  # it has one, where a file is local
     if raw is not None:
@@ -115,7 +115,7 @@ async def allocate_ranges(
             check_reservable(file, pid, [(0, where.total)], grows=True)
         await ownership.ask_for_change(disk.vm, Work("reserve", disk.chain.active.file))
     if not where:
-        return found
+        return result
     speed = speed or Speed()
     staged = full and raw is None
     said = _Said(warn)
@@ -123,7 +123,7 @@ async def allocate_ranges(
     if len(disk.chain.layers) > 1:
         async with allocator(disk) as thin:
             allocated, already = await thin.allocate_ranges(where, speed=speed, progress=progress)
-        found = replace(found, allocated=allocated, already=already)
+        result = replace(result, allocated=allocated, already=already)
         if growing:  # data that came up and turned out to be zeros will be reserved, too
             growing = await _tell_growth(disk, where, said, growing)
     if full:
@@ -131,16 +131,16 @@ async def allocate_ranges(
         if raw is not None:
             await ownership.ask(disk.vm.monitor, [disk.device], standing=None)
             done = await reserve_ranges(file, pid, in_file, speed=speed, tell=meter.set)
-            found = replace(found, reserved=done)
+            result = replace(result, reserved=done)
             await _prove_raw(disk, where, raw, said)
         else:
             done, held, had = await reserve_by_staging(disk, where, speed=speed, tell=meter.set)
             if not done:
                 said.forget()  # no bitmap grew
-            found = replace(found, reserved=done, held=held)
+            result = replace(result, reserved=done, held=held)
             await _prove_staged(disk, where, had, said)
     seconds = time.monotonic() - started
-    return replace(found, seconds=seconds, warnings=tuple(said.warnings))
+    return replace(result, seconds=seconds, warnings=tuple(said.warnings))
 
 
 def _span(where: Ranges) -> tuple[int, int]:
@@ -179,13 +179,13 @@ async def _tell_growth(
         return {}
     seen = await disk.map(*_span(where))
     wanted = dataless(seen, active.cluster_size or 512, disk.size) & where
-    found = {}
+    growth = {}
     for bitmap in recording:
-        found[bitmap.name] = total = wanted.align_out(bitmap.granularity, disk.size).total
+        growth[bitmap.name] = total = wanted.align_out(bitmap.granularity, disk.size).total
         if total <= (before or {}).get(bitmap.name, 0):
             continue
         said(growth_warning(bitmap.name, total))
-    return found
+    return growth
 
 
 async def _prove_raw(disk: MappedDisk, where: Ranges, raw: tuple[str, int], said: _Said) -> None:

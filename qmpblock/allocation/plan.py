@@ -97,7 +97,7 @@ def requests(
     data = (wanted & amap.data()).align_out(cluster, size)
     zeros = wanted.align_out(cluster, size) - data
     steps = [max(cluster, most - most % cluster) for most in (limit, max(limit, zero_limit))]
-    found = [Batch(start, stop, True) for start, stop in data.split(steps[0])]
-    found += [Batch(start, stop, False) for start, stop in zeros.split(steps[1])]
-    found.sort(key=lambda batch: batch.start)
-    yield from found
+    batches = [Batch(start, stop, True) for start, stop in data.split(steps[0])]
+    batches += [Batch(start, stop, False) for start, stop in zeros.split(steps[1])]
+    batches.sort(key=lambda batch: batch.start)
+    yield from batches

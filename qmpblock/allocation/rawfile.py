@@ -100,8 +100,8 @@ async def _format_specific(disk: MappedDisk, layer: Layer) -> dict[str, Any]:
     nodes = await disk.vm.monitor.execute("query-named-block-nodes", {"flat": True})
     for node in nodes:
         if node["node-name"] == layer.node.name:
-            found = node["image"].get("format-specific", {}).get("data", {})
-            return dict(found) if isinstance(found, dict) else {}
+            data = node["image"].get("format-specific", {}).get("data", {})
+            return dict(data) if isinstance(data, dict) else {}
     return {}
 
 

@@ -196,9 +196,9 @@ async def find_place(disk: MappedDisk) -> Place:
     check_disk(disk.device)
     active, pid = disk.chain.active, disk.vm.monitor.peer_pid or 0  # without one, no file is local
     if active.format in ("raw", "luks"):
-        found = await raw_file(disk)
-        assert found is not None  # it stores data as it is
-        file, start = found
+        place = await raw_file(disk)
+        assert place is not None  # it stores data as it is
+        file, start = place
         return Place(file, pid, active, start, disk.size)
     if active.data_file is not None:
         # A guest's byte lies at its own offset there, whatever data_file_raw says.

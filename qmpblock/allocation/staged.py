@@ -224,15 +224,15 @@ def _written(disk: MappedDisk, file: str) -> tuple[tuple[str, int], ...]:
     Each with its inode, by what the VM has open.
     """
     active, files = disk.chain.active, OpenFiles(disk.vm.monitor.peer_pid)
-    found = []
+    names = []
     for node, name in ((active.storage, file), (active.data_file, None)):
         place = files.place(node) if node is not None else None
         if isinstance(place, Place):
             # Of a block device, what a name of it had; it is told by its number otherwise.
             inode = place.file.inode
             inode = Path(place.here).stat().st_ino if inode is None else inode
-            found.append((name or place.here, inode))
-    return tuple(found)
+            names.append((name or place.here, inode))
+    return tuple(names)
 
 
 def _open_home(disk: MappedDisk, file: str) -> Directory:

@@ -136,13 +136,13 @@ class Allocator:
         size = self._client.size
         offset, length = check_range(size, offset, length)
         first, count = rounded(offset, length, self._active.node.cluster_size or 512, size)
-        found = AllocationResult(self._disk.name, offset, length, first, count)
+        result = AllocationResult(self._disk.name, offset, length, first, count)
         if count:
             where = Ranges([(first, first + count)])
             async with self._unless_moved():
                 done, already = await self._bring_up(where, Speed(), None)
-            found = replace(found, allocated=done, already=already)
-        return replace(found, seconds=time.monotonic() - started)
+            result = replace(result, allocated=done, already=already)
+        return replace(result, seconds=time.monotonic() - started)
 
     async def allocate_ranges(
         self,
@@ -291,8 +291,8 @@ async def open_allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
     await make_way(disk.vm, lock_names([disk.device]))
     await disk.refresh()
     check_disk(disk.device)
-    async with allocator(disk) as found:
-        yield found
+    async with allocator(disk) as opened:
+        yield opened
 
 
 @asynccontextmanager
@@ -321,10 +321,10 @@ async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
         async with exported(
             disk, [active], hold_writer=active.data_file is not None, in_flight=_IN_FLIGHT
         ) as [client]:
-            found = Allocator(disk, client)
-            yield found
-            if found.unseen:
-                await found.verify()
+            made = Allocator(disk, client)
+            yield made
+            if made.unseen:
+                await made.verify()
         await undisturbed(change.end())
 
 

@@ -206,14 +206,14 @@ class _Watcher:
 
         :raise UnsupportedError: it has gone through: the room is the destination's to keep.
         """
-        found = await ownership.look(self._vm.monitor, [self._disk.device])
-        if found.owner not in (Owner.THIS, Owner.LEAVING):
+        situation = await ownership.look(self._vm.monitor, [self._disk.device])
+        if situation.owner not in (Owner.THIS, Owner.LEAVING):
             raise UnsupportedError(
-                found.why,
+                situation.why,
                 standing="what is reserved stays so, and nothing of ours is left in the VM",
-                remedy=found.remedy,
+                remedy=situation.remedy,
             )
-        return found.owner is Owner.THIS
+        return situation.owner is Owner.THIS
 
     async def _names(self) -> tuple[object, ...]:
         """Return the nodes from the disk's root down to its storage: cheap, and tells of most."""
@@ -221,11 +221,11 @@ class _Watcher:
             qdev = stat.get("qdev")
             path = self._disk.device.qom_path
             if qdev is not None and path in (qdev, f"/machine/peripheral/{qdev}"):
-                found: list[object] = []
+                names: list[object] = []
                 while isinstance(stat, dict):
-                    found.append(stat.get("node-name"))
+                    names.append(stat.get("node-name"))
                     stat = stat.get("parent")
-                return tuple(found)
+                return tuple(names)
         raise NotFoundError(
             f"{printable(self._disk.name)} is in this VM no more: it was unplugged, or its medium "
             "was taken out",

@@ -349,14 +349,14 @@ async def _common(disk: MappedDisk, plan: StreamPlan | CommitPlan, run: str) -> 
 def host_files(vm: Connection, chain: Chain) -> tuple[str, ...]:
     """Return the image files of a chain, by their paths on this host where they have one."""
     files = OpenFiles(vm.monitor.peer_pid)
-    found = []
+    paths = []
     for layer in chain.layers:
         place = files.place(layer.storage or layer.node)
         if not isinstance(place, Place):
-            found.append(layer.file)
+            paths.append(layer.file)
         else:
-            found.append(place.here if place.file.is_device else home_of(place.here))
-    return tuple(found)
+            paths.append(place.here if place.file.is_device else home_of(place.here))
+    return tuple(paths)
 
 
 async def opened_as(vm: Connection, layer: Layer) -> dict[str, Any]:
@@ -387,8 +387,8 @@ async def _how_to_start(vm: Connection, base: Layer) -> str:
 
 def _nodes_of(layers: tuple[Layer, ...]) -> tuple[tuple[str, str], ...]:
     """Return name and file name of every node of these layers, the format nodes first."""
-    found = [(node.name, node.filename) for layer in layers for node in layer.nodes]
-    return tuple(dict.fromkeys(found))
+    nodes = [(node.name, node.filename) for layer in layers for node in layer.nodes]
+    return tuple(dict.fromkeys(nodes))
 
 
 @asynccontextmanager
@@ -568,10 +568,10 @@ async def _finish(
             f"{', '.join(printable(layer.file) for layer in disk.chain.layers)}",
             remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
         )
-    found = disk.chain.active.node.detect_zeroes
+    now = disk.chain.active.node.detect_zeroes
     wanted = record.detect_zeroes if isinstance(record, ActiveCommit) else ""
-    if wanted not in ("", found):
-        return (f"detect-zeroes of {disk.name} is {found} now: QEMU does not set it to {wanted}",)
+    if wanted not in ("", now):
+        return (f"detect-zeroes of {disk.name} is {now} now: QEMU does not set it to {wanted}",)
     return ()
 
 

@@ -207,10 +207,10 @@ def make_file(change: Change[Record], item: Item, contents: Contents) -> FileId:
     """
     assert change.journal is not None  # begin() wrote it
     assert item.directory is not None  # it is made here
-    journal, found = change.journal, list[FileId]()
+    journal, files = change.journal, list[FileId]()
 
     def record(made: FileId) -> None:
-        found.append(made)
+        files.append(made)
         journal.add(made=item.file, dev=made.device, ino=made.inode)
 
     like = imagefiles.status_of(change.vm.monitor.peer_pid, item.plan.active)
@@ -218,7 +218,7 @@ def make_file(change: Change[Record], item: Item, contents: Contents) -> FileId:
         os.close(item.directory.make(Path(item.file).name, record, contents.write_to, like=like))
     except OSError as error:
         raise _cannot_make(Path(item.file), error) from None
-    return found[0]
+    return files[0]
 
 
 def open_directory(file: str) -> Directory:

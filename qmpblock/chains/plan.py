@@ -383,15 +383,15 @@ def _hidden(above: Layer, leaving: Sequence[Layer], below: Layer) -> tuple[Hidde
 
     :raise UnsupportedError: it cannot be made explicit, because `above` is not the active one.
     """
-    found = []
+    hidden = []
     for layer in leaving:
         if layer.depth == above.depth:
             continue
         stop = min(above.size, below.size)
         if layer.size < stop:
-            found.append(Hidden(layer.depth, layer.size, stop))
-    if found and above.depth:
-        short = next(layer for layer in leaving if layer.depth == found[0].depth)
+            hidden.append(Hidden(layer.depth, layer.size, stop))
+    if hidden and above.depth:
+        short = next(layer for layer in leaving if layer.depth == hidden[0].depth)
         raise UnsupportedError(
             f"{short.describe()} is shorter ({short.size} bytes) than {above.describe()} and "
             f"{below.describe()}; without it, where the guest reads zeros now, old data of "
@@ -400,7 +400,7 @@ def _hidden(above: Layer, leaving: Sequence[Layer], below: Layer) -> tuple[Hidde
             standing=UNTOUCHED,
             remedy="stream into the active layer, or commit the active layer too",
         )
-    return tuple(found)
+    return tuple(hidden)
 
 
 def _bitmaps_of_stream(

@@ -51,9 +51,9 @@ async def command(
     QEMU itself dies then, run `qmpblock recover IMAGE` before the image is started again.
     """
     async with options.connect(address, unmanaged=unmanaged) as vm:
-        found = await vm.disk(disk)
-        with reporting(f"allocation on {found.name}") as show:
-            result = await found.allocate(
+        selected = await vm.disk(disk)
+        with reporting(f"allocation on {selected.name}") as show:
+            result = await selected.allocate(
                 offset,
                 length,
                 full=full,

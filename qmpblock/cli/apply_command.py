@@ -52,15 +52,17 @@ async def command(options: Options, policy: str, watch: bool, unmanaged: bool) -
     from qmpblock.policy.run import apply
     from qmpblock.policy.watch import Watch
 
-    found = load_policy(policy)
+    loaded = load_policy(policy)
     keeper = (
-        Watch(found, connect=options.connect, tell=_say_room, ended=_say_watched) if watch else None
+        Watch(loaded, connect=options.connect, tell=_say_room, ended=_say_watched)
+        if watch
+        else None
     )
     with reporting_many() as begin:
         shown = _Shown(begin)
         told = _Warnings()
         results = await apply(
-            found,
+            loaded,
             connect=partial(options.connect, unmanaged=unmanaged),
             planned=told.before,
             progress=shown.progress,

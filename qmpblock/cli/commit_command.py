@@ -45,6 +45,6 @@ async def command(
     LAYER is a node name, a file name or @N: @0 is the active layer, @1 its backing image.
     """
     async with options.connect(address, unmanaged=unmanaged) as vm:
-        found = await vm.disk(disk)
-        running = found.commit(top=top, base=base, speed=speed, throttle_guest=throttle_guest)
-        return await run_job(options, found, running)
+        selected = await vm.disk(disk)
+        running = selected.commit(top=top, base=base, speed=speed, throttle_guest=throttle_guest)
+        return await run_job(options, selected, running)

@@ -111,7 +111,7 @@ async def _ask_nbdinfo(process: QemuProcess, vm: VM, disk: Disk) -> dict[str, bo
 
     if which("nbdinfo") is None:
         return {f"equals_nbdinfo_{context}": None for context in _CONTEXTS}
-    found: dict[str, bool | None] = {}
+    answers: dict[str, bool | None] = {}
     socket = str(process.directory / "nbd")
     address = {"type": "unix", "data": {"path": socket}}
     await process.execute("nbd-server-start", addr=address)
@@ -130,10 +130,10 @@ async def _ask_nbdinfo(process: QemuProcess, vm: VM, disk: Disk) -> dict[str, bo
                 uri = f"nbd+unix:///{client.export}?socket={socket}"
                 printed = await _output("nbdinfo", "--json", f"--map={context}", uri)
                 theirs = [[r["length"], r["type"]] for r in json.loads(printed)]
-                found[f"equals_nbdinfo_{context}"] = _merged(ours) == _merged(theirs)
+                answers[f"equals_nbdinfo_{context}"] = _merged(ours) == _merged(theirs)
     finally:
         await process.execute("nbd-server-stop")
-    return found
+    return answers
 
 
 async def _output(*command: str) -> bytes:

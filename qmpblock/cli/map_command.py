@@ -125,15 +125,15 @@ async def _look(
         await loading
         return await _look_at_image(image, offset, length, layers, reserved)
     async with options.connect(target) as vm:
-        found = await vm.disk(disk)
-        view = await found.map(offset, length, reserved=reserved)
-        held = await found.layers() if layers else ()
+        selected = await vm.disk(disk)
+        view = await selected.map(offset, length, reserved=reserved)
+        held = await selected.layers() if layers else ()
         await loading
     return _View(
-        f"{found.name}  {found.chain.active.file}",
-        found.size,
+        f"{selected.name}  {selected.chain.active.file}",
+        selected.size,
         view,
-        tuple(layer.file for layer in found.chain.layers),
+        tuple(layer.file for layer in selected.chain.layers),
         tuple(
             _LayerView(
                 one.layer.depth,

@@ -112,20 +112,20 @@ async def _recover_vm(
     planned = dry_run or check
     async with _connected(options, address) as vm:
         try:
-            found = await vm.recover(
+            recoveries = await vm.recover(
                 carry_on=carry_on, dry_run=planned, tell=None if planned else _tell
             )
         except RecordError as error:
             return _unread(options, error, check=check)
     if options.json:
-        emit(json.dumps([_document(one) for one in found], indent=2) + "\n")
-    elif not found:
+        emit(json.dumps([_document(one) for one in recoveries], indent=2) + "\n")
+    elif not recoveries:
         click.echo("nothing to recover: nothing of ours is left in this VM")
     else:
-        for one in found:
+        for one in recoveries:
             _say(one, planned=planned)
     # A controller at work, such as a watcher, is no reason to recover.
-    needed = any(step.verb != "leave" for one in found for step in one.steps)
+    needed = any(step.verb != "leave" for one in recoveries for step in one.steps)
     return WARNED if check and needed else 0
 
 
@@ -156,25 +156,25 @@ async def _recover_images(
     from qmpblock.changes.survey import survey
 
     try:
-        found = await recover_images(images, dry_run=dry_run or check, believe=believe)
+        recoveries = await recover_images(images, dry_run=dry_run or check, believe=believe)
     except RecordError as error:
         return _unread(options, error, check=check)
     doubtful = survey(tuple(map(os.path.realpath, images))).distrusted
-    _show_images(options, found, doubtful=bool(doubtful))
+    _show_images(options, recoveries, doubtful=bool(doubtful))
     if check:
-        return WARNED if found or doubtful else 0
-    return WARNED if doubtful or any(one.verdict.stale for one in found) else 0
+        return WARNED if recoveries or doubtful else 0
+    return WARNED if doubtful or any(one.verdict.stale for one in recoveries) else 0
 
 
-def _show_images(options: Options, found: Sequence[ImageRecovery], *, doubtful: bool) -> None:
+def _show_images(options: Options, recoveries: Sequence[ImageRecovery], *, doubtful: bool) -> None:
     if options.json:
-        emit(json.dumps([_image_document(one) for one in found], indent=2) + "\n")
+        emit(json.dumps([_image_document(one) for one in recoveries], indent=2) + "\n")
         return
-    for one in found:
+    for one in recoveries:
         click.echo(f"{one.what}: {one.describe()}")
-    if not found and doubtful:
+    if not recoveries and doubtful:
         click.echo("no journal that can be believed is about these images")
-    elif not found:
+    elif not recoveries:
         click.echo("safe: no change of ours to these images was interrupted")
 
 

@@ -35,5 +35,5 @@ async def command(
     LAYER is a node name, a file name or @N: @0 is the active layer, @1 its backing image.
     """
     async with options.connect(address, unmanaged=unmanaged) as vm:
-        found = await vm.disk(disk)
-        return await run_job(options, found, found.stream(top=top, base=base, speed=speed))
+        selected = await vm.disk(disk)
+        return await run_job(options, selected, selected.stream(top=top, base=base, speed=speed))

@@ -385,9 +385,9 @@ class AllocationMap:
             if not inside:
                 continue
             source = np.searchsorted(layer.offsets, edges[:inside], side="right") - 1
-            found = layer.flags[source]
-            held = np.flatnonzero(found & PRESENT)
-            depth[held], flags[held] = level, found[held]
+            own = layer.flags[source]
+            held = np.flatnonzero(own & PRESENT)
+            depth[held], flags[held] = level, own[held]
         return cls(top.start, top.stop, edges, depth, flags, count).coalesce()
 
     def _with(self, **changes: Any) -> AllocationMap:
@@ -485,11 +485,11 @@ class AllocationMap:
         :raise UnsupportedError: QEMU older than 6.1, whose records do not say `present`.
         :raise RequestError: the records are not what qemu-img prints.
         """
-        found = parse_records(records, formats)
+        columns = parse_records(records, formats)
         start = int(records[0]["start"]) if records else 0
-        count = int(found.depth.max(initial=0)) + 1 if layers is None else layers
-        stop = start + int(found.lengths.sum())
-        return cls(start, stop, found.offsets, found.depth, found.flags, count).coalesce()
+        count = int(columns.depth.max(initial=0)) + 1 if layers is None else layers
+        stop = start + int(columns.lengths.sum())
+        return cls(start, stop, columns.offsets, columns.depth, columns.flags, count).coalesce()
 
     def to_qemu_img(self) -> list[dict[str, Any]]:
         """Return the records that `qemu-img map --output=json` prints, without `offset`."""

@@ -240,17 +240,17 @@ class NBDMapBuilder:
         :raise NBDError: the server has described more extents than the allowance.
         """
         self.allowance.take(max(len(base), len(depth)), self.next_offset)
-        found = merge(base, depth, self.next_offset, self.remaining, self._nodes)
-        keep = np.empty(len(found.starts), np.bool_)  # what differs from the extent before it
-        keep[0] = self._last != (found.depth[0], found.flags[0])
-        keep[1:] = found.depth[1:] != found.depth[:-1]
-        keep[1:] |= found.flags[1:] != found.flags[:-1]
+        merged = merge(base, depth, self.next_offset, self.remaining, self._nodes)
+        keep = np.empty(len(merged.starts), np.bool_)  # what differs from the extent before it
+        keep[0] = self._last != (merged.depth[0], merged.flags[0])
+        keep[1:] = merged.depth[1:] != merged.depth[:-1]
+        keep[1:] |= merged.flags[1:] != merged.flags[:-1]
         offsets, depths, flags = self._columns
-        offsets += found.starts[keep].tobytes()
-        depths += found.depth[keep].tobytes()
-        flags += found.flags[keep].tobytes()
-        self._last = int(found.depth[-1]), int(found.flags[-1])
-        self.next_offset = found.stop
+        offsets += merged.starts[keep].tobytes()
+        depths += merged.depth[keep].tobytes()
+        flags += merged.flags[keep].tobytes()
+        self._last = int(merged.depth[-1]), int(merged.flags[-1])
+        self.next_offset = merged.stop
 
     def finish(self) -> AllocationMap:
         """Return the map; the builder is used up.

@@ -99,8 +99,8 @@ class _Builder:
 
     def build(self) -> BlockGraph:
         self.fdsets = {
-            str(found["fdset-id"]): tuple(_number(one["fd"]) for one in _records(found["fds"]))
-            for found in _records(list(self.replies.fdsets))
+            str(fdset["fdset-id"]): tuple(_number(one["fd"]) for one in _records(fdset["fds"]))
+            for fdset in _records(list(self.replies.fdsets))
         }
         self._collect_edges()
         self.nodes = {name: self._node(name, info) for name, info in self.infos.items()}
@@ -182,9 +182,9 @@ class _Builder:
                 edges.setdefault(_text(parent, "name"), []).append(
                     Edge(_text(edge, "name"), target)
                 )
-        for name, found in edges.items():
+        for name, children in edges.items():
             if name in self.infos and not self._has_children(name):
-                self.edges[name] = tuple(found)
+                self.edges[name] = tuple(children)
         self.job_nodes = {job: frozenset(nodes) for job, nodes in job_nodes.items()}
 
     def _has_children(self, name: str) -> bool:
@@ -357,15 +357,15 @@ class _Builder:
 
     def _column(self, name: str | None) -> list[Node]:
         """Return what lies below a `file` edge, down to the protocol node at its end."""
-        found: dict[str, Node] = {}
+        below: dict[str, Node] = {}
         while name is not None:
-            if name in found:
+            if name in below:
                 raise GraphError(f"the block graph has a cycle at {printable(name)}")
-            if len(found) == _MOST_BELOW:
+            if len(below) == _MOST_BELOW:
                 raise GraphError(f"more than {_MOST_BELOW} nodes lie below {printable(name)}")
-            node = found[name] = self._known(name)
+            node = below[name] = self._known(name)
             name = node.child(FILTERS.get(node.driver, "file"), "file")
-        return list(found.values())
+        return list(below.values())
 
     def _known(self, name: str) -> Node:
         self.steps += 1

@@ -31,10 +31,10 @@ def as_text(options: Mapping[str, Any]) -> str:
 def from_text(text: str) -> dict[str, Any]:
     """Return options from such text, or none where it is none."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def as_name(options: Mapping[str, Any]) -> str:

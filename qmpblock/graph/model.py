@@ -165,8 +165,8 @@ class Layer:
     @property
     def nodes(self) -> tuple[Node, ...]:
         """Every node that is this image and nothing else, the format node first."""
-        found = (self.node, *self.between, self.storage, self.data_file)
-        return tuple(node for node in found if node is not None)
+        nodes = (self.node, *self.between, self.storage, self.data_file)
+        return tuple(node for node in nodes if node is not None)
 
     @property
     def format(self) -> str:
@@ -237,19 +237,19 @@ class Chain:
                 depth = int(text[1:])
             except ValueError:
                 raise RequestError(f"{printable(text)} is not @N with N a depth") from None
-            found = [layer for layer in self.layers if layer.depth == depth]
+            matching = [layer for layer in self.layers if layer.depth == depth]
         else:
-            found = [
+            matching = [
                 layer
                 for layer in self.layers
                 if any(node.name == text for node in layer.nodes) or _same_file(text, layer.file)
             ]
-        candidates = [f"@{x.depth} {x.node.name} {x.file}" for x in (found or self.layers)]
-        if not found:
+        candidates = [f"@{x.depth} {x.node.name} {x.file}" for x in (matching or self.layers)]
+        if not matching:
             raise NotFoundError(f"no layer is called {printable(text)}; there are:", candidates)
-        if len(found) > 1:
+        if len(matching) > 1:
             raise AmbiguousError(f"{printable(text)} names several layers:", candidates)
-        return found[0]
+        return matching[0]
 
 
 @dataclass(frozen=True)
@@ -340,23 +340,23 @@ class BlockGraph:
 
     @cached_property
     def _parents(self) -> Mapping[str, set[str]]:
-        found: dict[str, set[str]] = {}
+        parents: dict[str, set[str]] = {}
         for node in self.nodes.values():
             for edge in node.children:
-                found.setdefault(edge.node, set()).add(node.name)
-        return found
+                parents.setdefault(edge.node, set()).add(node.name)
+        return parents
 
     def users(self, name: str) -> tuple[str, ...]:
         """Say what uses a node, in words: nodes, devices, exports and jobs; sorted."""
-        found = [f"node {printable(parent)}" for parent in self.parents(name)]
-        found += [
+        users = [f"node {printable(parent)}" for parent in self.parents(name)]
+        users += [
             f"device {device.describe()}"
             for device in self.disks()
             if device.chain.root.name == name
         ]
-        found += [f"export {printable(key)}" for key, node in self.exports.items() if node == name]
-        found += [f"job {printable(job.id)}" for job in self.jobs if name in job.nodes]
-        return tuple(sorted(found))
+        users += [f"export {printable(key)}" for key, node in self.exports.items() if node == name]
+        users += [f"job {printable(job.id)}" for job in self.jobs if name in job.nodes]
+        return tuple(sorted(users))
 
     def job(self, name: str) -> JobInfo | None:
         """Return the job of that id, or None."""
@@ -373,25 +373,25 @@ class BlockGraph:
         :raise AmbiguousError: several match; lists them.
         :raise RequestError: it matches a device with an empty tray.
         """
-        found: Sequence[Device] = [one for one in self.devices if text in one.names()]
-        if not found:
-            found = [
+        matching: Sequence[Device] = [one for one in self.devices if text in one.names()]
+        if not matching:
+            matching = [
                 device for device in self.disks() if _same_file(text, device.chain.active.file)
             ]
-        if not found:
+        if not matching:
             every = [device.describe() for device in self.devices]
             raise NotFoundError(
                 f"this VM has no disk called {printable(text)}"
                 + ("; it has:" if every else ", nor any other"),
                 every,
             )
-        if len(found) > 1:
+        if len(matching) > 1:
             raise AmbiguousError(
                 f"{printable(text)} names several disks:",
-                [device.describe() for device in found],
+                [device.describe() for device in matching],
                 remedy="name one by its device",
             )
-        [device] = found
+        [device] = matching
         if not isinstance(device, DiskDevice):
             raise RequestError(f"{printable(text)} is an empty drive: it holds no disk")
         return device

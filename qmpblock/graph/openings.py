@@ -66,10 +66,10 @@ def part_of(layer: Layer) -> Part | None:
 
     :raise UnsupportedError: that cannot be told.
     """
-    found = [part for _, part in _levels(layer) if part is not None]
-    if len(found) > 1 or (found and layer.data_file is not None):
+    parts = [part for _, part in _levels(layer) if part is not None]
+    if len(parts) > 1 or (parts and layer.data_file is not None):
         raise no_name(layer, "it lies in a part of a part of a file, or its data file in one")
-    return found[0] if found else None
+    return parts[0] if parts else None
 
 
 def in_part(layer: Layer) -> bool:
@@ -120,14 +120,14 @@ def description(layer: Layer, places: Places) -> dict[str, Any]:
     mine = levels[0][1] if levels else None
     if part is not None and mine is None:
         inner = {"driver": "raw", **part.options, "file": inner}
-    found = {"driver": layer.format, **(mine.options if mine else {}), "file": inner}
+    options = {"driver": layer.format, **(mine.options if mine else {}), "file": inner}
     if layer.data_file is not None and not _by_header(layer, places):
         there = known(places, layer.data_file)
         if there is None:
             name = printable(layer.data_file.filename)
             raise no_name(layer, f"where its data file {name} is cannot be told")
-        found["data-file"] = {"driver": layer.data_file.driver, "filename": there.path}
-    return found
+        options["data-file"] = {"driver": layer.data_file.driver, "filename": there.path}
+    return options
 
 
 def no_name(layer: Layer, reason: str) -> UnsupportedError:

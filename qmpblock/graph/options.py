@@ -83,20 +83,20 @@ def _described(value: str) -> Iterator[dict[str, Any]]:
     """Yield the nodes that the value of a -blockdev describes, those inside others too."""
     if value.startswith("{"):
         try:
-            found = json.loads(value)
+            options = json.loads(value)
         except ValueError:
             return  # QEMU's JSON may have comments; ours is to know, not to judge
     else:
-        found = {}
+        options = {}
         for key, text in _keyed(value).items():
             *outer, last = key.split(".")
-            inner = found
+            inner = options
             for part in outer:
                 inner = inner.setdefault(part, {})
                 if not isinstance(inner, dict):
                     return
             inner[last] = text
-    todo = [found]
+    todo = [options]
     while todo:
         node = todo.pop()
         yield node
@@ -153,13 +153,13 @@ def key_secret(layer: Layer) -> str:
     """
     options = said_by(layer.node.filename)
     nested = options.get("encrypt")
-    for found in (
+    for secret in (
         options.get("key-secret"),
         options.get("encrypt.key-secret"),
         nested.get("key-secret") if isinstance(nested, dict) else None,
     ):
-        if isinstance(found, str) and found:
-            return found
+        if isinstance(secret, str) and secret:
+            return secret
     raise UnsupportedError(
         f"{layer.describe()} is encrypted, and QEMU does not tell with which secret object; what "
         "we make over it would hold its plaintext",

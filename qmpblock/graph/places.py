@@ -82,5 +82,5 @@ Places = Mapping[str, Place | Missing]
 
 def known(places: Places, node: Node | None) -> Place | None:
     """Return where a node's file is, where that is known."""
-    found = places.get(node.name) if node is not None else None
-    return found if isinstance(found, Place) else None
+    place = places.get(node.name) if node is not None else None
+    return place if isinstance(place, Place) else None

@@ -66,8 +66,8 @@ def _same(one: Node, other: Node, places: Places) -> bool:
 
 def _name(node: Node) -> str:
     """Return a file name, also out of a `json:` text."""
-    found = said_by(node.filename).get("filename")
-    return found if isinstance(found, str) else node.filename
+    filename = said_by(node.filename).get("filename")
+    return filename if isinstance(filename, str) else node.filename
 
 
 def _may_be_one(one: str, other: str) -> bool:

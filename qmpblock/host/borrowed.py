@@ -120,10 +120,10 @@ def _opened_by_its_link(pid: int, number: int) -> int:
 
 def _syscall(number: int, *words: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
-    found = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, words))
-    if found < 0:
+    result = libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, words))
+    if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(found)
+    return int(result)
 
 
 @contextmanager

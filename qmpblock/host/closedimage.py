@@ -99,14 +99,14 @@ class ClosedImage:
         """
         offset, length = check_range(self.size, offset, length)
         top = self.chain[0]
-        found = await self._tool.map(
+        seen = await self._tool.map(
             blockdev(top.format, top.file, self.chain[1:]), [one.format for one in self.chain]
         )
         if reserved:
             for depth, image in enumerate(self.chain):
-                supplied = found.where(depth=depth, present=True)
-                found = found.with_reserved(_fallocated(image) & supplied)
-        return found.clip(offset, length)
+                supplied = seen.where(depth=depth, present=True)
+                seen = seen.with_reserved(_fallocated(image) & supplied)
+        return seen.clip(offset, length)
 
     async def layers(self, *, reserved: bool = False) -> tuple[ImageLayer, ...]:
         """Map what each image itself holds, the active one first.

@@ -253,11 +253,11 @@ def _drop_bounds(kernel: _Kernel, kept: int) -> None:
 def _reaches(path: str, fd: int) -> bool:
     """Whether a path leads this process, as it is now, to a file."""
     try:
-        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        there = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return False
-    mine, given = os.fstat(found), os.fstat(fd)
-    os.close(found)
+    mine, given = os.fstat(there), os.fstat(fd)
+    os.close(there)
     if stat.S_ISBLK(given.st_mode):
         return stat.S_ISBLK(mine.st_mode) and mine.st_rdev == given.st_rdev
     return (mine.st_dev, mine.st_ino) == (given.st_dev, given.st_ino)
@@ -430,19 +430,19 @@ def _allow_handed(landlock: _Landlock, fd: int, *, writable: bool) -> None:
 def _needs(program: str) -> list[str]:
     """Return what a program that is not the system's has to come to: itself, libraries, data."""
     file = posixpath.realpath(program)
-    found = [
+    needed = [
         one for one in os.environ.get("LD_LIBRARY_PATH", "").split(":") if one not in ("", "/")
     ]
     if file.startswith(tuple(f"{one}/" for one in _SYSTEM)):
-        return found
+        return needed
     prefix = posixpath.dirname(posixpath.dirname(file))
     beside = [] if prefix == "/" else [prefix]
     with open(file, "rb") as opened:  # noqa: PTH123  pathlib takes 2 ms
         head = opened.read(_HEAD)
     if head[:2] == b"#!":  # it starts another one, which lies with it
-        return [*found, file, *(f"{one}/{name}" for one in beside for name in _OF_SCRIPT)]
-    found += [f"{one}/{name}/qemu" for one in beside for name in _OF_QEMU]
-    return [*found, file, *_libraries(file, _loader(head))]
+        return [*needed, file, *(f"{one}/{name}" for one in beside for name in _OF_SCRIPT)]
+    needed += [f"{one}/{name}/qemu" for one in beside for name in _OF_QEMU]
+    return [*needed, file, *_libraries(file, _loader(head))]
 
 
 def _loader(head: bytes) -> str:

@@ -42,8 +42,8 @@ def foreign_users(files: OpenFiles, file: FileId) -> str | None:
         for entry in Path("/proc").iterdir()
         if entry.name.isdecimal() and int(entry.name) not in (files.pid, os.getpid())
     ]
-    found = [str(pid) for pid in pids if file in OpenFiles(pid).ids()]
-    return f"process {', '.join(found)}" if found else "another process"
+    users = [str(pid) for pid in pids if file in OpenFiles(pid).ids()]
+    return f"process {', '.join(users)}" if users else "another process"
 
 
 def images_of(files: OpenFiles) -> set[FileId]:

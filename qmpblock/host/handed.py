@@ -245,8 +245,8 @@ class HandedFiles(contextlib.ExitStack):
 
         :raise ToolError: there is no such program.
         """
-        found = shutil.which(program)
-        if found is None:
+        executable = shutil.which(program)
+        if executable is None:
             raise ToolError(
                 [program, *map(self.shown, arguments)],
                 127,
@@ -254,7 +254,7 @@ class HandedFiles(contextlib.ExitStack):
                 remedy="install qemu-img (Debian: qemu-utils)",
             )
         if not self._files:
-            return [found, *arguments]
+            return [executable, *arguments]
         user = self._whose()
         words = [f"{'w' if file.writable else 'r'}{file.fd}" for file in self._files]
         if self._open_in_vm is None:  # what a VM has open it has come to
@@ -273,7 +273,7 @@ class HandedFiles(contextlib.ExitStack):
             str(os.getpid()),
             *words,
             "--",
-            posixpath.abspath(found),
+            posixpath.abspath(executable),
             *arguments,
         ]
 

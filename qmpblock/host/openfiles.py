@@ -120,8 +120,8 @@ class OpenFiles:
     def name_of(self, file: FileId) -> str | None:
         """Return a name on this host that leads to an open file now, by its descriptors."""
         names = [one.name for one in self._open if one.file == file and not one.deleted]
-        found = self._placed(file, names)
-        return found.here if isinstance(found, Place) else None
+        place = self._placed(file, names)
+        return place.here if isinstance(place, Place) else None
 
     def leads(self, path: str, file: FileId) -> bool:
         """Whether an absolute path leads to a file, as QEMU sees files (before -chroot: as we)."""

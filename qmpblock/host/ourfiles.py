@@ -219,16 +219,18 @@ def open_plain(
     :param among: what it must be one of: then the way there proves nothing, and is not looked at.
     :raise OSError: it cannot be opened, or is something else.
     """
-    found = look(path) if among is None else os.open(path, os.O_PATH | os.O_CLOEXEC)
+    pinned = look(path) if among is None else os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        file = FileId.of(os.fstat(found))
+        file = FileId.of(os.fstat(pinned))
         if file is None:
             raise OSError(errno.EINVAL, "no regular file and no block device", str(path))
         if among is not None and file not in among:
             raise _another(Path(path))
-        return os.open(f"/proc/self/fd/{found}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        return os.open(
+            f"/proc/self/fd/{pinned}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        )
     finally:
-        os.close(found)
+        os.close(pinned)
 
 
 def remove(path: str | os.PathLike[str], file: FileId) -> bool:

@@ -151,5 +151,5 @@ def times_slept(pid: int | None, thread: int) -> int | None:
         text = Path(f"/proc/{pid}/task/{thread}/status").read_text()
     except OSError:
         return None
-    found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", text, re.MULTILINE)
-    return int(found[1]) if found else None
+    match = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", text, re.MULTILINE)
+    return int(match[1]) if match else None

@@ -246,13 +246,13 @@ class QemuImg:
             files.follow(path)
             return ("info",)
 
-        found = []
+        headers = []
         async with aclosing(self._lines(command)) as lines:
             async for line in lines:
                 size, backing, fmt, uid, gid = line.rstrip("\n").split("\0")
                 info = _Info(int(size), backing, fmt)
-                found.append((info, User(int(uid), int(gid))))
-        return found
+                headers.append((info, User(int(uid), int(gid))))
+        return headers
 
     async def _info(self, path: str, fmt: str, opener: User | None) -> tuple[_Info, User]:
         """Read an image's header as some user, and return whose the image is.
@@ -261,7 +261,7 @@ class QemuImg:
         """
         more: dict[str, Sequence[str]] = {}
         said = opener is not None
-        found, owner = await self._read_info(blockdev(fmt, path), opener, more, said=said)
+        info, owner = await self._read_info(blockdev(fmt, path), opener, more, said=said)
         if opener not in (None, owner):  # what it names besides, it names for its owner
             for file, names in list(more.items()):
                 for name in names:
@@ -269,7 +269,7 @@ class QemuImg:
                         posixpath.join(posixpath.dirname(file), name) if fmt == "vmdk" else name
                     )
                     await self._read_info(blockdev("raw", beside), owner, more, said=True)
-        return found, owner
+        return info, owner
 
     async def _read_info(
         self,
@@ -293,11 +293,11 @@ class QemuImg:
                 if len(text) > _DOCUMENT:
                     break
         try:
-            found = json.loads(text)
+            told = json.loads(text)
             info = _Info(
-                int(found["virtual-size"]),
-                str(found.get("backing-filename") or ""),
-                str(found.get("backing-filename-format") or ""),
+                int(told["virtual-size"]),
+                str(told.get("backing-filename") or ""),
+                str(told.get("backing-filename-format") or ""),
             )
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             raise ToolError(

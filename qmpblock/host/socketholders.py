@@ -48,7 +48,7 @@ def holders(address: Address) -> tuple[int, ...]:
 def _unix_ends(address: UnixAddress) -> set[int]:
     """Return the inodes of the sockets at the other ends of accepted connections."""
     bound = Path(address.path).stat()
-    found = set()
+    peers = set()
     for inode, state, attributes in _unix_sockets():
         if _VFS not in attributes or _PEER not in attributes:
             continue
@@ -59,8 +59,8 @@ def _unix_ends(address: UnixAddress) -> set[int]:
         )
         # One that waits in the queue has no inode yet: nobody holds it.
         if same and state == _ESTABLISHED and inode:
-            found.add(struct.unpack("=I", attributes[_PEER])[0])
-    return found
+            peers.add(struct.unpack("=I", attributes[_PEER])[0])
+    return peers
 
 
 def _unix_sockets() -> Iterator[tuple[int, int, dict[int, bytes]]]:

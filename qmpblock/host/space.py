@@ -118,7 +118,7 @@ def check_reservable(
     amount = sum(stop - start for start, stop in ranges)
     last = max((stop for _, stop in ranges), default=0)
     try:
-        end, found = end_of(place), os.statvfs(place)
+        end, filesystem = end_of(place), os.statvfs(place)
     except OSError as error:
         raise Error(
             f"cannot look at {printable(file)}: {error.strerror}", standing=_NOTHING
@@ -131,7 +131,9 @@ def check_reservable(
             remedy="see how large the VM says that the disk is: qmpblock disks ADDRESS; where the "
             "file was cut, give it that size again",
         )
-    most = found.f_blocks * found.f_frsize  # some that have no bound, or none to tell, say 0
+    most = (
+        filesystem.f_blocks * filesystem.f_frsize
+    )  # some that have no bound, or none to tell, say 0
     if amount > most > 0:
         raise RequestError(
             f"{amount} bytes would be reserved in {printable(file)}, whose file system is of "
@@ -184,7 +186,7 @@ def reserved_ranges(
     """
     from qmpblock.ranges import Ranges
 
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     position = first
     try:
         fd = open_image(path, vm)
@@ -206,12 +208,12 @@ def reserved_ranges(
                 logical, length, flags = fields[0], fields[2], fields[5]
                 position = logical + length
                 if flags & _UNWRITTEN and logical < size:
-                    found.append((max(logical, first), min(position, size)))
+                    ranges.append((max(logical, first), min(position, size)))
             if count == 0 or flags & _LAST:
                 break
     finally:
         os.close(fd)
-    return Ranges(found)
+    return Ranges(ranges)
 
 
 def holes(file: str, start: int, stop: int, *, vm: int | None = None) -> Ranges:
@@ -224,7 +226,7 @@ def holes(file: str, start: int, stop: int, *, vm: int | None = None) -> Ranges:
     """
     from qmpblock.ranges import Ranges
 
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     at = start
     fd = open_image(file, vm)
     try:
@@ -236,13 +238,13 @@ def holes(file: str, start: int, stop: int, *, vm: int | None = None) -> Ranges:
                     raise
                 data = stop  # no data from here on
             if data > at:
-                found.append((at, data))
+                ranges.append((at, data))
             if data < stop:
                 data = os.lseek(fd, data, os.SEEK_HOLE)
             at = data
     finally:
         os.close(fd)
-    return Ranges(found)
+    return Ranges(ranges)
 
 
 def blank_ranges(file: str, start: int, size: int, *, vm: int | None = None) -> Ranges:
@@ -257,11 +259,11 @@ def blank_ranges(file: str, start: int, size: int, *, vm: int | None = None) -> 
     from qmpblock.ranges import Ranges
 
     stop = start + size
-    found = holes(file, start, stop, vm=vm)
+    empty = holes(file, start, stop, vm=vm)
     reserved = reserved_ranges(file, stop, vm=vm)
     if reserved is None:
         status = Path(file).stat()
         full = status.st_blocks * 512 >= max(stop, status.st_size)
         reserved = Ranges([(0, stop)]) if full else Ranges()
-    left = found - reserved
+    left = empty - reserved
     return Ranges.from_arrays(left.starts - start, left.stops - start)

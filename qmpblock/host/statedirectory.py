@@ -160,12 +160,12 @@ class StateDirectory(OpenDirectory):
 
     def keys(self) -> list[bytes]:
         """Return every key that proves a journal here: our own, and those that were brought."""
-        found = []
+        keys = []
         for name in self.names():
             if name == KEY or name.endswith(f".{KEY}"):
                 with contextlib.suppress(OSError):  # it proves nothing then
-                    found.append(self._read_key(name))
-        return found
+                    keys.append(self._read_key(name))
+        return keys
 
     def _read_key(self, name: str) -> bytes:
         path = self.path / name
@@ -180,12 +180,12 @@ class StateDirectory(OpenDirectory):
         finally:
             os.close(looked)
         try:
-            found = os.read(fd, _KEY_SIZE + 1)
+            key = os.read(fd, _KEY_SIZE + 1)
         finally:
             os.close(fd)
-        if len(found) != _KEY_SIZE:
+        if len(key) != _KEY_SIZE:
             raise OSError(errno.EINVAL, f"is no key of {_KEY_SIZE} bytes", str(path))
-        return found
+        return key
 
 
 def open_proven(path: Path, *, make: bool = False, shared: bool = False) -> int:
@@ -205,14 +205,14 @@ def open_proven(path: Path, *, make: bool = False, shared: bool = False) -> int:
     try:
         while waiting:
             name = waiting.pop(0)
-            found = _step(fd, name, make=make)
-            status = os.fstat(found)
+            next_fd = _step(fd, name, make=make)
+            status = os.fstat(next_fd)
             if status.st_uid not in (0, os.geteuid()):
-                os.close(found)
+                os.close(next_fd)
                 raise InsecureError(name, f"on the way to it belongs to the user {status.st_uid}")
             if stat.S_ISLNK(status.st_mode):
-                target = os.readlink("", dir_fd=found)
-                os.close(found)
+                target = os.readlink("", dir_fd=next_fd)
+                os.close(next_fd)
                 links += 1
                 if links > _LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -220,7 +220,7 @@ def open_proven(path: Path, *, make: bool = False, shared: bool = False) -> int:
                 continue
             if fd >= 0:
                 os.close(fd)
-            fd = found
+            fd = next_fd
             if not stat.S_ISDIR(status.st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
             # In a sticky directory nobody can put another one in our place.

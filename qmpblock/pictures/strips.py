@@ -69,8 +69,8 @@ class Strip:
     @property
     def kinds(self) -> npt.NDArray[np.int64]:
         """Return the bytes of each kind in each cell, of shape (cells, kinds)."""
-        found: npt.NDArray[np.int64] = self.held.sum(axis=1)
-        return found
+        bytes_held: npt.NDArray[np.int64] = self.held.sum(axis=1)
+        return bytes_held
 
     @property
     def supplier(self) -> npt.NDArray[np.int64]:

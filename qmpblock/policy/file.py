@@ -176,7 +176,7 @@ def _disk(entry: Mapping, address: str, general: DiskPolicy) -> DiskPolicy:
         entry.refuse("ranges", "say where to allocate, but the allocation is as-is")
     if parts and allocation == "thin" and independent:
         entry.refuse("ranges", "a disk becomes independent whole: ranges go with full and like")
-    found = DiskPolicy(
+    disk = DiskPolicy(
         address=address,
         disk=_filled(entry, "disk"),
         independent=bool(independent),
@@ -192,7 +192,7 @@ def _disk(entry: Mapping, address: str, general: DiskPolicy) -> DiskPolicy:
         place=entry.place,
     )
     entry.finish()
-    return found
+    return disk
 
 
 def _part(entry: Mapping) -> Part:
@@ -250,10 +250,10 @@ def _keep_free(entry: Mapping, default: Amount | None) -> Amount | None:
 def _ahead(entry: Mapping) -> Amount | None:
     if "ahead" not in entry:
         return None
-    found = _amount(entry, "ahead")
-    if found.of(LARGEST) == 0:
+    amount = _amount(entry, "ahead")
+    if amount.of(LARGEST) == 0:
         entry.refuse("ahead", "is nothing; leave it out where no room is wanted")
-    return found
+    return amount
 
 
 def _amount(entry: Mapping, key: str) -> Amount:

@@ -290,8 +290,8 @@ async def _map_of_file(
         error.remedy = "a layer that has left the chain must be a file on this host, by its path"
         raise error
     fmt = wanted.like_format or format_of(file)
-    found = await QemuImg(stall=disk.vm.stall).map(blockdev(fmt, file), [fmt], shared=True)
-    return found.own()
+    seen = await QemuImg(stall=disk.vm.stall).map(blockdev(fmt, file), [fmt], shared=True)
+    return seen.own()
 
 
 def _host_space(disk: Disk, wanted: DiskPolicy) -> HostSpace | None:

@@ -83,7 +83,7 @@ async def _look_at_all(policy: Policy, connect: Connect, *, undo: bool) -> tuple
     vms: dict[str, list[DiskPolicy]] = {}
     for wanted in policy.disks:
         vms.setdefault(wanted.address, []).append(wanted)
-    found: dict[DiskPolicy, DiskPlan] = {}
+    plans: dict[DiskPolicy, DiskPlan] = {}
 
     async def look_at(address: str, disks: list[DiskPolicy]) -> None:
         seen: dict[str, DiskPolicy] = {}
@@ -91,16 +91,16 @@ async def _look_at_all(policy: Policy, connect: Connect, *, undo: bool) -> tuple
             try:
                 async with connect(address) as vm:
                     for wanted in disks:
-                        found[wanted] = await _tried(vm, wanted, seen, undo=undo)
+                        plans[wanted] = await _tried(vm, wanted, seen, undo=undo)
             except Error as error:
                 for wanted in disks:
                     nothing = DiskPlan(wanted, wanted.disk, error=error)
-                    found.setdefault(wanted, nothing)
+                    plans.setdefault(wanted, nothing)
 
     async with task_group() as group:
         for address, disks in vms.items():
             group.create_task(look_at(address, disks))
-    return tuple(found[wanted] for wanted in policy.disks)
+    return tuple(plans[wanted] for wanted in policy.disks)
 
 
 async def _tried(

@@ -180,13 +180,13 @@ def wanted_ranges(
     """
     if policy.allocation == "as-is":
         return Ranges(), False
-    found = []
+    parts = []
     for part in policy.parts:
         length = None if part.length is None else part.length.of(size)
         start, count = check_range(size, part.offset.of(size), length)
         first, whole = rounded(start, count, cluster, size)
-        found.append((first, first + whole))
-    chosen = Ranges(found) if policy.parts else Ranges([(0, size)])
+        parts.append((first, first + whole))
+    chosen = Ranges(parts) if policy.parts else Ranges([(0, size)])
     if policy.allocation == "like":
         pattern = like if like is not None else Ranges()
         chosen = (chosen & pattern.clip(0, size)).align_out(cluster, size)
@@ -199,18 +199,18 @@ def spans(wanted: Ranges, avoid: Ranges) -> list[tuple[int, int]]:
     Where nothing of `avoid` lies between two ranges, one span covers both: allocating what
     needs it not is nothing.
     """
-    found: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     edges = avoid.edges.tolist()
     for start, stop in wanted:
-        if found:
-            last = found[-1][1]
+        if merged:
+            last = merged[-1][1]
             # Neither inside `avoid` at `last`, nor does an edge of it lie before `start`.
             at = bisect_right(edges, last)
             if at % 2 == 0 and (at == len(edges) or edges[at] >= start):
-                found[-1] = (found[-1][0], stop)
+                merged[-1] = (merged[-1][0], stop)
                 continue
-        found.append((start, stop))
-    return found
+        merged.append((start, stop))
+    return merged
 
 
 def _supplied_above(guest: AllocationMap, base: int) -> Ranges:

@@ -49,29 +49,29 @@ def checked(command: str, answer: Any) -> Any:
     return answer
 
 
-def _check(shape: Any, found: Any, where: str) -> None:
+def _check(shape: Any, answer: Any, where: str) -> None:
     kind = shape if isinstance(shape, type) else type(shape)
-    if not _is(kind, found):
+    if not _is(kind, answer):
         raise GraphError(
-            f"QEMU's answer makes no sense: {_words(found)} where {_WORDS[kind]} belongs, "
+            f"QEMU's answer makes no sense: {_words(answer)} where {_WORDS[kind]} belongs, "
             f"in {where}"
         )
     if isinstance(shape, list):
         for inner in shape:
-            for one in found:
+            for one in answer:
                 _check(inner, one, where)
     elif isinstance(shape, dict):
         for key, inner in shape.items():
             name = key.removesuffix("?")
-            if name in found:
-                _check(inner, found[name], f"{where}, {name}")
+            if name in answer:
+                _check(inner, answer[name], f"{where}, {name}")
             elif name == key:
                 raise GraphError(f"QEMU's answer makes no sense: no {name} in {where}")
 
 
-def _is(kind: type, found: object) -> bool:
-    return type(found) is kind  # not isinstance: to Python a bool is an int
+def _is(kind: type, answer: object) -> bool:
+    return type(answer) is kind  # not isinstance: to Python a bool is an int
 
 
-def _words(found: Any) -> str:
-    return "nothing" if found is None else _WORDS.get(type(found), "a number")
+def _words(answer: Any) -> str:
+    return "nothing" if answer is None else _WORDS.get(type(answer), "a number")

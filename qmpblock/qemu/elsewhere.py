@@ -51,7 +51,7 @@ class ServedDisk:
 
 async def disks_served_elsewhere(monitor: Monitor) -> tuple[ServedDisk, ...]:
     """Return the guest's disks of which this QEMU has no block node. Only queries."""
-    found = []
+    served = []
     chardevs: dict[str, str] | None = None
     for container in _CONTAINERS:
         for item in await monitor.execute("qom-list", {"path": container}):
@@ -70,8 +70,8 @@ async def disks_served_elsewhere(monitor: Monitor) -> tuple[ServedDisk, ...]:
                 label = ""  # vhost-scsi has none
             socket = socket_of(str(label), chardevs, command_line(monitor.peer_pid))
             named = name if container == _CONTAINERS[0] else None
-            found.append(ServedDisk(named, path, driver, socket))
-    return tuple(found)
+            served.append(ServedDisk(named, path, driver, socket))
+    return tuple(served)
 
 
 def socket_of(label: str, chardevs: dict[str, str], arguments: tuple[str, ...]) -> str | None:

@@ -25,11 +25,11 @@ async def iothread_of(
     path = device.qom_path.removesuffix("/virtio-backend")
     for _ in range(8):  # device, bus, controller; QEMU's trees are not deeper
         try:
-            found = await monitor.execute("qom-get", {"path": path, "property": "iothread"})
+            iothread = await monitor.execute("qom-get", {"path": path, "property": "iothread"})
         except CommandError:
-            found = ""  # this kind of device has no such property; look further up
-        if found:
-            return str(found).rpartition("/")[2]
+            iothread = ""  # this kind of device has no such property; look further up
+        if iothread:
+            return str(iothread).rpartition("/")[2]
         try:
             bus = await monitor.execute("qom-get", {"path": path, "property": "parent_bus"})
         except CommandError:

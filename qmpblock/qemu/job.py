@@ -420,11 +420,11 @@ class _Course:
 
 def _counts(info: Mapping[str, Any]) -> tuple[int, int]:
     """Return bytes done and total; what is no number counts as none: QEMU is not trusted."""
-    found = []
+    counts = []
     for key in ("current-progress", "total-progress"):
         value = info.get(key)
-        found.append(value if isinstance(value, int) and value >= 0 else 0)
-    return found[0], found[1]
+        counts.append(value if isinstance(value, int) and value >= 0 else 0)
+    return counts[0], counts[1]
 
 
 def _rest(info: Mapping[str, Any]) -> float:

@@ -39,10 +39,10 @@ async def read_keys(monitor: Monitor, secret: str) -> tuple[Key, ...]:
         raise UnsupportedError(
             f"the key {printable(secret)} would cross the network to {monitor.address} in the clear"
         )
-    found: list[Key] = []
+    keys: list[Key] = []
     name = secret
     while name:
-        if len(found) == _LONGEST:
+        if len(keys) == _LONGEST:
             raise UnsupportedError(f"more than {_LONGEST} keys encrypt {printable(secret)}")
         path = f"/objects/{name}"
         try:
@@ -67,8 +67,8 @@ async def read_keys(monitor: Monitor, secret: str) -> tuple[Key, ...]:
         # They become words of a command line.
         if form not in ("raw", "base64") or not re.fullmatch(r"[A-Za-z0-9+/=]*", iv):
             raise UnsupportedError(f"how the key {printable(secret)} is written cannot be told")
-        found.append(Key(text, form, iv))
-    return tuple(reversed(found))
+        keys.append(Key(text, form, iv))
+    return tuple(reversed(keys))
 
 
 async def _read_file(pid: int | None, name: str, file: str) -> bytes:

@@ -341,12 +341,12 @@ async def holders(monitor: Monitor, wanted: Callable[[str], bool]) -> dict[str, 
     :param wanted: tells by its name whether a lock is of interest.
     :raise BusyError: see `names`.
     """
-    found = {}
+    held = {}
     for name in filter(wanted, await names(monitor)):
         holder = await read(monitor, name)
         if holder is not None:
-            found[name] = holder
-    return found
+            held[name] = holder
+    return held
 
 
 async def names(monitor: Monitor) -> list[str]:
@@ -355,14 +355,14 @@ async def names(monitor: Monitor) -> list[str]:
     :raise BusyError: there are more than controllers of ours can have made.
     """
     objects = await monitor.execute("qom-list", {"path": "/objects"})
-    found = [one["name"] for one in objects if is_ours(one["name"])]
-    if len(found) > _MOST_OBJECTS:
+    ours = [one["name"] for one in objects if is_ours(one["name"])]
+    if len(ours) > _MOST_OBJECTS:
         raise BusyError(
-            f"{len(found)} objects in this VM bear our name, more than we can have made",
+            f"{len(ours)} objects in this VM bear our name, more than we can have made",
             standing="none of them was touched",
             remedy="see who else uses its monitors, and whether its QEMU is what it should be",
         )
-    return found
+    return ours
 
 
 async def read(monitor: Monitor, name: str) -> Holder | str | None:

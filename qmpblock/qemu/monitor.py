@@ -515,13 +515,13 @@ async def _await_greeting(sock: socket.socket, address: Address, timeout: float)
 
 def _held(address: Address, what: str) -> MonitorHeldError:
     """Say which processes hold a monitor, where that can be seen."""
-    found = holders(address)
-    if not found:
+    pids = holders(address)
+    if not pids:
         return MonitorHeldError(
             f"{what}. Most likely another client holds it; which, cannot be seen from here",
             remedy=_SECOND_MONITOR,
         )
-    who = ", ".join(describe_process(pid) for pid in found)
+    who = ", ".join(describe_process(pid) for pid in pids)
     return MonitorHeldError(
-        f"{what}: it serves one client at a time, and that is {who}", found, remedy=_SECOND_MONITOR
+        f"{what}: it serves one client at a time, and that is {who}", pids, remedy=_SECOND_MONITOR
     )

@@ -147,14 +147,14 @@ def inactive_devices(debug_graph: Mapping[str, Any], devices: Iterable[Device]) 
         for edge in debug_graph["edges"]
         if node["type"] == "block-backend" and edge["parent"] == node["id"]
     }
-    found = []
+    inactive = []
     for device in devices:
         for name in device.names():
             needs = "write" if device.drive and not device.read_only else "consistent-read"
             if name in has and needs not in has[name]:
-                found.append(device.name)
+                inactive.append(device.name)
                 break
-    return tuple(found)
+    return tuple(inactive)
 
 
 async def look(monitor: Monitor, devices: Iterable[Device] = ()) -> Situation:
@@ -166,12 +166,12 @@ async def look(monitor: Monitor, devices: Iterable[Device] = ()) -> Situation:
     # `completed` a moment before it leaves finish-migrate), and never the other way round.
     migration = str((await monitor.execute("query-migrate")).get("status", "none"))
     status = str((await monitor.execute("query-status"))["status"])
-    found = situation(status, migration)
-    if found.owner is not Owner.THIS or status == "running":
-        return found  # while a guest runs, QEMU deactivates nothing under it
+    owned = situation(status, migration)
+    if owned.owner is not Owner.THIS or status == "running":
+        return owned  # while a guest runs, QEMU deactivates nothing under it
     known = list(devices)
     if not known:
-        return found
+        return owned
     try:
         inactive = inactive_devices(await monitor.execute("x-debug-query-block-graph"), known)
     except CommandError:  # unstable: a later QEMU may drop it
@@ -199,9 +199,9 @@ async def ask(
     :param standing: what stands now, for the error.
     :raise UnsupportedError: they are not, or may not be for long; the reason and what to do.
     """
-    found = await look(monitor, devices)
-    if found.owner is not Owner.THIS:
-        raise UnsupportedError(found.why, standing=standing, remedy=found.remedy)
+    owned = await look(monitor, devices)
+    if owned.owner is not Owner.THIS:
+        raise UnsupportedError(owned.why, standing=standing, remedy=owned.remedy)
 
 
 async def ask_for_change(vm: Connection, work: Work) -> None:

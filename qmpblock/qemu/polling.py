@@ -256,12 +256,12 @@ async def _others(monitor: Monitor, run: str) -> dict[str, tuple[Holder, Guard]]
     guards = await lock.holders(
         monitor, lambda name: lock_kind(name) is LockKind.GUARD and name != guard_name(run)
     )
-    found = {}
+    others = {}
     for name, holder in guards.items():
         if isinstance(holder, Holder):
             with contextlib.suppress(RecordError):
-                found[name] = holder, holder.says(Guard, name)
-    return found
+                others[name] = holder, holder.says(Guard, name)
+    return others
 
 
 def _is_set(value: int) -> bool:

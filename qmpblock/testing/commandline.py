@@ -108,16 +108,16 @@ def _layers_apart(described: dict[str, Any]) -> list[str]:
     a `filename` itself, and adds the recorded name: then it refuses a blkdebug or throttle
     node in that place ("Can't specify 'file' and 'filename'").
     """
-    found = []
+    nodes = []
     layer = described
     while "backing" in layer:
         below = layer["backing"]
         layer["backing"] = below["node-name"]
         # What QEMU gives a backing image that is described in place.
         below["read-only"] = below["auto-read-only"] = True
-        found.append(below)
+        nodes.append(below)
         layer = below
-    return [part for below in reversed(found) for part in ("-blockdev", json.dumps(below))]
+    return [part for below in reversed(nodes) for part in ("-blockdev", json.dumps(below))]
 
 
 def _drive(disk: BuiltDisk) -> str:

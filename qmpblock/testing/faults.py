@@ -54,8 +54,8 @@ def inject(
         rule["sector"] = offset // 512
     if iotype is not None:
         rule["iotype"] = iotype
-    found = disk.active.chain()
-    return _with_layer(disk, layer, faults=(*_layer(found, layer).faults, rule))
+    layers = disk.active.chain()
+    return _with_layer(disk, layer, faults=(*_layer(layers, layer).faults, rule))
 
 
 def slow(disk: BuiltDisk, bytes_per_second: int, *, layer: int = 0) -> BuiltDisk:
@@ -220,11 +220,11 @@ class Controller:
         :raise StalledError: there is none after `timeout` seconds.
         :raise ToolError: it ended without.
         """
-        found = re.compile(pattern)
+        expression = re.compile(pattern)
 
         def seen() -> bool:
             ended = self.process.poll()
-            if found.search(self.stdout) or found.search(self.stderr):
+            if expression.search(self.stdout) or expression.search(self.stderr):
                 return True
             if ended is not None:
                 raise ToolError(self.command, ended, self.stderr)

@@ -150,10 +150,10 @@ class GuestConsole:
         word, _, rest = (greeting + rest).partition(" ")
         if word == "*READY":
             self._ready, self._greeted = rest, True
-        elif word == "*DONE" and (found := re.match(r"disk=(\d{1,3}) ", rest)):
-            self._done[int(found[1])] = rest
-        elif word in ("OK", "ER") and (found := re.match(r"(\d{1,9})(?: (.*))?$", rest)):
-            self._answer = (int(found[1]), word == "OK", found[2] or "")
+        elif word == "*DONE" and (match := re.match(r"disk=(\d{1,3}) ", rest)):
+            self._done[int(match[1])] = rest
+        elif word in ("OK", "ER") and (match := re.match(r"(\d{1,9})(?: (.*))?$", rest)):
+            self._answer = (int(match[1]), word == "OK", match[2] or "")
         self._news.set()
 
     async def send(self, line: str) -> None:

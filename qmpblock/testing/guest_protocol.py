@@ -142,10 +142,10 @@ def parse_hello(text: str) -> GuestHello:
     fields = _fields(text)
     disks = []
     for value in fields.get("disk", []):
-        found = re.fullmatch(r"(\d{1,3}),([0-9a-z:./]+),(blk|scsi),(\d{1,20}),([rfdz]*)", value)
-        if not found:
+        match = re.fullmatch(r"(\d{1,3}),([0-9a-z:./]+),(blk|scsi),(\d{1,20}),([rfdz]*)", value)
+        if not match:
             raise ValueError(f"{printable(value)!r} describes no disk")
-        number, where, kind, sectors, letters = found.groups()
+        number, where, kind, sectors, letters = match.groups()
         disks.append(GuestDisk(int(number), where, kind, int(sectors) * SECTOR, frozenset(letters)))
     return GuestHello(_number(fields, "version"), tuple(disks))
 
@@ -191,10 +191,10 @@ def parse_checksum(text: str) -> int:
 
     :raises ValueError: it is not of that form.
     """
-    found = re.fullmatch(r"crc32=([0-9a-f]{8})", text)
-    if not found:
+    match = re.fullmatch(r"crc32=([0-9a-f]{8})", text)
+    if not match:
         raise ValueError("no checksum in it")
-    return int(found[1], 16)
+    return int(match[1], 16)
 
 
 def parse_check(text: str) -> tuple[int, int]:

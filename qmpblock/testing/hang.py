@@ -217,15 +217,15 @@ async def _queues(monitor: Monitor, path: str) -> list[Queue]:
 
     How many there are, x-query-virtio-status tells, which makes QEMU 11.1 abort.
     """
-    found = []
+    queues = []
     for number in range(_QUEUES):
         try:
             one = await _ask(monitor, "x-query-virtio-queue-status", path=path, queue=number)
         except CommandError:
             break
         if one["vring-desc"]:  # else the guest does not use it
-            found.append(await _queue(monitor, path, number, one))
-    return found
+            queues.append(await _queue(monitor, path, number, one))
+    return queues
 
 
 async def _queue(monitor: Monitor, path: str, number: int, one: Mapping[str, Any]) -> Queue:
@@ -255,15 +255,15 @@ async def _half_words(monitor: Monitor, address: int) -> tuple[int, int]:
 
 def _eventfds(pid: int) -> dict[int, int]:
     """Return the count of every eventfd of a process, by its descriptor."""
-    found = {}
+    counts = {}
     for file in sorted(Path(f"/proc/{pid}/fdinfo").iterdir(), key=lambda file: int(file.name)):
         try:
             match = re.search(r"eventfd-count:\s*([0-9a-f]+)", file.read_text())
         except OSError:  # closed since it was listed
             continue
         if match:
-            found[int(file.name)] = int(match[1], 16)
-    return found
+            counts[int(file.name)] = int(match[1], 16)
+    return counts
 
 
 def _threads(pid: int) -> list[str]:

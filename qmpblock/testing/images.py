@@ -36,15 +36,15 @@ def find_qemu() -> str:
     :raise ToolError: there is none.
     """
     wanted = os.environ.get("QMPBLOCK_QEMU") or "qemu-system-x86_64"
-    found = shutil.which(wanted)
-    if found is None:
+    binary = shutil.which(wanted)
+    if binary is None:
         raise ToolError(
             [wanted],
             127,
             "no such program",
             remedy="install QEMU (qemu-system-x86), or name one in QMPBLOCK_QEMU",
         )
-    return found
+    return binary
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +61,13 @@ class Tools:
         :raise ToolError: one is missing.
         """
         beside = Path(qemu or find_qemu()).resolve().parent
-        found = []
+        programs = []
         for name in ("qemu-img", "qemu-io"):
             program = shutil.which(name, path=str(beside)) or shutil.which(name)
             if program is None:
                 raise ToolError([name], 127, "no such program", remedy="install qemu-utils")
-            found.append(program)
-        return cls(*found)
+            programs.append(program)
+        return cls(*programs)
 
     async def run(self, *command: str, stdin: str = "") -> str:
         """Run one of them and return what it printed. Cancelling kills it.

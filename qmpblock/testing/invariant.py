@@ -195,16 +195,16 @@ def listening_sockets(pid: int) -> list[str]:
 
 def _sockets() -> dict[str, str]:
     """Return what each socket of this network namespace is, by inode."""
-    found = {}
+    sockets = {}
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         # Num RefCount Protocol Flags Type St Inode [Path]
         fields = line.split(maxsplit=7)
         path = fields[7] if len(fields) > 7 else ""
         if int(fields[3], 16) & _UNIX_ACCEPTING:
-            found[fields[6]] = f"listening on unix:{path}"
+            sockets[fields[6]] = f"listening on unix:{path}"
         else:
             # An accepted socket bears the listener's path.
-            found[fields[6]] = f"connected, unix:{path}"
+            sockets[fields[6]] = f"connected, unix:{path}"
     for table in ("tcp", "tcp6"):
         path_ = Path(f"/proc/net/{table}")
         if not path_.exists():
@@ -213,8 +213,8 @@ def _sockets() -> dict[str, str]:
             fields = line.split()
             port = int(fields[1].rpartition(":")[2], 16)
             listens = fields[3] == _TCP_LISTEN
-            found[fields[9]] = f"listening on tcp:{port}" if listens else "connected, tcp"
-    return found
+            sockets[fields[9]] = f"listening on tcp:{port}" if listens else "connected, tcp"
+    return sockets
 
 
 def _file_lines(directories: Iterable[Path]) -> list[str]:

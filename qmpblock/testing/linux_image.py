@@ -141,8 +141,8 @@ def _run(command: Sequence[str | Path], folder: Path | None = None) -> str:
 
 def kernel_of(depends: str) -> str | None:
     """Read the kernel's package from what `apt-cache depends` says of the metapackage."""
-    found = re.search(r"^\s*Depends: (linux-image-\d\S*)$", depends, re.MULTILINE)
-    return found[1] if found else None
+    match = re.search(r"^\s*Depends: (linux-image-\d\S*)$", depends, re.MULTILINE)
+    return match[1] if match else None
 
 
 def _kernel_package() -> str:
@@ -161,10 +161,10 @@ def _unpack(*packages: str, folder: Path, root: Path) -> None:
 
 
 def _only(root: Path, *patterns: str) -> Path:
-    found = [path for pattern in patterns for path in root.glob(pattern)]
-    if len(found) != 1:
-        raise LinuxUnavailableError(f"the packages hold {len(found)} files {' or '.join(patterns)}")
-    return found[0]
+    paths = [path for pattern in patterns for path in root.glob(pattern)]
+    if len(paths) != 1:
+        raise LinuxUnavailableError(f"the packages hold {len(paths)} files {' or '.join(patterns)}")
+    return paths[0]
 
 
 # --- modules and the initramfs -------------------------------------------------------------
@@ -196,8 +196,8 @@ def _modules(root: Path) -> dict[str, bytes]:
 
 def dependencies(module: bytes) -> list[str]:
     """Read the modules that a kernel module needs, from `depends=` in its .modinfo."""
-    found = re.search(rb"\0depends=([\w,-]*)\0", module)
-    names = found[1].decode() if found else ""
+    match = re.search(rb"\0depends=([\w,-]*)\0", module)
+    names = match[1].decode() if match else ""
     return [name.replace("-", "_") for name in names.split(",") if name]
 
 

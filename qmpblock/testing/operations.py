@@ -56,18 +56,18 @@ def read_operations(
     :param size: bytes that no operation may exceed.
     :raise ScenarioError: one of them is wrong.
     """
-    found: list[Operation] = []
+    operations: list[Operation] = []
     for text, refuse in entry.lines(key):
         words = text.split()
         if not words or words[0] not in verbs:
             refuse(f"must begin with one of {', '.join(verbs)}")
         if words[0] == "flush" and len(words) == 1:
-            found.append(Operation("flush"))
+            operations.append(Operation("flush"))
         elif words[0] == "snapshot" and len(words) == 2:
-            found.append(Operation("snapshot", name=words[1]))
+            operations.append(Operation("snapshot", name=words[1]))
         else:
-            found += _on_ranges(text.strip(), size, refuse)
-    return tuple(found)
+            operations += _on_ranges(text.strip(), size, refuse)
+    return tuple(operations)
 
 
 def _on_ranges(text: str, size: int, refuse: _Refuse) -> list[Operation]:

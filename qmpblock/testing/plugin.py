@@ -74,10 +74,10 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def _binary() -> str:
     wanted = os.environ.get("QMPBLOCK_QEMU") or "qemu-system-x86_64"
-    found = which(wanted)
-    if found is None:
+    binary = which(wanted)
+    if binary is None:
         raise FileNotFoundError(f"no program {wanted}; install QEMU, or set QMPBLOCK_QEMU")
-    return found
+    return binary
 
 
 def _version(config: pytest.Config) -> tuple[int, int, int]:
@@ -105,9 +105,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     patterns = mark.args if mark and mark.args else ("*.yaml",)
     named = mark.kwargs.get("directory") if mark else None
     directory = metafunc.config.rootpath / (named or metafunc.config.getini("qmpblock_scenarios"))
-    found = [one for pattern in patterns for one in load_scenarios(directory, pattern)]
+    scenarios = [one for pattern in patterns for one in load_scenarios(directory, pattern)]
     params = []
-    for scenario in found:
+    for scenario in scenarios:
         marks = []
         if scenario.requires is not None:
             needs = scenario.requires
@@ -124,8 +124,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         needs = Requirement(mark.args[0], mark.kwargs.get("reason", ""))
         version = _version(item.config)
         if not needs.allows(version):
-            found = ".".join(map(str, version))
-            pytest.skip(f"needs QEMU {needs.text}, this is {found}: {needs.reason}")
+            ours = ".".join(map(str, version))
+            pytest.skip(f"needs QEMU {needs.text}, this is {ours}: {needs.reason}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -464,8 +464,8 @@ class QemuProcess:
         self, disk: BuiltDisk | str, operations: Iterable[Operation] | None = None
     ) -> None:
         """Do what the guest does later; see `diskio.DiskIO.perform`."""
-        found = self.disk(disk)
-        await self.io.perform(found, found.spec.guest if operations is None else operations)
+        built = self.disk(disk)
+        await self.io.perform(built, built.spec.guest if operations is None else operations)
 
     def disk(self, disk: BuiltDisk | str) -> BuiltDisk:
         """Return the disk of that name in the scenario (or the one that is given).

@@ -79,13 +79,13 @@ class Requirement:
             match = self._COMPARISON.fullmatch(part)
             assert match is not None  # __post_init__
             wanted = tuple(int(number) for number in match[2].split("."))
-            found = version[: len(wanted)]
+            shown = version[: len(wanted)]
             holds = {
-                ">=": found >= wanted,
-                "<=": found <= wanted,
-                "==": found == wanted,
-                "<": found < wanted,
-                ">": found > wanted,
+                ">=": shown >= wanted,
+                "<=": shown <= wanted,
+                "==": shown == wanted,
+                "<": shown < wanted,
+                ">": shown > wanted,
             }[match[1]]
             if not holds:
                 return False
