@@ -30,7 +30,7 @@ from qmpblock.allocation.filling import SPAN, Parts, fill
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
-from qmpblock.chains.jobs import host_files, opened_as
+from qmpblock.chains.jobs import image_files, opened_as
 from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
 from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.changes.change import Change
@@ -134,7 +134,7 @@ async def reserve_by_staging(
         detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
         nodes=(node, storage_node(node), *parts.nodes),
         files=(overlay, *parts.files),
-        images=host_files(vm, disk.chain),
+        images=image_files(vm.monitor.peer_pid, disk.chain),
     )
     change = Change(vm, record, beside=Path(file))
     done, held, had = 0, 0.0, [Ranges()]

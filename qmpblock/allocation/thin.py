@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.allocation.plan import Batch, below, requests, rounded
 from qmpblock.cancellation import task_group, undisturbed
-from qmpblock.chains.jobs import host_files
+from qmpblock.chains.jobs import image_files
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
@@ -307,7 +307,7 @@ async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
         devices=(disk.device.qom_path,),
         names=(disk.name,),
         locks=lock_names([disk.device]),
-        images=host_files(disk.vm, disk.chain),
+        images=image_files(disk.vm.monitor.peer_pid, disk.chain),
     )
     # Without a journal: nothing that it makes outlives QEMU, and the locks say what is there.
     change = Change(disk.vm, record, journaled=False)

@@ -332,7 +332,7 @@ def _check_copy_on_read(vm: Connection, plan: StreamPlan | CommitPlan) -> None:
 async def _common(disk: MappedDisk, plan: StreamPlan | CommitPlan, run: str) -> dict[str, Any]:
     """Return what the record of either job says."""
     device = plan.device
-    images = list(host_files(disk.vm, device.chain))
+    images = list(image_files(disk.vm.monitor.peer_pid, device.chain))
     for layer, name in zip(plan.leaving, plan.names, strict=True):
         if name not in (None, layer.file):
             images[layer.depth] = home_of(str(name))
@@ -346,9 +346,12 @@ async def _common(disk: MappedDisk, plan: StreamPlan | CommitPlan, run: str) -> 
     }
 
 
-def host_files(vm: Connection, chain: Chain) -> tuple[str, ...]:
-    """Return the image files of a chain, by their paths on this host where they have one."""
-    files = OpenFiles(vm.monitor.peer_pid)
+def image_files(pid: int | None, chain: Chain) -> tuple[str, ...]:
+    """Return the image files of a chain, by their paths on this host where they have one.
+
+    :param pid: the process at the other end of the monitor.
+    """
+    files = OpenFiles(pid)
     paths = []
     for layer in chain.layers:
         place = files.place(layer.storage or layer.node)

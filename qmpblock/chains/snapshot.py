@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
-from qmpblock.chains.jobs import host_files
+from qmpblock.chains.jobs import image_files
 from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
 from qmpblock.chains.plan import plan_snapshot
 from qmpblock.chains.settings import lost_by_snapshot, wanted_discard
@@ -125,7 +125,7 @@ async def snapshot(
 
 async def _record(vm: Connection, run: str, items: list[Item]) -> Snapshot:
     devices = [item.plan.device for item in items]
-    chains = [host_files(vm, device.chain) for device in devices]
+    chains = [image_files(vm.monitor.peer_pid, device.chain) for device in devices]
     return Snapshot(
         run=run,
         vm=await identify(vm),
