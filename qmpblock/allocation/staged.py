@@ -30,7 +30,7 @@ from qmpblock.allocation.filling import SPAN, Parts, fill
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
-from qmpblock.chains.jobs import image_files, opened_as
+from qmpblock.chains.jobs import opened_as
 from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
 from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.changes.change import Change
@@ -51,6 +51,7 @@ from qmpblock.graph.opened import alone
 from qmpblock.graph.options import key_secret
 from qmpblock.graph.places import Place
 from qmpblock.host import imagefiles
+from qmpblock.host.imagefiles import image_files
 from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimg import QemuImg

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 
 from qmpblock.allocation.plan import Batch, below, requests, rounded
 from qmpblock.cancellation import task_group, undisturbed
-from qmpblock.chains.jobs import image_files
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
@@ -37,6 +36,7 @@ from qmpblock.changes.nodes import check_copy_on_read
 from qmpblock.changes.operations import ThinAllocation
 from qmpblock.errors import UNTOUCHED, CommandError, GraphError, NBDError, UnsupportedError
 from qmpblock.graph.writable import check_disk
+from qmpblock.host.imagefiles import image_files
 from qmpblock.mapping import exported, read_map
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership

@@ -61,12 +61,12 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph.jsonname import as_text
-from qmpblock.graph.model import Chain, Layer, Node
+from qmpblock.graph.model import Layer, Node
 from qmpblock.graph.opened import name_suffices, opened
 from qmpblock.graph.places import Place, Places, known
 from qmpblock.graph.sharedfiles import files_of
 from qmpblock.host.filelocks import foreign_users
-from qmpblock.host.imagefiles import home_of
+from qmpblock.host.imagefiles import home_of, image_files
 from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.processes import command_line
 from qmpblock.host.renamed import name_now
@@ -344,22 +344,6 @@ async def _common(disk: MappedDisk, plan: StreamPlan | CommitPlan, run: str) -> 
         "locks": lock_names([device]),
         "images": tuple(images),
     }
-
-
-def image_files(pid: int | None, chain: Chain) -> tuple[str, ...]:
-    """Return the image files of a chain, by their paths on this host where they have one.
-
-    :param pid: the process at the other end of the monitor.
-    """
-    files = OpenFiles(pid)
-    paths = []
-    for layer in chain.layers:
-        place = files.place(layer.storage or layer.node)
-        if not isinstance(place, Place):
-            paths.append(layer.file)
-        else:
-            paths.append(place.here if place.file.is_device else home_of(place.here))
-    return tuple(paths)
 
 
 async def opened_as(vm: Connection, layer: Layer) -> dict[str, Any]:

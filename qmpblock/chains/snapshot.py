@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
-from qmpblock.chains.jobs import image_files
 from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
 from qmpblock.chains.plan import plan_snapshot
 from qmpblock.chains.settings import lost_by_snapshot, wanted_discard
@@ -37,6 +36,7 @@ from qmpblock.errors import (
 from qmpblock.graph.backingname import name_of_frozen
 from qmpblock.graph.openings import storage_of
 from qmpblock.graph.places import known
+from qmpblock.host.imagefiles import image_files
 from qmpblock.host.openfiles import NOWHERE, OpenFiles, sees_directory
 from qmpblock.host.processes import command_line
 from qmpblock.managers import Work

@@ -13,10 +13,11 @@ from qmpblock.graph.places import FileId, Missing, Place
 from qmpblock.host.openfiles import OpenFiles
 
 if TYPE_CHECKING:
-    from qmpblock.graph.model import Layer
+    from qmpblock.graph.model import Chain, Layer
 
 __all__ = [
     "home_of",
+    "image_files",
     "local_path",
     "open_inodes",
     "status_of",
@@ -40,6 +41,22 @@ def home_of(path: str) -> str:
     """
     real = Path(os.path.realpath(path))
     return str(real) if real.exists() and real.samefile(path) else path
+
+
+def image_files(pid: int | None, chain: Chain) -> tuple[str, ...]:
+    """Return the image files of a chain, by their paths on this host where they have one.
+
+    :param pid: the process at the other end of the monitor.
+    """
+    files = OpenFiles(pid)
+    paths = []
+    for layer in chain.layers:
+        place = files.place(layer.storage or layer.node)
+        if not isinstance(place, Place):
+            paths.append(layer.file)
+        else:
+            paths.append(place.here if place.file.is_device else home_of(place.here))
+    return tuple(paths)
 
 
 def why_not_local(pid: int | None, layer: Layer) -> str:
