@@ -26,11 +26,23 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 WIDTH, LEFT, RIGHT, HARNESS = 1000, 52, 16, 150
 GAP, PAD, LINE, NAME, SMALL = 8, 10, 16, 20, 20
 ROOF = 80
-LETTER = 6.6  # how wide one is in prose
+LETTER, CODE = 6.6, 6.7  # how wide one is in prose, and in small names
 
 # Light grounds under dark letters; as in the maps, from Okabe and Ito's colours.
-FILLS = {"room": "#e3eef6", "pure": "#ddf1ea", "ground": "#f0f0f0", "harness": "#fbeed5"}
-EDGES = {"room": "#0072B2", "pure": "#009E73", "ground": "#808080", "harness": "#E69F00"}
+FILLS = {
+    "room": "#e3eef6",
+    "pure": "#ddf1ea",
+    "ground": "#f0f0f0",
+    "floor": "#fff",
+    "harness": "#fbeed5",
+}
+EDGES = {
+    "room": "#0072B2",
+    "pure": "#009E73",
+    "ground": "#808080",
+    "floor": "#808080",
+    "harness": "#E69F00",
+}
 STYLE = (
     "text{font:12px sans-serif;fill:#333}"
     ".n{font:bold 14px monospace;fill:#111}"
@@ -223,14 +235,39 @@ def _floor(floor: Sequence[Room], left: int, right: int, y: int) -> tuple[list[s
     return lines, height
 
 
+def _lines(floor: Sequence[Room], width: int) -> list[Sequence[Room]]:
+    """Break a floor of rooms that only have their names into as few lines as have room for them."""
+    for count in range(1, len(floor) + 1):
+        each = -(-len(floor) // count)
+        lines = [floor[first : first + each] for first in range(0, len(floor), each)]
+        needed = max(
+            sum(len(room.name) * CODE + PAD + GAP for room in line) - GAP for line in lines
+        )
+        if needed <= width - (GAP if count > 1 else 0):
+            return lines
+    return [[room] for room in floor]
+
+
+def _tall(floor: Sequence[Room], width: int) -> int:
+    """Return how tall such a floor is; one of several lines has a border around them."""
+    count = len(_lines(floor, width))
+    return count * (SMALL + GAP // 2) + (GAP // 2 if count > 1 else -GAP // 2)
+
+
 def _small_floor(floor: Sequence[Room], left: int, right: int, y: int) -> tuple[list[str], int]:
     """Draw a floor of rooms that only have their names."""
-    places = _widths(floor, [len(room.name) + 4.0 for room in floor], right - left)
-    lines: list[str] = []
-    for room, (x, width) in zip(floor, places, strict=True):
-        lines += _box(room.kind, left + x, y, width, SMALL)
-        lines += _text(left + x + width // 2, y + SMALL - 6, room.name, "s m")
-    return lines, SMALL
+    tall, broken = _tall(floor, right - left), _lines(floor, right - left)
+    drawn: list[str] = []
+    if len(broken) > 1:
+        drawn += _box("floor", left, y, right - left, tall)
+        left, right, y = left + GAP // 2, right - GAP // 2, y + GAP // 2
+    for line in broken:
+        places = _widths(line, [len(room.name) + 4.0 for room in line], right - left)
+        for room, (x, width) in zip(line, places, strict=True):
+            drawn += _box(room.kind, left + x, y, width, SMALL)
+            drawn += _text(left + x + width // 2, y + SMALL - 6, room.name, "s m")
+        y += SMALL + GAP // 2
+    return drawn, tall
 
 
 def _wrapped(room: Room, width: int) -> list[str]:
@@ -242,7 +279,7 @@ def _height(room: Room, width: int) -> int:
         PAD
         + NAME
         + LINE * len(_wrapped(room, width))
-        + (SMALL + GAP // 2) * len(room.inside)
+        + sum(_tall(floor, width - 2 * PAD) + GAP // 2 for floor in room.inside)
         + (PAD if room.inside else PAD // 2)
     )
 
@@ -282,7 +319,7 @@ def _legend(house: House, y: int) -> list[str]:
     return lines + _text(
         LEFT,
         y + LINE + 2,
-        "Rooms side by side do not import each other either, unless they touch.",
+        "Rooms of one floor do not import each other either, unless they touch.",
     )
 
 
