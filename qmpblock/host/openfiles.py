@@ -130,31 +130,38 @@ class OpenFiles:
     def _named(self, node: Node) -> Iterator[tuple[FileId, str]]:
         """Yield the open files that a node's name may mean, with an absolute name of each."""
         name = node.filename
-        assert self.pid is not None  # place() has seen to it
-        is_open = self.ids()
         if match := _DESCRIPTOR.fullmatch(name):
             given = {int(match[2])} if match[1] in (None, "self", str(self.pid)) else set()
             yield from self._given(given)
         elif _FDSET.fullmatch(name):
             yield from self._given(set(node.descriptors))
         elif name.startswith("/"):
-            for view in _views(self.pid):
-                file = view.file(name)
-                if file in is_open:
-                    assert file is not None  # None is never open
-                    yield file, name
-                    return
+            yield from self._absolute(name)
         elif name and "\0" not in name:
-            tail = "/" + posixpath.normpath(name)
-            starts = [one for one in self._starts() if one.startswith("/")]
-            view = _View(self.pid)
-            for full in (posixpath.join(start, name) for start in starts):
-                file = view.file(full)
-                if file is not None and file in is_open:
-                    yield file, view.real(full) or full
-            for one in self._open:
-                if one.name.endswith(tail) and not one.deleted:
-                    yield one.file, one.name
+            yield from self._relative(name)
+
+    def _absolute(self, name: str) -> Iterator[tuple[FileId, str]]:
+        """Yield the open file to which an absolute name leads, where it does first."""
+        assert self.pid is not None  # place() has seen to it
+        is_open = self.ids()
+        for view in _views(self.pid):
+            file = view.file(name)
+            if file is not None and file in is_open:
+                yield file, name
+                return
+
+    def _relative(self, name: str) -> Iterator[tuple[FileId, str]]:
+        """Yield the open files that a relative name may mean, from wherever it counts."""
+        is_open, view = self.ids(), _View(self.pid)
+        starts = [one for one in self._starts() if one.startswith("/")]
+        for full in (posixpath.join(start, name) for start in starts):
+            file = view.file(full)
+            if file is not None and file in is_open:
+                yield file, view.real(full) or full
+        tail = "/" + posixpath.normpath(name)
+        for one in self._open:
+            if one.name.endswith(tail) and not one.deleted:
+                yield one.file, one.name
 
     def _given(self, descriptors: set[int]) -> Iterator[tuple[FileId, str]]:
         """Yield the files of descriptors that QEMU was given, where it opened them as well."""
