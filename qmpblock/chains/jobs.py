@@ -138,22 +138,10 @@ async def stream(
 
     See `Disk.stream`.
     """
-    plan = await _plan(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
+    plan = await look(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, StreamPlan)
     run = new_run()
-    record = Stream(
-        **await _common(disk, plan, run),
-        job=stream_job(run),
-        flush=plan.top.node.name,
-        keeper=plan.top.node.name,
-        top=plan.top.node.name,
-        top_file=plan.top.file,
-        base=plan.base.node.name if plan.base else "",
-        base_file=plan.base.file if plan.base else "",
-        backing_name=plan.backing_name or "",
-        leaving=_nodes_of(plan.leaving),
-        merges=tuple((merge.target, merge.source, merge.name) for merge in plan.merges),
-    )
+    record = await record_of_stream(disk, plan, run)
     arguments: dict[str, Any] = {"device": plan.top.node.name, "speed": speed}
     if plan.base is not None:
         arguments |= {"base-node": plan.base.node.name, "backing-file": plan.backing_name}
@@ -174,13 +162,13 @@ async def commit(
 
     See `Disk.commit`.
     """
-    plan = await _plan(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
+    plan = await look(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, CommitPlan)
     run = new_run()
     root = plan.device.chain.root.name
-    record: Commit | ActiveCommit = await _record_of_commit(disk, plan, run)
+    record: Commit | ActiveCommit = await record_of_commit(disk, plan, run)
     if isinstance(record, ActiveCommit) and plan.leaving:
-        plan, record = await _with_settings(disk.vm, plan, record)
+        plan, record = await with_settings(disk.vm, plan, record)
         if throttle_guest:
             limits, group = await io_limits(disk.vm, plan.device)
             record = replace(record, throttle=tuple(limits.items()), throttle_group=group)
@@ -198,7 +186,25 @@ async def commit(
         yield job
 
 
-async def _record_of_commit(disk: MappedDisk, plan: CommitPlan, run: str) -> Commit | ActiveCommit:
+async def record_of_stream(disk: MappedDisk, plan: StreamPlan, run: str) -> Stream:
+    """Return what the journal is to say of a stream."""
+    return Stream(
+        **await _common(disk, plan, run),
+        job=stream_job(run),
+        flush=plan.top.node.name,
+        keeper=plan.top.node.name,
+        top=plan.top.node.name,
+        top_file=plan.top.file,
+        base=plan.base.node.name if plan.base else "",
+        base_file=plan.base.file if plan.base else "",
+        backing_name=plan.backing_name or "",
+        leaving=_nodes_of(plan.leaving),
+        merges=tuple((merge.target, merge.source, merge.name) for merge in plan.merges),
+    )
+
+
+async def record_of_commit(disk: MappedDisk, plan: CommitPlan, run: str) -> Commit | ActiveCommit:
+    """Return what the journal is to say of a commit."""
     said = {
         **await _common(disk, plan, run),
         "top": plan.top.node.name,
@@ -210,11 +216,11 @@ async def _record_of_commit(disk: MappedDisk, plan: CommitPlan, run: str) -> Com
             (bitmap.node, name)
             for bitmap in plan.bitmaps
             for name in (
-                [bitmap.name, _helper(run, bitmap)] if bitmap.persistent else [bitmap.name]
+                [bitmap.name, helper_of(run, bitmap)] if bitmap.persistent else [bitmap.name]
             )
         ),
         "promotions": tuple(
-            (bitmap.node, _helper(run, bitmap), bitmap.name, bitmap.granularity)
+            (bitmap.node, helper_of(run, bitmap), bitmap.name, bitmap.granularity)
             for bitmap in plan.bitmaps
             if bitmap.persistent
         ),
@@ -232,7 +238,7 @@ async def _record_of_commit(disk: MappedDisk, plan: CommitPlan, run: str) -> Com
     )
 
 
-async def _with_settings(
+async def with_settings(
     vm: Connection, plan: CommitPlan, record: ActiveCommit
 ) -> tuple[CommitPlan, ActiveCommit]:
     """Have the base get what the guest's disk is set to, and say what it will not have."""
@@ -246,12 +252,17 @@ async def _with_settings(
     )
 
 
-def _helper(run: str, bitmap: NewBitmap) -> str:
+def helper_of(run: str, bitmap: NewBitmap) -> str:
     """Return the name of the transient bitmap that a persistent one begins as."""
     return helper_bitmap(run, bitmap.name)
 
 
-async def _plan(disk: MappedDisk, make: Any) -> StreamPlan | CommitPlan:
+async def look(disk: MappedDisk, make: Any) -> StreamPlan | CommitPlan:
+    """Look at a disk, and plan, or refuse; only what a dead controller left is undone.
+
+    :param make: returns the plan for a graph, a device in it, and the files of its nodes.
+    :raise Error: it cannot be done; nothing was touched.
+    """
     await ownership.ask(disk.vm.monitor, [disk.device])
     await make_way(disk.vm, lock_names([disk.device]))
     graph = await disk.vm.graph()
@@ -472,7 +483,7 @@ async def _prepare(disk: MappedDisk, plan: StreamPlan | CommitPlan, record: Reco
             "block-dirty-bitmap-add",
             {
                 "node": bitmap.node,
-                "name": _helper(record.run, bitmap) if bitmap.persistent else bitmap.name,
+                "name": helper_of(record.run, bitmap) if bitmap.persistent else bitmap.name,
                 "granularity": bitmap.granularity,
             },
         )
