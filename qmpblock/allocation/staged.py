@@ -30,7 +30,7 @@ from qmpblock.allocation.filling import SPAN, Parts, fill
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
-from qmpblock.chains.jobs import opened_as
+from qmpblock.chains.look import opened_as
 from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
 from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.changes.change import Change
