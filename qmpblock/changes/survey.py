@@ -19,6 +19,9 @@ from qmpblock.names import is_beside, is_elsewhere, is_of_vm, run_of_journal
 
 __all__ = ["Survey", "find", "is_of", "is_same_process", "journals", "survey", "unproven"]
 
+#: Journals beside one image that are read. Whoever may write to its directory can make many.
+MOST = 1000
+
 
 @dataclass
 class Survey:
@@ -159,7 +162,20 @@ class _Look:
         except OSError as error:
             self._note_unseen(image.parent, error)
             return []
-        return [image.with_name(name) for name in names if is_beside(name, image.name)]
+        found = [image.with_name(name) for name in names if is_beside(name, image.name)]
+        if len(found) > MOST:
+            self.result.unreadable.append(
+                RecordError(
+                    f"beside {printable(image)} lie {len(found)} files that are journals by their "
+                    f"names, and no more than {MOST} are read",
+                    standing=UNTOUCHED,
+                    remedy=f"see whose they are: ls -l {printable(found[0])}. Those that are "
+                    "neither root's nor of the user who runs qmpblock are not ours: remove them",
+                    files=(str(image),),
+                )
+            )
+            return []
+        return found
 
     def _note_unseen(self, directory: Path, error: OSError) -> None:
         self.result.unreadable.append(

@@ -15,7 +15,7 @@ from qmpblock.changes.journal import FORMAT, Journal, state_directory
 from qmpblock.changes.leftovers import record_of
 from qmpblock.changes.operations import ActiveCommit, read_record
 from qmpblock.changes.record import VMIdentity
-from qmpblock.changes.survey import Survey, find, is_of, journals, survey, unproven
+from qmpblock.changes.survey import MOST, Survey, find, is_of, journals, survey, unproven
 from qmpblock.errors import RecordError
 from qmpblock.host.statedirectory import OpenDirectory
 from qmpblock.qemu.lock import Holder
@@ -184,6 +184,22 @@ def test_what_others_could_have_written_is_said(image):
         (beside(image, "cafebabe"), "it belongs to the user 1234"),
         (beside(image, "0badcafe"), "it is no plain file"),
     }
+
+
+def test_no_more_than_some_are_read(image):
+    """Whoever may write there had us read millions, one after another."""
+    Journal.create(of_pivot(image), image)
+    for number in range(MOST - 1):
+        beside(image, f"{number:08x}").touch()
+    assert [one.record.run for one in survey((str(image),)).journals] == [RUN]
+    beside(image, f"{MOST:08x}").touch()
+    found = survey((str(image),))
+    [error] = found.unreadable
+    assert f"lie {MOST + 1} files that are journals by their names" in error.message
+    assert error.files == (str(image),)
+    assert [one.record.run for one in found.journals] == [RUN]  # the state directory tells of it
+    other = image.with_name("other.qcow2")
+    assert survey((str(other),)).unreadable == []
 
 
 def test_one_of_ours_that_may_not_be_read_is_said(image, monkeypatch):
