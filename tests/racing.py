@@ -34,7 +34,7 @@ from qmpblock.graph.places import FileId
 from qmpblock.host.borrowed import open_as_it_has
 from qmpblock.host.fallocate import keep_size
 from qmpblock.host.handed import HandedFiles
-from qmpblock.host.ourfiles import Directory, remove
+from qmpblock.host.ourfiles import Directory, remove, write_file
 from qmpblock.host.qemuimg import QemuImg, blockdev
 from qmpblock.host.space import open_image
 from qmpblock.host.statedirectory import OpenDirectory
@@ -118,6 +118,16 @@ SWAPS_WHAT_ROOT_MADE = """
 os.symlink('../root', 'link')
 def step():
     exchange('mine', 'link')
+"""
+SWAPS_WHAT_MAY_BE_MISSING = """
+def step():
+    put('../root/victim', 'over')
+    pause()
+    away('over')
+    pause()
+    os.close(os.open('over', os.O_CREAT))
+    pause()
+    away('over')
 """
 COMES_AFTER = """
 def step():
@@ -512,6 +522,18 @@ def look_naively(arena: Arena) -> None:
         os.close(os.open(arena.disk, os.O_RDONLY))
 
 
+def write(arena: Arena) -> None:
+    """Write what a person wants to have there."""
+    write_file(arena.eve / "over", b"a picture")
+
+
+def write_naively(arena: Arena) -> None:
+    """See that it is no link; then write."""
+    path = arena.eve / "over"
+    if not path.is_symlink():
+        path.write_bytes(b"a picture")
+
+
 def hand(arena: Arena) -> None:
     """Have a program read an image, as `map IMAGE` does."""
     with HandedFiles() as files:
@@ -681,6 +703,7 @@ RACES = {
     "reserve by number": Race(SWAPS_WHAT_IT_HOLDS, reserve, reserve_by_number_naively),
     "look": Race(HOLDS_IT_AND_SWAPS, look, look_naively),
     "look at a closed one": Race(SWAPS_THE_FILE, look_at_a_closed_one, look_naively),
+    "write": Race(SWAPS_WHAT_MAY_BE_MISSING, write, write_naively),
     "hand": Race(SWAPS_THE_FILE, hand, hand_naively, 1e-4, slow=True),
     "data file": Race(
         REWRITES_THE_HEADER, read_header, read_header_naively, 1e-3, _two_headers, slow=True

@@ -282,13 +282,11 @@ def _named_layers(view: _View) -> list[tuple[str, AllocationMap]]:
 
 
 def _write_svg(view: _View, path: str) -> None:
-    from pathlib import Path
-
+    from qmpblock.host.ourfiles import write_file
     from qmpblock.pictures.svg import svg_picture
 
+    text = svg_picture(_named_layers(view), view.map, title=view.title)
     try:
-        Path(path).write_text(
-            svg_picture(_named_layers(view), view.map, title=view.title), encoding="utf-8"
-        )
+        write_file(path, text.encode())
     except OSError as error:
         raise RequestError(f"cannot write {printable(path)}: {error.strerror}") from None

@@ -3,13 +3,14 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 from headers_of_eve import open_to_all
 from otherusers import EVE
 
 from qmpblock.graph.places import FileId
-from qmpblock.host.ourfiles import Directory, look, open_plain, remove
+from qmpblock.host.ourfiles import Directory, look, open_plain, remove, write_file
 
 
 @pytest.fixture
@@ -217,6 +218,36 @@ def test_a_link_of_another_user_leads_only_to_what_he_may_read(tmp_path):
             for opened in (look, open_plain):
                 with pytest.raises(OSError, match=f"the link link of user {EVE}, .* not {may}"):
                     opened(link)
+
+
+@pytest.mark.parametrize("user", [0, EVE])
+def test_a_file_that_a_person_names(tmp_path, monkeypatch, user):
+    """As root and as another, whom no link can lead astray."""
+    if os.geteuid() != 0:
+        pytest.skip("only root has to be led astray")
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "picture", "other"):
+        for text in (b"a long one", b"one"):
+            write_file(path, text)
+            assert Path(path).read_bytes() == text
+    read, write = os.pipe()
+    write_file(f"/dev/fd/{write}", b"piped")
+    os.close(write)
+    with os.fdopen(read, "rb") as file:
+        assert file.read() == b"piped"
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("none/picture", "other/picture", str(tmp_path), "fifo"):
+        with pytest.raises(OSError, match=r"No such|Not a|Is a"):
+            write_file(path, b"")
+    (tmp_path / "link").symlink_to("other")
+    write_file("link", b"by a link")
+    assert (tmp_path / "other").read_bytes() == b"by a link"
+    os.lchown(tmp_path / "link", EVE, EVE)
+    if user == 0:
+        with pytest.raises(PermissionError, match=f"the link link of user {EVE}, who may not"):
+            write_file("link", b"hers")
+        assert (tmp_path / "other").read_bytes() == b"by a link"
 
 
 def test_only_what_is_among_these_is_opened(tmp_path):
