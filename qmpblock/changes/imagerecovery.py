@@ -34,7 +34,7 @@ from qmpblock.graph.opened import is_nested
 from qmpblock.graph.places import FileId
 from qmpblock.host import ourfiles
 from qmpblock.host.processes import is_running
-from qmpblock.host.qemuimg import QemuImg, blockdev, in_use_by_another
+from qmpblock.host.qemuimg import QemuImg, blockdev, in_use_by_another, lacks_key, lacks_space
 from qmpblock.names import journal_beside
 
 if TYPE_CHECKING:
@@ -270,14 +270,14 @@ async def _commit(
             raise Error(
                 error.message, standing=f"nothing is lost: {kept}", remedy=error.remedy
             ) from None
-        if "key-secret" in error.stderr:
+        if lacks_key(error.stderr):
             error.standing = f"nothing was touched; {kept}"
             error.remedy = (
                 "the images are encrypted, and we have no key. Start the VM from "
                 f"{printable(overlay)}, which lies on {printable(base)}, and commit it there: "
                 "qmpblock commit ADDRESS DISK --base @1"
             )
-        elif "No space left" in error.stderr:
+        elif lacks_space(error.stderr):
             error.standing = (
                 f"nothing is lost: {printable(overlay)} holds what the guest wrote last, and "
                 f"{printable(base)} the rest"

@@ -47,6 +47,8 @@ __all__ = [
     "blockdev",
     "format_of",
     "in_use_by_another",
+    "lacks_key",
+    "lacks_space",
     "null_data",
 ]
 
@@ -590,6 +592,16 @@ class QemuImg:
 def in_use_by_another(said: str) -> bool:
     """Whether a tool failed because a QEMU holds the image, by QEMU's words (7.2 to 11.1)."""
     return _HELD.search(said) is not None
+
+
+def lacks_key(said: str) -> bool:
+    """Whether a tool failed because nobody gave it the key of an encrypted image (7.2 to 11.1)."""
+    return "key-secret" in said
+
+
+def lacks_space(said: str) -> bool:
+    """Whether a tool failed because there was no space left, by strerror(3)."""
+    return "No space left" in said
 
 
 def _remedy(code: int, said: str, *, exclusive: bool) -> str | None:

@@ -1,5 +1,6 @@
 """Closed images, by qemu-img, and never by probing."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,16 @@ from rounds import rounds
 
 from qmpblock.errors import Error, NotFoundError, RequestError, ToolError, UnsupportedError
 from qmpblock.host import confined
-from qmpblock.host.qemuimg import Contents, Key, QemuImg, blockdev, format_of, in_use_by_another
+from qmpblock.host.qemuimg import (
+    Contents,
+    Key,
+    QemuImg,
+    blockdev,
+    format_of,
+    in_use_by_another,
+    lacks_key,
+    lacks_space,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here")
 
@@ -331,6 +341,27 @@ async def test_what_qemu_img_says_of_its_own_file_is_left_out():
 )
 def test_who_holds_an_image_is_told_by_qemus_words_and_not_by_a_name(said, held):
     assert in_use_by_another(said) is held
+
+
+async def test_an_image_whose_key_nobody_gave_is_told_by_qemus_words(tmp_path):
+    key = Key(b"secret")
+    made = await QemuImg().create("luks", 1 << 20, {"key-secret": "key0"}, keys=[key])
+    image = tmp_path / "locked.luks"
+    with image.open("wb") as file:
+        made.write_to(file.fileno())
+    asked = subprocess.run(
+        ["qemu-img", "map", "-f", "luks", image], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 1
+    assert lacks_key(asked.stderr)
+    assert not lacks_space(asked.stderr)
+    assert not in_use_by_another(asked.stderr)
+
+
+def test_no_space_is_told_by_the_words_of_the_system():
+    said = f"qemu-img: error while writing at byte 0: {os.strerror(errno.ENOSPC)}"
+    assert lacks_space(said)
+    assert not lacks_key(said)
 
 
 GOOD = '{"start": 0, "length": 512, "depth": 0, "present": true, "zero": false, "data": true}'
