@@ -38,7 +38,7 @@ class Installed:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,  # a test run of its own, however busy the machine is
             check=False,
         )
         assert done.returncode == 0, f"{program}: {done.stdout}\n{done.stderr}"

@@ -73,7 +73,7 @@ async def walked(arguments, folder):
     """Run `qmpblock`; return what it called and asked, in order."""
     command = [sys.executable, "-c", WATCHED, folder / "steps", *arguments]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
-    assert await asyncio.wait_for(process.wait(), 60) == 0
+    assert await asyncio.wait_for(process.wait(), 300) == 0
     return json.loads((folder / "steps").read_text())
 
 
