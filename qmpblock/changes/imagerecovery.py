@@ -110,7 +110,7 @@ async def recover_images(
         _log.warning("the journal %s is not believed: %s", printable(path), why)
     if seen.unproven and not believe:
         raise unproven(seen.unproven[0])  # it lies beside one of them
-    found = []
+    recoveries = []
     for journal in (*seen.journals, *(seen.unproven if believe else ())):
         record = journal.record
         if not _is_about((*record.images, *record.files), names):
@@ -124,8 +124,8 @@ async def recover_images(
             )
         if not record.vm.pid:  # a TCP monitor: the locks on the images tell
             await _check_unused(record)
-        found.append(await recover_journal(journal, dry_run=dry_run))
-    return found
+        recoveries.append(await recover_journal(journal, dry_run=dry_run))
+    return recoveries
 
 
 def is_about(image: str) -> bool:

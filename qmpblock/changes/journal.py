@@ -266,13 +266,13 @@ class Journal:
 
     def made(self) -> dict[str, tuple[int, int]]:
         """Return the image files that the change made, with device and inode."""
-        found = {}
+        files = {}
         for entry in self.entries:
             made = entry.get("made")
             if isinstance(made, str) and made in self.record.files:
                 with contextlib.suppress(KeyError, TypeError, ValueError):
-                    found[made] = (int(entry["dev"]), int(entry["ino"]))
-        return found
+                    files[made] = (int(entry["dev"]), int(entry["ino"]))
+        return files
 
     def remove(self) -> None:
         """Remove it: the change has ended. Idempotent."""
@@ -298,10 +298,10 @@ class Journal:
             file = JournalFile.open(directory, path.name)
         except (DistrustedError, FileNotFoundError):
             return None
-        found = None if file is None else cls.parse(file, file.read())
-        if found is None or inside:
-            return found
-        return found if found.is_proven(state.keys() if state is not None else ()) else None
+        journal = None if file is None else cls.parse(file, file.read())
+        if journal is None or inside:
+            return journal
+        return journal if journal.is_proven(state.keys() if state is not None else ()) else None
 
     @classmethod
     def parse(cls, file: JournalFile, data: bytes) -> Journal | None:
@@ -386,23 +386,23 @@ def _parsed(lines: list[bytes], number: int, size: int = 0) -> dict[str, Any]:
     if size > LIMIT:
         raise UnreadableError("it is longer than any of ours")
     try:
-        found = json.loads(lines[number])
+        entry = json.loads(lines[number])
     except (ValueError, IndexError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        entry = None
+    if not isinstance(entry, dict):
         raise UnreadableError(f"its line {number + 1} is damaged")
-    found.pop("mac", None)
-    return found
+    entry.pop("mac", None)
+    return entry
 
 
 def _files_of(data: Any) -> tuple[str, ...] | None:
     """Return the image files that a record of any version is about; None if it does not say."""
     if not isinstance(data, Mapping):
         return None
-    found = [data.get("images"), data.get("files")]
-    if not all(isinstance(one, list | tuple) for one in found) or not found[0]:
+    lists = [data.get("images"), data.get("files")]
+    if not all(isinstance(one, list | tuple) for one in lists) or not lists[0]:
         return None
-    return tuple(str(file) for one in found for file in one or ())
+    return tuple(str(file) for one in lists for file in one or ())
 
 
 def discard_torn(vm: VMIdentity, run: str) -> None:

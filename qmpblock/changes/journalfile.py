@@ -116,11 +116,11 @@ class JournalFile:
 
         :raise OSError: it cannot be read.
         """
-        found, position = b"", 0
+        content, position = b"", 0
         while chunk := os.pread(self._fd, LIMIT + 1 - position, position):
-            found += chunk
+            content += chunk
             position += len(chunk)
-        return found
+        return content
 
     def become(self, lines: bytes) -> None:
         """Have it hold these whole lines, on stable storage. Only what differs is written.

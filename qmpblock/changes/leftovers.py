@@ -159,10 +159,10 @@ async def clear(
         except UnsupportedError:
             # There may be nothing to do, and that can be said. What there is would be done to
             # images that are somebody else's: a change that is undone writes, too.
-            found = await clear(vm, dry_run=True, carry_on=carry_on)
-            if any(step.verb != "leave" for one in found for step in one.steps):
+            recoveries = await clear(vm, dry_run=True, carry_on=carry_on)
+            if any(step.verb != "leave" for one in recoveries for step in one.steps):
                 raise
-            return found
+            return recoveries
     graph = await vm.graph()  # before the locks: what has no lock by then has no controller
     holders, unread = await _holders(vm, graph)
     dead = {
@@ -177,31 +177,31 @@ async def clear(
     async with AsyncExitStack() as guard:
         if not dry_run:
             await guard.enter_async_context(polling.unpolled(vm.monitor, wake=True))
-        found = _left_alone(holders)
+        recoveries = _left_alone(holders)
         for holder, record in records:
             if record is None:
                 continue
             if dry_run:
                 choice = Choice.UNDO if carry_on is None else Choice.CONTINUE
-                found.append(_foresee(record, graph, choice, await identify(vm)))
+                recoveries.append(_foresee(record, graph, choice, await identify(vm)))
             else:
-                found.append(await _clear_change(vm, holder, record, carry_on, tell))
+                recoveries.append(await _clear_change(vm, holder, record, carry_on, tell))
         if not unread:  # whose lock cannot be read, of that nothing else tells what it left
-            found += await _clear_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
-        found += await _clear_locks(vm, holders, dry_run=dry_run)
+            recoveries += await _clear_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
+        recoveries += await _clear_locks(vm, holders, dry_run=dry_run)
         if not unread:
-            unread += await _forget_journals(vm, found, dry_run=dry_run)
+            unread += await _forget_journals(vm, recoveries, dry_run=dry_run)
     _refuse_the_unknown(holders)
     if unread:
         raise unread[0]
-    return found
+    return recoveries
 
 
 async def _holders(
     vm: Connection, graph: BlockGraph
 ) -> tuple[dict[str, Holder], list[RecordError]]:
     """Return who holds each lock of ours in the VM, by the lock's name, and those unreadable."""
-    found: dict[str, Holder] = {}
+    holders: dict[str, Holder] = {}
     unread: list[RecordError] = []
     ours = await lock.holders(vm.monitor, lambda name: _kind(name) is not None)
     for name, holder in ours.items():
@@ -215,8 +215,8 @@ async def _holders(
         except RecordError as error:
             unread.append(error)
         else:
-            found[name] = holder
-    return found, unread
+            holders[name] = holder
+    return holders, unread
 
 
 def _left_alone(holders: dict[str, Holder]) -> list[Recovery]:
@@ -319,14 +319,14 @@ async def _clear_orphans(
     """Remove what bears our name but has no lock (somebody removed it): the names suffice."""
     me = await identify(vm)
     runs = {holder.run for holder in holders.values()}
-    found: dict[str, dict[str, list[str]]] = {}
+    orphans: dict[str, dict[str, list[str]]] = {}
     for kind, names in (("job", [job.id for job in graph.jobs]), ("node", list(graph.nodes))):
         for name in names:
             run = run_of(name)
             if run and run not in runs and not (kind == "node" and graph.users(name)):
-                found.setdefault(run, {"job": [], "node": []})[kind].append(name)
+                orphans.setdefault(run, {"job": [], "node": []})[kind].append(name)
     done = []
-    for run, names_of in found.items():
+    for run, names_of in orphans.items():
         jobs = sorted(names_of["job"], key=is_create_job)
         record: Record = _Orphans(
             run=run,
@@ -406,9 +406,9 @@ async def _forget_journals(
     """
     me = await identify(vm)
     held = {holder.run for holder in (await _holders(vm, await vm.graph()))[0].values()}
-    found = survey()
-    unread = [error for error in found.unreadable if error.run not in held and is_of(error, me)]
-    for journal in found.journals:
+    seen = survey()
+    unread = [error for error in seen.unreadable if error.run not in held and is_of(error, me)]
+    for journal in seen.journals:
         if not is_same_process(journal.record.vm, me):
             continue
         if journal.record.run in held or not me.pid:

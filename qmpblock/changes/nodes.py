@@ -69,8 +69,8 @@ async def set_detect_zeroes(vm: Connection, node: str, value: str) -> None:
     :param value: `off`, `on` or `unmap`.
     :raise UnsupportedError: it had no effect.
     """
-    found, said = await _reopen(vm, node, f"-o detect-zeroes={value}")
-    if found is not None and found.detect_zeroes == value:
+    node_now, said = await _reopen(vm, node, f"-o detect-zeroes={value}")
+    if node_now is not None and node_now.detect_zeroes == value:
         return
     raise UnsupportedError(
         f"QEMU does not set detect-zeroes of {printable(node)} to {value}: {printable(said)}"
@@ -89,8 +89,8 @@ async def set_writable(vm: Connection, node: str) -> None:
     known = (await vm.graph()).nodes.get(node)
     if known is not None and not known.read_only:
         return
-    found, said = await _reopen(vm, node, "-w")
-    if found is None or found.read_only:
+    node_now, said = await _reopen(vm, node, "-w")
+    if node_now is None or node_now.read_only:
         raise UnsupportedError(f"QEMU does not make {printable(node)} writable: {printable(said)}")
 
 

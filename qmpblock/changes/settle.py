@@ -63,8 +63,8 @@ async def settle(
         graph = await vm.graph()
         made = _made(journal)
         stale = None if journal is None else journal.pivoted
-        found = steps(record, graph, choice, made, stale=stale)
-        todo = [step for step in found if step not in done]
+        left = steps(record, graph, choice, made, stale=stale)
+        todo = [step for step in left if step not in done]
         late = asyncio.get_running_loop().time() > deadline
         if not todo and not late and _being_mapped(record, graph):
             done = {step for step in done if step.verb != "delete-node"}
@@ -190,13 +190,13 @@ def _made(journal: Journal | None) -> list[str]:
     """Return the image files that the change made, are there, and are still those."""
     if journal is None:
         return []
-    found = []
+    files = []
     for file, identity in journal.made().items():
         path = Path(file)
         with contextlib.suppress(OSError), ourfiles.Directory(path.parent) as directory:
             if directory.holds(path.name, FileId(*identity)):
-                found.append(file)
-    return found
+                files.append(file)
+    return files
 
 
 def device_of(record: Record, graph: BlockGraph) -> Device:

@@ -162,20 +162,20 @@ class _Look:
         except OSError as error:
             self._note_unseen(image.parent, error)
             return []
-        found = [image.with_name(name) for name in names if is_beside(name, image.name)]
-        if len(found) > MOST:
+        paths = [image.with_name(name) for name in names if is_beside(name, image.name)]
+        if len(paths) > MOST:
             self.result.unreadable.append(
                 RecordError(
-                    f"beside {printable(image)} lie {len(found)} files that are journals by their "
+                    f"beside {printable(image)} lie {len(paths)} files that are journals by their "
                     f"names, and no more than {MOST} are read",
                     standing=UNTOUCHED,
-                    remedy=f"see whose they are: ls -l {printable(found[0])}. Those that are "
+                    remedy=f"see whose they are: ls -l {printable(paths[0])}. Those that are "
                     "neither root's nor of the user who runs qmpblock are not ours: remove them",
                     files=(str(image),),
                 )
             )
             return []
-        return found
+        return paths
 
     def _note_unseen(self, directory: Path, error: OSError) -> None:
         self.result.unreadable.append(
@@ -222,22 +222,22 @@ def find(record: Record, vm: VMIdentity) -> Journal | None:
     :param vm: the process, as we see it.
     :raise RecordError: it is there, and cannot be read, or not be proven to be of this process.
     """
-    found = survey()
-    seen = {journal.record.run for journal in found.journals}
-    if record.home and record.run not in seen | {error.run for error in found.unreadable}:
+    surveyed = survey()
+    seen = {journal.record.run for journal in surveyed.journals}
+    if record.home and record.run not in seen | {error.run for error in surveyed.unreadable}:
         # There may have been no room for it but beside the image: to be proven there.
-        found = survey((record.home,))
-    for error in found.unreadable:
+        surveyed = survey((record.home,))
+    for error in surveyed.unreadable:
         if error.run == record.run or error.path is None:
             raise error
-    for journal in found.journals:
+    for journal in surveyed.journals:
         if journal.record == record:
             if bool(record.vm.pid) != bool(vm.pid) or (
                 not vm.pid and record.vm.monitor != vm.monitor
             ):
                 raise _begun_elsewhere(journal)
             return journal if is_same_process(record.vm, vm) else None
-    for journal in found.unproven:
+    for journal in surveyed.unproven:
         if journal.record.run == record.run:
             raise unproven(journal)
     return None
