@@ -295,7 +295,8 @@ async def _interruptible(work: Coroutine[Any, Any, int | None]) -> int | None:
             )
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        with contextlib.suppress(ValueError):  # not the main thread: an embedder's business
+        # Not the main thread: an embedder's business.
+        with contextlib.suppress(RuntimeError, ValueError):
             loop.add_signal_handler(number, interrupt)
     return await work
 

@@ -91,7 +91,7 @@ async def command(
     if disk is not None and fmt is not None:
         raise click.UsageError("--format goes with IMAGE: QEMU knows the format of a DISK")
     # The records of --json alone have no room for what is reserved.
-    reserved = not options.json or totals
+    reserved = not options.json or totals or layers
     held = layers or not (totals or options.json)
     view = await _look(options, target, disk, offset, length, held, reserved, fmt)
     if options.json:

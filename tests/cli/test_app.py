@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -91,6 +92,13 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(click.BadParameter):
         Size().convert(text, None, None)
+
+
+def test_a_command_in_another_thread_leaves_signals_alone(capsys):
+    """There Python sets no handlers; whoever embeds it does."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, ["disks", "/nosuch/monitor"]).result() == 3
+    assert "Remedy:" in capsys.readouterr().err
 
 
 def test_python_m_is_the_same_command():

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import qmpblock
+from qmpblock.cli.app import run as cli
 from qmpblock.errors import NotFoundError, RangeError, RequestError, ToolError
 from qmpblock.extents import AllocationMap
 
@@ -113,7 +114,7 @@ async def test_the_command_prints_the_same(chain):
     found = (await image.map(reserved=True)).totals().as_json(size=image.size)
     assert json.loads(printed) == found
     printed = json.loads(run(*command, "--layers", "--json", cwd=chain.parent))["layers"]
-    layers = await image.layers()
+    layers = await image.layers(reserved=True)
     assert [(one["depth"], one["file"], one["format"], one["size"]) for one in printed] == [
         (one.depth, one.file, one.format, one.size) for one in layers
     ]
@@ -122,3 +123,15 @@ async def test_the_command_prints_the_same(chain):
         assert [(part["start"], part["data"]) for part in one["extents"]] == [
             (part.offset, part.data) for part in other.map.coalesce()
         ]
+
+
+def test_the_documents_of_the_command_tell_it_too(chain, capsys):
+    """Of a raw layer, too, as docs/map.md says: `--layers --json` did not."""
+    marked = {}
+    for words in (["--layers"], ["--totals"]):
+        assert cli(["map", str(chain), *words, "--json"]) == 0
+        marked |= json.loads(capsys.readouterr().out)
+    [base] = [one for one in marked["layers"] if one["depth"] == 1]
+    reserved = [one for one in base["extents"] if one["reserved"]]
+    assert [(one["start"], one["length"]) for one in reserved] == [(2 * MIB, MIB)]
+    assert marked["totals"][1]["reserved"] == MIB - 64 * KIB
