@@ -248,11 +248,17 @@ class MappedDisk:
 
 @asynccontextmanager
 async def exported(
-    disk: MappedDisk, layers: Sequence[Layer], *, hold_writer: bool = False, in_flight: int = 16
+    disk: MappedDisk,
+    layers: Sequence[Layer],
+    *,
+    hold_writer: bool = False,
+    in_flight: int = 16,
+    held: bool = False,
 ) -> AsyncIterator[list[Client]]:
     """Export layers of a disk, read-only, with all that a map needs; yields the clients.
 
     :param hold_writer: see `qmpblock.export.Request`; also `in_flight`.
+    :param held: see `qmpblock.export.exports`.
     :raise GraphError: the disk was resized meanwhile.
     :raise Error: see `qmpblock.export.exports`.
     """
@@ -260,7 +266,9 @@ async def exported(
 
     requests = [Request(layer.node.name, _CONTEXTS, hold_writer, in_flight) for layer in layers]
     vm = disk.vm
-    async with exports(vm.monitor, disk.device, requests, access=vm.nbd, stall=vm.stall) as clients:
+    async with exports(
+        vm.monitor, disk.device, requests, access=vm.nbd, stall=vm.stall, held=held
+    ) as clients:
         for layer, client in zip(layers, clients, strict=True):
             if client.size != layer.size:
                 raise GraphError(

@@ -319,7 +319,11 @@ async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
         )
     ):
         async with exported(
-            disk, [active], hold_writer=active.data_file is not None, in_flight=_IN_FLIGHT
+            disk,
+            [active],
+            hold_writer=active.data_file is not None,
+            in_flight=_IN_FLIGHT,
+            held=change.held,
         ) as [client]:
             made = Allocator(disk, client)
             yield made

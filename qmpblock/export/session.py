@@ -133,6 +133,7 @@ async def exports(
     *,
     access: NBDAccess | None = None,
     stall: float = 60.0,
+    held: bool = False,
 ) -> AsyncIterator[list[Client]]:
     """Export nodes of one device's graph, and yield a connected NBD client for each.
 
@@ -141,6 +142,8 @@ async def exports(
     On leaving, by whatever way, all that was added to QEMU is removed again. Cancelling
     waits for that; it takes milliseconds.
 
+    :param held: whether QEMU refuses to migrate meanwhile (`qmpblock.changes.nomigration`), and
+        whose the images are was asked since: then that is asked once more only, at the last moment.
     :raise UnsupportedError: not safe, or not possible, over this monitor; or the images are not
         this QEMU's (`qmpblock.qemu.ownership`).
     :raise BusyError: a foreign NBD server listens in this VM, or another controller of
@@ -154,7 +157,8 @@ async def exports(
         while True:
             tried = clock()
             try:
-                entering = _exports(monitor, device, requests, access or NBDAccess(), stall)
+                session = _Session(monitor, access or NBDAccess(), stall, held=held)
+                entering = _exports(session, device, requests)
                 clients = await stack.enter_async_context(entering)
                 break
             except _LateError:  # this process was stopped, or the host too busy for it
@@ -165,19 +169,14 @@ async def exports(
 
 @asynccontextmanager
 async def _exports(
-    monitor: Monitor,
-    device: Device | None,
-    requests: Sequence[Request],
-    access: NBDAccess,
-    stall: float,
+    session: _Session, device: Device | None, requests: Sequence[Request]
 ) -> AsyncIterator[list[Client]]:
     """Do what `exports` does, once.
 
     :raise _LateError: it could do so again.
     """
-    session = _Session(monitor, access, stall)
     await session.check(device)
-    async with unpolled(monitor, session.iothreads):
+    async with unpolled(session.monitor, session.iothreads):
         try:
             try:
                 await session.reach(requests)
@@ -259,10 +258,13 @@ class _Slot:
 class _Session:
     """All that one use of `exports` adds to QEMU, and how to remove it."""
 
-    def __init__(self, monitor: Monitor, access: NBDAccess, stall: float) -> None:
+    def __init__(
+        self, monitor: Monitor, access: NBDAccess, stall: float, *, held: bool = False
+    ) -> None:
         self.monitor = monitor
         self.access = access
         self.stall = stall
+        self.held = held
         self.run = new_run()
         self.slots: list[_Slot] = []
         self.server = OwnServer(monitor, access, self.run)
@@ -279,7 +281,8 @@ class _Session:
     async def check(self, device: Device | None) -> None:
         """Refuse what this QEMU or this transport cannot do safely."""
         self.devices = () if device is None else (device,)
-        await ownership.ask(self.monitor, self.devices)
+        if not self.held:
+            await ownership.ask(self.monitor, self.devices)
         address = self.monitor.address
         self.device = device
         capabilities = Capabilities(self.monitor.version)
