@@ -46,6 +46,8 @@ async def command(options: Options, qemu: str | None) -> None:
     of the closed images (to which the guest's writes were replayed), and `nbdinfo --map`
     of the running one. Needs QEMU, qemu-img, nbdinfo and qmpblock[testing]; leaves nothing.
     """
+    from qmpblock.export.socketfolder import temporary_directory
+
     try:
         from qmpblock.testing.images import Tools, build, find_qemu
         from qmpblock.testing.qemu import QemuProcess
@@ -58,13 +60,16 @@ async def command(options: Options, qemu: str | None) -> None:
     say = _say if not options.json else _quiet
     # An iothread-free disk: nbdinfo's own disconnect would abort QEMU before 10.0 (K1).
     scenario = parse_scenario(_SCENARIO, "demo")
-    with tempfile.TemporaryDirectory(prefix=DEMO_FOLDER) as folder:
+    place = temporary_directory(f"{DEMO_FOLDER}xxxxxxxx/vm")
+    with tempfile.TemporaryDirectory(prefix=DEMO_FOLDER, dir=place) as folder:
         tools = Tools.of(qemu or find_qemu())
         say("Making base.raw <- middle.qcow2 <- active.qcow2 ...")
         built = await build(scenario, Path(folder) / "images", tools)
         untouched = await build(scenario, Path(folder) / "untouched", tools)
         replayed = await built.replayed(Path(folder) / "replayed")
-        process = QemuProcess.of(built, guest=True, qemu=qemu)
+        directory = Path(folder) / "vm"
+        directory.mkdir()
+        process = QemuProcess.of(built, guest=True, qemu=qemu, directory=directory)
         async with process, options.connect(process.monitor_path) as vm:
             version = ".".join(map(str, vm.monitor.version))
             say(f"QEMU {version} runs a tiny guest on it. What its disk holds, at this moment:\n")

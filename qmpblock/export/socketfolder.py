@@ -19,7 +19,7 @@ from qmpblock.export.server import remove_socket
 from qmpblock.host.statedirectory import InsecureError, open_proven
 from qmpblock.names import SOCKET
 
-__all__ = ["SocketFolder"]
+__all__ = ["SocketFolder", "temporary_directory"]
 
 _LONGEST = 100  # bytes of its path: a socket's has room for 107 (unix(7))
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -36,9 +36,7 @@ class SocketFolder:
 
         :param places: where it may be, the best first; empty: the usual ones.
         """
-        places = places or (tempfile.gettempdir(), "/tmp")  # noqa: S108  # it is for us alone
-        short = [one for one in places if len(os.fsencode(Path(one, name))) < _LONGEST]
-        self.path = Path(next(filter(_is_safe, short), places[-1]), name)
+        self.path = Path(temporary_directory(name, places), name)
         self.socket = str(self.path / SOCKET)
         self._fd = -1
         self._there = False
@@ -70,6 +68,18 @@ class SocketFolder:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def temporary_directory(name: str, places: Sequence[str] = ()) -> str:
+    """Choose where a directory of ours can lie that nobody else can put another in the place of.
+
+    :param name: what it will be called, where a socket's path has room.
+    :param places: where it may be, the best first; empty: the usual ones.
+    :return: the last of them, where none is so.
+    """
+    places = places or (tempfile.gettempdir(), "/tmp")  # noqa: S108  # it is for us alone
+    short = [one for one in places if len(os.fsencode(Path(one, name))) < _LONGEST]
+    return next(filter(_is_safe, short), places[-1])
 
 
 def _open(place: Path) -> int:

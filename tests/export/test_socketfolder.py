@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from qmpblock.export.socketfolder import SocketFolder
+from qmpblock.export.socketfolder import SocketFolder, temporary_directory
 from qmpblock.host.statedirectory import InsecureError
 
 NAME = "qmpblock-00c0ffee"
@@ -57,6 +57,14 @@ def test_where_others_could_replace_it_it_is_not_made(place, vm_dir):
         with pytest.raises(InsecureError):
             SocketFolder(NAME, [str(place)]).make()
     assert not list(place.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it is about what root trusts")
+def test_a_demonstration_is_not_made_where_another_could_replace_it(place, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    assert temporary_directory("qmpblock-demo-12345678/vm") == str(place)
+    os.chown(place, 61666, 61666)
+    assert temporary_directory("qmpblock-demo-12345678/vm") == "/tmp"
 
 
 def test_a_sticky_directory_does(place):
