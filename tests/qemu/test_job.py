@@ -206,7 +206,7 @@ async def test_a_resume_that_comes_too_late_is_no_failure(tmp_path):
 @pytest.mark.usefixtures("fast")
 async def test_waiting_for_room_is_no_stall(tmp_path):
     """It may take the operator all night."""
-    async with following(tmp_path, [look("paused", 10, **{"io-status": "nospace"})], stall=0.5) as (
+    async with following(tmp_path, [look("paused", 10, **{"io-status": "nospace"})], stall=2) as (
         job,
         _,
         _,
@@ -215,7 +215,7 @@ async def test_waiting_for_room_is_no_stall(tmp_path):
         began = clock()
         async for seen in job.follow(converging=60):
             assert seen.idle == 0
-            if clock() - began > 0.8:
+            if clock() - began > 2.3:
                 break
 
 
