@@ -248,16 +248,16 @@ async def test_what_waits_for_somebody_has_not(tmp_path, status):
 async def test_what_waits_for_somebody_does_not_hold_up_who_wants_to_end(tmp_path, status):
     """An interrupted command brings the guest home first, and does not wait all night for room."""
     looks = [look(status, 10, **{"io-status": "nospace"}), look("running", 10)]
-    async with following(tmp_path, looks, stall=0.5) as (job, script, _):
+    async with following(tmp_path, looks, stall=1.5) as (job, script, _):
         script.now = lambda: looks[script.count % 2]  # resumed, it comes to be full again
         task = asyncio.create_task(undisturbed(whole(job)))
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(1.8)
         assert not task.done()
         task.cancel()
         await asyncio.sleep(0.1)
         assert not task.done()
         with pytest.raises(StalledError, match="has not moved"):
-            await asyncio.wait_for(asyncio.shield(task), 5)
+            await asyncio.wait_for(asyncio.shield(task), 30)
 
 
 @pytest.mark.usefixtures("fast")
@@ -284,7 +284,7 @@ async def test_a_slow_job_rests_and_has_not_stalled(tmp_path):
 async def test_a_growing_total_is_a_movement(tmp_path):
     """The guest writes on: the job has more to do, and lives."""
     looks = [look("running", 10, 100 + n) for n in range(300)]
-    async with following(tmp_path, [*looks, look("concluded")], stall=0.5) as (job, _, _):
+    async with following(tmp_path, [*looks, look("concluded")], stall=5) as (job, _, _):
         seen = await whole(job)
     assert {one.idle for one in seen} == {0}
 
