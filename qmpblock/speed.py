@@ -55,22 +55,38 @@ class Convergence:
                   |  \  |  \  |  \        |  \  | \  |\
                   |   \_|   \_|   \_      |   \_|  \_| \_
                   never gets there         converges
+
+    A job that has a speed rests when it has copied what it knew to be dirty, and sees nothing of
+    what the guest writes meanwhile: nothing remains at any look, for ever. Then the height of the
+    jumps is by how much the whole has grown.
     """
 
     def __init__(self) -> None:
         self._last: int | None = None
+        self._whole = 0
         self._peak: int | None = None
         self._since = 0.0
         self.passes = 0  # in a row that were no smaller than the smallest
 
-    def add(self, time: float, remaining: int) -> None:
-        """Take a look: `remaining` bytes at `time` seconds."""
-        if self._last is not None and remaining > self._last:
-            if self._peak is None or remaining < self._peak * _SMALLER:
-                self._peak, self._since, self.passes = remaining, time, 0
+    @property
+    def distance(self) -> int:
+        """How high the smallest pass was that was seen by now, in bytes."""
+        return self._peak or 0
+
+    def add(self, time: float, remaining: int, whole: int = 0) -> None:
+        """Take a look at `time` seconds.
+
+        :param remaining: bytes; `whole`: with those that were copied.
+        """
+        height = remaining
+        if self._last == 0 and whole > self._whole > 0:
+            height = max(remaining, whole - self._whole)
+        if self._last is not None and height > self._last:
+            if self._peak is None or height < self._peak * _SMALLER:
+                self._peak, self._since, self.passes = height, time, 0
             else:
                 self.passes += 1
-        self._last = remaining
+        self._last, self._whole = remaining, whole
 
     def hopeless(self, time: float, limit: float) -> bool:
         """Whether the passes have not become smaller for `limit` seconds.

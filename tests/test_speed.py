@@ -105,6 +105,26 @@ def test_equal_teeth_are_hopeless_however_high(peak, count, valley):
     assert pace.hopeless(2.0 * count, 1)
 
 
+def test_a_job_with_a_speed_rests_with_nothing_left_and_is_hopeless_all_the_same():
+    """Measured: 2 MiB copied in a moment, two seconds of rest, and all of it is dirty again."""
+    pace, whole = Convergence(), 8 << 20
+    for second in range(0, 60, 2):
+        for look in range(8):
+            pace.add(second + look / 4, 0, whole)
+        whole += 2 << 20
+    assert pace.hopeless(60, 30)
+    assert pace.distance == 2 << 20
+
+
+def test_a_job_with_a_speed_whose_passes_become_smaller_is_not_hopeless():
+    pace, whole = Convergence(), 8 << 20
+    for number in range(12):
+        pace.add(2.0 * number, 0, whole)
+        whole += (4 << 20) >> number
+    assert pace.passes == 0
+    assert not pace.hopeless(10**6, 1)
+
+
 def test_rate_over_the_window():
     meter = RateMeter(window=5)
     assert meter.rate == 0

@@ -230,7 +230,8 @@ class Job:
             self._check_moves(progress)
             wanted = self.completion_asked or progress.status == "running"
             if wanted and course.hopeless(now, converging):
-                raise self._diverging(progress, converging)
+                distance = max(progress.remaining, course.distance)
+                raise self._diverging(distance, converging)
             if course.full and now - retried > _RETRY:
                 retried = now
                 with contextlib.suppress(CommandError):  # it was resumed, or ended, meanwhile
@@ -258,10 +259,10 @@ class Job:
                 remedy="look whether its storage hangs, or give a longer --stall",
             )
 
-    def _diverging(self, progress: Progress, converging: float) -> StalledError:
+    def _diverging(self, distance: int, converging: float) -> StalledError:
         return StalledError(
             f"the job {self.id} does not converge: the guest writes faster than it "
-            f"copies; the distance is {progress.remaining} bytes and has not become "
+            f"copies; the distance is {distance} bytes and has not become "
             f"smaller for {converging:g} s",
             remedy="let the guest write less, raise --speed, or slow the guest down "
             "until the pivot with --throttle-guest RATE",
@@ -371,6 +372,7 @@ class _Course:
         self.full = False
         self._meter = RateMeter()
         self._pace = Convergence()
+        self._stage = (False, False)  # whether it is ready, and whether it is to pivot
         self._last: tuple[str, int, int] | None = None
         self._moved = now
 
@@ -397,8 +399,11 @@ class _Course:
         if step != self._last or not (working or ending):
             self._last, self._moved = step, now
         self._meter.add(now, done)
+        stage = status == "ready", completion_asked
+        if stage != self._stage:  # how the guest did before it was to pivot says nothing
+            self._stage, self._pace = stage, Convergence()
         if status in ("running", "ready"):
-            self._pace.add(now, max(0, total - done))
+            self._pace.add(now, max(0, total - done), total)
         rate = self._meter.rate
         return Progress(
             status=status,
@@ -412,6 +417,11 @@ class _Course:
             errors=errors,
             error=None if info.get("error") is None else str(info["error"]),
         )
+
+    @property
+    def distance(self) -> int:
+        """How far it was behind the guest at best, in bytes."""
+        return self._pace.distance
 
     def hopeless(self, now: float, converging: float) -> bool:
         """Whether its passes have not become smaller for so many seconds."""

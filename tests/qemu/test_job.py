@@ -306,6 +306,16 @@ async def test_a_guest_that_outruns_the_job_is_told_of(tmp_path):
     assert job.progress.lagging >= 3
 
 
+def test_how_it_was_before_a_pivot_was_asked_for_does_not_count():
+    """It may be ready for hours, as far behind as ever, until somebody asks it to pivot."""
+    course = module._Course(0.0)
+    for now, (said, _) in enumerate(sawtooth()):
+        course.add(said, now, completion_asked=False, ending=False, errors=0)
+    assert course.hopeless(100, 1.0)
+    course.add(said, 100, completion_asked=True, ending=False, errors=0)
+    assert not course.hopeless(100, 1.0)
+
+
 @pytest.mark.usefixtures("fast")
 async def test_nobody_minds_while_no_pivot_was_asked_for(tmp_path):
     looks = [*sawtooth(), look("concluded", 100)]
