@@ -27,6 +27,7 @@ from dying import DIED, deadly, run
 
 import qmpblock
 from qmpblock.errors import DisconnectedError, MonitorError, RequestError, ToolError
+from qmpblock.names import POLLING_LOCK
 from qmpblock.testing.guest import GuestError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.invariant import VMState, snapshot
@@ -638,7 +639,10 @@ class _Point:
         # are, query-status being the last of it; then comes the journal.
         asked = locks and [n for n in range(locks[-1], len(self.trace)) if self._asks(n)]
         begun = bool(asked) and len(self.trace) > asked[0] + 1
-        return begun, any(one.startswith("object-del qmpblock-disk") for one in self.trace)
+        # When it is gone iothreads may poll again, which takes that lock, and then the disks' go.
+        later = self.trace[asked[0] :] if asked else []
+        ends = ("object-del qmpblock-disk", f"object-add {POLLING_LOCK}")
+        return begun, any(one.startswith(ends) for one in later)
 
     def _asks(self, number):
         return self.trace[number].startswith("query-status")
