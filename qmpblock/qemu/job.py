@@ -372,7 +372,7 @@ class _Course:
         self.full = False
         self._meter = RateMeter()
         self._pace = Convergence()
-        self._stage = (False, False)  # whether it is ready, and whether it is to pivot
+        self._stage = (False, False)  # whether it has been ready, and whether it is to pivot
         self._last: tuple[str, int, int] | None = None
         self._moved = now
 
@@ -399,8 +399,10 @@ class _Course:
         if step != self._last or not (working or ending):
             self._last, self._moved = step, now
         self._meter.add(now, done)
-        stage = status == "ready", completion_asked
-        if stage != self._stage:  # how the guest did before it was to pivot says nothing
+        # How the guest did before it was to pivot says nothing. Once ready it stays so: a drain,
+        # of a map of ours say, has it stand by for a moment.
+        stage = status == "ready" or self._stage[0], completion_asked
+        if stage != self._stage:
             self._stage, self._pace = stage, Convergence()
         if status in ("running", "ready"):
             self._pace.add(now, max(0, total - done), total)

@@ -316,6 +316,17 @@ def test_how_it_was_before_a_pivot_was_asked_for_does_not_count():
     assert not course.hopeless(100, 1.0)
 
 
+def test_a_job_that_stands_by_for_a_moment_is_no_nearer():
+    """Each map of the disk drains it, and may be seen to have the job stand by."""
+    course = module._Course(0.0)
+    for now, (said, _) in enumerate(sawtooth()):
+        for status in ("ready", "standby", "ready"):
+            course.add(
+                {**said, "status": status}, now, completion_asked=True, ending=False, errors=0
+            )
+    assert course.hopeless(100, 1.0)
+
+
 @pytest.mark.usefixtures("fast")
 async def test_nobody_minds_while_no_pivot_was_asked_for(tmp_path):
     looks = [*sawtooth(), look("concluded", 100)]
