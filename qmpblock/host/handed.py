@@ -36,15 +36,24 @@ from qmpblock.graph.places import FileId
 from qmpblock.host import confined
 from qmpblock.host.ourfiles import look
 
-__all__ = ["FORMATS", "HandedFiles", "MoreFiles", "User", "has_servers", "is_local"]
+__all__ = [
+    "FORMATS",
+    "WITH_BACKING",
+    "HandedFiles",
+    "MoreFiles",
+    "User",
+    "has_servers",
+    "is_local",
+]
 
 FORMATS = frozenset(
     "bochs cloop dmg luks parallels qcow qcow2 qed raw vdi vhdx vmdk vpc".split()  # noqa: SIM905
 )
 """Those that an image's header may name for the one below: formats of files, and nothing else."""
+WITH_BACKING = frozenset({"qcow", "qcow2", "qed", "vmdk"})
+"""Those of them whose header may name one below at all."""
 
 _LEAVES = ("file", "host_device")
-_WITH_BACKING = frozenset({"qcow", "qcow2", "qed", "vmdk"})
 _HANDED = re.compile(r"/proc/self/fd/(\d+)")
 _PLAIN = re.compile(
     r'json:\{"driver": "\w+", "file": \{"driver": "(?:file|host_device)", '
@@ -234,7 +243,7 @@ class HandedFiles(contextlib.ExitStack):
                 self._check_known(self._files[-1].fd, named)
         if isinstance(below := options.get("backing"), Mapping):
             options["backing"] = self.image(below, writable=writable - 1, said=True)
-        elif driver in _WITH_BACKING:
+        elif driver in WITH_BACKING:
             options["backing"] = None
         return options
 

@@ -33,7 +33,15 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph.jsonname import as_name, innermost, said_by
-from qmpblock.host.handed import FORMATS, HandedFiles, MoreFiles, User, has_servers, is_local
+from qmpblock.host.handed import (
+    FORMATS,
+    WITH_BACKING,
+    HandedFiles,
+    MoreFiles,
+    User,
+    has_servers,
+    is_local,
+)
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
@@ -624,7 +632,7 @@ def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, An
         "driver": fmt,
         "file": {"driver": "file", "filename": file},
     }
-    if fmt in _WITH_BACKING:
+    if fmt in WITH_BACKING:
         options["backing"] = (
             blockdev(backing[0].format, backing[0].file, backing[1:]) if backing else None
         )
@@ -639,9 +647,6 @@ def _beside(path: str, named: str) -> str:
     return posixpath.join(
         posixpath.dirname(str(innermost(described)["filename"]) if described else path), named
     )
-
-
-_WITH_BACKING = frozenset({"qcow", "qcow2", "qed", "vmdk"})
 
 
 class QemuIo(QemuImg):
