@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
@@ -70,52 +71,71 @@ async def drive(
     :raise UnsupportedError: a migration began.
     """
     async with AsyncExitStack() as alone:
-        await _drive(vm, record, journal, job, device, throttle_guest, alone, held=held)
-
-
-async def _drive(
-    vm: Connection,
-    record: Record,
-    journal: Journal | None,
-    job: Job,
-    device: Device | None,
-    throttle_guest: int,
-    alone: AsyncExitStack,
-    *,
-    held: bool,
-) -> None:
-    asked, finalized, slowed = False, False, False
-    asked_at = 0.0
-    last: Progress | None = None
-    async for seen in job.follow(converging=vm.stall):
-        last = seen
-        if not held and not finalized and seen.status != "concluded":
-            await ownership.ask(vm.monitor, standing=None)
-        if seen.status == "pending" and not finalized:
-            finalized = True
-            try:
-                await _finalize(vm, record, journal, job, device)
-            except BaseException:
-                # A pivot that is pending holds the guest's I/O: not a moment longer.
-                await undisturbed(job.cancel())
-                raise
-        elif seen.ready and job.completion_asked and not asked:
-            if record.pivot:
-                await _keep_exports_away(vm, record, alone)
-            await _until_unused(vm, record)
-            asked, asked_at = True, time.monotonic()
-            await promote_bitmaps(vm, record)
-            await job.complete_now()
-        elif throttle_guest and device is not None and not slowed:
-            waited = asked and time.monotonic() - asked_at > _PATIENCE
-            if seen.lagging or (waited and seen.remaining):
-                slowed = True
-                await slow_down(vm, device, record, throttle_guest)
+        driven = _Driven(vm, record, journal, job, device, throttle_guest, held, alone)
+        last: Progress | None = None
+        async for last in job.follow(converging=vm.stall):
+            await driven.tend(last)
     assert last is not None  # follow() yields at least once, or raises
-    if last.error is not None and journal is not None and journal.pivoted:
-        journal.mark(**{PIVOTED: False})  # the guest is still on the overlay
     if last.error is not None:
+        if journal is not None and journal.pivoted:
+            journal.mark(**{PIVOTED: False})  # the guest is still on the overlay
         raise JobError(job.id, job.type, last.error)
+
+
+@dataclass
+class _Driven:
+    """A job on its way, and how far what is ours to do for it is done."""
+
+    vm: Connection
+    record: Record
+    journal: Journal | None
+    job: Job
+    device: Device | None
+    throttle_guest: int
+    held: bool
+    alone: AsyncExitStack  # keeps away, to the job's end, what must not meet its pivot
+    asked_at: float | None = None  # when it was asked to pivot
+    finalized: bool = False
+
+    async def tend(self, seen: Progress) -> None:
+        """Do what is due where the job was seen like this."""
+        if not self.held and not self.finalized and seen.status != "concluded":
+            await ownership.ask(self.vm.monitor, standing=None)
+        if seen.status == "pending":
+            if not self.finalized:
+                await self._end()
+        elif seen.ready and self.job.completion_asked and self.asked_at is None:
+            await self._complete()
+        elif self._is_outrun(seen):
+            await self._slow_down()
+
+    async def _end(self) -> None:
+        self.finalized = True
+        try:
+            await _finalize(self.vm, self.record, self.journal, self.job, self.device)
+        except BaseException:
+            # A pivot that is pending holds the guest's I/O: not a moment longer.
+            await undisturbed(self.job.cancel())
+            raise
+
+    async def _complete(self) -> None:
+        if self.record.pivot:
+            await _keep_exports_away(self.vm, self.record, self.alone)
+        await _until_unused(self.vm, self.record)
+        self.asked_at = time.monotonic()
+        await promote_bitmaps(self.vm, self.record)
+        await self.job.complete_now()
+
+    async def _slow_down(self) -> None:
+        if self.throttle_guest and self.device is not None and not self.job.guest_slowed:
+            self.job.guest_slowed = True
+            await slow_down(self.vm, self.device, self.record, self.throttle_guest)
+
+    def _is_outrun(self, seen: Progress) -> bool:
+        if seen.lagging:
+            return True
+        waited = self.asked_at is not None and time.monotonic() - self.asked_at > _PATIENCE
+        return waited and seen.remaining > 0
 
 
 async def bring_home(

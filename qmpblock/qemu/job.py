@@ -93,6 +93,7 @@ class Job:
         self.type = type
         self.progress: Progress | None = None
         self.completion_asked = False
+        self.guest_slowed = False  # by whoever runs the job, for it to catch up
         self.errors = 0
         self._verdict: str | None = None
         self._monitor = monitor
@@ -264,7 +265,11 @@ class Job:
             f"the job {self.id} does not converge: the guest writes faster than it "
             f"copies; the distance is {distance} bytes and has not become "
             f"smaller for {converging:g} s",
-            remedy="let the guest write less, raise --speed, or slow the guest down "
+            # QEMU lets the requests that it holds back through before it pivots (F21).
+            remedy="the guest was slowed down, and that did not suffice: let it write less, "
+            "raise --speed, or pause the VM while this runs again: a paused guest writes nothing"
+            if self.guest_slowed
+            else "let the guest write less, raise --speed, or slow the guest down "
             "until the pivot with --throttle-guest RATE",
         )
 

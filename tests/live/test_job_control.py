@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from disturbed import (
@@ -461,12 +462,16 @@ FAST = StressSpec(
 )
 
 
-async def outrun(built, start_qemu, rate):
+async def outrun(built, start_qemu, rate, spec=FAST):
     """Start a VM whose guest writes faster than its base takes it."""
     [disk] = built.disks
     vm = await start_qemu([slow(disk, rate, layer=2)], guest=True)
-    await vm.guest.stress(FAST)
+    await vm.guest.stress(spec)
     return vm
+
+
+BACKEND = "/machine/peripheral/vd0/virtio-backend"
+NO_IOPS = {"iops_rd": 0, "iops_wr": 0}
 
 
 async def io_limits(vm):
@@ -521,18 +526,14 @@ async def test_a_speed_at_which_it_never_gets_there_is_told_of(built, start_qemu
 async def test_a_guest_that_is_slowed_down_lets_it_pivot(
     limited, built, content, start_qemu, tools, invariant
 ):
-    vm = await outrun(built, start_qemu, 48 << 20)
+    # Few enough in flight for the base to take them before the guest has written again (F21).
+    vm = await outrun(built, start_qemu, 24 << 20, replace(FAST, queue_depth=1))
     if limited:
         limits = {"bps": 90 << 20, "bps_rd": 0, "bps_wr": 0, "iops": 50_000, "iops_max": 60_000}
-        await vm.control.execute(
-            "block_set_io_throttle",
-            {"id": "/machine/peripheral/vd0/virtio-backend", "iops_rd": 0, "iops_wr": 0, **limits},
-        )
+        await vm.control.execute("block_set_io_throttle", {"id": BACKEND, **limits, **NO_IOPS})
     before = await io_limits(vm)
     slowed = []
-    # QEMU lets the requests that it holds back go when it drains the disk to see whether all is
-    # clean: how long it takes until that meets none is chance, and longest on an idle machine.
-    async with qmpblock.connect(vm.monitor_path, stall=120.0) as controller:
+    async with qmpblock.connect(vm.monitor_path, stall=60.0) as controller:
         disk = await controller.disk("vd0")
         async with disk.commit(throttle_guest=16 << 10) as job:
             async for look in job:
@@ -543,6 +544,45 @@ async def test_a_guest_that_is_slowed_down_lets_it_pivot(
     assert 16 << 10 in slowed
     assert await io_limits(vm) == before
     await nothing_of_ours(vm)
+    invariant.forget(vm)
+    done = await undisturbed_guest(vm)
+    await verify(vm, tools, content, done, layer=2)
+
+
+@CHAIN
+async def test_slowing_the_guest_down_may_not_suffice(built, content, start_qemu, tools, invariant):
+    """QEMU lets what it holds back through each time that it looks whether all is clean.
+
+    A guest whose VM is paused writes nothing, however slow the base is.
+    """
+    vm = await outrun(built, start_qemu, 4 << 20)
+    expect_left_writable(invariant, vm, "pivot")
+    before = await io_limits(vm)
+    slowed = []
+
+    async def work(disk):
+        async with disk.commit(throttle_guest=16 << 10) as job:
+            async for look in job:
+                if look.ready:
+                    job.complete()
+                slowed.append((await io_limits(vm)).get("bps"))
+
+    async with qmpblock.connect(vm.monitor_path, stall=2.0) as controller:
+        disk = await controller.disk("vd0")
+        with pytest.raises(StalledError, match="does not converge") as caught:
+            await work(disk)
+        assert "pause the VM while this runs again" in caught.value.remedy
+    assert 16 << 10 in slowed
+    assert await io_limits(vm) == before
+    await nothing_of_ours(vm)
+    await invariant.verify(vm)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = await controller.disk("vd0")
+        await vm.control.execute("stop")
+        async with disk.commit() as job:
+            pass
+        await vm.control.execute("cont")
+        assert job.outcome.pivoted
     invariant.forget(vm)
     done = await undisturbed_guest(vm)
     await verify(vm, tools, content, done, layer=2)
