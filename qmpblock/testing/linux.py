@@ -38,7 +38,8 @@ from qmpblock.errors import DisconnectedError, Error, RequestError, StalledError
 from qmpblock.testing.guest_console import GuestConsole, evidence
 from qmpblock.testing.images import find_qemu
 from qmpblock.testing.linux_image import Boot, LinuxUnavailableError, build, default_cache
-from qmpblock.testing.qemu import QemuProcess, private_directory
+from qmpblock.testing.qemu import QemuProcess
+from qmpblock.testing.scratch import private_directory, remove
 
 __all__ = ["LinuxGuest", "LinuxImage", "LinuxUnavailableError", "ShellError"]
 
@@ -298,7 +299,7 @@ class LinuxImage:
                         error.add_note(evidence(shell.transcript))
                         raise
         finally:
-            shutil.rmtree(directory)
+            remove(directory)
 
 
 def _machine(boot: Boot, serial: Path) -> list[str]:

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from shutil import rmtree, which
+from shutil import which
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -163,7 +163,7 @@ def vm_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     What the test, and programs that it starts, put into the temporary directory or keep as
     qmpblock's state lands there too: runs beside it do not disturb it.
     """
-    from qmpblock.testing.qemu import private_directory
+    from qmpblock.testing.scratch import private_directory, remove
 
     directory = private_directory()
     for variable, name in (("TMPDIR", "t"), ("QMPBLOCK_STATE", "state")):
@@ -171,7 +171,7 @@ def vm_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(variable, str(directory / name))
     monkeypatch.setattr(tempfile, "tempdir", str(directory / "t"))
     yield directory
-    rmtree(directory, ignore_errors=True)
+    remove(directory)
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ import atexit
 import ctypes
 import os
 import shlex
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +34,7 @@ from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing.commandline import disk_arguments
 from qmpblock.testing.diskio import DiskIO
 from qmpblock.testing.images import BuiltDisk, BuiltScenario, find_qemu
+from qmpblock.testing.scratch import PATH_LIMIT, private_directory, remove
 
 if TYPE_CHECKING:
     from qmpblock.testing.guest import GuestConsole, TinyGuest
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["QemuFailure", "QemuProcess", "private_directory"]
 
-_PATH_LIMIT = 107  # bytes of a UNIX socket's path (unix(7))
 _OUTPUT_LIMIT = 64 << 10  # bytes of stdout and of stderr that are shown, from the end
 _START_LIMIT = 30.0  # seconds until the monitor answers; a loaded machine needs one
 _POLL = 0.003  # seconds
@@ -96,15 +94,6 @@ def _evidence(command: Iterable[str], returncode: int | None, stdout: str, stder
     return "\n".join(lines)
 
 
-def private_directory() -> Path:
-    """Make a directory (0700) whose path is short enough for UNIX sockets in it."""
-    path = Path(tempfile.mkdtemp(prefix="qt-"))
-    if len(os.fsencode(path)) <= _PATH_LIMIT - 32:
-        return path
-    path.rmdir()
-    return Path(tempfile.mkdtemp(prefix="qt-", dir="/tmp"))
-
-
 class QemuProcess:
     """A QEMU with disks, three QMP monitors and an idle CPU (or a tiny guest).
 
@@ -154,7 +143,7 @@ class QemuProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._expected_end = False
         self._printed: tuple[str, str] | None = None  # kept when the directory goes
-        if len(os.fsencode(self._control_path)) > _PATH_LIMIT:
+        if len(os.fsencode(self._control_path)) > PATH_LIMIT:
             raise RequestError(
                 f"the directory {self.directory} is too long for a UNIX socket in it",
                 remedy="use a shorter one, such as private_directory() makes",
@@ -373,7 +362,7 @@ class QemuProcess:
             await self.kill()
         self._printed = self._printed or (self.stdout, self.stderr)
         if self._own_directory:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            remove(self.directory)
 
     # -- what it is
 

@@ -1,0 +1,222 @@
+"""Directories for one test's VMs: private, short enough for sockets, and gone when their owner is.
+
+Whoever makes one holds a lock (flock) on a file in it, `.owner`, for as long as it lives. A pid
+would be given to another process one day; a lock ends with its holder, however that ends: by
+`kill -9`, by SIGTERM, by the `os._exit` of a test's time limit. So the next run can tell what
+nobody owns any more, and sweeps it: a directory of this user's with such a file that nobody has
+locked. All else in the temporary directory is none of ours, whatever it is called.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qmpblock.errors import RequestError
+
+__all__ = ["PATH_LIMIT", "keep", "private_directory", "remove", "sweep"]
+
+PATH_LIMIT = 107
+"""Bytes of a UNIX socket's path (unix(7))."""
+
+_PREFIX = "qt-"
+_OWNER = ".owner"
+_ROOM = 32  # bytes that are left below a directory for a socket's path
+_SMALL = ("tmpfs", "qmpblock")  # type and source of what faults.small_file_system mounts
+
+_log = logging.getLogger(__name__)
+_process = os.getpid()  # a fork has the list below, too, and owns nothing
+_owned: dict[Path, int] = {}  # with the descriptor that holds the lock
+_swept: set[Path] = set()
+
+
+@atexit.register
+def _remove_rest() -> None:
+    if os.getpid() == _process:
+        for directory in list(_owned):
+            remove(directory)
+
+
+def private_directory() -> Path:
+    """Make a directory (0700) whose path is short enough for UNIX sockets in it.
+
+    It is this process's until `remove` or `keep`. The first call in a process sweeps.
+
+    :raise RequestError: there is no place for one.
+    """
+    base = _base()
+    if base not in _swept:
+        _swept.add(base)
+        sweep(base)
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+    except OSError as error:
+        raise RequestError(
+            f"cannot make a directory in {base}: {error.strerror}",
+            remedy="name a directory that can be written in TMPDIR",
+        ) from error
+    _own(directory)
+    return directory
+
+
+def _base() -> Path:
+    wanted = Path(tempfile.gettempdir())
+    if len(os.fsencode(wanted)) + 1 + len(_PREFIX) + 8 <= PATH_LIMIT - _ROOM:
+        return wanted
+    return Path("/tmp")  # noqa: S108 - only made in by mkdtemp, and swept by owner and mark
+
+
+def _own(directory: Path) -> None:
+    # It gets its name when it is locked: before that, nobody takes the directory for one of ours.
+    path = directory / f"{_OWNER}.new"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # a file system without locks: it is never swept
+        _log.debug("%s cannot be locked: %s", path, error)
+        os.close(descriptor)
+        path.unlink()
+        return
+    os.write(descriptor, f"qmpblock.testing, process {_process}; locked while it lives\n".encode())
+    path.rename(directory / _OWNER)
+    _owned[directory] = descriptor
+
+
+def keep(directory: Path) -> None:
+    """Give up a directory of `private_directory` that stays: no run sweeps it."""
+    (directory / _OWNER).unlink(missing_ok=True)
+    _let_go(directory)
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory of `private_directory` with all that is in it. Idempotent.
+
+    What cannot be removed stays, is told in the log, and is tried again by the next run.
+    """
+    try:
+        if _empty(directory):
+            # Its mark goes last: without it, no run would ever sweep the half that is left.
+            (directory / _OWNER).unlink(missing_ok=True)
+            directory.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _log.warning("%s stays: %s", directory, error)
+    _let_go(directory)
+
+
+def _let_go(directory: Path) -> None:
+    descriptor = _owned.pop(directory, None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def sweep(base: Path) -> list[Path]:
+    """Remove the directories in `base` whose owner has ended; return them.
+
+    Several processes may do so at once.
+    """
+    removed = []
+    try:
+        found = [path for path in base.resolve().iterdir() if path.name.startswith(_PREFIX)]
+    except OSError as error:
+        _log.debug("%s cannot be listed: %s", base, error)
+        return []
+    for directory in found:
+        with contextlib.suppress(OSError), _abandoned(directory) as mine:
+            if mine:
+                remove(directory)
+                if not directory.exists():
+                    removed.append(directory)
+    if removed:
+        _log.info("removed what runs that were killed left: %s", ", ".join(map(str, removed)))
+    return removed
+
+
+@contextlib.contextmanager
+def _abandoned(directory: Path) -> Iterator[bool]:
+    """Lock a directory of ours that nobody owns; give whether it is such.
+
+    :raise OSError: it is not, or it cannot be looked at.
+    """
+    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(place).st_uid != os.geteuid():
+            yield False
+            return
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK  # whatever it is, opening does not wait
+        owner = os.open(_OWNER, flags, dir_fd=place)
+        try:
+            status = os.fstat(owner)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                yield False
+                return
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another run may have swept it between the two calls.
+            yield os.fstat(owner).st_nlink == 1 and directory.samefile(f"/proc/self/fd/{place}")
+        finally:
+            os.close(owner)
+    finally:
+        os.close(place)
+
+
+def _empty(directory: Path) -> bool:
+    """Remove all but the mark; return whether nothing else is left."""
+    if not _unmounted(directory):
+        return False
+    directory.chmod(0o700)
+    for path in directory.iterdir():
+        if path.name == _OWNER:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, onerror=_again)
+        else:
+            path.unlink(missing_ok=True)
+    return {path.name for path in directory.iterdir()} <= {_OWNER}
+
+
+def _again(function: object, path: str, error: object) -> None:
+    """Open a directory that a test has closed to itself, and remove it after all."""
+    parent = Path(path).parent
+    try:
+        for closed in (parent, Path(path)):
+            if closed.is_dir() and not closed.is_symlink():
+                closed.chmod(0o700)
+        if Path(path).is_dir() and not Path(path).is_symlink():
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
+    except OSError as why:
+        _log.warning("%s stays: %s", path, why)
+
+
+def _unmounted(directory: Path) -> bool:
+    """Take small file systems of ours away; return whether nothing is mounted below any more.
+
+    What somebody else mounted there is not ours to remove, nor to empty.
+    """
+    below = f"{directory.resolve()}/"
+    free = True
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), before.split()[4])
+        if not point.startswith(below):
+            continue
+        if tuple(after.split()[:2]) == _SMALL:
+            command = ["umount", "--lazy", point]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                continue
+        _log.warning("%s stays: something is mounted at %s", directory, point)
+        free = False
+    return free
