@@ -22,11 +22,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar
 
-from qmpblock.errors import RangeError, printable
+from qmpblock.errors import RangeError, RequestError, printable
 from qmpblock.testing.guest_console import GuestConsole, GuestError
 from qmpblock.testing.guest_protocol import (
     GuestDisk,
@@ -40,7 +42,7 @@ from qmpblock.testing.guest_protocol import (
     parse_latency,
     parse_progress,
 )
-from qmpblock.testing.stamps import SECTOR, StressSpec, checksum
+from qmpblock.testing.stamps import SECTOR, Bounds, StressSpec, checksum
 
 __all__ = [
     "FIRMWARE",
@@ -57,7 +59,7 @@ __all__ = [
 ]
 
 FIRMWARE = Path(__file__).parent / "firmware" / "guest.rom"
-VERSION = 2
+VERSION = 3
 """Of the protocol; the guest's greeting says its own."""
 
 STALL = 30.0
@@ -225,8 +227,50 @@ class TinyGuest:
         """Start a stress run and return; one a disk, several disks at once if you like."""
         area = f"{spec.offset // SECTOR} {spec.blocks} {spec.sectors_per_block}"
         load = f"{spec.queue_depth} {spec.total} {spec.seed} {spec.flush_every}"
+        kind = f"{spec.rate} {spec.read_percent} {sum(1 << disk for disk in spec.group)}"
         self.console.take_done(spec.disk)  # of an earlier run
-        await self._do(f"stress {spec.disk} {area} {load} {spec.rate} {spec.read_percent}", stall)
+        await self._do(f"stress {spec.disk} {area} {load} {kind}", stall)
+
+    async def stress_in_step(
+        self, *specs: StressSpec, stall: float = STALL
+    ) -> tuple[StressSpec, ...]:
+        """Start runs on several disks that keep step, for `stamps.check_one_instant`.
+
+        None issues a write that is more than the queue depth beyond what any of them has
+        acknowledged; the first write waits until all have begun.
+
+        :return: the specs, with their group.
+        :raise RangeError: a disk is named twice, or the queue depths differ.
+        """
+        group = tuple(spec.disk for spec in specs)
+        if len(set(group)) < len(group) or len({spec.queue_depth for spec in specs}) > 1:
+            raise RangeError("runs in step are on one disk each, with the same queue depth")
+        grouped = tuple(replace(spec, group=group) for spec in specs)
+        for spec in grouped:
+            await self.stress(spec, stall=stall)
+        return grouped
+
+    @asynccontextmanager
+    async def bounds(self, *disks: int, stall: float = STALL) -> AsyncIterator[dict[int, Bounds]]:
+        """Ask the guest how far it was before something was done, and how far it is after that.
+
+            async with guest.bounds(0) as bounds:
+                await make_a_snapshot()
+            check_point_in_time(data, spec, bounds[0])
+
+        The mapping, by the guest's number of the disk, is filled when the block is left.
+
+        :param disks: the guest's numbers of the disks that are written to.
+        :raise RequestError: none are named.
+        """
+        if not disks:
+            raise RequestError("name the disks whose bounds are wanted, such as bounds(0)")
+        before = {disk: await self.progress(disk, stall=stall) for disk in disks}
+        bounds: dict[int, Bounds] = {}
+        yield bounds
+        for disk in disks:
+            now = await self.progress(disk, stall=stall)
+            bounds[disk] = Bounds(acked=before[disk].acked, issued=now.issued)
 
     async def progress(self, disk: int = 0, *, stall: float = STALL) -> StressProgress:
         """Return how far the disk's stress run is."""

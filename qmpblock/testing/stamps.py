@@ -14,12 +14,15 @@ One sector, in little-endian 32-bit words::
 
 A sector that was never written holds the background (zeros, or what the test put there).
 
-Two questions can be asked of the bytes of an area:
+Three questions can be asked of the bytes of an area:
 
 - `check_acknowledged`: a live, closed or crashed disk. Nothing that was acknowledged may be
   lost; what was issued beyond that may be there or not.
 - `check_point_in_time`: a snapshot or backup taken while the run went on. There is one n so
-  that the area is what writes 1..n leave, but for at most `queue_depth` that were in flight.
+  that the area is what writes 1..n leave, but for at most `queue_depth` that were in flight;
+  and it lies within the `Bounds` that the guest knows of, so that neither an empty image nor
+  one of another time is right.
+- `check_one_instant`: the same of several disks whose runs keep step: one n for all.
 
 Offsets and lengths are bytes, except sector numbers, which count 512 bytes.
 """
@@ -27,8 +30,9 @@ Offsets and lengths are bytes, except sector numbers, which count 512 bytes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +42,13 @@ from qmpblock.errors import RangeError
 __all__ = [
     "Acknowledged",
     "BlockFault",
+    "Bounds",
+    "OneInstant",
     "PointInTime",
     "StressSpec",
+    "Taken",
     "check_acknowledged",
+    "check_one_instant",
     "check_point_in_time",
     "checksum",
     "expected_content",
@@ -55,6 +63,7 @@ MAX_BLOCK_SIZE = 64 * 1024
 MAX_BLOCKS = 1 << 21
 MAX_QUEUE_DEPTH = 62
 MAX_SEQUENCE = (1 << 31) - 1
+MAX_DISKS = 16
 WINDOW = 4096
 """A write is issued only while fewer than this are beyond the oldest unacknowledged one."""
 CHUNK_SECTORS = 16384
@@ -83,6 +92,8 @@ class StressSpec:
     :param flush_every: a flush after each so many writes; 0: never.
     :param rate: requests a second at most; 0: as fast as it goes.
     :param read_percent: of the requests, reads that verify what they read (0 to 99).
+    :param group: the guest's numbers of the disks whose runs keep step, this one's among them
+        (`TinyGuest.stress_in_step`); empty: it runs for itself.
     :raises RangeError: a value that the guest would refuse.
     """
 
@@ -96,6 +107,7 @@ class StressSpec:
     flush_every: int = 0
     rate: int = 0
     read_percent: int = 0
+    group: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         def need(ok: bool, what: str) -> None:
@@ -122,6 +134,11 @@ class StressSpec:
         need(0 <= self.flush_every < 1 << 32, f"a flush every {self.flush_every} writes")
         need(0 <= self.rate <= 1_000_000, f"a rate of {self.rate}")
         need(0 <= self.read_percent <= 99, f"{self.read_percent} percent of reads")
+        members = set(self.group)
+        need(
+            not members or (self.disk in members and members <= set(range(MAX_DISKS))),
+            f"the group {self.group}: it has disk {self.disk} itself and numbers below {MAX_DISKS}",
+        )
 
     @property
     def length(self) -> int:
@@ -132,6 +149,36 @@ class StressSpec:
     def sectors_per_block(self) -> int:
         """512-byte sectors of one block."""
         return self.block_size // SECTOR
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Between what and what a point in time lies, as the guest that wrote knows it.
+
+    `TinyGuest.bounds` asks the guest for both.
+
+    :param acked: the last write that was acknowledged, with all before it, before the point
+        began to be taken: none of them may be missing. At least 1: of a disk to which nothing
+        had been written every empty image would be a point in time.
+    :param issued: the last write that was issued when the point had been taken: none beyond it
+        can be there.
+    :raises RangeError: they are not 0 < acked <= issued.
+    """
+
+    acked: int
+    issued: int
+
+    def __post_init__(self) -> None:
+        if self.acked == 0:
+            raise RangeError(
+                "nothing was acknowledged before the point in time began, so that an empty image "
+                "would pass as well",
+                remedy="let the guest write first: wait until its progress says acked > 0",
+            )
+        if not 0 < self.acked <= self.issued <= MAX_SEQUENCE:
+            raise RangeError(
+                f"acked {self.acked} and issued {self.issued} must be in order, from 1"
+            )
 
 
 @dataclass(frozen=True, order=True)
@@ -194,10 +241,10 @@ class Acknowledged(_Faults):
 class PointInTime(_Faults):
     """What `check_point_in_time` found; `str()` of it is the assertion message.
 
-    :param lost: blocks whose missing write cannot have been in flight at that point: they are
-        older than the write before it, or too many.
+    :param lost: blocks whose missing write cannot have been in flight at that point: it was
+        acknowledged before, or they are older than the write before it, or too many.
     :param torn: blocks with a sector that is no intact stamp, or of several writes.
-    :param future: always empty: the newest write found defines the point.
+    :param future: blocks with a write that was issued after the point had been taken.
     :param sequence: the newest write found, which is n (0: none).
     :param in_flight: how many writes up to n are not there (legal up to the queue depth).
     """
@@ -368,25 +415,39 @@ def check_acknowledged(
 
 
 def check_point_in_time(
-    data: Bytes, spec: StressSpec, queue_depth: int | None = None, *, background: int = 0
+    data: Bytes,
+    spec: StressSpec,
+    bounds: Bounds,
+    *,
+    queue_depth: int | None = None,
+    background: int = 0,
 ) -> PointInTime:
-    """Whether an image is the area at one point in time of the run.
+    """Whether an image is the area at one point in time of the run, within bounds.
 
     Let n be the newest write found. Every block must hold its last write of 1..n, or, if that
-    one was in flight at the point, the write before it; at most `queue_depth` may be so.
-    (Completion is in any order, so a missing write may be much older than n.)
+    one was in flight at the point, the write before it; at most `queue_depth` may be so, and
+    none of 1..`bounds.acked`. (Completion is in any order, so a missing write may be much
+    older than n.) n may not be beyond `bounds.issued`.
 
     :param data: the whole area, `spec.length` bytes.
+    :param bounds: where the point lies; `TinyGuest.bounds` asks the guest.
     :param queue_depth: writes that can have been in flight; default: the run's.
     :param background: the byte that never-written blocks are filled with.
     :raises RangeError: `data` has another length.
+    :raises TypeError: `bounds` are none.
     """
+    if not isinstance(bounds, Bounds):
+        raise TypeError(
+            f"bounds must be Bounds(acked=..., issued=...) or come from TinyGuest.bounds, "
+            f"not {bounds!r}: without them an empty or a stale image would pass"
+        )
     depth = spec.queue_depth if queue_depth is None else queue_depth
     sectors = _scan(data, spec, background)
     torn = (sectors == TORN) | (sectors != sectors[:, :1])
     whole = ~torn.any(axis=1)
     found = np.where(whole, sectors[:, 0], BACKGROUND)
-    n = int(found.max(initial=0))
+    future = whole & (found > bounds.issued)
+    n = int(found[~future].max(initial=0))
     last = _last_writes(spec, n)
     # The write before the last one: the last one again, with each block's last write left out.
     before = np.zeros(spec.blocks, np.int64)
@@ -395,14 +456,83 @@ def check_point_in_time(
         sequences = np.arange(1, n + 1)
         older = sequences != last[blocks]
         before[blocks[older]] = sequences[older]
-    missing = whole & (found != last)
-    too_old = missing & ((found != before) | (last <= n - WINDOW))
+    # In an image that is too old for the bounds n itself is: what was acknowledged says more.
+    needed = _last_writes(spec, bounds.acked)
+    expected = np.maximum(last, needed)
+    missing = whole & ~future & (found != expected)
+    too_old = missing & ((found != before) | (expected <= max(n - WINDOW, bounds.acked)))
     in_flight = missing & ~too_old
     lost = too_old | (in_flight if in_flight.sum() > depth else False)
+
+    def faults(wrong: npt.NDArray[np.bool_]) -> tuple[BlockFault, ...]:
+        return _faults(
+            spec, sectors, np.broadcast_to(wrong[:, np.newaxis], sectors.shape), expected
+        )
+
     return PointInTime(
-        lost=_faults(spec, sectors, np.broadcast_to(lost[:, np.newaxis], sectors.shape), last),
-        torn=_faults(spec, sectors, torn, last),
-        future=(),
+        lost=faults(lost),
+        torn=_faults(spec, sectors, torn, expected),
+        future=faults(future),
         sequence=n,
         in_flight=int(in_flight.sum()),
     )
+
+
+class Taken(NamedTuple):
+    """What was taken of one disk: the arguments of `check_point_in_time`."""
+
+    data: Bytes
+    spec: StressSpec
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
+class OneInstant:
+    """What `check_one_instant` found; `str()` of it is the assertion message.
+
+    :param sequence: the newest write found on any of the disks.
+    :param disks: what was found of each, at that instant.
+    """
+
+    sequence: int
+    disks: Mapping[str, PointInTime]
+
+    @property
+    def ok(self) -> bool:
+        """All disks are as they were at one instant."""
+        return all(disk.ok for disk in self.disks.values())
+
+    def __str__(self) -> str:
+        lines = [f"the newest write of all disks is {self.sequence}"]
+        lines += [f"{name} (newest {disk.sequence}): {disk}" for name, disk in self.disks.items()]
+        return "\n".join(lines)
+
+
+def check_one_instant(disks: Mapping[str, Taken], *, background: int = 0) -> OneInstant:
+    """Whether images of several disks, whose runs keep step, are of one and the same instant.
+
+    Let n be the newest write found on any of them. Runs in step are never more than the queue
+    depth ahead of what each of them has acknowledged, so each disk must be at a point in time
+    (`check_point_in_time`) that has all writes up to n less that. Copies that were taken one
+    after the other have not, if the guest did more than so many writes in between.
+
+    :param disks: by the name that messages are to give it.
+    :param background: the byte that never-written blocks are filled with.
+    :raises RangeError: it is one disk only, or their runs do not keep step.
+    """
+    groups = {(taken.spec.group, taken.spec.queue_depth) for taken in disks.values()}
+    if len(disks) < 2 or len(groups) != 1 or () in {group for group, _ in groups}:
+        raise RangeError(
+            "one instant can only be told of several disks whose runs keep step",
+            remedy="start them by TinyGuest.stress_in_step, and give the specs that it returns",
+        )
+    found = {
+        name: check_point_in_time(*taken, background=background) for name, taken in disks.items()
+    }
+    n = max(disk.sequence for disk in found.values())
+    for name, (data, spec, bounds) in disks.items():
+        least = n - spec.queue_depth
+        if least > bounds.acked:
+            closer = Bounds(least, max(least, bounds.issued))
+            found[name] = check_point_in_time(data, spec, closer, background=background)
+    return OneInstant(n, found)

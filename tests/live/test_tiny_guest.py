@@ -10,12 +10,13 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qmpblock.errors import StalledError
+from qmpblock.errors import RangeError, RequestError, StalledError
 from qmpblock.testing.guest import (
     FIRMWARE,
     GuestConsole,
@@ -25,7 +26,10 @@ from qmpblock.testing.guest import (
     guest_arguments,
 )
 from qmpblock.testing.stamps import (
+    Bounds,
+    Taken,
     check_acknowledged,
+    check_one_instant,
     check_point_in_time,
     checksum,
     expected_content,
@@ -200,7 +204,7 @@ async def test_stress_then_power_off_leaves_what_was_acknowledged(
     data = area(tmp_path, "a", spec.offset, spec.length)
     assert data == expected_content(spec, 5000)
     assert check_acknowledged(data, spec, end.acked, end.issued).ok
-    assert check_point_in_time(data, spec).sequence == 5000
+    assert check_point_in_time(data, spec, Bounds(5000, 5000)).sequence == 5000
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -243,7 +247,7 @@ async def test_lost_writes_are_found(tmp_path: Path) -> None:
     data = area(tmp_path, "a", 0, spec.length, "raw")
     result = check_acknowledged(data, spec, 3000, 3000)
     assert [fault.block for fault in result.lost] == [100, 101]
-    assert not check_point_in_time(data, spec).ok
+    assert not check_point_in_time(data, spec, Bounds(1, 3000)).ok
 
 
 def _raw_device() -> list[str]:
@@ -299,19 +303,101 @@ async def test_a_backup_under_stress_is_one_point_in_time(tmp_path: Path) -> Non
     async with booted(tmp_path, *disk(tmp_path, "a"), *target, *device("pc", "a")) as vm:
         await vm.guest.stress(spec)
         await asyncio.sleep(0.5)
-        await vm.qmp(
-            "blockdev-backup", **{"job-id": "b", "device": "d-a", "target": "d-t", "sync": "full"}
-        )
+        async with vm.guest.bounds(0) as bounds:
+            await vm.qmp("blockdev-backup", **backup("a", "t"))
         await vm.event("BLOCK_JOB_COMPLETED")
-        await asyncio.sleep(0.3)
+        async with vm.guest.bounds(0) as later:
+            await asyncio.sleep(0.3)
         end = await vm.guest.stop_stress()
         await vm.guest.power_off()
         await vm.process.wait()
-    result = check_point_in_time(area(tmp_path, "t", 0, spec.length), spec)
+    copy = area(tmp_path, "t", 0, spec.length)
+    result = check_point_in_time(copy, spec, bounds[0])
     assert result.ok, str(result)
-    assert 0 < result.sequence < end.issued
+    assert bounds[0].acked <= result.sequence <= bounds[0].issued < end.issued
     live = area(tmp_path, "a", 0, spec.length)
     assert check_acknowledged(live, spec, end.acked, end.issued).ok
+    # What it must not pass on: a stale copy, one from the future, and nothing.
+    assert check_point_in_time(copy, spec, later[0]).lost
+    assert check_point_in_time(live, spec, bounds[0]).future
+    assert check_point_in_time(bytes(spec.length), spec, bounds[0]).lost
+
+
+def backup(source: str, target: str) -> dict[str, object]:
+    ends = {"device": f"d-{source}", "target": f"d-{target}"}
+    return {"job-id": f"b-{source}", "sync": "full", **ends}
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_disks_in_step_tell_whether_copies_are_of_one_instant(
+    tmp_path: Path, together: bool
+) -> None:
+    """Of different sizes, at different speeds: the fastest waits for the slowest."""
+    wanted = [
+        StressSpec(disk=i, blocks=256 << i, block_size=(512, 4096, 16384)[i], seed=i + 1)
+        for i in range(3)
+    ]
+    options: list[str] = []
+    for name in "abc":
+        options += [*disk(tmp_path, name), *device("pc", name), *disk(tmp_path, f"t{name}")]
+    async with booted(tmp_path, *options) as vm:
+        specs = await vm.guest.stress_in_step(*wanted)
+        await asyncio.sleep(0.3)
+        async with vm.guest.bounds(0, 1, 2) as bounds:
+            if together:
+                actions = [{"type": "blockdev-backup", "data": backup(n, f"t{n}")} for n in "abc"]
+                await vm.qmp("transaction", actions=actions)
+            else:
+                for name in "abc":
+                    await vm.qmp("blockdev-backup", **backup(name, f"t{name}"))
+                    await asyncio.sleep(0.1)
+        for _ in "abc":
+            await vm.event("BLOCK_JOB_COMPLETED")
+        ends = [await vm.guest.stop_stress(spec.disk) for spec in specs]
+        await vm.guest.power_off()
+        await vm.process.wait()
+    issued = [end.issued for end in ends]
+    assert min(issued) > 200
+    assert all(end.errors == 0 for end in ends)
+    copies = {
+        n: Taken(area(tmp_path, f"t{n}", 0, spec.length), spec, bounds[spec.disk])
+        for n, spec in zip("abc", specs, strict=True)
+    }
+    for name, copy in copies.items():
+        assert check_point_in_time(*copy).ok, name
+    result = check_one_instant(copies)
+    assert result.ok == together, str(result)
+    if not together:
+        assert [name for name, found in result.disks.items() if not found.ok] == ["a", "b"]
+
+
+async def test_runs_in_step_begin_together_and_end_together(tmp_path: Path) -> None:
+    options = [*disk(tmp_path, "a"), *device("pc", "a"), *disk(tmp_path, "b"), *device("pc", "b")]
+    async with booted(tmp_path, *options) as vm:
+        with pytest.raises(GuestError, match="has the disk itself among its members"):
+            await vm.guest._do("stress 0 0 64 8 4 0 1 0 0 0 2", 5)
+        with pytest.raises(GuestError, match="no disk has such a number"):
+            await vm.guest._do("stress 0 0 64 8 4 0 1 0 0 0 65537", 5)
+        for _ in range(2):  # a second run finds what the first left
+            first = StressSpec(disk=0, blocks=64, queue_depth=4, total=1000, group=(0, 1))
+            await vm.guest.stress(first)
+            await asyncio.sleep(0.1)
+            assert (await vm.guest.progress(0)).issued == 0
+            await vm.guest.stress(replace(first, disk=1))
+            for number in (0, 1):
+                end = await vm.guest.finish_stress(number)
+                assert (end.acked, end.errors) == (1000, 0)
+        await vm.guest.stress_in_step(StressSpec(disk=0), StressSpec(disk=1))
+        await vm.guest.stop_stress(1)
+        await asyncio.sleep(0.1)
+        held = await vm.guest.progress(0)
+        assert held.running
+        assert held.issued == (await vm.guest.progress(1)).acked + StressSpec().queue_depth
+        with pytest.raises(RangeError, match="on one disk each"):
+            await vm.guest.stress_in_step(StressSpec(), StressSpec())
+        with pytest.raises(RequestError, match="name the disks"):
+            async with vm.guest.bounds():
+                pass
 
 
 async def test_several_disks_under_stress_at_once(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from qmpblock.testing.guest import (
     guest_arguments,
 )
 
-READY = "*READY version=2 disk=0,00:02.0,blk,131072,fdz"
+READY = "*READY version=3 disk=0,00:02.0,blk,131072,fdz"
 PROGRESS = "issued=9 acked=9 flushed=0 reads=0 bad=0 errors=0 waiting_us=0"
 
 
@@ -93,6 +93,7 @@ async def test_commands_carry_sectors_and_numbers(tmp_path: Path) -> None:
                 flush_every=10,
                 rate=200,
                 read_percent=30,
+                group=(0, 3),
             )
         )
         await guest.dirty(5)
@@ -104,7 +105,7 @@ async def test_commands_carry_sectors_and_numbers(tmp_path: Path) -> None:
             "flush 2",
             "discard 0 0 128",
             "zero 0 0 128",
-            "stress 3 2048 1024 16 8 99 4 10 200 30",
+            "stress 3 2048 1024 16 8 99 4 10 200 30 9",
             "dirty 5",
             "off",
         ]
@@ -125,7 +126,7 @@ async def test_a_refusal_carries_the_reason_the_status_and_the_lines(tmp_path: P
 
 
 async def test_silence_is_a_stall_and_a_late_answer_is_not_the_next_one(tmp_path: Path) -> None:
-    async with scripted(tmp_path, flush="", hello="OK 1|OK # version=2") as (guest, _):
+    async with scripted(tmp_path, flush="", hello="OK 1|OK # version=3") as (guest, _):
         with pytest.raises(StalledError, match=r"silent for 0\.1 s .* 'flush 0'"):
             await guest.flush(0, stall=0.1)
         assert (await guest.hello()).disks == ()  # after a late OK to number 1

@@ -22,12 +22,12 @@ from qmpblock.testing.guest_protocol import (
     parse_progress,
 )
 
-HELLO = "version=2 disk=0,00:02.0,blk,131072,fdz disk=3,01:00.0/3:2,scsi,12884901888,rfdz"
+HELLO = "version=3 disk=0,00:02.0,blk,131072,fdz disk=3,01:00.0/3:2,scsi,12884901888,rfdz"
 
 
 def test_hello_lists_the_disks() -> None:
     hello = parse_hello(HELLO)
-    assert hello.version == 2
+    assert hello.version == 3
     assert hello.disks == (
         GuestDisk(0, "00:02.0", "blk", 64 << 20, frozenset("fdz")),
         GuestDisk(3, "01:00.0/3:2", "scsi", 6 << 40, frozenset("rfdz")),
@@ -38,8 +38,8 @@ def test_hello_lists_the_disks() -> None:
 
 
 def test_hello_without_disks_and_without_features() -> None:
-    assert parse_hello("version=2").disks == ()
-    (disk,) = parse_hello("version=2 disk=0,mmio.23,blk,8,").disks
+    assert parse_hello("version=3").disks == ()
+    (disk,) = parse_hello("version=3 disk=0,mmio.23,blk,8,").disks
     assert disk.features == frozenset()
 
 
@@ -74,7 +74,7 @@ def test_the_other_answers() -> None:
     assert Latency(1, 2, 5, 4).held_us == 5
     assert parse_checksum("crc32=f65cdb08") == 0xF65CDB08
     assert parse_check("blocks=1106 bad=0") == (1106, 0)
-    ejected, left = parse_ejected("ejected=1 version=2 disk=0,00:02.0,blk,131072,fdz")
+    ejected, left = parse_ejected("ejected=1 version=3 disk=0,00:02.0,blk,131072,fdz")
     assert (ejected, len(left.disks)) == (1, 1)
 
 
@@ -95,10 +95,10 @@ PARSERS = [
         "",
         "nonsense",
         "version=",
-        "version=2 version=3",
+        "version=3 version=4",
         "version=x",
-        "version=2 disk=0,00:02.0,floppy,8,f",
-        "version=2 disk=0,\x1b[2J,blk,8,f",
+        "version=3 disk=0,00:02.0,floppy,8,f",
+        "version=3 disk=0,\x1b[2J,blk,8,f",
         "issued=1",
         "blocks=-1 bad=0",
         "blocks=1" + "0" * 30 + " bad=0",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from hypothesis import strategies as st
 from qmpblock.errors import RangeError
 from qmpblock.testing import stamps
 from qmpblock.testing.stamps import (
+    Bounds,
     StressSpec,
+    Taken,
     check_acknowledged,
+    check_one_instant,
     check_point_in_time,
     checksum,
     expected_content,
@@ -23,6 +28,7 @@ from qmpblock.testing.stamps import (
 
 SPEC = StressSpec(offset=5 << 20, blocks=64, block_size=2048, queue_depth=4, seed=99)
 WRITES = 100
+BOUNDS = Bounds(acked=WRITES - 40, issued=WRITES + 40)
 
 
 def content(*sequences: int, spec: StressSpec = SPEC) -> bytearray:
@@ -102,7 +108,7 @@ def test_any_flipped_byte_is_found(at: int, flip: int) -> None:
     data[at] ^= flip
     for result in (
         check_acknowledged(data, SPEC, WRITES, WRITES),
-        check_point_in_time(data, SPEC),
+        check_point_in_time(data, SPEC, BOUNDS),
     ):
         assert [fault.block for fault in result.torn] == [at // SPEC.block_size]
         assert not result.ok
@@ -158,13 +164,13 @@ def test_zeros_over_an_acknowledged_write_are_a_lost_write() -> None:
     data[at : at + 512] = bytes(512)
     result = check_acknowledged(data, SPEC, WRITES, WRITES)
     assert [(fault.block, fault.found) for fault in result.lost] == [(block, 0)]
-    assert [fault.block for fault in check_point_in_time(data, SPEC).torn] == [block]
+    assert [fault.block for fault in check_point_in_time(data, SPEC, BOUNDS).torn] == [block]
 
 
 def test_point_in_time_accepts_up_to_the_queue_depth_in_flight() -> None:
-    late = [WRITES - 1, WRITES - 3, WRITES - 30]
+    late = [WRITES - 1, WRITES - 3, WRITES - 30]  # after what BOUNDS say was acknowledged
     data = content(*(s for s in range(1, WRITES + 1) if s not in late))
-    result = check_point_in_time(data, SPEC)
+    result = check_point_in_time(data, SPEC, BOUNDS)
     assert result.ok
     assert result.sequence == WRITES
     assert 1 <= result.in_flight <= 3
@@ -173,8 +179,8 @@ def test_point_in_time_accepts_up_to_the_queue_depth_in_flight() -> None:
 def test_point_in_time_finds_more_missing_than_can_have_been_in_flight() -> None:
     newest = [s for s in range(1, WRITES) if s == _last_to_its_block(s)][-5:]
     data = content(*(s for s in range(1, WRITES + 1) if s not in newest))
-    assert len(check_point_in_time(data, SPEC).lost) == 5
-    assert check_point_in_time(data, SPEC, 5).ok
+    assert len(check_point_in_time(data, SPEC, BOUNDS).lost) == 5
+    assert check_point_in_time(data, SPEC, BOUNDS, queue_depth=5).ok
 
 
 def _last_to_its_block(sequence: int) -> int:
@@ -189,7 +195,7 @@ def test_point_in_time_finds_a_block_two_writes_behind() -> None:
         by_block.setdefault(slow_block(SPEC, sequence), []).append(sequence)
     block, sequences = next((b, s) for b, s in by_block.items() if len(s) >= 3 and WRITES not in s)
     data = content(*(s for s in range(1, WRITES + 1) if s not in sequences[-2:]))
-    assert [fault.block for fault in check_point_in_time(data, SPEC).lost] == [block]
+    assert [fault.block for fault in check_point_in_time(data, SPEC, BOUNDS).lost] == [block]
 
 
 def test_point_in_time_finds_a_missing_write_that_is_too_old_to_have_been_in_flight() -> None:
@@ -201,7 +207,7 @@ def test_point_in_time_finds_a_missing_write_that_is_too_old_to_have_been_in_fli
     data = bytearray(expected_content(spec, n))
     at = slow_block(spec, once) * 512
     data[at : at + 512] = bytes(512)
-    assert len(check_point_in_time(data, spec).lost) == 1
+    assert len(check_point_in_time(data, spec, Bounds(1, n)).lost) == 1
 
 
 def test_point_in_time_finds_a_mixed_block() -> None:
@@ -209,13 +215,15 @@ def test_point_in_time_finds_a_mixed_block() -> None:
     older = content(*range(1, WRITES))
     at = slow_block(SPEC, WRITES) * SPEC.block_size
     data[at + 512 : at + 1024] = older[at + 512 : at + 1024]
-    assert len(check_point_in_time(data, SPEC).torn) == 1
+    assert len(check_point_in_time(data, SPEC, BOUNDS).torn) == 1
 
 
 def test_an_empty_run_on_a_patterned_background() -> None:
     data = b"\xaa" * SPEC.length
     assert check_acknowledged(data, SPEC, 0, 0, background=0xAA).ok
-    assert check_point_in_time(data, SPEC, background=0xAA).ok
+    written = expected_content(SPEC, WRITES, background=0xAA)
+    assert check_point_in_time(written, SPEC, BOUNDS, background=0xAA).ok
+    assert check_point_in_time(written, SPEC, BOUNDS).torn
     assert not check_acknowledged(data, SPEC, 0, 0).ok
 
 
@@ -256,3 +264,111 @@ def test_64_mib_are_verified_in_under_a_second() -> None:
     began = time.perf_counter()
     assert check_acknowledged(data, spec, 50_000, 50_000).ok
     assert time.perf_counter() - began < 1.0
+
+
+# -- what a check of a point in time must not pass on
+
+
+@pytest.mark.parametrize("nothing", [bytes(SPEC.length), expected_content(SPEC, 0)])
+def test_an_image_that_holds_nothing_is_no_point_in_time(nothing: bytes) -> None:
+    result = check_point_in_time(nothing, SPEC, BOUNDS)
+    written = {slow_block(SPEC, sequence) for sequence in range(1, BOUNDS.acked + 1)}
+    assert {fault.block for fault in result.lost} == written
+    assert {fault.found for fault in result.lost} == {0}
+
+
+@given(n=st.integers(0, WRITES + 60))
+def test_only_a_time_between_the_bounds_is_right(n: int) -> None:
+    """A stale image is a whole one, of another time; so is one from the future."""
+    result = check_point_in_time(expected_content(SPEC, n), SPEC, BOUNDS)
+    overwritten = {slow_block(SPEC, s) for s in range(n + 1, BOUNDS.acked + 1)}
+    if n < BOUNDS.acked:
+        assert {fault.block for fault in result.lost} == overwritten
+        assert f"{len(overwritten)} lost" in str(result)
+    assert bool(result.future) == (n > BOUNDS.issued)
+    assert result.ok == (BOUNDS.acked <= n <= BOUNDS.issued)
+
+
+@given(missing=st.integers(1, WRITES))
+def test_what_was_acknowledged_before_cannot_have_been_in_flight(missing: int) -> None:
+    data = content(*(s for s in range(1, WRITES + 1) if s != missing))
+    result = check_point_in_time(data, SPEC, BOUNDS)
+    last = _last_to_its_block(missing) == missing
+    assert result.ok == (not last or missing > BOUNDS.acked)
+
+
+def test_another_run_and_another_place_are_no_point_in_time() -> None:
+    other_seed = expected_content(replace(SPEC, seed=SPEC.seed + 1), WRITES)
+    assert check_point_in_time(other_seed, SPEC, BOUNDS).torn
+    elsewhere = expected_content(replace(SPEC, offset=SPEC.offset + SPEC.length), WRITES)
+    assert check_point_in_time(elsewhere, SPEC, BOUNDS).torn
+    swapped = bytearray(expected_content(SPEC, WRITES))
+    size = SPEC.block_size
+    swapped[:size], swapped[size : 2 * size] = swapped[size : 2 * size], swapped[:size]
+    assert [f.block for f in check_point_in_time(swapped, SPEC, BOUNDS).torn] == [0, 1]
+
+
+@pytest.mark.parametrize("bounds", [None, 4, (1, 100), {}])
+def test_without_bounds_it_is_an_error(bounds: Any) -> None:
+    with pytest.raises(TypeError, match=r"bounds must be Bounds\(acked=..., issued=...\)"):
+        check_point_in_time(bytes(SPEC.length), SPEC, bounds)
+    with pytest.raises(TypeError, match="bounds"):
+        check_point_in_time(bytes(SPEC.length), SPEC)  # type: ignore[call-arg]
+
+
+def test_bounds_that_an_empty_image_meets_are_refused() -> None:
+    with pytest.raises(RangeError, match="an empty image would pass"):
+        Bounds(acked=0, issued=7)
+    for acked, issued in ((8, 7), (-1, 7), (1, 1 << 31)):
+        with pytest.raises(RangeError, match="in order"):
+            Bounds(acked, issued)
+
+
+# -- several disks at one instant
+
+GROUP = [replace(SPEC, disk=disk, seed=disk + 5, group=(0, 1, 2)) for disk in range(3)]
+
+
+def taken(*numbers: int, bounds: Bounds = BOUNDS) -> dict[str, Taken]:
+    """Return the disks of the group, each as after so many writes."""
+    return {
+        f"d{spec.disk}": Taken(expected_content(spec, n), spec, bounds)
+        for spec, n in zip(GROUP, numbers, strict=True)
+    }
+
+
+@given(st.tuples(*[st.integers(WRITES - SPEC.queue_depth, WRITES)] * 3))
+def test_disks_within_the_queue_depth_are_of_one_instant(numbers: tuple[int, ...]) -> None:
+    result = check_one_instant(taken(*numbers))
+    assert result.ok, str(result)
+    assert result.sequence == max(numbers)
+
+
+@given(st.permutations([WRITES, WRITES + 10, WRITES + 20]))
+def test_copies_one_after_the_other_are_not(numbers: list[int]) -> None:
+    result = check_one_instant(taken(*numbers))
+    assert not result.ok
+    assert result.sequence == WRITES + 20
+    bad = [name for name, disk in result.disks.items() if not disk.ok]
+    assert bad == [f"d{i}" for i, n in enumerate(numbers) if n != WRITES + 20]
+    assert f"{bad[0]} (newest {numbers[int(bad[0][1])]})" in str(result)
+
+
+def test_one_of_them_beyond_what_another_can_have_issued_is_found() -> None:
+    disks = taken(WRITES, WRITES, WRITES + 30)
+    disks["d0"] = disks["d0"]._replace(bounds=Bounds(WRITES - 40, WRITES))
+    assert check_one_instant(disks).disks["d0"].lost
+
+
+def test_disks_that_do_not_keep_step_are_of_no_instant() -> None:
+    alone = {name: t._replace(spec=replace(t.spec, group=())) for name, t in taken(9, 9, 9).items()}
+    for disks in (alone, {}, {"d0": taken(9, 9, 9)["d0"]}):
+        with pytest.raises(RangeError, match="whose runs keep step") as caught:
+            check_one_instant(disks)
+        assert "stress_in_step" in (caught.value.remedy or "")
+
+
+@pytest.mark.parametrize("group", [(1,), (0, 16), (0, -1)])
+def test_a_group_has_the_disk_itself_and_disks_that_can_be(group: tuple[int, ...]) -> None:
+    with pytest.raises(RangeError, match="the group"):
+        StressSpec(disk=0, group=group)

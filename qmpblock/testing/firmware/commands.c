@@ -1,8 +1,8 @@
 /* The commands of the serial protocol; README.md describes them. */
 #include "cpu.h"
 
-#define VERSION 2
-#define MOST_ARGUMENTS 10
+#define VERSION 3
+#define MOST_ARGUMENTS 11
 #define RANGE_SECTORS 0x200000u         /* 1 GiB: of one discard or write zeroes */
 
 static struct disk *disk;               /* argument 0, where the command takes a disk */
@@ -125,7 +125,8 @@ static int do_stress(void)
 {
     struct stress_area area = {arguments[1], arguments[2], arguments[3]};
     struct stress_load load = {arguments[4], arguments[5], arguments[6],
-                               arguments[7], arguments[8], arguments[9]};
+                               arguments[7], arguments[8], arguments[9],
+                               arguments[10]};
     const char *why = 0;
 
     for (u32 i = 2; i < MOST_ARGUMENTS; i++)
@@ -309,7 +310,7 @@ static const struct command {
     {"flush", 1, 1, do_flush},
     {"discard", 3, 1, do_discard},
     {"zero", 3, 1, do_zero},
-    {"stress", 10, 1, do_stress},
+    {"stress", 11, 1, do_stress},
     {"progress", 1, 1, do_progress},
     {"latency", 1, 1, do_latency},
     {"stop", 1, 1, do_stop},

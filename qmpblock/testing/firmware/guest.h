@@ -176,7 +176,7 @@ void crc32_init(void);
 
 /* ---- stress.c -------------------------------------------------------------------------- */
 struct stress_area { u64 lba; u32 blocks, block_sectors; };
-struct stress_load { u32 depth, total, seed, flush_every, rate, read_percent; };
+struct stress_load { u32 depth, total, seed, flush_every, rate, read_percent, group; };
 
 const char *stress_start(struct disk *disk, struct stress_area area, struct stress_load load);
 int stress_running(struct disk *disk);

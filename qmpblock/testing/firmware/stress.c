@@ -4,7 +4,10 @@
  * Write number q (from 1) fills block mix(q ^ seed) & (blocks - 1) with stamps that carry q.
  * Writes are issued in order; a block never has two requests in flight, so what a block holds
  * is decided by the order of issue alone.  `acked` is the end of the unbroken prefix of
- * acknowledged writes, `flushed` what `acked` was when the last completed flush was issued. */
+ * acknowledged writes, `flushed` what `acked` was when the last completed flush was issued.
+ *
+ * Runs of a group keep step: none issues a write that is more than DEPTH beyond what any of
+ * them has acknowledged.  So one number says how far all of their disks are at any instant. */
 #include "cpu.h"
 
 #define WINDOW 4096u                /* the farthest that a write may run ahead of `acked` */
@@ -76,6 +79,10 @@ const char *stress_start(struct disk *disk, struct stress_area area, struct stre
         return "the queue depth must be 1 to 62";
     if (load.read_percent > 99)
         return "at most 99 percent of the requests can be reads";
+    if (load.group && !(load.group >> (disk - disks) & 1))
+        return "a group has the disk itself among its members";
+    if (load.group >> (DISKS - 1) >> 1)
+        return "no disk has such a number";
     if (load.total >= BUSY)
         return "at most 2147483647 writes";
     if (area.lba + (u64)area.blocks * area.block_sectors > disk_sectors(disk) ||
@@ -144,11 +151,15 @@ static void account_latency(struct run *run, u64 began)
         run->latency_longest = lasted;
 }
 
+/* Ends a run, and those that would wait for it. */
 static void fail(struct run *run, u32 status)
 {
     if (!run->errors++)
         run->first_error = status;
     run->stopping = 1;
+    for (u32 i = 0; i < DISKS; i++)
+        if (run->load.group >> i & 1)
+            runs[i].stopping = 1;
 }
 
 void stress_abandon(struct disk *disk, u32 status)
@@ -238,6 +249,16 @@ static int issue_flush(struct run *run)
     return 1;
 }
 
+/* Whether the others of its group let this run issue a write; the first waits for all to begin. */
+static int in_step(struct run *run, u32 sequence)
+{
+    for (u32 i = 0; i < DISKS; i++)
+        if (run->load.group >> i & 1 && ((!run->issued && !runs[i].on) ||
+                                         sequence > runs[i].acked + run->load.depth))
+            return 0;
+    return 1;
+}
+
 /* Issues the next read or write; 0: not now. */
 static int issue(struct run *run)
 {
@@ -249,7 +270,7 @@ static int issue(struct run *run)
         return 0;
     reading = next_is_read(run, &block);
     if (!reading) {
-        if (run->issued - run->acked >= WINDOW - 1 || sequence >= BUSY)
+        if (run->issued - run->acked >= WINDOW - 1 || sequence >= BUSY || !in_step(run, sequence))
             return 0;
         block = mix(sequence ^ run->load.seed) & (run->area.blocks - 1);
     }
