@@ -196,7 +196,7 @@ class BuiltImage:
 
     def _arguments(self, *, discard: str = "unmap", detect_zeroes: str = "off") -> list[str]:
         described = self.describe(discard=discard, detect_zeroes=detect_zeroes)
-        return [*_secret_arguments(self.secrets()), "json:" + json.dumps(described)]
+        return [*secret_arguments(self.secrets()), "json:" + json.dumps(described)]
 
     async def map(self, tools: Tools) -> list[dict[str, Any]]:
         """Return what `qemu-img map --output=json` prints for the chain. It must be closed.
@@ -281,7 +281,7 @@ class BuiltDisk:
         attach = self.spec.attach
         if "copy-on-read" in attach.filters and attach.device != "nvme":
             wrapped = {"driver": "copy-on-read", "file": self.active.describe()}
-            secrets = _secret_arguments(self.active.secrets())
+            secrets = secret_arguments(self.active.secrets())
             await tools.run(tools.io, *secrets, "-c", "read 0 512", "json:" + json.dumps(wrapped))
         await self.active.apply(
             self.spec.guest,
@@ -359,7 +359,7 @@ async def _build_image(
         options[f"{prefix}key-secret"] = secret_id
         options[f"{prefix}iter-time"] = "10"  # ms; the default of two seconds is for secrets
     command = [tools.img, "create", "-q", "-f", image.format]
-    command += _secret_arguments(built.secrets())
+    command += secret_arguments(built.secrets())
     if options:
         command += ["-o", ",".join(f"{key}={_escape(value)}" for key, value in options.items())]
     if built.backing is not None:
@@ -452,7 +452,7 @@ def _forget_backing_format(path: Path) -> None:
         file.write(bytes(8))
 
 
-def _secret_arguments(secrets: Mapping[str, str]) -> list[str]:
+def secret_arguments(secrets: Mapping[str, str]) -> list[str]:
     return [
         argument
         for name, data in secrets.items()

@@ -459,11 +459,32 @@ class QemuProcess:
     def disk(self, disk: BuiltDisk | str) -> BuiltDisk:
         """Return the disk of that name in the scenario (or the one that is given).
 
-        :raise KeyError: there is none.
+        :raise RequestError: there is none; the message lists those that there are.
         """
         if isinstance(disk, BuiltDisk):
             return disk
-        return {known.spec.name: known for known in self.disks}[disk]
+        known = {one.spec.name: one for one in self.disks}
+        if disk not in known:
+            raise RequestError(
+                f"this VM has no disk {disk!r}; it has: {', '.join(known) or 'none'}"
+            )
+        return known[disk]
+
+    async def guest_number(self, disk: BuiltDisk | str) -> int:
+        """Return what the tiny guest calls a disk, as in `StressSpec(disk=...)`.
+
+        :raise RequestError: no tiny guest runs, or it has no driver for the disk's device.
+        """
+        built = self.disk(disk)
+        number = await self.io.guest_number(built)
+        if number is None:
+            raise RequestError(
+                f"the guest does not see {built.spec.name} ({built.spec.attach.device})"
+                if self.guest is not None
+                else "no guest runs in this VM",
+                remedy="start the VM with guest=True, and the disk on virtio-blk or virtio-scsi",
+            )
+        return number
 
 
 def _read_end(path: Path) -> str:

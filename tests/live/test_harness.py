@@ -121,6 +121,22 @@ async def test_a_failing_test_gets_the_evidence_as_a_note() -> None:
     assert not vm.running
 
 
+async def test_an_unknown_disk_lists_those_that_there_are(start_qemu: Any) -> None:
+    two = parse_scenario(
+        "about: Two.\ndisks:\n  - {name: a, images: [{size: 1M}]}\n"
+        "  - {name: b, images: [{size: 1M}], attach: {device: ide}}\n",
+        "two",
+    )
+    vm = await start_qemu(two, guest=True)
+    with pytest.raises(RequestError, match="no disk 'd0'; it has: a, b"):
+        await vm.qemu_io("d0", "flush")
+    assert await vm.guest_number("a") == 0
+    with pytest.raises(RequestError, match=r"does not see b \(ide\)"):
+        await vm.guest_number("b")
+    with pytest.raises(RequestError, match="no guest runs"):
+        await (await start_qemu(two)).guest_number("a")
+
+
 async def test_kill_9_is_no_failure_where_the_test_did_it(start_qemu: Any) -> None:
     vm = await start_qemu(CHAIN, guest=True)
     assert await vm.kill() == -signal.SIGKILL
