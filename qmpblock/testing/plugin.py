@@ -6,16 +6,18 @@ but pytest until a test asks for one of its fixtures.
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, Unpack
 
 import pytest
+
+from qmpblock.testing.whichqemu import VARIABLE, default_qemu, described, version_of
 
 try:
     from pytest_asyncio import fixture as _async_fixture
@@ -25,20 +27,22 @@ except ImportError:  # installed without the extra: other projects' pytest must 
 if TYPE_CHECKING:
     from qmpblock.testing.images import BuiltDisk, BuiltScenario
     from qmpblock.testing.invariant import Invariant
-    from qmpblock.testing.qemu import QemuProcess
+    from qmpblock.testing.qemu import QemuOptions, QemuProcess
     from qmpblock.testing.scenario import Scenario
 
 _INVARIANT: pytest.StashKey[Invariant] = pytest.StashKey()
 _STARTED: pytest.StashKey[list[QemuProcess]] = pytest.StashKey()
 _FAILED: pytest.StashKey[bool] = pytest.StashKey()
-_VERSION: pytest.StashKey[tuple[int, int, int]] = pytest.StashKey()
+_SKIPPED: pytest.StashKey[bool] = pytest.StashKey()
 
 
 class StartQemu(Protocol):
     """What the fixture `start_qemu` is."""
 
     def __call__(
-        self, what: Scenario | BuiltScenario | Sequence[BuiltDisk] = (), **options: Any
+        self,
+        what: Scenario | BuiltScenario | Sequence[BuiltDisk] = (),
+        **options: Unpack[QemuOptions],
     ) -> Awaitable[QemuProcess]:
         """Start a QEMU; `options` are those of QemuProcess."""
         ...
@@ -62,35 +66,32 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header() -> str:
     """Name the QEMU under test."""
     accel = os.environ.get("QMPBLOCK_ACCEL") or "tcg"
     try:
-        version = ".".join(map(str, _version(config)))
+        qemu = described(default_qemu())
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return f"QEMU: none to test with ({error})"
-    return f"QEMU: {version} ({_binary()}), accel {accel}"
+    return f"QEMU: {qemu}, accel {accel}"
 
 
-def _binary() -> str:
-    wanted = os.environ.get("QMPBLOCK_QEMU") or "qemu-system-x86_64"
-    binary = which(wanted)
-    if binary is None:
-        raise FileNotFoundError(f"no program {wanted}; install QEMU, or set QMPBLOCK_QEMU")
-    return binary
+def pytest_report_collectionfinish(items: Sequence[pytest.Item]) -> list[str]:
+    """Name the QEMUs that tests are run on by a parameter of `qemu_binary`."""
+    named = {str(one) for item in items for one in _parameter(item)}
+    lines = []
+    for binary in sorted(named):
+        try:
+            lines.append(f"QEMU by parameter: {described(binary)}")
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            lines.append(f"QEMU by parameter: {binary} cannot be asked for its version ({error})")
+    return lines
 
 
-def _version(config: pytest.Config) -> tuple[int, int, int]:
-    """Return the version of the tested QEMU; asked once a run."""
-    if _VERSION not in config.stash:
-        done = subprocess.run(
-            [_binary(), "--version"], capture_output=True, text=True, check=True, timeout=60
-        )
-        match = re.search(r"version (\d+)\.(\d+)\.(\d+)", done.stdout)
-        if match is None:
-            raise ValueError(f"{_binary()} tells no version: {done.stdout[:200]!r}")
-        config.stash[_VERSION] = (int(match[1]), int(match[2]), int(match[3]))
-    return config.stash[_VERSION]
+def _parameter(item: pytest.Item) -> list[object]:
+    callspec = getattr(item, "callspec", None)
+    value = callspec.params.get("qemu_binary") if callspec is not None else None
+    return [value] if isinstance(value, str | Path) and which(value) else []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -116,16 +117,59 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("scenario", params)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Have a test that is for some QEMUs only look at its own first, before all other fixtures."""
+    names = getattr(item, "fixturenames", [])
+    if "qemu_binary" in names and next(item.iter_markers("needs_qemu"), None):
+        names.insert(0, _right_qemu.__name__)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what the tested QEMU is not for."""
+    """Skip what the tested QEMU is not for, where no fixture of the test says another QEMU."""
+    if "qemu_binary" not in getattr(item, "fixturenames", []):
+        _skip_unless_right(item, None)
+
+
+@pytest.fixture
+def _right_qemu(request: pytest.FixtureRequest, qemu_binary: str) -> None:
+    """Skip a test that is not for its QEMU."""
+    _skip_unless_right(request.node, str(qemu_binary))
+
+
+def _skip_unless_right(item: pytest.Item, binary: str | None) -> None:
     for mark in item.iter_markers("needs_qemu"):
         from qmpblock.testing.scenario import Requirement
 
         needs = Requirement(mark.args[0], mark.kwargs.get("reason", ""))
-        version = _version(item.config)
+        version = version_of(binary or default_qemu())
         if not needs.allows(version):
+            item.stash[_SKIPPED] = True
             ours = ".".join(map(str, version))
             pytest.skip(f"needs QEMU {needs.text}, this is {ours}: {needs.reason}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[object],
+) -> Generator[None, object, object]:
+    """Have everything follow a `qemu_binary` that a project overrides.
+
+    `build`, `Tools.of()`, and programs that a test starts, find the QEMU by the environment.
+    """
+    value = yield
+    if fixturedef.argname == "qemu_binary":
+        before = os.environ.get(VARIABLE)
+        if which(before or "qemu-system-x86_64") != str(value):
+            os.environ[VARIABLE] = str(value)
+            fixturedef.addfinalizer(functools.partial(_set_back, before))
+    return value
+
+
+def _set_back(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(VARIABLE, None)
+    else:
+        os.environ[VARIABLE] = before
 
 
 @pytest.hookimpl(wrapper=True)
@@ -134,6 +178,9 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Add the evidence of every QEMU that the test started to a failure."""
     report = yield
+    if report.skipped and item.stash.get(_SKIPPED, False):
+        path, line, _ = item.reportinfo()  # where the mark is, not where it is looked at
+        report.longrepr = (str(path), (line or 0) + 1, str(report.longrepr[2]))  # type: ignore[index]
     if report.failed:
         item.stash[_FAILED] = True
         started = item.stash.get(_STARTED, None) or []
@@ -151,9 +198,9 @@ def qemu_binary() -> str:
 
 
 @pytest.fixture(scope="session")
-def qemu_version(request: pytest.FixtureRequest) -> tuple[int, int, int]:
+def qemu_version(qemu_binary: str) -> tuple[int, int, int]:
     """Return the version of the QEMU under test."""
-    return _version(request.config)
+    return version_of(str(qemu_binary))
 
 
 @pytest.fixture
@@ -193,21 +240,23 @@ async def start_qemu(
     BuiltScenario or a list of BuiltDisk.
     """
     from qmpblock.testing.images import BuiltScenario, Tools, build
-    from qmpblock.testing.qemu import QemuProcess
+    from qmpblock.testing.qemu import QemuProcess, check_options
     from qmpblock.testing.scenario import Scenario
 
     started: list[QemuProcess] = []
     request.node.stash[_STARTED] = started
 
     async def start(
-        what: Scenario | BuiltScenario | Sequence[BuiltDisk] = (), **options: Any
+        what: Scenario | BuiltScenario | Sequence[BuiltDisk] = (),
+        **options: Unpack[QemuOptions],
     ) -> QemuProcess:
+        check_options(options)
         number = len(started)
         if isinstance(what, Scenario):
             what = await build(what, vm_dir / f"images{number}", Tools.of(qemu_binary))
         if "directory" not in options:
-            options["directory"] = vm_dir / f"vm{number}"
-            options["directory"].mkdir(mode=0o700)
+            directory = options["directory"] = vm_dir / f"vm{number}"
+            directory.mkdir(mode=0o700)
         options.setdefault("qemu", qemu_binary)
         make: Callable[..., QemuProcess] = (
             QemuProcess.of if isinstance(what, BuiltScenario) else QemuProcess

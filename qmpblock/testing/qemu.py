@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import atexit
 import ctypes
+import difflib
 import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from qmpblock.errors import (
     ConnectError,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from qmpblock.testing.guest import GuestConsole, TinyGuest
     from qmpblock.testing.scenario import Operation
 
-__all__ = ["QemuFailure", "QemuProcess", "private_directory"]
+__all__ = ["QemuFailure", "QemuOptions", "QemuProcess", "check_options", "private_directory"]
 
 _OUTPUT_LIMIT = 64 << 10  # bytes of stdout and of stderr that are shown, from the end
 _START_LIMIT = 30.0  # seconds until the monitor answers; a loaded machine needs one
@@ -92,6 +93,31 @@ def _evidence(command: Iterable[str], returncode: int | None, stdout: str, stder
         shown = "\n".join(f"  {printable(line, 2000)}" for line in text.strip().splitlines())
         lines.append(f"{name}:\n{shown}" if shown else f"{name}: empty")
     return "\n".join(lines)
+
+
+class QemuOptions(TypedDict, total=False):
+    """The keywords of QemuProcess, and so those of the fixture `start_qemu`."""
+
+    machine: str
+    empty_tray: bool
+    guest: bool
+    incoming: str | None
+    qemu: str | None
+    directory: Path | None
+    extra: Sequence[str]
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Refuse a keyword that is none of `QemuOptions`, before anything is made.
+
+    :raise TypeError: there is one; the message says what may have been meant.
+    """
+    known = list(QemuOptions.__annotations__)
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+            raise TypeError(f"a QEMU has no option {name!r}; {hint}")
 
 
 class QemuProcess:
@@ -157,11 +183,16 @@ class QemuProcess:
         )
 
     @classmethod
-    def of(cls, built: BuiltScenario, **options: Any) -> Self:
-        """Make the QEMU of a scenario; `options` are those of the class."""
+    def of(cls, built: BuiltScenario, **options: Unpack[QemuOptions]) -> Self:
+        """Make the QEMU of a scenario; `options` are those of the class.
+
+        :raise TypeError: an option that there is not.
+        """
+        check_options(options)
         scenario = built.scenario
-        defaults = {"machine": scenario.machine, "empty_tray": scenario.empty_tray}
-        return cls(built.disks, **{**defaults, **options})
+        options.setdefault("machine", scenario.machine)
+        options.setdefault("empty_tray", scenario.empty_tray)
+        return cls(built.disks, **options)
 
     def _arguments(self, guest: bool) -> list[str]:
         if guest:
@@ -180,7 +211,8 @@ class QemuProcess:
             ("qmp2", self.second_monitor_path),
         ):
             arguments += ["-chardev", f"socket,id={name},path={path},server=on,wait=off"]
-            arguments += ["-mon", f"chardev={name},mode=control"]
+            # -mon says of itself that it is deprecated, from 11.1 on; -qmp does not.
+            arguments += ["-qmp", f"chardev:{name}"]
         return arguments
 
     # -- life

@@ -243,8 +243,6 @@ def parse_scenario(text: str, name: str, *, source: str = "<text>") -> Scenario:
     """
     top = read_mapping(text, source)
     about = top.text("about")
-    if not about.rstrip().endswith("."):
-        top.refuse("about", "must be a sentence that ends with a full stop")
     machine = cast(Machine, top.choice("machine", get_args(Machine), "pc"))
     drawing = _drawing(top.mapping("drawing")) if "drawing" in top else None
     if "disks" in top:
