@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qmpblock.testing.invariant import Invariant, VMState, difference, snapshot
     from qmpblock.testing.linux import LinuxGuest, LinuxImage, ShellError
     from qmpblock.testing.linux_image import LinuxUnavailableError
+    from qmpblock.testing.loops import WrongLoopError
     from qmpblock.testing.plugin import StartQemu
     from qmpblock.testing.qemu import QemuFailure, QemuProcess
     from qmpblock.testing.scenario import (
@@ -74,6 +75,7 @@ _WHERE = {
     "TinyGuest": "guest",
     "Tools": "images",
     "VMState": "invariant",
+    "WrongLoopError": "loops",
     "build": "images",
     "check_acknowledged": "stamps",
     "check_one_instant": "stamps",
@@ -124,6 +126,7 @@ __all__ = [
     "TinyGuest",
     "Tools",
     "VMState",
+    "WrongLoopError",
     "build",
     "check_acknowledged",
     "check_one_instant",

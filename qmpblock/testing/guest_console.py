@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from qmpblock.errors import Error, RequestError, StalledError, printable
+from qmpblock.testing.loops import check_loop
 
 __all__ = ["GuestConsole", "GuestError", "evidence"]
 
@@ -61,6 +62,7 @@ class GuestConsole:
         self.path = path
         self.diagnose: Callable[[], Awaitable[str]] | None = None
         self.connected = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._connections = 0
         self._greeted = False  # by the guest on this connection
         self._writer: asyncio.StreamWriter | None = None
@@ -91,6 +93,7 @@ class GuestConsole:
 
         :raises RequestError: as `listen`.
         """
+        self._loop = asyncio.get_running_loop()
         try:
             self._server = await asyncio.start_unix_server(
                 self._serve, self.path, limit=_LINE_LIMIT
@@ -160,7 +163,9 @@ class GuestConsole:
         """Send one line.
 
         :raises GuestError: nobody is connected.
+        :raises WrongLoopError: another event loop runs here than where it was opened.
         """
+        check_loop(self._loop, "this guest's line")
         if self._writer is None:
             raise GuestError(f"cannot send {line!r}: the guest's line is closed", self.transcript)
         self._lines.append(f"> {line}")

@@ -7,13 +7,14 @@ but pytest until a test asks for one of its fixtures.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
 import pytest
 
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from qmpblock.testing.invariant import Invariant
     from qmpblock.testing.qemu import QemuOptions, QemuProcess
     from qmpblock.testing.scenario import Scenario
+    from qmpblock.testing.starter import Starter
 
 _INVARIANT: pytest.StashKey[Invariant] = pytest.StashKey()
+_STARTER: pytest.StashKey[Starter] = pytest.StashKey()
 _STARTED: pytest.StashKey[list[QemuProcess]] = pytest.StashKey()
 _FAILED: pytest.StashKey[bool] = pytest.StashKey()
 _SKIPPED: pytest.StashKey[bool] = pytest.StashKey()
@@ -189,6 +192,21 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """End what a test started in a loop of its own, before that loop is closed."""
+    failure: Exception | None = None
+    try:
+        if starter := item.stash.get(_STARTER, None):
+            starter.end_elsewhere(watched=not item.stash.get(_FAILED, False))
+    except Exception as error:
+        failure = error
+    result = yield  # whatever else was set up for the test is torn down all the same
+    if failure is not None:
+        raise failure
+    return result
+
+
 @pytest.fixture(scope="session")
 def qemu_binary() -> str:
     """Return the QEMU under test: $QMPBLOCK_QEMU, else qemu-system-x86_64 of the path."""
@@ -237,55 +255,73 @@ async def start_qemu(
     """Give a function that starts QEMUs, which quit at the test's end.
 
     `vm = await start_qemu(scenario)`. It takes a Scenario (whose images it makes), a
-    BuiltScenario or a list of BuiltDisk.
+    BuiltScenario or a list of BuiltDisk. The test may run in another event loop than fixtures.
     """
-    from qmpblock.testing.images import BuiltScenario, Tools, build
-    from qmpblock.testing.qemu import QemuProcess, check_options
-    from qmpblock.testing.scenario import Scenario
+    from qmpblock.testing.loops import running_loop
+    from qmpblock.testing.starter import Starter
 
-    started: list[QemuProcess] = []
-    request.node.stash[_STARTED] = started
+    stash = request.node.stash
+    # A test that is no coroutine runs a loop of its own, if any, and closes it.
+    starter = Starter(
+        qemu_binary,
+        vm_dir,
+        watcher=lambda: stash.get(_INVARIANT, None),
+        home=running_loop("start_qemu"),
+        only_home=not _is_async(request.function),
+    )
+    stash[_STARTED] = starter.vms
+    stash[_STARTER] = starter
+    yield starter
+    await starter.end(watched=not stash.get(_FAILED, False))
 
-    async def start(
-        what: Scenario | BuiltScenario | Sequence[BuiltDisk] = (),
-        **options: Unpack[QemuOptions],
-    ) -> QemuProcess:
-        check_options(options)
-        number = len(started)
-        if isinstance(what, Scenario):
-            what = await build(what, vm_dir / f"images{number}", Tools.of(qemu_binary))
-        if "directory" not in options:
-            directory = options["directory"] = vm_dir / f"vm{number}"
-            directory.mkdir(mode=0o700)
-        options.setdefault("qemu", qemu_binary)
-        make: Callable[..., QemuProcess] = (
-            QemuProcess.of if isinstance(what, BuiltScenario) else QemuProcess
-        )
-        vm = make(what, **options)
-        started.append(vm)
-        await vm.start()
-        if _INVARIANT in request.node.stash:
-            await request.node.stash[_INVARIANT].begin(vm)
-        return vm
+
+def _is_async(test: Any) -> bool:
+    inner = getattr(getattr(test, "hypothesis", None), "inner_test", test)
+    return inspect.iscoroutinefunction(inner)
+
+
+@pytest.fixture
+def start_blocking_qemu(
+    request: pytest.FixtureRequest, qemu_binary: str, vm_dir: Path
+) -> Iterator[Callable[..., Any]]:
+    """Give a function that starts QEMUs for a test without asyncio: all calls block.
+
+    `vm = start_blocking_qemu(scenario, guest=True)`; `vm` has all of a QemuProcess.
+    """
+    from qmpblock.testing.blocking import Blocking, run
+    from qmpblock.testing.starter import Starter
+
+    stash = request.node.stash
+    starter = Starter(qemu_binary, vm_dir, watcher=lambda: stash.get(_INVARIANT, None))
+    stash[_STARTED] = starter.vms
+
+    def start(what: Any = (), **options: Any) -> Any:
+        return Blocking(run(starter(what, **options)))
 
     yield start
-    await _end_all(started, request.node.stash)
+    run(starter.end(watched=not stash.get(_FAILED, False)))
 
 
-async def _end_all(started: Sequence[QemuProcess], stash: pytest.Stash) -> None:
-    """Check and end every VM; a failure of one does not keep another alive."""
-    failures: list[Exception] = []
-    for vm in reversed(started):
+def _for_scope(scope: Literal["module", "session"]) -> Any:
+    """Make the fixture that starts QEMUs for a module, or for the whole run."""
+
+    async def start(qemu_binary: str) -> AsyncIterator[StartQemu]:
+        from qmpblock.testing.scratch import private_directory, remove
+        from qmpblock.testing.starter import Starter
+
+        directory = private_directory()
+        starter = Starter(qemu_binary, directory)
         try:
-            # After a failed test the leftovers are no news.
-            if _INVARIANT in stash and not stash.get(_FAILED, False):
-                await stash[_INVARIANT].verify(vm)
-            await vm.quit()
-        except Exception as error:
-            failures.append(error)
+            yield starter
+            await starter.end()
         finally:
-            await vm.close()
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise ExceptionGroup("several QEMUs did not end well", failures)
+            remove(directory)
+
+    start.__doc__ = f"Give a function that starts QEMUs, which quit when the {scope} has ended."
+    if _async_fixture is pytest.fixture:
+        return pytest.fixture(scope=scope)(start)
+    return _async_fixture(scope=scope, loop_scope=scope)(start)
+
+
+start_module_qemu = _for_scope("module")
+start_session_qemu = _for_scope("session")

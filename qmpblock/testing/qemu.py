@@ -35,6 +35,7 @@ from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing.commandline import disk_arguments
 from qmpblock.testing.diskio import DiskIO
 from qmpblock.testing.images import BuiltDisk, BuiltScenario, find_qemu
+from qmpblock.testing.loops import check_loop, running_loop
 from qmpblock.testing.scratch import PATH_LIMIT, private_directory, remove
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class QemuProcess:
         self._control_path = str(self.directory / "control")
         self._control: Monitor | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._expected_end = False
         self._printed: tuple[str, str] | None = None  # kept when the directory goes
         if len(os.fsencode(self._control_path)) > PATH_LIMIT:
@@ -243,7 +245,9 @@ class QemuProcess:
         Cancelling kills it.
 
         :raise QemuFailure: it ended, or its monitor did not answer.
+        :raise WrongLoopError: no event loop of asyncio's runs here.
         """
+        self._loop = running_loop("a QEMU")
         if self._console is None:
             write_idle_rom(self.directory / "idle.rom")
         else:
@@ -396,6 +400,15 @@ class QemuProcess:
         if self._own_directory:
             remove(self.directory)
 
+    def abandon(self) -> None:
+        """Kill QEMU where nothing can be awaited, for the event loop is closed."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._printed = self._printed or (self.stdout, self.stderr)
+        if self._own_directory:
+            remove(self.directory)
+
     # -- what it is
 
     @property
@@ -417,12 +430,17 @@ class QemuProcess:
     @property
     def version(self) -> tuple[int, int, int]:
         """QEMU's version."""
-        return self.control.version
+        assert self._control is not None, "not started"
+        return self._control.version
 
     @property
     def control(self) -> Monitor:
-        """The harness's own monitor."""
+        """The harness's own monitor.
+
+        :raise WrongLoopError: another event loop runs here than where the VM was started.
+        """
         assert self._control is not None, "not started"
+        check_loop(self._loop, "this VM")
         return self._control
 
     def image_directories(self) -> list[Path]:
@@ -432,8 +450,12 @@ class QemuProcess:
 
     @property
     def io(self) -> DiskIO:
-        """I/O on the disks, as the guest would do it."""
+        """I/O on the disks, as the guest would do it.
+
+        :raise WrongLoopError: as `control`.
+        """
         assert self._io is not None, "not started"
+        check_loop(self._loop, "this VM")
         return self._io
 
     @property
