@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qmpblock.testing.area import read_area
+    from qmpblock.testing.daemon import StorageDaemon
     from qmpblock.testing.faults import Controller, fill_up, inject, slow, small_file_system, unplug
     from qmpblock.testing.guest import TinyGuest
     from qmpblock.testing.guest_console import GuestError
@@ -69,6 +70,7 @@ _WHERE = {
     "ScenarioError": "scenario",
     "ShellError": "linux",
     "StartQemu": "plugin",
+    "StorageDaemon": "daemon",
     "StressProgress": "guest_protocol",
     "StressSpec": "stamps",
     "Taken": "stamps",
@@ -120,6 +122,7 @@ __all__ = [
     "ScenarioError",
     "ShellError",
     "StartQemu",
+    "StorageDaemon",
     "StressProgress",
     "StressSpec",
     "Taken",

@@ -9,7 +9,7 @@ from typing import Any
 from qmpblock.testing.images import BuiltDisk
 from qmpblock.testing.scenario import Attachment
 
-__all__ = ["disk_arguments"]
+__all__ = ["disk_arguments", "served_arguments"]
 
 _THROTTLE = 256 << 20  # bytes a second: present, but no brake on the tests
 
@@ -73,11 +73,28 @@ def _objects(disk: BuiltDisk) -> list[str]:
     if "throttle" in attach.filters and attach.style == "blockdev":
         group = {"qom-type": "throttle-group", "id": f"group-{name}"}
         arguments += _object({**group, "limits": {"bps-total": _THROTTLE}})
+    return arguments + _slow_groups(disk)
+
+
+def _slow_groups(disk: BuiltDisk) -> list[str]:
+    arguments: list[str] = []
     for layer in disk.active.chain():
         if layer.slow is not None:
             group = {"qom-type": "throttle-group", "id": layer.slow_group()}
             arguments += _object({**group, "limits": {"bps-total": layer.slow}})
     return arguments
+
+
+def served_arguments(disk: BuiltDisk, *, writable: bool) -> list[str]:
+    """Return the options of a storage daemon that opens a disk's images, under the disk's name."""
+    arguments = _slow_groups(disk)
+    for ident, data in disk.active.secrets().items():
+        arguments += _object({"qom-type": "secret", "id": ident, "data": data})
+    described = disk.active.describe(node=disk.spec.name, live=True)
+    if not writable:
+        described["read-only"] = True
+    arguments += [*_layers_apart(described), "-blockdev", json.dumps(described)]
+    return [f"-{one}" if one in ("-object", "-blockdev") else one for one in arguments]
 
 
 def _blockdev(disk: BuiltDisk) -> list[str]:
