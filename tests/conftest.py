@@ -7,6 +7,8 @@ from hypothesis import settings
 
 from qmpblock.qemu import lock
 
+collect_ignore = ["outside"]  # a project of its own, which tests/live/test_outside.py runs
+
 # A shell's background job ignores SIGINT, and hands that on: programs that tests interrupt would
 # never end.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
