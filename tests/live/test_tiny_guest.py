@@ -207,6 +207,33 @@ async def test_stress_then_power_off_leaves_what_was_acknowledged(
     assert check_point_in_time(data, spec, Bounds(5000, 5000)).sequence == 5000
 
 
+@pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no KVM to be used here")
+@pytest.mark.parametrize("machine", MACHINES)
+async def test_on_kvm(tmp_path: Path, machine: str) -> None:
+    """In time for a KVM that interprets the guest, too: a hundred writes a second, at worst."""
+    spec = StressSpec(offset=3 * MIB, blocks=64, total=100, seed=11, flush_every=50)
+    async with booted(
+        tmp_path, *disk(tmp_path, "a"), *device(machine, "a"), machine=machine, accel="kvm"
+    ) as vm:
+        await vm.guest.write(0, MIB, 65536, seq=7, seed=1)
+        assert await vm.guest.read(0, MIB, 65536) == checksum(
+            stamped(MIB, 65536, sequence=7, seed=1)
+        )
+        await vm.guest.stress(spec)
+        end = await vm.guest.finish_stress()
+        assert (end.acked, end.bad, end.errors) == (100, 0, 0)
+        # One that never halts hears the serial port as well, and one with a rate the timer.
+        await vm.guest.stress(replace(spec, total=0))
+        busy = await vm.guest.progress()
+        assert busy.running
+        await vm.guest.stop_stress()
+        await vm.guest.stress(replace(spec, total=20, rate=100))
+        assert (await vm.guest.finish_stress()).acked == 20
+        assert len((await vm.guest.reset()).disks) == 1
+        await vm.guest.power_off()
+        assert await asyncio.wait_for(vm.process.wait(), 10) == 0
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 async def test_reset_starts_the_guest_again(tmp_path: Path, machine: str) -> None:
     async with booted(tmp_path, *disk(tmp_path, "a"), *device(machine, "a"), machine=machine) as vm:

@@ -27,6 +27,7 @@ typedef unsigned long long u64;
 
 /* ---- cpu.c: interrupts; clock.c: time -------------------------------------------------- */
 void interrupts_init(void);
+void interrupt(u32 vector);         /* from interrupts.S, with interrupts off */
 extern volatile u32 ticks;          /* 100 a second while a rate-limited run needs them */
 void ticks_enable(int on);
 u64 clock_now(void);                /* time stamp counter */

@@ -12,7 +12,8 @@ rom_entry:
         cli
         lgdtl   %cs:(gdt_pointer - rom_entry + 0xff00)   /* this section's offset in the ROM */
         mov     %cr0, %eax
-        or      $1, %al
+        and     $0x9fffffff, %eax               /* caches on: CD and NW are set at reset */
+        or      $1, %al                         /* protected mode, and the jump that must follow */
         mov     %eax, %cr0
         ljmpl   $0x08, $protected_mode
 
@@ -21,6 +22,8 @@ protected_mode:
         mov     $0x10, %eax
         mov     %eax, %ds
         mov     %eax, %es
+        mov     %eax, %fs
+        mov     %eax, %gs
         mov     %eax, %ss
         cld
         mov     $image_in_rom, %esi             /* the program, to where it was linked */
@@ -36,7 +39,8 @@ protected_mode:
         call    *%eax
 
         .balign 8
-gdt:    .quad   0, 0x00cf9b000000ffff, 0x00cf93000000ffff       /* flat code, flat data */
+        /* Flat code, flat data; marked as accessed, for the CPU cannot do that in a ROM. */
+gdt:    .quad   0, 0x00cf9b000000ffff, 0x00cf93000000ffff
 gdt_pointer:
         .word   . - gdt - 1
         .long   gdt
