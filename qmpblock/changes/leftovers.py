@@ -12,9 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.changes.finalize import pivot
@@ -153,48 +152,90 @@ async def clear(
 
     :param carry_on: what is done with a change instead, if anything.
     """
-    if not dry_run:
-        try:
-            await ownership.ask(vm.monitor)
-        except UnsupportedError:
-            # There may be nothing to do, and that can be said. What there is would be done to
-            # images that are somebody else's: a change that is undone writes, too.
-            recoveries = await clear(vm, dry_run=True, carry_on=carry_on)
-            if any(step.verb != "leave" for one in recoveries for step in one.steps):
-                raise
-            return recoveries
-    graph = await vm.graph()  # before the locks: what has no lock by then has no controller
-    holders, unread = await _holders(vm, graph)
-    dead = {
-        holder.run: holder
-        for name, holder in holders.items()
-        if lock_kind(name) is LockKind.DISK and holder.is_dead()
-    }
-    records = [(holder, record_of(holder)) for holder in dead.values()]
+    if dry_run:
+        return await _foresee_all(vm, carry_on)
+    try:
+        await ownership.ask(vm.monitor)
+    except UnsupportedError:
+        # There may be nothing to do, and that can be said. What there is would be done to
+        # images that are somebody else's: a change that is undone writes, too.
+        recoveries = await _foresee_all(vm, carry_on)
+        if any(step.verb != "leave" for one in recoveries for step in one.steps):
+            raise
+        return recoveries
+    left = await _Left.read(vm)
     # First, for until then the guest is held by a drain; and before polling is touched (K9).
-    if not dry_run:
-        await _finalize_pivots(vm, graph, [record for _, record in records if record])
-    async with AsyncExitStack() as guard:
-        if not dry_run:
-            await guard.enter_async_context(polling.unpolled(vm.monitor, wake=True))
-        recoveries = _left_alone(holders)
-        for holder, record in records:
-            if record is None:
-                continue
-            if dry_run:
-                choice = Choice.UNDO if carry_on is None else Choice.CONTINUE
-                recoveries.append(_foresee(record, graph, choice, await identify(vm)))
-            else:
-                recoveries.append(await _clear_change(vm, holder, record, carry_on, tell))
-        if not unread:  # whose lock cannot be read, of that nothing else tells what it left
-            recoveries += await _clear_orphans(vm, graph, holders, dry_run=dry_run, tell=tell)
-        recoveries += await _clear_locks(vm, holders, dry_run=dry_run)
-        if not unread:
-            unread += await _forget_journals(vm, recoveries, dry_run=dry_run)
-    _refuse_the_unknown(holders)
-    if unread:
-        raise unread[0]
+    await _finalize_pivots(vm, left.graph, [record for _, record in left.changes])
+    async with polling.unpolled(vm.monitor, wake=True):
+        recoveries = _left_alone(left.holders)
+        for holder, record in left.changes:
+            recoveries.append(await _clear_change(vm, holder, record, carry_on, tell))
+        recoveries += await _clear_rest(vm, left, tell=tell)
+    left.raise_what_is_not_known()
     return recoveries
+
+
+async def _foresee_all(vm: Connection, carry_on: CarryOn | None) -> list[Recovery]:
+    """Say what `clear` would do. Changes nothing."""
+    left = await _Left.read(vm)
+    choice = Choice.UNDO if carry_on is None else Choice.CONTINUE
+    recoveries = _left_alone(left.holders)
+    for _, record in left.changes:
+        recoveries.append(_foresee(record, left.graph, choice, await identify(vm)))
+    recoveries += await _clear_rest(vm, left, dry_run=True)
+    left.raise_what_is_not_known()
+    return recoveries
+
+
+async def _clear_rest(
+    vm: Connection,
+    left: _Left,
+    *,
+    dry_run: bool = False,
+    tell: Callable[[str, Step], None] | None = None,
+) -> list[Recovery]:
+    """Clear what is no change: what has no lock, locks that hold nothing, journals."""
+    recoveries: list[Recovery] = []
+    if not left.unread:  # whose lock cannot be read, of that nothing else tells what it left
+        recoveries += await _clear_orphans(vm, left.graph, left.holders, dry_run=dry_run, tell=tell)
+    recoveries += await _clear_locks(vm, left.holders, dry_run=dry_run)
+    if not left.unread:
+        left.unread.extend(await _forget_journals(vm, recoveries, dry_run=dry_run))
+    return recoveries
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What controllers left in a VM, or use there.
+
+    :ivar holders: of each lock of ours, by the lock's name.
+    :ivar changes: of those that died, with what each says.
+    :ivar unread: why what is ours cannot be read, where that is so.
+    """
+
+    graph: BlockGraph
+    holders: dict[str, Holder]
+    changes: tuple[tuple[Holder, Record], ...]
+    unread: list[RecordError]
+
+    @classmethod
+    async def read(cls, vm: Connection) -> Self:
+        graph = await vm.graph()  # before the locks: what has no lock by then has no controller
+        holders, unread = await _holders(vm, graph)
+        dead = {
+            holder.run: holder
+            for name, holder in holders.items()
+            if lock_kind(name) is LockKind.DISK and holder.is_dead()
+        }
+        said = [(holder, record_of(holder)) for holder in dead.values()]
+        changes = tuple((holder, record) for holder, record in said if record is not None)
+        return cls(graph, holders, changes, unread)
+
+    def raise_what_is_not_known(self) -> None:
+        """Refuse to call it all clear where somebody may still be at work, or cannot be read."""
+        _refuse_the_unknown(self.holders)
+        if self.unread:
+            raise self.unread[0]
 
 
 async def _holders(

@@ -312,21 +312,34 @@ def _says(head: bytes) -> tuple[int, bytes, bytes] | None:
         return size, b"", b""
     if not 0 < length <= _LONGEST_NAME or position > at or at + length > min(len(head), cluster):
         return None
-    name, fmt = head[at : at + length], b""
-    while position + 8 <= at:
+    fmt = _backing_format(head, position, at)
+    name = head[at : at + length]
+    return (size, name, fmt) if fmt is not None and _is_printable(name + fmt) else None
+
+
+def _backing_format(head: bytes, position: int, end: int) -> bytes | None:
+    """Return what a qcow2 header's extensions give as the backing file's format, if any.
+
+    None where they reach past their end, or one is longer than QEMU would take.
+    """
+    fmt = b""
+    while position + 8 <= end:
         kind, long = struct.unpack_from(">II", head, position)
         if not kind:
             break
-        if position + 8 + long > at or (kind == _BACKING_FORMAT and long > _LONGEST_FORMAT):
+        if position + 8 + long > end or (kind == _BACKING_FORMAT and long > _LONGEST_FORMAT):
             return None
         if kind == _BACKING_FORMAT:
             fmt = head[position + 8 : position + 8 + long]
         position += 8 + long + -long % 8
+    return fmt
+
+
+def _is_printable(words: bytes) -> bool:
     try:
-        plain = (name + fmt).decode().isprintable()
+        return words.decode().isprintable()
     except UnicodeDecodeError:
-        return None
-    return (size, name, fmt) if plain else None
+        return False
 
 
 def _follow(fd: int, path: str) -> None:
@@ -364,16 +377,9 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
     kernel = _Kernel()
     kernel.call("setrlimit", _RLIMIT_CORE, bytes(16))
     network = "network" in words
-    landlock = _landlock(kernel, network=network)
     stays_root = os.geteuid() == 0 and rights.startswith(("-", "0:"))
-    if landlock is not None:
-        for path in _SYSTEM:
-            landlock.allow_path(path, _READ_FILE | _READ_DIR | _EXECUTE)
-        landlock.allow_path("/dev/null", _READ_FILE | _WRITE_FILE)
-        for word in words:
-            if word[0] in "rw":
-                _allow_handed(landlock, int(word[1:]), writable=word[0] == "w")
-    elif stays_root and "landlock" in words:
+    landlock = _rules(kernel, words, network=network)
+    if landlock is None and stays_root and "landlock" in words:
         raise _RefusedError(
             NOT_SAFE,
             "it would be opened as root, and this kernel has no Landlock, which would keep it from "
@@ -390,20 +396,7 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
     if os.getppid() != parent:
         raise _RefusedError(FAILED, "whoever started it is gone")
     for word in words:
-        number, equals, path = word[1:].partition("=")
-        if word[0] == "n" and equals and not _reaches(path, int(number)):
-            raise _RefusedError(UNREACHABLE, path)
-        if word[0] == "c":
-            _follow(int(number), path)
-            os._exit(0)
-        number, _, start = word[1:].partition("@")
-        more = []
-        if word[0] == "q" and start:
-            more = _data_file(_head(int(number), int(start)))
-        elif word[0] == "v":
-            more = _extents(_head(int(number), 0))
-        if more:
-            raise _RefusedError(MORE_FILES, number, *more)
+        _look(word)
     if not os.access(program, os.X_OK):
         raise _RefusedError(
             FAILED, f"user {os.getuid()} may not run {program}: install it where everybody may"
@@ -416,6 +409,38 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
         _deny_sockets(kernel)
     if landlock is not None:
         landlock.enforce()
+
+
+def _rules(kernel: _Kernel, words: list[str], *, network: bool) -> _Landlock | None:
+    """Return rules, not yet in force, that let the system and what was handed be reached."""
+    landlock = _landlock(kernel, network=network)
+    if landlock is None:
+        return None
+    for path in _SYSTEM:
+        landlock.allow_path(path, _READ_FILE | _READ_DIR | _EXECUTE)
+    landlock.allow_path("/dev/null", _READ_FILE | _WRITE_FILE)
+    for word in words:
+        if word[0] in "rw":
+            _allow_handed(landlock, int(word[1:]), writable=word[0] == "w")
+    return landlock
+
+
+def _look(word: str) -> None:
+    """Do what a word asks for that is to be looked at with the rights of the user."""
+    number, equals, path = word[1:].partition("=")
+    if word[0] == "n" and equals and not _reaches(path, int(number)):
+        raise _RefusedError(UNREACHABLE, path)
+    if word[0] == "c":
+        _follow(int(number), path)
+        os._exit(0)
+    number, _, start = word[1:].partition("@")
+    more = []
+    if word[0] == "q" and start:
+        more = _data_file(_head(int(number), int(start)))
+    elif word[0] == "v":
+        more = _extents(_head(int(number), 0))
+    if more:
+        raise _RefusedError(MORE_FILES, number, *more)
 
 
 def _allow_handed(landlock: _Landlock, fd: int, *, writable: bool) -> None:

@@ -224,30 +224,7 @@ class QemuImg:
             owner = next_owner
             if not info.backing:
                 return tuple(images)
-            overlay, path = path, _beside(path, info.backing)
-            # QED and QCOW1 headers have no room for it; then the name must tell.
-            fmt = info.backing_format or _SUFFIXES.get(Path(path).suffix.lower(), "")
-            described = said_by(path)
-            if described:
-                fmt = str(described.get("driver") or "")
-            if not fmt:
-                raise UnsupportedError(
-                    f"{printable(overlay)} does not record the format of its backing file "
-                    f"{printable(path)}, whose name does not tell it either; it is not probed: "
-                    "a guest can forge it",
-                    remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
-                    f"{printable(info.backing)} {printable(overlay)}",
-                )
-            if ":" in path.partition("/")[0] and not (described and is_local(described)):
-                raise UnsupportedError(
-                    f"the backing file {printable(path)} is not a local file",
-                    remedy="map it through the monitor of a VM that has it open",
-                )
-            if fmt not in FORMATS:
-                raise UnsupportedError(
-                    f"{printable(overlay)} records {printable(fmt)} as the format of its backing "
-                    f"file {printable(path)}, which is no format of image files",
-                )
+            path, fmt = _backing(path, info)
 
     async def _read_headers(self, path: str) -> list[tuple[_Info, User]]:
         """Read the headers of a qcow2 image, and of those below it, as far as they are plain."""
@@ -637,6 +614,38 @@ def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, An
             blockdev(backing[0].format, backing[0].file, backing[1:]) if backing else None
         )
     return options
+
+
+def _backing(overlay: str, info: _Info) -> tuple[str, str]:
+    """Return the path and the format of the backing file that an image's header records.
+
+    :raise UnsupportedError: it is no local file, or nothing tells its format.
+    """
+    path = _beside(overlay, info.backing)
+    # QED and QCOW1 headers have no room for it; then the name must tell.
+    fmt = info.backing_format or _SUFFIXES.get(Path(path).suffix.lower(), "")
+    described = said_by(path)
+    if described:
+        fmt = str(described.get("driver") or "")
+    if not fmt:
+        raise UnsupportedError(
+            f"{printable(overlay)} does not record the format of its backing file "
+            f"{printable(path)}, whose name does not tell it either; it is not probed: "
+            "a guest can forge it",
+            remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
+            f"{printable(info.backing)} {printable(overlay)}",
+        )
+    if ":" in path.partition("/")[0] and not (described and is_local(described)):
+        raise UnsupportedError(
+            f"the backing file {printable(path)} is not a local file",
+            remedy="map it through the monitor of a VM that has it open",
+        )
+    if fmt not in FORMATS:
+        raise UnsupportedError(
+            f"{printable(overlay)} records {printable(fmt)} as the format of its backing "
+            f"file {printable(path)}, which is no format of image files",
+        )
+    return path, fmt
 
 
 def _beside(path: str, named: str) -> str:
