@@ -57,6 +57,8 @@ SHARES = {
     "test_layer_readers": 0.5,
     "test_map::test_every_scenario_maps_as_qemu_img_and_nbdinfo_do": 0.4,
     "test_map::test_every_scenarios_disks_and_layers": 0.4,
+    "test_outside::test_its_own_tests": 0.34,
+    "test_outside::test_its_tool_with_strict_types": 0.5,
     "test_ownership::test_qemu_migrates_nothing_while_we_change_it": 0.4,
     "test_ownership::test_where_qemu_cannot_be_held_the_migration_goes_first": 0.34,
     "test_policy": 0.04,
