@@ -173,6 +173,7 @@ class _Client(QMPClient):
         self._read = 0  # lines
         self._size = 0  # bytes of the last message
         self.unlogged = False
+        self._negotiates = False
         self.broken = ""  # how the peer broke the protocol
 
     @classmethod
@@ -203,7 +204,23 @@ class _Client(QMPClient):
     def _is_logged(self) -> bool:
         return not self.unlogged and self.logger.isEnabledFor(logging.DEBUG)
 
+    async def _negotiate(self) -> None:
+        self._negotiates = True
+        try:
+            await super()._negotiate()
+        finally:
+            self._negotiates = False
+
     async def _do_recv(self) -> Message:
+        # The base class takes the first message for the answer to qmp_capabilities; an event may
+        # come before it, and what QEMU still had to answer to a client that was killed (F22).
+        while True:
+            message = await self._next()
+            if not self._negotiates or not ("event" in message or message.get("id") is not None):
+                return message
+            await self._event_dispatch(message)
+
+    async def _next(self) -> Message:
         data = await self._readline()
         self._size = len(data)
         try:

@@ -389,3 +389,29 @@ async def test_closing_does_not_wait_for_a_peer_that_does_not_read(tmp_path):
         async with asyncio.timeout(20):
             await monitor.close()
         over.set()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"event": "JOB_STATUS_CHANGE", "data": {"id": "x", "status": "running"}, "timestamp": {}},
+        {"return": {}, "id": "of-a-client-that-was-killed"},
+        {"error": {"class": "GenericError", "desc": "late"}, "id": "of-another"},
+    ],
+    ids=lambda one: next(iter(one)),
+)
+async def test_what_comes_before_the_answer_to_the_negotiation(tmp_path, first):
+    answer = "".join(json.dumps(one) + "\r\n" for one in (first, first, {"return": {}}))
+    async with (
+        fake_qmp(tmp_path / "q", replies={"qmp_capabilities": answer.encode()}) as peer,
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        assert await monitor.execute("query-name") == {}
+    assert [one["execute"] for one in peer.seen] == ["qmp_capabilities", "query-name"]
+
+
+async def test_a_negotiation_that_is_refused_is_an_error(tmp_path):
+    error = {"error": {"class": "GenericError", "desc": "no"}}
+    async with fake_qmp(tmp_path / "q", replies={"qmp_capabilities": error}):
+        with pytest.raises(GreetingError, match="not a QMP monitor"):
+            await Monitor.connect(str(tmp_path / "q"))
