@@ -210,7 +210,8 @@ class MappedDisk:
 
     async def _frozen_layer(self, layer: Layer, few: asyncio.Semaphore) -> LayerMap | None:
         """Map a frozen layer with qemu-img; None where QEMU itself is to be asked."""
-        from qmpblock.host.qemuimg import QemuImg, blockdev
+        from qmpblock.host.imagechain import blockdev
+        from qmpblock.host.qemuimg import QemuImg
 
         pid = self.vm.monitor.peer_pid
         path = imagefiles.local_path(pid, layer)

@@ -34,8 +34,9 @@ from qmpblock.graph.places import FileId
 from qmpblock.host.borrowed import open_as_it_has
 from qmpblock.host.fallocate import keep_size
 from qmpblock.host.handed import HandedFiles
+from qmpblock.host.imagechain import blockdev
 from qmpblock.host.ourfiles import Directory, remove, write_file
-from qmpblock.host.qemuimg import QemuImg, blockdev
+from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.space import open_image
 from qmpblock.host.statedirectory import OpenDirectory
 from qmpblock.sockets import open_socket

@@ -30,7 +30,7 @@ from qmpblock.chains.headers import Header, make
 from qmpblock.chains.overlay import Item, make_file, make_overlay
 from qmpblock.changes.nodes import set_detect_zeroes, set_writable
 from qmpblock.errors import JobError
-from qmpblock.host.qemuimg import QemuIo, null_data
+from qmpblock.host.qemuio import QemuIo, null_data
 from qmpblock.names import (
     create_job,
     filling_job,

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import UNTOUCHED, UnsupportedError
 from qmpblock.export.session import check_access
-from qmpblock.host.qemuimg import Contents, QemuImg
+from qmpblock.host.contents import Contents
+from qmpblock.host.qemuimg import QemuImg
 from qmpblock.qemu.keys import read_keys
 
 if TYPE_CHECKING:

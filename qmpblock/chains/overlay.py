@@ -42,10 +42,10 @@ from qmpblock.export.session import Request, exports
 from qmpblock.graph.options import aio_of, cache_options, overlay_options
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles
+from qmpblock.host.contents import Contents
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line
-from qmpblock.host.qemuimg import Contents
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.refusals import no_file, wrong_key
 

@@ -33,8 +33,10 @@ from qmpblock.graph.jsonname import from_text
 from qmpblock.graph.opened import is_nested
 from qmpblock.graph.places import FileId
 from qmpblock.host import ourfiles
+from qmpblock.host.imagechain import blockdev
 from qmpblock.host.processes import is_running
-from qmpblock.host.qemuimg import QemuImg, blockdev, in_use_by_another, lacks_key, lacks_space
+from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.toolwords import in_use_by_another, lacks_key, lacks_space
 from qmpblock.names import journal_beside
 
 if TYPE_CHECKING:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
+from qmpblock.host.imagechain import blockdev, format_of
+from qmpblock.host.qemuimg import QemuImg
 from qmpblock.sizes import check_range
 
 if TYPE_CHECKING:
     import os
 
     from qmpblock.extents.allocationmap import AllocationMap
-    from qmpblock.host.qemuimg import Image
+    from qmpblock.host.imagechain import Image
     from qmpblock.ranges import Ranges
 
 __all__ = ["ClosedImage", "ImageLayer", "closed_image"]

@@ -1,26 +1,21 @@
 """qemu-img, for images that no running guest writes to: closed ones and frozen layers.
 
-No image is ever probed for its format, because a guest can forge one: the format is given,
-and an image whose backing format is not recorded is refused (design.md, safety rule 3).
-
-Nor is anything opened but what is handed over, with the rights of the image's owner, or of the
-user of the QEMU that has it open (`qmpblock.host.handed`).
+No image is ever probed for its format (`qmpblock.host.imagechain`), nor is anything opened but
+what is handed over, with the rights of the image's owner, or of the user of the QEMU that has it
+open (`qmpblock.host.handed`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import json
 import os
 import posixpath
-import re
 import resource
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock import luks
@@ -32,79 +27,26 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.graph.jsonname import as_name, innermost, said_by
+from qmpblock.graph.jsonname import as_name, said_by
+from qmpblock.host.contents import Contents
 from qmpblock.host.handed import (
-    FORMATS,
-    WITH_BACKING,
     HandedFiles,
     MoreFiles,
     User,
     has_servers,
-    is_local,
 )
+from qmpblock.host.imagechain import Image, ImageInfo, backing_of, blockdev
+from qmpblock.host.toolwords import in_use_by_another, remedy
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
 
-__all__ = [
-    "Contents",
-    "Image",
-    "Key",
-    "QemuImg",
-    "QemuIo",
-    "blockdev",
-    "format_of",
-    "in_use_by_another",
-    "lacks_key",
-    "lacks_space",
-    "null_data",
-]
+__all__ = ["Key", "QemuImg"]
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
-_HELD = re.compile(r'Failed to (?:get (?:shared )?"[a-z ]+" lock|lock byte)')
 _DOCUMENT = 16 << 20  # characters
 _LONGEST = 400  # images of a chain; QEMU's own JSON reader takes 1024 levels
-_PIECE = 4 << 20  # bytes that qemu-io writes at a time; larger ones take new memory each time
-_SUFFIXES = {
-    ".img": "raw",
-    ".luks": "luks",
-    ".parallels": "parallels",
-    ".qcow": "qcow",
-    ".qcow2": "qcow2",
-    ".qed": "qed",
-    ".raw": "raw",
-    ".vdi": "vdi",
-    ".vhd": "vpc",
-    ".vhdx": "vhdx",
-    ".vmdk": "vmdk",
-}
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image of a chain on disk.
-
-    :ivar file: its path, resolved against the image that names it.
-    :ivar format: as given or recorded, never probed.
-    :ivar size: virtual size in bytes.
-    :ivar opener: whose the image is that names it, with whose rights it is opened; None where it
-        was asked for, and is opened with its owner's.
-    """
-
-    file: str
-    format: str
-    size: int
-    opener: User | None = None
-
-
-@dataclass(frozen=True)
-class _Info:
-    """What `qemu-img info` says of an image; the names as its header has them."""
-
-    size: int
-    backing: str
-    backing_format: str
 
 
 @dataclass(frozen=True)
@@ -119,61 +61,6 @@ class Key:
     text: bytes = field(repr=False)
     format: str = "raw"
     iv: str = ""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """The bytes of an image file that is yet to be.
-
-    :ivar length: of the file, in bytes.
-    :ivar pieces: what is data in it, by its offset; the rest is a hole.
-    """
-
-    length: int
-    pieces: tuple[tuple[int, bytes], ...] = field(repr=False)
-
-    @classmethod
-    def of(cls, fd: int) -> Contents:
-        """Read a sparse file."""
-        length, at = os.fstat(fd).st_size, 0
-        pieces: list[tuple[int, bytes]] = []
-        while at < length:
-            try:
-                start = os.lseek(fd, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                break  # no data after `at`
-            at = os.lseek(fd, start, os.SEEK_HOLE)
-            pieces.append((start, os.pread(fd, at - start, start)))
-        return cls(length, tuple(pieces))
-
-    def write_to(self, fd: int) -> None:
-        """Make an empty file hold them.
-
-        :raise OSError: it cannot.
-        """
-        os.ftruncate(fd, self.length)
-        for at, data in self.pieces:
-            view = memoryview(data)
-            while view:
-                done = os.pwrite(fd, view, at)
-                view, at = view[done:], at + done
-
-
-def format_of(path: str) -> str:
-    """Tell a format from a file name's suffix, which no guest can write.
-
-    :raise RequestError: the suffix tells nothing.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise RequestError(
-            f"the name {printable(path)} does not tell the image's format, and its content is "
-            "not asked: a guest can forge it",
-            remedy=f"give --format FMT, or use one of the suffixes {' '.join(sorted(_SUFFIXES))}",
-        )
-    return _SUFFIXES[suffix]
 
 
 class QemuImg:
@@ -203,7 +90,7 @@ class QemuImg:
         """
         images: list[Image] = []
         owner: User | None = None  # of the image before; where there is none, of this one
-        read: list[tuple[_Info, User]] = []
+        read: list[tuple[ImageInfo, User]] = []
         if by_headers and fmt == "qcow2" and not said_by(path):
             read = await self._read_headers(path)
         while True:
@@ -224,9 +111,9 @@ class QemuImg:
             owner = next_owner
             if not info.backing:
                 return tuple(images)
-            path, fmt = _backing(path, info)
+            path, fmt = backing_of(path, info)
 
-    async def _read_headers(self, path: str) -> list[tuple[_Info, User]]:
+    async def _read_headers(self, path: str) -> list[tuple[ImageInfo, User]]:
         """Read the headers of a qcow2 image, and of those below it, as far as they are plain."""
 
         def command(files: HandedFiles) -> Sequence[str]:
@@ -237,11 +124,11 @@ class QemuImg:
         async with aclosing(self._lines(command)) as lines:
             async for line in lines:
                 size, backing, fmt, uid, gid = line.rstrip("\n").split("\0")
-                info = _Info(int(size), backing, fmt)
+                info = ImageInfo(int(size), backing, fmt)
                 headers.append((info, User(int(uid), int(gid))))
         return headers
 
-    async def _info(self, path: str, fmt: str, opener: User | None) -> tuple[_Info, User]:
+    async def _info(self, path: str, fmt: str, opener: User | None) -> tuple[ImageInfo, User]:
         """Read an image's header as some user, and return whose the image is.
 
         :param opener: None: its owner.
@@ -265,7 +152,7 @@ class QemuImg:
         more: dict[str, Sequence[str]],
         *,
         said: bool,
-    ) -> tuple[_Info, User]:
+    ) -> tuple[ImageInfo, User]:
         owners = []
 
         def command(files: HandedFiles) -> Sequence[str]:
@@ -281,7 +168,7 @@ class QemuImg:
                     break
         try:
             told = json.loads(text)
-            info = _Info(
+            info = ImageInfo(
                 int(told["virtual-size"]),
                 str(told.get("backing-filename") or ""),
                 str(told.get("backing-filename-format") or ""),
@@ -571,133 +458,4 @@ class QemuImg:
         if code:
             files.refuse(code, complaint)
             said = files.shown(complaint.decode(errors="replace"))
-            raise ToolError(command, code, said, remedy=_remedy(code, said, exclusive=exclusive))
-
-
-def in_use_by_another(said: str) -> bool:
-    """Whether a tool failed because a QEMU holds the image, by QEMU's words (7.2 to 11.1)."""
-    return _HELD.search(said) is not None
-
-
-def lacks_key(said: str) -> bool:
-    """Whether a tool failed because nobody gave it the key of an encrypted image (7.2 to 11.1)."""
-    return "key-secret" in said
-
-
-def lacks_space(said: str) -> bool:
-    """Whether a tool failed because there was no space left, by strerror(3)."""
-    return "No space left" in said
-
-
-def _remedy(code: int, said: str, *, exclusive: bool) -> str | None:
-    if exclusive and in_use_by_another(said):
-        return (
-            "a running VM holds the image; map it through that VM's monitor: "
-            "qmpblock map ADDRESS DISK"
-        )
-    if code in (126, 127):  # a shell's: what is found there starts something else
-        return (
-            "it is started with few files to open, and a script that starts a program elsewhere "
-            "does not come to it: have the PATH lead to the program itself, or a link to it"
-        )
-    return None
-
-
-def blockdev(fmt: str, file: str, backing: Sequence[Image] = ()) -> dict[str, Any]:
-    """Return blockdev options that open `file`, over exactly `backing`, probing nothing."""
-    options: dict[str, Any] = said_by(file) or {
-        "driver": fmt,
-        "file": {"driver": "file", "filename": file},
-    }
-    if fmt in WITH_BACKING:
-        options["backing"] = (
-            blockdev(backing[0].format, backing[0].file, backing[1:]) if backing else None
-        )
-    return options
-
-
-def _backing(overlay: str, info: _Info) -> tuple[str, str]:
-    """Return the path and the format of the backing file that an image's header records.
-
-    :raise UnsupportedError: it is no local file, or nothing tells its format.
-    """
-    path = _beside(overlay, info.backing)
-    # QED and QCOW1 headers have no room for it; then the name must tell.
-    fmt = info.backing_format or _SUFFIXES.get(Path(path).suffix.lower(), "")
-    described = said_by(path)
-    if described:
-        fmt = str(described.get("driver") or "")
-    if not fmt:
-        raise UnsupportedError(
-            f"{printable(overlay)} does not record the format of its backing file "
-            f"{printable(path)}, whose name does not tell it either; it is not probed: "
-            "a guest can forge it",
-            remedy="record it: qemu-img rebase -u -f FMT -F BACKING_FMT -b "
-            f"{printable(info.backing)} {printable(overlay)}",
-        )
-    if ":" in path.partition("/")[0] and not (described and is_local(described)):
-        raise UnsupportedError(
-            f"the backing file {printable(path)} is not a local file",
-            remedy="map it through the monitor of a VM that has it open",
-        )
-    if fmt not in FORMATS:
-        raise UnsupportedError(
-            f"{printable(overlay)} records {printable(fmt)} as the format of its backing "
-            f"file {printable(path)}, which is no format of image files",
-        )
-    return path, fmt
-
-
-def _beside(path: str, named: str) -> str:
-    """Return a backing file's name as it counts from the image that records it."""
-    if ":" in named.partition("/")[0]:
-        return named.removeprefix("file:")
-    described = said_by(path)
-    return posixpath.join(
-        posixpath.dirname(str(innermost(described)["filename"]) if described else path), named
-    )
-
-
-class QemuIo(QemuImg):
-    """The qemu-io program, for images that are yet to be."""
-
-    def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
-        super().__init__(program, stall=stall)
-
-    async def mark_as_data(
-        self, contents: Contents, size: int, ranges: Iterable[tuple[int, int]]
-    ) -> Contents:
-        """Have a qcow2 image hold data in ranges, in a data file that is nowhere.
-
-        As it was made, this is done in memory.
-
-        :param contents: made by `QemuImg.create` with `data_elsewhere`.
-        :param size: of the image, in bytes.
-        :return: what its file is to hold.
-        :raise ToolError: qemu-io failed.
-        """
-        lines = [
-            f"write -q -P 0 {at} {min(_PIECE, stop - at)}"
-            for start, stop in ranges
-            for at in range(start, stop, _PIECE)
-        ]
-        text = "\n".join([*lines, "quit", ""])
-        with HandedFiles() as files:
-            made = files.memory()
-            contents.write_to(made)
-            image = {
-                "driver": "qcow2",
-                "file": {"driver": "file", "filename": f"/proc/self/fd/{made}"},
-                "data-file": null_data(size),
-            }
-            command = ("-t", "unsafe", as_name(image))
-            said = [line async for line in self._run(command, files, given=text)]
-            wrong = [line for line in said if "failed" in line]
-            if wrong:
-                raise ToolError([self.program, *command], 1, wrong[0])
-            return Contents.of(made)
-
-
-def null_data(size: int) -> dict[str, Any]:
-    """Return the options of a node that reads as zeros, and forgets what is written to it."""
-    return {"driver": "null-co", "size": size, "read-zeroes": True}
+            raise ToolError(command, code, said, remedy=remedy(code, said, exclusive=exclusive))

@@ -283,7 +283,8 @@ async def _map_of_file(
     disk: Disk, wanted: DiskPolicy, file: str, error: NotFoundError
 ) -> AllocationMap:
     """Map an image that is not, or no longer, in the chain."""
-    from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
+    from qmpblock.host.imagechain import blockdev, format_of
+    from qmpblock.host.qemuimg import QemuImg
 
     elsewhere = sees_directory(disk.vm.monitor.peer_pid, str((Path.cwd() / file).parent))
     if elsewhere is not None or not Path(file).is_file():

@@ -34,7 +34,8 @@ from headers_of_eve import (
 
 from qmpblock.errors import Error, NotFoundError, ToolError, UnsupportedError
 from qmpblock.host.handed import User
-from qmpblock.host.qemuimg import QemuImg, blockdev, format_of
+from qmpblock.host.imagechain import blockdev, format_of
+from qmpblock.host.qemuimg import QemuImg
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here"),

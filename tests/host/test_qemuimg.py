@@ -11,16 +11,10 @@ from rounds import rounds
 
 from qmpblock.errors import Error, NotFoundError, RequestError, ToolError, UnsupportedError
 from qmpblock.host import confined
-from qmpblock.host.qemuimg import (
-    Contents,
-    Key,
-    QemuImg,
-    blockdev,
-    format_of,
-    in_use_by_another,
-    lacks_key,
-    lacks_space,
-)
+from qmpblock.host.contents import Contents
+from qmpblock.host.imagechain import blockdev, format_of
+from qmpblock.host.qemuimg import Key, QemuImg
+from qmpblock.host.toolwords import in_use_by_another, lacks_key, lacks_space
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not here")
 

@@ -141,7 +141,8 @@ async def test_a_closed_image_maps_as_qemu_img_says(scenario, vm_dir):
     """For what needs no secret; qemu-img does it, with the format given, never probed."""
     built = await build(scenario, vm_dir / "images")
     from qmpblock.errors import UnsupportedError
-    from qmpblock.host.qemuimg import QemuImg, blockdev
+    from qmpblock.host.imagechain import blockdev
+    from qmpblock.host.qemuimg import QemuImg
 
     for disk in built.disks:
         chain = disk.active.chain()

@@ -1,0 +1,49 @@
+"""The bytes of an image file that is yet to be, apart from its holes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+
+__all__ = ["Contents"]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The bytes of an image file that is yet to be.
+
+    :ivar length: of the file, in bytes.
+    :ivar pieces: what is data in it, by its offset; the rest is a hole.
+    """
+
+    length: int
+    pieces: tuple[tuple[int, bytes], ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, fd: int) -> Contents:
+        """Read a sparse file."""
+        length, at = os.fstat(fd).st_size, 0
+        pieces: list[tuple[int, bytes]] = []
+        while at < length:
+            try:
+                start = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # no data after `at`
+            at = os.lseek(fd, start, os.SEEK_HOLE)
+            pieces.append((start, os.pread(fd, at - start, start)))
+        return cls(length, tuple(pieces))
+
+    def write_to(self, fd: int) -> None:
+        """Make an empty file hold them.
+
+        :raise OSError: it cannot.
+        """
+        os.ftruncate(fd, self.length)
+        for at, data in self.pieces:
+            view = memoryview(data)
+            while view:
+                done = os.pwrite(fd, view, at)
+                view, at = view[done:], at + done
