@@ -27,6 +27,7 @@ from typing import Any
 
 from qmpblock.errors import CommandError, Error, printable
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.testing.threads import threads
 
 __all__ = ["Look", "Queue", "diagnose", "look", "wake"]
 
@@ -149,7 +150,7 @@ async def look(monitor: Monitor, pid: int) -> Look:
     except Error as error:  # an unstable command, and a guest may change its rings meanwhile
         details.append(f"virtio queues: {error}")
     details.append(f"eventfds (descriptor: count): {_eventfds(pid)}")
-    details += _threads(pid)
+    details += threads(pid)
     pressure = Path("/proc/pressure/io")
     if pressure.exists():  # not every kernel tells
         details += [f"pressure on storage: {line}" for line in pressure.read_text().splitlines()]
@@ -169,8 +170,8 @@ async def diagnose(monitor: Monitor, pid: int) -> str:
     try:
         seen = await look(monitor, pid)
     except (Error, OSError) as error:
-        threads = "\n".join(_threads(pid))
-        return f"QEMU's monitor does not answer, so that nothing can be told: {error}\n{threads}"
+        waiting = "\n".join(threads(pid))
+        return f"QEMU's monitor does not answer, so that nothing can be told: {error}\n{waiting}"
     text = str(seen)
     if seen.held or not any((queue.offered - queue.taken) & 0xFFFF for queue in seen.queues):
         return text
@@ -264,19 +265,6 @@ def _eventfds(pid: int) -> dict[int, int]:
         if match:
             counts[int(file.name)] = int(match[1], 16)
     return counts
-
-
-def _threads(pid: int) -> list[str]:
-    """Say what each thread waits for, those that wait alike in one line."""
-    waiting: dict[str, list[str]] = {}
-    for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
-        try:
-            name, where = ((task / file).read_text().strip() for file in ("comm", "wchan"))
-            call = (task / "syscall").read_text().split()[0]
-        except (OSError, IndexError):  # it has ended meanwhile
-            continue
-        waiting.setdefault(f"{name} in {where}, system call {call}", []).append(task.name)
-    return [f"threads: {len(ids)} {what} ({ids[0]})" for what, ids in waiting.items()]
 
 
 async def _moves(monitor: Monitor, before: tuple[Queue, ...]) -> bool:

@@ -39,7 +39,7 @@ from qmpblock.testing.guest_console import GuestConsole, evidence
 from qmpblock.testing.images import find_qemu
 from qmpblock.testing.linux_image import Boot, LinuxUnavailableError, build, default_cache
 from qmpblock.testing.qemu import QemuProcess
-from qmpblock.testing.scratch import private_directory, remove
+from qmpblock.testing.scratch import leave, private_directory
 
 __all__ = ["LinuxGuest", "LinuxImage", "LinuxUnavailableError", "ShellError"]
 
@@ -299,7 +299,7 @@ class LinuxImage:
                         error.add_note(evidence(shell.transcript))
                         raise
         finally:
-            remove(directory)
+            leave(directory)
 
 
 def _machine(boot: Boot, serial: Path) -> list[str]:

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from qmpblock.testing.scenario import Scenario
     from qmpblock.testing.starter import Starter
 
+pytest_plugins = ["qmpblock.testing.report"]
+
 _INVARIANT: pytest.StashKey[Invariant] = pytest.StashKey()
 _STARTER: pytest.StashKey[Starter] = pytest.StashKey()
-_STARTED: pytest.StashKey[list[QemuProcess]] = pytest.StashKey()
 _FAILED: pytest.StashKey[bool] = pytest.StashKey()
 _SKIPPED: pytest.StashKey[bool] = pytest.StashKey()
 
@@ -179,16 +180,13 @@ def _set_back(before: str | None) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add the evidence of every QEMU that the test started to a failure."""
+    """Note that a test has failed."""
     report = yield
     if report.skipped and item.stash.get(_SKIPPED, False):
         path, line, _ = item.reportinfo()  # where the mark is, not where it is looked at
         report.longrepr = (str(path), (line or 0) + 1, str(report.longrepr[2]))  # type: ignore[index]
     if report.failed:
         item.stash[_FAILED] = True
-        started = item.stash.get(_STARTED, None) or []
-        for number, vm in enumerate(started):
-            report.sections.append((f"QEMU {number}", vm.evidence()))
     return report
 
 
@@ -228,7 +226,7 @@ def vm_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     What the test, and programs that it starts, put into the temporary directory or keep as
     qmpblock's state lands there too: runs beside it do not disturb it.
     """
-    from qmpblock.testing.scratch import private_directory, remove
+    from qmpblock.testing.scratch import leave, private_directory
 
     directory = private_directory()
     for variable, name in (("TMPDIR", "t"), ("QMPBLOCK_STATE", "state")):
@@ -236,7 +234,7 @@ def vm_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(variable, str(directory / name))
     monkeypatch.setattr(tempfile, "tempdir", str(directory / "t"))
     yield directory
-    remove(directory)
+    leave(directory)
 
 
 @pytest.fixture
@@ -269,7 +267,6 @@ async def start_qemu(
         home=running_loop("start_qemu"),
         only_home=not _is_async(request.function),
     )
-    stash[_STARTED] = starter.vms
     stash[_STARTER] = starter
     yield starter
     await starter.end(watched=not stash.get(_FAILED, False))
@@ -293,7 +290,6 @@ def start_blocking_qemu(
 
     stash = request.node.stash
     starter = Starter(qemu_binary, vm_dir, watcher=lambda: stash.get(_INVARIANT, None))
-    stash[_STARTED] = starter.vms
 
     def start(what: Any = (), **options: Any) -> Any:
         return Blocking(run(starter(what, **options)))
@@ -306,7 +302,7 @@ def _for_scope(scope: Literal["module", "session"]) -> Any:
     """Make the fixture that starts QEMUs for a module, or for the whole run."""
 
     async def start(qemu_binary: str) -> AsyncIterator[StartQemu]:
-        from qmpblock.testing.scratch import private_directory, remove
+        from qmpblock.testing.scratch import leave, private_directory
         from qmpblock.testing.starter import Starter
 
         directory = private_directory()
@@ -315,7 +311,7 @@ def _for_scope(scope: Literal["module", "session"]) -> Any:
             yield starter
             await starter.end()
         finally:
-            remove(directory)
+            leave(directory)
 
     start.__doc__ = f"Give a function that starts QEMUs, which quit when the {scope} has ended."
     if _async_fixture is pytest.fixture:

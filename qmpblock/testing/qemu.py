@@ -36,7 +36,8 @@ from qmpblock.testing.commandline import disk_arguments
 from qmpblock.testing.diskio import DiskIO
 from qmpblock.testing.images import BuiltDisk, BuiltScenario, find_qemu
 from qmpblock.testing.loops import check_loop, running_loop
-from qmpblock.testing.scratch import PATH_LIMIT, private_directory, remove
+from qmpblock.testing.qmplog import QmpLog, hide_in_command, without_stamps
+from qmpblock.testing.scratch import PATH_LIMIT, leave, private_directory
 
 if TYPE_CHECKING:
     from qmpblock.testing.guest import GuestConsole, TinyGuest
@@ -47,9 +48,25 @@ __all__ = ["QemuFailure", "QemuOptions", "QemuProcess", "check_options", "privat
 _OUTPUT_LIMIT = 64 << 10  # bytes of stdout and of stderr that are shown, from the end
 _START_LIMIT = 30.0  # seconds until the monitor answers; a loaded machine needs one
 _POLL = 0.003  # seconds
+_TRIM = 1.0  # seconds between looks at the size of a log
+MONITORS = ("control", "qmp", "qmp2", "report")
+"""The QMP monitors: the harness's, two that are free, and one for telling of a failure."""
+
+_KNOWN = 20  # QEMUs of which a failure may tell
 _PR_SET_PDEATHSIG = 1
 
 _running: set[subprocess.Popen[bytes]] = set()
+_known: list[QemuProcess] = []
+
+
+def known() -> list[QemuProcess]:
+    """Return the QEMUs that this process started, the last ones, in their order."""
+    return list(_known)
+
+
+def forget_ended() -> None:
+    """Let go of those that are closed: what comes has nothing to do with them."""
+    _known[:] = [vm for vm in _known if not vm.closed]
 
 
 @atexit.register
@@ -89,7 +106,7 @@ def _evidence(command: Iterable[str], returncode: int | None, stdout: str, stder
         ended = str(returncode)
         if returncode < 0:
             ended += f" ({signal.Signals(-returncode).name})"
-    lines = [f"exit code: {ended}", f"command: {shlex.join(command)}"]
+    lines = [f"exit code: {ended}", f"command: {shlex.join(hide_in_command(command))}"]
     for name, text in (("stderr", stderr), ("stdout", stdout)):
         shown = "\n".join(f"  {printable(line, 2000)}" for line in text.strip().splitlines())
         lines.append(f"{name}:\n{shown}" if shown else f"{name}: empty")
@@ -166,11 +183,15 @@ class QemuProcess:
         self._incoming = incoming is not None
         self._own_directory = directory is None
         self._control_path = str(self.directory / "control")
+        self.report_path = str(self.directory / "report")
         self._control: Monitor | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._expected_end = False
         self._printed: tuple[str, str] | None = None  # kept when the directory goes
+        self._log: QmpLog | None = None
+        self._logs = QmpLog.can_be(extra)
+        self.closed = False
         if len(os.fsencode(self._control_path)) > PATH_LIMIT:
             raise RequestError(
                 f"the directory {self.directory} is too long for a UNIX socket in it",
@@ -207,11 +228,8 @@ class QemuProcess:
             arguments = ["-nodefaults", "-no-user-config", "-display", "none"]
             arguments += ["-accel", accel, "-m", "16", "-machine", self.machine]
             arguments += ["-bios", str(self.directory / "idle.rom")]
-        for name, path in (
-            ("control", self._control_path),
-            ("qmp", self.monitor_path),
-            ("qmp2", self.second_monitor_path),
-        ):
+        for name in MONITORS:
+            path = self.directory / name
             arguments += ["-chardev", f"socket,id={name},path={path},server=on,wait=off"]
             # -mon says of itself that it is deprecated, from 11.1 on; -qmp does not.
             arguments += ["-qmp", f"chardev:{name}"]
@@ -252,22 +270,34 @@ class QemuProcess:
             write_idle_rom(self.directory / "idle.rom")
         else:
             await self._console.open()
+        command, descriptors = list(self.command), []
+        if self._logs:
+            self._log = QmpLog()
+            command[1:1] = self._log.arguments()
+            descriptors = [self._log.descriptor]
+        self.closed = False
+        _known.append(self)
+        del _known[:-_KNOWN]
         with (
             (self.directory / "stdout").open("wb") as out,
             (self.directory / "stderr").open("wb") as err,
         ):
             self._process = subprocess.Popen(  # noqa: ASYNC220 - its pid and pidfd outlive the loop
-                self.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
                 cwd=self.directory,
+                pass_fds=descriptors,
                 process_group=0,  # Ctrl-C is for the test run, which then ends QEMU in order
                 preexec_fn=die_with_parent(),
             )
         _running.add(self._process)
         try:
             self._control = await self._connect_control()
+            if self._log is not None:
+                self._log.begin()
+                self._trim(self._log)
             if self._console is not None:
                 self._console.diagnose = self.diagnose
             if self._console is not None and not self._incoming:
@@ -276,6 +306,11 @@ class QemuProcess:
         except BaseException:
             await self.close()
             raise
+
+    def _trim(self, log: QmpLog) -> None:
+        if not self.closed:
+            log.trim()
+            asyncio.get_running_loop().call_later(_TRIM, self._trim, log)
 
     async def _connect_control(self) -> Monitor:
         assert self._process is not None  # start() made it
@@ -363,7 +398,11 @@ class QemuProcess:
         assert self._control is not None  # it was started
         self._expected_end = True
         try:
-            await self._control.execute("quit")
+            async with asyncio.timeout(timeout):
+                await self._control.execute("quit")
+        except TimeoutError:
+            await self.kill()
+            raise self.failure(f"QEMU did not answer `quit` for {timeout:g} s; killed") from None
         except Error as error:
             if not await self._ended_within(1.0):
                 await self.kill()
@@ -397,8 +436,11 @@ class QemuProcess:
         if self._process is not None:
             await self.kill()
         self._printed = self._printed or (self.stdout, self.stderr)
+        if self._log is not None:
+            self._log.close()
+        self.closed = True
         if self._own_directory:
-            remove(self.directory)
+            leave(self.directory)
 
     def abandon(self) -> None:
         """Kill QEMU where nothing can be awaited, for the event loop is closed."""
@@ -407,7 +449,7 @@ class QemuProcess:
             self._process.wait()
         self._printed = self._printed or (self.stdout, self.stderr)
         if self._own_directory:
-            remove(self.directory)
+            leave(self.directory)
 
     # -- what it is
 
@@ -466,7 +508,30 @@ class QemuProcess:
     @property
     def stderr(self) -> str:
         """What QEMU has printed on stderr so far (its end, if it is long)."""
-        return self._printed[1] if self._printed else _read_end(self.directory / "stderr")
+        if self._printed:
+            return self._printed[1]
+        printed = _read_end(self.directory / "stderr")
+        return without_stamps(printed) if self._logs else printed
+
+    def secrets(self) -> list[str]:
+        """Return the passphrases of the disks."""
+        return [data for disk in self.disks for data in disk.active.secrets().values()]
+
+    def qmp_log(self) -> list[str]:
+        """Return what was said on all of its monitors, a message a line, without secrets.
+
+        `2026-11-29T04:29:25.091488Z control > {"execute": ...}`: when, on which monitor, to QEMU
+        (`>`) or from it. The harness's monitor is `control`, the others are `A`, `B`, ... as
+        clients come. About the last mebibyte of it.
+        """
+        if not self._logs:
+            return ["the log of QEMU is the caller's: -d, -D or -trace was given"]
+        return [] if self._log is None else self._log.lines(self.secrets())
+
+    @property
+    def console(self) -> tuple[str, ...]:
+        """The last lines of the tiny guest's serial port, `>` ours and `<` the guest's."""
+        return () if self._console is None else self._console.transcript
 
     def evidence(self) -> str:
         """Return exit code, command line, stderr and stdout, for people."""

@@ -24,7 +24,17 @@ from pathlib import Path
 
 from qmpblock.errors import RequestError
 
-__all__ = ["PATH_LIMIT", "keep", "private_directory", "remove", "sweep"]
+__all__ = [
+    "PATH_LIMIT",
+    "failed",
+    "keep",
+    "leave",
+    "private_directory",
+    "remove",
+    "settle",
+    "sweep",
+    "wait_for_verdict",
+]
 
 PATH_LIMIT = 107
 """Bytes of a UNIX socket's path (unix(7))."""
@@ -38,6 +48,10 @@ _log = logging.getLogger(__name__)
 _process = os.getpid()  # a fork has the list below, too, and owns nothing
 _owned: dict[Path, int] = {}  # with the descriptor that holds the lock
 _swept: set[Path] = set()
+
+_failures = 0
+_made_at: dict[Path, int] = {}  # how many failures there had been then
+_waiting: list[Path] | None = None  # those that are left, until it is known whether all went well
 
 
 @atexit.register
@@ -66,7 +80,41 @@ def private_directory() -> Path:
             remedy="name a directory that can be written in TMPDIR",
         ) from error
     _own(directory)
+    _made_at[directory] = _failures
     return directory
+
+
+def wait_for_verdict() -> None:
+    """From now on, `leave` leaves the decision to `settle`: what was there at a failure stays."""
+    global _waiting
+    _waiting = _waiting or []
+
+
+def failed() -> None:
+    """Say that something has failed: what there is now is worth keeping."""
+    global _failures
+    _failures += 1
+
+
+def leave(directory: Path) -> None:
+    """Be done with a directory of `private_directory`: remove it, or have it wait. Idempotent."""
+    if _waiting is None:
+        remove(directory)
+    elif directory not in _waiting:
+        _waiting.append(directory)
+
+
+def settle() -> list[Path]:
+    """Keep those that were left and there at a failure, remove the others; return the kept."""
+    kept = []
+    while _waiting:
+        directory = _waiting.pop()
+        if directory.exists() and _failures > _made_at.get(directory, 0):
+            keep(directory)
+            kept.append(directory)
+        else:
+            remove(directory)
+    return kept
 
 
 def _base() -> Path:
@@ -116,6 +164,7 @@ def remove(directory: Path) -> None:
 
 
 def _let_go(directory: Path) -> None:
+    _made_at.pop(directory, None)
     descriptor = _owned.pop(directory, None)
     if descriptor is not None:
         os.close(descriptor)

@@ -324,7 +324,7 @@ async def test_what_came_and_went_is_no_difference(start_qemu: Any) -> None:
     vm = await start_qemu(CHAIN, guest=True)
     await _leak_export(vm)
     assert listening_sockets(vm.pid) == sorted(
-        f"unix:{vm.directory / name}" for name in ("control", "nbd", "qmp", "qmp2")
+        f"unix:{vm.directory / name}" for name in ("control", "nbd", "qmp", "qmp2", "report")
     )
     await vm.guest_writes("d0")
     async with await Monitor.connect(vm.monitor_path) as monitor:
