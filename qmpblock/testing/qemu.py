@@ -448,6 +448,9 @@ class QemuProcess:
             self._process.kill()
             self._process.wait()
         self._printed = self._printed or (self.stdout, self.stderr)
+        if self._log is not None:
+            self._log.close()
+        self.closed = True
         if self._own_directory:
             leave(self.directory)
 
