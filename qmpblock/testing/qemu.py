@@ -12,6 +12,7 @@ import asyncio
 import atexit
 import ctypes
 import difflib
+import inspect
 import os
 import shlex
 import signal
@@ -125,12 +126,13 @@ class QemuOptions(TypedDict, total=False):
     extra: Sequence[str]
 
 
-def check_options(options: Mapping[str, object]) -> None:
+def check_options(options: Mapping[str, object], more: Iterable[str] = ()) -> None:
     """Refuse a keyword that is none of `QemuOptions`, before anything is made.
 
+    :param more: keywords that there are besides.
     :raise TypeError: there is one; the message says what may have been meant.
     """
-    known = list(QemuOptions.__annotations__)
+    known = [*QemuOptions.__annotations__, *more]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
@@ -211,7 +213,7 @@ class QemuProcess:
 
         :raise TypeError: an option that there is not.
         """
-        check_options(options)
+        check_options(options, inspect.signature(cls).parameters)  # a class of one's own has more
         scenario = built.scenario
         options.setdefault("machine", scenario.machine)
         options.setdefault("empty_tray", scenario.empty_tray)
@@ -273,7 +275,7 @@ class QemuProcess:
         command, descriptors = list(self.command), []
         if self._logs:
             self._log = QmpLog()
-            command[1:1] = self._log.arguments()
+            command += self._log.arguments()
             descriptors = [self._log.descriptor]
         self.closed = False
         _known.append(self)
