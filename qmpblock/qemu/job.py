@@ -282,8 +282,18 @@ class Job:
             self._verdict = str(data["error"])
 
     async def complete_now(self) -> None:
-        """Have a ready job pivot: QEMU then copies the rest, and waits in `pending`."""
-        await self.send("complete")
+        """Have a ready job pivot: QEMU then copies the rest, and waits in `pending`.
+
+        Where a controller that died had asked already, it may be there by now: that is no error.
+
+        :raise CommandError: QEMU refused, and the job is as ready as before, or gone.
+        """
+        try:
+            await self.send("complete")
+        except CommandError:
+            now = await self.look()
+            if now is None or now["status"] in ("ready", "standby"):
+                raise
 
     async def finalize(self) -> None:
         """Let a pending job do what is final."""

@@ -575,3 +575,17 @@ def test_progress(status, ready):
     assert seen.remaining == 0  # never below: the two are read at different moments
     assert not seen.stalled
     assert Progress(status, "", 0, 0, idle=5.0).stalled
+
+
+@pytest.mark.parametrize("left", ["pending", "waiting", "concluded", "ready", None])
+async def test_a_job_that_somebody_else_has_asked_to_complete(tmp_path, left):
+    """Who died asked; it was ready when we looked, and is not when we ask."""
+    looks = [None if left is None else look(left, 100)]
+    async with following(tmp_path, looks, kind="commit") as (job, script, _):
+        script.refuse["job-complete"] = f"Job in state '{left}' cannot accept command verb"
+        if left in ("ready", None):
+            with pytest.raises(CommandError, match="cannot accept"):
+                await job.complete_now()
+        else:
+            await job.complete_now()
+    assert script.verbs == ["job-complete"]
