@@ -23,6 +23,15 @@ __all__ = ["GuestConsole", "GuestError", "evidence"]
 T = TypeVar("T")
 
 _LINE_LIMIT = 8192
+_LOOK = 0.5  # seconds between looks whether the VM runs
+_ENDED = {
+    "guest-panicked": "look at its console",
+    "internal-error": "QEMU gave the CPU up: under KVM it met what it cannot emulate",
+    "io-error": "a request of its disk failed, and werror or rerror says stop: "
+    "mend the storage, then vm.execute('cont')",
+    "postmigrate": "it has been migrated away: ask the guest at its destination",
+    "shutdown": "it was switched off",
+}
 _TRANSCRIPT = 30
 """Lines kept as evidence."""
 
@@ -56,11 +65,13 @@ class GuestConsole:
     started again on the same socket.
 
     :ivar diagnose: says why the guest does not answer; for the error that its silence raises.
+    :ivar run_state: tells the VM's (QMP's RunState), or None where QEMU does not say.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.diagnose: Callable[[], Awaitable[str]] | None = None
+        self.run_state: Callable[[], Awaitable[str | None]] | None = None
         self.connected = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connections = 0
@@ -209,8 +220,10 @@ class GuestConsole:
         :param fresh: it is to come from a guest that has not greeted yet: the end of a
             connection that has been greeted on, which is a QEMU of before, means nothing.
         :raises StalledError: that happened.
-        :raises GuestError: the line was open, or opened meanwhile, and closed.
+        :raises GuestError: the line was open, or opened meanwhile, and closed; or the VM does not
+            run, so that no guest can answer (paused: at two looks, for a moment is nothing).
         """
+        paused = False
         loop = asyncio.get_running_loop()
         self._heard = loop.time()
         was_connected, connections = self.connected, self._connections
@@ -227,8 +240,19 @@ class GuestConsole:
                 )
             self._news.clear()
             try:
-                async with asyncio.timeout(left):
+                async with asyncio.timeout(min(left, _LOOK)):
                     await self._news.wait()
-            except TimeoutError:
-                continue  # a line may have come meanwhile: `left` says
+            except TimeoutError:  # a line may have come meanwhile: `left` says
+                state = await self.run_state() if self.run_state is not None else None
+                if state in _ENDED or (state == "paused" and paused):
+                    raise self._no_guest(what, state) from None
+                paused = state == "paused"
         return found
+
+    def _no_guest(self, what: str, state: str) -> GuestError:
+        error = GuestError(
+            f"no guest can answer: its VM is in the run state {state}, while waiting for {what}",
+            self.transcript,
+        )
+        error.remedy = _ENDED.get(state, "let it go on first: vm.execute('cont')")
+        return error

@@ -49,6 +49,7 @@ __all__ = ["QemuFailure", "QemuOptions", "QemuProcess", "check_options", "privat
 _OUTPUT_LIMIT = 64 << 10  # bytes of stdout and of stderr that are shown, from the end
 _START_LIMIT = 30.0  # seconds until the monitor answers; a loaded machine needs one
 _POLL = 0.003  # seconds
+_SOON = 1.0  # seconds for the run state
 _TRIM = 1.0  # seconds between looks at the size of a log
 MONITORS = ("control", "qmp", "qmp2", "report")
 """The QMP monitors: the harness's, two that are free, and one for telling of a failure."""
@@ -302,6 +303,7 @@ class QemuProcess:
                 self._trim(self._log)
             if self._console is not None:
                 self._console.diagnose = self.diagnose
+                self._console.run_state = self._run_state
             if self._console is not None and not self._incoming:
                 self.guest = await self._wait_for_guest(self._console)
             self._make_io()
@@ -545,6 +547,13 @@ class QemuProcess:
     def failure(self, what: str) -> QemuFailure:
         """Make a failure of this QEMU that carries the evidence."""
         return QemuFailure(what, self.command, self.returncode, self.stdout, self.stderr)
+
+    async def _run_state(self) -> str | None:
+        try:
+            async with asyncio.timeout(_SOON):
+                return str((await self.execute("query-status"))["status"])
+        except (TimeoutError, Error):
+            return None  # it says nothing: whoever waits goes on waiting
 
     async def diagnose(self) -> str:
         """Say why the guest hangs, for people; see `qmpblock.testing.hang`."""

@@ -47,6 +47,7 @@ _SMALL = ("tmpfs", "qmpblock")  # type and source of what faults.small_file_syst
 _log = logging.getLogger(__name__)
 _process = os.getpid()  # a fork has the list below, too, and owns nothing
 _owned: dict[Path, int] = {}  # with the descriptor that holds the lock
+_behind: dict[Path, tuple[Path, int]] = {}  # what a short name stands for, and its descriptor
 _swept: set[Path] = set()
 
 _failures = 0
@@ -66,22 +67,50 @@ def private_directory() -> Path:
 
     It is this process's until `remove` or `keep`. The first call in a process sweeps.
 
+    Where the temporary directory's name is too long for that, it is made in /tmp; where nothing
+    can be made there, in the temporary directory all the same, under a short name that holds for
+    other processes, too, as long as this one lives: `/proc/PID/fd/N`.
+
     :raise RequestError: there is no place for one.
     """
-    base = _base()
+    wanted = Path(tempfile.gettempdir())
+    long = len(os.fsencode(wanted)) + 1 + len(_PREFIX) + 8 > PATH_LIMIT - _ROOM
+    try:
+        return _make(Path("/tmp") if long else wanted)  # noqa: S108 - by mkdtemp, swept by owner
+    except OSError as error:
+        if not long:
+            raise RequestError(
+                f"cannot make a directory in {wanted}: {error.strerror}",
+                remedy="name a directory that can be written in TMPDIR",
+            ) from error
+        refused = error
+    try:
+        return _short(_make(wanted))
+    except OSError as error:
+        raise RequestError(
+            f"{wanted} is too long for a UNIX socket in it, and neither there ({error.strerror}) "
+            f"nor in /tmp ({refused.strerror}) a directory can be made",
+            remedy="name a directory that can be written in TMPDIR, of at most "
+            f"{PATH_LIMIT - _ROOM - len(_PREFIX) - 9} bytes",
+        ) from error
+
+
+def _make(base: Path) -> Path:
     if base not in _swept:
         _swept.add(base)
         sweep(base)
-    try:
-        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    except OSError as error:
-        raise RequestError(
-            f"cannot make a directory in {base}: {error.strerror}",
-            remedy="name a directory that can be written in TMPDIR",
-        ) from error
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     _own(directory)
     _made_at[directory] = _failures
     return directory
+
+
+def _short(directory: Path) -> Path:
+    """Return a short name of a directory: by a descriptor of this process."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    name = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+    _behind[name] = directory, descriptor
+    return name
 
 
 def wait_for_verdict() -> None:
@@ -98,6 +127,7 @@ def failed() -> None:
 
 def leave(directory: Path) -> None:
     """Be done with a directory of `private_directory`: remove it, or have it wait. Idempotent."""
+    directory = _let_short_go(directory)
     if _waiting is None:
         remove(directory)
     elif directory not in _waiting:
@@ -115,13 +145,6 @@ def settle() -> list[Path]:
         else:
             remove(directory)
     return kept
-
-
-def _base() -> Path:
-    wanted = Path(tempfile.gettempdir())
-    if len(os.fsencode(wanted)) + 1 + len(_PREFIX) + 8 <= PATH_LIMIT - _ROOM:
-        return wanted
-    return Path("/tmp")  # noqa: S108 - only made in by mkdtemp, and swept by owner and mark
 
 
 def _own(directory: Path) -> None:
@@ -142,6 +165,7 @@ def _own(directory: Path) -> None:
 
 def keep(directory: Path) -> None:
     """Give up a directory of `private_directory` that stays: no run sweeps it."""
+    directory = _let_short_go(directory)
     (directory / _OWNER).unlink(missing_ok=True)
     _let_go(directory)
 
@@ -151,6 +175,7 @@ def remove(directory: Path) -> None:
 
     What cannot be removed stays, is told in the log, and is tried again by the next run.
     """
+    directory = _let_short_go(directory)
     try:
         if _empty(directory):
             # Its mark goes last: without it, no run would ever sweep the half that is left.
@@ -161,6 +186,14 @@ def remove(directory: Path) -> None:
     except OSError as error:
         _log.warning("%s stays: %s", directory, error)
     _let_go(directory)
+
+
+def _let_short_go(directory: Path) -> Path:
+    """Give a short name up; return the directory's own."""
+    real, descriptor = _behind.pop(directory, (directory, -1))
+    if descriptor >= 0:
+        os.close(descriptor)
+    return real
 
 
 def _let_go(directory: Path) -> None:

@@ -19,10 +19,12 @@ from qmpblock.errors import CommandError, RequestError, UnsupportedError
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing import QemuFailure, QemuProcess, Scenario, Tools, build, parse_scenario
 from qmpblock.testing.faults import Controller, fill_up, inject, slow, small_file_system, unplug
+from qmpblock.testing.guest_console import GuestError
 from qmpblock.testing.invariant import Invariant, listening_sockets, snapshot
 
 pytestmark = pytest.mark.live
 
+ONE_RAW = parse_scenario("about: One.\nimages: [{size: 8M, format: raw}]\n", "one")
 CHAIN = parse_scenario(
     "about: Two layers.\nimages: [{size: 8M, content: [write 0 1M 0x1]}, {}]\n"
     "guest: [write 2M 64K 0x2, flush]",
@@ -396,3 +398,77 @@ async def test_unplug(device: str, start_qemu: Any, invariant: Invariant) -> Non
     invariant.expect("disappeared: device: .*vd0.* holds d0", "disappeared: edge: .*-root-> d0 ")
     await unplug(vm, "d0")
     assert all(not entry.get("qdev") for entry in await vm.execute("query-block"))
+
+
+async def test_a_guest_whose_vm_does_not_run_is_told_of_at_once(start_qemu: Any) -> None:
+    vm = await start_qemu(ONE_RAW, guest=True)
+    loop = asyncio.get_running_loop()
+    await vm.execute("stop")
+    began = loop.time()
+    with pytest.raises(GuestError, match="in the run state paused") as caught:
+        await vm.guest.hello()
+    assert "cont" in (caught.value.remedy or "")
+    assert loop.time() - began < 10
+    waiting = asyncio.create_task(vm.guest.hello())
+    await asyncio.sleep(0.2)
+    await vm.execute("cont")  # paused for a moment is nothing
+    assert (await waiting).disks
+
+
+async def test_a_guest_whose_disk_has_stopped_its_vm_is_told_of_at_once(
+    start_qemu: Any, vm_dir: Path
+) -> None:
+    built = await build(ONE_RAW, vm_dir / "images")
+    vm = await start_qemu([inject(built.disks[0], "write_aio", "ENOSPC")], guest=True)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(GuestError, match="in the run state io-error") as caught:
+        await vm.guest.fill(0, 0, 4096, 1)
+    assert "werror" in (caught.value.remedy or "")
+    assert asyncio.get_running_loop().time() - began < 10
+    vm.expect_exit()
+    await vm.kill()
+
+
+LONG = """
+import asyncio, os, subprocess, sys, tempfile
+from pathlib import Path
+from qmpblock.testing import QemuProcess, build, parse_scenario
+from qmpblock.testing.scratch import private_directory, remove
+
+ONE = parse_scenario("about: One.\\nimages: [{size: 8M}]\\n", "one")
+
+async def main():
+    directory = private_directory()
+    built = await build(ONE, directory / "images")
+    async with QemuProcess.of(built, guest=True) as vm:
+        await vm.guest.fill(0, 0, 65536, 0x11)
+        command = [sys.executable, "-m", "qmpblock", "disks", vm.monitor_path]
+        done = subprocess.run(command, capture_output=True, text=True)
+        print(done.stdout, done.stderr)
+        print("short", len(vm.monitor_path) < 60, "private",
+              len(list(Path(tempfile.gettempdir()).glob("qt-*"))))
+    remove(directory)
+    print("left", sorted(path.name for path in Path(tempfile.gettempdir()).glob("qt-*")))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a mount namespace")
+async def test_a_long_name_of_the_temporary_directory_and_a_tmp_that_is_read_only() -> None:
+    script = (
+        'mount -t tmpfs tmpfs /mnt && mkdir -p "$1" && mount -t tmpfs -o ro tmpfs /tmp && '
+        'TMPDIR=$1 exec "$2" -c "$3"'
+    )
+    place = "/mnt/" + "a-long-name-of-a-directory/" * 6
+    words = (place, sys.executable, LONG)
+    process = await asyncio.create_subprocess_exec(
+        *("unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = (text.decode() for text in await process.communicate())
+    assert process.returncode == 0, err
+    assert "vd0" in out, out
+    assert "short True private 2" in out
+    assert "left []" in out

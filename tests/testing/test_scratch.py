@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from qmpblock.errors import RequestError
 from qmpblock.testing import scratch
+from qmpblock.testing.scratch import keep, private_directory, remove
 
 pytest_plugins = ["pytester"]
 
@@ -201,3 +203,32 @@ def test_where_there_is_no_place_that_is_said(base: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("tempfile.tempdir", str(base / "missing"))
     with pytest.raises(RequestError, match=r"cannot make a directory in .*missing: No such file"):
         scratch.private_directory()
+
+
+def test_a_long_name_gets_a_short_one_where_tmp_cannot_be_written(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = base / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    make = scratch._make
+
+    def only_there(place: Path) -> Path:
+        if place != long:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return make(place)
+
+    monkeypatch.setattr(scratch, "_make", only_there)
+    directory = private_directory()
+    assert len(str(directory)) < 40
+    (directory / "file").write_text("x")
+    [real] = long.iterdir()
+    assert real.samefile(directory)
+    remove(directory)
+    assert list(long.iterdir()) == []
+    keep(private_directory())
+    assert len(list(long.iterdir())) == 1
+    long.chmod(0o500)
+    monkeypatch.setattr(scratch, "_make", lambda place: only_there(Path("/elsewhere")))
+    with pytest.raises(RequestError, match=r"too long .* neither there .*nor in /tmp .*Read-only"):
+        private_directory()
