@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
 import pytest
 
+from qmpblock.testing.interrupt import interrupted
 from qmpblock.testing.whichqemu import VARIABLE, default_qemu, described, version_of
 
 try:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from qmpblock.testing.scenario import Scenario
     from qmpblock.testing.starter import Starter
 
-pytest_plugins = ["qmpblock.testing.report"]
+pytest_plugins = ["qmpblock.testing.report", "qmpblock.testing.interrupt"]
 
 _INVARIANT: pytest.StashKey[Invariant] = pytest.StashKey()
 _STARTER: pytest.StashKey[Starter] = pytest.StashKey()
@@ -196,7 +197,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
     failure: Exception | None = None
     try:
         if starter := item.stash.get(_STARTER, None):
-            starter.end_elsewhere(watched=not item.stash.get(_FAILED, False))
+            starter.end_elsewhere(watched=_watched(item))
     except Exception as error:
         failure = error
     result = yield  # whatever else was set up for the test is torn down all the same
@@ -269,7 +270,12 @@ async def start_qemu(
     )
     stash[_STARTER] = starter
     yield starter
-    await starter.end(watched=not stash.get(_FAILED, False))
+    await starter.end(watched=_watched(request.node))
+
+
+def _watched(item: pytest.Item) -> bool:
+    """Whether it matters how a VM is left: not where its test failed, or was broken off."""
+    return not (item.stash.get(_FAILED, False) or interrupted(item.config))
 
 
 def _is_async(test: Any) -> bool:
@@ -295,7 +301,7 @@ def start_blocking_qemu(
         return Blocking(run(starter(what, **options)))
 
     yield start
-    run(starter.end(watched=not stash.get(_FAILED, False)))
+    run(starter.end(watched=_watched(request.node)))
 
 
 def _for_scope(scope: Literal["module", "session"]) -> Any:
