@@ -439,18 +439,16 @@ class QemuProcess:
             await self._control.close()
         if self._process is not None:
             await self.kill()
-        self._printed = self._printed or (self.stdout, self.stderr)
-        if self._log is not None:
-            self._log.close()
-        self.closed = True
-        if self._own_directory:
-            leave(self.directory)
+        self._put_away()
 
     def abandon(self) -> None:
         """Kill QEMU where nothing can be awaited, for the event loop is closed."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        self._put_away()
+
+    def _put_away(self) -> None:
         self._printed = self._printed or (self.stdout, self.stderr)
         if self._log is not None:
             self._log.close()
