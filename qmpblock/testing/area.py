@@ -51,7 +51,7 @@ async def read_area(
         return b""
     cut = {"driver": "raw", "offset": first, "size": size, **described}
     tools = tools or Tools.of()
-    with tempfile.TemporaryDirectory(prefix="qmpblock-area-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="area-") as scratch:
         path = Path(scratch) / "area"
         arguments = (*secret_arguments(secrets), "json:" + json.dumps(cut))
         await tools.run(tools.img, "convert", "-O", "raw", *arguments, str(path))

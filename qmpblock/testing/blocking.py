@@ -24,7 +24,7 @@ T = TypeVar("T")
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="qmpblock-testing", daemon=True).start()
+    threading.Thread(target=loop.run_forever, name="the harness's loop", daemon=True).start()
     return loop
 
 

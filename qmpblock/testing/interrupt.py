@@ -33,7 +33,7 @@ class _Watch:
         self._reads, self._writes = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._writes, False)
         self._before = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
-        threading.Thread(target=self._run, name="qmpblock-interrupt", daemon=True).start()
+        threading.Thread(target=self._run, name="the harness's interrupts", daemon=True).start()
 
     def _run(self) -> None:
         main = threading.main_thread().ident
