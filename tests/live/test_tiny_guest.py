@@ -377,7 +377,9 @@ async def test_disks_in_step_tell_whether_copies_are_of_one_instant(
             else:
                 for name in "abc":
                     await vm.qmp("blockdev-backup", **backup(name, f"t{name}"))
-                    await asyncio.sleep(0.1)
+                    enough = (await vm.guest.progress(0)).acked + 100
+                    while (await vm.guest.progress(0)).acked < enough:
+                        await asyncio.sleep(0.01)
         for _ in "abc":
             await vm.event("BLOCK_JOB_COMPLETED")
         ends = [await vm.guest.stop_stress(spec.disk) for spec in specs]
