@@ -13,6 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -29,13 +30,26 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Do `work` in the harness's loop, and wait for it. Ctrl-C cancels it, and waits for that."""
-    future = asyncio.run_coroutine_threadsafe(work, _loop())
+    """Do `work` in the harness's loop, and wait for it.
+
+    Ctrl-C cancels it, and waits until it has ended; a second one does not wait.
+    """
+    loop = _loop()
+    tasks: list[asyncio.Task[T]] = []
+    ended: Future[asyncio.Task[T]] = Future()
+
+    def begin() -> None:
+        tasks.append(loop.create_task(work))
+        tasks[0].add_done_callback(ended.set_result)
+
+    loop.call_soon_threadsafe(begin)
     try:
-        return future.result()
+        task = ended.result()
     except BaseException:
-        future.cancel()
+        loop.call_soon_threadsafe(lambda: tasks[0].cancel())  # after `begin`, whenever that is
+        ended.result()
         raise
+    return task.result()
 
 
 class Blocking:

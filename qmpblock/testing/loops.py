@@ -10,9 +10,9 @@ import asyncio
 
 from qmpblock.errors import RequestError
 
-__all__ = ["WrongLoopError", "check_loop", "running_loop"]
+__all__ = ["SAME_LOOP", "WrongLoopError", "check_loop", "running_loop"]
 
-_REMEDY = (
+SAME_LOOP = (
     'give both the same loop: @pytest.mark.asyncio(loop_scope="module") for the test and '
     'loop_scope="module" for the fixture, or the ini options asyncio_default_test_loop_scope and '
     "asyncio_default_fixture_loop_scope; a test without asyncio takes the fixture "
@@ -40,7 +40,7 @@ def check_loop(home: asyncio.AbstractEventLoop | None, what: str) -> None:
         state = "that has been closed" if home.is_closed() else "that does not run now"
         raise WrongLoopError(
             f"{what} was started in another event loop, {state}: it would never answer here",
-            remedy=_REMEDY,
+            remedy=SAME_LOOP,
         )
 
 

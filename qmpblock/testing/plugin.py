@@ -7,7 +7,6 @@ but pytest until a test asks for one of its fixtures.
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import subprocess
 import tempfile
@@ -23,8 +22,10 @@ from qmpblock.testing.whichqemu import VARIABLE, default_qemu, described, versio
 
 try:
     from pytest_asyncio import fixture as _async_fixture
+    from pytest_asyncio import is_async_test as _in_its_loop
 except ImportError:  # installed without the extra: other projects' pytest must still start
     _async_fixture = pytest.fixture  # type: ignore[assignment]  # used the same way
+    _in_its_loop = bool  # type: ignore[assignment]  # no fixture that asks can be set up
 
 if TYPE_CHECKING:
     from qmpblock.testing.images import BuiltDisk, BuiltScenario
@@ -260,13 +261,13 @@ async def start_qemu(
     from qmpblock.testing.starter import Starter
 
     stash = request.node.stash
-    # A test that is no coroutine runs a loop of its own, if any, and closes it.
+    # Another test runs in a loop of its own, if in any (asyncio.run, anyio), and closes it.
     starter = Starter(
         qemu_binary,
         vm_dir,
         watcher=lambda: stash.get(_INVARIANT, None),
         home=running_loop("start_qemu"),
-        only_home=not _is_async(request.function),
+        only_home=not _in_its_loop(request.node),
     )
     stash[_STARTER] = starter
     yield starter
@@ -276,11 +277,6 @@ async def start_qemu(
 def _watched(item: pytest.Item) -> bool:
     """Whether it matters how a VM is left: not where its test failed, or was broken off."""
     return not (item.stash.get(_FAILED, False) or interrupted(item.config))
-
-
-def _is_async(test: Any) -> bool:
-    inner = getattr(getattr(test, "hypothesis", None), "inner_test", test)
-    return inspect.iscoroutinefunction(inner)
 
 
 @pytest.fixture
@@ -308,11 +304,14 @@ def _for_scope(scope: Literal["module", "session"]) -> Any:
     """Make the fixture that starts QEMUs for a module, or for the whole run."""
 
     async def start(qemu_binary: str) -> AsyncIterator[StartQemu]:
+        from qmpblock.testing.loops import running_loop
         from qmpblock.testing.scratch import leave, private_directory
         from qmpblock.testing.starter import Starter
 
+        name = f"start_{scope}_qemu"
+        home = running_loop(name)
         directory = private_directory()
-        starter = Starter(qemu_binary, directory)
+        starter = Starter(qemu_binary, directory, name=name, home=home, only_home=True)
         try:
             yield starter
             await starter.end()

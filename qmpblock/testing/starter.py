@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, Unpack
 
 from qmpblock.testing.images import BuiltDisk, BuiltScenario, Tools, build
-from qmpblock.testing.loops import WrongLoopError, running_loop
+from qmpblock.testing.loops import SAME_LOOP, WrongLoopError, running_loop
 from qmpblock.testing.qemu import QemuOptions, QemuProcess, check_options
 from qmpblock.testing.scenario import Scenario
 
@@ -38,8 +38,9 @@ class Starter:
     :ivar vms: those that it has started.
     :param watcher: tells who looks, where somebody does.
     :param home: the event loop that ends what is left: the fixture's.
-    :param only_home: refuse any other one: what calls from another is a test that runs one of its
-        own, and closes it before the VM has ended.
+    :param only_home: refuse any other one: what calls from another closes it before the VM has
+        ended.
+    :param name: the fixture's, for messages.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class Starter:
         watcher: Callable[[], Watcher | None] = lambda: None,
         home: asyncio.AbstractEventLoop | None = None,
         only_home: bool = False,
+        name: str = "start_qemu",
     ) -> None:
         self._qemu = qemu
         self._directory = directory
         self._watcher = watcher
         self._home = home
         self._only_home = only_home
+        self._name = name
         self._ended: set[int] = set()
         self.vms: list[QemuProcess] = []
         self._loops: list[asyncio.AbstractEventLoop] = []
@@ -72,13 +75,14 @@ class Starter:
         :raise QemuFailure: it did not start.
         """
         check_options(options)
-        loop = running_loop("start_qemu")
+        loop = running_loop(self._name)
         if self._only_home and loop is not self._home:
             raise WrongLoopError(
-                "start_qemu was called in an event loop that the test runs itself (asyncio.run), "
-                "and that is closed before the fixture can end the VM",
-                remedy="make the test async, or take the fixture start_blocking_qemu, or use "
-                "`async with QemuProcess.of(built) as vm` in the loop of your own",
+                f"{self._name} was called in an event loop that is closed before the fixture can "
+                "end the VM: the test's own (asyncio.run), another plugin's (anyio), or that of "
+                "another loop_scope",
+                remedy=f"{SAME_LOOP}; in a loop of your own: "
+                "`async with QemuProcess.of(built) as vm`",
             )
         number = len(self.vms)
         if isinstance(what, Scenario):
@@ -114,7 +118,8 @@ class Starter:
                 failures.append(
                     WrongLoopError(
                         "a VM was killed: the event loop in which it was started was closed "
-                        "before it was ended"
+                        "before it was ended",
+                        remedy=SAME_LOOP,
                     )
                 )
         _raise(failures)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Sequence
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -28,14 +32,19 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 
 def run(
-    pytester: pytest.Pytester, text: str, *, mode: str = "strict", fixtures: str = "function"
+    pytester: pytest.Pytester,
+    text: str,
+    *,
+    mode: str = "strict",
+    fixtures: str = "function",
+    options: Sequence[str] = (),
 ) -> pytest.RunResult:
     pytester.makeini(
         f"[pytest]\nasyncio_mode = {mode}\nfilterwarnings = error\n"
         f"asyncio_default_fixture_loop_scope = {fixtures}\n"
     )
     pytester.makepyfile(HEAD + text)
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options)
     assert result.duration < LIMIT
     return result
 
@@ -130,6 +139,78 @@ async def test_session(start_session_qemu):
     run(pytester, text).assert_outcomes(passed=4)
 
 
+def test_a_vm_of_the_module_is_not_started_in_a_loop_that_ends_before(
+    pytester: pytest.Pytester,
+) -> None:
+    text = """
+@pytest.mark.asyncio
+async def test_wrong(start_module_qemu):
+    await start_module_qemu(ONE)
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_wrong_too(start_session_qemu):
+    await start_session_qemu(ONE)
+"""
+    result = run(pytester, text)
+    result.assert_outcomes(failed=2)  # and no error at a teardown
+    result.stdout.fnmatch_lines(
+        [
+            "*WrongLoopError: start_module_qemu was called in an event loop that*",
+            '*loop_scope="module"*',
+            "*WrongLoopError: start_session_qemu was called in an event loop that*",
+        ]
+    )
+
+
+def test_a_loop_that_is_not_pytest_asyncios_is_refused_at_once(pytester: pytest.Pytester) -> None:
+    """As anyio's plugin, for one, runs a test: a coroutine, in a runner of its own."""
+    pytester.makeconftest(
+        """
+        import asyncio, pytest
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_pyfunc_call(pyfuncitem):
+            if pyfuncitem.get_closest_marker("mine"):
+                names = pyfuncitem._fixtureinfo.argnames
+                values = {name: pyfuncitem.funcargs[name] for name in names}
+                asyncio.run(pyfuncitem.obj(**values))
+                return True
+        """
+    )
+    text = """
+@pytest.mark.mine
+async def test_it(start_qemu):
+    await start_qemu(ONE)
+"""
+    result = run(pytester, text, options=["-W", "ignore::pytest.PytestUnknownMarkWarning"])
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*WrongLoopError: start_qemu was called in an event loop that*"])
+
+
+def test_ctrl_c_waits_until_a_blocking_call_has_ended() -> None:
+    program = """
+import asyncio, os, signal, threading
+from qmpblock.testing.blocking import run
+
+async def work():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await asyncio.sleep(0.2)
+        print("put away")
+
+try:
+    run(work())
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=LIMIT
+    )
+    assert done.stdout.split("\n") == ["put away", "interrupted", ""]
+
+
 def test_asyncio_run_in_a_test_is_refused_at_once(pytester: pytest.Pytester, mode: str) -> None:
     text = """
 def test_it(start_qemu):
@@ -140,7 +221,7 @@ def test_it(start_qemu):
     result = run(pytester, text, mode=mode)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*WrongLoopError: start_qemu was called in an event loop that*"])
-    result.stdout.fnmatch_lines(["*take the fixture start_blocking_qemu*"])
+    result.stdout.fnmatch_lines(["*takes the fixture start_blocking_qemu*"])
 
 
 def test_without_a_loop_of_asyncio_it_is_said_at_once(pytester: pytest.Pytester) -> None:
