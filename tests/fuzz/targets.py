@@ -21,6 +21,7 @@ from fuzz.source import Source, disturbed, words_of
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.journalfile import JournalFile
 from qmpblock.changes.operations import read_record
+from qmpblock.copying.target import NBDTarget, PathTarget, parse_target
 from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.extents.allocationmap import AllocationMap
 from qmpblock.extents.blockstatus import NBDMapBuilder
@@ -329,6 +330,16 @@ def maprecords(data: bytes) -> None:
         assert again == found.without_reserved()
 
 
+def copy_target(data: bytes) -> None:
+    """The word that names where a copy goes."""
+    with suppress(RequestError):
+        target = parse_target(data.decode("utf-8", "surrogateescape"))
+        if isinstance(target, NBDTarget):
+            assert parse_target(str(target)) == target
+        else:
+            assert isinstance(parse_target(str(target)), PathTarget)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
@@ -342,6 +353,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         policy,
         lockstep,
         maprecords,
+        copy_target,
     )
 }
 
@@ -360,6 +372,11 @@ vms:
 
 #: What is worth beginning from, where zeros and noise do not get far.
 SEEDS: dict[str, tuple[bytes, ...]] = {
+    "copy_target": (
+        b"nbds+unix:///e%20x?socket=/run/s&tls-hostname=h",
+        b"nbd://[fe80::1%25eth0]:10809/a/b",
+        b"./nbd:x",
+    ),
     "policy": (_POLICY, b"[" * 64, b"a: &x [*x]\n"),
     "lock": (b"\0" + json.dumps(_HOLDER).encode(),),
     "journal": (b"\0" + json.dumps(_RECORD).encode() + b"\n",),
