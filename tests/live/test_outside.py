@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from wheels import Installed, install
 
-pytestmark = pytest.mark.live
+pytestmark = [pytest.mark.live, pytest.mark.outside]
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "test-your-tool.md"
