@@ -117,3 +117,25 @@ class Capabilities:
         and no other command runs meanwhile; blockdev-create of a plain file opens no node.
         """
         return self.version < (10, 0, 0)
+
+    @property
+    def jobs_misread_views(self) -> bool:
+        """Whether a job that reads a snapshot-access node may get what was written later.
+
+        Measured (K23): of mirrors of such a node, under a guest's writes, 4 of 80 held a write from
+        after the point on 7.2.22, without an error; none on 10.0.13 and 11.1.2, nor what an NBD
+        client reads, on any. What lies between 7.2 and 10.0 was not run and counts as affected.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
+    def overlapping_reads_of_views_abort(self) -> bool:
+        """Whether two reads of one range of a snapshot-access node, at once, make QEMU abort.
+
+        `reqlist_init_req: Assertion !reqlist_find_conflict(reqs, offset, bytes)` (K22). Cured
+        upstream in 9.2, and in 9.1.1, 8.2.8 and 7.2.15; 7.2.22, 10.0.13 and 11.1.2 were run.
+        """
+        cured = ((7, 2, 15), (8, 2, 8), (9, 1, 1))
+        return self.version < (9, 2, 0) and not any(
+            self.version[:2] == release[:2] and self.version >= release for release in cured
+        )

@@ -31,13 +31,35 @@ def test_defects_are_gated(version, affected):
     assert capabilities.polling_forgets_queues is affected
     assert capabilities.adding_over_iothreads_aborts is affected
     assert capabilities.create_jobs_endanger_queries is affected
+    assert capabilities.jobs_misread_views is affected
     assert capabilities.nbd_handshake_limit_can_be_lifted is not affected
+
+
+@pytest.mark.parametrize(
+    ("version", "affected"),
+    [
+        ((7, 2, 14), True),
+        ((7, 2, 15), False),
+        ((7, 2, 22), False),
+        ((8, 1, 9), True),
+        ((8, 2, 7), True),
+        ((8, 2, 8), False),
+        ((9, 0, 9), True),
+        ((9, 1, 0), True),
+        ((9, 1, 1), False),
+        ((9, 2, 0), False),
+        ((11, 1, 2), False),
+    ],
+)
+def test_a_defect_that_was_cured_in_old_branches_too(version, affected):
+    assert Capabilities(version).overlapping_reads_of_views_abort is affected
 
 
 def test_every_gate_is_tested_above():
     """A new one must not be forgotten there."""
     gates = {name for name, what in vars(Capabilities).items() if isinstance(what, property)}
-    assert gates == set(test_defects_are_gated.__code__.co_names) & gates
+    tests = (test_defects_are_gated, test_a_defect_that_was_cured_in_old_branches_too)
+    assert gates == {name for test in tests for name in test.__code__.co_names} & gates
 
 
 def test_it_names_its_version():

@@ -1,0 +1,119 @@
+"""Fleecing by plain QMP: a view of a disk as it was, and what reads it."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+from qmpblock.testing.scenario import parse_scenario
+from qmpblock.testing.stamps import StressSpec
+
+MIB = 1 << 20
+DISK = parse_scenario("about: One disk.\nimages: [{format: raw, size: 16M}]\n", "disk")
+#: Of which the view, being of a moment, tells an exact point.
+SPEC = StressSpec(blocks=4096, block_size=4096, queue_depth=32, seed=9)
+_DRIVE = {"path": "/machine/peripheral/vd0", "property": "drive"}
+
+
+@asynccontextmanager
+async def view(vm):
+    """Put a filter over the disk d0 and a view of that moment over the filter; yields its bounds.
+
+    The node of the view is called so.
+    """
+    kept = vm.directory / "kept.raw"
+    with kept.open("wb") as file:
+        file.truncate(16 * MIB)
+    await _add_file(vm, "kept", kept)
+    await vm.execute(
+        "blockdev-add",
+        driver="copy-before-write",
+        node_name="filter",
+        file="d0",
+        target="kept",
+        on_cbw_error="break-snapshot",
+        cbw_timeout=5,
+    )
+    async with vm.guest.bounds(0) as bounds:
+        await vm.execute("qom-set", **_DRIVE, value="filter")
+    await vm.execute("blockdev-add", driver="snapshot-access", node_name="view", file="filter")
+    try:
+        yield bounds[0]
+    finally:
+        if vm.running:
+            await vm.execute("blockdev-del", node_name="view")
+            await vm.execute("qom-set", **_DRIVE, value="d0")
+            for node in ("filter", "kept"):
+                await vm.execute("blockdev-del", node_name=node)
+        kept.unlink()
+
+
+@asynccontextmanager
+async def server(vm):
+    """Run QEMU's NBD server; yields the path of its socket."""
+    path = vm.directory / "nbd"
+    await vm.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+    try:
+        yield path
+    finally:
+        if vm.running:
+            await vm.execute("nbd-server-stop")
+        path.unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def export(vm, path):
+    """Export the view; yields its URI."""
+    await vm.execute("block-export-add", type="nbd", id="e", node_name="view", name="view")
+    try:
+        yield f"nbd+unix:///view?socket={path}"
+    finally:
+        if vm.running:
+            await vm.execute("block-export-del", id="e", mode="hard")
+            async with asyncio.timeout(20):
+                while await vm.execute("query-block-exports"):
+                    await asyncio.sleep(0.005)
+
+
+async def ran(*command):
+    """Run a program to its end; return its exit code and what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *map(str, command), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        out, _ = await process.communicate()
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    return process.returncode, out.decode()
+
+
+async def read_out(copy, uri, program="qemu-img"):
+    """Have a client copy an export into a raw file."""
+    convert = ("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, copy)
+    code, out = await ran(*convert if program == "qemu-img" else (program, uri, copy))
+    assert code == 0, out
+
+
+async def copied_by_job(vm, copy, command):
+    """Have a job of QEMU's copy the view into a raw file."""
+    with copy.open("wb") as file:
+        file.truncate(16 * MIB)
+    await _add_file(vm, "copy", copy)
+    ends = {"device": "view", "target": "copy", "sync": "full"}
+    await vm.execute(command, job_id="job", auto_dismiss=False, **ends)
+    async with asyncio.timeout(60):
+        while True:
+            [job] = await vm.execute("query-jobs")
+            if job["status"] == "ready":
+                await vm.execute("job-complete", id="job")
+            if job["status"] == "concluded":
+                break
+            await asyncio.sleep(0.005)
+    assert "error" not in job, job
+    await vm.execute("job-dismiss", id="job")
+    await vm.execute("blockdev-del", node_name="copy")
+
+
+async def _add_file(vm, node, path):
+    file = {"driver": "file", "filename": str(path)}
+    await vm.execute("blockdev-add", driver="raw", node_name=node, file=file)

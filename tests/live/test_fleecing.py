@@ -1,0 +1,87 @@
+"""What QEMU's fleecing does: a view of a disk as it was, while the guest goes on.
+
+By plain QMP, so that these are facts about QEMU and not about us.
+"""
+
+import asyncio
+
+import pytest
+from fleecing import DISK, MIB, SPEC, copied_by_job, export, ran, read_out, server, view
+from rounds import rounds
+
+from qmpblock.errors import DisconnectedError
+from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.testing.stamps import check_point_in_time
+
+pytestmark = pytest.mark.live
+
+_READERS = 4  # at once
+
+
+async def wrong_copies(vm, count, copying):
+    """Have a view copied `count` times, by a function that is given the file; tell how many fail.
+
+    The guest writes as fast as it can all the time.
+    """
+    copy, wrong = vm.directory / "copy.raw", []
+    for number in range(count):
+        await vm.guest.write_zeroes(0, 0, 16 * MIB)
+        await vm.guest.stress(SPEC)
+        await asyncio.sleep(0.1)
+        async with view(vm) as bounds, server(vm) as path:
+            await copying(copy, path)
+        await vm.guest.stop_stress()
+        found = check_point_in_time(copy.read_bytes(), SPEC, bounds)
+        if not found.ok:
+            wrong.append(f"copy {number}: {found}")
+        copy.unlink()
+    return wrong
+
+
+async def test_what_an_nbd_client_reads_of_a_view(start_qemu, invariant):
+    count, _ = rounds(4)
+    vm = await start_qemu(DISK, guest=True)
+
+    async def copying(copy, path):
+        async with export(vm, path) as uri:
+            await read_out(copy, uri)
+
+    assert await wrong_copies(vm, count, copying) == []
+
+
+@pytest.mark.parametrize("command", ["blockdev-backup", "blockdev-mirror"])
+async def test_what_a_job_reads_of_a_view(command, start_qemu, invariant):
+    """On QEMU 7.2 some are wrong: one in twenty mirrors."""
+    count, _ = rounds(4)
+    vm = await start_qemu(DISK, guest=True)
+
+    async def copying(copy, path):
+        await copied_by_job(vm, copy, command)
+
+    wrong = await wrong_copies(vm, count, copying)
+    print(f"{len(wrong)} of {count} copies by {command} are wrong on QEMU {vm.version}: {wrong}")
+    assert wrong == [] or Capabilities(vm.version).jobs_misread_views
+
+
+async def test_readers_of_the_same_range(start_qemu, invariant):
+    """Several at once, each with many requests in flight."""
+    vm = await start_qemu(DISK, guest=True)
+    aborts = Capabilities(vm.version).overlapping_reads_of_views_abort
+    if aborts:
+        vm.expect_exit()
+        invariant.forget(vm)
+    await vm.guest.stress(SPEC)
+    died = False
+    try:
+        async with view(vm), server(vm) as path, export(vm, path) as uri:
+            for _ in range(10):
+                reads = (ran("nbdcopy", uri, "null:") for _ in range(_READERS))
+                found = await asyncio.gather(*reads)
+                assert aborts or found == [(0, "")] * _READERS
+    except DisconnectedError:
+        died = True
+        await vm.wait(30)
+    assert died == aborts
+    if not died:
+        done = await vm.guest.stop_stress()
+        assert (done.bad, done.errors) == (0, 0)
