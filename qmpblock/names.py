@@ -13,6 +13,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           LOCK-undo-RUN              turn: whose it is to undo what RUN, which
                                                      died, left of that lock
                           qmpblock-RUN-tls           credentials of an NBD server of ours
+                          qmpblock-RUN-N-wire-tls    credentials for the wire to target N
     jobs                  qmpblock-RUN-stream        a stream
                           qmpblock-RUN-commit        a commit of frozen layers
                           qmpblock-RUN-pivot         a commit of the active layer
@@ -27,6 +28,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-N-w-j         by this joint
                           JOINT-null                 what a joint lies on at first
                           qmpblock-RUN-no-migration  has QEMU migrate nothing
+                          qmpblock-RUN-N-wire        the wire to target N of a copy, by NBD
     exports               qmpblock-RUN-N             export N, and its export name
     named descriptors     qmpblock-RUN-N             our end of its connection
                           qmpblock-RUN-listen        listening socket
@@ -42,6 +44,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                                                      in the state directory: of which QEMU process;
                                                      WHICH is a hash of the paths of its disks
     sockets               TMPDIR/qmpblock-RUN/nbd    of an NBD server of ours
+                          TMPDIR/qmpblock-RUN-N-wire/nbd
+                                                     of the relay on that wire
     directories           TMPDIR/qmpblock-demo-...   of `qmpblock demo`
 
 What says more than a name can (a lock's data, a journal) is told by whoever writes it.
@@ -108,6 +112,8 @@ __all__ = [
     "storage_node",
     "stream_job",
     "turn_name",
+    "wire_credentials",
+    "wire_node",
     "zeros_file",
 ]
 
@@ -369,6 +375,19 @@ def blocker_name(run: str) -> str:
     See `qmpblock.changes.nomigration`.
     """
     return _named(run, "no-migration")
+
+
+def wire_node(run: str, number: int) -> str:
+    """Return the node of the wire to a target of a copy, and the directory of its relay's socket.
+
+    :param number: of the targets that the run reaches by NBD.
+    """
+    return _named(run, f"{number}-wire")
+
+
+def wire_credentials(wire: str) -> str:
+    """Return the object with the TLS credentials for a wire."""
+    return f"{wire}-tls"
 
 
 def export_name(run: str, number: int) -> str:

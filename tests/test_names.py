@@ -49,6 +49,8 @@ TABLE = [
             "qmpblock-0123abcd-kept-file",
         ),
     ),
+    (names.wire_node(RUN, 2), "qmpblock-0123abcd-2-wire"),
+    (names.wire_credentials(names.wire_node(RUN, 2)), "qmpblock-0123abcd-2-wire-tls"),
     (names.joint_node(RUN), "qmpblock-0123abcd-joint"),
     (
         names.joint_nodes(names.joint_node(RUN)),

@@ -1,0 +1,310 @@
+"""The relay between QEMU and an NBD server: what it passes on, and its ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qmpblock.address import TCPAddress, UnixAddress
+from qmpblock.copying.relay import End, Relay
+from qmpblock.errors import Error, NBDConnectError
+from qmpblock.names import new_run, wire_node
+
+GREETING = b"NBDMAGICIHAVEOPT\0\3"
+MIB = 1 << 20
+
+
+class Server:
+    """A socket that greets whoever connects, and does nothing else by itself."""
+
+    def __init__(self, family, place, greeting=GREETING):
+        self.listener = socket.socket(family)
+        self.listener.bind(place)
+        self.listener.listen()
+        self.sock = None
+        self._thread = threading.Thread(target=self._greet, args=(greeting,), daemon=True)
+        self._thread.start()
+
+    def _greet(self, greeting):
+        try:
+            self.sock, _ = self.listener.accept()
+        except OSError:
+            return  # nobody came
+        self.sock.settimeout(10)
+        if greeting is None:
+            self.sock.close()
+        else:
+            self.sock.sendall(greeting)
+
+    @property
+    def address(self):
+        name = self.listener.getsockname()
+        return UnixAddress(name) if isinstance(name, str) else TCPAddress(*name)
+
+    def close(self):
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self.listener.close()
+        if self.sock is not None:
+            self.sock.close()
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def server(request, tmp_path):
+    unix = (socket.AF_UNIX, str(tmp_path / "server"))
+    server = Server(*(unix if request.param == "unix" else (socket.AF_INET, ("127.0.0.1", 0))))
+    yield server
+    server.close()
+
+
+@asynccontextmanager
+async def relaying(server, **more):
+    """Yield a relay, and QEMU's end, which has read the greeting; then look what is left."""
+    fds = len(os.listdir("/proc/self/fd"))
+    qemu = socket.socket(socket.AF_UNIX)
+    async with Relay.open(server.address, name=wire_node(new_run(), 0), **more) as relay:
+        folder = Path(relay.path).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+        qemu.settimeout(10)
+        qemu.connect(relay.path)
+        assert await read(qemu, len(GREETING)) == GREETING
+        yield relay, qemu
+    assert not folder.exists()
+    assert relay.ended is not None
+    qemu.close()
+    if server.sock is not None:
+        server.sock.close()
+    assert not [one for one in threading.enumerate() if one.name == "relay"]
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+async def read(sock, count):
+    def all_of_it():
+        data = bytearray()
+        while len(data) < count:
+            part = sock.recv(min(MIB, count - len(data)))
+            if not part:
+                break
+            data += part
+        return bytes(data)
+
+    return await asyncio.to_thread(all_of_it)
+
+
+async def until(seen):
+    async with asyncio.timeout(10):
+        while not seen():
+            await asyncio.sleep(0.005)
+
+
+async def test_bytes_go_both_ways(server):
+    async with relaying(server) as (relay, qemu):
+        there, back = os.urandom(5 * MIB + 3), os.urandom(3 * MIB + 1)
+        sending = asyncio.to_thread(qemu.sendall, there)
+        answering = asyncio.to_thread(server.sock.sendall, back)
+        _, _, said, heard = await asyncio.gather(
+            sending, answering, read(server.sock, len(there)), read(qemu, len(back))
+        )
+        assert said == there
+        assert heard == back
+        assert (relay.sent, relay.received) == (len(there), len(GREETING) + len(back))
+        assert relay.ended is None
+
+
+async def test_who_does_not_read_makes_the_other_wait(server):
+    async with relaying(server) as (relay, qemu):
+        qemu.setblocking(False)
+        put, quiet = 0, 0
+        while quiet < 20:  # nothing more was taken, for a while
+            try:
+                put += qemu.send(bytes(MIB))
+                quiet = 0
+            except BlockingIOError:
+                quiet += 1
+                await asyncio.sleep(0.02)
+        assert relay.sent <= put < 16 * MIB
+        used = time.process_time()
+        await asyncio.sleep(0.3)
+        assert time.process_time() - used < 0.1  # it waits, and does not turn in a circle
+        assert len(await read(server.sock, put)) == put
+
+
+async def test_it_accepts_once_and_its_directory_stays_to_the_end(server):
+    """In one that is gone others could put a socket of theirs at that name."""
+    async with relaying(server) as (relay, _):
+        assert Path(relay.path).parent.is_dir()
+        with socket.socket(socket.AF_UNIX) as late, pytest.raises(FileNotFoundError):
+            late.connect(relay.path)
+
+
+@pytest.mark.parametrize("who", ["qemu", "server"])
+async def test_when_one_end_closes_the_other_hears_it(server, who):
+    async with relaying(server) as (relay, qemu):
+        one, other = (qemu, server.sock) if who == "qemu" else (server.sock, qemu)
+        one.sendall(b"last words")
+        one.close()
+        assert await read(other, 100) == b"last words"
+        await until(lambda: relay.ended)
+        assert relay.ended is (End.QEMU if who == "qemu" else End.SERVER)
+        relay.cut()
+        assert relay.ended is not End.CUT
+
+
+async def test_cut_is_at_once_and_again(server):
+    async with relaying(server) as (relay, qemu):
+        qemu.sendall(bytes(100))
+        began = time.monotonic()
+        relay.cut()
+        assert time.monotonic() - began < 1
+        assert relay.ended is End.CUT
+        assert await read(qemu, 1) == b""
+        relay.cut()
+    relay.cut()
+
+
+async def test_cut_by_a_signal_while_much_is_under_way(server):
+    async with relaying(server) as (relay, qemu):
+        stop = threading.Event()
+
+        def flood():
+            try:
+                while not stop.is_set():
+                    qemu.sendall(bytes(MIB))
+            except OSError:
+                stop.set()
+
+        flooding, sink = asyncio.to_thread(flood), asyncio.to_thread(drain, server.sock)
+        both = asyncio.gather(flooding, sink)
+        await until(lambda: relay.sent > 20 * MIB)
+        before = signal.signal(signal.SIGUSR1, lambda *_: relay.cut())
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert relay.ended is End.CUT
+        await both
+        assert stop.is_set()
+
+
+def drain(sock):
+    try:
+        while sock.recv(MIB):
+            pass
+    except OSError:
+        pass  # a reset: it was cut
+
+
+async def test_a_stall_is_told_and_cut_even_while_this_process_is_busy(server):
+    async with relaying(server, patience=0.4) as (relay, qemu):
+        await asyncio.sleep(0.6)
+        assert relay.ended is None, "nobody asked for anything"
+        assert (relay.outstanding, relay.stalled_for) == (False, 0)
+        assert relay.silent_for > 0.5
+        qemu.sendall(b"request")
+        await until(lambda: relay.outstanding)
+        server.sock.sendall(b"answer")
+        assert await read(qemu, 6) == b"answer"
+        await until(lambda: not relay.outstanding)
+        qemu.sendall(b"request")
+        time.sleep(0.2)  # the event loop stands still
+        assert relay.ended is None
+        assert 0.1 < relay.stalled_for < 0.4
+        time.sleep(0.5)
+        assert relay.ended is End.STALLED
+        assert (relay.outstanding, relay.stalled_for, relay.silent_for) == (False, 0, 0)
+        assert await read(qemu, 1) == b""
+
+
+async def test_another_patience_for_a_while(server):
+    async with relaying(server) as (relay, qemu):
+        qemu.sendall(b"request")
+        await asyncio.sleep(0.3)
+        with relay.within(60):
+            await asyncio.sleep(0.1)
+        assert (relay.ended, relay.patience) == (None, None)
+        with relay.within(0.2):
+            await until(lambda: relay.ended)
+        assert relay.ended is End.STALLED
+
+
+@pytest.mark.parametrize(
+    ("greeting", "words"),
+    [(b"SSH-2.0\r\n", "it says"), (None, "closes the connection"), (b"", "no answer in 0.2 s")],
+)
+async def test_what_is_no_nbd_server(tmp_path, greeting, words):
+    fds = os.listdir("/proc/self/fd")
+    server = Server(socket.AF_UNIX, str(tmp_path / "s"), greeting)
+    with pytest.raises(NBDConnectError, match=words) as caught:
+        async with Relay.open(server.address, name=wire_node(new_run(), 0), patience=0.2):
+            pytest.fail("there is a relay")
+    assert caught.value.standing == "nothing was touched"
+    server.close()
+    with pytest.raises(NBDConnectError, match="No such file"):
+        async with Relay.open(UnixAddress(str(tmp_path / "none")), name=wire_node(new_run(), 0)):
+            pytest.fail("there is a relay")
+    assert len(os.listdir("/proc/self/fd")) == len(fds)
+
+
+async def test_a_server_that_goes_before_qemu_comes(server):
+    async with Relay.open(server.address, name=wire_node(new_run(), 0)) as relay:
+        server.sock.close()
+        await until(lambda: relay.ended)
+        assert relay.ended is End.SERVER
+    assert not Path(relay.path).parent.exists()
+
+
+async def test_nowhere_to_put_the_socket(server, tmp_path, monkeypatch):
+    name = wire_node(new_run(), 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / name).mkdir()
+    with pytest.raises(Error, match="File exists"):
+        async with Relay.open(server.address, name=name):
+            pytest.fail("there is a relay")
+    assert (tmp_path / name).is_dir(), "it was somebody else's"
+
+
+KILLED = """
+import asyncio, sys
+from qmpblock.address import UnixAddress
+from qmpblock.copying.relay import Relay
+async def main():
+    async with Relay.open(UnixAddress(sys.argv[1]), name=sys.argv[2]) as relay:
+        print(relay.path, flush=True)
+        {end}
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "ends by itself"])
+async def test_its_process_is_no_more(server, how):
+    if isinstance(server.address, TCPAddress):
+        pytest.skip("the same")
+    end = (
+        "await asyncio.sleep(60)" if how == "killed" else "sys.stdin.read(); import os; os._exit(0)"
+    )
+    command = [sys.executable, "-c", KILLED.format(end=end), server.address.path]
+    process = subprocess.Popen(
+        [*command, wire_node(new_run(), 0)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    path = (await asyncio.to_thread(process.stdout.readline)).decode().strip()
+    with socket.socket(socket.AF_UNIX) as qemu:
+        qemu.settimeout(10)
+        qemu.connect(path)
+        assert await read(qemu, len(GREETING)) == GREETING
+        process.kill() if how == "killed" else process.stdin.close()
+        assert await read(qemu, 1) == b""
+    process.wait()
+    process.stdout.close()
+    process.stdin.close()
+    assert os.listdir(Path(path).parent) == []
+    Path(path).parent.rmdir()
