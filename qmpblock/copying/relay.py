@@ -1,12 +1,12 @@
 """Relay: the one wire between QEMU and the NBD server that a copy goes to, held in our hand.
 
 While a target does not answer, each command that drains its node (stop, system_reset, quit, a
-guest's own reboot) holds the monitor and the guest until it does, and QEMU has nothing that ends
+guest's own reboot) holds the monitor and the guest until it does (K24), and QEMU has nothing to end
 such a connection: after `yank` it connects again, to a server that takes it and does not answer.
 So QEMU connects to a socket of ours, which accepts once and then is no more, and what it and the
 server say is passed on. To close both ends is what ends the connection, and the job with it, and
 where this process dies, the kernel does so. A descriptor handed over would need no path, but a QEMU
-that has lost its connection makes it again, by the number: to whatever has that by then.
+that has lost its connection makes it again, by the number: to whatever has that by then (K25).
 
 The bytes are moved by a thread of its own, inside the kernel (splice(2)): no Python that takes long
 keeps a copy waiting, or the stall limit from its turn. They are not looked into, so TLS is QEMU's
@@ -221,7 +221,8 @@ class Relay:
                 if heard:
                     self.received += heard
                     self._heard = time.monotonic()
-                    self._asked = None
+                    # What it does not take yet it owes an answer to, and QEMU may send no more.
+                    self._asked = self._heard if there.held else None
                 if said is None:
                     return there.failed(End.QEMU, End.SERVER)
                 if said:
@@ -260,11 +261,14 @@ class Relay:
 
 
 class _Way:
-    """One direction: a pipe between two sockets, filled and emptied in turns."""
+    """One direction: a pipe between two sockets, filled and emptied in turns.
+
+    :ivar held: bytes in the pipe.
+    """
 
     def __init__(self, source: int, sink: int) -> None:
         self._source, self._sink = source, sink
-        self._held = 0  # bytes in the pipe
+        self.held = 0
         self._source_failed = False
         self._out, self._in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         with contextlib.suppress(PermissionError):  # this user has many large ones
@@ -280,7 +284,7 @@ class _Way:
     @property
     def wanted(self) -> tuple[int, int]:
         """What is waited for now: the descriptor, and its event."""
-        if self._held:
+        if self.held:
             return self._sink, select.POLLOUT
         return self._source, select.POLLIN
 
@@ -288,14 +292,14 @@ class _Way:
         """Move what can be moved; return how many bytes came, None where either end is no more."""
         came = 0
         try:
-            if not self._held:
+            if not self.held:
                 self._source_failed = True
                 came = os.splice(self._source, self._in, _PIPE, flags=_FLAGS)
                 if not came:
                     return None
-                self._held = came
+                self.held = came
             self._source_failed = False
-            self._held -= os.splice(self._out, self._sink, self._held, flags=_FLAGS)
+            self.held -= os.splice(self._out, self._sink, self.held, flags=_FLAGS)
         except BlockingIOError:
             pass  # there is none, or no room
         except OSError:

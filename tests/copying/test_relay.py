@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -223,6 +224,21 @@ async def test_a_stall_is_told_and_cut_even_while_this_process_is_busy(server):
         assert relay.ended is End.STALLED
         assert (relay.outstanding, relay.stalled_for, relay.silent_for) == (False, 0, 0)
         assert await read(qemu, 1) == b""
+
+
+async def test_a_server_that_answers_and_then_takes_no_more_is_stalled(server):
+    """QEMU's next words do not get as far as the relay then."""
+    async with relaying(server, patience=0.5) as (relay, qemu):
+        qemu.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                qemu.send(bytes(MIB))
+                await asyncio.sleep(0.01)
+        server.sock.sendall(b"answer")
+        await until(lambda: relay.received > len(GREETING))
+        assert relay.outstanding
+        await until(lambda: relay.ended)
+        assert relay.ended is End.STALLED
 
 
 async def test_another_patience_for_a_while(server):
