@@ -62,8 +62,11 @@ class Finding:
 def examine_host() -> list[Finding]:
     """Look at this host, as this user."""
     return [
-        _program("qemu-img", "map of an image, snapshot, allocate --full of qcow2, recover IMAGE"),
+        _program(
+            "qemu-img", "map of an image, verify, snapshot, allocate --full of qcow2, recover IMAGE"
+        ),
         _program("qemu-io", "allocate --full of qcow2 and QED"),
+        _program("qemu-nbd", "verify: which byte differs first, and how many do"),
         _landlock(),
         _seccomp(),
         _state(),
@@ -109,7 +112,7 @@ def _program(name: str, needed_for: str) -> Finding:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding(name, True, f"{path} cannot be run: {error}", needed_for, "install it anew")
-    match = re.search(r"version (\d+)\.(\d+)\S*", done.stdout)
+    match = re.search(r"(?:version|qemu-nbd) (\d+)\.(\d+)\S*", done.stdout)
     if match is None:
         return Finding(name, True, f"{path} tells no version", needed_for, "install it anew")
     old = (int(match[1]), int(match[2])) <= _NEWEST_TOO_OLD

@@ -15,7 +15,7 @@
     │   └── DisconnectedError       the connection was lost; the outcome is unknown
     ├── CommandError            exit 1: QEMU refused a command (its words inside)
     ├── BusyError               exit 1: another controller or job holds what is needed
-    │   ├── InUseError              exit 2: somebody else uses a layer that would change
+    │   ├── InUseError              exit 2: somebody else uses a layer that would change, or writes
     │   └── RecordError             a lock or journal of ours cannot be read
     ├── GraphError              exit 1: the monitor's replies contradict each other
     ├── JobError                exit 1: a QEMU job failed (QEMU's verdict inside)
@@ -233,7 +233,10 @@ class BusyError(Error):
 
 
 class InUseError(BusyError):
-    """Somebody else uses a layer, and would see it change, or lose it; nothing was touched."""
+    """Somebody else uses a layer: would see it change, or lose it; or changes what is to be read.
+
+    Nothing was touched.
+    """
 
     exit_code = 2
 

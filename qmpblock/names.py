@@ -46,6 +46,9 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
     sockets               TMPDIR/qmpblock-RUN/nbd    of an NBD server of ours
                           TMPDIR/qmpblock-RUN-N-wire/nbd
                                                      of the relay on that wire
+                          TMPDIR/qmpblock-read-.../nbd
+                                                     of a server through which a closed image is
+                                                     read; gone before that begins
     directories           TMPDIR/qmpblock-demo-...   of `qmpblock demo`
 
 What says more than a name can (a lock's data, a journal) is told by whoever writes it.
@@ -65,6 +68,7 @@ __all__ = [
     "NBD_LOCK",
     "OURS",
     "POLLING_LOCK",
+    "READ_FOLDER",
     "SOCKET",
     "Device",
     "LockKind",
@@ -127,6 +131,9 @@ POLLING_LOCK = f"{OURS}polling"
 SOCKET = "nbd"
 #: What the directory of a demonstration begins with.
 DEMO_FOLDER = f"{OURS}demo-"
+
+READ_FOLDER = f"{OURS}read-"
+"""Prefix of the directory for the socket of a server through which a closed image is read."""
 
 _DISK_LOCKS = f"{OURS}disk-"
 _AHEAD_LOCKS = f"{OURS}ahead-"

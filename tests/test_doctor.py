@@ -44,6 +44,13 @@ def test_a_program_that_is_not_there(programs):
     assert "qemu-utils" in find("qemu-io").remedy
 
 
+def test_a_qemu_nbd_says_its_version_in_its_own_way(programs):
+    (programs / "qemu-nbd").write_text("#!/bin/sh\necho 'qemu-nbd 7.2.22 (Debian 1:7.2)'\n")
+    (programs / "qemu-nbd").chmod(0o755)
+    found = find("qemu-nbd")
+    assert (found.missing, found.found.split(",")[0]) == (False, "qemu-nbd 7.2.22")
+
+
 @pytest.mark.parametrize(
     ("said", "missing"),
     [

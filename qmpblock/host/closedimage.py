@@ -6,7 +6,7 @@ The counterpart of `qmpblock.mapping`, for a chain that is only on disk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpblock.host.imagechain import blockdev, format_of
 from qmpblock.host.qemuimg import QemuImg
@@ -87,6 +87,12 @@ class ClosedImage:
         """Virtual size in bytes."""
         return self.chain[0].size
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How QEMU is to open it, with all that lies below it, as for blockdev-add."""
+        top = self.chain[0]
+        return blockdev(top.format, top.file, self.chain[1:])
+
     async def map(
         self, offset: int = 0, length: int | None = None, *, reserved: bool = False
     ) -> AllocationMap:
@@ -99,10 +105,7 @@ class ClosedImage:
         :raise Error: see `closed_image`.
         """
         offset, length = check_range(self.size, offset, length)
-        top = self.chain[0]
-        seen = await self._tool.map(
-            blockdev(top.format, top.file, self.chain[1:]), [one.format for one in self.chain]
-        )
+        seen = await self._tool.map(self.options, [one.format for one in self.chain])
         if reserved:
             for depth, image in enumerate(self.chain):
                 supplied = seen.where(depth=depth, present=True)

@@ -2,11 +2,11 @@
 
     python -I -S -c START RIGHTS PARENT WORD... -- PROGRAM ARGUMENT...
 
-qemu-img and qemu-io read images that a guest, or whoever runs its QEMU, has written: their headers
-may name any file, device or server. So they are started by `main`, which hands them what they
-may open, and gives up the rest before they run: the user (where it is root), all groups and
-capabilities, the way to get any of them again, sockets, core dumps, and with Landlock every file
-but those that were handed, and what a program needs to start. It ends with its parent.
+qemu-img, qemu-io and qemu-nbd read images that a guest, or whoever runs its QEMU, has written:
+their headers may name any file, device or server. So they are started by `main`, which hands them
+what they may open, and gives up the rest before they run: the user (where it is root), all groups
+and capabilities, the way to get any of them again, sockets, core dumps, and with Landlock every
+file but those that were handed, and what a program needs to start. It ends with its parent.
 
 | RIGHTS   `-` (stay who we are) or `UID:GID:GROUP,GROUP,...`
 | PARENT   the process id of whoever started it
@@ -16,6 +16,8 @@ but those that were handed, and what a program needs to start. It ends with its 
 |          they are printed, and nothing is run
 | cN=PATH  the file of N, which is PATH, is a qcow2 image: of it, and of those below that are of the
 |          same owner, is printed what their headers say, and nothing is run
+| aN       descriptor N is a listening socket, which the program is to take for its own
+|          (sd_listen_fds(3): it is handed on as descriptor 3)
 | landlock without Landlock, nothing is run as root
 | network  sockets are allowed
 
@@ -36,7 +38,7 @@ import stat
 import struct
 import sys
 
-__all__ = ["FAILED", "MORE_FILES", "NOT_SAFE", "START", "UNREACHABLE", "main"]
+__all__ = ["FAILED", "LISTENING", "MORE_FILES", "NOT_SAFE", "START", "UNREACHABLE", "main"]
 
 START = f"""import sys
 sys.path.append({posixpath.dirname(posixpath.abspath(__file__))!r})
@@ -55,6 +57,9 @@ NOT_SAFE = 123
 
 MORE_FILES = 124
 """Exit code: the images consist of more files; one's descriptor and their names were printed."""
+
+LISTENING = 3
+"""The descriptor at which a program looks for a listening socket (sd_listen_fds(3))."""
 
 # linux/prctl.h, linux/capability.h
 _SET_PDEATHSIG, _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _SET_SECCOMP, _CAP_AMBIENT = 1, 24, 38, 22, 47
@@ -409,6 +414,16 @@ def _confine(rights: str, parent: int, words: list[str], program: str) -> None:
         _deny_sockets(kernel)
     if landlock is not None:
         landlock.enforce()
+    for word in words:
+        if word[0] == "a":
+            _hand_on(int(word[1:]))
+
+
+def _hand_on(listening: int) -> None:
+    """Have the program take a listening socket, which its own process id says is for it."""
+    os.dup2(listening, LISTENING)
+    os.close(listening)
+    os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
 
 
 def _rules(kernel: _Kernel, words: list[str], *, network: bool) -> _Landlock | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from qmpblock.graph.places import FileId
 from qmpblock.host.openfiles import OpenFiles
 
-__all__ = ["foreign_users", "images_of"]
+__all__ = ["foreign_users", "images_of", "is_written"]
 
 _WRITES, _NO_WRITES = 101, 201
 _ALL = range(100, 300)
@@ -52,6 +52,11 @@ def images_of(files: OpenFiles) -> set[FileId]:
         return set()
     lines = _own(files.pid)
     return {file for file in files.ids() if not file.is_device and _held(lines, file, _ALL)}
+
+
+def is_written(file: FileId) -> bool:
+    """Whether a QEMU's locks say that it writes to a file."""
+    return not file.is_device and _held(_read(Path("/proc/locks")), file, (_WRITES,)) > 0
 
 
 def _own(pid: int) -> list[str]:

@@ -17,14 +17,16 @@ below and every data file is stated, so that no header's word for it counts.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import posixpath
 import re
 import shutil
+import socket
 import stat
 import struct
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -188,6 +190,7 @@ class HandedFiles(contextlib.ExitStack):
         self._questions: list[str] = []
         self._files: list[_File] = []
         self._memory: list[int] = []
+        self._listening: list[int] = []
         self._needs_landlock = False
 
     def memory(self, data: bytes = b"") -> int:
@@ -197,6 +200,17 @@ class HandedFiles(contextlib.ExitStack):
         os.write(fd, data)
         self._memory.append(fd)
         return fd
+
+    @contextlib.contextmanager
+    def listener(self, listening: socket.socket) -> Iterator[None]:
+        """Hand a listening socket, to a program that takes one and is started in the body."""
+        fd = _above_listening(listening.fileno())
+        self._listening.append(fd)
+        try:
+            yield
+        finally:
+            self._listening.remove(fd)
+            os.close(fd)
 
     def image(
         self, options: Mapping[str, Any], *, writable: int = 0, said: bool = False
@@ -269,6 +283,7 @@ class HandedFiles(contextlib.ExitStack):
         if self._open_in_vm is None:  # what a VM has open it has come to
             said = [file for file in self._files if file.said]
             words += [f"n{file.fd}={_absolute(file.name)}" for file in said]
+        words += [f"a{fd}" for fd in self._listening]
         words += self._questions
         words += ["landlock"] * self._must_have_landlock() + ["network"] * self._network
         return [
@@ -304,7 +319,7 @@ class HandedFiles(contextlib.ExitStack):
     @property
     def descriptors(self) -> tuple[int, ...]:
         """What the program is to inherit."""
-        return (*(file.fd for file in self._files), *self._memory)
+        return (*(file.fd for file in self._files), *self._memory, *self._listening)
 
     def shown(self, text: str) -> str:
         """Put the names of the files into what a tool says, or is told."""
@@ -368,6 +383,9 @@ class HandedFiles(contextlib.ExitStack):
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise UnsupportedError(f"{printable(name)} cannot be opened: {why}") from None
+        if fd == confined.LISTENING:
+            low, fd = fd, _above_listening(fd)
+            os.close(low)
         self.callback(os.close, fd)
         status = os.fstat(fd)
         file = FileId.of(status)
@@ -415,6 +433,11 @@ class HandedFiles(contextlib.ExitStack):
             beside = posixpath.join(posixpath.dirname(name), named)
             self._check_known(self._hand(beside, writable=writable, said=True), beside)
         return {"driver": "file", "filename": name}
+
+
+def _above_listening(fd: int) -> int:
+    """Duplicate a descriptor to one that no program takes for a listening socket."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, confined.LISTENING + 1)
 
 
 def has_servers(options: Mapping[str, Any]) -> bool:

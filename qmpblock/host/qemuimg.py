@@ -13,10 +13,10 @@ import json
 import os
 import posixpath
 import resource
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmpblock import luks
 from qmpblock.errors import (
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
 
 __all__ = ["Key", "QemuImg"]
+
+_T = TypeVar("_T")
 
 _RECORDS = 1 << 16  # of a map, taken in at a time
 _LINE = 1 << 20  # bytes
@@ -411,8 +413,9 @@ class QemuImg:
         *,
         exclusive: bool = True,
         given: str | None = None,
+        separator: bytes = b"\n",
     ) -> AsyncGenerator[str, None]:
-        """Run qemu-img once."""
+        """Run qemu-img once; `separator` ends what counts as a line."""
         command = [self.program, *map(files.shown, arguments)]
         try:
             process = await asyncio.create_subprocess_exec(
@@ -436,14 +439,12 @@ class QemuImg:
                 process.stdin.write(given.encode())
                 process.stdin.write_eof()
             while True:
-                async with asyncio.timeout(self.stall):
-                    line = await process.stdout.readline()
+                line = await self._awaited(process, _line(process.stdout, separator))
                 if not line:
                     break
                 yield line.decode(errors="replace")
-            async with asyncio.timeout(self.stall):
-                complaint = await complaints
-                code = await process.wait()
+            complaint = await self._awaited(process, complaints)
+            code = await self._awaited(process, process.wait())
         except TimeoutError:
             raise StalledError(
                 f"{printable(' '.join(command), 1000)} printed nothing for {self.stall:g} s",
@@ -459,3 +460,24 @@ class QemuImg:
             files.refuse(code, complaint)
             said = files.shown(complaint.decode(errors="replace"))
             raise ToolError(command, code, said, remedy=remedy(code, said, exclusive=exclusive))
+
+    async def _awaited(self, process: asyncio.subprocess.Process, what: Awaitable[_T]) -> _T:
+        """Wait for something of the program's, as long as it may take.
+
+        :raise TimeoutError: it is not there within the stall limit.
+        """
+        async with asyncio.timeout(self.stall):
+            return await what
+
+
+async def _line(stream: asyncio.StreamReader, separator: bytes) -> bytes:
+    """Read up to a separator, and that; or what is left.
+
+    :raise ValueError: it is too long.
+    """
+    try:
+        return await stream.readuntil(separator)
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    except asyncio.LimitOverrunError as error:
+        raise ValueError(str(error)) from None

@@ -340,3 +340,24 @@ def test_it_starts_fast():
             subprocess.run(bare, check=True)
             alone.append(time.perf_counter() - began)
     assert min(took) < 4 * min(alone)
+
+
+def test_no_file_is_where_a_program_looks_for_a_listening_socket(tmp_path):
+    """In a process that has nothing but its standard streams, the next file would be."""
+    path = tmp_path / "image"
+    path.write_bytes(b"x")
+    code = f"""
+import os, socket
+from qmpblock.host.handed import HandedFiles
+os.closerange(3, 100)
+with HandedFiles() as files:
+    files.image({{"driver": "file", "filename": {str(path)!r}}})
+    print(*files.descriptors)
+    with socket.socket(socket.AF_UNIX) as listening, files.listener(listening):
+        print(*files.descriptors)
+    print(*files.descriptors)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    alone, both, after = (line.split() for line in done.stdout.splitlines())
+    assert (len(alone), len(both), alone) == (1, 2, after)
+    assert "3" not in both
