@@ -1,0 +1,184 @@
+"""Comparing two NBD exports byte for byte, in bounded memory.
+
+Of what both servers say that it reads as zeros nothing is read; a hole and written zeros are equal.
+Nothing but reads and questions is sent, so that an export under custody (K1) can be compared, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qmpblock.copying.meter import Meter
+from qmpblock.copying.windows import IN_FLIGHT, Window, windows
+from qmpblock.errors import RangeError
+from qmpblock.ranges import Ranges
+
+if TYPE_CHECKING:
+    from qmpblock.nbd import Client
+    from qmpblock.qemu.job import Progress
+
+__all__ = ["GRAIN", "Comparison", "compare"]
+
+GRAIN = 64 << 10
+"""Bytes: unequal ranges begin and end at a multiple of it, a qcow2 cluster as a rule."""
+
+_MOST = 1 << 16  # unequal ranges that are kept apart
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing found. All in bytes, but `seconds`.
+
+    :ivar first_difference: where the first byte is that differs; None where none does.
+    :ivar differing: how many bytes differ, of those that were compared.
+    :ivar unequal: where they are, in whole grains (`GRAIN`, or a coarser one where there are very
+        many of them); nothing outside it differs.
+    :ivar compared: how much was compared, from the first byte on.
+    :ivar read: how much was read for it, of both together.
+    """
+
+    first_difference: int | None
+    differing: int
+    unequal: Ranges
+    compared: int
+    read: int
+    seconds: float
+
+    @property
+    def equal(self) -> bool:
+        """Whether none differs."""
+        return self.first_difference is None
+
+
+async def compare(
+    first: Client,
+    second: Client,
+    *,
+    offset: int = 0,
+    length: int | None = None,
+    all: bool = False,  # noqa: A002 - the command's word
+    progress: Callable[[Progress], None] | None = None,
+) -> Comparison:
+    """Compare two exports of the same size, or a range of two of any.
+
+    What lies past the end of the shorter one reads as zeros, where the range reaches there.
+
+    At most eight windows of 1 MiB are in flight of each. Cancelling stops at once; the clients
+    stay usable.
+
+    :param first: opened with the context `base:allocation`; without it, it is read whole.
+    :param second: the same.
+    :param offset: first byte to compare.
+    :param length: in bytes; None: up to the end, which must be that of both.
+    :param all: go on after the first difference, up to the end, and count them.
+    :param progress: is told how far it is.
+    :raise RangeError: the sizes differ, and no length was given; or the
+        range is not inside the longer one.
+    :raise NBDError: a server failed, or a read.
+    """
+    began = time.monotonic()
+    if length is None:
+        if first.size != second.size:
+            raise RangeError(
+                f"one is of {first.size} bytes, the other of {second.size}: give the length of "
+                "what is to be compared"
+            )
+        length = first.size - offset
+    found = _Found(offset + length)
+    meter = Meter("comparing", length, progress)
+    running: deque[tuple[Window, asyncio.Task[bytes | None]]] = deque()
+    compared = read = 0
+    try:
+        async for window in windows((first, second), offset, length):
+            read += sum(window.reads) * window.length
+            running.append((window, asyncio.ensure_future(_unequal(window, first, second))))
+            while len(running) == IN_FLIGHT:
+                compared += await _take(running, found)
+                meter.set(compared)
+                if found.any and not all:
+                    break
+            if found.any and not all:
+                break
+        while running and (all or not found.any):
+            compared += await _take(running, found)
+            meter.set(compared)
+    finally:
+        for _, task in running:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+    return Comparison(
+        found.first, found.differing, found.ranges(), compared, read, time.monotonic() - began
+    )
+
+
+async def _take(running: deque[tuple[Window, asyncio.Task[bytes | None]]], found: _Found) -> int:
+    """Wait for the window that was begun first; return its length."""
+    window, task = running[0]
+    mask = await task
+    running.popleft()
+    if mask is not None:
+        found.add(window.offset, mask)
+    return window.length
+
+
+async def _unequal(window: Window, first: Client, second: Client) -> bytes | None:
+    """Return a byte for each of the window's that is not 0 where they differ; None: nowhere."""
+    if not any(window.reads):
+        return None
+    reads = [
+        client.read(window.offset, window.length)
+        for client, wanted in zip((first, second), window.reads, strict=True)
+        if wanted
+    ]
+    data = await asyncio.gather(*reads)
+    one, other = data if len(data) == 2 else (data[0], bytes(window.length))
+    if one == other:
+        return None
+    mask = np.frombuffer(one, np.uint8) != np.frombuffer(other, np.uint8)
+    return bytes(mask.view(np.uint8))
+
+
+@dataclass
+class _Found:
+    """The differences that were found, in bounded memory."""
+
+    stop: int
+    first: int | None = None
+    differing: int = 0
+    _grain: int = GRAIN
+    _spans: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def any(self) -> bool:
+        return self.first is not None
+
+    def add(self, offset: int, mask: bytes) -> None:
+        """Take the bytes that differ in a window; windows come in their order."""
+        places = np.flatnonzero(np.frombuffer(mask, np.uint8)) + offset
+        if self.first is None:
+            self.first = int(places[0])
+        self.differing += len(places)
+        for grain in np.unique(places // self._grain).tolist():
+            self._append(grain * self._grain, (grain + 1) * self._grain)
+        while len(self._spans) > _MOST:
+            self._grain *= 2
+            spans, self._spans = self._spans, []
+            for start, stop in spans:
+                self._append(
+                    start // self._grain * self._grain, -(-stop // self._grain) * self._grain
+                )
+
+    def _append(self, start: int, stop: int) -> None:
+        if self._spans and start <= self._spans[-1][1]:
+            start, stop = self._spans[-1][0], max(stop, self._spans.pop()[1])
+        self._spans.append((start, stop))
+
+    def ranges(self) -> Ranges:
+        return Ranges(self._spans).clip(0, self.stop)
