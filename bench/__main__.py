@@ -15,7 +15,7 @@ import tracemalloc
 from pathlib import Path
 
 import qmpblock
-from bench import allocate
+from bench import allocate, verify
 from bench.live import CLUSTER, fragmented, running, served, wall
 from qmpblock.testing.images import Tools
 
@@ -144,6 +144,7 @@ async def main() -> None:
             await map_against_nbdinfo(Path(folder), tools, extents, given.rounds)
         await growth(Path(folder), tools, given.largest, given.rounds)
         await start_up(Path(folder), tools, given.rounds)
+        verify.verify(Path(folder), tools, given.rounds)
         await allocate.all_of_it(Path(folder), tools, given.rounds)
 
 

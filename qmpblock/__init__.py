@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmpblock.allocation.room import RoomResult
     from qmpblock.allocation.thin import Allocator
     from qmpblock.changes.imagerecovery import recover_images
+    from qmpblock.copying.verify import Verification, verify_images
     from qmpblock.errors import Error
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.host.closedimage import ClosedImage, ImageLayer, closed_image
@@ -40,10 +41,12 @@ __all__ = [
     "Progress",
     "RoomResult",
     "Speed",
+    "Verification",
     "__version__",
     "closed_image",
     "connect",
     "recover_images",
+    "verify_images",
 ]
 
 _HOMES = {
@@ -61,9 +64,11 @@ _HOMES = {
     "RoomResult": "allocation.room",
     "Speed": "speed",
     "VM": "vm",
+    "Verification": "copying.verify",
     "closed_image": "host.closedimage",
     "connect": "vm",
     "recover_images": "changes.imagerecovery",
+    "verify_images": "copying.verify",
 }
 
 

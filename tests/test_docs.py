@@ -2,7 +2,7 @@
 
 How a fenced block is tested depends on the word after its fence:
 
-- `console`: those of README and of docs/map.md, jobs.md, allocate.md and policy.md
+- `console`: those of README and of docs/map.md, jobs.md, allocate.md, policy.md and verify.md
   are run, one after the other, on a real QEMU, and print
   what stands there (`...` is anything; the numbers of QEMU's own node names do not count);
 - `python run=script`: run as a program of its own, at that place;
@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 README, MAP, PYTHON = ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/python.md"
 JOBS, ALLOCATE = ROOT / "docs/jobs.md", ROOT / "docs/allocate.md"
-POLICY = ROOT / "docs/policy.md"
+POLICY, VERIFY = ROOT / "docs/policy.md", ROOT / "docs/verify.md"
 ARCHITECTURE = ROOT / "docs/architecture.md"
 EXIT_CODES = {0, 1, 2, 3, 4, 130}
 
@@ -550,7 +550,7 @@ async def test_a_newcomer_can_follow(vm_dir, qemu_binary, monkeypatch):
     readme = steps(README)
     assert "kill $(cat vm.pid)" in readme[-1].body
     try:
-        for page in (MAP, PYTHON, JOBS, ALLOCATE, POLICY):
+        for page in (MAP, VERIFY, PYTHON, JOBS, ALLOCATE, POLICY):
             readme[-1:-1] = steps(page)
         for block in readme[:-1]:
             walk.follow(block)

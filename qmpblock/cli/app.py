@@ -46,6 +46,7 @@ _COMMANDS = {
     "recover": "Undo, or carry on, what a qmpblock that died left in a VM, or to images.",
     "snapshot": "Freeze the active layers of running disks at one point in time.",
     "stream": "Copy what lower layers hold into a layer of a running disk, and drop them.",
+    "verify": "Compare two closed images byte for byte, holes and written zeros alike.",
 }
 WARNED = 4
 INTERRUPTED = 130

@@ -57,7 +57,7 @@ def text_line(what: str, seen: Progress) -> str:
         parts.append(f"{human_size(seen.remaining)} behind the guest")
     elif seen.phase != "ended":
         parts.append(f"{human_size(seen.done)} of {human_size(seen.total)}")
-    if seen.phase == "copying" and seen.rate:
+    if seen.phase in ("copying", "comparing") and seen.rate:
         parts.append(f"{human_size(int(seen.rate))}/s")
     if seen.eta is not None:
         parts.append(f"{seen.eta:.0f} s to go")

@@ -63,6 +63,7 @@ class Site:
         built = await build(parse_scenario(DISKS, "disks"), self.images, Tools.of(self.qemu))
         closed = self.images / "closed.qcow2"
         await asyncio.to_thread(shutil.copy, built.disks[0].active.chain()[1].path, closed)
+        await asyncio.to_thread(shutil.copy, closed, self.images / "copy.qcow2")
         for path in (self.images, *self.images.rglob("*")):
             os.chown(path, VM_USER, GROUP)
             path.chmod(0o2770 if path.is_dir() else 0o660)
@@ -100,6 +101,7 @@ class Site:
             "map": ("map", address, "vd0"),
             "map --layers": ("map", address, "vd0", "--layers"),
             "map IMAGE": ("map", images / "closed.qcow2"),
+            "verify IMAGE IMAGE": ("verify", images / "closed.qcow2", images / "copy.qcow2"),
             "allocate": ("allocate", address, "vd0"),
             "allocate --full (qcow2)": ("allocate", address, "vd0", "--full"),
             "allocate --full (raw)": ("allocate", address, "vd1", "--full"),
