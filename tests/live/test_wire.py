@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 
+import peers
+import pki
 import pytest
 from disturbed import nothing_of_ours, until
 
@@ -152,6 +154,104 @@ async def test_a_mirror_that_goes_well(vm, served):
     await same(vm, served.image)
 
 
+HOST = "nbd.example"
+
+
+@pytest.fixture
+def credentials(vm_dir):
+    """Make folders `server` and `client`, each with certificates and with a key that both have."""
+    root = vm_dir / "credentials"
+    root.mkdir()
+    pki.authority(root / "ca", "CA")
+    for role in ("server", "client"):
+        folder = root / role
+        pki.certificate(folder, root / "ca", role, HOST if role == "server" else role)
+        (folder / "ca-cert.pem").write_bytes((root / "ca" / "ca-cert.pem").read_bytes())
+        (folder / "keys.psk").write_text("alice:" + "5a" * 32 + "\n")
+    return root
+
+
+@contextlib.asynccontextmanager
+async def serving(image, *words, port=0, path=None):
+    """Run the system's qemu-nbd for an image, on a TCP port or at a path."""
+    where = ["-k", str(path)] if path else ["-b", "127.0.0.1", "-p", str(port)]
+    command = [peers.qemu_nbd("system"), "-t", "-x", "t", "-f", "raw", *where, *words, str(image)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    def listens():
+        assert process.poll() is None
+        with socket.socket(*([socket.AF_UNIX] if path else [])) as probe:
+            try:
+                probe.connect(str(path) if path else ("127.0.0.1", port))
+            except OSError:
+                return False
+        return True
+
+    try:
+        await until(listens, "a server")
+        yield
+    finally:
+        process.terminate()
+        await asyncio.to_thread(process.wait)
+
+
+def tls_options(folder, kind):
+    more = ",verify-peer=yes" if kind == "x509" else ""
+    return [
+        f"--object=tls-creds-{kind},id=c,endpoint=server,dir={folder / 'server'}{more}",
+        "--tls-creds=c",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["", "x509", "psk"])
+async def test_over_tcp_and_with_tls(vm, vm_dir, kind, credentials, free_port):
+    image = vm_dir / "target"
+    image.touch()
+    os.truncate(image, 64 * MIB)
+    words = tls_options(credentials, kind) if kind else []
+    uri = {"": "nbd://127.0.0.1:{}/t", "psk": "nbds://127.0.0.1:{}/t"}.get(
+        kind, "nbds://127.0.0.1:{}/t?tls-hostname=" + HOST
+    )
+    where = parse_target(uri.format(free_port))
+    creds = Credentials(str(credentials / "client"), kind, "alice") if kind else None
+    async with (
+        serving(image, *words, port=free_port),
+        connected(vm) as controller,
+        Wire.open(controller, where, run=new_run(), credentials=creds) as wire,
+    ):
+        await copy_whole(vm, wire)
+        assert wire.relay.sent > 48 * MIB
+    await nothing_of_ours(vm)
+    await same(vm, image)
+
+
+async def test_tls_at_a_unix_socket_and_with_whom_it_is_not_spoken(vm, vm_dir, credentials):
+    before = await nodes(vm)
+    image, path = vm_dir / "target", vm_dir / "s"
+    image.touch()
+    os.truncate(image, 64 * MIB)
+    where = f"nbds+unix:///t?socket={path}&tls-hostname="
+    creds = Credentials(str(credentials / "client"))
+    async with (
+        serving(image, *tls_options(credentials, "x509"), path=path),
+        connected(vm) as controller,
+    ):
+        for target, given, words in (
+            (parse_target(where + "other.example"), creds, "hostname"),
+            (parse_target(where + HOST), Credentials(str(vm_dir)), "tls-creds-x509|credentials"),
+            (parse_target(f"nbd+unix:///t?socket={path}"), None, "TLS"),
+        ):
+            with pytest.raises(NBDConnectError, match=words):
+                async with Wire.open(controller, target, run=new_run(), credentials=given):
+                    pytest.fail("there is a wire")
+            await nothing_of_ours(vm)
+        good = parse_target(where + HOST)
+        async with Wire.open(controller, good, run=new_run(), credentials=creds) as wire:
+            assert wire.node in await nodes(vm)
+    assert await nodes(vm) == before
+    await unharmed(vm)
+
+
 @pytest.mark.parametrize("first", ["cancel", "cut"])
 async def test_a_server_that_does_not_answer_any_more(vm, served, first):
     before = await nodes(vm)
@@ -289,10 +389,10 @@ async def test_a_controller_that_is_killed(vm, vm_dir, served, stalled):
     assert not os.path.exists(os.path.dirname(wire_socket(run)))
 
 
-async def test_a_server_that_goes_silent_in_the_handshake_holds_the_guest_no_longer(vm, tmp_path):
+async def test_a_server_that_goes_silent_in_the_handshake_holds_the_guest_no_longer(vm, vm_dir):
     before = await nodes(vm)
     listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(tmp_path / "s"))
+    listener.bind(str(vm_dir / "s"))
     listener.listen()
     taken = []
 
@@ -303,7 +403,7 @@ async def test_a_server_that_goes_silent_in_the_handshake_holds_the_guest_no_lon
 
     thread = threading.Thread(target=greet)
     thread.start()
-    silent = NBDTarget(UnixAddress(str(tmp_path / "s")), "t")
+    silent = NBDTarget(UnixAddress(str(vm_dir / "s")), "t")
     began = time.monotonic()
     async with connected(vm) as controller:
         with pytest.raises(NBDConnectError, match=r"did not go on for 0\.5 s") as caught:

@@ -6,12 +6,12 @@ import asyncio
 import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import fake_server as fake
 import peers
+import pki as pki_of
 import pytest
 
 from qmpblock.errors import (
@@ -25,46 +25,6 @@ from qmpblock.nbd import Client, tls_context
 from qmpblock.nbd.tls import TLSLayer, _read_key
 
 HOST = "nbd.example"
-_KEY = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-
-
-def _openssl(*arguments: str | Path) -> None:
-    command = [peers.need("openssl"), *map(str, arguments)]
-    subprocess.run(command, check=True, capture_output=True)
-
-
-def _authority(folder: Path, name: str) -> None:
-    folder.mkdir(exist_ok=True)
-    _openssl(
-        "req", "-x509", "-newkey", *_KEY, "-days", "2", "-subj", f"/CN={name}",
-        "-keyout", folder / "ca-key.pem", "-out", folder / "ca-cert.pem",
-        "-addext", "keyUsage=critical,keyCertSign,cRLSign",
-    )  # fmt: skip
-
-
-def _certificate(
-    folder: Path, authority: Path, role: str, name: str, alternative: str | None = None
-) -> None:
-    """Make one; `alternative` is its subjectAltName, by default the name, empty for none."""
-    folder.mkdir(exist_ok=True)
-    request = folder / f"{role}.csr"
-    _openssl(
-        "req", "-newkey", *_KEY, "-subj", f"/CN={name}",
-        "-keyout", folder / f"{role}-key.pem", "-out", request,
-    )  # fmt: skip
-    extensions = folder / f"{role}.ext"
-    if alternative is None:
-        alternative = f"DNS:{name}"
-    extensions.write_text(
-        (f"subjectAltName={alternative}\n" if alternative else "")
-        + f"extendedKeyUsage={role}Auth\n"
-        "keyUsage=critical,digitalSignature,keyEncipherment\nbasicConstraints=CA:FALSE\n"
-    )
-    _openssl(
-        "x509", "-req", "-days", "2", "-in", request, "-CA", authority / "ca-cert.pem",
-        "-CAkey", authority / "ca-key.pem", "-CAcreateserial", "-extfile", extensions,
-        "-out", folder / f"{role}-cert.pem",
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +32,9 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make `server` and `client` as QEMU wants them, and `stranger` from another authority."""
     root = tmp_path_factory.mktemp("pki")
     for name, authority in (("ours", "Test CA"), ("other", "Other CA")):
-        _authority(root / name, authority)
+        pki_of.authority(root / name, authority)
     for folder, authority in (("server", "ours"), ("client", "ours"), ("stranger", "other")):
-        _certificate(
+        pki_of.certificate(
             root / folder,
             root / authority,
             "server" if folder == "server" else "client",
@@ -185,7 +145,7 @@ async def test_whom_a_certificate_names(
 ):
     """By its subjectAltName alone: host names as DNS, addresses as IP (RFC 9525)."""
     shutil.copytree(pki / "server", tmp_path / "server")
-    _certificate(tmp_path / "server", pki / "ours", "server", host, alternative)
+    pki_of.certificate(tmp_path / "server", pki / "ours", "server", host, alternative)
     options = _qemu_options(tmp_path)
     image = peers.make_qcow2(tmp_path / "image", "1M")
     with peers.serving_image("system", image, tmp_path / "s", *options) as address:
