@@ -21,7 +21,7 @@ from qmpblock.errors import printable
 
 __all__ = ["Manager", "Traits", "Verb", "Work", "recognise"]
 
-Verb = Literal["snapshot", "pivot", "commit", "stream", "independent", "reserve"]
+Verb = Literal["snapshot", "pivot", "commit", "stream", "independent", "reserve", "point"]
 
 _EFFECTS: Mapping[str, str] = {
     "snapshot": "the VM goes on in an overlay: started again, it would be from the old image",
@@ -31,6 +31,8 @@ _EFFECTS: Mapping[str, str] = {
     "independent": "images leave the chain that it has recorded",
     "reserve": "the newest data is in an overlay for a while: a start, a save or a backup in "
     "that time would not see it",
+    "point": "the guest's writes go through a filter of ours for a while, which it would meet when "
+    "it changes the chain",
 }
 
 
@@ -121,6 +123,7 @@ def _libvirts_way(vm: str, work: Work) -> str:
         "commit": f"virsh blockcommit {domain} {disk}{top}{base} --wait",
         "stream": f"virsh blockpull {domain} {disk}{base} --wait",
         "independent": f"virsh blockpull {domain} {disk} --wait",
+        "point": f"virsh backup-begin {domain}, with mode='pull' in its XML",
     }
     if work.verb == "stream" and work.top:
         return (
@@ -178,6 +181,7 @@ def _proxmoxs_way(vm: str, work: Work) -> str:
         "stream": f"{move} copies the disk whole",
         "independent": f"{move} copies the disk whole",
         "reserve": f"{move}, to a storage with preallocation",
+        "point": f"vzdump {vmid} --mode snapshot",
     }[work.verb]
 
 

@@ -29,6 +29,9 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           JOINT-null                 what a joint lies on at first
                           qmpblock-RUN-no-migration  has QEMU migrate nothing
                           qmpblock-RUN-N-wire        the wire to target N of a copy, by NBD
+                          qmpblock-RUN-N-view, -filter, -kept
+                                                     disk N as it was (`copying.fleecing`)
+                          qmpblock-RUN-paused        meanwhile the VM is paused by us
     exports               qmpblock-RUN-N             export N, and its export name
     named descriptors     qmpblock-RUN-N             our end of its connection
                           qmpblock-RUN-listen        listening socket
@@ -37,6 +40,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
 
     on a host, files      IMAGE.qmpblock-RUN         temporary overlay of an allocation
                           OVERLAY-z, OVERLAY-k       beside it: zeros; what the filter keeps
+                          IMAGE.qmpblock-RUN-fleece-N
+                                                     what disk N held when it was written to
                           IMAGE.qmpblock-RUN.journal
                           IMAGE.qmpblock-RUN.elsewhere
                                                      empty: that journal is not here
@@ -81,6 +86,8 @@ __all__ = [
     "export_name",
     "filling_job",
     "filling_nodes",
+    "fleecing_file",
+    "fleecing_nodes",
     "guard_name",
     "helper_bitmap",
     "holder_node",
@@ -108,6 +115,7 @@ __all__ = [
     "new_run",
     "overlay_file",
     "overlay_node",
+    "paused_node",
     "pivot_job",
     "prefix_of_run",
     "run_of",
@@ -376,6 +384,24 @@ def holder_node(export: str) -> tuple[str, str]:
     return f"{export}-w", f"{export}-w-j"
 
 
+def fleecing_nodes(run: str, number: int) -> tuple[str, str, str]:
+    """Return the nodes by which a disk is seen as it was; `number`: of those of the run.
+
+    The view, the filter that the guest's writes go through, and what that keeps: each before those
+    that it lies on. See `qmpblock.copying.fleecing`.
+    """
+    return (
+        _named(run, f"{number}-view"),
+        _named(run, f"{number}-filter"),
+        _named(run, f"{number}-kept"),
+    )
+
+
+def paused_node(run: str) -> str:
+    """Return the node that says that a run has paused the VM, for as long as it is there."""
+    return _named(run, "paused")
+
+
 def blocker_name(run: str) -> str:
     """Return the node with which a run keeps the VM where it is; its descriptor is called so too.
 
@@ -437,6 +463,11 @@ def zeros_file(overlay: str) -> str:
 def kept_file(overlay: str) -> str:
     """Return the file of what the image was meanwhile, beside the overlay's."""
     return f"{overlay}-k"
+
+
+def fleecing_file(image: str, run: str, number: int) -> str:
+    """Return the file of what a disk held; `image` may be in another directory than its own."""
+    return f"{image}{_BESIDE}{run}-fleece-{number}"
 
 
 def journal_beside(image: str, run: str) -> str:

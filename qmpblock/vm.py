@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from qmpblock.address import Address
 from qmpblock.errors import MonitorHeldError, NotFoundError
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
     from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.step import Step
+    from qmpblock.copying.pointintime import PointInTime
     from qmpblock.graph.model import DiskDevice
     from qmpblock.qemu.job import Progress
     from qmpblock.recovery import Recovery
     from qmpblock.speed import Speed
 
 __all__ = ["VM", "Disk", "connect"]
+
+DiskT = TypeVar("DiskT", bound=MappedDisk)
 
 
 @asynccontextmanager
@@ -121,6 +124,47 @@ class VM(Connection):
         from qmpblock.chains.snapshot import snapshot
 
         return await snapshot(self, overlays, format=format, backing_name=backing_name)
+
+    @asynccontextmanager
+    async def point_in_time(
+        self,
+        disks: Sequence[DiskT],
+        *,
+        fleece: str | os.PathLike[str] | None = None,
+        fleece_limit: int | None = None,
+    ) -> AsyncIterator[dict[DiskT, PointInTime]]:
+        """Export disks as they are at one instant, for anybody's NBD client; the guest goes on.
+
+        `async with vm.point_in_time([disk]) as points:` and `points[disk].uri` is a read-only NBD
+        export of the disk as it was when this was entered, at a UNIX socket to which only this user
+        can connect. Of several disks it is one instant, for which the VM is paused: milliseconds,
+        or as long as requests of the guest's that are in flight take to end. For one it is not.
+
+        What the guest overwrites meanwhile is kept in a file for each disk, which goes at the end.
+        Where it cannot be kept (the file is full, its storage fails or does not answer for five
+        seconds, for which a write of the guest's may wait once) the point has ended, and not the
+        write: from then on every read of that export fails.
+
+        Leaving, by whatever way, ends it: connections are closed, and no reader is waited for.
+        Meanwhile nobody of ours changes these disks, the VM does not migrate, and maps and other
+        exports of ours in this VM wait for its end, up to their stall limit; so do those of this
+        very `VM`.
+
+        :param fleece: the directory of what is kept; by default beside each disk's active image.
+        :param fleece_limit: bytes that it may have, for each disk; by default half of what is free
+            there when this is entered, shared by the disks.
+        :raise RequestError: no disk, or one twice, or a limit below some MiB; nothing was touched.
+        :raise UnsupportedError: this QEMU cannot safely (a disk in an iothread before 10.0), or the
+            place or the monitor does not allow it; nothing was touched.
+        :raise NoRoomError: there is no room there; nothing was touched.
+        :raise BusyError: a job, or another controller, is at work on one of the disks, or a foreign
+            NBD server runs in the VM.
+        """
+        from qmpblock.copying.fleecing import Fleece
+        from qmpblock.copying.pointintime import point_in_time
+
+        async with point_in_time(self, disks, Fleece(fleece, fleece_limit)) as points:
+            yield points
 
     async def recover(
         self,
@@ -299,6 +343,21 @@ class Disk(MappedDisk):
         As `VM.snapshot`, for one disk.
         """
         return await self.vm.snapshot({self: overlay}, format=format, backing_name=backing_name)
+
+    @asynccontextmanager
+    async def point_in_time(
+        self,
+        *,
+        fleece: str | os.PathLike[str] | None = None,
+        fleece_limit: int | None = None,
+    ) -> AsyncIterator[PointInTime]:
+        """Export the disk as it is at this instant, for anybody's NBD client; the guest goes on.
+
+        As `VM.point_in_time`, for one disk.
+        """
+        taking = self.vm.point_in_time([self], fleece=fleece, fleece_limit=fleece_limit)
+        async with taking as points:
+            yield points[self]
 
     def stream(
         self, *, top: str | None = None, base: str | None = None, speed: int = 0

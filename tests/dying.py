@@ -18,6 +18,7 @@ import qmpblock
 import qmpblock.allocation.allocate
 import qmpblock.chains.jobs
 import qmpblock.chains.snapshot
+import qmpblock.copying.pointintime
 import qmpblock.export.session
 import qmpblock.extents.allocationmap
 import qmpblock.nbd
@@ -58,6 +59,10 @@ async def perform(vm, what):
     if what["do"] == "snapshot":
         named = {await vm.disk(disk): file for disk, file in what["overlays"].items()}
         return await vm.snapshot(named, **arguments)
+    if what["do"] == "point":
+        disks = [await vm.disk(disk) for disk in what["disks"]]
+        async with vm.point_in_time(disks, fleece=what.get("fleece")) as points:
+            return len(points)
     disk = await vm.disk(what["disk"])
     if what["do"] == "allocate":
         return await disk.allocate(**arguments)

@@ -13,16 +13,27 @@ SPEC = StressSpec(blocks=4096, block_size=4096, queue_depth=32, seed=9)
 _DRIVE = {"path": "/machine/peripheral/vd0", "property": "drive"}
 
 
+async def begin_writing(vm, *specs):
+    """Have the guest write to its disks all the time, and wait until it does."""
+    specs = specs or (SPEC,)
+    for spec in specs:
+        await vm.guest.stress(spec)
+    for spec in specs:
+        async with asyncio.timeout(20):
+            while (await vm.guest.progress(spec.disk)).acked < 500:
+                await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
-async def view(vm):
+async def view(vm, limit=None):
     """Put a filter over the disk d0 and a view of that moment over the filter; yields its bounds.
 
     The node of the view is called so.
+
+    :param limit: bytes that may be kept; None: all that there is.
     """
-    kept = vm.directory / "kept.raw"
-    with kept.open("wb") as file:
-        file.truncate(16 * MIB)
-    await _add_file(vm, "kept", kept)
+    kept = vm.directory / "kept"
+    await _add_kept(vm, kept, limit)
     await vm.execute(
         "blockdev-add",
         driver="copy-before-write",
@@ -44,6 +55,20 @@ async def view(vm):
             for node in ("filter", "kept"):
                 await vm.execute("blockdev-del", node_name=node)
         kept.unlink()
+
+
+async def _add_kept(vm, path, limit):
+    if limit is None:
+        with path.open("wb") as file:
+            file.truncate(16 * MIB)
+        await _add_file(vm, "kept", path)
+        return
+    await ran("qemu-img", "create", "-q", "-f", "qcow2", path, "16M")
+    with path.open("r+b") as file:
+        file.truncate(limit)
+    file = {"driver": "file", "filename": str(path)}
+    cage = {"driver": "raw", "offset": 0, "size": limit, "file": file}
+    await vm.execute("blockdev-add", driver="qcow2", node_name="kept", file=cage)
 
 
 @asynccontextmanager

@@ -61,6 +61,11 @@ TABLE = [
         ("qmpblock-0123abcd-3-w", "qmpblock-0123abcd-3-w-j"),
     ),
     (names.joint_nodes("qmpblock-0123abcd-3-w-j")[1], "qmpblock-0123abcd-3-w-j-null"),
+    (
+        names.fleecing_nodes(RUN, 2),
+        ("qmpblock-0123abcd-2-view", "qmpblock-0123abcd-2-filter", "qmpblock-0123abcd-2-kept"),
+    ),
+    (names.paused_node(RUN), "qmpblock-0123abcd-paused"),
     (names.blocker_name(RUN), "qmpblock-0123abcd-no-migration"),
     (names.export_name(RUN, 3), "qmpblock-0123abcd-3"),
     (names.listener_name(RUN), "qmpblock-0123abcd-listen"),
@@ -69,6 +74,7 @@ TABLE = [
     (names.overlay_file("/v/d.img", RUN), OVERLAY),
     (names.zeros_file(OVERLAY), "/v/d.img.qmpblock-0123abcd-z"),
     (names.kept_file(OVERLAY), "/v/d.img.qmpblock-0123abcd-k"),
+    (names.fleecing_file("/v/d.img", RUN, 2), "/v/d.img.qmpblock-0123abcd-fleece-2"),
     (names.journal_beside("/v/d.img", RUN), "/v/d.img.qmpblock-0123abcd.journal"),
     (names.elsewhere_beside("/v/d.img", RUN), "/v/d.img.qmpblock-0123abcd.elsewhere"),
     (

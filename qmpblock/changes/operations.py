@@ -18,12 +18,14 @@ from qmpblock.errors import printable
 from qmpblock.graph.jsonname import from_text
 from qmpblock.graph.layeruse import check_readers
 from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.names import fleecing_nodes, is_ours, paused_node
 from qmpblock.qemu.jobstate import ACTIVE
 from qmpblock.versioned import UnreadableError, read
 
 __all__ = [
     "ActiveCommit",
     "Commit",
+    "PointInTime",
     "Snapshot",
     "StagedCommit",
     "Stream",
@@ -379,6 +381,48 @@ class StagedCommit(_Pivoting):
         _check_settings(self.detect_zeroes, "", self.base_opened)
 
 
+@dataclass(frozen=True)
+class PointInTime(Record):
+    """Disks are seen as they were at one instant, while the guest goes on.
+
+    Its nodes are, for each disk, those of `fleecing_nodes`; its files what the filters keep.
+    Nothing that it makes holds what the guest wrote.
+    """
+
+    operation: ClassVar[str] = "point-in-time"
+    needed: ClassVar[tuple[str, ...]] = ("images", "files")
+
+    def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
+        """Have the guest go on first, if it was paused for the instant."""
+        paused = paused_node(self.run)
+        if paused not in graph.nodes:
+            return ()
+        return (Step("resume", paused, "the VM was paused for the instant, and is to go on"),)
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Take each filter out of the guest's way, and before it what is seen through it."""
+        for number in range(len(self.devices)):
+            view, filter_, _ = fleecing_nodes(self.run, number)
+            for export, node in graph.exports.items():
+                if node == view and is_ours(export):
+                    yield Step("end-export", export, "it shows the point in time, which ends")
+            if view in graph.nodes:
+                yield Step("delete-node", view, "it shows the point in time, which ends")
+            if filter_ in graph.nodes and set(graph.users(filter_)) - {f"node {view}"}:
+                yield Step("take-out", filter_, "the guest is to go on without it")
+
+    def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
+        """Never: the guest's writes go through the filters, and only what was there is kept."""
+        return False
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Name the images: they hold all that the guest wrote."""
+        why = "the guest's disks were read as they had been, and not changed"
+        return ImageVerdict(self.active_files, (), tuple(empty), why)
+
+
 #: By what the record says: the operation, and whether its job pivots.
 _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("snapshot", False): Snapshot,
@@ -387,6 +431,7 @@ _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("commit", True): ActiveCommit,
     ("allocate", False): ThinAllocation,
     ("allocate", True): StagedCommit,
+    ("point-in-time", False): PointInTime,
 }
 #: What the record of any of them may say. Older versions wrote all of it, most of it empty.
 _KNOWN = {one.name for kind in _KINDS.values() for one in fields(kind)} - {"more"}

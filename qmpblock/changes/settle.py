@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.changes.bitmaps import delete_bitmap
+from qmpblock.changes.filters import take_out
 from qmpblock.changes.finalize import before_finalize, bring_home, pivot
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.nodes import relink, restore_discard, restore_zeroes
@@ -21,14 +22,14 @@ from qmpblock.changes.record import Record
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.throttle import restore_limits
 from qmpblock.changes.unfinished import steps
-from qmpblock.errors import (
-    CommandError,
-    Error,
-)
+from qmpblock.errors import BusyError, CommandError, Error
+from qmpblock.export.server import delete_export
+from qmpblock.export.session import clear_dead
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles, ourfiles
 from qmpblock.names import is_ours
+from qmpblock.qemu.instant import resume
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.refusals import in_use, is_busy, no_node, not_owned
 
@@ -135,6 +136,21 @@ async def _bring_home(its: _Settling, step: Step) -> None:
     await bring_home(its.vm, its.record, its.journal, its.graph)
 
 
+async def _resume(its: _Settling, step: Step) -> None:
+    await resume(its.vm, step.what)
+
+
+async def _end_export(its: _Settling, step: Step) -> None:
+    # Its server goes, too, where it is a dead controller's; a BusyError is about that alone.
+    with contextlib.suppress(BusyError):
+        await clear_dead(its.vm.monitor, stall=its.vm.stall)
+    await delete_export(its.vm.monitor, step.what, its.vm.stall)
+
+
+async def _take_out(its: _Settling, step: Step) -> None:
+    await take_out(its.vm, step.what, await its.vm.graph())
+
+
 async def _delete_bitmap(its: _Settling, step: Step) -> None:
     node, _, name = step.what.partition("/")
     await delete_bitmap(its.vm, node, name)
@@ -166,6 +182,9 @@ _PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[None]]] = {
     "restore-discard": _restore_discard,
     "restore-limits": _restore_limits,
     "bring-home": _bring_home,
+    "resume": _resume,
+    "end-export": _end_export,
+    "take-out": _take_out,
     "delete-bitmap": _delete_bitmap,
     "delete-node": _delete_node,
     "delete-file": _delete_file,

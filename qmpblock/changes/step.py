@@ -22,9 +22,10 @@ class Step:
     """One thing to do, and why, in words.
 
     :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `relink`,
-        `restore-zeroes`, `restore-discard`, `bring-home`, `restore-limits`, `delete-bitmap`,
-        `delete-node` or `delete-file` (`qmpblock.changes.settle` performs them).
-    :ivar what: the job, node (for a bitmap NODE/NAME), disk or file.
+        `restore-zeroes`, `restore-discard`, `bring-home`, `restore-limits`, `resume`,
+        `end-export`, `take-out`, `delete-bitmap`, `delete-node` or `delete-file`
+        (`qmpblock.changes.settle` performs them).
+    :ivar what: the job, node (for a bitmap NODE/NAME), export, disk or file.
     :ivar to: what it is to have, or to lie on, where the verb needs that.
     """
 

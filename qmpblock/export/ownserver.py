@@ -16,8 +16,8 @@ from qmpblock.errors import BusyError, CommandError, Error
 from qmpblock.export.server import (
     answers,
     delete_object,
+    handshakes_end,
     is_listening,
-    notice_closed,
 )
 from qmpblock.export.socketfolder import SocketFolder
 from qmpblock.names import (
@@ -44,9 +44,14 @@ class OwnServer:
 
     :ivar path: of its socket, once it is chosen; also the `ports` on which it may listen.
     :ivar where: to connect to, where that is not handed over.
+
+    :param lasting: whether its socket stays where it is, for clients of others, until it stops.
     """
 
-    def __init__(self, monitor: Monitor, access: NBDAccess, run: str) -> None:
+    def __init__(
+        self, monitor: Monitor, access: NBDAccess, run: str, *, lasting: bool = False
+    ) -> None:
+        self._lasting = lasting
         self.path = ""
         self.ports: list[int] = []
         self.where: Address | None = None
@@ -130,7 +135,8 @@ class OwnServer:
                 # The server takes the descriptor only where it starts.
                 await tolerate(not_found, self._monitor.execute("closefd", {"fdname": name}))
                 raise
-        folder.remove()
+        if not self._lasting:
+            folder.remove()
 
     async def _listen_on_tcp(self) -> None:
         assert isinstance(self._monitor.address, TCPAddress)  # over_tcp
@@ -194,9 +200,12 @@ class OwnServer:
             self._runs = await self._is_ours()
 
     async def stop(self) -> None:
-        """Stop it, if it runs, and remove what it was started with. Idempotent."""
+        """Stop it, if it runs, and remove what it was started with. Idempotent.
+
+        :raise BusyError: a client does not end its handshake (K14).
+        """
         if self._runs:
-            await notice_closed(self._monitor)
+            await handshakes_end(self._monitor, self.path)
             await tolerate(not_running, self._monitor.execute("nbd-server-stop"))
         if self._tls_object:
             await delete_object(self._monitor, credentials_name(self._run))

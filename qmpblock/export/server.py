@@ -11,7 +11,7 @@ import logging
 import os
 import posixpath
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ __all__ = [
     "answers",
     "delete_export",
     "delete_object",
+    "handshakes_end",
+    "is_connected",
     "is_listening",
     "monitor_name",
     "notice_closed",
@@ -39,6 +41,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_ACCEPTS = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
+_HANDSHAKE = 20.0  # seconds: QEMU gives a handshake ten, from 7.2.14 on
+_LOOK = 0.05  # seconds between looks at the connections
 
 
 async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "hard") -> bool:
@@ -76,6 +81,30 @@ async def notice_closed(monitor: Monitor) -> None:
         await monitor.execute("query-version")
 
 
+async def handshakes_end(monitor: Monitor, path: str) -> None:
+    """Let QEMU end the connections to a server of ours, where it could not be stopped before (K14).
+
+    With no export left those are in their handshakes, to which QEMU gives ten seconds.
+
+    :param path: to which the server's socket was bound; nobody finds it there any more.
+    :raise BusyError: one does not end: that of an older QEMU (F16).
+    """
+    await notice_closed(monitor)
+    if not Capabilities(monitor.version).nbd_server_stop_hangs_in_handshake:
+        return
+    late = asyncio.get_running_loop().time() + _HANDSHAKE
+    while is_connected(path):
+        if asyncio.get_running_loop().time() > late:
+            raise BusyError(
+                "a client of the NBD server in this VM has begun a handshake and does not go on; "
+                f"to stop the server now would hang QEMU {Capabilities(monitor.version)}",
+                standing="its exports are gone; the server runs on, and its lock is left",
+                remedy=f"end that client (ss -xp | grep {printable(path)}), then run any map of "
+                "this VM: it removes the rest",
+            )
+        await asyncio.sleep(_LOOK)
+
+
 def monitor_name(monitor: Monitor) -> str:
     """Name a monitor so that another process can tell whether it is the same."""
     return absolute(monitor.address)
@@ -83,12 +112,20 @@ def monitor_name(monitor: Monitor) -> str:
 
 def is_listening(path: str) -> bool:
     """Whether a listening socket that was bound to `path` is still open, unlinked or not."""
-    accepts = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
+    return any(flags & _ACCEPTS for flags in _sockets(path))
+
+
+def is_connected(path: str) -> bool:
+    """Whether a connection that was made to `path` is still open at the server's end."""
+    return any(not flags & _ACCEPTS for flags in _sockets(path))
+
+
+def _sockets(path: str) -> Iterator[int]:
+    """Yield the flags of every socket that bears a path, unlinked or not."""
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[7] == path and int(fields[3], 16) & accepts:
-            return True
-    return False
+        if len(fields) == 8 and fields[7] == path:
+            yield int(fields[3], 16)
 
 
 @dataclass(frozen=True)
@@ -177,7 +214,8 @@ class _DeadRun:
     async def stop_server(self) -> None:
         """Stop the server, if it is that run's own.
 
-        :raise BusyError: that takes the monitor which the dead controller used.
+        :raise BusyError: that takes the monitor which the dead controller used, or a client does
+            not end its handshake (K14).
         """
         await self._close(listener_name(self._run))
         if self._path and (self._exported or await self._is_listening()):
@@ -190,7 +228,7 @@ class _DeadRun:
                     remedy="run the same command once by the monitor that it came by, "
                     f"{printable(self._use.monitor)}: it removes the rest",
                 )
-            await notice_closed(self._monitor)
+            await handshakes_end(self._monitor, self._path)
             if await tolerate(not_running, self._monitor.execute("nbd-server-stop")):
                 self._removed.append("the NBD server")
         await delete_object(self._monitor, credentials_name(self._run))

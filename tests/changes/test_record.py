@@ -13,6 +13,7 @@ from qmpblock.changes import operations
 from qmpblock.changes.operations import (
     ActiveCommit,
     Commit,
+    PointInTime,
     Snapshot,
     StagedCommit,
     Stream,
@@ -65,7 +66,7 @@ FIELDS = {
     "images": some(words),
     "more": unknown,
 }
-KINDS = (Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit)
+KINDS = (Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime)
 
 
 def of(kind):

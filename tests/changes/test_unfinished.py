@@ -751,3 +751,67 @@ def test_scenes_are_what_they_say():
             if scene is not preparing:
                 done_now = scene(None, done).record.took_effect(drawing.graph())
                 assert done_now is done
+
+
+VIEWED = tuple(f"{PREFIX}0-{what}" for what in ("view", "filter", "kept"))
+PAUSED = f"{PREFIX}paused"
+
+
+def of_point():
+    """Return the record of: see d0 as it was."""
+    nodes = (*VIEWED, PAUSED)
+    return record("point-in-time", nodes=nodes, files=("/i/d0-fleece",), images=("/i/d0",))
+
+
+def fleeced():
+    """Draw a disk while it is seen as it was."""
+    view, filter_, kept = VIEWED
+    drawn = chain("d0").image(kept, file="/i/d0-fleece")
+    drawn.filter(filter_, "copy-before-write", "d0").filter(view, "snapshot-access", filter_)
+    drawn.nodes[filter_]["children"].append({"child": "target", "node-name": kept})
+    return drawn.device(filter_).export(f"{PREFIX}0", view)
+
+
+def left(drawn, made=()):
+    """Return what is left of a point in time, in words."""
+    found = [steps(of_point(), drawn.graph(), choice, made) for choice in Choice]
+    assert found[0] == found[1]  # it cannot be carried on
+    return [(step.verb, step.what) for step in found[0]]
+
+
+def test_a_point_in_time_gives_the_guest_back_its_disk_before_anything_of_it_goes():
+    view, filter_, kept = VIEWED
+    drawn = fleeced()
+    assert left(drawn) == [
+        ("end-export", f"{PREFIX}0"),
+        ("delete-node", view),
+        ("take-out", filter_),
+    ]
+    drawn.exports.clear()
+    del drawn.nodes[view]
+    assert left(drawn) == [("take-out", filter_)]
+    drawn.device("d0")
+    assert left(drawn, ["/i/d0-fleece"])[0] == ("delete-node", filter_)
+    del drawn.nodes[filter_]
+    assert left(drawn, ["/i/d0-fleece"]) == [("delete-node", kept)]
+    del drawn.nodes[kept], drawn.nodes[f"{kept}-f"]
+    assert left(drawn, ["/i/d0-fleece"]) == [("delete-file", "/i/d0-fleece")]
+    assert left(drawn) == []
+
+
+def test_a_guest_that_was_paused_for_it_goes_on_first():
+    drawn = fleeced()
+    drawn._node(PAUSED, "null-co", 0, "null-co://")
+    assert left(drawn) == [("resume", PAUSED)]
+
+
+def test_an_export_of_somebody_elses_is_left_alone():
+    drawn = fleeced()
+    drawn.exports = {"theirs": VIEWED[0]}
+    assert left(drawn) == [("delete-node", VIEWED[0]), ("take-out", VIEWED[1])]
+
+
+def test_a_point_in_time_says_nothing_about_which_image_is_newest():
+    verdict = of_point().verdict([], {"/i/d0-fleece": False})
+    assert (verdict.start, verdict.unused) == (("/i/d0",), ("/i/d0-fleece",))
+    assert verdict.stale == ()

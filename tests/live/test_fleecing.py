@@ -6,7 +6,18 @@ By plain QMP, so that these are facts about QEMU and not about us.
 import asyncio
 
 import pytest
-from fleecing import DISK, MIB, SPEC, copied_by_job, export, ran, read_out, server, view
+from fleecing import (
+    DISK,
+    MIB,
+    SPEC,
+    begin_writing,
+    copied_by_job,
+    export,
+    ran,
+    read_out,
+    server,
+    view,
+)
 from rounds import rounds
 
 from qmpblock.errors import DisconnectedError
@@ -26,8 +37,7 @@ async def wrong_copies(vm, count, copying):
     copy, wrong = vm.directory / "copy.raw", []
     for number in range(count):
         await vm.guest.write_zeroes(0, 0, 16 * MIB)
-        await vm.guest.stress(SPEC)
-        await asyncio.sleep(0.1)
+        await begin_writing(vm)
         async with view(vm) as bounds, server(vm) as path:
             await copying(copy, path)
         await vm.guest.stop_stress()
@@ -70,7 +80,7 @@ async def test_readers_of_the_same_range(start_qemu, invariant):
     if aborts:
         vm.expect_exit()
         invariant.forget(vm)
-    await vm.guest.stress(SPEC)
+    await begin_writing(vm)
     died = False
     try:
         async with view(vm), server(vm) as path, export(vm, path) as uri:
@@ -85,3 +95,24 @@ async def test_readers_of_the_same_range(start_qemu, invariant):
     if not died:
         done = await vm.guest.stop_stress()
         assert (done.bad, done.errors) == (0, 0)
+
+
+async def test_what_is_kept_is_bounded(start_qemu, invariant):
+    """By a raw node that does not grow. The point ends with it, and not the guest's write."""
+    vm = await start_qemu(DISK, guest=True)
+    await begin_writing(vm)
+    async with view(vm, limit=MIB), server(vm) as path, export(vm, path) as uri:
+        before = (await vm.guest.progress(0)).acked
+        async with asyncio.timeout(20):
+            while (await vm.guest.progress(0)).acked < before + 5000:
+                await asyncio.sleep(0.05)
+        code, said = await ran("nbdcopy", uri, "null:")
+        assert code != 0
+        assert "Invalid argument" in said
+        kept = (vm.directory / "kept").stat()
+        assert kept.st_size == MIB
+        assert kept.st_blocks * 512 > MIB // 2
+    assert (await vm.execute("query-status"))["status"] == "running"
+    done = await vm.guest.stop_stress()
+    assert (done.bad, done.errors) == (0, 0)
+    assert await vm.guest.check() > 0

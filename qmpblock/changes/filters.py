@@ -1,0 +1,107 @@
+"""A filter of ours in the way of a disk's requests: where it goes, how it gets there and away.
+
+It comes right above the layers and whatever filters keep or change what passes::
+
+    guest -> throttle -> OURS -> copy-on-read -> active layer
+
+So what we ourselves read through it is not charged to a `throttle` of the guest's (nor is it to
+limits of the device, `block_set_io_throttle`), and no filter of the VM's is lost. With no throttle
+above it, it is the device's `drive` by qom-set; else the throttle's child by qemu-io's `reopen`,
+which keeps all options that it is not given (F14).
+
+It is taken out by what is seen then: whatever lies on it, of whomever, comes to lie on what it lies
+on. Somebody may have taken a snapshot on either side of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qmpblock.errors import CommandError, Error, InUseError, printable
+from qmpblock.graph.model import BlockGraph, DiskDevice
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["Spot", "put_filter", "spot_in", "take_out"]
+
+# What QEMU lets a node be called, by people or by itself; it goes into a command line.
+_NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where in a disk's way a filter of ours goes.
+
+    :ivar device: the QOM path of the device.
+    :ivar above: the node that is to lie on it; empty where the device itself does.
+    :ivar below: the node that it lies on.
+    """
+
+    device: str
+    above: str
+    below: str
+
+
+def spot_in(device: DiskDevice) -> Spot:
+    """Choose where it goes. Pure."""
+    above = ""
+    for node in device.chain.filters:
+        if node.driver != "throttle" or not _NODE_NAME.fullmatch(node.name):
+            return Spot(device.qom_path, above, node.name)
+        above = node.name
+    return Spot(device.qom_path, above, device.chain.active.node.name)
+
+
+async def put_filter(vm: Connection, spot: Spot, node: str) -> None:
+    """Put a node of ours there, which lies on `spot.below` already.
+
+    :raise Error: QEMU refused; the disk is as it was.
+    """
+    if spot.above:
+        await _set_child(vm, spot.above, "file", node)
+    else:
+        await _set_drive(vm, spot.device, node)
+
+
+async def take_out(vm: Connection, node: str, graph: BlockGraph) -> None:
+    """Have all that lies on a filter of ours lie on what that lies on. Idempotent.
+
+    :param graph: as it is now.
+    :raise InUseError: somebody else reads what we show through it.
+    :raise Error: QEMU refused.
+    """
+    below = graph.nodes[node].child("file") if node in graph.nodes else None
+    if below is None:
+        return  # it is gone
+    for parent in graph.parents(node):
+        known = graph.nodes[parent]
+        edge = next(edge.name for edge in known.children if edge.node == node)
+        if known.driver == "snapshot-access":
+            users = ", ".join(graph.users(parent))
+            raise InUseError(
+                f"{printable(parent)} is used by {users or 'somebody'}, so the filter below it "
+                f"stays in the way of the guest's writes"
+            )
+        await _set_child(vm, parent, edge, below)
+    for device in graph.disks():
+        if device.chain.root.name == node:
+            await _set_drive(vm, device.qom_path, below)
+
+
+async def _set_drive(vm: Connection, device: str, node: str) -> None:
+    # Never the one that it has: QEMU would abort (K3). It was another one in the last graph.
+    what = {"path": device, "property": "drive", "value": node}
+    await vm.monitor.execute("qom-set", what)
+
+
+async def _set_child(vm: Connection, node: str, edge: str, child: str) -> None:
+    for name in (node, child):
+        if not _NODE_NAME.fullmatch(name):
+            raise Error(f"the name of the node {printable(name)} cannot be put on a command line")
+    line = f'qemu-io {node} "reopen -o {edge}={child}"'
+    said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    if said:
+        raise CommandError("human-monitor-command", {"command-line": line}, "GenericError", said)

@@ -1,0 +1,48 @@
+"""An instant: what several commands do while no guest runs, so that it is one moment to the guest.
+
+A node of ours, which does nothing, says that it was we who paused the VM. It is there from before
+`stop` until after `cont`, so that whoever comes after a controller that was killed in between has
+the guest go on, and nobody has one go on that an operator has paused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qmpblock.qemu.refusals import no_node, tolerate
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["instant", "resume"]
+
+
+@asynccontextmanager
+async def instant(vm: Connection, node: str) -> AsyncIterator[None]:
+    """Pause the VM for the body, unless it is paused; then go on, if the body went well.
+
+    If not, going on is for whoever undoes the change: `resume`, first of all. So is it where this
+    is cancelled. The guest is paused for as long as requests in flight take to end, and the body.
+
+    :param node: its name, of a node of ours.
+    """
+    if not (await vm.monitor.execute("query-status"))["running"]:
+        yield
+        return
+    mark = {"driver": "null-co", "node-name": node, "size": 0, "read-zeroes": True}
+    await vm.monitor.execute("blockdev-add", mark)
+    await vm.monitor.execute("stop")
+    yield
+    await resume(vm, node)
+
+
+async def resume(vm: Connection, node: str) -> None:
+    """Have a VM go on that `instant` has paused. Idempotent.
+
+    One that is not merely paused, but stopped for an error say, is left as it is.
+    """
+    if (await vm.monitor.execute("query-status"))["status"] == "paused":
+        await vm.monitor.execute("cont")
+    await tolerate(no_node, vm.monitor.execute("blockdev-del", {"node-name": node}))

@@ -1,0 +1,65 @@
+"""A VM that is paused for an instant, by QEMU's answers. With QEMUs: live/test_points.py."""
+
+import pytest
+from drawing import chain
+from fake_objects import fake_vm
+
+from qmpblock.qemu.instant import instant, resume
+
+NODE = "qmpblock-deadbeef-paused"
+
+
+def state(status):
+    return {"return": {"status": status, "running": status == "running"}}
+
+
+async def sent(tmp_path, act, status="running"):
+    """Return which commands change anything, in their order."""
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, qemu):
+        qemu["query-status"] = state(status)
+        plain = qemu.get
+
+        def get(command, default=None):
+            if command in ("stop", "cont"):
+                qemu["query-status"] = state("paused" if command == "stop" else "running")
+            return plain(command, default)
+
+        qemu.get = get
+        before = len(qemu.fake.seen)
+        try:
+            await act(vm)
+        finally:
+            told = [one["execute"] for one in qemu.fake.seen[before:]]
+        return [one for one in told if one != "query-status"]
+
+
+async def in_it(vm):
+    async with instant(vm, NODE):
+        await vm.monitor.execute("qom-list", {"path": "/"})
+
+
+async def test_it_is_marked_from_before_the_pause_until_after_it(tmp_path):
+    expected = ["blockdev-add", "stop", "qom-list", "cont", "blockdev-del"]
+    assert await sent(tmp_path, in_it) == expected
+
+
+async def test_a_vm_that_is_paused_stays_so(tmp_path):
+    assert await sent(tmp_path, in_it, "paused") == ["qom-list"]
+
+
+async def test_where_the_body_fails_it_is_for_whoever_undoes_it(tmp_path):
+    async def failing(vm):
+        with pytest.raises(ZeroDivisionError):
+            async with instant(vm, NODE):
+                raise ZeroDivisionError
+        await vm.monitor.execute("query-version")
+
+    assert await sent(tmp_path, failing) == ["blockdev-add", "stop", "query-version"]
+
+
+@pytest.mark.parametrize(
+    ("status", "goes_on"), [("paused", True), ("running", False), ("io-error", False)]
+)
+async def test_only_what_is_paused_goes_on(tmp_path, status, goes_on):
+    done = await sent(tmp_path, lambda vm: resume(vm, NODE), status)
+    assert done == ["cont"] * goes_on + ["blockdev-del"]
