@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -15,6 +16,7 @@ import peers
 import pki
 import pytest
 from disturbed import nothing_of_ours, until
+from otherusers import USERS, VM_USER, UsersQemu
 
 from qmpblock.address import UnixAddress
 from qmpblock.copying.relay import End
@@ -152,6 +154,34 @@ async def test_a_mirror_that_goes_well(vm, served):
     await nothing_of_ours(vm)
     await served.close()
     await same(vm, served.image)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a QEMU as another user")
+async def test_a_qemu_of_another_user(vm_dir, qemu_binary, served, monkeypatch):
+    """The socket is in a directory that is its own, and nobody else's."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    built = await build(parse_scenario(SOURCE, "its"), vm_dir / "its", Tools.of(qemu_binary))
+    place = vm_dir / "vm"
+    place.mkdir()
+    for path in (place, vm_dir / "its", *(vm_dir / "its").rglob("*")):
+        os.chown(path, VM_USER, VM_USER)
+    vm_dir.chmod(0o755)
+    user = USERS["the VM's user"]
+    async with (
+        UsersQemu.of(built, directory=place, qemu=qemu_binary, user=user, umask=0o007) as vm,
+        connected(vm) as controller,
+    ):
+        async with Wire.open(controller, target(served), run=new_run()) as wire:
+            folder = os.path.dirname(wire.relay.path)
+            status = os.stat(folder)
+            assert (status.st_uid, status.st_mode & 0o777) == (VM_USER, 0o700)
+            await mirror(vm, wire)
+            await ready(vm)
+            await vm.execute("block-job-cancel", device="copy")
+            await gone(vm)
+        assert not os.path.exists(folder)
+        await nothing_of_ours(vm)
+        vm.expect_exit()
 
 
 HOST = "nbd.example"
