@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qmpblock.copying.meter import Meter
-from qmpblock.copying.windows import IN_FLIGHT, Window, windows
+from qmpblock.copying.windows import Window, in_order, windows
 from qmpblock.errors import RangeError
 from qmpblock.ranges import Ranges
 
@@ -93,39 +93,24 @@ async def compare(
         length = first.size - offset
     found = _Found(offset + length)
     meter = Meter("comparing", length, progress)
-    running: deque[tuple[Window, asyncio.Task[bytes | None]]] = deque()
     compared = read = 0
-    try:
-        async for window in windows((first, second), offset, length):
+
+    async def look(window: Window) -> bytes | None:
+        return await _unequal(window, first, second)
+
+    looks = in_order(windows((first, second), offset, length), look)
+    async with aclosing(looks):
+        async for window, mask in looks:
+            compared += window.length
             read += sum(window.reads) * window.length
-            running.append((window, asyncio.ensure_future(_unequal(window, first, second))))
-            while len(running) == IN_FLIGHT:
-                compared += await _take(running, found)
-                meter.set(compared)
-                if found.any and not all:
-                    break
-            if found.any and not all:
-                break
-        while running and (all or not found.any):
-            compared += await _take(running, found)
             meter.set(compared)
-    finally:
-        for _, task in running:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+            if mask is not None:
+                found.add(window.offset, mask)
+                if not all:
+                    break
     return Comparison(
         found.first, found.differing, found.ranges(), compared, read, time.monotonic() - began
     )
-
-
-async def _take(running: deque[tuple[Window, asyncio.Task[bytes | None]]], found: _Found) -> int:
-    """Wait for the window that was begun first; return its length."""
-    window, task = running[0]
-    mask = await task
-    running.popleft()
-    if mask is not None:
-        found.add(window.offset, mask)
-    return window.length
 
 
 async def _unequal(window: Window, first: Client, second: Client) -> bytes | None:
@@ -154,10 +139,6 @@ class _Found:
     differing: int = 0
     _grain: int = GRAIN
     _spans: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def any(self) -> bool:
-        return self.first is not None
 
     def add(self, offset: int, mask: bytes) -> None:
         """Take the bytes that differ in a window; windows come in their order."""

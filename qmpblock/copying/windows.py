@@ -13,9 +13,11 @@ the windows in flight.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
     from qmpblock.nbd import Client
 
-__all__ = ["CONTEXT", "IN_FLIGHT", "WINDOW", "Window", "windows"]
+__all__ = ["CONTEXT", "IN_FLIGHT", "WINDOW", "Window", "in_order", "windows"]
+
+_T = TypeVar("_T")
 
 CONTEXT = "base:allocation"
 """The metadata context by which zeros are known; an export without it is read whole."""
@@ -82,6 +86,33 @@ async def windows(
             end = max(end, min(min(zeros) // size * size, stop, *ends))
         yield Window(offset, end - offset, reads)
         offset = end
+
+
+async def in_order(
+    parts: AsyncIterator[Window],
+    work: Callable[[Window], Coroutine[Any, Any, _T]],
+    most: int = IN_FLIGHT,
+) -> AsyncGenerator[tuple[Window, _T], None]:
+    """Work on several windows at once, and yield what comes of each, in their order.
+
+    To be closed (`contextlib.aclosing`): that cancels what is under way, and waits for it.
+
+    :param most: windows that are worked on at once.
+    """
+    running: deque[tuple[Window, asyncio.Task[_T]]] = deque()
+    try:
+        async for window in parts:
+            running.append((window, asyncio.ensure_future(work(window))))
+            while len(running) >= most:
+                yield running[0][0], await running[0][1]
+                running.popleft()
+        while running:
+            yield running[0][0], await running[0][1]
+            running.popleft()
+    finally:
+        for _, task in running:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
 
 
 class _Zeros:
