@@ -185,10 +185,10 @@ class Relay:
         try:
             end = self._accept() or self._pass_on()
         finally:
+            self._ended = end  # before QEMU can hear of it, so that whoever it tells can say why
             for sock in (self._listener, self._qemu, self._server):
                 if sock is not None:
                     sock.close()
-            self._ended = end
 
     def _accept(self) -> End | None:
         """Wait for QEMU; then nobody can connect any more.
