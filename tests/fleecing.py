@@ -8,6 +8,8 @@ from qmpblock.testing.stamps import StressSpec
 
 MIB = 1 << 20
 DISK = parse_scenario("about: One disk.\nimages: [{format: raw, size: 16M}]\n", "disk")
+#: Seconds for which a write may wait for what was there to be kept.
+TIMEOUT = 2
 #: Of which the view, being of a moment, tells an exact point.
 SPEC = StressSpec(blocks=4096, block_size=4096, queue_depth=32, seed=9)
 _DRIVE = {"path": "/machine/peripheral/vd0", "property": "drive"}
@@ -25,15 +27,19 @@ async def begin_writing(vm, *specs):
 
 
 @asynccontextmanager
-async def view(vm, limit=None):
+async def view(vm, limit=None, stored=None):
     """Put a filter over the disk d0 and a view of that moment over the filter; yields its bounds.
 
     The node of the view is called so.
 
     :param limit: bytes that may be kept; None: all that there is.
+    :param stored: address of an NBD server where it is, instead of a file.
     """
     kept = vm.directory / "kept"
-    await _add_kept(vm, kept, limit)
+    if stored is None:
+        await _add_kept(vm, kept, limit)
+    else:
+        await vm.execute("blockdev-add", driver="nbd", node_name="kept", server=stored)
     await vm.execute(
         "blockdev-add",
         driver="copy-before-write",
@@ -41,7 +47,7 @@ async def view(vm, limit=None):
         file="d0",
         target="kept",
         on_cbw_error="break-snapshot",
-        cbw_timeout=5,
+        cbw_timeout=TIMEOUT,
     )
     async with vm.guest.bounds(0) as bounds:
         await vm.execute("qom-set", **_DRIVE, value="filter")
@@ -54,7 +60,7 @@ async def view(vm, limit=None):
             await vm.execute("qom-set", **_DRIVE, value="d0")
             for node in ("filter", "kept"):
                 await vm.execute("blockdev-del", node_name=node)
-        kept.unlink()
+        kept.unlink(missing_ok=True)
 
 
 async def _add_kept(vm, path, limit):

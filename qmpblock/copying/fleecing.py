@@ -44,6 +44,7 @@ from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
 from qmpblock.errors import (
     UNTOUCHED,
+    CommandError,
     Error,
     GraphError,
     NoRoomError,
@@ -184,6 +185,7 @@ async def _plan(vm: Connection, run: str, paths: Sequence[str], fleece: Fleece) 
         check_idle(device)
         check_disk(device)
         await _check_iothread(vm, device)
+        await _check_alone(vm, device)
         secret = await _key_secret(vm, device)
         kept = _file(vm, run, number, device, fleece)
         contents = await make(vm, Header("qcow2", device.chain.active.size, key_secret=secret))
@@ -204,6 +206,25 @@ async def _check_iothread(vm: Connection, device: DiskDevice) -> None:
             "goes away",
             standing=UNTOUCHED,
             remedy="use QEMU 10.0 or newer, or give the disk no iothread",
+        )
+
+
+async def _check_alone(vm: Connection, device: DiskDevice) -> None:
+    """Refuse a disk that others may write to, whose writes would not pass the filter.
+
+    :raise UnsupportedError: it is one.
+    """
+    asked = {"path": device.qom_path, "property": "share-rw"}
+    try:
+        shared = await vm.monitor.execute("qom-get", asked)
+    except CommandError:
+        return  # this kind of device has no such property
+    if shared:
+        raise UnsupportedError(
+            f"{device.name} has share-rw=on: others may write to its image, and what they write "
+            "would be seen in what is to be of one instant",
+            standing=UNTOUCHED,
+            remedy="snapshot it instead, or give the device share-rw=off if nobody else writes",
         )
 
 

@@ -4,12 +4,15 @@ By plain QMP, so that these are facts about QEMU and not about us.
 """
 
 import asyncio
+import contextlib
+import signal
 
 import pytest
 from fleecing import (
     DISK,
     MIB,
     SPEC,
+    TIMEOUT,
     begin_writing,
     copied_by_job,
     export,
@@ -116,3 +119,40 @@ async def test_what_is_kept_is_bounded(start_qemu, invariant):
     done = await vm.guest.stop_stress()
     assert (done.bad, done.errors) == (0, 0)
     assert await vm.guest.check() > 0
+
+
+async def test_a_storage_that_does_not_answer_holds_one_write(start_qemu, invariant):
+    """For as long as `cbw-timeout` says; then the point has ended, and the guest goes on."""
+    vm = await start_qemu(DISK, guest=True)
+    await begin_writing(vm)
+    socket = vm.directory / "stalled"
+    image = vm.directory / "stalled.raw"
+    with image.open("wb") as file:
+        file.truncate(16 * MIB)
+    served = await asyncio.create_subprocess_exec(
+        "qemu-nbd", "-t", "-f", "raw", "-k", str(socket), str(image)
+    )
+    try:
+        async with asyncio.timeout(20):
+            while not socket.exists():
+                await asyncio.sleep(0.01)
+        async with view(vm, stored={"type": "unix", "path": str(socket)}), server(vm) as path:
+            served.send_signal(signal.SIGSTOP)
+            try:
+                await vm.guest.latency(0)
+                before = (await vm.guest.progress(0)).acked
+                async with asyncio.timeout(30):
+                    while (await vm.guest.progress(0)).acked < before + 20_000:
+                        await asyncio.sleep(0.05)
+                held = (await vm.guest.latency(0)).held_us / 1e6
+            finally:
+                served.send_signal(signal.SIGCONT)  # what drains would wait for it
+            async with export(vm, path) as uri:
+                assert (await ran("nbdcopy", uri, "null:"))[0] != 0
+        assert TIMEOUT - 0.5 < held < TIMEOUT + 3
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            served.kill()
+        await served.wait()
+    done = await vm.guest.stop_stress()
+    assert (done.bad, done.errors) == (0, 0)

@@ -154,6 +154,43 @@ async def test_two_disks_one_after_the_other_are_not(start_qemu, vm_dir, invaria
     await at_ease(vm, *specs)
 
 
+async def test_what_the_guest_discards_and_zeroes_is_seen_as_it_was(start_qemu, vm_dir, invariant):
+    vm = await start_qemu(parse_scenario(DISKS["raw"], "disk"), guest=True)
+    copy = vm_dir / "copy.raw"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        async with disk.point_in_time() as point:
+            await vm.guest.discard(0, 16 * MIB, MIB // 2)
+            await vm.guest.write_zeroes(0, 16 * MIB + MIB // 2, MIB // 2)
+            await vm.guest.fill(0, MIB, 512, 0x11)
+            await read_out(copy, point.uri)
+        data = copy.read_bytes()
+        assert data[16 * MIB : 17 * MIB] == bytes([SHOWN]) * MIB
+        assert not any(data[: 16 * MIB])
+        async with disk.point_in_time() as point:
+            await read_out(copy, point.uri)
+        data = copy.read_bytes()
+        assert not any(data[16 * MIB + MIB // 2 : 17 * MIB])
+        assert data[MIB : MIB + 512] == bytes([0x11]) * 512
+
+
+async def test_a_disk_that_others_may_write_to_is_refused(start_qemu, vm_dir, invariant):
+    vm = await start_qemu(parse_scenario(DISKS["raw"], "disk"))
+    invariant.forget(vm)  # a disk more
+    path = vm_dir / "shared.raw"
+    path.write_bytes(bytes(MIB))
+    file = {"driver": "file", "filename": str(path)}
+    await vm.execute("blockdev-add", driver="raw", node_name="shared", file=file)
+    plug = {"driver": "virtio-blk-pci", "id": "vd9", "drive": "shared", "share-rw": True}
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        await controller.monitor.execute("device_add", plug)
+        disk = await controller.disk("vd9")
+        with pytest.raises(UnsupportedError, match="share-rw=on"):
+            async with disk.point_in_time():
+                raise AssertionError
+    await nothing_of_ours(vm)
+
+
 @pytest.mark.parametrize("disks", [1, 2])
 async def test_a_paused_vm_stays_paused(disks, start_qemu, invariant):
     vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
