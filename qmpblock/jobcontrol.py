@@ -21,7 +21,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph.model import JobInfo
-from qmpblock.names import LockKind, is_pivot, lock_kind
+from qmpblock.names import LockKind, is_pivot, lock_kind, paused_node
 from qmpblock.qemu import lock, ownership, polling
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.jobstate import VERBS, Verb, allows
@@ -103,7 +103,9 @@ async def steer(vm: Connection, name: str, verb: Steering, speed: int = 0) -> st
     if verb in ("complete", "finalize", "dismiss"):
         holder = await holder_of(vm, job)
         if holder is not None and not holder.is_dead():
-            if verb != "complete":
+            record = record_of(holder)
+            pauses = record is not None and paused_node(record.run) in record.nodes
+            if verb != "complete" or pauses:  # it has to pause the VM before (K26)
                 raise BusyError(
                     f"the controller of {name} does that by itself: {holder}",
                     standing=UNTOUCHED,

@@ -98,10 +98,10 @@ def dead(run, **details):
 
 
 @asynccontextmanager
-async def fake_vm(path, drawing, **answers):
+async def fake_vm(path, drawing, *, major=11, **answers):
     """Yield a VM that is connected to such a peer, and the peer's Objects."""
     greeting = json.loads(json.dumps(GREETING))
-    greeting["QMP"]["version"]["qemu"]["major"] = 11
+    greeting["QMP"]["version"]["qemu"]["major"] = major
     objects = Objects(drawing)
     objects.update(answers)
     async with fake_qmp(path, json.dumps(greeting).encode() + b"\n", objects) as fake:

@@ -77,6 +77,7 @@ class Operation:
 
     :ivar what: the request of dying.py; `{}` in file names stands for the images' directory.
     :ivar chains: the documented result: the file names of each disk's layers.
+    :ivar extra: of QEMU's command line.
     :ivar scars: whether a cancelled job of it leaves nodes and files open for writing: QEMU's
         doing (a commit on 7.2, a stream into a middle layer on 11.1).
     """
@@ -86,6 +87,7 @@ class Operation:
     what: dict
     chains: tuple
     scars: bool = False
+    extra: tuple = ()
 
     def __str__(self):
         return self.name
@@ -151,6 +153,9 @@ def _operations():
         "pivot", plain, commit | {"base": layer % 1}, (("d0-1.qcow2", "d0-0.raw"),), scars=True
     )
     yield Operation("pivot-iothread", iothread, commit, (("d0-0.raw",),), scars=True)
+    # Writes wait in QEMU, not in the guest's queue, so that QEMU 7.2 has to be paused (K26).
+    queued = ("-global", "virtio-blk-pci.ioeventfd=off")
+    yield Operation("pivot-queued", plain, commit, (("d0-0.raw",),), scars=True, extra=queued)
 
 
 OPERATIONS = tuple(_operations())
@@ -370,7 +375,13 @@ class _Point:
             dataclasses.replace(disk, active=_moved(disk.active, self.images))
             for disk in self.matrix.built.disks
         ]
-        self.vm = QemuProcess(built, guest=True, qemu=self.matrix.qemu, directory=self.directory)
+        self.vm = QemuProcess(
+            built,
+            guest=True,
+            qemu=self.matrix.qemu,
+            directory=self.directory,
+            extra=self.operation.extra,
+        )
         self.specs = [
             StressSpec(disk=number, seed=number + 1, flush_every=64, read_percent=20, **AREA)
             for number in range(len(built))

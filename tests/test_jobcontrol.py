@@ -130,6 +130,15 @@ async def test_a_pivot_may_be_asked_for_while_its_controller_lives(tmp_path):
         assert [verb for verb, _ in qemu.verbs] == ["job-complete"]
 
 
+async def test_a_pivot_for_which_the_vm_is_paused_is_its_controllers_alone(tmp_path):
+    async with fake_vm(tmp_path / "q", pivoting("ready")) as (vm, qemu):
+        its = replace(of_pivot(), nodes=(f"qmpblock-{RUN}-paused",))
+        qemu.hold(LOCK, Holder.me(RUN, record=its.as_json()))
+        with pytest.raises(BusyError, match="does that by itself"):
+            await steer(vm, PIVOT, "complete")
+        assert qemu.verbs == []
+
+
 @pytest.mark.parametrize(("verb", "status"), [("complete", "ready"), ("finalize", "pending")])
 async def test_a_pivot_whose_controller_died_is_not_left_pending(tmp_path, verb, status):
     """It would hold the guest's I/O until somebody comes (K5)."""

@@ -16,15 +16,27 @@ the pivot finalized by QEMU itself it would go on; but then no journal could say
 to be trusted.) By the code the same as the first three, not run: cfi.pflash02, at24c-eeprom,
 NAND and OneNAND flash, spapr-nvram, e-fuses. So only devices that are known to go on are given a
 pivot. A human monitor's `qemu-io` on the disk hangs QEMU just so, and cannot be prevented.
+
+Where the requests that are held wait is another question: of a virtio device with ioeventfd (the
+default) in the guest's own queue, of any other in QEMU. Onto some images QEMU 7.2 cannot pivot then
+(K26): so no request may wait, and the VM is paused before the pivot begins.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.graph.model import Device
 from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["check_held_io"]
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["check_held_io", "must_pause"]
+
+#: Formats that hold no right to write of their own to their file: they pass on the guest's.
+_PASSING_ON = frozenset({"luks", "raw"})
 
 #: QOM types whose requests are all asynchronous: those that the tests commit under, and their
 #: relatives of the same code.
@@ -63,3 +75,31 @@ async def check_held_io(monitor: Monitor, device: Device, *, remedy: str) -> Non
             standing=UNTOUCHED,
             remedy=remedy,
         )
+
+
+async def must_pause(vm: Connection, device: Device, onto: str) -> bool:
+    """Whether the VM has to be paused while a device pivots, or QEMU would abort (K26).
+
+    :param onto: the format of the image that it pivots onto.
+    """
+    if onto not in _PASSING_ON or not vm.capabilities.pivots_abort_under_queued_writes:
+        return False
+    return not await _holds_in_its_queue(vm.monitor, device)
+
+
+async def _holds_in_its_queue(monitor: Monitor, device: Device) -> bool:
+    """Whether what a device has been asked for waits in the guest's memory, not in QEMU."""
+    path = device.qom_path.removesuffix("/virtio-backend")
+    for _ in range(8):  # device, bus, controller; QEMU's trees are not deeper
+        try:
+            return bool(await monitor.execute("qom-get", {"path": path, "property": "ioeventfd"}))
+        except CommandError:
+            pass  # this kind of device has no such property; look further up
+        try:
+            bus = await monitor.execute("qom-get", {"path": path, "property": "parent_bus"})
+        except CommandError:
+            return False
+        path = str(bus).rpartition("/")[0].removesuffix("/virtio-backend")
+        if not path.startswith("/machine/"):
+            return False
+    return False

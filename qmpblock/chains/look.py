@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.chains.heldio import check_held_io
+from qmpblock.chains.heldio import check_held_io, must_pause
 from qmpblock.chains.plan import (
     CommitPlan,
     NewBitmap,
@@ -37,7 +37,14 @@ from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import command_line
 from qmpblock.host.renamed import name_now
 from qmpblock.managers import Work
-from qmpblock.names import commit_job, helper_bitmap, lock_names, pivot_job, stream_job
+from qmpblock.names import (
+    commit_job,
+    helper_bitmap,
+    lock_names,
+    paused_node,
+    pivot_job,
+    stream_job,
+)
 from qmpblock.qemu import ownership
 from qmpblock.qemu.threshold import is_watched
 
@@ -179,6 +186,8 @@ async def record_of_commit(disk: MappedDisk, plan: CommitPlan, run: str) -> Comm
     }
     if plan.pivots:
         opened = await _how_to_start(disk.vm, plan.base)
+        if await must_pause(disk.vm, plan.device, plan.base.format):
+            said["nodes"] = (paused_node(run),)
         return ActiveCommit(**said, job=pivot_job(run), base_opened=opened)
     assert plan.above is not None  # a layer stays, and gets another backing image
     return Commit(

@@ -30,7 +30,9 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.layeruse import check_bitmaps
 from qmpblock.graph.model import BlockGraph, Device
+from qmpblock.names import paused_node
 from qmpblock.qemu import ownership
+from qmpblock.qemu.instant import instant
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
@@ -122,8 +124,12 @@ class _Driven:
         if self.record.pivot:
             await _keep_exports_away(self.vm, self.record, self.alone)
         await _until_unused(self.vm, self.record)
-        self.asked_at = time.monotonic()
         await promote_bitmaps(self.vm, self.record)
+        paused = paused_node(self.record.run)
+        if paused in self.record.nodes:
+            # Goes on when the job has concluded; where it fails, whoever undoes it sees to that.
+            await self.alone.enter_async_context(instant(self.vm, paused))
+        self.asked_at = time.monotonic()
         await self.job.complete_now()
 
     async def _slow_down(self) -> None:

@@ -18,7 +18,7 @@ from qmpblock.errors import printable
 from qmpblock.graph.jsonname import from_text
 from qmpblock.graph.layeruse import check_readers
 from qmpblock.graph.model import BlockGraph, JobInfo
-from qmpblock.names import fleecing_nodes, is_ours, paused_node
+from qmpblock.names import fleecing_nodes, is_ours
 from qmpblock.qemu.jobstate import ACTIVE
 from qmpblock.versioned import UnreadableError, read
 
@@ -391,13 +391,6 @@ class PointInTime(Record):
 
     operation: ClassVar[str] = "point-in-time"
     needed: ClassVar[tuple[str, ...]] = ("images", "files")
-
-    def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
-        """Have the guest go on first, if it was paused for the instant."""
-        paused = paused_node(self.run)
-        if paused not in graph.nodes:
-            return ()
-        return (Step("resume", paused, "the VM was paused for the instant, and is to go on"),)
 
     def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
         """Take each filter out of the guest's way, and before it what is seen through it."""

@@ -13,8 +13,9 @@ A job is dealt with first, and alone, because its end changes the graph::
                          else undo: cancel     continue: flush (K6), finalize
     concluded            dismiss
 
-Then what is left over is removed: nodes and files that we made and nothing uses, the nodes
-of layers that left the chain, dirty bitmaps whose commit did not happen.
+Then a guest that was paused for it goes on, and what is left over is removed: nodes and files that
+we made and nothing uses, the nodes of layers that left the chain, dirty bitmaps whose commit did
+not happen.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qmpblock.changes.record import Record
 from qmpblock.changes.step import Choice, Step
 from qmpblock.graph.layeruse import may_go
 from qmpblock.graph.model import BlockGraph
+from qmpblock.names import paused_node
 
 __all__ = ["steps"]
 
@@ -52,6 +54,9 @@ def steps(
             # While the job runs its base is writable, and lets persistent bitmaps go.
             bitmaps = without_bitmaps(graph, record.bitmaps) if step.verb == "cancel" else []
             return (*bitmaps, step)
+    paused = paused_node(record.run)
+    if paused in graph.nodes:
+        return (Step("resume", paused, "the VM was paused for a moment, and is to go on"),)
     home = record.way_home(graph, stale=stale)
     return home or tuple(_leftovers(record, graph, made, stale=stale))
 

@@ -52,6 +52,14 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def pivots_abort_under_queued_writes(self) -> bool:
+        """Whether a pivot onto a raw or LUKS image aborts where a write of the guest waits in QEMU.
+
+        Measured (K26): 7.2.22 does, 11.1.2 does not. What lies between counts as affected.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def polling_forgets_queues(self) -> bool:
         """Whether a drain can make an iothread that polls forget a virtio-blk disk's requests.
 

@@ -4,7 +4,7 @@ import pytest
 from drawing import chain
 from fake_objects import fake_vm
 
-from qmpblock.chains.heldio import check_held_io
+from qmpblock.chains.heldio import check_held_io, must_pause
 from qmpblock.errors import UnsupportedError
 
 
@@ -34,3 +34,21 @@ async def test_others_are_refused_known_or_not(kind, tmp_path):
 async def test_one_that_does_not_say_what_it_is(tmp_path):
     with pytest.raises(UnsupportedError, match="what kind of device vd0 is cannot be told"):
         await check(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("major", "onto", "objects", "wanted"),
+    [
+        (7, "raw", {"vd0": True}, False),
+        (7, "raw", {"vd0": False}, True),
+        (7, "luks", {"vd0": False}, True),
+        (7, "raw", {}, True),  # nothing tells
+        (7, "qcow2", {"vd0": False}, False),
+        (10, "raw", {"vd0": False}, False),
+    ],
+)
+async def test_when_the_vm_is_paused_for_a_pivot(major, onto, objects, wanted, tmp_path):
+    async with fake_vm(tmp_path / "q", chain("d0").device("d0"), major=major) as (vm, qemu):
+        qemu.objects |= objects
+        device = (await vm.graph()).device("vd0")
+        assert await must_pause(vm, device, onto) is wanted

@@ -815,3 +815,15 @@ def test_a_point_in_time_says_nothing_about_which_image_is_newest():
     verdict = of_point().verdict([], {"/i/d0-fleece": False})
     assert (verdict.start, verdict.unused) == (("/i/d0",), ("/i/d0-fleece",))
     assert verdict.stale == ()
+
+
+@pytest.mark.parametrize("choice", [UNDO, CONTINUE])
+def test_a_guest_that_was_paused_for_a_pivot_goes_on_once_no_job_is_left(choice):
+    paused = f"{PREFIX}paused"
+    its = of_pivot(nodes=(paused,))
+    drawn = chain("d0", "d1", "d2").job(JOB, "commit", "pending", "d0", "d2")
+    drawn._node(paused, "null-co", 0, "null-co://")
+    assert verbs(steps(its, drawn.graph(), choice)) == ["pivot"]
+    drawn = chain("d2")
+    drawn._node(paused, "null-co", 0, "null-co://")
+    assert verbs(steps(its, drawn.graph(), choice)) == ["resume"]
