@@ -109,6 +109,8 @@ async def verify_images(
     :raise StalledError: nothing moved for the stall limit.
     :raise NBDError: one of them could not be read.
     """
+    # Before a tool is to open them, which of most formats says it in its own way.
+    await asyncio.to_thread(check_unwritten, [str(first), str(second)])
     images = (
         await closed_image(first, format=format, stall=stall),
         await closed_image(second, format=second_format, stall=stall),

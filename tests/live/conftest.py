@@ -70,6 +70,9 @@ SHARES = {
     "test_settings": 0.4,
     "test_snapshots::test_names_and_formats": 0.3,
     "test_streams::test_what_a_short_layer_hides_stays_hidden": 0.5,
+    "test_verify::test_every_scenario_equals_its_copy_until_a_byte_differs": 0.1,
+    "test_verify::test_an_image_in_use_is_refused_on_either_side": 0.5,
+    "test_verify::test_an_image_that_another_users_vm_writes_to": 0.5,
 }
 
 
