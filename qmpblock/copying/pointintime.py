@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from qmpblock.copying.fleecing import Fleece, fleecing
-from qmpblock.export.served import check_served, served
+from qmpblock.export.served import check_served, serving
+from qmpblock.qemu import ownership
 
 if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
@@ -41,11 +42,17 @@ async def point_in_time(
     vm: Connection, disks: Sequence[DiskT], fleece: Fleece
 ) -> AsyncIterator[dict[DiskT, PointInTime]]:
     """Export disks as they are at one instant. See `VM.point_in_time`."""
-    await check_served(vm.monitor, [disk.device for disk in disks])
-    async with fleecing(vm, disks, fleece) as views:
-        nodes = [view.node for view in views]
-        async with served(vm.monitor, nodes, access=vm.nbd, stall=vm.stall) as exports:
-            yield {
-                disk: PointInTime(one.uri, one.socket, one.name, view.size)
-                for disk, view, one in zip(disks, views, exports, strict=True)
-            }
+    devices = [disk.device for disk in disks]
+    await ownership.ask(vm.monitor, devices)
+    await check_served(vm.monitor, devices)
+    # The server first: whoever has it is not waited for in the guest's way. And last, for the
+    # guest does not wait either until a client has ended its handshake.
+    async with (
+        serving(vm.monitor, len(disks), access=vm.nbd, stall=vm.stall) as server,
+        fleecing(vm, disks, fleece) as views,
+        server.exports([view.node for view in views]) as exports,
+    ):
+        yield {
+            disk: PointInTime(one.uri, one.socket, one.name, view.size)
+            for disk, view, one in zip(disks, views, exports, strict=True)
+        }

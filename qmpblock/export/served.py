@@ -34,7 +34,7 @@ from qmpblock.qemu.iothread import iothread_of
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["Served", "check_served", "served"]
+__all__ = ["Served", "Serving", "check_served", "serving"]
 
 _WAITING = 64  # connections that QEMU has not accepted yet
 
@@ -86,43 +86,41 @@ async def check_served(monitor: Monitor, devices: Sequence[Device]) -> None:
 
 
 @asynccontextmanager
-async def served(
-    monitor: Monitor, nodes: Sequence[str], *, access: NBDAccess, stall: float
-) -> AsyncIterator[list[Served]]:
-    """Export nodes, read-only, for clients of others; yields how each is reached.
+async def serving(
+    monitor: Monitor, count: int, *, access: NBDAccess, stall: float
+) -> AsyncIterator[Serving]:
+    """Have the VM's NBD server for exports of others' clients, before there is anything to export.
 
     `check_served` goes before. On leaving, by whatever way, all that was added to QEMU is removed
     again. Cancelling waits for that.
 
+    :param count: how many exports there will be.
     :raise BusyError: a foreign NBD server runs in this VM, or another controller of ours uses it
         for the stall limit; on leaving: a client does not end its handshake (K14).
-    :raise CommandError: QEMU refused an export.
+    :raise CommandError: QEMU refused; nothing of ours is left.
     """
-    session = _Serving(monitor, access, stall, nodes)
+    session = Serving(monitor, access, stall, count)
     try:
         try:
             await session.lock()
-            await undisturbed(session.enter())
+            await undisturbed(session.start())
         except CommandError as error:
-            if error.standing is None:
-                error.standing = NOTHING_LEFT
+            error.standing = NOTHING_LEFT
             raise
-        yield session.exports()
+        yield session
     finally:
-        await undisturbed(session.leave())
+        await undisturbed(session.stop())
 
 
-class _Serving:
-    """All that one use of `served` adds to QEMU, and how to remove it."""
+class Serving:
+    """One use of the VM's NBD server: what it adds to QEMU, and how to remove it."""
 
-    def __init__(
-        self, monitor: Monitor, access: NBDAccess, stall: float, nodes: Sequence[str]
-    ) -> None:
+    def __init__(self, monitor: Monitor, access: NBDAccess, stall: float, count: int) -> None:
         self._monitor = monitor
         self._access = access
         self._stall = stall
         self._run = new_run()
-        self._nodes = {export_name(self._run, n): node for n, node in enumerate(nodes)}
+        self._names = [export_name(self._run, number) for number in range(count)]
         self._server = OwnServer(monitor, access, self._run, lasting=True)
         self._added: list[str] = []
         self._locked = False
@@ -137,7 +135,7 @@ class _Serving:
             path=self._server.path,
             ports=[],
             custody=False,
-            exports=list(self._nodes),
+            exports=self._names,
         )
         try:
             await lock.acquire(self._monitor, NBD_LOCK, me, self._undo, stall=self._stall)
@@ -149,32 +147,49 @@ class _Serving:
     async def _undo(self, dead: Holder) -> None:
         await undo_dead_run(self._monitor, dead, self._stall, NBD_LOCK)
 
-    async def enter(self) -> None:
-        """Start the server, unless there is a foreign one, and add the exports."""
+    async def start(self) -> None:
+        """Start the server, unless there is a foreign one."""
         if self._access.address is None:
             await self._server.start(_nobody_yet, _WAITING)
-        for name, node in self._nodes.items():
+
+    @asynccontextmanager
+    async def exports(self, nodes: Sequence[str]) -> AsyncIterator[list[Served]]:
+        """Export nodes, read-only; on leaving nobody is connected any more, nor can be.
+
+        :raise CommandError: QEMU refused an export.
+        """
+        try:
+            await undisturbed(self._add(nodes))
+            yield [_reached(name, self._access, self._server.path) for name in self._added]
+        finally:
+            await undisturbed(self._remove())
+
+    async def _add(self, nodes: Sequence[str]) -> None:
+        for name, node in zip(self._names, nodes, strict=True):
             self._added.append(name)  # as intent
             options = {"type": "nbd", "id": name, "name": name, "node-name": node}
             await self._monitor.execute("block-export-add", {**options, "writable": False})
 
-    def exports(self) -> list[Served]:
-        """Say how they are reached."""
-        return [_reached(name, self._access, self._server.path) for name in self._nodes]
-
-    async def leave(self) -> None:
-        """Remove all that was added, as far as it was."""
+    async def _remove(self) -> None:
         try:
             self._server.remove_folder()  # nobody is to come any more
             there = [await delete_export(self._monitor, one, self._stall) for one in self._added]
+        except DisconnectedError:
+            # QEMU has ended, with all of it; or whoever undoes the change undoes this, too.
+            lock.abandon(self._run)
+        else:
             if not all(there):  # somebody stopped our server, or it was never added
                 self._server.doubt()
+
+    async def stop(self) -> None:
+        """Stop the server, and let others have it. Idempotent."""
+        try:
+            self._server.remove_folder()
             await self._server.check_ours()
             await self._server.stop()
             if self._locked:
                 await lock.release(self._monitor, NBD_LOCK)
         except DisconnectedError:
-            # QEMU has ended, with all of it; or whoever undoes the change undoes this, too.
             lock.abandon(self._run)
         except BaseException:
             lock.abandon(self._run)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import socket
+import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -462,4 +463,60 @@ async def test_the_one_instant_is_short(start_qemu, invariant):
                 lasted.append(at[1] - at[0])
     print(f"paused for {[f'{1000 * one:.1f} ms' for one in lasted]} on QEMU {vm.version}")
     assert min(lasted) < 0.5
+    await at_ease(vm, *STEPS)
+
+
+HOLDING = """
+import asyncio, sys
+import qmpblock
+async def main():
+    async with qmpblock.connect(sys.argv[1]) as vm:
+        async with vm.point_in_time(await vm.disks()) as points:
+            print(*(point.uri for point in points.values()), flush=True)
+            await asyncio.sleep(3600)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("way", ["recover", "again"])
+@pytest.mark.parametrize("monitor", ["same", "other"])
+async def test_a_controller_killed_under_its_readers(way, monitor, start_qemu, vm_dir, invariant):
+    """Whoever recovers, by whichever monitor, ends them, also one that never says anything."""
+    vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
+    await begin_writing(vm, *STEPS)
+    holder = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HOLDING, vm.monitor_path), stdout=asyncio.subprocess.PIPE
+    )
+    reader = None
+    with socket.socket(socket.AF_UNIX) as silent:
+        try:
+            async with asyncio.timeout(60):
+                first, _ = (await holder.stdout.readline()).decode().split()
+            silent.connect(first.partition("socket=")[2])
+            reader = await asyncio.create_subprocess_exec(
+                *("sh", "-c", f"while nbdcopy '{first}' null:; do :; done"),
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            await written(vm, 500)
+            holder.kill()
+            await holder.wait()
+            await written(vm, 500)
+            address = vm.monitor_path if monitor == "same" else vm.second_monitor_path
+            async with qmpblock.connect(address) as controller:
+                if way == "recover":
+                    done = await controller.recover()
+                    assert "point-in-time of vd0, vd1" in done[0].what
+                    assert await controller.recover() == []
+                else:
+                    async with controller.point_in_time(await controller.disks()) as points:
+                        for disk, point in points.items():
+                            await read_out(vm_dir / disk.name, point.uri)
+            async with asyncio.timeout(20):
+                await reader.wait()  # its export is gone
+        finally:
+            for process in (holder, reader):
+                if process is not None:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
     await at_ease(vm, *STEPS)
