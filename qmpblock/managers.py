@@ -21,7 +21,9 @@ from qmpblock.errors import printable
 
 __all__ = ["Manager", "Traits", "Verb", "Work", "recognise"]
 
-Verb = Literal["snapshot", "pivot", "commit", "stream", "independent", "reserve", "point"]
+Verb = Literal[
+    "snapshot", "pivot", "commit", "stream", "independent", "reserve", "point", "copy", "move"
+]
 
 _EFFECTS: Mapping[str, str] = {
     "snapshot": "the VM goes on in an overlay: started again, it would be from the old image",
@@ -33,6 +35,9 @@ _EFFECTS: Mapping[str, str] = {
     "that time would not see it",
     "point": "the guest's writes go through a filter of ours for a while, which it would meet when "
     "it changes the chain",
+    "copy": "a job that it does not know is on the disk for a while: what it begins in that time "
+    "(a snapshot, a pull, a backup) may fail, or have QEMU abort",
+    "move": "the VM goes on in another image: started again, it would be from a stale one",
 }
 
 
@@ -124,6 +129,8 @@ def _libvirts_way(vm: str, work: Work) -> str:
         "stream": f"virsh blockpull {domain} {disk}{base} --wait",
         "independent": f"virsh blockpull {domain} {disk} --wait",
         "point": f"virsh backup-begin {domain}, with mode='pull' in its XML",
+        "copy": f"virsh blockcopy {domain} {disk} TARGET --wait --finish",
+        "move": f"virsh blockcopy {domain} {disk} TARGET --wait --pivot",
     }
     if work.verb == "stream" and work.top:
         return (
@@ -182,6 +189,8 @@ def _proxmoxs_way(vm: str, work: Work) -> str:
         "independent": f"{move} copies the disk whole",
         "reserve": f"{move}, to a storage with preallocation",
         "point": f"vzdump {vmid} --mode snapshot",
+        "copy": f"vzdump {vmid} --mode snapshot",
+        "move": move,
     }[work.verb]
 
 

@@ -18,9 +18,12 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-commit        a commit of frozen layers
                           qmpblock-RUN-pivot         a commit of the active layer
                           qmpblock-RUN-create-N      has QEMU make an image
+                          qmpblock-RUN-copy-N        copies disk N of a copy
                           qmpblock-RUN-z             has zeros stored as data
     nodes                 qmpblock-RUN-N             overlay N
                           qmpblock-RUN-N-file        its storage
+                          qmpblock-RUN-to-N, -to-N-file
+                                                     what disk N is copied to
                           qmpblock-RUN-z, -window, -view, -filter, -kept, -kept-file
                                                      for zeros to be stored (`allocation.filling`)
                           qmpblock-RUN-joint         by which these lie on the image
@@ -42,6 +45,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           OVERLAY-z, OVERLAY-k       beside it: zeros; what the filter keeps
                           IMAGE.qmpblock-RUN-fleece-N
                                                      what disk N held when it was written to
+                          TARGET.partial             what is to be TARGET once it is whole
                           IMAGE.qmpblock-RUN.journal
                           IMAGE.qmpblock-RUN.elsewhere
                                                      empty: that journal is not here
@@ -80,6 +84,7 @@ __all__ = [
     "ahead_lock_name",
     "blocker_name",
     "commit_job",
+    "copy_job",
     "create_job",
     "credentials_name",
     "elsewhere_beside",
@@ -115,6 +120,7 @@ __all__ = [
     "new_run",
     "overlay_file",
     "overlay_node",
+    "partial_file",
     "paused_node",
     "pivot_job",
     "prefix_of_run",
@@ -123,6 +129,7 @@ __all__ = [
     "socket_folder",
     "storage_node",
     "stream_job",
+    "target_node",
     "turn_name",
     "wire_credentials",
     "wire_node",
@@ -332,6 +339,11 @@ def is_create_job(job: str) -> bool:
     return "-create-" in job
 
 
+def copy_job(run: str, number: int) -> str:
+    """Return the job that copies a disk; `number`: of the disks of that copy."""
+    return _named(run, f"copy-{number}")
+
+
 def filling_job(run: str) -> str:
     """Return the job by which zeros are stored as data."""
     return _named(run, "z")
@@ -345,8 +357,13 @@ def overlay_node(run: str, number: int) -> str:
     return _named(run, str(number))
 
 
+def target_node(run: str, number: int) -> str:
+    """Return the node of what a disk is copied to; `number`: of the disks of that copy."""
+    return _named(run, f"to-{number}")
+
+
 def storage_node(overlay: str) -> str:
-    """Return the node of an overlay's file."""
+    """Return the node of an overlay's, or target's, file."""
     return f"{overlay}-file"
 
 
@@ -468,6 +485,11 @@ def kept_file(overlay: str) -> str:
 def fleecing_file(image: str, run: str, number: int) -> str:
     """Return the file of what a disk held; `image` may be in another directory than its own."""
     return f"{image}{_BESIDE}{run}-fleece-{number}"
+
+
+def partial_file(target: str) -> str:
+    """Return what a copy is called until it is whole."""
+    return f"{target}.partial"
 
 
 def journal_beside(image: str, run: str) -> str:

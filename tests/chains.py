@@ -98,6 +98,24 @@ class Subject:
         self._set([overlay, *self.layers])
         self.images.append(self.layers[0])
 
+    def copy_at(self, path: Path, fmt: str) -> BuiltImage:
+        """Return a copy of the whole disk, encrypted as it is."""
+        active = self.layers[0]
+        secret = next((layer.secret for layer in self.layers if layer.secret), None)
+        spec = Image(
+            path.name,
+            fmt,
+            active.spec.size,
+            options=(("encrypt.format", "luks"),) if secret else (),
+            secret=secret[1] if secret else None,
+        )
+        return BuiltImage(spec, path, secret=secret)
+
+    def move_to(self, copy: BuiltImage) -> None:
+        """Take into account that the guest went over to a copy."""
+        self.images.append(copy)
+        self._set([copy])
+
     def apply(self, case: Case) -> None:
         """Take what `case` did into account.
 
@@ -128,7 +146,7 @@ class Subject:
         now opened; and the overlay that was `made`. No job, export, object, socket, bitmap.
         """
         own = rf"(?:{self.disk.spec.name}(?:-\d+)?(?:-file|-data|-throttle|-copy-on-read)?|#block"
-        own += r"|qmpblock-[0-9a-f]{8}-\d+(?:-file)?)" if made else ")"
+        own += r"|qmpblock-[0-9a-f]{8}-(?:to-)?\d+(?:-file)?)" if made else ")"
         lines = [
             rf"node: {own} ",
             rf"edge: (?:{own} -(?:file|backing|data-file)->|\S+ -root->) {own} ",

@@ -46,6 +46,7 @@ class StampWriter:
         self._guest = vm.guest
         self._area = area
         self._done: Any = None
+        self.stopped = False
         self.spec = StressSpec(
             disk=number,
             offset=area.offset,
@@ -66,6 +67,7 @@ class StampWriter:
 
     async def stop(self) -> None:
         """End it, and have the guest read back all it wrote."""
+        self.stopped = True
         self._done = await self._guest.stop_stress(self.spec.disk)
         assert (self._done.bad, self._done.errors) == (0, 0), self._done
         assert self._done.acked > 0
@@ -88,7 +90,7 @@ class DeviceWriter:
         self._area = area
         self._held: dict[int, int] = {}
         self._count = 0
-        self._stopping = False
+        self.stopped = False
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -96,7 +98,7 @@ class DeviceWriter:
 
     async def _write(self) -> None:
         blocks = self._area.length // _BLOCK
-        while not self._stopping:
+        while not self.stopped:
             # Another order of blocks than patterns, so that each block gets every pattern.
             block, pattern = self._count * 7 % min(blocks, 32), self._count % 255 + 1
             offset = self._area.offset + block * _BLOCK
@@ -110,7 +112,7 @@ class DeviceWriter:
         return self._count
 
     async def stop(self) -> None:
-        self._stopping = True
+        self.stopped = True
         assert self._task is not None  # start() made it
         await self._task
         assert self._count > 0

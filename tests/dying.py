@@ -24,6 +24,7 @@ import qmpblock.extents.allocationmap
 import qmpblock.nbd
 import qmpblock.policy.file
 import qmpblock.policy.run
+from qmpblock.copying.copy import copy
 
 DIED = 9
 
@@ -63,6 +64,12 @@ async def perform(vm, what):
         disks = [await vm.disk(disk) for disk in what["disks"]]
         async with vm.point_in_time(disks, fleece=what.get("fleece")) as points:
             return len(points)
+    if what["do"] == "copy":
+        del arguments["targets"]
+        named = {await vm.disk(disk): file for disk, file in what["targets"].items()}
+        async with copy(vm, named, **arguments) as job:
+            pass
+        return job.result
     disk = await vm.disk(what["disk"])
     if what["do"] == "allocate":
         return await disk.allocate(**arguments)

@@ -102,6 +102,11 @@ class Operation:
         """Whether the image to start from may be another one afterwards."""
         return True
 
+    @property
+    def leaves_nodes(self):
+        """Whether nodes of ours are in the guest's chains afterwards."""
+        return self.what["do"] == "snapshot"
+
     def request(self, directory, slow=False):
         """Return what dying.py is asked to do."""
         text = json.dumps(self.what).replace("{}", str(directory))
@@ -270,7 +275,7 @@ class Matrix:
             start = 1 + next(
                 index
                 for index, command in enumerate(self.reference.trace)
-                if command in ("block-stream", "block-commit")
+                if command in ("block-stream", "block-commit", "blockdev-mirror")
             )
             numbers = range(start, start + 5)
         for number in numbers:
@@ -324,6 +329,7 @@ class Matrix:
             "block-stream": "after",
             "block-commit": "after",
             "job-complete": "after",
+            "blockdev-mirror": "after",
             "job-finalize": "before",
             "transaction": "after",
         }
@@ -488,9 +494,8 @@ class _Point:
         else:
             assert chains == self.operation.chains
             wanted = [await self.state()]
-            overlays = self.operation.what["do"] == "snapshot"
             ours = [line for line in wanted[0].lines if "qmpblock" in line]
-            assert overlays == bool(ours), ours
+            assert self.operation.leaves_nodes == bool(ours), ours
             assert all(line.startswith(("node:", "edge:", "device:")) for line in ours), ours
         await self._is(wanted[0])
         done = []
@@ -638,7 +643,7 @@ class _Point:
         pivots = self.operation.chains[0][0] != chain[0].name and self.operation.runs_a_job
         stale = [Path(file).name for file in one.verdict.stale]
         moved = [str(path) for path in chain] != list(one.verdict.start)
-        assert stale == ([chain[0].name] if pivots and moved else [])
+        assert stale == ([path.name for path in chain] if pivots and moved else [])
         return list(one.verdict.start)
 
     def _how_far(self):

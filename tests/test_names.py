@@ -36,6 +36,10 @@ TABLE = [
     (names.pivot_job(RUN), "qmpblock-0123abcd-pivot"),
     (names.create_job(RUN, 1), "qmpblock-0123abcd-create-1"),
     (names.filling_job(RUN), "qmpblock-0123abcd-z"),
+    (names.copy_job(RUN, 2), "qmpblock-0123abcd-copy-2"),
+    (names.target_node(RUN, 2), "qmpblock-0123abcd-to-2"),
+    (names.storage_node(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-file"),
+    (names.partial_file("/v/d.img"), "/v/d.img.partial"),
     (names.overlay_node(RUN, 10), "qmpblock-0123abcd-10"),
     (names.storage_node(names.overlay_node(RUN, 0)), "qmpblock-0123abcd-0-file"),
     (
@@ -103,6 +107,7 @@ def made(run, number, bitmap):
         *(names.stream_job(run), names.commit_job(run), names.pivot_job(run)),
         *(names.create_job(run, number), names.filling_job(run)),
         *(overlay, names.storage_node(overlay), *names.filling_nodes(run)),
+        *(names.copy_job(run, number), names.storage_node(names.target_node(run, number))),
         *names.joint_nodes(names.joint_node(run)),
         *(export, holder, *names.joint_nodes(joint)),
         *(names.blocker_name(run), names.listener_name(run), names.credentials_name(run)),

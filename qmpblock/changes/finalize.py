@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +45,9 @@ __all__ = [
     "check_unused",
     "drive",
     "flush",
+    "keep_exports_away",
     "pivot",
+    "until_unused",
 ]
 
 _PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
@@ -122,8 +125,8 @@ class _Driven:
 
     async def _complete(self) -> None:
         if self.record.pivot:
-            await _keep_exports_away(self.vm, self.record, self.alone)
-        await _until_unused(self.vm, self.record)
+            await keep_exports_away(self.vm, (self.record.top,), self.alone)
+        await until_unused(self.vm, self.record)
         await promote_bitmaps(self.vm, self.record)
         paused = paused_node(self.record.run)
         if paused in self.record.nodes:
@@ -215,11 +218,14 @@ async def before_finalize(vm: Connection, record: Record, device: Device) -> Non
             "block-dirty-bitmap-merge",
             {"node": target, "target": name, "bitmaps": [{"node": source, "name": name}]},
         )
-    await _until_unused(vm, record, device)
+    await until_unused(vm, record, device)
 
 
-async def _keep_exports_away(vm: Connection, record: Record, alone: AsyncExitStack) -> None:
-    """Have no map of ours come or go while the job pivots, until `alone` is left.
+async def keep_exports_away(vm: Connection, nodes: Collection[str], alone: AsyncExitStack) -> None:
+    """Have no map of ours come or go while a job pivots, until `alone` is left.
+
+    :param nodes: that go.
+
 
     QEMU hung for good, in job-finalize, where an export of the node that goes was deleted in that
     very moment: 1 of 12 maps that were begun there on 11.1.2; with this 0 of 30. 7.2 is not known.
@@ -233,13 +239,13 @@ async def _keep_exports_away(vm: Connection, record: Record, alone: AsyncExitSta
         except BusyError:
             # Whoever holds the VM's NBD server for long keeps all others away from this disk, too.
             late = asyncio.get_running_loop().time() > deadline
-            if late or record.top not in (await vm.graph()).exports.values():
+            if late or not set(nodes) & set((await vm.graph()).exports.values()):
                 return
         else:
             return
 
 
-async def _until_unused(vm: Connection, record: Record, device: Device | None = None) -> None:
+async def until_unused(vm: Connection, record: Record, device: Device | None = None) -> None:
     """Wait until nobody else uses what is to go, or to change: an export may have come since.
 
     :param device: the disk, if the record's node is to be flushed first.

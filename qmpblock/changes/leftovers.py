@@ -165,7 +165,7 @@ async def clear(
         return recoveries
     left = await _Left.read(vm)
     # First, for until then the guest is held by a drain; and before polling is touched (K9).
-    await _finalize_pivots(vm, left.graph, [record for _, record in left.changes])
+    await _release_guests(vm, left.graph, [record for _, record in left.changes])
     async with polling.unpolled(vm.monitor, wake=True):
         recoveries = _left_alone(left.holders)
         for holder, record in left.changes:
@@ -291,26 +291,34 @@ def _refuse_the_unknown(holders: dict[str, Holder]) -> None:
             )
 
 
-async def _finalize_pivots(vm: Connection, graph: BlockGraph, records: Iterable[Record]) -> None:
+async def _release_guests(vm: Connection, graph: BlockGraph, records: Iterable[Record]) -> None:
+    """Deal with the jobs of dead controllers that hold a guest's I/O, and with nothing else."""
     for record in records:
-        job = graph.job(record.job)
-        if record.pivot and job is not None and job.status == "pending":
-            follower = Job(vm.monitor, job.id, job.type)
-            try:
-                with contextlib.suppress(CommandError):  # another recovery was faster
-                    try:
-                        journal = find(record, await identify(vm))
-                    except RecordError:
-                        # Nothing can be marked: let what stands there be true. Without a word
-                        # the guest stays on the overlay, which has it all.
-                        if _says_pivoted(record):
-                            await undisturbed(follower.finalize())
-                        else:
-                            await undisturbed(follower.cancel())
-                    else:
-                        await undisturbed(pivot(journal, follower))
-            finally:
-                follower.end()
+        if any(record.holding(graph, stale=None)):
+            await _release_guest(vm, graph, record)
+
+
+async def _release_guest(vm: Connection, graph: BlockGraph, record: Record) -> None:
+    unreadable = False
+    try:
+        journal = find(record, await identify(vm))
+        stale = None if journal is None else journal.pivoted
+    except RecordError:
+        # Nothing can be marked: let what stands there be true. Without a word the guest stays on
+        # the overlay, which has it all.
+        journal, stale, unreadable = None, _says_pivoted(record), True
+    for step in record.holding(graph, stale=stale):
+        follower = Job(vm.monitor, step.what, record.operation)
+        try:
+            with contextlib.suppress(CommandError):  # another recovery was faster
+                if step.verb != "pivot" or (unreadable and record.pivot and not stale):
+                    await undisturbed(follower.cancel())
+                elif unreadable:
+                    await undisturbed(follower.finalize())
+                else:
+                    await undisturbed(pivot(journal, follower))
+        finally:
+            follower.end()
 
 
 def _says_pivoted(record: Record) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.record import Link, Record, lies_on_something, pivoted
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
@@ -297,11 +298,13 @@ class StagedCommit(_Pivoting):
         """The image, not the overlay of ours, which goes."""
         return self.base_file
 
-    def of_job(self, job: JobInfo, choice: Choice) -> Step:
+    def of_job(
+        self, job: JobInfo, choice: Choice, graph: BlockGraph, *, stale: bool | None
+    ) -> Step:
         """Never give its job up: all that it does is to bring the overlay home."""
         if job.id == self.job and job.status in ACTIVE:
             return Step("bring-home", self.top, "it holds what the guest wrote last")
-        return super().of_job(job, choice)
+        return super().of_job(job, choice, graph, stale=stale)
 
     def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
         """Bring it home without the zeros that were to get there first: there may be no room.
@@ -425,6 +428,8 @@ _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("allocate", False): ThinAllocation,
     ("allocate", True): StagedCommit,
     ("point-in-time", False): PointInTime,
+    ("copy", False): Copy,
+    ("move", False): Move,
 }
 #: What the record of any of them may say. Older versions wrote all of it, most of it empty.
 _KNOWN = {one.name for kind in _KINDS.values() for one in fields(kind)} - {"more"}

@@ -214,8 +214,13 @@ class Record:
         """
         return ImageVerdict(self.active_files, (), (), "it changed no image")
 
-    def of_job(self, job: JobInfo, choice: Choice) -> Step:
-        """Return what is to be done about a job of this change, which is not over."""
+    def of_job(
+        self, job: JobInfo, choice: Choice, graph: BlockGraph, *, stale: bool | None
+    ) -> Step:
+        """Return what is to be done about a job of this change, which is not over.
+
+        :param stale: see `way_home`.
+        """
         if job.status == "concluded":
             verdict = "with success" if job.error is None else f"with {printable(job.error)!r}"
             return Step("dismiss", job.id, f"it has ended, {verdict}")
@@ -228,6 +233,15 @@ class Record:
         if job.status == "pending":
             return Step("finalize", job.id, "its data is flushed, then the chain changes")
         return Step("wait", job.id, f"it is {printable(job.status)}")
+
+    def holding(self, graph: BlockGraph, *, stale: bool | None) -> Iterable[Step]:
+        """Yield what is to be done about jobs that hold the guest's I/O, before anything else.
+
+        :param stale: see `way_home`.
+        """
+        job = graph.job(self.job)
+        if self.pivot and job is not None and job.status == "pending":
+            yield self.of_job(job, Choice.UNDO, graph, stale=stale)
 
     # Of all alike.
 

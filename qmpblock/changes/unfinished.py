@@ -50,7 +50,8 @@ def steps(
         job = graph.job(name)
         if job is not None:
             # What only prepares is never carried on.
-            step = record.of_job(job, choice if name == record.job else Choice.UNDO)
+            mine = choice if name == record.job else Choice.UNDO
+            step = record.of_job(job, mine, graph, stale=stale)
             # While the job runs its base is writable, and lets persistent bitmaps go.
             bitmaps = without_bitmaps(graph, record.bitmaps) if step.verb == "cancel" else []
             return (*bitmaps, step)

@@ -1,1 +1,9 @@
-"""Copies of running disks: where they go, and how the guest is kept out of harm's way."""
+"""Copies of running disks: the data moves inside QEMU, and the guest goes on.
+
+- `plan`: what is to be copied where, or why it must not be; pure.
+- `target`: the word for where a copy goes; pure. `targetfile`: one that is a file on this host,
+  marked until it is whole. `relay`: the one wire to a target by NBD, which can be cut.
+- `mirrors`: QEMU's mirror jobs of several disks, brought to one instant.
+- `job`: what whoever waits for a copy holds.
+- `copy`: one copy, from its plan to its last trace.
+"""

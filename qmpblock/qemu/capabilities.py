@@ -60,6 +60,14 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def moves_below_filters_hang_iothreads(self) -> bool:
+        """Whether a mirror that replaces a node below a filter hangs QEMU where iothreads are.
+
+        Measured (K27): 7.2.22 hangs at job-finalize of the first one, 11.1.2 does not.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def polling_forgets_queues(self) -> bool:
         """Whether a drain can make an iothread that polls forget a virtio-blk disk's requests.
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpblock.changes import operations
+from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.operations import (
     ActiveCommit,
     Commit,
@@ -64,9 +65,14 @@ FIELDS = {
     "detect_zeroes": st.sampled_from(["", "off", "on", "unmap"]),
     "discard": st.sampled_from(["", "ignore", "unmap"]),
     "images": some(words),
+    "sources": some(words),
+    "targets": some(words),
     "more": unknown,
 }
-KINDS = (Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime)
+KINDS = (
+    *(Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime),
+    *(Copy, Move),
+)
 
 
 def of(kind):

@@ -1,0 +1,120 @@
+"""What copies of disks say of themselves: see `qmpblock.changes.operations`. Pure.
+
+A copy's jobs are among its `helpers`: whoever undoes it cancels them, and never carries one on. A
+mirror that is pending holds the guest's I/O (K5), and cancelled then it leaves the guest where it
+is; so nothing of a copy needs to survive, but for one thing: where several disks go over to their
+copies, all do or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qmpblock.changes.record import Record, pivoted
+from qmpblock.changes.step import Choice, Step
+from qmpblock.changes.verdict import ImageVerdict
+from qmpblock.errors import printable
+from qmpblock.graph.model import BlockGraph, JobInfo
+
+__all__ = ["Copy", "Move"]
+
+
+@dataclass(frozen=True)
+class Copy(Record):
+    """The content of disks goes into targets; the guest stays where it is.
+
+    What is written is no image of the VM: a target on this host bears a name that says that it is
+    not whole, until it is.
+    """
+
+    operation: ClassVar[str] = "copy"
+    needed: ClassVar[tuple[str, ...]] = ("images", "pivot")  # it has no journal
+
+    def of_job(
+        self, job: JobInfo, choice: Choice, graph: BlockGraph, *, stale: bool | None
+    ) -> Step:
+        """Never keep one that holds the guest's I/O."""
+        if job.status == "pending":
+            return Step("cancel", job.id, "it holds the guest's I/O; its target is not whole")
+        return super().of_job(job, choice, graph, stale=stale)
+
+    def holding(self, graph: BlockGraph, *, stale: bool | None) -> Iterable[Step]:
+        """Let go of every disk."""
+        for name in self.helpers:
+            job = graph.job(name)
+            if job is not None and job.status == "pending":
+                yield self.of_job(job, Choice.UNDO, graph, stale=stale)
+
+    def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
+        """Say no: the guest never writes to a target."""
+        return False
+
+
+@dataclass(frozen=True)
+class Move(Copy):
+    """Disks go over to copies of them: the guest goes on there.
+
+    :ivar sources: the nodes of the active layers; `targets`: of those that take their places.
+    :ivar leaving: the nodes that leave the chains, each with its file name.
+    """
+
+    operation: ClassVar[str] = "move"
+    needed: ClassVar[tuple[str, ...]] = ("images", "files")
+
+    sources: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    leaving: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def home(self) -> str:
+        """The first image that is active before."""
+        return self.images[0]
+
+    @property
+    def top_file(self) -> str:
+        """The image that is active before, of the first disk."""
+        return self.images[0]
+
+    @property
+    def base_file(self) -> str:
+        """The image that is active afterwards, of the first disk."""
+        return self.files[0]
+
+    def took_effect(self, graph: BlockGraph) -> bool | None:
+        """Tell by where the guest is: all disks go over, or none does."""
+        active = self.active_nodes(graph)
+        if active and active <= set(self.targets):
+            return True
+        return False if active and not active & set(self.targets) else None
+
+    def of_job(
+        self, job: JobInfo, choice: Choice, graph: BlockGraph, *, stale: bool | None
+    ) -> Step:
+        """Finish what has begun to go over, on any disk; else leave the guest where it is."""
+        if job.status == "pending" and self._goes_over(graph, stale=stale):
+            return Step("pivot", job.id, "it holds the guest's I/O, and disks have gone over")
+        return super().of_job(job, choice, graph, stale=stale)
+
+    def _goes_over(self, graph: BlockGraph, *, stale: bool | None) -> bool:
+        return stale is True or bool(self.active_nodes(graph) & set(self.targets))
+
+    def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
+        """Tell by the journal, of a disk that was unplugged since it went over."""
+        return stale is True and node in self.targets and self.took_effect(graph) is None
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Name the copies, once they were declared the images to trust."""
+        if not pivoted(entries):
+            why = "the guest had not gone over to the copies, which are not whole"
+            return ImageVerdict(self.active_files, (), tuple(empty), why, uncertain=True)
+        why = "the copies were whole, and the guest had gone over to them: they may hold newer data"
+        return ImageVerdict(self.files, self.active_files, (), why)
+
+    def describe(self) -> str:
+        """Say what it is, for people."""
+        names = ", ".join(map(printable, self.names))
+        return f"copy with pivot of {names} (run {self.run})"

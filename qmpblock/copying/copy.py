@@ -1,0 +1,348 @@
+"""One copy of one disk or several, from its plan to its last trace.
+
+::
+
+    plan        what goes where, or a refusal: nothing is touched before
+    begin       locks, no migration; a journal where the guest goes over (`Move`)
+    targets     made, marked, opened by QEMU
+    mirrors     copy, and come to one instant (`qmpblock.copying.mirrors`)
+    settle      jobs and nodes go; where the guest went over, its old images are closed
+    finish      targets on stable storage, under their names
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qmpblock.cancellation import undisturbed
+from qmpblock.chains.headers import by_qemu_img
+from qmpblock.chains.heldio import check_held_io, must_pause
+from qmpblock.chains.overlay import open_directory
+from qmpblock.chains.plan import check_idle
+from qmpblock.changes.change import Change
+from qmpblock.changes.copies import Copy, Move
+from qmpblock.changes.finalize import keep_exports_away, until_unused
+from qmpblock.changes.identity import identify
+from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.record import PIVOTED
+from qmpblock.changes.settle import settle
+from qmpblock.changes.step import Choice
+from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point
+from qmpblock.copying.mirrors import Mirrors
+from qmpblock.copying.plan import CopyPlan, Layers, plan_copy
+from qmpblock.copying.targetfile import TargetFile, absolute, check_file
+from qmpblock.errors import (
+    UNTOUCHED,
+    Error,
+    GraphError,
+    NotFoundError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph.backingname import name_of_frozen
+from qmpblock.graph.places import FileId
+from qmpblock.host.imagefiles import image_files
+from qmpblock.host.openfiles import OpenFiles, sees_directory
+from qmpblock.managers import Verb, Work
+from qmpblock.names import (
+    copy_job,
+    lock_names,
+    new_run,
+    paused_node,
+    storage_node,
+    target_node,
+)
+from qmpblock.qemu import ownership
+from qmpblock.qemu.instant import instant
+from qmpblock.qemu.iothread import iothread_of
+
+if TYPE_CHECKING:
+    from qmpblock.mapping import MappedDisk
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["copy"]
+
+DiskT = TypeVar("DiskT", bound="MappedDisk")
+
+
+@asynccontextmanager
+async def copy(
+    vm: Connection,
+    targets: Mapping[DiskT, str | os.PathLike[str]],
+    *,
+    at: Point = "end",
+    format: str | None = None,  # noqa: A002 - the command's word
+    layers: Layers = "all",
+    force: bool = False,
+    speed: int = 0,
+) -> AsyncIterator[CopyJob]:
+    """Copy running disks. See `VM.copy`."""
+    started = time.monotonic()
+    if not targets:
+        raise RequestError("a copy of no disk is none")
+    if speed < 0:
+        raise RequestError(f"a speed of {speed} bytes a second is none")
+    plans = await _look(vm, targets, format, layers, force=force, pivot=at == "pivot")
+    record = await _record(vm, new_run(), plans, pivot=at == "pivot")
+    job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings))
+    job.speed = speed
+    with contextlib.ExitStack() as stack:
+        files = [
+            TargetFile(
+                plan,
+                target_node(record.run, number),
+                stack.enter_context(open_directory(plan.file)),
+                at == "pivot",
+                _backing_name(vm, plan),
+                replaces_partial=force,
+            )
+            for number, plan in enumerate(plans)
+        ]
+        try:
+            async with _running(vm, record, files, job) as mirrors:
+                yield job
+        finally:
+            job.end()
+    job.result = CopyResult(
+        at,
+        tuple(_copied(file, mirrors) for file in files),
+        time.monotonic() - started,
+        mirrors.held,
+        mirrors.attempts,
+        job.warnings,
+    )
+    for disk in targets:
+        with contextlib.suppress(NotFoundError):  # unplugged
+            await disk.refresh()
+
+
+def _copied(file: TargetFile, mirrors: Mirrors) -> DiskCopy:
+    plan = file.plan
+    done = mirrors.last[plan.device.name].done
+    source = plan.device.chain.active.file
+    return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done)
+
+
+async def _look(
+    vm: Connection,
+    targets: Mapping[DiskT, str | os.PathLike[str]],
+    fmt: str | None,
+    layers: Layers,
+    *,
+    force: bool,
+    pivot: bool,
+) -> list[CopyPlan]:
+    """Say what goes where, or refuse; only what a dead controller left is undone.
+
+    :raise Error: it cannot be done; nothing was touched.
+    """
+    devices = [disk.device for disk in targets]
+    await ownership.ask(vm.monitor, devices)
+    await make_way(vm, lock_names(devices))
+    graph = await vm.graph()
+    plans: list[CopyPlan] = []
+    for disk, file in targets.items():
+        disk.device = graph.device(disk.device.qom_path)
+        plan = plan_copy(disk.device, absolute(file), fmt, layers, pivot=pivot)
+        for other in plans:
+            if other.file == plan.file:
+                raise RequestError(f"{printable(plan.file)} is named for two disks")
+            if other.device.qom_path == plan.device.qom_path:
+                raise RequestError(f"{plan.device.name} is named twice")
+        check_file(vm.monitor.peer_pid, plan.file, force=force, keeps_name=pivot)
+        _backing_name(vm, plan)  # or refuse
+        if plan.format != "raw":
+            await by_qemu_img(vm, plan.secret, local=True)  # or refuse
+        await check_held_io(
+            vm.monitor, plan.device, remedy="copy it by qemu-img when the VM is off"
+        )
+        if pivot:
+            await _check_filters(vm, plan)
+        plans.append(plan)
+    verb: Verb = "move" if pivot else "copy"
+    await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
+    return plans
+
+
+async def _check_filters(vm: Connection, plan: CopyPlan) -> None:
+    """Refuse to have a copy take the image's place below a filter where that hangs QEMU (K27)."""
+    filters = plan.device.chain.filters
+    if not filters or not vm.capabilities.moves_below_filters_hang_iothreads:
+        return
+    threads = await vm.monitor.execute("query-iothreads")
+    if await iothread_of(vm.monitor, plan.device, threads) is not None:
+        raise UnsupportedError(
+            f"{plan.device.name} runs in an iothread and has a filter ({filters[0].driver}) above "
+            f"its image, and QEMU {vm.capabilities} hangs for good when another image takes its "
+            "place there",
+            standing=UNTOUCHED,
+            remedy="copy without going over to the copy; or use QEMU 10.0 or newer",
+        )
+
+
+def _backing_name(vm: Connection, plan: CopyPlan) -> str | None:
+    """Return what a target records of the layer that it lies on.
+
+    :raise UnsupportedError: there is no name that leads back to it.
+    """
+    if plan.backing is None:
+        return None
+    nodes = (plan.backing.node, *plan.backing.nodes)
+    places = OpenFiles(vm.monitor.peer_pid).places(nodes)
+    return name_of_frozen(plan.backing, places, None, relative=False)
+
+
+async def _record(vm: Connection, run: str, plans: Sequence[CopyPlan], *, pivot: bool) -> Copy:
+    """Return what the locks, and a journal, are to say."""
+    pid = vm.monitor.peer_pid
+    devices = [plan.device for plan in plans]
+    chains = [image_files(pid, device.chain) for device in devices]
+    nodes = [target_node(run, number) for number, _ in enumerate(plans)]
+    common: dict[str, Any] = {
+        "run": run,
+        "vm": await identify(vm),
+        "devices": tuple(device.qom_path for device in devices),
+        "names": tuple(device.name for device in devices),
+        "locks": lock_names(devices),
+        "helpers": tuple(copy_job(run, number) for number, _ in enumerate(plans)),
+        "nodes": tuple(name for node in nodes for name in (node, storage_node(node))),
+        "images": tuple(chain[0] for chain in chains)
+        + tuple(file for chain in chains for file in chain[1:]),
+    }
+    if not pivot:
+        return Copy(**common)
+    left = [node for plan in plans for layer in plan.layers for node in layer.nodes]
+    pauses = [await must_pause(vm, plan.device, plan.format) for plan in plans]
+    if any(pauses):
+        common["nodes"] += (paused_node(run),)
+    return Move(
+        **common,
+        files=tuple(plan.file for plan in plans),
+        sources=tuple(device.chain.active.node.name for device in devices),
+        targets=tuple(nodes),
+        leaving=tuple(dict.fromkeys((node.name, node.filename) for node in left)),
+    )
+
+
+@asynccontextmanager
+async def _running(
+    vm: Connection, record: Copy, files: Sequence[TargetFile], job: CopyJob
+) -> AsyncIterator[Mirrors]:
+    """Copy while the body runs, and come to the end on leaving it; or leave all as it was."""
+    pivots = isinstance(record, Move)
+    change = Change(vm, record, beside=_beside(vm, record), journaled=pivots)
+    going = [file.plan.device.chain.active.node.name for file in files]
+
+    @asynccontextmanager
+    async def quiet() -> AsyncIterator[None]:
+        paused = paused_node(record.run)
+        async with AsyncExitStack() as alone:
+            await keep_exports_away(vm, going, alone)
+            if pivots:
+                await until_unused(vm, record)
+            if paused in record.nodes:
+                await alone.enter_async_context(instant(vm, paused))
+            yield
+
+    async def mark(*, over: bool) -> None:
+        if change.journal is not None:
+            change.journal.mark(**{PIVOTED: over})
+
+    mirrors = Mirrors(vm, record.run, files, job, pivots, mark, quiet)
+    await change.begin()
+    async with change.or_undo(lambda: _undone(files, mirrors), lambda: _done(files)):
+        try:
+            await _unchanged(vm, files)
+            for file in files:
+                await file.make(vm, partial(_note, change, file))
+                await file.open(vm)
+            await ownership.ask(vm.monitor, [file.plan.device for file in files], standing=None)
+            work = asyncio.ensure_future(mirrors.work())
+            work.add_done_callback(lambda _: job.end())
+            try:
+                yield mirrors
+                job.completion.set()
+                await work
+            finally:
+                work.cancel()
+                await undisturbed(asyncio.wait({work}))
+            await undisturbed(_finish(change, files))
+        except BaseException:
+            await undisturbed(_remove_marked(change, files))
+            raise
+
+
+def _beside(vm: Connection, record: Copy) -> Path | None:
+    """Return the image beside which the journal is kept, too, where it is here."""
+    if not record.home:
+        return None
+    local = Path(record.home)
+    elsewhere = sees_directory(vm.monitor.peer_pid, str(local.parent))
+    return local if elsewhere is None and local.exists() else None
+
+
+def _note(change: Change[Copy], file: TargetFile, made: FileId) -> None:
+    """Have the journal, where there is one, say which file is ours."""
+    if change.journal is not None:
+        change.journal.add(made=file.path, dev=made.device, ino=made.inode)
+
+
+async def _unchanged(vm: Connection, files: Sequence[TargetFile]) -> None:
+    """Look again, now that no controller of ours can change the disks."""
+    graph = await vm.graph()
+    for file in files:
+        before = file.plan.device
+        now = graph.device(before.qom_path)
+        check_idle(now)
+        if now.chain.shape != before.chain.shape:
+            raise GraphError(
+                f"the chain of {before.name} has just been changed by somebody else",
+                remedy="look at it, then try again: qmpblock disks ADDRESS",
+            )
+
+
+async def _finish(change: Change[Copy], files: Sequence[TargetFile]) -> None:
+    """Remove what the jobs left, give the targets their names, and end."""
+    graph = await settle(change.vm, change.record, change.journal, Choice.CONTINUE)
+    if isinstance(change.record, Move) and change.record.took_effect(graph) is False:
+        raise GraphError(
+            "QEMU reports success, but the guest is not on the copies",
+            remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
+        )
+    for file in files:
+        await file.finish()
+    await change.end()
+
+
+async def _remove_marked(change: Change[Copy], files: Sequence[TargetFile]) -> None:
+    """Remove targets that are not whole: QEMU closes them first."""
+    if isinstance(change.record, Move):
+        return  # its journal tells which are ours, and whether the guest is there
+    with contextlib.suppress(Error):  # whoever undoes it says why
+        await settle(change.vm, change.record, change.journal, Choice.UNDO)
+    for file in files:
+        file.remove()
+
+
+def _undone(files: Sequence[TargetFile], mirrors: Mirrors) -> str:
+    if mirrors.over:
+        names = ", ".join(mirrors.over)
+        return (
+            f"gone over to their copies: {names}, and no other disk; look: qmpblock disks ADDRESS"
+        )
+    names = ", ".join(printable(file.plan.file) for file in files)
+    return f"there is no copy {names}; the guest is where it was; nothing of ours is left in the VM"
+
+
+def _done(files: Sequence[TargetFile]) -> str:
+    names = ", ".join(printable(file.plan.file) for file in files)
+    return f"the guest had gone over to {names} already; nothing of ours is left in the VM"

@@ -1,0 +1,176 @@
+"""What whoever waits for a copy of disks holds: its progress, its speed, its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qmpblock.qemu.job import Job, Progress
+
+__all__ = ["CopyJob", "CopyResult", "DiskCopy", "Point", "joined"]
+
+Point = Literal["start", "end", "pivot"]
+
+
+@dataclass(frozen=True)
+class DiskCopy:
+    """One disk that was copied.
+
+    :ivar disk: what people call it.
+    :ivar source: the file of its active layer, before.
+    :ivar target: the file that holds the copy.
+    :ivar format: of the target.
+    :ivar size: of the disk, in bytes.
+    :ivar copied: bytes that QEMU's job went over, what the guest wrote meanwhile included.
+    """
+
+    disk: str
+    source: str
+    target: str
+    format: str
+    size: int
+    copied: int
+
+
+@dataclass(frozen=True)
+class CopyResult:
+    """What a copy made.
+
+    :ivar point: of which moment it is: of the `start` or the `end`, or of a `pivot`: then the guest
+        is on the targets now.
+    :ivar held: seconds for which the guest's I/O was held at most, to bring the disks to one
+        instant.
+    :ivar attempts: how often that was tried.
+    :ivar warnings: what is worth acting on.
+    """
+
+    point: Point
+    disks: tuple[DiskCopy, ...]
+    seconds: float
+    held: float
+    attempts: int
+    warnings: tuple[str, ...]
+
+
+class CopyJob:
+    """The copy of one disk or several. `VM.copy` yields one.
+
+    Async iteration yields the `Progress` of all disks together until the copy has ended; how it
+    ended is said on leaving the `async with` that yielded it.
+
+    :ivar progress: as yielded last; None at first.
+    :ivar disks: the progress of each disk, by what people call it.
+    :ivar warnings: known before it started.
+    :ivar result: what it made; None before the `async with` has ended.
+    """
+
+    def __init__(self, warnings: tuple[str, ...] = ()) -> None:
+        self.progress: Progress | None = None
+        self.disks: Mapping[str, Progress] = {}
+        self.warnings = warnings
+        self.result: CopyResult | None = None
+        self.completion = asyncio.Event()  # the end is wanted
+        self.done = asyncio.Event()  # all is copied, and of one instant
+        self.speed = 0
+        self._jobs: tuple[Job, ...] = ()
+        self._over = False
+        self._changed = asyncio.Event()
+
+    # for users
+
+    async def __aiter__(self) -> AsyncIterator[Progress]:
+        seen: Progress | None = None
+        while True:
+            changed = self._changed
+            if self.progress is not None and self.progress is not seen:
+                seen = self.progress
+                yield seen
+            elif self._over:
+                return
+            else:
+                await changed.wait()
+
+    async def complete(self) -> None:
+        """Have the copy end, and wait for that: the point of `end`, and of the pivot, is now.
+
+        Returns also where the copy failed: leaving the `async with` says how. Idempotent.
+        """
+        self.completion.set()
+        while not self._over and not self.done.is_set():
+            await self._changed.wait()
+
+    async def set_speed(self, speed: int) -> None:
+        """Limit the copy to `speed` bytes a second from now on, of all disks; 0 is no limit.
+
+        :raise CommandError: a job's status does not allow it.
+        """
+        self.speed = speed
+        for job in self._jobs:
+            if job.progress is None or job.progress.status in ("created", "running", "ready"):
+                await job.set_speed(self.share())
+
+    # for what runs the copy
+
+    def share(self) -> int:
+        """Return what of the speed is one job's."""
+        return -(-self.speed // max(1, len(self._jobs)))
+
+    def runs(self, jobs: tuple[Job, ...]) -> None:
+        """Say which jobs do it."""
+        self._jobs = jobs
+
+    def publish(self, disk: str, seen: Progress) -> None:
+        """Say how far one disk is."""
+        self.disks = {**self.disks, disk: seen}
+        self.progress = joined(tuple(self.disks.values()))
+        self._wake()
+
+    def finished(self) -> None:
+        """Say that all is copied, and of one instant."""
+        self.done.set()
+        self._wake()
+
+    def end(self) -> None:
+        """Have iterations end. Idempotent."""
+        self._over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+#: From what is least far to what is farthest.
+_ORDER = ("created", "paused", "running", "standby", "ready", "waiting", "pending", "aborting")
+
+
+def joined(every: tuple[Progress, ...]) -> Progress:
+    """Return the progress of several jobs that do one thing: as far as the last of them. Pure.
+
+    :param every: at least one.
+    """
+    working = [one for one in every if one.status not in ("concluded", "null")] or list(every)
+
+    def rank(one: Progress) -> tuple[int, float]:
+        known = _ORDER.index(one.status) if one.status in _ORDER else len(_ORDER)
+        return known, -one.remaining
+
+    last = min(working, key=rank)
+    full = [one for one in working if one.phase == "waiting for room"]
+    rate = sum(one.rate for one in every)
+    done, total = sum(one.done for one in every), sum(one.total for one in every)
+    etas = [one.eta for one in working if one.eta is not None]
+    return Progress(
+        status=last.status,
+        phase=full[0].phase if full else last.phase,
+        done=done,
+        total=total,
+        rate=rate,
+        eta=max(etas) if etas and last.status == "running" else None,
+        idle=max(one.idle for one in working),
+        lagging=max(one.lagging for one in working),
+        errors=sum(one.errors for one in every),
+        error=next((one.error for one in every if one.error is not None), None),
+    )

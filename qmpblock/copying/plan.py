@@ -1,0 +1,125 @@
+"""What is to be copied where, or why it must not be: decided before anything is touched. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qmpblock.chains.plan import check_idle
+from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
+from qmpblock.graph.model import DiskDevice, Layer
+from qmpblock.graph.options import key_secret
+from qmpblock.graph.writable import check_disk
+
+__all__ = ["FORMATS", "CopyPlan", "Layers", "plan_copy"]
+
+#: What a target's file can be.
+FORMATS = ("qcow2", "raw")
+
+Layers = Literal["all", "top"]
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """One disk, and what it is to be copied to.
+
+    :ivar file: of the target, absolute.
+    :ivar format: of the target, `qcow2` or `raw`.
+    :ivar backing: the layer that the target lies on; None where it holds everything.
+    :ivar secret: the id of the secret object that encrypts the target; None where none does.
+    :ivar warnings: what is worth acting on.
+    """
+
+    device: DiskDevice
+    file: str
+    format: str
+    backing: Layer | None = None
+    secret: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def sync(self) -> str:
+        """What QEMU calls the layers that are copied."""
+        return "full" if self.backing is None else "top"
+
+    @property
+    def size(self) -> int:
+        """Of the disk, in bytes: the target has the very same."""
+        return self.device.chain.active.size
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers whose content is copied."""
+        chain = self.device.chain
+        return chain.layers if self.backing is None else chain.layers[:1]
+
+
+def plan_copy(
+    device: DiskDevice, file: str, fmt: str | None, layers: Layers, *, pivot: bool
+) -> CopyPlan:
+    """Plan the copy of one disk.
+
+    :param file: absolute.
+    :param fmt: of the target; None: as the active layer's, or qcow2 where that cannot be had.
+    :param pivot: whether the guest is to go over to it.
+    :raise UnsupportedError: it cannot be copied so.
+    :raise RequestError: the words contradict each other.
+    :raise BusyError: a job runs on the disk.
+    """
+    chain = device.chain
+    active = chain.active
+    check_idle(device)
+    if pivot:
+        check_disk(device)
+    below = chain.layers[1] if layers == "top" and len(chain.layers) > 1 else None
+    if fmt is None:
+        fmt = active.format if active.format in FORMATS and below is None else "qcow2"
+    if fmt not in FORMATS:
+        raise UnsupportedError(
+            f"a copy of format {printable(fmt)} cannot be made; {' and '.join(FORMATS)} can",
+            standing=UNTOUCHED,
+        )
+    if below is not None and fmt == "raw":
+        raise RequestError(
+            "a raw image cannot lie on a backing image, as --layers top asks",
+            standing=UNTOUCHED,
+            remedy="make the copy qcow2, or copy all layers",
+        )
+    plan = CopyPlan(device, file, fmt, below)
+    return CopyPlan(
+        device,
+        file,
+        fmt,
+        below,
+        _secret(plan),
+        tuple(_lost(plan)) if pivot else (),
+    )
+
+
+def _secret(plan: CopyPlan) -> str | None:
+    """Return the secret object that encrypts the target, for no plaintext is to be stored.
+
+    :raise UnsupportedError: it could not be encrypted.
+    """
+    encrypted = [layer for layer in plan.layers if layer.node.encrypted]
+    if not encrypted:
+        return None
+    if plan.format != "qcow2":
+        raise UnsupportedError(
+            f"{encrypted[0].describe()} is encrypted, and a raw copy would hold its plaintext",
+            standing=UNTOUCHED,
+            remedy="make the copy qcow2: it is encrypted with the same key",
+        )
+    return key_secret(encrypted[0])
+
+
+def _lost(plan: CopyPlan) -> Iterator[str]:
+    """Say what stays with the image that the guest leaves."""
+    for bitmap in plan.device.chain.active.node.bitmaps:
+        if bitmap.recording and not bitmap.inconsistent:
+            yield (
+                f"the dirty bitmap {printable(bitmap.name)} of {plan.device.name} stays with "
+                f"{printable(plan.device.chain.active.file)}: whoever makes increments by it has "
+                "to begin with a full backup"
+            )

@@ -1,0 +1,214 @@
+"""A target that is a file on this host: made here, opened by QEMU, and marked until it is whole.
+
+A copy bears the name TARGET.partial until all of it is on stable storage; then it is renamed, so
+that whoever finds TARGET finds a whole one. Where the guest is to go over to it, it has its own
+name from the start, for QEMU knows it by that from then on; it is removed where that fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import posixpath
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.chains.headers import Header, make
+from qmpblock.chains.settings import wanted_discard
+from qmpblock.copying.plan import CopyPlan
+from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
+from qmpblock.graph.options import cache_options, overlay_options
+from qmpblock.graph.places import FileId
+from qmpblock.host import imagefiles
+from qmpblock.host.contents import Contents
+from qmpblock.host.openfiles import NOWHERE, sees_directory
+from qmpblock.host.ourfiles import Directory
+from qmpblock.host.processes import command_line
+from qmpblock.names import partial_file, storage_node
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["TargetFile", "absolute", "check_file"]
+
+_CACHED = {"direct": False, "no-flush": False}
+
+
+@dataclass
+class TargetFile:
+    """One target, from its making to its name.
+
+    :ivar node: what its node in QEMU is called.
+    :ivar directory: in which it is made.
+    :ivar keeps_name: whether it has its name from the start.
+    :ivar backing_name: what it records of its backing image.
+    :ivar replaces_partial: whether what another copy left unfinished goes.
+    :ivar made: which file it is, once it is made.
+    """
+
+    plan: CopyPlan
+    node: str
+    directory: Directory
+    keeps_name: bool
+    backing_name: str | None = None
+    replaces_partial: bool = False
+    made: FileId | None = None
+
+    @property
+    def path(self) -> str:
+        """By which QEMU opens it."""
+        return self.plan.file if self.keeps_name else partial_file(self.plan.file)
+
+    async def make(self, vm: Connection, record: Callable[[FileId], None]) -> None:
+        """Make the file, an empty image of the disk's size.
+
+        :param record: is called with what it will be, before it has a name.
+        :raise Error: it cannot be made.
+        """
+        contents = Contents(self.plan.size, ())
+        if self.plan.format != "raw":
+            contents = await make(vm, self._header())
+
+        def note(made: FileId) -> None:
+            self.made = made
+            record(made)
+
+        like = imagefiles.status_of(vm.monitor.peer_pid, self.plan.device.chain.active)
+        name = posixpath.basename(self.path)
+        try:
+            if self.replaces_partial:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self.directory.fd)
+            os.close(self.directory.make(name, note, contents.write_to, like=like))
+            self.directory.sync()
+        except OSError as error:
+            raise Error(f"cannot make {printable(self.path)}: {error.strerror}") from None
+
+    def _header(self) -> Header:
+        backing = self.plan.backing
+        return Header(
+            self.plan.format,
+            self.plan.size,
+            None if backing is None else (self.backing_name or backing.file, backing.format),
+            key_secret=self.plan.secret,
+        )
+
+    async def open(self, vm: Connection) -> None:
+        """Have QEMU open it, for its jobs alone, or for the guest as its disk is open now."""
+        active = self.plan.device.chain.active
+        cache = cache_options(active.node) if self.keeps_name else _CACHED
+        storage: dict[str, Any] = {
+            "driver": "file",
+            "node-name": storage_node(self.node),
+            "filename": self.path,
+            "discard": "unmap",
+            "cache": cache,
+        }
+        await vm.monitor.execute("blockdev-add", storage)
+        await vm.monitor.execute("blockdev-add", self._options(vm))
+
+    def _options(self, vm: Connection) -> dict[str, Any]:
+        chain, backing = self.plan.device.chain, self.plan.backing
+        discard = "unmap"
+        if self.keeps_name:
+            command = command_line(vm.monitor.peer_pid)
+            discard = wanted_discard(command, chain) or "unmap"
+        options = overlay_options(
+            self.node,
+            storage_node(self.node),
+            chain.active.node,
+            self.plan.secret,
+            None if backing is None else backing.node.name,
+            self.plan.format,
+            discard,
+        )
+        if self.plan.format == "raw":
+            del options["backing"]
+        if not self.keeps_name:  # what is zeros there is not to be less, or more, than here
+            options |= {"detect-zeroes": "off", "cache": _CACHED}
+        return options
+
+    def remove(self) -> None:
+        """Remove it, if it was made; it never got its name."""
+        if self.made is not None:
+            with contextlib.suppress(OSError):
+                self.directory.remove(posixpath.basename(self.path), self.made)
+
+    async def finish(self) -> None:
+        """Have it on stable storage, under its name.
+
+        QEMU has closed it, or flushed it.
+
+        :raise Error: it cannot be; it is not marked as whole.
+        """
+        try:
+            await asyncio.to_thread(self._finish)
+        except OSError as error:
+            raise Error(
+                f"the copy {printable(self.path)} cannot be brought to stable storage, or be given "
+                f"its name: {error.strerror}",
+            ) from None
+
+    def _finish(self) -> None:
+        assert self.made is not None  # make() went before
+        name = posixpath.basename(self.path)
+        fd = self.directory.open(name, self.made)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if not self.keeps_name:
+            final = posixpath.basename(self.plan.file)
+            os.rename(name, final, src_dir_fd=self.directory.fd, dst_dir_fd=self.directory.fd)
+        self.directory.sync()
+
+
+def absolute(file: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a file that a person has named.
+
+    :raise RequestError: it is no path.
+    """
+    name = os.fspath(file)
+    if not name or "\0" in name or "://" in name or name.startswith("json:"):
+        raise RequestError(f"{printable(repr(name))} is not the path of a file")
+    return os.path.normpath(Path.cwd() / name)  # without resolving links: the name is the user's
+
+
+def check_file(pid: int | None, file: str, *, force: bool, keeps_name: bool) -> None:
+    """Refuse to make a target that would destroy something, or that QEMU would not find.
+
+    :param pid: of QEMU.
+    :param force: whether a file of that name may be replaced, once the copy is whole.
+    :raise RequestError: there is something of that name, or no such directory.
+    :raise UnsupportedError: QEMU does not see that directory.
+    """
+    folder = posixpath.dirname(file)
+    elsewhere = sees_directory(pid, folder)
+    if elsewhere == NOWHERE:
+        raise RequestError(f"there is no directory {printable(folder)}", standing=UNTOUCHED)
+    if elsewhere is not None:
+        raise UnsupportedError(
+            f"a target is made here and written by the VM, and {printable(folder)} {elsewhere}",
+            standing=UNTOUCHED,
+            remedy="name a target in a directory that the VM has, too, and run qmpblock on its "
+            "host, by a UNIX monitor, as the VM's user or root",
+        )
+    for name in {file, partial_file(file)} if not keeps_name else {file}:
+        if os.path.lexists(name):
+            _check_replaceable(name, force=force and not keeps_name, partial=name != file)
+
+
+def _check_replaceable(name: str, *, force: bool, partial: bool) -> None:
+    if force and stat.S_ISREG(os.lstat(name).st_mode):
+        return
+    raise RequestError(
+        f"{printable(name)} exists already"
+        + (": a copy that is not whole, or is being made" if partial else ""),
+        standing=UNTOUCHED,
+        remedy="name another target, or remove that file; --force replaces a plain file, once the "
+        "copy is whole, but none to which the guest goes over",
+    )

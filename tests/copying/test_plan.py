@@ -1,0 +1,77 @@
+"""What is copied where, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+from drawing import chain
+
+from qmpblock.copying.plan import plan_copy
+from qmpblock.errors import BusyError, RequestError, UnsupportedError
+from qmpblock.graph.model import Bitmap
+
+
+def device(drawn, **changes):
+    """Return the disk of a drawing, its active layer changed."""
+    found = drawn.device("d0").graph().device("vd0")
+    layers = found.chain.layers
+    active = replace(layers[0], node=replace(layers[0].node, **changes))
+    return replace(found, chain=replace(found.chain, layers=(active, *layers[1:])))
+
+
+def plan(its, fmt=None, layers="all", *, pivot=False):
+    return plan_copy(its, "/i/copy", fmt, layers, pivot=pivot)
+
+
+def test_the_format_is_the_disks_own_where_that_can_be():
+    assert plan(device(chain("d0", "d1"))).format == "qcow2"
+    assert plan(device(chain("d0"), driver="raw")).format == "raw"
+    assert plan(device(chain("d0"), driver="qed")).format == "qcow2"
+    assert plan(device(chain("d0", "d1"), driver="raw"), layers="top").format == "qcow2"
+    assert plan(device(chain("d0", "d1")), "raw").format == "raw"
+
+
+def test_what_of_the_chain_is_copied():
+    its = device(chain("d0", "d1"))
+    whole, top = plan(its), plan(its, layers="top")
+    assert (whole.sync, whole.backing, len(whole.layers)) == ("full", None, 2)
+    assert (top.sync, top.backing, len(top.layers)) == ("top", its.chain.layers[1], 1)
+    alone = plan(device(chain("d0")), layers="top")
+    assert (alone.sync, alone.backing) == ("full", None)
+
+
+def test_a_raw_copy_lies_on_nothing():
+    with pytest.raises(RequestError, match="cannot lie on a backing image"):
+        plan(device(chain("d0", "d1")), "raw", "top")
+
+
+def test_no_other_format():
+    with pytest.raises(UnsupportedError, match="vmdk"):
+        plan(device(chain("d0")), "vmdk")
+
+
+def test_no_plaintext_of_an_encrypted_disk_is_stored():
+    named = 'json:{"encrypt.key-secret": "key0"}'
+    its = device(chain("d0"), encrypted=True, filename=named)
+    assert plan(its).secret == "key0"
+    with pytest.raises(UnsupportedError, match="plaintext"):
+        plan(its, "raw")
+
+
+def test_nothing_is_done_beside_a_job():
+    drawn = chain("d0").job("theirs", "backup", "running", "d0")
+    with pytest.raises(BusyError, match="theirs"):
+        plan(device(drawn))
+
+
+def test_a_disk_for_reading_only_is_copied_but_not_gone_over_from():
+    its = replace(device(chain("d0")), read_only=True)
+    assert plan(its).format == "qcow2"
+    with pytest.raises(UnsupportedError, match="for reading only"):
+        plan(its, pivot=True)
+
+
+def test_what_a_pivot_leaves_behind_is_said():
+    its = device(chain("d0"), bitmaps=(Bitmap("nightly", 65536, True, False),))
+    assert plan(its).warnings == ()
+    [warning] = plan(its, pivot=True).warnings
+    assert "nightly" in warning

@@ -1,0 +1,66 @@
+"""Kill matrices of copies: the operations, for `killing.Matrix`."""
+
+import os
+from pathlib import Path
+
+from killing import CHAIN, IOTHREAD, TWO, Operation
+
+
+class Copying(Operation):
+    """One way of `VM.copy`. Its copies of an end lie beside the images' directory."""
+
+    @property
+    def moves(self):
+        """Whether the guest goes over."""
+        return self.what["at"] == "pivot"
+
+    @property
+    def leaves_nodes(self):
+        return self.moves
+
+    async def check_done(self, address, directory):
+        """See that what bears a target's name is whole, and that nothing is left unfinished."""
+        for target in self.request(directory)["targets"].values():
+            assert Path(target).stat().st_size > 0
+            assert not os.path.lexists(f"{target}.partial")
+
+
+def _operations():
+    plain, iothread = CHAIN.format(attach=""), CHAIN.format(attach=IOTHREAD)
+    chain = ("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw")
+    end = {"do": "copy", "at": "end", "force": True}
+    one, two = {"vd0": "{}/../c0.qcow2"}, {"vd0": "{}/../c0.qcow2", "vd1": "{}/../c1.raw"}
+    yield Copying("copy-end", plain, end | {"targets": one}, (chain,))
+    yield Copying("copy-end-iothread", iothread, end | {"targets": one}, (chain,))
+    yield Copying(
+        "copy-end-of-two",
+        TWO.format(),
+        end | {"targets": two},
+        (("d0-1.qcow2", "d0-0.raw"), ("d1-0.qcow2",)),
+    )
+    over = {"do": "copy", "at": "pivot", "format": "qcow2"}
+    there = {"vd0": "{}/c0.qcow2", "vd1": "{}/c1.qcow2"}
+    only = {"vd0": there["vd0"]}
+    yield Copying("copy-pivot", plain, over | {"targets": only}, (("c0.qcow2",),), scars=True)
+    yield Copying(
+        "copy-pivot-iothread", iothread, over | {"targets": only}, (("c0.qcow2",),), scars=True
+    )
+    yield Copying(
+        "copy-pivot-of-two",
+        TWO.format(),
+        over | {"targets": there},
+        (("c0.qcow2",), ("c1.qcow2",)),
+        scars=True,
+    )
+    queued = ("-global", "virtio-blk-pci.ioeventfd=off")
+    yield Copying(
+        "copy-pivot-queued",
+        plain,
+        {"do": "copy", "at": "pivot", "format": "raw", "targets": {"vd0": "{}/c0.raw"}},
+        (("c0.raw",),),
+        scars=True,
+        extra=queued,
+    )
+
+
+COPIES = tuple(_operations())

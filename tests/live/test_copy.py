@@ -1,0 +1,142 @@
+"""Copies of running disks: of their very end, and with the guest going over to them."""
+
+from pathlib import Path
+
+import pytest
+from chaincases import FIXTURES, is_encrypted
+from chains import convert, digest_without, nothing_left, subjects
+from chainwriters import DeviceWriter, StampWriter
+
+import qmpblock
+from qmpblock.copying.copy import copy
+from qmpblock.errors import UnsupportedError
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.scenario import parse_scenario
+from qmpblock.testing.stamps import check_point_in_time
+
+pytestmark = pytest.mark.live
+
+EVERY = sorted(path.name for path in FIXTURES.glob("*.yaml"))
+
+
+async def numbers_of(vm, every):
+    """Return the guest's numbers of the disks that it stamps, by the subjects' names."""
+    return {
+        name: one.writer.spec.disk
+        for name, one in every.items()
+        if isinstance(one.writer, StampWriter)
+    }
+
+
+async def check_content(one, image, directory, bounds=None):
+    """Check that a closed copy holds the disk; of the writer's area, one point within bounds."""
+    content = directory / "content.raw"
+    await convert(one.tools, image, image.describe(), content)
+    assert digest_without(content, one.area) == one.digest
+    with content.open("rb") as file:
+        file.seek(one.area.offset)
+        data = file.read(one.area.length)
+    content.unlink()
+    if bounds is not None:
+        verdict = check_point_in_time(data, one.writer.spec, bounds, background=one.area.byte)
+        assert verdict.ok, verdict
+    await image.check(one.tools)
+
+
+@pytest.mark.parametrize("at", ["end", "pivot"])
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+@pytest.mark.scenarios(*EVERY)
+async def test_every_disk(scenario, at, fmt, start_qemu, invariant, vm_dir, qemu_binary):
+    """All disks of a VM at one instant, while its guest writes to them."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    every = await subjects(built, vm_dir)
+    vm = await start_qemu(built, guest=True)
+    for one in every.values():
+        await one.attach(vm)
+    await invariant.begin(vm)
+    (vm_dir / "copies").mkdir()
+    before = {name: one.every_file() for name, one in every.items()}
+    numbers = await numbers_of(vm, every)
+    secret = any(is_encrypted(layer.spec) for one in every.values() for layer in one.layers)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disks = {name: await controller.disk(one.path) for name, one in every.items()}
+        targets = {disk: vm_dir / "copies" / f"{name}.{fmt}" for name, disk in disks.items()}
+        hanging = at == "pivot" and any(hangs(vm, one) for one in every.values())
+        if (secret and fmt == "raw") or hanging:
+            with pytest.raises(UnsupportedError, match=r"plaintext|hangs for good"):
+                async with copy(controller, targets, at=at, format=fmt):
+                    pass
+            for one in every.values():
+                await one.writer.stop()
+            return
+        async with copy(controller, targets, at=at, format=fmt) as job:
+            async for seen in job:
+                if seen.ready:
+                    break
+            for one in every.values():
+                await one.keeps_writing()
+            assert job.result is None
+            if at == "pivot" and fmt == "raw" and vm.version < (10, 0, 0):
+                for one in every.values():  # I/O by a monitor is not held by a pause (K26)
+                    if isinstance(one.writer, DeviceWriter):
+                        await one.writer.stop()
+            if numbers:
+                async with vm.guest.bounds(*numbers.values()) as bounds:
+                    await job.complete()
+            else:
+                await job.complete()
+                bounds = {}
+        assert [one.target for one in job.result.disks] == [str(path) for path in targets.values()]
+        for name, disk in disks.items():
+            if not every[name].writer.stopped:
+                await every[name].keeps_writing()
+            await disk.refresh()
+            active = Path(disk.chain.active.file)
+            assert (active == targets[disk]) is (at == "pivot")
+    for one in every.values():
+        if not one.writer.stopped:
+            await one.writer.stop()
+    assert sorted(path.name for path in (vm_dir / "copies").iterdir()) == sorted(
+        f"{name}.{fmt}" for name in every
+    )
+    copies = {name: every[name].copy_at(targets[disk], fmt) for name, disk in disks.items()}
+    if at == "pivot":
+        for name, one in every.items():
+            one.move_to(copies[name])
+            invariant.expect(one.documented(before=before[name], made=str(copies[name].path)))
+    await nothing_left(vm, every.values())
+    await invariant.verify(vm)
+    if at == "end":
+        for name, one in every.items():
+            point = bounds[numbers[name]] if name in numbers else None
+            await check_content(one, copies[name], vm_dir, point)
+    await vm.quit()
+    for one in every.values():
+        await one.verify()
+
+
+def hangs(vm, one):
+    """Whether this QEMU would hang, were another image to take the place of this one (K27)."""
+    attach = one.disk.spec.attach
+    return bool(attach.filters) and attach.iothread != "none" and vm.version < (10, 0, 0)
+
+
+FILTERED = """
+about: A filter above an image, in an iothread.
+images: [{size: 8M, content: [write 0 1M 0xaa]}]
+attach: {filters: [throttle], iothread: one}
+"""
+
+
+async def test_a_move_below_a_filter_in_an_iothread(start_qemu, vm_dir, qemu_version):
+    vm = await start_qemu(parse_scenario(FILTERED, "filtered"), guest=True)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        if qemu_version < (10, 0, 0):
+            with pytest.raises(UnsupportedError, match="hangs for good") as caught:
+                async with copy(controller, {disk: vm_dir / "copy"}, at="pivot"):
+                    pass
+            assert "nothing was touched" in str(caught.value)
+        async with copy(controller, {disk: vm_dir / "copy"}, at="end") as job:
+            pass
+        assert job.result.disks[0].size == disk.size
