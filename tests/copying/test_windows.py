@@ -1,8 +1,12 @@
 """Which windows are read: no zeros, and each window once."""
 
+import asyncio
+import subprocess
+from contextlib import aclosing
+
 import pytest
 
-from qmpblock.copying.windows import WINDOW, Window, windows
+from qmpblock.copying.windows import WINDOW, Window, in_order, windows
 from qmpblock.errors import NBDError, RangeError, RequestError
 from qmpblock.host.qemunbd import QemuNbd
 
@@ -98,3 +102,35 @@ async def test_a_server_that_died_is_an_error(tmp_path):
         await client.close()
         with pytest.raises(NBDError):
             await seen(client)
+
+
+async def test_zeros_that_are_no_hole_are_not_read_either(tmp_path):
+    """Preallocated metadata: the server says that it reads as zeros, and not that it is a hole."""
+    path = tmp_path / "image"
+    options = ("-f", "qcow2", "-o", "preallocation=metadata")
+    subprocess.run(["qemu-img", "create", "-q", *options, path, "2M"], check=True)
+    image = {**leaf(path), "driver": "qcow2"}
+    async with QemuNbd().serving(image) as client:
+        assert set((await client.block_status(0, client.size))["base:allocation"][:, 1]) == {2}
+        assert await seen(client) == [Window(0, 2 * MIB, (False,))]
+
+
+async def test_what_is_under_way_is_cancelled_when_it_is_closed(tmp_path):
+    async def parts():
+        for number in range(20):
+            yield Window(number, 1, ())
+
+    ended = []
+
+    async def work(window):
+        try:
+            await asyncio.sleep(0 if window.offset == 0 else 60)
+        finally:
+            ended.append(window.offset)
+        return window.offset
+
+    async with asyncio.timeout(20), aclosing(in_order(parts(), work, 4)) as works:
+        async for window, result in works:
+            assert (window.offset, result) == (0, 0)
+            break
+    assert sorted(ended) == [0, 1, 2, 3]  # no more were begun

@@ -351,7 +351,7 @@ import os, socket
 from qmpblock.host.handed import HandedFiles
 os.closerange(3, 100)
 with HandedFiles() as files:
-    files.image({{"driver": "file", "filename": {str(path)!r}}})
+    files.image({{"driver": "file", "filename": {str(path)!r}}}, said=True)
     print(*files.descriptors)
     with socket.socket(socket.AF_UNIX) as listening, files.listener(listening):
         print(*files.descriptors)
