@@ -384,16 +384,12 @@ class StagedCommit(_Pivoting):
         _check_settings(self.detect_zeroes, "", self.base_opened)
 
 
-@dataclass(frozen=True)
-class PointInTime(Record):
-    """Disks are seen as they were at one instant, while the guest goes on.
+class _Fleecing(Record):
+    """Disks are seen as they were at one instant (`qmpblock.copying.fleecing`).
 
     Its nodes are, for each disk, those of `fleecing_nodes`; its files what the filters keep.
-    Nothing that it makes holds what the guest wrote.
+    Nothing of that holds what the guest wrote.
     """
-
-    operation: ClassVar[str] = "point-in-time"
-    needed: ClassVar[tuple[str, ...]] = ("images", "files")
 
     def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
         """Take each filter out of the guest's way, and before it what is seen through it."""
@@ -410,6 +406,14 @@ class PointInTime(Record):
     def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
         """Never: the guest's writes go through the filters, and only what was there is kept."""
         return False
+
+
+@dataclass(frozen=True)
+class PointInTime(_Fleecing):
+    """Somebody reads disks as they were, while the guest goes on."""
+
+    operation: ClassVar[str] = "point-in-time"
+    needed: ClassVar[tuple[str, ...]] = ("images", "files")
 
     def verdict(
         self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]

@@ -40,6 +40,7 @@ from qmpblock.changes.filters import Spot, put_filter, spot_in
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
 from qmpblock.changes.operations import PointInTime
+from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
 from qmpblock.errors import (
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["PATIENCE", "Fleece", "View", "fleecing"]
+__all__ = ["PATIENCE", "Fleece", "Plan", "View", "fleecing", "planned", "take"]
 
 PATIENCE = 5
 """Seconds for which a write of the guest's may wait for what was there to be kept; then the point
@@ -129,14 +130,42 @@ class _Item:
     directory: Directory | None = None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is to be made for several disks, by one run; nothing is touched yet."""
+
+    run: str
+    items: tuple[_Item, ...]
+
+    async def record_fields(self, vm: Connection) -> dict[str, Any]:
+        """Return what the record of the change says of it, as fields of `Record`.
+
+        The record's class is one of those that undo it (`qmpblock.changes.operations`).
+        """
+        devices = [item.device for item in self.items]
+        chains = [image_files(vm.monitor.peer_pid, device.chain) for device in devices]
+        return {
+            "run": self.run,
+            "vm": await identify(vm),
+            "devices": tuple(device.qom_path for device in devices),
+            "names": tuple(device.name for device in devices),
+            "locks": lock_names(devices),
+            "nodes": (*(one for item in self.items for one in item.nodes), paused_node(self.run)),
+            "files": tuple(item.kept for item in self.items),
+            "images": tuple(chain[0] for chain in chains)
+            + tuple(file for chain in chains for file in chain[1:]),
+        }
+
+
 @asynccontextmanager
 async def fleecing(
-    vm: Connection, disks: Sequence[MappedDisk], fleece: Fleece | None = None
+    vm: Connection, disks: Sequence[MappedDisk], fleece: Fleece
 ) -> AsyncIterator[list[View]]:
     """Have disks seen as they were at one instant: that in which this is entered.
 
     Of several disks the VM is paused for it, for milliseconds. On leaving, by whatever way, all is
-    as it was. Cancelling waits for that.
+    as it was. Cancelling waits for that. What does more with the views, and has a record of its
+    own, uses `planned` and `take`.
 
     :raise RequestError: no disk, or one twice, or too little room is given; nothing was touched.
     :raise UnsupportedError: this QEMU, or place, cannot, or not safely; nothing was touched.
@@ -145,26 +174,11 @@ async def fleecing(
         InUseError: somebody else reads a view.
     :raise GraphError: somebody else changed a disk at that moment.
     """
-    paths = [disk.device.qom_path for disk in disks]
-    if not paths or len(set(paths)) < len(paths):
-        raise RequestError("name the disks that are to be seen as they are now, each once")
-    devices = [disk.device for disk in disks]
-    await ownership.ask(vm.monitor, devices)
-    await make_way(vm, lock_names(devices))
-    run = new_run()
-    items = await _plan(vm, run, paths, fleece or Fleece())
-    await ownership.ask_for_change(vm, Work("point", items[0].device.chain.active.file))
-    change = Change(vm, await _record(vm, run, items))
-    with contextlib.ExitStack() as stack:
-        items = [replace(one, directory=stack.enter_context(_directory(one))) for one in items]
+    async with planned(vm, disks, fleece) as plan:
+        change = Change(vm, PointInTime(**await plan.record_fields(vm)))
         await change.begin()
         async with change.or_undo(lambda: "the disks are as they were; nothing of ours is left"):
-            await _unchanged(vm, items)
-            for item in items:
-                await _keep(vm, change, item)
-            await ownership.ask(vm.monitor, devices, standing=None)
-            await undisturbed(_take(vm, run, items))
-            yield [View(one.nodes[0], one.device.chain.active.size, one.kept) for one in items]
+            yield await take(vm, change, plan)
             await undisturbed(_end(change))
 
 
@@ -176,23 +190,43 @@ async def _end(change: Change[PointInTime]) -> None:
 # -- what is to be
 
 
-async def _plan(vm: Connection, run: str, paths: Sequence[str], fleece: Fleece) -> list[_Item]:
-    """Say what will be made, or refuse; nothing is touched."""
-    graph = await vm.graph()
-    items: list[_Item] = []
-    for number, path in enumerate(paths):
-        device = graph.device(path)
-        check_idle(device)
-        check_disk(device)
-        await _check_iothread(vm, device)
-        await _check_alone(vm, device)
-        secret = await _key_secret(vm, device)
-        kept = _file(vm, run, number, device, fleece)
-        contents = await make(vm, Header("qcow2", device.chain.active.size, key_secret=secret))
-        limit = _limit(kept, device.chain.active.size, contents, fleece.limit, len(paths))
-        nodes = fleecing_nodes(run, number)
-        items.append(_Item(device, spot_in(device), nodes, kept, limit, secret, contents))
-    return items
+@asynccontextmanager
+async def planned(
+    vm: Connection, disks: Sequence[MappedDisk], fleece: Fleece
+) -> AsyncIterator[Plan]:
+    """Say what will be made, or refuse; only what a dead controller left is undone.
+
+    :raise Error: as of `fleecing`, before anything is touched.
+    """
+    paths = [disk.device.qom_path for disk in disks]
+    if not paths or len(set(paths)) < len(paths):
+        raise RequestError("name the disks that are to be seen as they are now, each once")
+    devices = [disk.device for disk in disks]
+    await ownership.ask(vm.monitor, devices)
+    await make_way(vm, lock_names(devices))
+    run, graph = new_run(), await vm.graph()
+    with contextlib.ExitStack() as stack:
+        items = []
+        for number, path in enumerate(paths):
+            item = await _item(vm, run, number, graph.device(path), fleece, len(paths))
+            items.append(replace(item, directory=stack.enter_context(_directory(item))))
+        await ownership.ask_for_change(vm, Work("point", items[0].device.chain.active.file))
+        yield Plan(run, tuple(items))
+
+
+async def _item(
+    vm: Connection, run: str, number: int, device: DiskDevice, fleece: Fleece, disks: int
+) -> _Item:
+    check_idle(device)
+    check_disk(device)
+    await _check_iothread(vm, device)
+    await _check_alone(vm, device)
+    secret = await _key_secret(vm, device)
+    kept, size = _file(vm, run, number, device, fleece), device.chain.active.size
+    contents = await make(vm, Header("qcow2", size, key_secret=secret))
+    limit = _limit(kept, size, contents, fleece.limit, disks)
+    nodes = fleecing_nodes(run, number)
+    return _Item(device, spot_in(device), nodes, kept, limit, secret, contents)
 
 
 async def _check_iothread(vm: Connection, device: DiskDevice) -> None:
@@ -303,20 +337,22 @@ def _limit(kept: str, size: int, contents: Contents, given: int | None, disks: i
     return min(share - share % _CLUSTER, whole + -whole % _CLUSTER)
 
 
-async def _record(vm: Connection, run: str, items: Sequence[_Item]) -> PointInTime:
-    devices = [item.device for item in items]
-    chains = [image_files(vm.monitor.peer_pid, device.chain) for device in devices]
-    return PointInTime(
-        run=run,
-        vm=await identify(vm),
-        devices=tuple(device.qom_path for device in devices),
-        names=tuple(device.name for device in devices),
-        locks=lock_names(devices),
-        nodes=(*(name for item in items for name in item.nodes), paused_node(run)),
-        files=tuple(item.kept for item in items),
-        images=tuple(chain[0] for chain in chains)
-        + tuple(file for chain in chains for file in chain[1:]),
-    )
+# -- making it
+
+
+async def take(vm: Connection, change: Change[Record], plan: Plan) -> list[View]:
+    """Have the disks seen as they are now. A failure is for the change to undo.
+
+    :param change: which has begun; its record has the plan's fields.
+    :raise GraphError: somebody else changed a disk meanwhile.
+    :raise Error: as of `fleecing`.
+    """
+    await _unchanged(vm, plan.items)
+    for item in plan.items:
+        await _keep(vm, change, item)
+    await ownership.ask(vm.monitor, [item.device for item in plan.items], standing=None)
+    await undisturbed(_have_filters(vm, plan))
+    return [View(one.nodes[0], one.device.chain.active.size, one.kept) for one in plan.items]
 
 
 async def _unchanged(vm: Connection, items: Sequence[_Item]) -> None:
@@ -331,9 +367,6 @@ async def _unchanged(vm: Connection, items: Sequence[_Item]) -> None:
             )
 
 
-# -- making it
-
-
 def _directory(item: _Item) -> Directory:
     try:
         return Directory(posixpath.dirname(item.kept))
@@ -341,7 +374,7 @@ def _directory(item: _Item) -> Directory:
         raise _cannot_make(item, error) from None
 
 
-async def _keep(vm: Connection, change: Change[PointInTime], item: _Item) -> None:
+async def _keep(vm: Connection, change: Change[Record], item: _Item) -> None:
     """Make the file of what is kept, and the filter, in nobody's way yet."""
     _make_file(vm, change, item)
     _, filter_, kept = item.nodes
@@ -373,7 +406,7 @@ async def _keep(vm: Connection, change: Change[PointInTime], item: _Item) -> Non
     )
 
 
-def _make_file(vm: Connection, change: Change[PointInTime], item: _Item) -> None:
+def _make_file(vm: Connection, change: Change[Record], item: _Item) -> None:
     """Make the file, owned as the image is, for nobody else to read."""
     assert change.journal is not None  # begin() wrote it
     assert item.directory is not None
@@ -398,10 +431,11 @@ def _cannot_make(item: _Item, error: OSError) -> Error:
     return Error(f"cannot make {printable(item.kept)}: {error.strerror}")
 
 
-async def _take(vm: Connection, run: str, items: Sequence[_Item]) -> None:
+async def _have_filters(vm: Connection, plan: Plan) -> None:
     """Have the filters come into the guest's way, at one instant, then the views over them."""
+    items = plan.items
     if len(items) > 1:
-        async with instant(vm, paused_node(run)):
+        async with instant(vm, paused_node(plan.run)):
             for item in items:
                 await put_filter(vm, item.spot, item.nodes[1])
     else:

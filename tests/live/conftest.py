@@ -63,7 +63,7 @@ SHARES = {
     "test_ownership::test_where_qemu_cannot_be_held_the_migration_goes_first": 0.34,
     "test_point_kills": 0.5,
     "test_points::test_every_disk_as_it_was": 0.3,
-    "test_points::test_somebody_takes_a_snapshot_meanwhile": 0.5,
+    "test_points_disturbed": 0.5,
     "test_policy": 0.04,
     "test_privileges": 0.2,
     "test_secrets": 0.34,
