@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 from killing import CHAIN, IOTHREAD, TWO, Operation
 
 
@@ -63,4 +64,19 @@ def _operations():
     )
 
 
-COPIES = tuple(_operations())
+def _starts():
+    start = {"do": "copy", "at": "start", "force": True}
+    one, two = {"vd0": "{}/../c0.qcow2"}, {"vd0": "{}/../c0.qcow2", "vd1": "{}/../c1.raw"}
+    chain = ("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw")
+    plain = CHAIN.format(attach="")
+    yield Copying("copy-start", plain, start | {"targets": one}, (chain,))
+    yield Copying(
+        "copy-start-of-two",
+        TWO.format(),
+        start | {"targets": two},
+        (("d0-1.qcow2", "d0-0.raw"), ("d1-0.qcow2",)),
+    )
+
+
+_NEEDS = pytest.mark.needs_qemu(">= 10.0", reason="K23: such a copy could be wrong")
+COPIES = (*_operations(), *(pytest.param(one, marks=_NEEDS) for one in _starts()))

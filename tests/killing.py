@@ -275,7 +275,7 @@ class Matrix:
             start = 1 + next(
                 index
                 for index, command in enumerate(self.reference.trace)
-                if command in ("block-stream", "block-commit", "blockdev-mirror")
+                if command in ("block-stream", "block-commit", "blockdev-mirror", "blockdev-backup")
             )
             numbers = range(start, start + 5)
         for number in numbers:

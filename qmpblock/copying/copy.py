@@ -17,7 +17,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,9 +32,13 @@ from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.finalize import keep_exports_away, until_unused
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.operations import PointInTime
 from qmpblock.changes.record import PIVOTED
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
+from qmpblock.copying.backups import Backups
+from qmpblock.copying.fleecing import Fleece, planned, take
+from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.plan import CopyPlan, Layers, plan_copy
@@ -79,11 +83,12 @@ async def copy(
     vm: Connection,
     targets: Mapping[DiskT, str | os.PathLike[str]],
     *,
-    at: Point = "end",
+    at: Point = "start",
     format: str | None = None,  # noqa: A002 - the command's word
     layers: Layers = "all",
     force: bool = False,
     speed: int = 0,
+    fleece: Fleece | None = None,
 ) -> AsyncIterator[CopyJob]:
     """Copy running disks. See `VM.copy`."""
     started = time.monotonic()
@@ -91,33 +96,39 @@ async def copy(
         raise RequestError("a copy of no disk is none")
     if speed < 0:
         raise RequestError(f"a speed of {speed} bytes a second is none")
-    plans = await _look(vm, targets, format, layers, force=force, pivot=at == "pivot")
-    record = await _record(vm, new_run(), plans, pivot=at == "pivot")
+    plans = await _look(vm, targets, format, layers, at, force=force)
+    run = new_run()
     job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings))
     job.speed = speed
     with contextlib.ExitStack() as stack:
         files = [
             TargetFile(
                 plan,
-                target_node(record.run, number),
+                target_node(run, number),
                 stack.enter_context(open_directory(plan.file)),
                 at == "pivot",
-                _backing_name(vm, plan),
+                backing_name=_backing_name(vm, plan),
                 replaces_partial=force,
             )
             for number, plan in enumerate(plans)
         ]
         try:
-            async with _running(vm, record, files, job) as mirrors:
+            running: AbstractAsyncContextManager[Mirrors | Backups]
+            if at == "start":
+                running = _of_views(vm, list(targets), files, job, fleece or Fleece())
+            else:
+                record = await _record(vm, run, plans, pivot=at == "pivot")
+                running = _of_disks(vm, record, files, job)
+            async with running as jobs:
                 yield job
         finally:
             job.end()
     job.result = CopyResult(
         at,
-        tuple(_copied(file, mirrors) for file in files),
+        tuple(_copied(file, jobs) for file in files),
         time.monotonic() - started,
-        mirrors.held,
-        mirrors.attempts,
+        jobs.held if isinstance(jobs, Mirrors) else 0.0,
+        jobs.attempts if isinstance(jobs, Mirrors) else 1,
         job.warnings,
     )
     for disk in targets:
@@ -125,9 +136,9 @@ async def copy(
             await disk.refresh()
 
 
-def _copied(file: TargetFile, mirrors: Mirrors) -> DiskCopy:
+def _copied(file: TargetFile, jobs: Mirrors | Backups) -> DiskCopy:
     plan = file.plan
-    done = mirrors.last[plan.device.name].done
+    done = jobs.last[plan.device.name].done
     source = plan.device.chain.active.file
     return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done)
 
@@ -137,15 +148,23 @@ async def _look(
     targets: Mapping[DiskT, str | os.PathLike[str]],
     fmt: str | None,
     layers: Layers,
+    at: Point,
     *,
     force: bool,
-    pivot: bool,
 ) -> list[CopyPlan]:
     """Say what goes where, or refuse; only what a dead controller left is undone.
 
     :raise Error: it cannot be done; nothing was touched.
     """
     devices = [disk.device for disk in targets]
+    pivot = at == "pivot"
+    if at == "start" and vm.capabilities.jobs_misread_views:
+        raise UnsupportedError(
+            f"a copy of the start needs a job that reads a point in time, and QEMU "
+            f"{vm.capabilities} now and then copies what the guest wrote later, without an error",
+            standing=UNTOUCHED,
+            remedy="copy the end (--at end), which is as consistent; or use QEMU 10.0 or newer",
+        )
     await ownership.ask(vm.monitor, devices)
     await make_way(vm, lock_names(devices))
     graph = await vm.graph()
@@ -162,9 +181,10 @@ async def _look(
         _backing_name(vm, plan)  # or refuse
         if plan.format != "raw":
             await by_qemu_img(vm, plan.secret, local=True)  # or refuse
-        await check_held_io(
-            vm.monitor, plan.device, remedy="copy it by qemu-img when the VM is off"
-        )
+        if at != "start":
+            await check_held_io(
+                vm.monitor, plan.device, remedy="copy it by qemu-img when the VM is off"
+            )
         if pivot:
             await _check_filters(vm, plan)
         plans.append(plan)
@@ -234,7 +254,7 @@ async def _record(vm: Connection, run: str, plans: Sequence[CopyPlan], *, pivot:
 
 
 @asynccontextmanager
-async def _running(
+async def _of_disks(
     vm: Connection, record: Copy, files: Sequence[TargetFile], job: CopyJob
 ) -> AsyncIterator[Mirrors]:
     """Copy while the body runs, and come to the end on leaving it; or leave all as it was."""
@@ -266,19 +286,71 @@ async def _running(
                 await file.make(vm, partial(_note, change, file))
                 await file.open(vm)
             await ownership.ask(vm.monitor, [file.plan.device for file in files], standing=None)
-            work = asyncio.ensure_future(mirrors.work())
-            work.add_done_callback(lambda _: job.end())
-            try:
+            async with _working(mirrors, job):
                 yield mirrors
                 job.completion.set()
-                await work
-            finally:
-                work.cancel()
-                await undisturbed(asyncio.wait({work}))
             await undisturbed(_finish(change, files))
         except BaseException:
             await undisturbed(_remove_marked(change, files))
             raise
+
+
+@asynccontextmanager
+async def _working(jobs: Mirrors | Backups, job: CopyJob) -> AsyncIterator[None]:
+    """Have jobs work while the body runs, and wait for their end; or break them off."""
+    work = asyncio.ensure_future(jobs.work())
+    work.add_done_callback(lambda _: job.end())
+    try:
+        yield
+        await work
+    finally:
+        work.cancel()
+        await undisturbed(asyncio.wait({work}))
+
+
+@asynccontextmanager
+async def _of_views(
+    vm: Connection,
+    disks: Sequence[MappedDisk],
+    files: Sequence[TargetFile],
+    job: CopyJob,
+    fleece: Fleece,
+) -> AsyncIterator[Backups]:
+    """Copy disks as they are when this is entered, from views of that instant.
+
+    Their jobs hold nobody: the guest writes elsewhere.
+    """
+    try:
+        for file in files:
+            await file.make(vm, lambda _: None)
+        async with planned(vm, disks, fleece) as plan:
+            backups = Backups(vm, plan.run, files, job)
+            change = Change(vm, await _record_of_views(vm, plan, files))
+            await change.begin()
+            async with change.or_undo(lambda: _undone(files)):
+                views = await take(vm, change, plan)
+                for file, view in zip(files, views, strict=True):
+                    file.source = view.node
+                    await file.open(vm)
+                async with _working(backups, job):
+                    yield backups
+                await undisturbed(_finish(change, files))
+    except BaseException:
+        for file in files:
+            file.remove()
+        raise
+
+
+async def _record_of_views(
+    vm: Connection, plan: FleecingPlan, files: Sequence[TargetFile]
+) -> PointInTime:
+    """Return what the locks and the journal are to say, and name the targets' nodes for it."""
+    for number, file in enumerate(files):
+        file.node = target_node(plan.run, number)
+    said = await plan.record_fields(vm)
+    nodes = [name for file in files for name in (file.node, storage_node(file.node))]
+    jobs = tuple(copy_job(plan.run, number) for number, _ in enumerate(files))
+    return PointInTime(**said | {"helpers": jobs, "nodes": (*nodes, *said["nodes"])})
 
 
 def _beside(vm: Connection, record: Copy) -> Path | None:
@@ -310,9 +382,12 @@ async def _unchanged(vm: Connection, files: Sequence[TargetFile]) -> None:
             )
 
 
-async def _finish(change: Change[Copy], files: Sequence[TargetFile]) -> None:
-    """Remove what the jobs left, give the targets their names, and end."""
-    graph = await settle(change.vm, change.record, change.journal, Choice.CONTINUE)
+async def _finish(change: Change[Copy | PointInTime], files: Sequence[TargetFile]) -> None:
+    """Remove what the jobs left, give the targets their names, and end.
+
+    What the guest did not go over to QEMU closes, which flushes it.
+    """
+    graph = await settle(change.vm, change.record, change.journal, Choice.UNDO)
     if isinstance(change.record, Move) and change.record.took_effect(graph) is False:
         raise GraphError(
             "QEMU reports success, but the guest is not on the copies",
@@ -333,8 +408,8 @@ async def _remove_marked(change: Change[Copy], files: Sequence[TargetFile]) -> N
         file.remove()
 
 
-def _undone(files: Sequence[TargetFile], mirrors: Mirrors) -> str:
-    if mirrors.over:
+def _undone(files: Sequence[TargetFile], mirrors: Mirrors | None = None) -> str:
+    if mirrors is not None and mirrors.over:
         names = ", ".join(mirrors.over)
         return (
             f"gone over to their copies: {names}, and no other disk; look: qmpblock disks ADDRESS"

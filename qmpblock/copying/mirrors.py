@@ -52,8 +52,8 @@ class Mirrors:
 
     :ivar run: in whose names they are.
     :ivar pivot: whether the guest goes over to the targets.
-    :ivar mark: is awaited at the instant, before anything is final, with `over=True`; with False
-        where nothing became final after all.
+    :ivar mark: where the guest goes over: is awaited at the instant, before anything is final,
+        with `over=True`; with False where nothing became final after all.
     :ivar quiet: keeps away what must not meet that instant.
     :ivar held: seconds for which the guest's I/O was held at most.
     :ivar over: the disks that went over to their targets.

@@ -45,6 +45,7 @@ class TargetFile:
     :ivar node: what its node in QEMU is called.
     :ivar directory: in which it is made.
     :ivar keeps_name: whether it has its name from the start.
+    :ivar source: the view that is copied; empty: the disk itself.
     :ivar backing_name: what it records of its backing image.
     :ivar replaces_partial: whether what another copy left unfinished goes.
     :ivar made: which file it is, once it is made.
@@ -54,6 +55,7 @@ class TargetFile:
     node: str
     directory: Directory
     keeps_name: bool
+    source: str = ""
     backing_name: str | None = None
     replaces_partial: bool = False
     made: FileId | None = None
@@ -128,8 +130,10 @@ class TargetFile:
         )
         if self.plan.format == "raw":
             del options["backing"]
-        if not self.keeps_name:  # what is zeros there is not to be less, or more, than here
-            options |= {"detect-zeroes": "off", "cache": _CACHED}
+        if not self.keeps_name:
+            # Of a view QEMU does not tell which zeros are none that somebody wrote.
+            zeroes = "unmap" if self.source else "off"
+            options |= {"detect-zeroes": zeroes, "cache": _CACHED}
         return options
 
     def remove(self) -> None:

@@ -1,0 +1,92 @@
+"""Backups: QEMU's jobs that copy views of disks, each as it was at one instant.
+
+Nobody writes to a view, so a job is done when it has been over all of it. Not a mirror: that looks
+for what the uppermost layer alone holds, where it reads a view, and leaves out what lies below
+(K28). A backup flushes nothing: its target is closed before anybody calls it whole, which does.
+
+What costs the guest least is few requests of the job's at once, each a large one: measured, one
+worker with chunks of 1 MiB is as fast as QEMU's 64 with 64 KiB and holds the guest's own requests
+for a fiftieth of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.cancellation import task_group
+from qmpblock.copying.job import CopyJob
+from qmpblock.errors import JobError
+from qmpblock.names import copy_job
+from qmpblock.qemu.job import Job, Progress
+
+if TYPE_CHECKING:
+    from qmpblock.copying.targetfile import TargetFile
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["Backups"]
+
+_CHUNK = 1 << 20  # bytes that the job reads at once
+
+
+@dataclass
+class Backups:
+    """The backup jobs of one copy; each target's `source` is the view that it is of.
+
+    :ivar run: in whose names they are.
+    :ivar last: how each job was last seen, by what people call the disk.
+    """
+
+    vm: Connection
+    run: str
+    targets: Sequence[TargetFile]
+    job: CopyJob
+    last: dict[str, Progress] = field(default_factory=dict)
+
+    async def work(self) -> None:
+        """Copy all.
+
+        Cancelling leaves jobs: whoever undoes the copy cancels them.
+
+        :raise JobError: a job failed: its target did, or the point was given up.
+        :raise StalledError: one did not move.
+        """
+        jobs = tuple(
+            Job(self.vm.monitor, copy_job(self.run, number), "backup")
+            for number, _ in enumerate(self.targets)
+        )
+        self.job.runs(jobs)
+        try:
+            for job, target in zip(jobs, self.targets, strict=True):
+                await job.start("blockdev-backup", self._arguments(target))
+            async with task_group() as group:
+                for job, target in zip(jobs, self.targets, strict=True):
+                    group.create_task(self._follow(job, target))
+        finally:
+            for job in jobs:
+                job.end()
+        self.job.finished()
+
+    def _arguments(self, target: TargetFile) -> dict[str, Any]:
+        return {
+            "device": target.source,
+            "target": target.node,
+            "sync": "full",
+            "on-source-error": "report",
+            "on-target-error": "enospc",
+            "speed": self.job.share(),
+            "x-perf": {"max-workers": 1, "max-chunk": _CHUNK},
+        }
+
+    async def _follow(self, job: Job, target: TargetFile) -> None:
+        name, finalized = target.plan.device.name, False
+        async for seen in job.follow(converging=self.vm.stall):
+            self.last[name] = seen
+            self.job.publish(name, seen)
+            if seen.status == "pending" and not finalized:
+                finalized = True
+                await job.finalize()
+        error = self.last[name].error
+        if error is not None:
+            raise JobError(job.id, job.type, error)
