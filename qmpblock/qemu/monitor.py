@@ -174,6 +174,7 @@ class _Client(QMPClient):
         self._size = 0  # bytes of the last message
         self.unlogged = False
         self._negotiates = False
+        self._greeted = False
         self.broken = ""  # how the peer broke the protocol
 
     @classmethod
@@ -212,11 +213,14 @@ class _Client(QMPClient):
             self._negotiates = False
 
     async def _do_recv(self) -> Message:
-        # The base class takes the first message for the answer to qmp_capabilities; an event may
-        # come before it, and what QEMU still had to answer to a client that was killed (F22).
+        # The base class takes the first message for the greeting, and the next for the answer to
+        # qmp_capabilities; an event may come before either, and what QEMU still had to answer to a
+        # client that was killed (F22).
         while True:
             message = await self._next()
-            if not self._negotiates or not ("event" in message or message.get("id") is not None):
+            awaited = self._negotiates or not self._greeted
+            if not awaited or not ("event" in message or message.get("id") is not None):
+                self._greeted = True
                 return message
             await self._event_dispatch(message)
 

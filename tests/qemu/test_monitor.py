@@ -11,7 +11,7 @@ import time
 import tracemalloc
 
 import pytest
-from fake_qmp import HELLO, fake_qmp, messages
+from fake_qmp import GREETING, HELLO, fake_qmp, messages
 
 from qmpblock.errors import (
     CommandError,
@@ -404,6 +404,25 @@ async def test_what_comes_before_the_answer_to_the_negotiation(tmp_path, first):
     answer = "".join(json.dumps(one) + "\r\n" for one in (first, first, {"return": {}}))
     async with (
         fake_qmp(tmp_path / "q", replies={"qmp_capabilities": answer.encode()}) as peer,
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        assert await monitor.execute("query-name") == {}
+    assert [one["execute"] for one in peer.seen] == ["qmp_capabilities", "query-name"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"event": "STOP", "data": {}, "timestamp": {"seconds": 1, "microseconds": 2}},
+        {"return": {}, "id": "of-a-client-that-was-killed"},
+        {"error": {"class": "GenericError", "desc": "late"}, "id": "of-another"},
+    ],
+    ids=lambda one: next(iter(one)),
+)
+async def test_what_comes_before_the_greeting(tmp_path, first):
+    said = "".join(json.dumps(one) + "\r\n" for one in (first, first, GREETING))
+    async with (
+        fake_qmp(tmp_path / "q", said.encode()) as peer,
         await Monitor.connect(str(tmp_path / "q")) as monitor,
     ):
         assert await monitor.execute("query-name") == {}
