@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.step import Step
+    from qmpblock.copying.job import CopyJob
     from qmpblock.copying.pointintime import PointInTime
     from qmpblock.graph.model import DiskDevice
     from qmpblock.qemu.job import Progress
@@ -166,6 +167,66 @@ class VM(Connection):
         async with point_in_time(self, disks, Fleece(fleece, fleece_limit)) as points:
             yield points
 
+    def copy(
+        self,
+        targets: Mapping[Disk, str | os.PathLike[str]],
+        *,
+        at: Literal["start", "end"] = "start",
+        pivot: bool = False,
+        format: str | None = None,  # noqa: A002 - the command's word
+        layers: Literal["all", "top"] = "all",
+        force: bool = False,
+        speed: int = 0,
+        fleece: str | os.PathLike[str] | None = None,
+        fleece_limit: int | None = None,
+    ) -> AbstractAsyncContextManager[CopyJob]:
+        """Copy running disks into new images, all at one instant, while the guest goes on.
+
+        `async with vm.copy({disk: "/srv/copy.qcow2"}) as job:`; leaving it waits for the end.
+        Iterating over `job` yields its progress, of all disks together; `job.result` says what was
+        made. The guest is never in a target's way: one that is full, slow or gone fails the copy.
+
+        The copy is of the instant in which it is entered (`at="start"`), or of that in which it is
+        left, or of `await job.complete()` (`at="end"`, `pivot`). For the start, what the guest
+        overwrites meanwhile is kept beside its images, as for `point_in_time`. For the end the
+        guest's I/O is held for some milliseconds, for two seconds at most: where the disks cannot
+        be brought to one instant by then, all go on, and it is tried again.
+
+        A target bears the name TARGET.partial until all of it is on stable storage. With `pivot` it
+        has its own name at once, the guest goes on in it, and what was active is stale; of several
+        disks all go over or none, whoever dies. Cancelled or failed, there is no copy, the guest is
+        where it was, and nothing is left.
+
+        :param targets: for each disk the path of its copy; relative ones count from the current
+            directory. An encrypted disk's copy is encrypted with the same secret object.
+        :param pivot: have the guest go over to the copies at the end; filters above them stay.
+        :param format: of the copies: `qcow2` or `raw`; None: what the active layer is, if one of
+            them, else qcow2.
+        :param layers: `all` of a chain, or the `top`: then the copy lies on the same backing image.
+        :param force: replace files of those names, once the copies are whole; never with `pivot`.
+        :param speed: bytes a second at most, of all disks; 0 is no limit.
+        :param fleece: the directory of what is kept, of the start; by default beside each image.
+        :param fleece_limit: bytes that it may have, for each disk; by default half of what is free.
+        :raise RequestError: a file is there already, or it is not possible; nothing was touched.
+        :raise UnsupportedError: this QEMU cannot do it safely; nothing was touched.
+        :raise BusyError: a job, or another controller, is at work on one of the disks.
+        :raise JobError: on leaving: a target failed, or the guest's image did.
+        :raise StalledError: on leaving: a job did not move, or the guest outran it.
+        """
+        from qmpblock.copying.copy import copy
+        from qmpblock.copying.fleecing import Fleece
+
+        return copy(
+            self,
+            targets,
+            at="pivot" if pivot else at,
+            format=format,
+            layers=layers,
+            force=force,
+            speed=speed,
+            fleece=Fleece(fleece, fleece_limit),
+        )
+
     async def recover(
         self,
         *,
@@ -248,6 +309,32 @@ class Disk(MappedDisk):
             speed=speed if isinstance(speed, Speed) else Speed(speed),
             progress=progress,
             warn=warn,
+        )
+
+    def copy(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        at: Literal["start", "end"] = "start",
+        pivot: bool = False,
+        format: str | None = None,  # noqa: A002 - the command's word
+        layers: Literal["all", "top"] = "all",
+        force: bool = False,
+        speed: int = 0,
+        fleece: str | os.PathLike[str] | None = None,
+        fleece_limit: int | None = None,
+    ) -> AbstractAsyncContextManager[CopyJob]:
+        """Copy this disk into a new image, while the guest goes on. See `VM.copy`."""
+        return self.vm.copy(
+            {self: target},
+            at=at,
+            pivot=pivot,
+            format=format,
+            layers=layers,
+            force=force,
+            speed=speed,
+            fleece=fleece,
+            fleece_limit=fleece_limit,
         )
 
     def allocator(self) -> AbstractAsyncContextManager[Allocator]:

@@ -329,6 +329,7 @@ def literals(path):
 SIGNS = ("qmpblock-", "-undo-", "-pivot", "-create-", "-no-migration", ".journal", ".elsewhere")
 ALLOWED = {
     "managers.py": ("-pivot", "-create-"),  # options and commands of virsh
+    "cli/copy_command.py": ("-pivot",),  # an option
     "testing/report.py": ("qmpblock-",),  # options of pytest
 }
 

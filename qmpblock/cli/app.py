@@ -36,6 +36,7 @@ _COMMANDS = {
     "allocate": "Make a range of a running disk stand in its active layer, thin or in full.",
     "apply": "Make the disks of running VMs as a policy says.",
     "commit": "Copy what upper layers of a running disk hold into a lower one, and drop them.",
+    "copy": "Copy disks of a running VM into new images, all at one instant.",
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
     "disks": "List a VM's disks: their layers, filters, jobs and exports.",
     "doctor": "Say what is missing here, and which commands need it.",

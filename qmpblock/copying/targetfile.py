@@ -25,9 +25,11 @@ from qmpblock.graph.options import cache_options, overlay_options
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles
 from qmpblock.host.contents import Contents
+from qmpblock.host.fallocate import UNSUPPORTED, punch_hole
 from qmpblock.host.openfiles import NOWHERE, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line
+from qmpblock.host.space import reserved_ranges
 from qmpblock.names import partial_file, storage_node
 
 if TYPE_CHECKING:
@@ -160,15 +162,32 @@ class TargetFile:
     def _finish(self) -> None:
         assert self.made is not None  # make() went before
         name = posixpath.basename(self.path)
-        fd = self.directory.open(name, self.made)
+        fd = self.directory.open(name, self.made, os.O_RDWR)
         try:
             os.fsync(fd)
+            if self.plan.format == "raw" and not self.keeps_name:
+                _give_zeros_back(fd, self.plan.size)
+                os.fsync(fd)
         finally:
             os.close(fd)
         if not self.keeps_name:
             final = posixpath.basename(self.plan.file)
             os.rename(name, final, src_dir_fd=self.directory.fd, dst_dir_fd=self.directory.fd)
         self.directory.sync()
+
+
+def _give_zeros_back(fd: int, size: int) -> None:
+    """Take the blocks that hold nothing from a raw image, where the file system can tell and do so.
+
+    A backup job writes zeros as ranges that are reserved and not written, and means no more by it.
+    """
+    for start, stop in reserved_ranges(f"/proc/self/fd/{fd}", size, sync=True) or ():
+        try:
+            punch_hole(fd, start, stop - start)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            return
 
 
 def absolute(file: str | os.PathLike[str]) -> str:

@@ -190,3 +190,22 @@ async def test_a_mirror_of_a_view_leaves_out_what_lies_below(start_qemu, vm_dir,
 async def create(qemu_binary, path, size):
     tools = Tools.of(qemu_binary)
     await tools.run(tools.img, "create", "-q", "-f", "qcow2", str(path), str(size))
+
+
+SPARSE = """
+about: A chain that holds little of a large disk.
+images: [{size: 256M, content: [write 1M 1M 0xaa]}, {content: [write 3M 1M 0xbb]}]
+"""
+
+
+@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
+@pytest.mark.parametrize("at", [START, "end"])
+async def test_what_nobody_wrote_to_takes_no_space(at, fmt, start_qemu, vm_dir):
+    vm = await start_qemu(parse_scenario(SPARSE, "sparse"))
+    target = vm_dir / "copy"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        async with disk.copy(target, at=at, format=fmt) as job:
+            pass
+        assert job.result.disks[0].size == 256 << 20
+    assert 2 << 20 <= target.stat().st_blocks * 512 <= 3 << 20

@@ -1,0 +1,141 @@
+"""`qmpblock copy`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
+from qmpblock.cli.app import command as make_command
+from qmpblock.cli.joboutput import warn
+from qmpblock.cli.progress import reporting
+from qmpblock.errors import printable
+from qmpblock.sizes import human_size
+
+if TYPE_CHECKING:
+    from qmpblock.copying.job import CopyResult
+
+__all__ = ["command"]
+
+
+@make_command
+@click.argument("address")
+@click.argument("targets", nargs=-1, required=True, metavar="DISK=TARGET...")
+@click.option(
+    "--at",
+    type=click.Choice(["start", "end"]),
+    default=None,
+    help="Of which moment the copy is: of that in which it begins (the default), or ends.",
+)
+@click.option(
+    "--pivot", is_flag=True, help="At the end the guest goes over to the copy, and stays there."
+)
+@click.option(
+    "--format", "fmt", metavar="FMT", help="qcow2 or raw; by default what the active layer is."
+)
+@click.option(
+    "--layers",
+    type=click.Choice(["all", "top"]),
+    default="all",
+    show_default=True,
+    help="What is copied: the whole chain, or the active layer, over the same backing image.",
+)
+@click.option("--force", is_flag=True, help="Replace a file TARGET, once the copy is whole.")
+@click.option("--speed", type=Rate(), default=0, help="Bytes a second, of all disks (K, M, G).")
+@click.option(
+    "--fleece", metavar="DIR", help="Where is kept what the guest overwrites (--at start)."
+)
+@click.option(
+    "--fleece-limit", type=Size(), metavar="SIZE", help="How much of it, at most, for each disk."
+)
+@unmanaged_option
+async def command(
+    options: Options,
+    address: str,
+    targets: tuple[str, ...],
+    at: Literal["start", "end"] | None,
+    pivot: bool,
+    fmt: str | None,
+    layers: Literal["all", "top"],
+    force: bool,
+    speed: int,
+    fleece: str | None,
+    fleece_limit: int | None,
+    unmanaged: bool,
+) -> int:
+    """Copy disks of a running VM into new images, all at one instant, while the guest goes on.
+
+    TARGET is a file, which bears the name TARGET.partial until all of it is on stable storage.
+    A single disk can be named as ADDRESS DISK TARGET, too. Interrupted, there is no copy, and
+    the guest is where it was.
+    """
+    pairs = _pairs(targets)
+    if pivot and at is not None:
+        raise click.UsageError("--pivot is of the end: it goes without --at")
+    async with options.connect(address, unmanaged=unmanaged) as vm:
+        wanted = {await vm.disk(disk): file for disk, file in pairs}
+        if len(wanted) < len(pairs):
+            raise click.UsageError("a disk is named twice")
+        copying = vm.copy(
+            wanted,
+            at=at or "start",
+            pivot=pivot,
+            format=fmt,
+            layers=layers,
+            force=force,
+            speed=speed,
+            fleece=fleece,
+            fleece_limit=fleece_limit,
+        )
+        async with copying as job:
+            warn(job.warnings)
+            with reporting(f"copy of {', '.join(disk.name for disk in wanted)}") as show:
+                async for seen in job:
+                    show(seen)
+                    if seen.ready:
+                        job.completion.set()
+        result = job.result
+    assert result is not None  # leaving without an error sets it
+    warn(result.warnings[len(job.warnings) :])
+    if options.json:
+        emit(json.dumps(asdict(result), indent=2) + "\n")
+    else:
+        _say(result)
+    return WARNED if result.warnings else 0
+
+
+def _pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Read DISK=TARGET..., or DISK TARGET."""
+    if len(words) == 2 and not all("=" in word for word in words):
+        return [(words[0], words[1])]
+    pairs = []
+    for word in words:
+        # A disk may be named by a QOM path or file name, a target's name may hold a =.
+        disk, equals, file = word.partition("=")
+        if not (disk and equals and file):
+            raise click.UsageError(f"{word!r} is not DISK=TARGET")
+        pairs.append((disk, file))
+    return pairs
+
+
+_OF = {
+    "start": "as it was when the copy began",
+    "end": "as it was when the copy ended",
+    "pivot": "to which the guest has gone over",
+}
+
+
+def _say(result: CopyResult) -> None:
+    for one in result.disks:
+        click.echo(
+            f"{printable(one.disk)}: copied to {printable(one.target)}, {one.format}, "
+            f"{human_size(one.size)}, {_OF[result.point]}"
+        )
+        if result.point == "pivot":
+            click.echo(
+                f"  the active layer is now {printable(one.target)}: start the VM from it\n"
+                f"  {printable(one.source)} is stale from now on: never use it again"
+            )
