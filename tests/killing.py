@@ -464,8 +464,10 @@ class _Point:
             if way != "again":
                 await controller.recover(dry_run=True)
                 await controller.recover(carry_on=way == "carry-on")
-            assert await controller.recover(dry_run=True) == []
-            assert await controller.recover() == []
+            left = await controller.recover(dry_run=True)
+            assert left == [], f"{self.label}: {left}"
+            left = await controller.recover()
+            assert left == [], f"{self.label}: {left}"
         if way == "again":
             # Done by the second if not by the first; the first's result is no error but a fact.
             await self.is_done()
