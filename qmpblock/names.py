@@ -106,6 +106,7 @@ __all__ = [
     "is_pivot",
     "is_run",
     "is_socket",
+    "is_socket_of",
     "is_turn_of",
     "joint_node",
     "joint_nodes",
@@ -544,8 +545,16 @@ def socket_folder(run: str) -> str:
 
 def is_socket(path: str, run: str) -> bool:
     """Whether a path, of anybody's writing, leads to the socket of that run by its form."""
+    return is_socket_of(path, socket_folder(run))
+
+
+def is_socket_of(path: str, wire: str) -> bool:
+    """Whether a path, of anybody's writing, leads to the socket of that wire's relay by its form.
+
+    :param wire: the name of its node.
+    """
     folder, _, name = path.rpartition("/")
-    return name == SOCKET and PurePath(folder).name == socket_folder(run)
+    return name == SOCKET and PurePath(folder).name == wire
 
 
 def _of_process(process: Process) -> str:

@@ -303,6 +303,13 @@ def test_the_socket_of_a_run(path, is_one):
     assert names.is_socket(path, RUN) is is_one
 
 
+def test_the_socket_of_a_wire():
+    wire = names.wire_node(RUN, 1)
+    assert names.is_socket_of(f"/tmp/{wire}/nbd", wire)
+    for path in (f"/tmp/{wire}/other", f"/tmp/{wire}/x/nbd", "/tmp/nbd", "", f"{wire}x/nbd"):
+        assert not names.is_socket_of(path, wire)
+
+
 # -- nobody else makes one, or looks into one
 
 

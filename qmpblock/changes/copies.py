@@ -27,10 +27,14 @@ class Copy(Record):
 
     What is written is no image of the VM: a target on this host bears a name that says that it is
     not whole, until it is.
+
+    :ivar wires: see `Record.wires`.
     """
 
     operation: ClassVar[str] = "copy"
     needed: ClassVar[tuple[str, ...]] = ("images", "pivot")  # it has no journal
+
+    wires: tuple[tuple[str, str], ...] = ()
 
     def of_job(
         self, job: JobInfo, choice: Choice, graph: BlockGraph, *, stale: bool | None

@@ -410,10 +410,15 @@ class _Fleecing(Record):
 
 @dataclass(frozen=True)
 class PointInTime(_Fleecing):
-    """Somebody reads disks as they were, while the guest goes on."""
+    """Somebody reads disks as they were, while the guest goes on.
+
+    :ivar wires: see `Record.wires`.
+    """
 
     operation: ClassVar[str] = "point-in-time"
     needed: ClassVar[tuple[str, ...]] = ("images", "files")
+
+    wires: tuple[tuple[str, str], ...] = ()
 
     def verdict(
         self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]

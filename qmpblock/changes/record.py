@@ -160,6 +160,11 @@ class Record:
         """The group of these limits."""
         return ""
 
+    @property
+    def wires(self) -> tuple[tuple[str, str], ...]:
+        """Nodes of its `nodes` that reach a server by a relay of ours, each with its socket."""
+        return ()
+
     # What a class answers for itself.
 
     @property
@@ -271,6 +276,7 @@ class Record:
         if not is_run(self.run):
             raise UnreadableError("its run is none")
         ours = [*self.nodes, *self.helpers, *([self.job] if self.job else [])]
+        ours += [node for node, _ in self.wires]
         if not all(is_of_run(name, self.run) for name in ours):
             raise UnreadableError("it names jobs or nodes that are not of its run")
         if not all(lock_kind(name) is LockKind.DISK for name in self.locks):

@@ -23,12 +23,12 @@ from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.throttle import restore_limits
 from qmpblock.changes.unfinished import steps
 from qmpblock.errors import BusyError, CommandError, Error
-from qmpblock.export.server import delete_export
+from qmpblock.export.server import delete_export, delete_object, remove_socket
 from qmpblock.export.session import clear_dead
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles, ourfiles
-from qmpblock.names import is_ours
+from qmpblock.names import is_ours, is_socket_of, wire_credentials
 from qmpblock.qemu.instant import resume
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.refusals import in_use, is_busy, no_node, not_owned
@@ -165,6 +165,13 @@ async def _delete_node(its: _Settling, step: Step) -> None:
             raise
 
 
+async def _clear_wire(its: _Settling, step: Step) -> None:
+    """Remove what belongs to a node that is gone: it may be half made, and there is no hurry."""
+    await delete_object(its.vm.monitor, wire_credentials(step.what))
+    if is_socket_of(str(step.to), step.what):  # else somebody forged it
+        remove_socket(str(step.to))
+
+
 async def _delete_file(its: _Settling, step: Step) -> None:
     assert its.journal is not None  # only it says what we made
     identity = its.journal.made()[step.what]
@@ -188,6 +195,7 @@ _PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[None]]] = {
     "delete-bitmap": _delete_bitmap,
     "delete-node": _delete_node,
     "delete-file": _delete_file,
+    "clear-wire": _clear_wire,
 }
 
 

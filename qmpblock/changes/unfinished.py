@@ -2,7 +2,8 @@
 
 The plan follows from the change's record, what its journal adds, and the block graph with
 its jobs as they are now; nothing is remembered, so it can be made anew after every step, by
-anybody, however often: `steps` of a VM in which nothing is left are none. No operation is known
+anybody, however often: `steps` of a VM in which nothing is left are none, but for wires (what
+belongs to one is no node, and not seen in the graph). No operation is known
 here: what is one's own the record answers (`qmpblock.changes.operations`).
 
 A job is dealt with first, and alone, because its end changes the graph::
@@ -88,3 +89,7 @@ def _leftovers(
     for file in made:
         if file not in used and not ours:
             yield Step("delete-file", file, "we made it, and it was never used")
+    if not ours:
+        for wire, socket in record.wires:
+            why = "its credentials, and the directory of its socket, go where they are left"
+            yield Step("clear-wire", wire, why, socket)

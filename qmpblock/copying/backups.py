@@ -22,7 +22,7 @@ from qmpblock.names import copy_job
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
-    from qmpblock.copying.targetfile import TargetFile
+    from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Backups"]
@@ -40,7 +40,7 @@ class Backups:
 
     vm: Connection
     run: str
-    targets: Sequence[TargetFile]
+    targets: Sequence[CopyTarget]
     job: CopyJob
     last: dict[str, Progress] = field(default_factory=dict)
 
@@ -68,7 +68,7 @@ class Backups:
                 job.end()
         self.job.finished()
 
-    def _arguments(self, target: TargetFile) -> dict[str, Any]:
+    def _arguments(self, target: CopyTarget) -> dict[str, Any]:
         return {
             "device": target.source,
             "target": target.node,
@@ -79,7 +79,7 @@ class Backups:
             "x-perf": {"max-workers": 1, "max-chunk": _CHUNK},
         }
 
-    async def _follow(self, job: Job, target: TargetFile) -> None:
+    async def _follow(self, job: Job, target: CopyTarget) -> None:
         name, finalized = target.plan.device.name, False
         async for seen in job.follow(converging=self.vm.stall):
             self.last[name] = seen

@@ -42,7 +42,10 @@ from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.plan import CopyPlan, Layers, plan_copy
+from qmpblock.copying.target import Credentials, NBDTarget, parse_target
 from qmpblock.copying.targetfile import TargetFile, absolute, check_file
+from qmpblock.copying.wire import check_target
+from qmpblock.copying.wiretarget import WireTarget, bounded, cut_on_error
 from qmpblock.errors import (
     UNTOUCHED,
     Error,
@@ -62,7 +65,6 @@ from qmpblock.names import (
     lock_names,
     new_run,
     paused_node,
-    storage_node,
     target_node,
 )
 from qmpblock.qemu import ownership
@@ -70,6 +72,7 @@ from qmpblock.qemu.instant import instant
 from qmpblock.qemu.iothread import iothread_of
 
 if TYPE_CHECKING:
+    from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
@@ -89,6 +92,7 @@ async def copy(
     force: bool = False,
     speed: int = 0,
     fleece: Fleece | None = None,
+    credentials: Credentials | None = None,
 ) -> AsyncIterator[CopyJob]:
     """Copy running disks. See `VM.copy`."""
     started = time.monotonic()
@@ -97,27 +101,34 @@ async def copy(
     if speed < 0:
         raise RequestError(f"a speed of {speed} bytes a second is none")
     plans = await _look(vm, targets, format, layers, at, force=force)
+    _check_servers(vm, plans, credentials)
     run = new_run()
     job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings))
     job.speed = speed
     with contextlib.ExitStack() as stack:
-        files = [
-            TargetFile(
-                plan,
-                target_node(run, number),
-                stack.enter_context(open_directory(plan.file)),
-                at == "pivot",
-                backing_name=_backing_name(vm, plan),
-                replaces_partial=force,
+        files: list[CopyTarget] = []
+        for number, plan in enumerate(plans):
+            node = target_node(run, number)
+            if plan.server is not None:
+                creds = credentials if plan.server.tls else None
+                files.append(WireTarget(plan, node, number, creds))
+                continue
+            files.append(
+                TargetFile(
+                    plan,
+                    node,
+                    stack.enter_context(open_directory(plan.file)),
+                    at == "pivot",
+                    backing_name=_backing_name(vm, plan),
+                    replaces_partial=force,
+                )
             )
-            for number, plan in enumerate(plans)
-        ]
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
             if at == "start":
                 running = _of_views(vm, list(targets), files, job, fleece or Fleece())
             else:
-                record = await _record(vm, run, plans, pivot=at == "pivot")
+                record = await _record(vm, run, files, pivot=at == "pivot")
                 running = _of_disks(vm, record, files, job)
             async with running as jobs:
                 yield job
@@ -136,11 +147,31 @@ async def copy(
             await disk.refresh()
 
 
-def _copied(file: TargetFile, jobs: Mirrors | Backups) -> DiskCopy:
+def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
     plan = file.plan
     done = jobs.last[plan.device.name].done
     source = plan.device.chain.active.file
     return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done)
+
+
+def _check_servers(
+    vm: Connection, plans: Sequence[CopyPlan], credentials: Credentials | None
+) -> None:
+    servers = [plan.server for plan in plans if plan.server is not None]
+    for server in servers:
+        check_target(vm, server, credentials if server.tls else None)
+    if credentials is not None and not any(server.tls for server in servers):
+        raise RequestError(
+            "TLS credentials are given, and no target has TLS",
+            standing=UNTOUCHED,
+            remedy="give them with nbds:// or nbds+unix:// only",
+        )
+
+
+def _place(target: str | os.PathLike[str]) -> str | NBDTarget:
+    """Return the absolute path of a file, or an export; what is no string is a path."""
+    word = parse_target(target) if isinstance(target, str) else None
+    return word if isinstance(word, NBDTarget) else absolute(word.path if word else target)
 
 
 async def _look(
@@ -171,13 +202,14 @@ async def _look(
     plans: list[CopyPlan] = []
     for disk, file in targets.items():
         disk.device = graph.device(disk.device.qom_path)
-        plan = plan_copy(disk.device, absolute(file), fmt, layers, pivot=pivot)
+        plan = plan_copy(disk.device, _place(file), fmt, layers, pivot=pivot)
         for other in plans:
             if other.file == plan.file:
                 raise RequestError(f"{printable(plan.file)} is named for two disks")
             if other.device.qom_path == plan.device.qom_path:
                 raise RequestError(f"{plan.device.name} is named twice")
-        check_file(vm.monitor.peer_pid, plan.file, force=force, keeps_name=pivot)
+        if plan.server is None:
+            check_file(vm.monitor.peer_pid, plan.file, force=force, keeps_name=pivot)
         _backing_name(vm, plan)  # or refuse
         if plan.format != "raw":
             await by_qemu_img(vm, plan.secret, local=True)  # or refuse
@@ -221,12 +253,11 @@ def _backing_name(vm: Connection, plan: CopyPlan) -> str | None:
     return name_of_frozen(plan.backing, places, None, relative=False)
 
 
-async def _record(vm: Connection, run: str, plans: Sequence[CopyPlan], *, pivot: bool) -> Copy:
+async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivot: bool) -> Copy:
     """Return what the locks, and a journal, are to say."""
-    pid = vm.monitor.peer_pid
+    pid, plans = vm.monitor.peer_pid, [file.plan for file in files]
     devices = [plan.device for plan in plans]
     chains = [image_files(pid, device.chain) for device in devices]
-    nodes = [target_node(run, number) for number, _ in enumerate(plans)]
     common: dict[str, Any] = {
         "run": run,
         "vm": await identify(vm),
@@ -234,7 +265,8 @@ async def _record(vm: Connection, run: str, plans: Sequence[CopyPlan], *, pivot:
         "names": tuple(device.name for device in devices),
         "locks": lock_names(devices),
         "helpers": tuple(copy_job(run, number) for number, _ in enumerate(plans)),
-        "nodes": tuple(name for node in nodes for name in (node, storage_node(node))),
+        "nodes": tuple(name for file in files for name in file.nodes),
+        "wires": tuple(wire for file in files for wire in file.wires),
         "images": tuple(chain[0] for chain in chains)
         + tuple(file for chain in chains for file in chain[1:]),
     }
@@ -248,14 +280,14 @@ async def _record(vm: Connection, run: str, plans: Sequence[CopyPlan], *, pivot:
         **common,
         files=tuple(plan.file for plan in plans),
         sources=tuple(device.chain.active.node.name for device in devices),
-        targets=tuple(nodes),
+        targets=tuple(file.node for file in files),
         leaving=tuple(dict.fromkeys((node.name, node.filename) for node in left)),
     )
 
 
 @asynccontextmanager
 async def _of_disks(
-    vm: Connection, record: Copy, files: Sequence[TargetFile], job: CopyJob
+    vm: Connection, record: Copy, files: Sequence[CopyTarget], job: CopyJob
 ) -> AsyncIterator[Mirrors]:
     """Copy while the body runs, and come to the end on leaving it; or leave all as it was."""
     pivots = isinstance(record, Move)
@@ -266,6 +298,7 @@ async def _of_disks(
     async def quiet() -> AsyncIterator[None]:
         paused = paused_node(record.run)
         async with AsyncExitStack() as alone:
+            alone.enter_context(bounded(files))
             await keep_exports_away(vm, going, alone)
             if pivots:
                 await until_unused(vm, record)
@@ -281,15 +314,17 @@ async def _of_disks(
     await change.begin()
     async with change.or_undo(lambda: _undone(files, mirrors), lambda: _done(files)):
         try:
-            await _unchanged(vm, files)
-            for file in files:
-                await file.make(vm, partial(_note, change, file))
-                await file.open(vm)
-            await ownership.ask(vm.monitor, [file.plan.device for file in files], standing=None)
-            async with _working(mirrors, job):
-                yield mirrors
-                job.completion.set()
-            await undisturbed(_finish(change, files))
+            async with cut_on_error(vm, record.helpers, files):
+                await _unchanged(vm, files)
+                for file in files:
+                    await file.make(vm, partial(_note, change, file))
+                    await file.open(vm)
+                devices = [file.plan.device for file in files]
+                await ownership.ask(vm.monitor, devices, standing=None)
+                async with _working(mirrors, job):
+                    yield mirrors
+                    job.completion.set()
+                await undisturbed(_finish(change, files))
         except BaseException:
             await undisturbed(_remove_marked(change, files))
             raise
@@ -312,7 +347,7 @@ async def _working(jobs: Mirrors | Backups, job: CopyJob) -> AsyncIterator[None]
 async def _of_views(
     vm: Connection,
     disks: Sequence[MappedDisk],
-    files: Sequence[TargetFile],
+    files: Sequence[CopyTarget],
     job: CopyJob,
     fleece: Fleece,
 ) -> AsyncIterator[Backups]:
@@ -327,30 +362,37 @@ async def _of_views(
             backups = Backups(vm, plan.run, files, job)
             change = Change(vm, await _record_of_views(vm, plan, files))
             await change.begin()
-            async with change.or_undo(lambda: _undone(files)):
-                views = await take(vm, change, plan)
-                for file, view in zip(files, views, strict=True):
-                    file.source = view.node
-                    await file.open(vm)
+            async with (
+                change.or_undo(lambda: _undone(files)),
+                cut_on_error(vm, change.record.helpers, files),
+            ):
+                for file, item in zip(files, plan.items, strict=True):
+                    file.source = item.nodes[0]  # the view that is going to be
+                    await file.open(vm)  # or fail, before the guest's disk is touched
+                with bounded(files):
+                    await take(vm, change, plan)
                 async with _working(backups, job):
                     yield backups
                 await undisturbed(_finish(change, files))
     except BaseException:
         for file in files:
-            file.remove()
+            await undisturbed(file.remove())
         raise
 
 
 async def _record_of_views(
-    vm: Connection, plan: FleecingPlan, files: Sequence[TargetFile]
+    vm: Connection, plan: FleecingPlan, files: Sequence[CopyTarget]
 ) -> PointInTime:
     """Return what the locks and the journal are to say, and name the targets' nodes for it."""
     for number, file in enumerate(files):
         file.node = target_node(plan.run, number)
     said = await plan.record_fields(vm)
-    nodes = [name for file in files for name in (file.node, storage_node(file.node))]
+    nodes = [name for file in files for name in file.nodes]
+    wires = tuple(wire for file in files for wire in file.wires)
     jobs = tuple(copy_job(plan.run, number) for number, _ in enumerate(files))
-    return PointInTime(**said | {"helpers": jobs, "nodes": (*nodes, *said["nodes"])})
+    return PointInTime(
+        **said | {"helpers": jobs, "nodes": (*nodes, *said["nodes"]), "wires": wires}
+    )
 
 
 def _beside(vm: Connection, record: Copy) -> Path | None:
@@ -362,13 +404,13 @@ def _beside(vm: Connection, record: Copy) -> Path | None:
     return local if elsewhere is None and local.exists() else None
 
 
-def _note(change: Change[Copy], file: TargetFile, made: FileId) -> None:
+def _note(change: Change[Copy], file: CopyTarget, made: FileId) -> None:
     """Have the journal, where there is one, say which file is ours."""
     if change.journal is not None:
         change.journal.add(made=file.path, dev=made.device, ino=made.inode)
 
 
-async def _unchanged(vm: Connection, files: Sequence[TargetFile]) -> None:
+async def _unchanged(vm: Connection, files: Sequence[CopyTarget]) -> None:
     """Look again, now that no controller of ours can change the disks."""
     graph = await vm.graph()
     for file in files:
@@ -382,12 +424,15 @@ async def _unchanged(vm: Connection, files: Sequence[TargetFile]) -> None:
             )
 
 
-async def _finish(change: Change[Copy | PointInTime], files: Sequence[TargetFile]) -> None:
+async def _finish(change: Change[Copy | PointInTime], files: Sequence[CopyTarget]) -> None:
     """Remove what the jobs left, give the targets their names, and end.
 
     What the guest did not go over to QEMU closes, which flushes it.
     """
-    graph = await settle(change.vm, change.record, change.journal, Choice.UNDO)
+    for file in files:
+        await file.flush(change.vm)
+    with bounded(files):
+        graph = await settle(change.vm, change.record, change.journal, Choice.UNDO)
     if isinstance(change.record, Move) and change.record.took_effect(graph) is False:
         raise GraphError(
             "QEMU reports success, but the guest is not on the copies",
@@ -398,17 +443,17 @@ async def _finish(change: Change[Copy | PointInTime], files: Sequence[TargetFile
     await change.end()
 
 
-async def _remove_marked(change: Change[Copy], files: Sequence[TargetFile]) -> None:
+async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget]) -> None:
     """Remove targets that are not whole: QEMU closes them first."""
     if isinstance(change.record, Move):
         return  # its journal tells which are ours, and whether the guest is there
     with contextlib.suppress(Error):  # whoever undoes it says why
         await settle(change.vm, change.record, change.journal, Choice.UNDO)
     for file in files:
-        file.remove()
+        await file.remove()
 
 
-def _undone(files: Sequence[TargetFile], mirrors: Mirrors | None = None) -> str:
+def _undone(files: Sequence[CopyTarget], mirrors: Mirrors | None = None) -> str:
     if mirrors is not None and mirrors.over:
         names = ", ".join(mirrors.over)
         return (
@@ -418,6 +463,6 @@ def _undone(files: Sequence[TargetFile], mirrors: Mirrors | None = None) -> str:
     return f"there is no copy {names}; the guest is where it was; nothing of ours is left in the VM"
 
 
-def _done(files: Sequence[TargetFile]) -> str:
+def _done(files: Sequence[CopyTarget]) -> str:
     names = ", ".join(printable(file.plan.file) for file in files)
     return f"the guest had gone over to {names} already; nothing of ours is left in the VM"

@@ -30,7 +30,7 @@ from qmpblock.names import copy_job
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
-    from qmpblock.copying.targetfile import TargetFile
+    from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["HOLD", "Mirrors"]
@@ -62,7 +62,7 @@ class Mirrors:
 
     vm: Connection
     run: str
-    targets: Sequence[TargetFile]
+    targets: Sequence[CopyTarget]
     job: CopyJob
     pivot: bool
     mark: Callable[..., Awaitable[None]]
@@ -114,7 +114,7 @@ class Mirrors:
             for job in jobs:
                 job.end()
 
-    def _arguments(self, target: TargetFile) -> dict[str, Any]:
+    def _arguments(self, target: CopyTarget) -> dict[str, Any]:
         chain = target.plan.device.chain
         arguments: dict[str, Any] = {
             "device": chain.root.name,
@@ -129,7 +129,7 @@ class Mirrors:
             arguments["replaces"] = chain.active.node.name
         return arguments
 
-    async def _follow(self, job: Job, target: TargetFile) -> None:
+    async def _follow(self, job: Job, target: CopyTarget) -> None:
         """Follow a job to its end.
 
         :raise JobError: it failed; not where it was cancelled to give the guest back.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmpblock.chains.plan import check_idle
+from qmpblock.copying.target import NBDTarget
 from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
 from qmpblock.graph.model import DiskDevice, Layer
 from qmpblock.graph.options import key_secret
@@ -24,11 +25,12 @@ Layers = Literal["all", "top"]
 class CopyPlan:
     """One disk, and what it is to be copied to.
 
-    :ivar file: of the target, absolute.
+    :ivar file: of the target, absolute; the URI of one by NBD.
     :ivar format: of the target, `qcow2` or `raw`.
     :ivar backing: the layer that the target lies on; None where it holds everything.
     :ivar secret: the id of the secret object that encrypts the target; None where none does.
     :ivar warnings: what is worth acting on.
+    :ivar server: which NBD export the target is; None where it is a file.
     """
 
     device: DiskDevice
@@ -37,6 +39,7 @@ class CopyPlan:
     backing: Layer | None = None
     secret: str | None = None
     warnings: tuple[str, ...] = ()
+    server: NBDTarget | None = None
 
     @property
     def sync(self) -> str:
@@ -56,12 +59,13 @@ class CopyPlan:
 
 
 def plan_copy(
-    device: DiskDevice, file: str, fmt: str | None, layers: Layers, *, pivot: bool
+    device: DiskDevice, file: str | NBDTarget, fmt: str | None, layers: Layers, *, pivot: bool
 ) -> CopyPlan:
     """Plan the copy of one disk.
 
-    :param file: absolute.
-    :param fmt: of the target; None: as the active layer's, or qcow2 where that cannot be had.
+    :param file: absolute; or an export.
+    :param fmt: of the target; None: as the active layer's, or qcow2 where that cannot be had; raw
+        by NBD.
     :param pivot: whether the guest is to go over to it.
     :raise UnsupportedError: it cannot be copied so.
     :raise RequestError: the words contradict each other.
@@ -73,6 +77,10 @@ def plan_copy(
     if pivot:
         check_disk(device)
     below = chain.layers[1] if layers == "top" and len(chain.layers) > 1 else None
+    server = file if isinstance(file, NBDTarget) else None
+    if server is not None:
+        _check_server(server, fmt, pivot=pivot)
+        fmt = "raw"
     if fmt is None:
         fmt = active.format if active.format in FORMATS and below is None else "qcow2"
     if fmt not in FORMATS:
@@ -84,17 +92,31 @@ def plan_copy(
         raise RequestError(
             "a raw image cannot lie on a backing image, as --layers top asks",
             standing=UNTOUCHED,
-            remedy="make the copy qcow2, or copy all layers",
+            remedy="make the copy qcow2, or copy all layers"
+            + (": by NBD it is always raw" if server is not None else ""),
         )
-    plan = CopyPlan(device, file, fmt, below)
-    return CopyPlan(
-        device,
-        file,
-        fmt,
-        below,
-        _secret(plan),
-        tuple(_lost(plan)) if pivot else (),
-    )
+    plan = CopyPlan(device, str(file), fmt, below, server=server)
+    return replace(plan, secret=_secret(plan), warnings=tuple(_lost(plan)) if pivot else ())
+
+
+def _check_server(server: NBDTarget, fmt: str | None, *, pivot: bool) -> None:
+    """Refuse what cannot be had by NBD.
+
+    :raise UnsupportedError: the guest would depend on the wire, or an image is to be made there.
+    """
+    if pivot:
+        raise UnsupportedError(
+            f"the guest cannot go over to {printable(server)}: its disk would hang on this process",
+            standing=UNTOUCHED,
+            remedy="copy the start or the end there (--at start, --at end), or go over to a file",
+        )
+    if fmt not in (None, "raw"):
+        raise UnsupportedError(
+            f"no {printable(fmt)} image can be made at {printable(server)}; the bytes of the disk "
+            "can go there (raw)",
+            standing=UNTOUCHED,
+            remedy="leave the format out, and have the server itself serve a qcow2 image",
+        )
 
 
 def _secret(plan: CopyPlan) -> str | None:
@@ -109,7 +131,9 @@ def _secret(plan: CopyPlan) -> str | None:
         raise UnsupportedError(
             f"{encrypted[0].describe()} is encrypted, and a raw copy would hold its plaintext",
             standing=UNTOUCHED,
-            remedy="make the copy qcow2: it is encrypted with the same key",
+            remedy="make the copy qcow2: it is encrypted with the same key"
+            if plan.server is None
+            else "copy it to a qcow2 file: it is encrypted with the same key",
         )
     return key_secret(encrypted[0])
 

@@ -67,6 +67,31 @@ class TargetFile:
         """By which QEMU opens it."""
         return self.plan.file if self.keeps_name else partial_file(self.plan.file)
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Its image, and that one's file."""
+        return self.node, storage_node(self.node)
+
+    @property
+    def wires(self) -> tuple[tuple[str, str], ...]:
+        """None: no server is asked."""
+        return ()
+
+    @property
+    def broken(self) -> str | None:
+        """No server, no reason."""
+        return None
+
+    def bounded(self) -> contextlib.nullcontext[None]:
+        """Do nothing: a file is waited for as the guest's own are."""
+        return contextlib.nullcontext()
+
+    async def flush(self, vm: Connection) -> None:
+        """Do nothing: `finish` does."""
+
+    def cut(self) -> None:
+        """Do nothing: there is no wire."""
+
     async def make(self, vm: Connection, record: Callable[[FileId], None]) -> None:
         """Make the file, an empty image of the disk's size.
 
@@ -138,7 +163,7 @@ class TargetFile:
             options |= {"detect-zeroes": zeroes, "cache": _CACHED}
         return options
 
-    def remove(self) -> None:
+    async def remove(self) -> None:
         """Remove it, if it was made; it never got its name."""
         if self.made is not None:
             with contextlib.suppress(OSError):

@@ -50,6 +50,15 @@ def test_what_a_copy_made_in_the_vm_goes():
     assert plan(of(Copy), graph(drawn.device("d0"))) == [("delete-node", TO[0])]
 
 
+def test_what_belongs_to_a_wire_goes_when_no_node_is_left():
+    wire = f"{PREFIX}0-wire"
+    its = of(Copy, nodes=(TO[0], wire), wires=((wire, f"/tmp/{wire}/nbd"),))
+    drawn = chain("d0")
+    assert plan(its, graph(drawn.device("d0"))) == [("clear-wire", wire)]
+    drawn._node(wire, "nbd", 1 << 20, "nbd://h/t")
+    assert plan(its, graph(drawn)) == [("delete-node", wire)]
+
+
 def test_jobs_that_hold_the_guest_are_dealt_with_first():
     its = of(Copy)
     found = graph(chain("d0").device("d0"), (JOBS[0], "pending"), (JOBS[1], "ready"))

@@ -65,6 +65,7 @@ FIELDS = {
     "detect_zeroes": st.sampled_from(["", "off", "on", "unmap"]),
     "discard": st.sampled_from(["", "ignore", "unmap"]),
     "images": some(words),
+    "wires": some(st.tuples(ours, words)),
     "sources": some(words),
     "targets": some(words),
     "more": unknown,

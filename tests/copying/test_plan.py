@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 from drawing import chain
 
+from qmpblock.address import TCPAddress
 from qmpblock.copying.plan import plan_copy
+from qmpblock.copying.target import NBDTarget
 from qmpblock.errors import BusyError, RequestError, UnsupportedError
 from qmpblock.graph.model import Bitmap
 
@@ -55,6 +57,20 @@ def test_no_plaintext_of_an_encrypted_disk_is_stored():
     assert plan(its).secret == "key0"
     with pytest.raises(UnsupportedError, match="plaintext"):
         plan(its, "raw")
+
+
+def test_to_a_server_go_the_bytes_of_the_disk_alone():
+    server, its = NBDTarget(TCPAddress("h", 1), "t"), device(chain("d0", "d1"))
+    found = plan_copy(its, server, None, "all", pivot=False)
+    assert (found.format, found.file, found.server) == ("raw", "nbd://h:1/t", server)
+    assert found == plan_copy(its, server, "raw", "all", pivot=False)
+    for fmt, layers, pivot, words in (
+        ("qcow2", "all", False, "no qcow2 image"),
+        (None, "all", True, "cannot go over"),
+        (None, "top", False, "by NBD it is always raw"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            plan_copy(its, server, fmt, layers, pivot=pivot)
 
 
 def test_nothing_is_done_beside_a_job():

@@ -12,10 +12,9 @@ import tempfile
 import threading
 import time
 
-import peers
-import pki
 import pytest
 from disturbed import nothing_of_ours, until
+from nbdservers import HOST, make_credentials, serving, tls_options
 from otherusers import USERS, VM_USER, UsersQemu
 
 from qmpblock.address import UnixAddress
@@ -184,53 +183,9 @@ async def test_a_qemu_of_another_user(vm_dir, qemu_binary, served, monkeypatch):
         vm.expect_exit()
 
 
-HOST = "nbd.example"
-
-
 @pytest.fixture
 def credentials(vm_dir):
-    """Make folders `server` and `client`, each with certificates and with a key that both have."""
-    root = vm_dir / "credentials"
-    root.mkdir()
-    pki.authority(root / "ca", "CA")
-    for role in ("server", "client"):
-        folder = root / role
-        pki.certificate(folder, root / "ca", role, HOST if role == "server" else role)
-        (folder / "ca-cert.pem").write_bytes((root / "ca" / "ca-cert.pem").read_bytes())
-        (folder / "keys.psk").write_text("alice:" + "5a" * 32 + "\n")
-    return root
-
-
-@contextlib.asynccontextmanager
-async def serving(image, *words, port=0, path=None):
-    """Run the system's qemu-nbd for an image, on a TCP port or at a path."""
-    where = ["-k", str(path)] if path else ["-b", "127.0.0.1", "-p", str(port)]
-    command = [peers.qemu_nbd("system"), "-t", "-x", "t", "-f", "raw", *where, *words, str(image)]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-
-    def listens():
-        assert process.poll() is None
-        with socket.socket(*([socket.AF_UNIX] if path else [])) as probe:
-            try:
-                probe.connect(str(path) if path else ("127.0.0.1", port))
-            except OSError:
-                return False
-        return True
-
-    try:
-        await until(listens, "a server")
-        yield
-    finally:
-        process.terminate()
-        await asyncio.to_thread(process.wait)
-
-
-def tls_options(folder, kind):
-    more = ",verify-peer=yes" if kind == "x509" else ""
-    return [
-        f"--object=tls-creds-{kind},id=c,endpoint=server,dir={folder / 'server'}{more}",
-        "--tls-creds=c",
-    ]
+    return make_credentials(vm_dir / "credentials")
 
 
 @pytest.mark.parametrize("kind", ["", "x509", "psk"])
