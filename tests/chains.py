@@ -111,10 +111,10 @@ class Subject:
         )
         return BuiltImage(spec, path, secret=secret)
 
-    def move_to(self, copy: BuiltImage) -> None:
-        """Take into account that the guest went over to a copy."""
+    def move_to(self, copy: BuiltImage, *below: BuiltImage) -> None:
+        """Take into account that the guest went over to a copy, which may lie on other layers."""
         self.images.append(copy)
-        self._set([copy])
+        self._set([copy, *below])
 
     def apply(self, case: Case) -> None:
         """Take what `case` did into account.

@@ -72,7 +72,7 @@ class Backups:
         return {
             "device": target.source,
             "target": target.node,
-            "sync": "full",
+            "sync": target.plan.sync,  # of a view, its uppermost layer is what the disk's was
             "on-source-error": "report",
             "on-target-error": "enospc",
             "speed": self.job.share(),

@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,7 @@ from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io, must_pause
 from qmpblock.chains.overlay import open_directory
 from qmpblock.chains.plan import check_idle
+from qmpblock.chains.settings import lost_by_snapshot
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.finalize import keep_exports_away, until_unused
@@ -59,6 +61,7 @@ from qmpblock.graph.backingname import name_of_frozen
 from qmpblock.graph.places import FileId
 from qmpblock.host.imagefiles import image_files
 from qmpblock.host.openfiles import OpenFiles, sees_directory
+from qmpblock.host.processes import command_line
 from qmpblock.managers import Verb, Work
 from qmpblock.names import (
     copy_job,
@@ -70,6 +73,7 @@ from qmpblock.names import (
 from qmpblock.qemu import ownership
 from qmpblock.qemu.instant import instant
 from qmpblock.qemu.iothread import iothread_of
+from qmpblock.qemu.threshold import is_watched
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
@@ -219,10 +223,18 @@ async def _look(
             )
         if pivot:
             await _check_filters(vm, plan)
+            plan = await _with_losses(vm, plan)
         plans.append(plan)
     verb: Verb = "move" if pivot else "copy"
     await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
     return plans
+
+
+async def _with_losses(vm: Connection, plan: CopyPlan) -> CopyPlan:
+    """Say what the disk will not have any more, where the guest goes over."""
+    command, watched = command_line(vm.monitor.peer_pid), await is_watched(vm, plan.device)
+    lost = lost_by_snapshot(command, plan.device, watched=watched)
+    return replace(plan, warnings=(*plan.warnings, *lost))
 
 
 async def _check_filters(vm: Connection, plan: CopyPlan) -> None:

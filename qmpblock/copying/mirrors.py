@@ -152,7 +152,7 @@ class Mirrors:
         await self.job.completion.wait()
         self.attempts += 1
         async with self.quiet():
-            began: float | None = None
+            began, over = None, False
             try:
                 for job in jobs:
                     job.completion_asked = True
@@ -168,8 +168,10 @@ class Mirrors:
                     await asyncio.sleep(_LOOK)
                 began = time.monotonic() if began is None else began
                 await undisturbed(self._finalize(jobs))
+                over = True
             finally:
-                await undisturbed(self._give_back(jobs))  # of what is finalized, nothing
+                if not over:
+                    await undisturbed(self._give_back(jobs))
                 if began is not None:
                     self.held = max(self.held, time.monotonic() - began)
         self.job.finished()

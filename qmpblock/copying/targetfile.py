@@ -21,7 +21,7 @@ from qmpblock.chains.headers import Header, make
 from qmpblock.chains.settings import wanted_discard
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
-from qmpblock.graph.options import cache_options, overlay_options
+from qmpblock.graph.options import aio_of, cache_options, overlay_options
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles
 from qmpblock.host.contents import Contents
@@ -137,6 +137,10 @@ class TargetFile:
             "discard": "unmap",
             "cache": cache,
         }
+        if self.keeps_name and active.storage is not None:
+            aio = aio_of(command_line(vm.monitor.peer_pid), active.storage)
+            if aio is not None:
+                storage["aio"] = aio
         await vm.monitor.execute("blockdev-add", storage)
         await vm.monitor.execute("blockdev-add", self._options(vm))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,43 @@ async def test_what_nobody_wrote_to_takes_no_space(at, fmt, start_qemu, vm_dir):
             pass
         assert job.result.disks[0].size == 256 << 20
     assert 2 << 20 <= target.stat().st_blocks * 512 <= 3 << 20
+
+
+@pytest.mark.parametrize("at", [START, "end", "pivot"])
+@pytest.mark.scenarios("chain-3.yaml", "qcow2-zero-clusters.yaml", "short-base.yaml")
+async def test_the_top_alone(scenario, at, start_qemu, invariant, vm_dir, qemu_binary):
+    """The copy lies on the same backing image; zeros that hide what lies there still do (K2)."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    one = (await subjects(built, vm_dir))["d0"]
+    vm = await start_qemu(built, guest=True)
+    await one.attach(vm)
+    await invariant.begin(vm)
+    invariant.forget(vm)  # test_every_disk looks at the VM
+    target = vm_dir / "top.qcow2"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = await controller.disk(one.path)
+        chain = disk.chain.layers
+        options = {"pivot": True} if at == "pivot" else {"at": at}
+        await one.keeps_writing()
+        async with (
+            vm.guest.bounds(one.writer.spec.disk) as bounds,
+            disk.copy(target, layers="top", format="qcow2", **options),
+        ):
+            pass
+        await one.keeps_writing()
+        await disk.refresh()
+        if at == "pivot":
+            assert disk.chain.active.file == str(target)
+            assert [layer.file for layer in disk.chain.layers[1:]] == [
+                layer.file for layer in chain[1:]
+            ]
+    await one.writer.stop()
+    copied = one.copy_at(target, "qcow2")
+    spec = replace(copied.spec, backing_name="absolute", backing_format=True)
+    copied = replace(copied, spec=spec, backing=one.layers[0].backing)
+    await vm.quit()
+    if at == "pivot":
+        one.move_to(copied, *one.layers[1:])
+        await one.verify()
+    else:
+        await check_content(one, copied, vm_dir, bounds[one.writer.spec.disk])
