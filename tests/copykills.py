@@ -70,6 +70,8 @@ def _starts():
     chain = ("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw")
     plain = CHAIN.format(attach="")
     yield Copying("copy-start", plain, start | {"targets": one}, (chain,))
+    verified = start | {"verify": True}
+    yield Copying("copy-start-verified", plain, verified | {"targets": one}, (chain,))
     yield Copying(
         "copy-start-of-two",
         TWO.format(),

@@ -393,11 +393,11 @@ class _Fleecing(Record):
 
     def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
         """Take each filter out of the guest's way, and before it what is seen through it."""
+        for export, node in graph.exports.items():
+            if node in self.nodes and is_ours(export):
+                yield Step("end-export", export, "it shows the point in time, which ends")
         for number in range(len(self.devices)):
             view, filter_, _ = fleecing_nodes(self.run, number)
-            for export, node in graph.exports.items():
-                if node == view and is_ours(export):
-                    yield Step("end-export", export, "it shows the point in time, which ends")
             if view in graph.nodes:
                 yield Step("delete-node", view, "it shows the point in time, which ends")
             if filter_ in graph.nodes and set(graph.users(filter_)) - {f"node {view}"}:

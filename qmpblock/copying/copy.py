@@ -6,6 +6,7 @@
     begin       locks, no migration; a journal where the guest goes over (`Move`)
     targets     made, marked, opened by QEMU
     mirrors     copy, and come to one instant (`qmpblock.copying.mirrors`)
+    proof       closed targets, against the point that they are of (`qmpblock.copying.proof`)
     settle      jobs and nodes go; where the guest went over, its old images are closed
     finish      targets on stable storage, under their names
 """
@@ -16,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,7 @@ from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.plan import CopyPlan, Layers, plan_copy
+from qmpblock.copying.proof import check_provable, prove
 from qmpblock.copying.target import Credentials, NBDTarget, parse_target
 from qmpblock.copying.targetfile import TargetFile, absolute, check_file
 from qmpblock.copying.wire import check_target
@@ -97,6 +99,7 @@ async def copy(
     speed: int = 0,
     fleece: Fleece | None = None,
     credentials: Credentials | None = None,
+    verify: bool = False,
 ) -> AsyncIterator[CopyJob]:
     """Copy running disks. See `VM.copy`."""
     started = time.monotonic()
@@ -106,6 +109,8 @@ async def copy(
         raise RequestError(f"a speed of {speed} bytes a second is none")
     plans = await _look(vm, targets, format, layers, at, force=force)
     _check_servers(vm, plans, credentials)
+    if verify:
+        await check_provable(vm, plans, at)
     run = new_run()
     job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings))
     job.speed = speed
@@ -130,7 +135,8 @@ async def copy(
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
             if at == "start":
-                running = _of_views(vm, list(targets), files, job, fleece or Fleece())
+                views = list(targets), fleece or Fleece()
+                running = _of_views(vm, *views, files, job, verify=verify)
             else:
                 record = await _record(vm, run, files, pivot=at == "pivot")
                 running = _of_disks(vm, record, files, job)
@@ -145,6 +151,7 @@ async def copy(
         jobs.held if isinstance(jobs, Mirrors) else 0.0,
         jobs.attempts if isinstance(jobs, Mirrors) else 1,
         job.warnings,
+        verify,
     )
     for disk in targets:
         with contextlib.suppress(NotFoundError):  # unplugged
@@ -333,7 +340,7 @@ async def _of_disks(
                     await file.open(vm)
                 devices = [file.plan.device for file in files]
                 await ownership.ask(vm.monitor, devices, standing=None)
-                async with _working(mirrors, job):
+                async with _working(mirrors.work(), job):
                     yield mirrors
                     job.completion.set()
                 await undisturbed(_finish(change, files))
@@ -343,9 +350,9 @@ async def _of_disks(
 
 
 @asynccontextmanager
-async def _working(jobs: Mirrors | Backups, job: CopyJob) -> AsyncIterator[None]:
+async def _working(what: Coroutine[Any, Any, None], job: CopyJob) -> AsyncIterator[None]:
     """Have jobs work while the body runs, and wait for their end; or break them off."""
-    work = asyncio.ensure_future(jobs.work())
+    work = asyncio.ensure_future(what)
     work.add_done_callback(lambda _: job.end())
     try:
         yield
@@ -359,14 +366,25 @@ async def _working(jobs: Mirrors | Backups, job: CopyJob) -> AsyncIterator[None]
 async def _of_views(
     vm: Connection,
     disks: Sequence[MappedDisk],
+    fleece: Fleece,
     files: Sequence[CopyTarget],
     job: CopyJob,
-    fleece: Fleece,
+    *,
+    verify: bool,
 ) -> AsyncIterator[Backups]:
     """Copy disks as they are when this is entered, from views of that instant.
 
     Their jobs hold nobody: the guest writes elsewhere.
+
+    :param verify: whether the copies are compared with the views before these are given up.
     """
+
+    async def work(backups: Backups, *, held: bool) -> None:
+        await backups.work()
+        if verify:
+            here = [file for file in files if isinstance(file, TargetFile)]
+            job.warnings += await prove(vm, backups.run, here, job, held=held)
+
     try:
         for file in files:
             await file.make(vm, lambda _: None)
@@ -383,7 +401,7 @@ async def _of_views(
                     await file.open(vm)  # or fail, before the guest's disk is touched
                 with bounded(files):
                     await take(vm, change, plan)
-                async with _working(backups, job):
+                async with _working(work(backups, held=change.held), job):
                     yield backups
                 await undisturbed(_finish(change, files))
     except BaseException:

@@ -44,6 +44,7 @@ class CopyResult:
         instant.
     :ivar attempts: how often that was tried.
     :ivar warnings: what is worth acting on.
+    :ivar verified: whether every target was compared, byte for byte, with the point that it is of.
     """
 
     point: Point
@@ -52,6 +53,7 @@ class CopyResult:
     held: float
     attempts: int
     warnings: tuple[str, ...]
+    verified: bool = False
 
 
 class CopyJob:
@@ -62,7 +64,7 @@ class CopyJob:
 
     :ivar progress: as yielded last; None at first.
     :ivar disks: the progress of each disk, by what people call it.
-    :ivar warnings: known before it started.
+    :ivar warnings: known by now.
     :ivar result: what it made; None before the `async with` has ended.
     """
 
@@ -124,7 +126,11 @@ class CopyJob:
     def publish(self, disk: str, seen: Progress) -> None:
         """Say how far one disk is."""
         self.disks = {**self.disks, disk: seen}
-        self.progress = joined(tuple(self.disks.values()))
+        self.show(joined(tuple(self.disks.values())))
+
+    def show(self, seen: Progress) -> None:
+        """Say how far all of it is, where the disks do not tell: they come one after another."""
+        self.progress = seen
         self._wake()
 
     def finished(self) -> None:

@@ -126,8 +126,11 @@ class TargetFile:
             key_secret=self.plan.secret,
         )
 
-    async def open(self, vm: Connection) -> None:
-        """Have QEMU open it, for its jobs alone, or for the guest as its disk is open now."""
+    async def open(self, vm: Connection, *, read_only: bool = False) -> None:
+        """Have QEMU open it, for its jobs alone, or for the guest as its disk is open now.
+
+        :param read_only: only to read what it holds.
+        """
         active = self.plan.device.chain.active
         cache = cache_options(active.node) if self.keeps_name else _CACHED
         storage: dict[str, Any] = {
@@ -141,8 +144,10 @@ class TargetFile:
             aio = aio_of(command_line(vm.monitor.peer_pid), active.storage)
             if aio is not None:
                 storage["aio"] = aio
-        await vm.monitor.execute("blockdev-add", storage)
-        await vm.monitor.execute("blockdev-add", self._options(vm))
+        for options in (storage, self._options(vm)):
+            if read_only:
+                options["read-only"] = True
+            await vm.monitor.execute("blockdev-add", options)
 
     def _options(self, vm: Connection) -> dict[str, Any]:
         chain, backing = self.plan.device.chain, self.plan.backing
@@ -173,6 +178,15 @@ class TargetFile:
             with contextlib.suppress(OSError):
                 self.directory.remove(posixpath.basename(self.path), self.made)
 
+    async def settle(self) -> None:
+        """Have it on stable storage, as it will stay.
+
+        QEMU has closed it, or flushed it. Idempotent; `finish` does it, too.
+
+        :raise Error: it cannot be.
+        """
+        await self._on_storage(self._settle)
+
     async def finish(self) -> None:
         """Have it on stable storage, under its name.
 
@@ -180,15 +194,18 @@ class TargetFile:
 
         :raise Error: it cannot be; it is not marked as whole.
         """
+        await self._on_storage(self._finish)
+
+    async def _on_storage(self, act: Callable[[], None]) -> None:
         try:
-            await asyncio.to_thread(self._finish)
+            await asyncio.to_thread(act)
         except OSError as error:
             raise Error(
                 f"the copy {printable(self.path)} cannot be brought to stable storage, or be given "
                 f"its name: {error.strerror}",
             ) from None
 
-    def _finish(self) -> None:
+    def _settle(self) -> None:
         assert self.made is not None  # make() went before
         name = posixpath.basename(self.path)
         fd = self.directory.open(name, self.made, os.O_RDWR)
@@ -199,8 +216,11 @@ class TargetFile:
                 os.fsync(fd)
         finally:
             os.close(fd)
+
+    def _finish(self) -> None:
+        self._settle()
         if not self.keeps_name:
-            final = posixpath.basename(self.plan.file)
+            name, final = posixpath.basename(self.path), posixpath.basename(self.plan.file)
             os.rename(name, final, src_dir_fd=self.directory.fd, dst_dir_fd=self.directory.fd)
         self.directory.sync()
 

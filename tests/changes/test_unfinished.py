@@ -799,6 +799,14 @@ def test_a_point_in_time_gives_the_guest_back_its_disk_before_anything_of_it_goe
     assert left(drawn) == []
 
 
+def test_what_else_of_it_is_exported_is_so_no_longer_either():
+    """A copy that is being compared with its point, and that only QEMU can read."""
+    drawn = fleeced()
+    drawn.exports = {f"{PREFIX}1": VIEWED[2], "theirs": "d0"}  # of the view: ended already
+    assert left(drawn)[0] == ("end-export", f"{PREFIX}1")
+    assert ("end-export", "theirs") not in left(drawn)
+
+
 def test_a_guest_that_was_paused_for_it_goes_on_first():
     drawn = fleeced()
     drawn._node(PAUSED, "null-co", 0, "null-co://")

@@ -1,0 +1,225 @@
+"""The proof of a copy: its target, closed, against the very point that it is of.
+
+It is taken between the end of the jobs and that of the point. The target is closed first, so that
+what is read is what anybody else will find in it, and by another program, qemu-nbd; only where
+QEMU alone has the key does QEMU read it, opened anew. The point is read through an export of ours.
+
+Of a copy of the end there is no such moment: its point passes with the guest's next write, and
+until then the guest waits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qmpblock.copying.hostspace import verify_space
+from qmpblock.copying.meter import Meter
+from qmpblock.copying.verify import verify
+from qmpblock.copying.windows import CONTEXT
+from qmpblock.errors import UNTOUCHED, Error, NBDRequestError, UnsupportedError, printable
+from qmpblock.export.session import Request, check_access, exports
+from qmpblock.host.closedimage import ClosedImage, closed_image
+from qmpblock.host.qemunbd import QemuNbd
+from qmpblock.names import copy_job, storage_node
+from qmpblock.qemu.job import Job
+from qmpblock.sizes import human_size
+
+if TYPE_CHECKING:
+    from qmpblock.copying.hostspace import HostSpace
+    from qmpblock.copying.job import CopyJob, Point
+    from qmpblock.copying.plan import CopyPlan
+    from qmpblock.copying.targetfile import TargetFile
+    from qmpblock.copying.verify import Verification
+    from qmpblock.nbd import Client
+    from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.job import Progress
+
+__all__ = ["check_provable", "prove"]
+
+_PHASE = "verifying"
+
+
+async def check_provable(vm: Connection, plans: Sequence[CopyPlan], at: Point) -> None:
+    """Refuse what could not be proven once it is copied; nothing is touched.
+
+    :raise UnsupportedError: there will be no point to prove it against, or nothing to read it by.
+    :raise BusyError: somebody has the VM's NBD server, of which there is one.
+    """
+    if at != "start":
+        raise UnsupportedError(
+            "a copy of the end cannot be proven while the guest goes on: its point passes with the "
+            "guest's next write, which would have to wait until all is compared",
+            standing=UNTOUCHED,
+            remedy="have a copy of the start proven (--at start); or stop the guest for good at "
+            "that moment, and compare the closed images: qmpblock verify",
+        )
+    for plan in plans:
+        if plan.server is not None:
+            raise UnsupportedError(
+                f"a copy by NBD cannot be proven: many a server, as that of {printable(plan.file)} "
+                "may be, serves one client and ends, which the copy is",
+                standing=UNTOUCHED,
+                remedy="copy into a file to have that proven",
+            )
+    program = QemuNbd().program
+    if shutil.which(program) is None and not all(_needs_key(plan) for plan in plans):
+        raise UnsupportedError(
+            f"there is no {program} on this host, by which the copy is to be read",
+            standing=UNTOUCHED,
+            remedy="install it (Debian: qemu-utils)",
+        )
+    for plan in plans:
+        await check_access(vm.monitor, vm.nbd, plan.device)
+    # Whether a foreign server runs QEMU does not tell, but by starting ours.
+    async with exports(vm.monitor, None, [], access=vm.nbd, stall=vm.stall):
+        pass
+
+
+async def prove(
+    vm: Connection, run: str, targets: Sequence[TargetFile], job: CopyJob, *, held: bool
+) -> tuple[str, ...]:
+    """Compare each target with its `source`, one after another, and return what to warn of.
+
+    The targets' jobs have concluded; they are dismissed, and QEMU closes the targets. Whoever ends
+    the change ends what else is there. Cancelling stops at once.
+
+    :param run: in whose names the jobs are.
+    :param job: is told how far it is.
+    :param held: whether QEMU refuses to migrate meanwhile.
+    :raise Error: one is not what its disk held.
+    :raise NBDError: one cannot be read; or the point cannot, which was given up.
+    """
+    for number, target in enumerate(targets):
+        await _close(vm, copy_job(run, number), target)
+        await target.settle()  # what is proven is not touched any more
+    shown = _Shown(job, targets)
+    warnings: list[str] = []
+    for target in targets:
+        image = None
+        if not _needs_key(target.plan):
+            image = await closed_image(target.path, format=target.plan.format, stall=vm.stall)
+        found = await _compared(vm, target, image, shown, held=held)
+        if not found.equal:
+            raise _unequal(target.plan, found)
+        if image is not None:
+            space = await verify_space(image, "thin")
+            warnings += _warnings(target.plan, space)
+    return tuple(warnings)
+
+
+def _needs_key(plan: CopyPlan) -> bool:
+    """Whether the target, or what it lies on, is encrypted."""
+    return any(layer.node.encrypted for layer in plan.device.chain.layers)
+
+
+async def _close(vm: Connection, name: str, target: TargetFile) -> None:
+    job = Job(vm.monitor, name, "backup")
+    try:
+        await job.dismiss()
+    finally:
+        job.end()
+    await _remove_nodes(vm, target)
+
+
+async def _remove_nodes(vm: Connection, target: TargetFile) -> None:
+    for node in (target.node, storage_node(target.node)):
+        await vm.monitor.execute("blockdev-del", {"node-name": node})
+
+
+async def _compared(
+    vm: Connection,
+    target: TargetFile,
+    image: ClosedImage | None,
+    shown: _Shown,
+    *,
+    held: bool,
+) -> Verification:
+    """Compare one target with its point, byte for byte.
+
+    :param image: the target; None where only QEMU can read it.
+    """
+    try:
+        async with _clients(vm, target, image, held=held) as (point, reopened):
+            return await verify(
+                point,
+                reopened if image is None else image,
+                all=True,
+                progress=shown.of(target.plan),
+                stall=vm.stall,
+            )
+    except NBDRequestError as error:
+        error.message = f"the copy cannot be compared with its point: {error.message}"
+        error.remedy = (
+            "where the point had to be given up, because what the guest overwrote had no room, "
+            "give it more (--fleece DIRECTORY); if not, look at the storage of the disk and of "
+            "the copy"
+        )
+        raise
+    except Error as error:
+        error.standing = None  # it speaks of what it was given to compare; more is touched by now
+        raise
+
+
+@asynccontextmanager
+async def _clients(
+    vm: Connection, target: TargetFile, image: ClosedImage | None, *, held: bool
+) -> AsyncIterator[tuple[Client, Client]]:
+    """Yield clients of the point, and of the target where that is read through QEMU, too."""
+    nodes = [target.source]
+    if image is None:
+        await target.open(vm, read_only=True)
+        nodes.append(target.node)
+    requests = [Request(node, (CONTEXT,)) for node in nodes]
+    device = target.plan.device
+    async with exports(
+        vm.monitor, device, requests, access=vm.nbd, stall=vm.stall, held=held
+    ) as clients:
+        yield clients[0], clients[-1]
+    if image is None:
+        await _remove_nodes(vm, target)
+
+
+class _Shown:
+    """Shows how far the comparison is: of each disk, and of all together."""
+
+    def __init__(self, job: CopyJob, targets: Sequence[TargetFile]) -> None:
+        self._job = job
+        self._done = {target.plan.device.name: 0 for target in targets}
+        total = sum(target.plan.size for target in targets)
+        self._whole = Meter(_PHASE, total, job.show)
+
+    def of(self, plan: CopyPlan) -> Callable[[Progress], None]:
+        """Return what is told how far one disk is."""
+        name = plan.device.name
+
+        def tell(seen: Progress) -> None:
+            self._done[name] = seen.done
+            self._job.publish(name, replace(seen, phase=_PHASE))
+            self._whole.set(sum(self._done.values()))
+
+        return tell
+
+
+def _unequal(plan: CopyPlan, found: Verification) -> Error:
+    name, target = plan.device.name, printable(plan.file)
+    if found.first_difference is None:
+        how = f"it is of {found.sizes[1]:,} bytes, the disk of {found.sizes[0]:,}"
+    else:
+        how = f"{found.differing:,} bytes differ, the first at offset {found.first_difference}"
+    return Error(
+        f"the copy {target} is not what {name} held: {how}; it is not kept",
+        remedy="what QEMU wrote there does not read as it was, or somebody else wrote to it: find "
+        "out which before relying on that storage; then copy again, perhaps to another one",
+    )
+
+
+def _warnings(plan: CopyPlan, space: HostSpace) -> list[str]:
+    """Return what to say of a target that has more host space than it needs."""
+    if space.as_asked:
+        return []
+    excess = human_size(space.excess.total)
+    return [f"the copy {printable(plan.file)} is right, but not thin: {excess} of zeros are stored"]

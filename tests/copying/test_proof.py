@@ -1,0 +1,79 @@
+"""What is said of a proof: how far it is, what it found, and where there can be none."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from qmpblock.address import TCPAddress
+from qmpblock.copying.hostspace import HostSpace
+from qmpblock.copying.job import CopyJob
+from qmpblock.copying.plan import CopyPlan
+from qmpblock.copying.proof import _Shown, _unequal, _warnings, check_provable
+from qmpblock.copying.target import NBDTarget
+from qmpblock.copying.verify import Verification
+from qmpblock.errors import UnsupportedError
+from qmpblock.qemu.job import Progress
+from qmpblock.ranges import Ranges
+
+MIB = 1 << 20
+
+
+def target(name, size):
+    device = SimpleNamespace(name=name)
+    return SimpleNamespace(plan=SimpleNamespace(device=device, size=size, file=f"/c/{name}"))
+
+
+def test_of_several_disks_all_is_shown_and_each():
+    job = CopyJob()
+    for name in ("vd0", "vd1"):
+        job.publish(name, Progress("concluded", "ended", 3, 3))
+    first, second = target("vd0", 10), target("vd1", 30)
+    shown = _Shown(job, [first, second])
+    assert (job.progress.phase, job.progress.done, job.progress.total) == ("verifying", 0, 40)
+    shown.of(first.plan)(Progress("running", "comparing", 10, 10))
+    shown.of(second.plan)(Progress("running", "comparing", 6, 30, rate=2.0, eta=12.0))
+    assert (job.progress.done, job.progress.total, job.progress.status) == (16, 40, "running")
+    assert (job.disks["vd0"].done, job.disks["vd1"].done) == (10, 6)
+    assert {one.phase for one in job.disks.values()} == {"verifying"}
+    assert not job.progress.ready
+
+
+def test_a_difference_is_told_with_its_place_and_extent():
+    found = Verification(False, (MIB, MIB), 4097, 12345, Ranges([(0, 65536)]), MIB, 1.0)
+    error = _unequal(target("vd0\x1b", MIB).plan, found)
+    assert "12,345 bytes differ, the first at offset 4097" in error.message
+    assert "it is not kept" in error.message
+    assert error.standing is None  # whoever undoes it knows
+    assert "\x1b" not in error.message.replace("vd0\x1b held", "")
+
+
+def test_one_of_another_size_is_told_so():
+    found = Verification(False, (MIB, 2 * MIB), None, None, None, 0, 1.0)
+    assert (
+        "it is of 2,097,152 bytes, the disk of 1,048,576"
+        in _unequal(target("vd0", MIB).plan, found).message
+    )
+
+
+def test_what_is_not_thin_is_warned_of():
+    plan = target("vd0", MIB).plan
+    assert _warnings(plan, HostSpace(Ranges(), Ranges())) == []
+    [warning] = _warnings(plan, HostSpace(Ranges([(0, MIB)]), Ranges()))
+    assert "1M of zeros" in warning
+
+
+@pytest.mark.parametrize("at", ["end", "pivot"])
+async def test_a_point_that_is_over_cannot_be_compared_with(at):
+    with pytest.raises(UnsupportedError, match="passes with the guest's next write") as caught:
+        await check_provable(None, [], at)  # nothing is asked of the VM
+    assert caught.value.exit_code == 2
+    assert "--at start" in caught.value.remedy
+
+
+async def test_an_export_of_a_server_is_not_asked_for_twice():
+    plan = CopyPlan(
+        None, "nbd://host/copy", "raw", server=NBDTarget(TCPAddress("host", 10809), "copy")
+    )
+    with pytest.raises(UnsupportedError, match="serves one client and ends") as caught:
+        await check_provable(None, [plan], "start")
+    assert "into a file" in caught.value.remedy
