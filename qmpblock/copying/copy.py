@@ -40,6 +40,7 @@ from qmpblock.changes.record import PIVOTED
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
 from qmpblock.copying.backups import Backups
+from qmpblock.copying.devicetarget import DeviceTarget, check_unused, claimed, is_block_device
 from qmpblock.copying.fleecing import Fleece, planned, take
 from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point
@@ -121,6 +122,10 @@ async def copy(
             if plan.server is not None:
                 creds = credentials if plan.server.tls else None
                 files.append(WireTarget(plan, node, number, creds))
+                continue
+            if plan.block_device:
+                claim = claimed(vm.monitor.peer_pid, plan, force=force)
+                files.append(DeviceTarget(plan, node, stack.enter_context(claim)))
                 continue
             files.append(
                 TargetFile(
@@ -213,13 +218,17 @@ async def _look(
     plans: list[CopyPlan] = []
     for disk, file in targets.items():
         disk.device = graph.device(disk.device.qom_path)
-        plan = plan_copy(disk.device, _place(file), fmt, layers, pivot=pivot)
+        place = _place(file)
+        block = isinstance(place, str) and is_block_device(place)
+        plan = plan_copy(disk.device, place, fmt, layers, pivot=pivot, block_device=block)
         for other in plans:
             if other.file == plan.file:
                 raise RequestError(f"{printable(plan.file)} is named for two disks")
             if other.device.qom_path == plan.device.qom_path:
                 raise RequestError(f"{plan.device.name} is named twice")
-        if plan.server is None:
+        if block:
+            await check_unused(vm.monitor.peer_pid, plan.file)
+        elif plan.server is None:
             check_file(vm.monitor.peer_pid, plan.file, force=force, keeps_name=pivot)
         _backing_name(vm, plan)  # or refuse
         if plan.format != "raw":
@@ -490,7 +499,12 @@ def _undone(files: Sequence[CopyTarget], mirrors: Mirrors | None = None) -> str:
             f"gone over to their copies: {names}, and no other disk; look: qmpblock disks ADDRESS"
         )
     names = ", ".join(printable(file.plan.file) for file in files)
-    return f"there is no copy {names}; the guest is where it was; nothing of ours is left in the VM"
+    stays = any(file.plan.server or file.plan.block_device for file in files)
+    return (
+        f"there is no copy {names}"
+        + (", whatever was written there" if stays else "")
+        + "; the guest is where it was; nothing of ours is left in the VM"
+    )
 
 
 def _done(files: Sequence[CopyTarget]) -> str:

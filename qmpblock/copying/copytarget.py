@@ -1,4 +1,4 @@
-"""What a copy wants of a target, whatever it is: a file, or an export of an NBD server.
+"""What a copy wants of a target: a file, a block device, or an export of an NBD server.
 
 ::
 
@@ -14,16 +14,17 @@ What may wait for a server (a command that drains, while QEMU has it open) stand
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.graph.places import FileId
+from qmpblock.names import storage_node
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["CopyTarget"]
+__all__ = ["CopyTarget", "LocalTarget"]
 
 
 class CopyTarget(Protocol):
@@ -87,3 +88,34 @@ class CopyTarget(Protocol):
 
     async def remove(self) -> None:
         """Leave nothing that could be taken for a copy, where that can be done."""
+
+
+class LocalTarget:
+    """What is the same for all targets that are reached without a server."""
+
+    node: str
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Its image, and that one's file."""
+        return self.node, storage_node(self.node)
+
+    @property
+    def wires(self) -> tuple[tuple[str, str], ...]:
+        """None: no server is asked."""
+        return ()
+
+    @property
+    def broken(self) -> str | None:
+        """No server, no reason."""
+        return None
+
+    def bounded(self) -> nullcontext[None]:
+        """Do nothing: a file is waited for as the guest's own are."""
+        return nullcontext()
+
+    async def flush(self, vm: Connection) -> None:
+        """Do nothing: `finish` does."""
+
+    def cut(self) -> None:
+        """Do nothing: there is no wire."""

@@ -31,6 +31,7 @@ class CopyPlan:
     :ivar secret: the id of the secret object that encrypts the target; None where none does.
     :ivar warnings: what is worth acting on.
     :ivar server: which NBD export the target is; None where it is a file.
+    :ivar block_device: whether that file is one.
     """
 
     device: DiskDevice
@@ -40,6 +41,7 @@ class CopyPlan:
     secret: str | None = None
     warnings: tuple[str, ...] = ()
     server: NBDTarget | None = None
+    block_device: bool = False
 
     @property
     def sync(self) -> str:
@@ -59,13 +61,20 @@ class CopyPlan:
 
 
 def plan_copy(
-    device: DiskDevice, file: str | NBDTarget, fmt: str | None, layers: Layers, *, pivot: bool
+    device: DiskDevice,
+    file: str | NBDTarget,
+    fmt: str | None,
+    layers: Layers,
+    *,
+    pivot: bool,
+    block_device: bool = False,
 ) -> CopyPlan:
     """Plan the copy of one disk.
 
     :param file: absolute; or an export.
     :param fmt: of the target; None: as the active layer's, or qcow2 where that cannot be had; raw
-        by NBD.
+        by NBD, and on a block device.
+    :param block_device: whether the file is one.
     :param pivot: whether the guest is to go over to it.
     :raise UnsupportedError: it cannot be copied so.
     :raise RequestError: the words contradict each other.
@@ -78,8 +87,8 @@ def plan_copy(
         check_disk(device)
     below = chain.layers[1] if layers == "top" and len(chain.layers) > 1 else None
     server = file if isinstance(file, NBDTarget) else None
-    if server is not None:
-        _check_server(server, fmt, pivot=pivot)
+    if server is not None or block_device:
+        _check_bytes(str(file), fmt, pivot=pivot)
         fmt = "raw"
     if fmt is None:
         fmt = active.format if active.format in FORMATS and below is None else "qcow2"
@@ -93,29 +102,29 @@ def plan_copy(
             "a raw image cannot lie on a backing image, as --layers top asks",
             standing=UNTOUCHED,
             remedy="make the copy qcow2, or copy all layers"
-            + (": by NBD it is always raw" if server is not None else ""),
+            + (f": {printable(file)} can be raw only" if server or block_device else ""),
         )
-    plan = CopyPlan(device, str(file), fmt, below, server=server)
+    plan = CopyPlan(device, str(file), fmt, below, server=server, block_device=block_device)
     return replace(plan, secret=_secret(plan), warnings=tuple(_lost(plan)) if pivot else ())
 
 
-def _check_server(server: NBDTarget, fmt: str | None, *, pivot: bool) -> None:
-    """Refuse what cannot be had by NBD.
+def _check_bytes(target: str, fmt: str | None, *, pivot: bool) -> None:
+    """Refuse what cannot be had where nothing but bytes can go.
 
-    :raise UnsupportedError: the guest would depend on the wire, or an image is to be made there.
+    :raise UnsupportedError: the guest is to go over to it, or an image is to be made there.
     """
     if pivot:
         raise UnsupportedError(
-            f"the guest cannot go over to {printable(server)}: its disk would hang on this process",
+            f"the guest cannot go over to {printable(target)}: a copy with a pivot makes files",
             standing=UNTOUCHED,
             remedy="copy the start or the end there (--at start, --at end), or go over to a file",
         )
     if fmt not in (None, "raw"):
         raise UnsupportedError(
-            f"no {printable(fmt)} image can be made at {printable(server)}; the bytes of the disk "
+            f"no {printable(fmt)} image can be made at {printable(target)}; the bytes of the disk "
             "can go there (raw)",
             standing=UNTOUCHED,
-            remedy="leave the format out, and have the server itself serve a qcow2 image",
+            remedy="leave the format out; an NBD server may itself keep them in a qcow2 image",
         )
 
 
@@ -132,7 +141,7 @@ def _secret(plan: CopyPlan) -> str | None:
             f"{encrypted[0].describe()} is encrypted, and a raw copy would hold its plaintext",
             standing=UNTOUCHED,
             remedy="make the copy qcow2: it is encrypted with the same key"
-            if plan.server is None
+            if plan.server is None and not plan.block_device
             else "copy it to a qcow2 file: it is encrypted with the same key",
         )
     return key_secret(encrypted[0])

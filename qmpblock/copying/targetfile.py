@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.chains.headers import Header, make
 from qmpblock.chains.settings import wanted_discard
+from qmpblock.copying.copytarget import LocalTarget
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
 from qmpblock.graph.options import aio_of, cache_options, overlay_options
@@ -41,7 +42,7 @@ _CACHED = {"direct": False, "no-flush": False}
 
 
 @dataclass
-class TargetFile:
+class TargetFile(LocalTarget):
     """One target, from its making to its name.
 
     :ivar node: what its node in QEMU is called.
@@ -66,31 +67,6 @@ class TargetFile:
     def path(self) -> str:
         """By which QEMU opens it."""
         return self.plan.file if self.keeps_name else partial_file(self.plan.file)
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        """Its image, and that one's file."""
-        return self.node, storage_node(self.node)
-
-    @property
-    def wires(self) -> tuple[tuple[str, str], ...]:
-        """None: no server is asked."""
-        return ()
-
-    @property
-    def broken(self) -> str | None:
-        """No server, no reason."""
-        return None
-
-    def bounded(self) -> contextlib.nullcontext[None]:
-        """Do nothing: a file is waited for as the guest's own are."""
-        return contextlib.nullcontext()
-
-    async def flush(self, vm: Connection) -> None:
-        """Do nothing: `finish` does."""
-
-    def cut(self) -> None:
-        """Do nothing: there is no wire."""
 
     async def make(self, vm: Connection, record: Callable[[FileId], None]) -> None:
         """Make the file, an empty image of the disk's size.

@@ -67,7 +67,7 @@ def test_to_a_server_go_the_bytes_of_the_disk_alone():
     for fmt, layers, pivot, words in (
         ("qcow2", "all", False, "no qcow2 image"),
         (None, "all", True, "cannot go over"),
-        (None, "top", False, "by NBD it is always raw"),
+        (None, "top", False, "can be raw only"),
     ):
         with pytest.raises(RequestError, match=words):
             plan_copy(its, server, fmt, layers, pivot=pivot)

@@ -1,0 +1,193 @@
+"""A target that is a block device of this host: its content is overwritten, from the first byte on.
+
+It is ours alone while it is copied to: opened with O_EXCL, by which nobody can mount it, or build
+anything on it, and which fails where somebody has. A VM that uses it claims nothing, and QEMU puts
+no locks on block devices (7.2, 11.1): so whoever has it open is looked for before. Nothing of it is
+removed where the copy fails: what was there before is gone by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import posixpath
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock.copying.copytarget import LocalTarget
+from qmpblock.copying.plan import CopyPlan
+from qmpblock.copying.target import PathTarget, path_node
+from qmpblock.errors import (
+    UNTOUCHED,
+    Error,
+    GraphError,
+    InUseError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.graph.places import FileId
+from qmpblock.host.openfiles import OpenFiles, sees_directory
+from qmpblock.names import storage_node
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["DeviceTarget", "check_unused", "claimed", "is_block_device"]
+
+_LOOKS = 4  # at who has it open: udev looks at each device for a moment, once that has changed
+_PAUSE = 0.3  # seconds between them
+
+
+@dataclass
+class DeviceTarget(LocalTarget):
+    """One target, from its opening to its end. See `CopyTarget`.
+
+    :ivar fd: by which it is ours.
+    """
+
+    plan: CopyPlan
+    node: str
+    fd: int
+    source: str = ""
+
+    @property
+    def path(self) -> str:
+        """Its own."""
+        return self.plan.file
+
+    async def make(self, vm: Connection, record: Callable[[FileId], None]) -> None:
+        """Do nothing: it is there."""
+
+    async def open(self, vm: Connection) -> None:
+        """Have QEMU see as much of it as the disk has.
+
+        :raise GraphError: QEMU has opened another one.
+        """
+        storage = storage_node(self.node)
+        options = path_node(PathTarget(self.path), storage, block_device=True)
+        await vm.monitor.execute("blockdev-add", options)
+        files = OpenFiles(vm.monitor.peer_pid)
+        if files.blind is None and FileId.of(os.fstat(self.fd)) not in files.ids():
+            raise GraphError(f"QEMU has opened another {printable(self.path)} than is meant")
+        # Of a view QEMU does not tell which zeros are none that somebody wrote.
+        zeroes = {"discard": "unmap", "detect-zeroes": "unmap" if self.source else "off"}
+        options = {"driver": "raw", "node-name": self.node, "file": storage}
+        await vm.monitor.execute("blockdev-add", options | zeroes | {"size": self.plan.size})
+
+    async def finish(self) -> None:
+        """Have it on stable storage; by a descriptor that was open all the while, no error is lost.
+
+        :raise Error: it is not certain that it is.
+        """
+        try:
+            await asyncio.to_thread(os.fsync, self.fd)
+        except OSError as error:
+            raise Error(
+                f"the copy {printable(self.path)} cannot be brought to stable storage: "
+                f"{error.strerror}",
+                standing="what was written there is no copy",
+            ) from None
+
+    async def remove(self) -> None:
+        """Do nothing: what it held before is gone."""
+
+
+def is_block_device(file: str) -> bool:
+    """Whether a path leads to one."""
+    with contextlib.suppress(OSError):  # it cannot be looked at: then it cannot be one, either
+        return Path(file).is_block_device()
+    return False
+
+
+async def check_unused(pid: int | None, file: str) -> None:
+    """Refuse a block device that any process that can be seen from here has open.
+
+    :param pid: of the VM.
+    :raise InUseError: one has; names it.
+    """
+    device = FileId.of(await asyncio.to_thread(os.stat, file))
+    assert device is not None  # it is a block device
+    users: list[int] = []
+    for look in range(_LOOKS):
+        if look:
+            await asyncio.sleep(_PAUSE)
+        users = await asyncio.to_thread(_users, device)
+        if not users:
+            return
+    who = "the VM itself" if pid in users else f"process {', '.join(map(str, users))}"
+    raise InUseError(
+        f"{printable(file)} is open in {who}",
+        standing=UNTOUCHED,
+        remedy="name another target, or end what uses it",
+    )
+
+
+def _users(device: FileId) -> list[int]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if device in OpenFiles(pid).ids()]
+
+
+@contextmanager
+def claimed(pid: int | None, plan: CopyPlan, *, force: bool) -> Iterator[int]:
+    """Have a block device for this process alone, while this lasts; nothing is written.
+
+    :param pid: of QEMU, which is to have it, too.
+    :param force: whether its content may be overwritten.
+    :return: a descriptor.
+    :raise InUseError: somebody has it mounted, or built something on it.
+    :raise RequestError: it is too small, or must not be overwritten.
+    :raise UnsupportedError: QEMU does not see that directory.
+    :raise Error: it cannot be opened.
+    """
+    elsewhere = sees_directory(pid, posixpath.dirname(plan.file))
+    if elsewhere is not None:
+        raise UnsupportedError(
+            f"the VM is to write to {printable(plan.file)}, whose directory {elsewhere}",
+            standing=UNTOUCHED,
+            remedy="run qmpblock on the VM's host, by a UNIX monitor, as root or the VM's user, "
+            "and let the VM see that device",
+        )
+    try:
+        fd = os.open(plan.file, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        raise _cannot_open(plan.file, error) from None
+    try:
+        _check(plan, fd, force=force)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check(plan: CopyPlan, fd: int, *, force: bool) -> None:
+    there = os.lseek(fd, 0, os.SEEK_END)
+    if not stat.S_ISBLK(os.fstat(fd).st_mode):
+        raise RequestError(f"{printable(plan.file)} was a block device a moment ago")
+    if there < plan.size:
+        raise RequestError(
+            f"{printable(plan.file)} has {there} bytes, and {plan.device.name} {plan.size}",
+            standing=UNTOUCHED,
+            remedy=f"take one of at least {plan.size} bytes; of more, the rest is left as it is",
+        )
+    if not force:
+        raise RequestError(
+            f"{printable(plan.file)} is a block device, whose content would be overwritten",
+            standing=UNTOUCHED,
+            remedy="look whether it is the right one, then add --force",
+        )
+
+
+def _cannot_open(file: str, error: OSError) -> Error:
+    if error.errno == errno.EBUSY:
+        return InUseError(
+            f"{printable(file)} is in use on this host: mounted, or part of something else",
+            standing=UNTOUCHED,
+            remedy=f"look what uses it (lsblk {printable(file)}), or name another target",
+        )
+    return Error(f"cannot open {printable(file)}: {error.strerror}", standing=UNTOUCHED)
