@@ -70,6 +70,23 @@ async def test_a_copy_is_proven_while_the_guest_writes(kind, fmt, start_qemu, vm
 
 
 @STARTS
+async def test_a_copy_of_the_top_layer_is_proven_with_what_it_lies_on(
+    start_qemu, vm_dir, invariant
+):
+    vm = await start_qemu(parse_scenario(DISKS["chain"], "disk"), guest=True)
+    await begin_writing(vm)
+    target = vm_dir / "copy.qcow2"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        async with copy(controller, {disk: target}, layers="top", verify=True) as job:
+            pass
+    assert job.result.verified
+    data = await content(target, "qcow2")
+    assert data[16 * MIB : 17 * MIB] == bytes([SHOWN]) * MIB
+    await at_ease(vm)
+
+
+@STARTS
 async def test_two_disks_are_proven_against_one_instant(start_qemu, vm_dir, invariant):
     vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
     specs = await vm.guest.stress_in_step(*STEPS)
