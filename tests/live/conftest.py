@@ -35,6 +35,10 @@ SHARES = {
     "test_between": 0.4,
     "test_chains": 0.06,
     "test_commands::test_a_closed_image_maps_as_qemu_img_says": 0.3,
+    "test_copy::test_every_disk": 0.05,
+    "test_copy::test_the_top_alone": 0.4,
+    "test_copy_kills": 0.5,
+    "test_copy_wire": 0.5,
     "test_detect_zeroes": 0.3,
     "test_drawings": 0.06,
     "test_export::test_a_busy_host_does_not_end_a_handshake": 0.5,
@@ -66,13 +70,14 @@ SHARES = {
     "test_points_disturbed": 0.5,
     "test_policy": 0.04,
     "test_privileges": 0.2,
+    "test_queued_writes::test_a_commit_while_writes_wait_in_qemu": 0.5,
     "test_secrets": 0.34,
     "test_settings": 0.4,
     "test_snapshots::test_names_and_formats": 0.3,
     "test_streams::test_what_a_short_layer_hides_stays_hidden": 0.5,
-    "test_verify::test_every_scenario_equals_its_copy_until_a_byte_differs": 0.1,
     "test_verify::test_an_image_in_use_is_refused_on_either_side": 0.5,
     "test_verify::test_an_image_that_another_users_vm_writes_to": 0.5,
+    "test_verify::test_every_scenario_equals_its_copy_until_a_byte_differs": 0.1,
 }
 
 
