@@ -3,7 +3,8 @@
 - `plan`: what is to be copied where, or why it must not be; pure.
 - `target`: the word for where a copy goes; pure. `targetfile`: one that is a file on this host,
   marked until it is whole. `wiretarget`: one that an NBD server exports, over a `wire`, whose
-  `relay` can be cut. `devicetarget`: a block device. `copytarget`: what a copy wants of each.
+  `relay` can be cut. `devicetarget`: a block device. `targets`: which of
+  them it is. `copytarget`: what a copy wants of each.
 - `mirrors`: QEMU's mirror jobs of several disks, brought to one instant.
 - `job`: what whoever waits for a copy holds.
 - `copy`: one copy, from its plan to its last trace.

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io, must_pause
-from qmpblock.chains.overlay import open_directory
 from qmpblock.chains.plan import check_idle
 from qmpblock.chains.settings import lost_by_snapshot
 from qmpblock.changes.change import Change
@@ -40,17 +39,17 @@ from qmpblock.changes.record import PIVOTED
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
 from qmpblock.copying.backups import Backups
-from qmpblock.copying.devicetarget import DeviceTarget, check_unused, claimed, is_block_device
+from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.fleecing import Fleece, planned, take
 from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.plan import CopyPlan, Layers, plan_copy
 from qmpblock.copying.proof import check_provable, prove
-from qmpblock.copying.target import Credentials, NBDTarget, parse_target
-from qmpblock.copying.targetfile import TargetFile, absolute, check_file
-from qmpblock.copying.wire import check_target
-from qmpblock.copying.wiretarget import WireTarget, bounded, cut_on_error
+from qmpblock.copying.target import Credentials
+from qmpblock.copying.targetfile import TargetFile, check_file
+from qmpblock.copying.targets import check_servers, place_of, target_of
+from qmpblock.copying.wiretarget import bounded, cut_on_error
 from qmpblock.errors import (
     UNTOUCHED,
     Error,
@@ -109,7 +108,7 @@ async def copy(
     if speed < 0:
         raise RequestError(f"a speed of {speed} bytes a second is none")
     plans = await _look(vm, targets, format, layers, at, force=force)
-    _check_servers(vm, plans, credentials)
+    check_servers(vm, plans, credentials)
     if verify:
         await check_provable(vm, plans, at)
     run = new_run()
@@ -117,26 +116,12 @@ async def copy(
     job.speed = speed
     with contextlib.ExitStack() as stack:
         files: list[CopyTarget] = []
+        pivots = at == "pivot"
         for number, plan in enumerate(plans):
             node = target_node(run, number)
-            if plan.server is not None:
-                creds = credentials if plan.server.tls else None
-                files.append(WireTarget(plan, node, number, creds))
-                continue
-            if plan.block_device:
-                claim = claimed(vm.monitor.peer_pid, plan, force=force)
-                files.append(DeviceTarget(plan, node, stack.enter_context(claim)))
-                continue
-            files.append(
-                TargetFile(
-                    plan,
-                    node,
-                    stack.enter_context(open_directory(plan.file)),
-                    at == "pivot",
-                    backing_name=_backing_name(vm, plan),
-                    replaces_partial=force,
-                )
-            )
+            name = _backing_name(vm, plan)
+            made = target_of(vm, plan, node, number, name, credentials, force=force, pivots=pivots)
+            files.append(stack.enter_context(made))
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
             if at == "start":
@@ -170,26 +155,6 @@ def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
     return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done)
 
 
-def _check_servers(
-    vm: Connection, plans: Sequence[CopyPlan], credentials: Credentials | None
-) -> None:
-    servers = [plan.server for plan in plans if plan.server is not None]
-    for server in servers:
-        check_target(vm, server, credentials if server.tls else None)
-    if credentials is not None and not any(server.tls for server in servers):
-        raise RequestError(
-            "TLS credentials are given, and no target has TLS",
-            standing=UNTOUCHED,
-            remedy="give them with nbds:// or nbds+unix:// only",
-        )
-
-
-def _place(target: str | os.PathLike[str]) -> str | NBDTarget:
-    """Return the absolute path of a file, or an export; what is no string is a path."""
-    word = parse_target(target) if isinstance(target, str) else None
-    return word if isinstance(word, NBDTarget) else absolute(word.path if word else target)
-
-
 async def _look(
     vm: Connection,
     targets: Mapping[DiskT, str | os.PathLike[str]],
@@ -218,7 +183,7 @@ async def _look(
     plans: list[CopyPlan] = []
     for disk, file in targets.items():
         disk.device = graph.device(disk.device.qom_path)
-        place = _place(file)
+        place = place_of(file)
         block = isinstance(place, str) and is_block_device(place)
         plan = plan_copy(disk.device, place, fmt, layers, pivot=pivot, block_device=block)
         for other in plans:

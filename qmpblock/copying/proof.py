@@ -65,6 +65,12 @@ async def check_provable(vm: Connection, plans: Sequence[CopyPlan], at: Point) -
                 standing=UNTOUCHED,
                 remedy="copy into a file to have that proven",
             )
+        if plan.block_device:  # it may be larger, and what of it is zeros it does not tell
+            raise UnsupportedError(
+                f"a copy on a block device ({printable(plan.file)}) is not proven",
+                standing=UNTOUCHED,
+                remedy="copy into a file to have that proven",
+            )
     program = QemuNbd().program
     if shutil.which(program) is None and not all(_needs_key(plan) for plan in plans):
         raise UnsupportedError(

@@ -113,6 +113,10 @@ async def test_what_cannot_be_is_refused(vm, vm_dir, invariant):
                 (device, {"at": "pivot", "force": True}, UnsupportedError, "cannot go over"),
             ):
                 await refused(controller, disk, target, error, words, **more)
+            more = {"at": "start", "verify": True, "force": True}
+            if not controller.capabilities.jobs_misread_views:
+                words = "is not proven"
+                await refused(controller, disk, device, UnsupportedError, words, **more)
             fd = os.open(device, os.O_RDONLY)
             await refused(controller, disk, device, InUseError, f"process {os.getpid()}")
             os.close(fd)
