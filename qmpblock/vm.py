@@ -179,8 +179,10 @@ class VM(Connection):
         speed: int = 0,
         fleece: str | os.PathLike[str] | None = None,
         fleece_limit: int | None = None,
+        verify: bool = False,
+        tls_creds: str | None = None,
     ) -> AbstractAsyncContextManager[CopyJob]:
-        """Copy running disks into new images, all at one instant, while the guest goes on.
+        """Copy running disks, all at one instant, while the guest goes on.
 
         `async with vm.copy({disk: "/srv/copy.qcow2"}) as job:`; leaving it waits for the end.
         Iterating over `job` yields its progress, of all disks together; `job.result` says what was
@@ -197,16 +199,22 @@ class VM(Connection):
         disks all go over or none, whoever dies. Cancelled or failed, there is no copy, the guest is
         where it was, and nothing is left.
 
-        :param targets: for each disk the path of its copy; relative ones count from the current
-            directory. An encrypted disk's copy is encrypted with the same secret object.
+        :param targets: for each disk the path of its copy, of a new file or of a block device, or
+            an NBD URI; relative paths count from the current directory. An encrypted disk's copy is
+            encrypted with the same secret object.
         :param pivot: have the guest go over to the copies at the end; filters above them stay.
         :param format: of the copies: `qcow2` or `raw`; None: what the active layer is, if one of
             them, else qcow2.
         :param layers: `all` of a chain, or the `top`: then the copy lies on the same backing image.
-        :param force: replace files of those names, once the copies are whole; never with `pivot`.
+        :param force: replace files of those names, once the copies are whole, never with `pivot`;
+            overwrite block devices.
         :param speed: bytes a second at most, of all disks; 0 is no limit.
         :param fleece: the directory of what is kept, of the start; by default beside each image.
         :param fleece_limit: bytes that it may have, for each disk; by default half of what is free.
+        :param verify: compare each copy, byte for byte, with the point that it is of, before that
+            is given up; only of the start, and of files.
+        :param tls_creds: on QEMU's host, the directory of the credentials for `nbds` targets, laid
+            out as for QEMU's tls-creds-x509, or with a file `keys.psk` as for tls-creds-psk.
         :raise RequestError: a file is there already, or it is not possible; nothing was touched.
         :raise UnsupportedError: this QEMU cannot do it safely; nothing was touched.
         :raise BusyError: a job, or another controller, is at work on one of the disks.
@@ -215,6 +223,7 @@ class VM(Connection):
         """
         from qmpblock.copying.copy import copy
         from qmpblock.copying.fleecing import Fleece
+        from qmpblock.copying.wire import credentials_in
 
         return copy(
             self,
@@ -225,6 +234,8 @@ class VM(Connection):
             force=force,
             speed=speed,
             fleece=Fleece(fleece, fleece_limit),
+            credentials=None if tls_creds is None else credentials_in(tls_creds),
+            verify=verify,
         )
 
     async def recover(
@@ -323,8 +334,10 @@ class Disk(MappedDisk):
         speed: int = 0,
         fleece: str | os.PathLike[str] | None = None,
         fleece_limit: int | None = None,
+        verify: bool = False,
+        tls_creds: str | None = None,
     ) -> AbstractAsyncContextManager[CopyJob]:
-        """Copy this disk into a new image, while the guest goes on. See `VM.copy`."""
+        """Copy this disk, while the guest goes on. See `VM.copy`."""
         return self.vm.copy(
             {self: target},
             at=at,
@@ -335,6 +348,8 @@ class Disk(MappedDisk):
             speed=speed,
             fleece=fleece,
             fleece_limit=fleece_limit,
+            verify=verify,
+            tls_creds=tls_creds,
         )
 
     def allocator(self) -> AbstractAsyncContextManager[Allocator]:

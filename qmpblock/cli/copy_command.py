@@ -51,6 +51,12 @@ __all__ = ["command"]
 @click.option(
     "--fleece-limit", type=Size(), metavar="SIZE", help="How much of it, at most, for each disk."
 )
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Compare each copy with the very point that it is of, before that is given up (--at "
+    "start, files).",
+)
 @unmanaged_option
 async def command(
     options: Options,
@@ -64,13 +70,15 @@ async def command(
     speed: int,
     fleece: str | None,
     fleece_limit: int | None,
+    verify: bool,
     unmanaged: bool,
 ) -> int:
-    """Copy disks of a running VM into new images, all at one instant, while the guest goes on.
+    """Copy disks of a running VM, all at one instant, while the guest goes on.
 
-    TARGET is a file, which bears the name TARGET.partial until all of it is on stable storage.
-    A single disk can be named as ADDRESS DISK TARGET, too. Interrupted, there is no copy, and
-    the guest is where it was.
+    TARGET is a new file, which bears the name TARGET.partial until all of it is on stable
+    storage; a block device; or an NBD server: nbd://HOST[:PORT]/EXPORT, nbds://... (with
+    --tls-creds), nbd+unix:///EXPORT?socket=PATH. A single disk can be named as ADDRESS DISK
+    TARGET, too. Interrupted, there is no copy, and the guest is where it was.
     """
     pairs = _pairs(targets)
     if pivot and at is not None:
@@ -89,6 +97,8 @@ async def command(
             speed=speed,
             fleece=fleece,
             fleece_limit=fleece_limit,
+            verify=verify,
+            tls_creds=options.tls_creds if any("nbds" in file for _, file in pairs) else None,
         )
         async with copying as job:
             warn(job.warnings)
@@ -109,7 +119,7 @@ async def command(
 
 def _pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:
     """Read DISK=TARGET..., or DISK TARGET."""
-    if len(words) == 2 and not all("=" in word for word in words):
+    if len(words) == 2 and ("=" not in words[0] or "=" not in words[1]):
         return [(words[0], words[1])]
     pairs = []
     for word in words:
@@ -133,6 +143,7 @@ def _say(result: CopyResult) -> None:
         click.echo(
             f"{printable(one.disk)}: copied to {printable(one.target)}, {one.format}, "
             f"{human_size(one.size)}, {_OF[result.point]}"
+            + ("; compared with it: the same" if result.verified else "")
         )
         if result.point == "pivot":
             click.echo(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from qmpblock.address import TCPAddress
 from qmpblock.cancellation import undisturbed
@@ -39,7 +40,7 @@ from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.refusals import no_node, tolerate
 
-__all__ = ["HOLD", "Wire", "check_target", "clear_wire", "wire_socket"]
+__all__ = ["HOLD", "Wire", "check_target", "clear_wire", "credentials_in", "wire_socket"]
 
 #: Seconds that a server has for an answer while the guest is held for it: by the opening and the
 #: closing of the node, and by each command of a copy's that drains it (`Relay.within`).
@@ -134,6 +135,12 @@ class Wire:
                 "both sides agree about TLS; if QEMU cannot find or use the socket, it runs in "
                 "another container or is confined: set TMPDIR to a place that both can use",
             ) from error
+
+
+def credentials_in(directory: str) -> Credentials:
+    """Return the credentials of a directory, laid out as for QEMU: keys where it has `keys.psk`."""
+    keys = (Path(directory) / "keys.psk").is_file()
+    return Credentials(directory, "psk" if keys else "x509")
 
 
 def check_target(vm: Connection, target: NBDTarget, credentials: Credentials | None) -> None:

@@ -99,7 +99,8 @@ async def test_an_interrupted_one_leaves_nothing(number, scenario, start_qemu, v
         (["vd0=a", "--pivot", "--at", "end"], "without --at"),
         (["vd0=/no/such/folder/a", "--at", "end"], "there is no directory /no/such/folder"),
         (["vd0=a", "--at", "end", "--format", "vmdk"], "vmdk"),
-        (["vd0=nbd://host/x", "--at", "end"], "is not the path of a file"),
+        (["vd0=nbd://host/x", "--pivot"], "nbd://host:10809/x"),
+        (["vd0=a", "--at", "end", "--verify"], "--at start"),
         (["vd9=a"], "no disk called vd9"),
     ],
 )
