@@ -107,7 +107,7 @@ def deadly(monitor, number, moment, die, trace=None):
 
 
 def _answer(code, trace):
-    print(json.dumps({"code": code, "trace": trace}), flush=True)
+    print(json.dumps({"code": code, "trace": trace, "pid": os.getpid()}), flush=True)
 
 
 async def _control(request):
