@@ -30,8 +30,9 @@ from qmpblock.allocation.filling import SPAN, Parts, fill
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
+from qmpblock.chains.home import home_file, open_home, written
 from qmpblock.chains.look import opened_as
-from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
+from qmpblock.chains.overlay import Item, make_overlay, prove, take
 from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
@@ -49,10 +50,7 @@ from qmpblock.errors import (
 from qmpblock.graph.jsonname import as_text, from_text
 from qmpblock.graph.opened import alone
 from qmpblock.graph.options import key_secret
-from qmpblock.graph.places import Place
-from qmpblock.host import imagefiles
 from qmpblock.host.imagefiles import image_files
-from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.space import HostSpace
@@ -70,7 +68,6 @@ from qmpblock.sizes import Amount
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
-    from qmpblock.graph.model import Layer
     from qmpblock.mapping import MappedDisk
     from qmpblock.ranges import Ranges
 
@@ -131,7 +128,7 @@ async def reserve_by_staging(
         base_file=file,
         base_format=active.format,
         base_opened=how,
-        written=_written(disk, file),
+        written=written(vm, active, file),
         detect_zeroes="" if active.node.detect_zeroes == "off" else active.node.detect_zeroes,
         nodes=(node, storage_node(node), *parts.nodes),
         files=(overlay, *parts.files),
@@ -144,7 +141,7 @@ async def reserve_by_staging(
         slice_size = min(slice_size, max(speed.rate, _SMALLEST))
     cluster = active.node.cluster_size or 65536
     slice_size = max(cluster, slice_size - slice_size % cluster)
-    with _open_home(disk, file) as directory:
+    with open_home(vm, active, file) as directory:
         await change.begin()
         async with change.or_undo(
             lambda: (
@@ -197,58 +194,7 @@ async def check_staging(disk: MappedDisk) -> str:
             "raw, luks, qcow2 and qed it can",
             standing=UNTOUCHED,
         )
-    pid = disk.vm.monitor.peer_pid
-    file = imagefiles.local_path(pid, active)
-    if file is None:
-        refusal = _no_overlay(active, imagefiles.why_not_local(pid, active))
-        await disk.vm.monitor.execute("query-status")  # or QEMU has gone: that is why, then
-        raise refusal
-    file = imagefiles.home_of(file)
-    elsewhere = sees_directory(pid, posixpath.dirname(file))
-    if elsewhere is not None:
-        raise _no_overlay(active, f"is there, but its directory {elsewhere}")
-    return file
-
-
-def _no_overlay(active: Layer, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{printable(active.file)}, beside which an overlay must lie for a while, {reason}",
-        standing=UNTOUCHED,
-        remedy="run qmpblock on the VM's host, by a UNIX monitor, as the VM's user or root; the "
-        "image must be a file there, under the name by which the VM has it",
-    )
-
-
-def _written(disk: MappedDisk, file: str) -> tuple[tuple[str, int], ...]:
-    """Return the files that an overlay's content comes home to: the image, its data file.
-
-    Each with its inode, by what the VM has open.
-    """
-    active, files = disk.chain.active, OpenFiles(disk.vm.monitor.peer_pid)
-    names = []
-    for node, name in ((active.storage, file), (active.data_file, None)):
-        place = files.place(node) if node is not None else None
-        if isinstance(place, Place):
-            # Of a block device, what a name of it had; it is told by its number otherwise.
-            inode = place.file.inode
-            inode = Path(place.here).stat().st_ino if inode is None else inode
-            names.append((name or place.here, inode))
-    return tuple(names)
-
-
-def _open_home(disk: MappedDisk, file: str) -> Directory:
-    """Open the directory of the active image: the one in which it is, not only by its name.
-
-    :raise Error: it is another one by now.
-    """
-    active = disk.chain.active
-    directory = open_directory(file)
-    assert active.storage is not None  # check_staging found its file
-    place = OpenFiles(disk.vm.monitor.peer_pid).place(active.storage)
-    if isinstance(place, Place) and directory.holds(posixpath.basename(file), place.file):
-        return directory
-    directory.close()
-    raise _no_overlay(active, "was moved just now")
+    return await home_file(disk.vm, active)
 
 
 async def check_staged(disk: MappedDisk) -> str:
