@@ -12,20 +12,20 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from qmpblock.changes.copies import Copy, Move
+from qmpblock.changes.homing import FrozenCopy, Pivoting, StagedCommit, check_settings, zeroes_of
 from qmpblock.changes.record import Link, Record, lies_on_something, pivoted
-from qmpblock.changes.step import Choice, Step
+from qmpblock.changes.step import Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
-from qmpblock.graph.jsonname import from_text
 from qmpblock.graph.layeruse import check_readers
-from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.graph.model import BlockGraph
 from qmpblock.names import fleecing_nodes, is_ours
-from qmpblock.qemu.jobstate import ACTIVE
 from qmpblock.versioned import UnreadableError, read
 
 __all__ = [
     "ActiveCommit",
     "Commit",
+    "FrozenCopy",
     "PointInTime",
     "Snapshot",
     "StagedCommit",
@@ -168,25 +168,8 @@ class Commit(_Committing, _Relinking):
     """A commit of layers below the active one."""
 
 
-class _Pivoting(Record):
-    """Its job ends in a pivot: the guest moves from `top` on to `base`."""
-
-    @property
-    def pivot(self) -> bool:
-        """It does."""
-        return True
-
-    def took_effect(self, graph: BlockGraph) -> bool | None:
-        """Tell by where the guest is; of a disk that was unplugged meanwhile it cannot be told."""
-        for device in graph.devices:
-            if device.chain is not None and device.qom_path in self.devices:
-                layers = [layer.node.name for layer in device.chain.layers]
-                return self.top not in layers and self.base in layers
-        return None
-
-
 @dataclass(frozen=True)
-class ActiveCommit(_Pivoting, _Committing):
+class ActiveCommit(Pivoting, _Committing):
     """A commit of the active layer: the guest moves on to the base.
 
     :ivar base_opened: the options that open the base as QEMU had it (`qmpblock.graph.opened`), as
@@ -256,7 +239,7 @@ class ActiveCommit(_Pivoting, _Committing):
     def check(self) -> None:
         """Look at what goes into a command line, too."""
         super().check()
-        _check_settings(self.detect_zeroes, self.discard, self.base_opened)
+        check_settings(self.detect_zeroes, self.discard, self.base_opened)
 
 
 @dataclass(frozen=True)
@@ -265,123 +248,6 @@ class ThinAllocation(Record):
 
     operation: ClassVar[str] = "allocate"
     needed: ClassVar[tuple[str, ...]] = ("images", "pivot")  # it has no journal
-
-
-@dataclass(frozen=True)
-class StagedCommit(_Pivoting):
-    """Host space for ranges of an image that is frozen below an overlay for a moment.
-
-    :ivar top: the overlay of ours; `base`: the guest's image.
-    :ivar base_format: its format.
-    :ivar base_opened: as of an `ActiveCommit`.
-    :ivar written: the files that bringing the overlay home writes to, each with its inode; none
-        where an older version wrote this.
-    :ivar detect_zeroes: that the base is to have at the end, and is off for a while; empty if not.
-    """
-
-    operation: ClassVar[str] = "allocate"
-    needed: ClassVar[tuple[str, ...]] = (
-        *("images", "top_file", "base_file", "pivot", "files", "base_format"),
-    )
-
-    top: str = ""
-    base: str = ""
-    top_file: str = ""
-    base_file: str = ""
-    base_format: str = ""
-    base_opened: str = ""
-    written: tuple[tuple[str, int], ...] = ()
-    detect_zeroes: str = ""
-
-    @property
-    def home(self) -> str:
-        """The image, not the overlay of ours, which goes."""
-        return self.base_file
-
-    def of_job(
-        self, job: JobInfo, choice: Choice, graph: BlockGraph, *, stale: bool | None
-    ) -> Step:
-        """Never give its job up: all that it does is to bring the overlay home."""
-        if job.id == self.job and job.status in ACTIVE:
-            return Step("bring-home", self.top, "it holds what the guest wrote last")
-        return super().of_job(job, choice, graph, stale=stale)
-
-    def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
-        """Bring it home without the zeros that were to get there first: there may be no room.
-
-        Where its disk was unplugged, only the journal tells whether the overlay holds the newest
-        data; without one it is left alone.
-        """
-        if self.top not in graph.nodes:
-            return ()
-        active = self.active_nodes(graph)
-        out = self.top in active if active else stale is False
-        if not out or not (active or lies_on_something(graph, self.top)):
-            return ()
-        return (
-            *self._without_zeros(graph),
-            *self._zeroes(graph),
-            Step("bring-home", self.top, "it holds what the guest wrote last"),
-        )
-
-    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
-        """Leave the overlay under somebody's snapshot, but not what it was put on for a while."""
-        yield from self._zeroes(graph)
-        yield from self._without_zeros(graph)
-
-    def _zeroes(self, graph: BlockGraph) -> Iterable[Step]:
-        why = "its detect-zeroes was off while it was frozen"
-        return zeroes_of(graph, self.base, self.detect_zeroes, why)
-
-    def _without_zeros(self, graph: BlockGraph) -> Iterable[Step]:
-        """Have an overlay of ours lie on its image itself, and remove what brought zeros there.
-
-        While that lies on the image, the image cannot be written to by anybody else; and while it
-        may write there, nobody may lie on the image who has to see it as it was.
-        """
-        overlay = graph.nodes.get(self.top)
-        between = overlay.child("backing") if overlay is not None else None
-        gone: set[str] = set()
-        for node in self.nodes:  # each before those that it lies on
-            if node == between:
-                why = "it is to lie on the image itself again"
-                yield Step("relink", self.top, why, self.base)
-                gone.add(f"node {self.top}")
-            if node in graph.nodes and node != self.top and gone.issuperset(graph.users(node)):
-                gone.add(f"node {node}")
-                yield Step("delete-node", node, "it served to bring zeros there, and holds none")
-
-    def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
-        """Tell by the overlay, until the guest is back on the image."""
-        if node != self.top or not lies_on_something(graph, node):
-            return False
-        return self.base not in self.active_nodes(graph) and stale is not True
-
-    def verdict(
-        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
-    ) -> ImageVerdict:
-        """Name the image, into which the overlay is committed first, unless that is stale."""
-        others = tuple(file for file in empty if file != self.top_file)
-        if self.top_file not in empty:
-            return ImageVerdict((self.base_file,), (), others, "no overlay of ours is left")
-        if pivoted(entries):
-            why = "the guest was back on the image; the overlay is stale"
-            return ImageVerdict((self.base_file,), (), (*others, self.top_file), why)
-        if empty[self.top_file]:
-            why = "nothing was written to the overlay"
-            return ImageVerdict((self.base_file,), (), (*others, self.top_file), why)
-        return ImageVerdict(
-            (self.base_file,),
-            (),
-            others,
-            "the overlay held what the guest wrote last",
-            commit=((self.top_file, self.base_file),),
-        )
-
-    def check(self) -> None:
-        """Look at what goes into a command line, too."""
-        super().check()
-        _check_settings(self.detect_zeroes, "", self.base_opened)
 
 
 class _Fleecing(Record):
@@ -438,6 +304,7 @@ _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("allocate", True): StagedCommit,
     ("point-in-time", False): PointInTime,
     ("copy", False): Copy,
+    ("copy", True): FrozenCopy,
     ("move", False): Move,
 }
 #: What the record of any of them may say. Older versions wrote all of it, most of it empty.
@@ -477,13 +344,6 @@ def _says(name: str, said: Mapping[str, Any]) -> bool:
     return name not in _KNOWN or said[name] not in ("", [], ())
 
 
-def zeroes_of(graph: BlockGraph, node: str, value: str, why: str) -> Iterable[Step]:
-    """Yield what gives a node its detect-zeroes back, if it is to have one and has another."""
-    known = graph.nodes.get(node)
-    if value and known is not None and known.detect_zeroes != value:
-        yield Step("restore-zeroes", node, why, value)
-
-
 def without_bitmaps(graph: BlockGraph, added: Iterable[tuple[str, str]]) -> list[Step]:
     """Return what removes dirty bitmaps that are there."""
     return [
@@ -499,16 +359,3 @@ def _below(graph: BlockGraph, node: str) -> str | None:
     while below is not None and graph.nodes[below].is_filter:
         below = graph.nodes[below].child("file", "backing", "image")
     return below
-
-
-def _check_settings(detect_zeroes: str, discard: str, base_opened: str) -> None:
-    """See that what goes into a command line is what may stand there.
-
-    :raise UnreadableError: it is not.
-    """
-    if detect_zeroes not in ("", "off", "on", "unmap"):
-        raise UnreadableError("its detect_zeroes is none")
-    if discard not in ("", "ignore", "unmap"):
-        raise UnreadableError("its discard is none")
-    if base_opened and not from_text(base_opened).get("driver"):
-        raise UnreadableError("its base_opened opens nothing")
