@@ -22,7 +22,16 @@ from qmpblock.errors import printable
 __all__ = ["Manager", "Traits", "Verb", "Work", "recognise"]
 
 Verb = Literal[
-    "snapshot", "pivot", "commit", "stream", "independent", "reserve", "point", "copy", "move"
+    "snapshot",
+    "pivot",
+    "commit",
+    "stream",
+    "independent",
+    "reserve",
+    "point",
+    "copy",
+    "freeze",
+    "move",
 ]
 
 _EFFECTS: Mapping[str, str] = {
@@ -37,6 +46,8 @@ _EFFECTS: Mapping[str, str] = {
     "it changes the chain",
     "copy": "a job that it does not know is on the disk for a while: what it begins in that time "
     "(a snapshot, a pull, a backup) may fail, or have QEMU abort",
+    "freeze": "the newest data is in an overlay for a while: a start, a save or a backup in that "
+    "time would not see it",
     "move": "the VM goes on in another image: started again, it would be from a stale one",
 }
 
@@ -46,7 +57,7 @@ class Work:
     """What is to be done to a chain that somebody may own.
 
     :ivar verb: `pivot` is a commit of the active layer, `reserve` a staged commit (allocate
-        --full of qcow2 and QED).
+        --full of qcow2 and QED), `freeze` a copy of frozen layers.
     :ivar file: of the active layer; `top` and `base`: of the layers that were named.
     """
 
@@ -130,6 +141,7 @@ def _libvirts_way(vm: str, work: Work) -> str:
         "independent": f"virsh blockpull {domain} {disk} --wait",
         "point": f"virsh backup-begin {domain}, with mode='pull' in its XML",
         "copy": f"virsh blockcopy {domain} {disk} TARGET --wait --finish",
+        "freeze": f"virsh backup-begin {domain}, with mode='push' in its XML",
         "move": f"virsh blockcopy {domain} {disk} TARGET --wait --pivot",
     }
     if work.verb == "stream" and work.top:
@@ -190,6 +202,7 @@ def _proxmoxs_way(vm: str, work: Work) -> str:
         "reserve": f"{move}, to a storage with preallocation",
         "point": f"vzdump {vmid} --mode snapshot",
         "copy": f"vzdump {vmid} --mode snapshot",
+        "freeze": f"vzdump {vmid} --mode snapshot",
         "move": move,
     }[work.verb]
 

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-import pytest
 from killing import CHAIN, IOTHREAD, TWO, Operation
 
 
@@ -72,6 +71,8 @@ def _starts():
     yield Copying("copy-start", plain, start | {"targets": one}, (chain,))
     verified = start | {"verify": True}
     yield Copying("copy-start-verified", plain, verified | {"targets": one}, (chain,))
+    iothread = CHAIN.format(attach=IOTHREAD)
+    yield Copying("copy-start-iothread", iothread, start | {"targets": one}, (chain,))
     yield Copying(
         "copy-start-of-two",
         TWO.format(),
@@ -80,5 +81,4 @@ def _starts():
     )
 
 
-_NEEDS = pytest.mark.needs_qemu(">= 10.0", reason="K23: such a copy could be wrong")
-COPIES = (*_operations(), *(pytest.param(one, marks=_NEEDS) for one in _starts()))
+COPIES = (*_operations(), *_starts())

@@ -61,7 +61,10 @@ CASES = {
         "",
     ),
 }
-VERBS = ("snapshot", "pivot", "commit", "stream", "independent", "reserve")
+VERBS = (
+    *("snapshot", "pivot", "commit", "stream", "independent", "reserve"),
+    *("point", "copy", "freeze", "move"),
+)
 
 
 @pytest.mark.parametrize(("traits", "name", "vm"), CASES.values(), ids=CASES)

@@ -164,10 +164,14 @@ class FrozenCopy(StagedCommit):
     Its nodes are, besides those of the overlay, those of the target: QEMU closes, and so flushes,
     that before the overlay comes home. The target's file is no image of the VM's, and not among
     `files`: by its name it is not whole, until it is.
+
+    :ivar wires: as of a `Copy`.
     """
 
     operation: ClassVar[str] = "copy"
     served: ClassVar[str] = "it was copied to, and QEMU has to close it"
+
+    wires: tuple[tuple[str, str], ...] = ()
 
 
 def zeroes_of(graph: BlockGraph, node: str, value: str, why: str) -> Iterable[Step]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from qmpblock.cancellation import task_group
 from qmpblock.copying.job import CopyJob
 from qmpblock.errors import JobError
-from qmpblock.names import copy_job
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
@@ -34,15 +33,17 @@ _CHUNK = 1 << 20  # bytes that the job reads at once
 class Backups:
     """The backup jobs of one copy; each target's `source` is the view that it is of.
 
-    :ivar run: in whose names they are.
+    :ivar ids: of the jobs.
     :ivar last: how each job was last seen, by what people call the disk.
     """
 
     vm: Connection
-    run: str
+    ids: Sequence[str]
     targets: Sequence[CopyTarget]
     job: CopyJob
     last: dict[str, Progress] = field(default_factory=dict)
+    held: float = 0.0  # seconds of the guest's I/O
+    attempts: int = 1  # at being of one instant
 
     async def work(self) -> None:
         """Copy all.
@@ -52,14 +53,11 @@ class Backups:
         :raise JobError: a job failed: its target did, or the point was given up.
         :raise StalledError: one did not move.
         """
-        jobs = tuple(
-            Job(self.vm.monitor, copy_job(self.run, number), "backup")
-            for number, _ in enumerate(self.targets)
-        )
+        jobs = tuple(Job(self.vm.monitor, name, "backup") for name in self.ids)
         self.job.runs(jobs)
         try:
             for job, target in zip(jobs, self.targets, strict=True):
-                await job.start("blockdev-backup", self._arguments(target))
+                await job.start("blockdev-backup", self.arguments(target))
             async with task_group() as group:
                 for job, target in zip(jobs, self.targets, strict=True):
                     group.create_task(self._follow(job, target))
@@ -68,7 +66,8 @@ class Backups:
                 job.end()
         self.job.finished()
 
-    def _arguments(self, target: CopyTarget) -> dict[str, Any]:
+    def arguments(self, target: CopyTarget) -> dict[str, Any]:
+        """Return what QEMU is asked for."""
         return {
             "device": target.source,
             "target": target.node,

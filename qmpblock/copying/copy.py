@@ -13,11 +13,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -42,12 +41,13 @@ from qmpblock.copying.backups import Backups
 from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.fleecing import Fleece, planned, take
 from qmpblock.copying.fleecing import Plan as FleecingPlan
-from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point
+from qmpblock.copying.frozen import FrozenBackups, check_frozen, frozen
+from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point, working
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.plan import CopyPlan, Layers, plan_copy
-from qmpblock.copying.proof import check_provable, prove
+from qmpblock.copying.proof import check_provable, work
 from qmpblock.copying.target import Credentials
-from qmpblock.copying.targetfile import TargetFile, check_file
+from qmpblock.copying.targetfile import check_file
 from qmpblock.copying.targets import check_servers, place_of, target_of
 from qmpblock.copying.wiretarget import bounded, cut_on_error
 from qmpblock.errors import (
@@ -124,7 +124,9 @@ async def copy(
             files.append(stack.enter_context(made))
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
-            if at == "start":
+            if at == "start" and vm.capabilities.jobs_misread_views:
+                running = _of_layers(vm, files, job, verify=verify)
+            elif at == "start":
                 views = list(targets), fleece or Fleece()
                 running = _of_views(vm, *views, files, job, verify=verify)
             else:
@@ -138,8 +140,8 @@ async def copy(
         at,
         tuple(_copied(file, jobs) for file in files),
         time.monotonic() - started,
-        jobs.held if isinstance(jobs, Mirrors) else 0.0,
-        jobs.attempts if isinstance(jobs, Mirrors) else 1,
+        jobs.held,
+        jobs.attempts,
         job.warnings,
         verify,
     )
@@ -169,14 +171,7 @@ async def _look(
     :raise Error: it cannot be done; nothing was touched.
     """
     devices = [disk.device for disk in targets]
-    pivot = at == "pivot"
-    if at == "start" and vm.capabilities.jobs_misread_views:
-        raise UnsupportedError(
-            f"a copy of the start needs a job that reads a point in time, and QEMU "
-            f"{vm.capabilities} now and then copies what the guest wrote later, without an error",
-            standing=UNTOUCHED,
-            remedy="copy the end (--at end), which is as consistent; or use QEMU 10.0 or newer",
-        )
+    pivot, freezes = at == "pivot", at == "start" and vm.capabilities.jobs_misread_views
     await ownership.ask(vm.monitor, devices)
     await make_way(vm, lock_names(devices))
     graph = await vm.graph()
@@ -205,8 +200,10 @@ async def _look(
         if pivot:
             await _check_filters(vm, plan)
             plan = await _with_losses(vm, plan)
+        if freezes:
+            await check_frozen(vm, plan)
         plans.append(plan)
-    verb: Verb = "move" if pivot else "copy"
+    verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
     await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
     return plans
 
@@ -314,26 +311,13 @@ async def _of_disks(
                     await file.open(vm)
                 devices = [file.plan.device for file in files]
                 await ownership.ask(vm.monitor, devices, standing=None)
-                async with _working(mirrors.work(), job):
+                async with working(mirrors.work(), job):
                     yield mirrors
                     job.completion.set()
                 await undisturbed(_finish(change, files))
         except BaseException:
             await undisturbed(_remove_marked(change, files))
             raise
-
-
-@asynccontextmanager
-async def _working(what: Coroutine[Any, Any, None], job: CopyJob) -> AsyncIterator[None]:
-    """Have jobs work while the body runs, and wait for their end; or break them off."""
-    work = asyncio.ensure_future(what)
-    work.add_done_callback(lambda _: job.end())
-    try:
-        yield
-        await work
-    finally:
-        work.cancel()
-        await undisturbed(asyncio.wait({work}))
 
 
 @asynccontextmanager
@@ -352,19 +336,12 @@ async def _of_views(
 
     :param verify: whether the copies are compared with the views before these are given up.
     """
-
-    async def work(backups: Backups, *, held: bool) -> None:
-        await backups.work()
-        if verify:
-            here = [file for file in files if isinstance(file, TargetFile)]
-            job.warnings += await prove(vm, backups.run, here, job, held=held)
-
     try:
         for file in files:
             await file.make(vm, lambda _: None)
         async with planned(vm, disks, fleece) as plan:
-            backups = Backups(vm, plan.run, files, job)
             change = Change(vm, await _record_of_views(vm, plan, files))
+            backups = Backups(vm, change.record.helpers, files, job)
             await change.begin()
             async with (
                 change.or_undo(lambda: _undone(files)),
@@ -375,9 +352,35 @@ async def _of_views(
                     await file.open(vm)  # or fail, before the guest's disk is touched
                 with bounded(files):
                     await take(vm, change, plan)
-                async with _working(work(backups, held=change.held), job):
+                async with working(work(backups, proven=verify, held=change.held), job):
                     yield backups
                 await undisturbed(_finish(change, files))
+    except BaseException:
+        for file in files:
+            await undisturbed(file.remove())
+        raise
+
+
+@asynccontextmanager
+async def _of_layers(
+    vm: Connection, files: Sequence[CopyTarget], job: CopyJob, *, verify: bool
+) -> AsyncIterator[Backups]:
+    """Copy disks as they are when this is entered, while the guest's writes go to overlays."""
+
+    async def prepare() -> None:
+        await _unchanged(vm, files)
+        for file in files:
+            await file.make(vm, lambda _: None)
+            await file.open(vm)
+
+    try:
+        async with frozen(vm, files, prepare) as layers:
+            backups = FrozenBackups(vm, layers.jobs, files, job, frozen=layers.disks)
+            async with working(work(backups, proven=verify, held=layers.held_here), job):
+                yield backups
+        backups.held = layers.held_guest
+        for file in files:
+            await file.finish()
     except BaseException:
         for file in files:
             await undisturbed(file.remove())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from qmpblock.cancellation import undisturbed
 from qmpblock.qemu.job import Job, Progress
 
-__all__ = ["CopyJob", "CopyResult", "DiskCopy", "Point", "joined"]
+__all__ = ["CopyJob", "CopyResult", "DiskCopy", "Point", "joined", "working"]
 
 Point = Literal["start", "end", "pivot"]
 
@@ -146,6 +148,19 @@ class CopyJob:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+@asynccontextmanager
+async def working(what: Coroutine[Any, Any, None], job: CopyJob) -> AsyncIterator[None]:
+    """Have jobs work while the body runs, and wait for their end; or break them off."""
+    work = asyncio.ensure_future(what)
+    work.add_done_callback(lambda _: job.end())
+    try:
+        yield
+        await work
+    finally:
+        work.cancel()
+        await undisturbed(asyncio.wait({work}))
 
 
 #: From what is least far to what is farthest.

@@ -18,27 +18,28 @@ from typing import TYPE_CHECKING
 
 from qmpblock.copying.hostspace import verify_space
 from qmpblock.copying.meter import Meter
+from qmpblock.copying.targetfile import TargetFile
 from qmpblock.copying.verify import verify
 from qmpblock.copying.windows import CONTEXT
 from qmpblock.errors import UNTOUCHED, Error, NBDRequestError, UnsupportedError, printable
 from qmpblock.export.session import Request, check_access, exports
 from qmpblock.host.closedimage import ClosedImage, closed_image
 from qmpblock.host.qemunbd import QemuNbd
-from qmpblock.names import copy_job, storage_node
+from qmpblock.names import storage_node
 from qmpblock.qemu.job import Job
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
+    from qmpblock.copying.backups import Backups
     from qmpblock.copying.hostspace import HostSpace
     from qmpblock.copying.job import CopyJob, Point
     from qmpblock.copying.plan import CopyPlan
-    from qmpblock.copying.targetfile import TargetFile
     from qmpblock.copying.verify import Verification
     from qmpblock.nbd import Client
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
 
-__all__ = ["check_provable", "prove"]
+__all__ = ["check_provable", "prove", "work"]
 
 _PHASE = "verifying"
 
@@ -85,22 +86,35 @@ async def check_provable(vm: Connection, plans: Sequence[CopyPlan], at: Point) -
         pass
 
 
+async def work(backups: Backups, *, proven: bool, held: bool) -> None:
+    """Copy, and have the copies proven before the point is given up, where that is wanted.
+
+    :param held: whether QEMU refuses to migrate meanwhile.
+    :raise Error: as of `Backups.work` and `prove`.
+    """
+    await backups.work()
+    if proven:
+        here = [one for one in backups.targets if isinstance(one, TargetFile)]
+        job = backups.job
+        job.warnings += await prove(backups.vm, backups.ids, here, job, held=held)
+
+
 async def prove(
-    vm: Connection, run: str, targets: Sequence[TargetFile], job: CopyJob, *, held: bool
+    vm: Connection, ids: Sequence[str], targets: Sequence[TargetFile], job: CopyJob, *, held: bool
 ) -> tuple[str, ...]:
     """Compare each target with its `source`, one after another, and return what to warn of.
 
     The targets' jobs have concluded; they are dismissed, and QEMU closes the targets. Whoever ends
     the change ends what else is there. Cancelling stops at once.
 
-    :param run: in whose names the jobs are.
+    :param ids: of the jobs.
     :param job: is told how far it is.
     :param held: whether QEMU refuses to migrate meanwhile.
     :raise Error: one is not what its disk held.
     :raise NBDError: one cannot be read; or the point cannot, which was given up.
     """
-    for number, target in enumerate(targets):
-        await _close(vm, copy_job(run, number), target)
+    for name, target in zip(ids, targets, strict=True):
+        await _close(vm, name, target)
         await target.settle()  # what is proven is not touched any more
     shown = _Shown(job, targets)
     warnings: list[str] = []

@@ -14,6 +14,7 @@ from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.operations import (
     ActiveCommit,
     Commit,
+    FrozenCopy,
     PointInTime,
     Snapshot,
     StagedCommit,
@@ -72,7 +73,7 @@ FIELDS = {
 }
 KINDS = (
     *(Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime),
-    *(Copy, Move),
+    *(Copy, Move, FrozenCopy),
 )
 
 
@@ -81,7 +82,7 @@ def of(kind):
     names = [one.name for one in fields(kind)]
     made = st.builds(kind, **{name: FIELDS[name] for name in names})
     jobs = (ours.filter(lambda job: not job.endswith("-pivot")), st.just(f"{PREFIX}pivot"))
-    return st.tuples(made, jobs[kind in (ActiveCommit, StagedCommit)]).map(
+    return st.tuples(made, jobs[kind in (ActiveCommit, StagedCommit, FrozenCopy)]).map(
         lambda both: replace(both[0], job=both[1])
     )
 
@@ -270,6 +271,8 @@ def test_what_a_later_version_added_is_kept():
         (StagedCommit, "base_file"),
         (StagedCommit, "files"),
         (StagedCommit, "base_format"),
+        (FrozenCopy, "top_file"),
+        (FrozenCopy, "base_format"),
     ],
 )
 def test_what_is_needed_once_qemu_is_gone(kind, absent):

@@ -18,7 +18,6 @@ from qmpblock.testing.stamps import check_point_in_time
 
 pytestmark = pytest.mark.live
 
-STARTS = pytest.mark.needs_qemu(">= 10.0", reason="K23: such a copy could be wrong")
 PLACE = 16 * MIB + 123  # of a byte that the guest does not write
 KINDS = ("raw", "chain", "throttle", "iothread", "luks")
 
@@ -39,7 +38,6 @@ async def content(path, fmt, secret=None):
     return data
 
 
-@STARTS
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fmt", ["qcow2", "raw"])
 async def test_a_copy_is_proven_while_the_guest_writes(kind, fmt, start_qemu, vm_dir, invariant):
@@ -69,7 +67,6 @@ async def test_a_copy_is_proven_while_the_guest_writes(kind, fmt, start_qemu, vm
     await at_ease(vm)
 
 
-@STARTS
 async def test_a_copy_of_the_top_layer_is_proven_with_what_it_lies_on(
     start_qemu, vm_dir, invariant
 ):
@@ -86,7 +83,6 @@ async def test_a_copy_of_the_top_layer_is_proven_with_what_it_lies_on(
     await at_ease(vm)
 
 
-@STARTS
 async def test_two_disks_are_proven_against_one_instant(start_qemu, vm_dir, invariant):
     vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
     specs = await vm.guest.stress_in_step(*STEPS)
@@ -121,7 +117,6 @@ def comparing(monkeypatch, before):
     monkeypatch.setattr(proof, "verify", verify)
 
 
-@STARTS
 @pytest.mark.parametrize("fmt", ["qcow2", "raw", "luks"])
 async def test_a_byte_that_changed_is_found(fmt, start_qemu, vm_dir, invariant, monkeypatch):
     """A copy that is not its point has no name, and the guest never knows."""
@@ -159,7 +154,6 @@ async def test_a_byte_that_changed_is_found(fmt, start_qemu, vm_dir, invariant, 
     await at_ease(vm)
 
 
-@STARTS
 @pytest.mark.parametrize("kind", ["chain", "luks"])
 async def test_broken_off_while_it_is_compared(kind, start_qemu, vm_dir, invariant, monkeypatch):
     vm = await start_qemu(parse_scenario(DISKS[kind], "disk"), guest=True)
@@ -190,7 +184,6 @@ async def test_broken_off_while_it_is_compared(kind, start_qemu, vm_dir, invaria
     await at_ease(vm)
 
 
-@STARTS
 async def test_a_point_that_is_given_up_proves_nothing(start_qemu, vm_dir, invariant, monkeypatch):
     """What the guest overwrites has no room any more while it is compared."""
     full = (
@@ -215,7 +208,6 @@ async def test_a_point_that_is_given_up_proves_nothing(start_qemu, vm_dir, invar
     await at_ease(vm)
 
 
-@STARTS
 async def test_who_has_the_server_already_is_said_before_anything_is_copied(
     start_qemu, vm_dir, invariant
 ):

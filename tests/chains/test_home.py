@@ -1,0 +1,55 @@
+"""Where an overlay lies for a while: beside the image, as the VM has it."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from qmpblock.chains.home import home_file, open_home, written
+from qmpblock.errors import UnsupportedError
+from qmpblock.graph.model import Layer, Node
+
+
+class Asked:
+    """A VM whose process is this one."""
+
+    def __init__(self):
+        self.commands = []
+        self.monitor = SimpleNamespace(peer_pid=os.getpid(), execute=self.execute)
+
+    async def execute(self, command):
+        self.commands.append(command)
+
+
+def layer(path):
+    return Layer(0, Node("f", "raw", str(path), 1, False), Node("s", "file", str(path), 1, False))
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"x")
+    with path.open():
+        yield path
+
+
+def test_what_its_content_comes_home_to(image):
+    assert written(Asked(), layer(image), str(image)) == ((str(image), image.stat().st_ino),)
+
+
+async def test_an_image_that_is_not(tmp_path):
+    vm = Asked()
+    (tmp_path / "image").touch()  # but nobody has it open
+    with pytest.raises(UnsupportedError, match="beside which an overlay must lie") as caught:
+        await home_file(vm, layer(tmp_path / "image"))
+    assert caught.value.standing == "nothing was touched"
+    assert vm.commands == ["query-status"]
+
+
+def test_a_directory_that_is_another_one_by_now(image, tmp_path):
+    with open_home(Asked(), layer(image), str(image)) as directory:
+        assert directory.status("image").st_ino == image.stat().st_ino
+    moved = image.rename(tmp_path / "moved")
+    image.write_bytes(b"another")
+    with pytest.raises(UnsupportedError, match="was moved just now"):
+        open_home(Asked(), layer(moved), str(image))

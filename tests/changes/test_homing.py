@@ -1,0 +1,85 @@
+"""A copy of a disk that is frozen below an overlay of ours: how it ends, whoever ends it."""
+
+import pytest
+from drawing import chain
+from journaling import RUN, record
+
+from qmpblock.changes.homing import FrozenCopy, StagedCommit
+from qmpblock.changes.step import Choice
+from qmpblock.changes.unfinished import steps
+from qmpblock.names import copy_job, overlay_node, pivot_job, storage_node, target_node
+
+T, TO = overlay_node(RUN, 0), target_node(RUN, 0)
+OVERLAY, IMAGE = "/i/d0.t", "/i/d0"
+
+
+def frozen():
+    """Return the record of a copy of d0, frozen below T, into TO."""
+    return record(
+        operation="copy",
+        pivot=True,
+        job=pivot_job(RUN),
+        helpers=(copy_job(RUN, 0),),
+        top=T,
+        top_file=OVERLAY,
+        base="d0",
+        base_file=IMAGE,
+        base_format="raw",
+        nodes=(TO, storage_node(TO), T, storage_node(T)),
+        files=(OVERLAY,),
+        images=(IMAGE,),
+    )
+
+
+def drawn(over, active):
+    """Draw d0 with T and TO; T lies on `over`."""
+    drawing = chain("d0", "d1").image(T, file=OVERLAY, backing=over).image(TO, file="/i/to.partial")
+    for name in (T, TO):
+        drawing.nodes[storage_node(name)] = drawing.nodes.pop(f"{name}-f") | {
+            "node-name": storage_node(name)
+        }
+        for edge in drawing.nodes[name]["children"]:
+            if edge["child"] == "file":
+                edge["node-name"] = storage_node(name)
+    return drawing.device(active)
+
+
+def test_it_is_a_copy_and_a_staged_commit():
+    its = frozen()
+    assert isinstance(its, FrozenCopy)
+    assert isinstance(its, StagedCommit)  # whoever recovers images brings its overlay home
+    assert its.describe().startswith("copy of ")
+    its.check_journaled()
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_the_target_is_closed_before_the_overlay_comes_home(choice):
+    found = steps(frozen(), drawn("d0", T).graph(), choice, (OVERLAY,), stale=False)
+    assert [(step.verb, step.what) for step in found] == [
+        ("delete-node", TO),
+        ("delete-node", storage_node(TO)),
+        ("bring-home", T),
+    ]
+    assert "zeros" not in found[0].why
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_before_the_instant_all_just_goes(choice):
+    found = steps(frozen(), drawn(None, "d0").graph(), choice, (OVERLAY,), stale=False)
+    assert {step.verb for step in found} == {"delete-node"}
+    assert [step.what for step in found][::2] == [TO, T]
+
+
+def test_its_backup_is_cancelled_and_nothing_else_before():
+    drawing = drawn("d0", T).job(copy_job(RUN, 0), "backup", "running")
+    for choice in Choice:
+        [step] = steps(frozen(), drawing.graph(), choice, (OVERLAY,), stale=False)
+        assert (step.verb, step.what) == ("cancel", copy_job(RUN, 0))
+
+
+def test_which_image_is_to_be_trusted():
+    its = frozen()
+    written = its.verdict([{"pivoted": False}], {OVERLAY: False})
+    assert (written.start, written.commit) == ((IMAGE,), ((OVERLAY, IMAGE),))
+    home = its.verdict([{"pivoted": True}], {OVERLAY: False})
+    assert (home.start, home.commit, home.unused) == ((IMAGE,), (), (OVERLAY,))
