@@ -190,7 +190,9 @@ class VM(Connection):
 
         The copy is of the instant in which it is entered (`at="start"`), or of that in which it is
         left, or of `await job.complete()` (`at="end"`, `pivot`). For the start, what the guest
-        overwrites meanwhile is kept beside its images, as for `point_in_time`. For the end the
+        overwrites meanwhile is kept beside its images, as for `point_in_time`; on QEMU before 10.0
+        what it writes goes to an overlay there, which comes home at the end, so that after a crash
+        `recover IMAGE` has to run before the VM is started again. For the end the
         guest's I/O is held for some milliseconds, for two seconds at most: where the disks cannot
         be brought to one instant by then, all go on, and it is tried again.
 
