@@ -32,6 +32,8 @@ def test_defects_are_gated(version, affected):
     assert capabilities.adding_over_iothreads_aborts is affected
     assert capabilities.create_jobs_endanger_queries is affected
     assert capabilities.jobs_misread_views is affected
+    assert capabilities.pivots_abort_under_queued_writes is affected
+    assert capabilities.moves_below_filters_hang_iothreads is affected
     assert capabilities.nbd_handshake_limit_can_be_lifted is not affected
 
 
