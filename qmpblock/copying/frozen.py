@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.chains.headers import by_qemu_img
@@ -307,12 +307,6 @@ class FrozenBackups(Backups):
             watch = group.create_task(self._watch_room())
             await super().work()
             watch.cancel()
-
-    def arguments(self, target: CopyTarget) -> dict[str, Any]:
-        """Copy what the layers hold: of one that lies on nothing the rest is blank in a target."""
-        chain = target.plan.device.chain
-        sync = target.plan.sync if len(chain.layers) > 1 else "top"
-        return super().arguments(target) | {"sync": sync}
 
     async def _watch_room(self) -> None:
         while True:
