@@ -141,7 +141,18 @@ async def check_frozen(vm: Connection, plan: CopyPlan) -> None:
             standing=UNTOUCHED,
             remedy=_OTHERWISE,
         ) from None
-    _check_room(posixpath.dirname(file), room_wanted([(active.size, 0)]), UNTOUCHED)
+    wanted = room_wanted([(active.size, 0)])
+    _check_room(posixpath.dirname(file), wanted, UNTOUCHED)
+    if plan.format == "raw" and plan.server is None and not Path(plan.file).is_block_device():
+        space = HostSpace.of(posixpath.dirname(plan.file))
+        if not space.leaves(plan.size + wanted):
+            raise UnsupportedError(
+                f"QEMU {vm.capabilities} reserves space for all {plan.size} bytes of a raw copy, "
+                f"what is blank included, until it is whole, and the file system of "
+                f"{printable(plan.file)} has {space.free} bytes free",
+                standing=UNTOUCHED,
+                remedy=f"make the copy qcow2, which takes what it holds; or {_OTHERWISE}",
+            )
 
 
 def _secret(plan: CopyPlan) -> str | None:

@@ -66,8 +66,10 @@ async def test_every_disk(scenario, at, fmt, start_qemu, invariant, vm_dir, qemu
         disks = {name: await controller.disk(one.path) for name, one in every.items()}
         targets = {disk: vm_dir / "copies" / f"{name}.{fmt}" for name, disk in disks.items()}
         hanging = at == "pivot" and any(hangs(vm, one) for one in every.values())
-        if (secret and fmt == "raw") or hanging:
-            with pytest.raises(UnsupportedError, match=r"plaintext|hangs for good"):
+        huge = at == "start" and fmt == "raw" and vm.version < (10, 0, 0)
+        huge = huge and any(disk.size > 1 << 39 for disk in targets)
+        if (secret and fmt == "raw") or hanging or huge:
+            with pytest.raises(UnsupportedError, match=r"plaintext|hangs for good|reserves space"):
                 async with copy(controller, targets, at=at, format=fmt):
                     pass
             for one in every.values():
