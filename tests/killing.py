@@ -565,7 +565,9 @@ class _Point:
         """Kill QEMU under a controller in this process; what it says must be right."""
 
         async def die():
-            await self._note_progress()
+            # A guest that is paused cannot answer; what it said before is a bound, too.
+            if (await self.vm.execute("query-status"))["running"]:
+                await self._note_progress()
             await self.vm.kill()
 
         @contextlib.asynccontextmanager
