@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from qmpblock.qemu.refusals import no_node, tolerate
+from qmpblock.qemu.refusals import duplicate_node, no_node, tolerate
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -32,7 +32,8 @@ async def instant(vm: Connection, node: str) -> AsyncIterator[None]:
         yield
         return
     mark = {"driver": "null-co", "node-name": node, "size": 0, "read-zeroes": True}
-    await vm.monitor.execute("blockdev-add", mark)
+    # It is there where a change is carried on whose controller died just before `stop`.
+    await tolerate(duplicate_node, vm.monitor.execute("blockdev-add", mark))
     await vm.monitor.execute("stop")
     yield
     await resume(vm, node)

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from killing import MOMENTS, OPERATIONS, Matrix
 
 import qmpblock
 from qmpblock.errors import DisconnectedError
@@ -101,3 +102,15 @@ async def wait_for(vm, status):
     async with asyncio.timeout(60):
         while [one["status"] for one in await vm.execute("query-jobs")] != [status]:
             await asyncio.sleep(0.01)
+
+
+async def test_a_controller_killed_around_the_pause(vm_dir, qemu_binary, qemu_version):
+    """Whoever carries on finds the mark of a pause, and a VM that is paused, or not yet."""
+    [operation] = [one for one in OPERATIONS if str(one) == "pivot-queued"]
+    async with Matrix(operation, vm_dir, qemu_binary) as matrix:
+        trace = matrix.reference.trace
+        around = [n for n, command in enumerate(trace, 1) if command in ("stop", "cont")]
+        assert bool(around) is (qemu_version < (10, 0, 0))
+        for number in around:
+            for moment in MOMENTS:
+                assert await matrix.killed_controller(number, moment, "carry-on")

@@ -13,9 +13,9 @@ def state(status):
     return {"return": {"status": status, "running": status == "running"}}
 
 
-async def sent(tmp_path, act, status="running"):
+async def sent(tmp_path, act, status="running", **answers):
     """Return which commands change anything, in their order."""
-    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, qemu):
+    async with fake_vm(tmp_path / "q", chain("d0"), **answers) as (vm, qemu):
         qemu["query-status"] = state(status)
         plain = qemu.get
 
@@ -41,6 +41,13 @@ async def in_it(vm):
 async def test_it_is_marked_from_before_the_pause_until_after_it(tmp_path):
     expected = ["blockdev-add", "stop", "qom-list", "cont", "blockdev-del"]
     assert await sent(tmp_path, in_it) == expected
+
+
+async def test_the_mark_of_one_who_died_before_the_pause_is_taken_over(tmp_path):
+    error = {"error": {"class": "GenericError", "desc": f"Duplicate nodes with node-name='{NODE}'"}}
+
+    expected = ["blockdev-add", "stop", "qom-list", "cont", "blockdev-del"]
+    assert await sent(tmp_path, in_it, **{"blockdev-add": error}) == expected
 
 
 async def test_a_vm_that_is_paused_stays_so(tmp_path):
