@@ -29,6 +29,7 @@ from qmpblock.qemu.lock import Holder
 from qmpblock.recovery import recover
 
 if TYPE_CHECKING:
+    from qmpblock.changes.record import Record
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Steering", "find_job", "holder_of", "steer"]
@@ -103,9 +104,7 @@ async def steer(vm: Connection, name: str, verb: Steering, speed: int = 0) -> st
     if verb in ("complete", "finalize", "dismiss"):
         holder = await holder_of(vm, job)
         if holder is not None and not holder.is_dead():
-            record = record_of(holder)
-            pauses = record is not None and paused_node(record.run) in record.nodes
-            if verb != "complete" or pauses:  # it has to pause the VM before (K26)
+            if verb != "complete" or not _may_be_asked_to_pivot(record_of(holder), job):
                 raise BusyError(
                     f"the controller of {name} does that by itself: {holder}",
                     standing=UNTOUCHED,
@@ -117,6 +116,17 @@ async def steer(vm: Connection, name: str, verb: Steering, speed: int = 0) -> st
             return f"the controller of {name} had died; what it left was brought to its end"
     async with polling.unpolled(vm.monitor):
         return await _apply(vm, job, verb, speed)
+
+
+def _may_be_asked_to_pivot(record: Record | None, job: JobInfo) -> bool:
+    """Whether a living controller sees to the rest, where its job is asked to pivot from outside.
+
+    It does of the job that its change is about. A mirror of a copy would hold the guest at a moment
+    that nobody waits for, or take it to a copy that it is not to be on.
+    """
+    if record is None or job.id != record.job:
+        return False
+    return paused_node(record.run) not in record.nodes  # it has to pause the VM before (K26)
 
 
 async def _apply(vm: Connection, job: JobInfo, verb: Steering, speed: int) -> str:

@@ -139,6 +139,19 @@ async def test_a_pivot_for_which_the_vm_is_paused_is_its_controllers_alone(tmp_p
         assert qemu.verbs == []
 
 
+@pytest.mark.parametrize("operation", ["copy", "move"])
+async def test_a_copys_job_is_not_asked_to_pivot_from_outside(tmp_path, operation):
+    """It would hold the guest when nobody waits for that, or take it to the copy."""
+    job = f"qmpblock-{RUN}-copy-0"
+    drawn = chain("d0").job(job, "mirror", "ready", "d0")
+    async with fake_vm(tmp_path / "q", drawn) as (vm, qemu):
+        its = record(operation=operation, helpers=(job,))
+        qemu.hold(LOCK, Holder.me(RUN, record=its.as_json()))
+        with pytest.raises(BusyError, match="does that by itself"):
+            await steer(vm, job, "complete")
+        assert qemu.verbs == []
+
+
 @pytest.mark.parametrize(("verb", "status"), [("complete", "ready"), ("finalize", "pending")])
 async def test_a_pivot_whose_controller_died_is_not_left_pending(tmp_path, verb, status):
     """It would hold the guest's I/O until somebody comes (K5)."""

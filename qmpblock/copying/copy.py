@@ -285,7 +285,7 @@ async def _of_disks(
     going = [file.plan.device.chain.active.node.name for file in files]
 
     @asynccontextmanager
-    async def quiet() -> AsyncIterator[None]:
+    async def quiet() -> AsyncIterator[bool]:
         paused = paused_node(record.run)
         async with AsyncExitStack() as alone:
             alone.enter_context(bounded(files))
@@ -294,7 +294,7 @@ async def _of_disks(
                 await until_unused(vm, record)
             if paused in record.nodes:
                 await alone.enter_async_context(instant(vm, paused))
-            yield
+            yield paused in record.nodes
 
     async def mark(*, over: bool) -> None:
         if change.journal is not None:

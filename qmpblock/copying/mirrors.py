@@ -54,7 +54,7 @@ class Mirrors:
     :ivar pivot: whether the guest goes over to the targets.
     :ivar mark: where the guest goes over: is awaited at the instant, before anything is final,
         with `over=True`; with False where nothing became final after all.
-    :ivar quiet: keeps away what must not meet that instant.
+    :ivar quiet: keeps away what must not meet that instant; yields whether the VM is paused for it.
     :ivar held: seconds for which the guest's I/O was held at most.
     :ivar over: the disks that went over to their targets.
     :ivar attempts: how often the disks were brought, or nearly brought, to one instant.
@@ -66,7 +66,7 @@ class Mirrors:
     job: CopyJob
     pivot: bool
     mark: Callable[..., Awaitable[None]]
-    quiet: Callable[[], AbstractAsyncContextManager[object]]
+    quiet: Callable[[], AbstractAsyncContextManager[bool]]
     held: float = 0.0
     attempts: int = 0
     over: list[str] = field(default_factory=list)
@@ -138,6 +138,8 @@ class Mirrors:
         async for seen in job.follow(converging=self.vm.stall):
             self.job.publish(name, seen)
             self.last[name] = seen
+            if seen.status in ("waiting", "pending") and not job.completion_asked:
+                await undisturbed(job.cancel())  # somebody else asked it to end: the guest is held
             if all(one.ready for one in self.last.values()) and len(self.last) == len(self.targets):
                 self._ready.set()
         error = self.last[name].error
@@ -151,15 +153,14 @@ class Mirrors:
         await self._ready.wait()
         await self.job.completion.wait()
         self.attempts += 1
-        async with self.quiet():
-            began, over = None, False
+        async with self.quiet() as stands:
+            began, over = time.monotonic() if stands else None, False
             try:
                 for job in jobs:
                     job.completion_asked = True
                     await self._ask(job)
-                while not all([await _status(job) == "pending" for job in jobs]):
+                while (states := await self._states(jobs)) != ["pending"] * len(jobs):
                     now = time.monotonic()
-                    states = [await _status(job) for job in jobs]
                     if began is None and "pending" in states:
                         began = now
                     failed = not _ENDING.issuperset(states)
@@ -199,12 +200,12 @@ class Mirrors:
 
     async def _give_back(self, jobs: Sequence[Job]) -> None:
         """Let go of the guest, wherever it is held, and give up what was to end."""
-        for job in jobs:
-            if await _status(job) in _ENDING:
+        for job, state in zip(jobs, await self._states(jobs), strict=True):
+            if state in _ENDING:
                 self._given_back.add(job.id)
                 await job.cancel()
 
-
-async def _status(job: Job) -> str:
-    info = await job.look()
-    return "null" if info is None else str(info["status"])
+    async def _states(self, jobs: Sequence[Job]) -> list[str]:
+        """Return where each job is, by one question: the guest may be held meanwhile."""
+        known = {one["id"]: one["status"] for one in await self.vm.monitor.execute("query-jobs")}
+        return [str(known.get(job.id, "null")) for job in jobs]

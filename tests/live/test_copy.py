@@ -11,12 +11,13 @@ from chains import convert, digest_without, nothing_left, subjects
 from chainwriters import DeviceWriter, StampWriter
 
 import qmpblock
+from qmpblock.copying import mirrors
 from qmpblock.copying.copy import copy
 from qmpblock.copying.fleecing import Fleece, fleecing
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import JobError, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
-from qmpblock.testing.stamps import check_point_in_time
+from qmpblock.testing.stamps import StressSpec, check_point_in_time
 
 pytestmark = pytest.mark.live
 
@@ -250,3 +251,79 @@ async def test_the_top_alone(scenario, at, start_qemu, invariant, vm_dir, qemu_b
         await one.verify()
     else:
         await check_content(one, copied, vm_dir, bounds[one.writer.spec.disk])
+
+
+TWO = """
+about: Two disks, of one instant.
+disks: [{images: [{size: 8M, content: [write 0 1M 0xaa]}]}, {images: [{format: raw, size: 8M}]}]
+"""
+
+
+async def two_disks(start_qemu):
+    vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
+    for number in (0, 1):
+        spec = StressSpec(disk=number, offset=4 << 20, blocks=512, block_size=4096, flush_every=64)
+        await vm.guest.stress(spec)
+    return vm
+
+
+async def goes_on(vm):
+    """See that the guest's writes on both disks are acknowledged, and were read back right."""
+    for number in (0, 1):
+        before = (await vm.guest.progress(number)).acked
+        async with asyncio.timeout(60):
+            while (await vm.guest.progress(number)).acked < before + 10:
+                await asyncio.sleep(0.01)
+        done = await vm.guest.stop_stress(number)
+        assert (done.bad, done.errors) == (0, 0), done
+        assert await vm.guest.check(number) > 0
+
+
+@pytest.mark.parametrize("at", ["end", "pivot"])
+async def test_disks_that_cannot_be_brought_to_one_instant(at, start_qemu, vm_dir, monkeypatch):
+    """All are given back, and it is tried again; then the copy fails."""
+    monkeypatch.setattr(mirrors, "HOLD", 0.2)
+    real, longest = mirrors.Mirrors._states, []
+
+    async def states(self, jobs):
+        seen = await real(self, jobs)
+        return [*seen[:-1], seen[-1].replace("pending", "ready")]
+
+    monkeypatch.setattr(mirrors.Mirrors, "_states", states)
+    vm = await two_disks(start_qemu)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disks = await controller.disks()
+        targets = {disk: vm_dir / disk.name for disk in disks}
+        with pytest.raises(qmpblock.Error, match="in 3 attempts") as caught:
+            async with copy(controller, targets, at=at):
+                pass
+        assert "the guest is where it was" in str(caught.value)
+        longest += [(await vm.guest.latency(number)).longest_us for number in (0, 1)]
+    print(f"longest requests of the guest: {longest} us")
+    assert not [path for path in vm_dir.iterdir() if path.name.startswith("vd")]
+    await goes_on(vm)
+
+
+@pytest.mark.parametrize("how", ["job-complete", "block-job-cancel"])
+async def test_a_job_that_somebody_else_asks_to_end(how, start_qemu, vm_dir):
+    """The guest is not held by it, nor taken to the copy; the copy fails."""
+    vm = await two_disks(start_qemu)
+
+    async def copy_while_somebody_meddles(controller, disk):
+        async with copy(controller, {disk: vm_dir / "copy"}, at="end") as job:
+            async for seen in job:
+                if seen.ready:
+                    break
+            [its] = await vm.execute("query-jobs")
+            await vm.execute(how, **{"id" if how == "job-complete" else "device": its["id"]})
+            async for _ in job:
+                pass
+
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk, _] = await controller.disks()
+        with pytest.raises(JobError):
+            await copy_while_somebody_meddles(controller, disk)
+        await disk.refresh()
+        assert Path(disk.chain.active.file).name != "copy"
+    assert not list(vm_dir.glob("copy*"))
+    await goes_on(vm)
