@@ -379,8 +379,7 @@ async def _of_layers(
             async with working(work(backups, proven=verify, held=layers.held_here), job):
                 yield backups
         backups.held = layers.held_guest
-        for file in files:
-            await file.finish()
+        await undisturbed(_finish_all(files))
     except BaseException:
         for file in files:
             await undisturbed(file.remove())
@@ -445,9 +444,13 @@ async def _finish(change: Change[Copy | PointInTime], files: Sequence[CopyTarget
             "QEMU reports success, but the guest is not on the copies",
             remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
         )
+    await _finish_all(files)
+    await change.end()
+
+
+async def _finish_all(files: Sequence[CopyTarget]) -> None:
     for file in files:
         await file.finish()
-    await change.end()
 
 
 async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import posixpath
 import stat
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["TargetFile", "absolute", "check_file"]
 
 _CACHED = {"direct": False, "no-flush": False}
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
 
 
 @dataclass
@@ -50,7 +52,7 @@ class TargetFile(LocalTarget):
     :ivar keeps_name: whether it has its name from the start.
     :ivar source: the view that is copied; empty: the disk itself.
     :ivar backing_name: what it records of its backing image.
-    :ivar replaces_partial: whether what another copy left unfinished goes.
+    :ivar replaces: whether what bears its name goes, and what another copy left unfinished.
     :ivar made: which file it is, once it is made.
     """
 
@@ -60,7 +62,7 @@ class TargetFile(LocalTarget):
     keeps_name: bool
     source: str = ""
     backing_name: str | None = None
-    replaces_partial: bool = False
+    replaces: bool = False
     made: FileId | None = None
 
     @property
@@ -85,7 +87,7 @@ class TargetFile(LocalTarget):
         like = imagefiles.status_of(vm.monitor.peer_pid, self.plan.device.chain.active)
         name = posixpath.basename(self.path)
         try:
-            if self.replaces_partial:
+            if self.replaces:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self.directory.fd)
             os.close(self.directory.make(name, note, contents.write_to, like=like))
@@ -196,9 +198,25 @@ class TargetFile(LocalTarget):
     def _finish(self) -> None:
         self._settle()
         if not self.keeps_name:
-            name, final = posixpath.basename(self.path), posixpath.basename(self.plan.file)
-            os.rename(name, final, src_dir_fd=self.directory.fd, dst_dir_fd=self.directory.fd)
+            self._name()
         self.directory.sync()
+
+    def _name(self) -> None:
+        """Give it its name: instead of what bears that only where this is wanted."""
+        name, final = posixpath.basename(self.path), posixpath.basename(self.plan.file)
+        fd = self.directory.fd
+        if not self.replaces:
+            try:
+                os.link(name, final, src_dir_fd=fd, dst_dir_fd=fd)
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if self.directory.status(final) is not None:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), final) from None
+            else:
+                os.unlink(name, dir_fd=fd)
+                return
+        os.rename(name, final, src_dir_fd=fd, dst_dir_fd=fd)
 
 
 def _give_zeros_back(fd: int, size: int) -> None:

@@ -82,5 +82,5 @@ def target_of(
                 directory,
                 pivots,
                 backing_name=backing_name,
-                replaces_partial=force,
+                replaces=force,
             )

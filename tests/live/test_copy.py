@@ -327,3 +327,24 @@ async def test_a_job_that_somebody_else_asks_to_end(how, start_qemu, vm_dir):
         assert Path(disk.chain.active.file).name != "copy"
     assert not list(vm_dir.glob("copy*"))
     await goes_on(vm)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("at", ["start", "end"])
+async def test_a_file_that_comes_to_bear_the_name_meanwhile(at, force, start_qemu, vm_dir):
+    """It is replaced only where that was asked for."""
+    vm = await two_disks(start_qemu)
+    target = vm_dir / "copy"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk, _] = await controller.disks()
+        if force:
+            async with copy(controller, {disk: target}, at=at, force=True):
+                target.write_text("theirs")
+            assert target.stat().st_size > 6
+        else:
+            with pytest.raises(qmpblock.Error, match="File exists"):
+                async with copy(controller, {disk: target}, at=at):
+                    target.write_text("theirs")
+            assert target.read_text() == "theirs"
+    assert [path.name for path in vm_dir.glob("copy*")] == ["copy"]
+    await goes_on(vm)
