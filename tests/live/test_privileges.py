@@ -106,6 +106,7 @@ class Site:
             "allocate --full (qcow2)": ("allocate", address, "vd0", "--full"),
             "allocate --full (raw)": ("allocate", address, "vd1", "--full"),
             "snapshot": ("snapshot", address, f"vd0={images}/new.qcow2"),
+            "copy": ("copy", address, "vd0", images / "start.qcow2"),
             "copy --at end": ("copy", address, "vd0", images / "end.qcow2", "--at", "end"),
             "commit (middle layer)": ("commit", address, "vd0", "--top", "@1", "--base", "@2"),
             "commit (active layer)": ("commit", address, "vd0"),
