@@ -37,7 +37,7 @@ from qmpblock.chains.plan import (
     CommitPlan,
     Hidden,
     StreamPlan,
-    check_idle,
+    check_unchanged,
     plan_commit,
     plan_stream,
 )
@@ -279,14 +279,7 @@ async def _prepare(disk: MappedDisk, plan: StreamPlan | CommitPlan, record: Reco
 async def _unchanged(disk: MappedDisk, plan: StreamPlan | CommitPlan, record: Record) -> None:
     """Look again, now that no controller of ours can change the disk."""
     graph = await disk.vm.graph()
-    now = graph.device(disk.device.qom_path)
-    before = plan.device.chain
-    check_idle(now)
-    if now.chain.shape != before.shape:
-        raise GraphError(
-            f"the chain of {disk.name} has just been changed by somebody else",
-            remedy="look at it, then try again: qmpblock disks ADDRESS",
-        )
+    check_unchanged(graph, plan.device)
     check_record(record, graph, disk.vm.monitor.peer_pid)
 
 

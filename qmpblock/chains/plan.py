@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,
+    GraphError,
     InUseError,
     RequestError,
     UnsupportedError,
@@ -315,6 +316,21 @@ def check_idle(device: DiskDevice) -> None:
             remedy="wait for its end, or have whoever started it end it"
             if not job.ours
             else "wait for its end; if its controller died: qmpblock recover ADDRESS",
+        )
+
+
+def check_unchanged(graph: BlockGraph, before: DiskDevice) -> None:
+    """See, under the locks, that a disk is as it was planned for, and no job is on it.
+
+    :raise BusyError: one is.
+    :raise GraphError: its chain is another one.
+    """
+    now = graph.device(before.qom_path)
+    check_idle(now)
+    if now.chain.shape != before.chain.shape:
+        raise GraphError(
+            f"the chain of {before.name} has just been changed by somebody else",
+            remedy="look at it, then try again: qmpblock disks ADDRESS",
         )
 
 

@@ -36,7 +36,7 @@ from qmpblock.errors import (
 from qmpblock.graph.backingname import name_of_frozen
 from qmpblock.graph.openings import storage_of
 from qmpblock.graph.places import known
-from qmpblock.host.imagefiles import image_files
+from qmpblock.host.imagefiles import images_of
 from qmpblock.host.openfiles import NOWHERE, OpenFiles, sees_directory
 from qmpblock.host.processes import command_line
 from qmpblock.managers import Work
@@ -125,7 +125,6 @@ async def snapshot(
 
 async def _record(vm: Connection, run: str, items: list[Item]) -> Snapshot:
     devices = [item.plan.device for item in items]
-    chains = [image_files(vm.monitor.peer_pid, device.chain) for device in devices]
     return Snapshot(
         run=run,
         vm=await identify(vm),
@@ -135,8 +134,7 @@ async def _record(vm: Connection, run: str, items: list[Item]) -> Snapshot:
         helpers=tuple(item.job for item in items),
         nodes=tuple(name for item in items for name in (item.node, item.storage)),
         files=tuple(item.file for item in items),
-        images=tuple(chain[0] for chain in chains)
-        + tuple(file for chain in chains for file in chain[1:]),
+        images=images_of(vm.monitor.peer_pid, [device.chain for device in devices]),
     )
 
 

@@ -30,7 +30,17 @@ from qmpblock.errors import Error, printable
 if TYPE_CHECKING:
     from qmpblock.vm import VM
 
-__all__ = ["WARNED", "Options", "Rate", "Size", "command", "emit", "run", "unmanaged_option"]
+__all__ = [
+    "WARNED",
+    "Options",
+    "Rate",
+    "Size",
+    "command",
+    "emit",
+    "pair",
+    "run",
+    "unmanaged_option",
+]
 
 _COMMANDS = {
     "allocate": "Make a range of a running disk stand in its active layer, thin or in full.",
@@ -186,6 +196,17 @@ class Options:
             stall=self.stall,
         ) as vm:
             yield vm
+
+
+def pair(word: str, what: str) -> tuple[str, str]:
+    """Read DISK=FILE; `what` is what such a word is called.
+
+    A disk may be named by a QOM path or file name; a file's name may hold a =.
+    """
+    disk, equals, file = word.partition("=")
+    if not (disk and equals and file):
+        raise click.UsageError(f"{word!r} is not {what}")
+    return disk, file
 
 
 class Size(click.ParamType[int]):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
+from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, pair, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
 from qmpblock.cli.progress import reporting
@@ -98,7 +98,7 @@ async def command(
             fleece=fleece,
             fleece_limit=fleece_limit,
             verify=verify,
-            tls_creds=options.tls_creds if any("nbds" in file for _, file in pairs) else None,
+            tls_creds=options.tls_creds if any(_has_tls(file) for _, file in pairs) else None,
         )
         async with copying as job:
             warn(job.warnings)
@@ -121,14 +121,11 @@ def _pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:
     """Read DISK=TARGET..., or DISK TARGET."""
     if len(words) == 2 and ("=" not in words[0] or "=" not in words[1]):
         return [(words[0], words[1])]
-    pairs = []
-    for word in words:
-        # A disk may be named by a QOM path or file name, a target's name may hold a =.
-        disk, equals, file = word.partition("=")
-        if not (disk and equals and file):
-            raise click.UsageError(f"{word!r} is not DISK=TARGET")
-        pairs.append((disk, file))
-    return pairs
+    return [pair(word, "DISK=TARGET") for word in words]
+
+
+def _has_tls(target: str) -> bool:
+    return target.startswith(("nbds:", "nbds+unix:"))
 
 
 _OF = {

@@ -8,7 +8,7 @@ from typing import Literal
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
+from qmpblock.cli.app import WARNED, Options, emit, pair, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
 from qmpblock.errors import printable
@@ -42,7 +42,7 @@ async def command(
     FMT (qcow2 or qed), encrypted as the disk is. The VM is to be started from the overlays
     from then on.
     """
-    pairs = [_pair(text) for text in overlays]
+    pairs = [pair(text, "DISK=OVERLAY") for text in overlays]
     async with options.connect(address, unmanaged=unmanaged) as vm:
         wanted = {await vm.disk(disk): file for disk, file in pairs}
         if len(wanted) < len(pairs):
@@ -58,11 +58,3 @@ async def command(
                 f"{printable(one.frozen)} is frozen"
             )
     return WARNED if result.warnings else 0
-
-
-def _pair(text: str) -> tuple[str, str]:
-    # A disk may be named by a QOM path or file name, an overlay's name may hold a =.
-    disk, equals, file = text.partition("=")
-    if not (disk and equals and file):
-        raise click.UsageError(f"{text!r} is not DISK=OVERLAY")
-    return disk, file

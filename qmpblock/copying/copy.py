@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io, must_pause
-from qmpblock.chains.plan import check_idle
+from qmpblock.chains.plan import check_unchanged
 from qmpblock.chains.settings import lost_by_snapshot
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Copy, Move
@@ -61,7 +61,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.backingname import name_of_frozen
 from qmpblock.graph.places import FileId
-from qmpblock.host.imagefiles import image_files
+from qmpblock.host.imagefiles import images_of
 from qmpblock.host.openfiles import OpenFiles, sees_directory
 from qmpblock.host.processes import command_line
 from qmpblock.managers import Verb, Work
@@ -245,9 +245,8 @@ def _backing_name(vm: Connection, plan: CopyPlan) -> str | None:
 
 async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivot: bool) -> Copy:
     """Return what the locks, and a journal, are to say."""
-    pid, plans = vm.monitor.peer_pid, [file.plan for file in files]
+    plans = [file.plan for file in files]
     devices = [plan.device for plan in plans]
-    chains = [image_files(pid, device.chain) for device in devices]
     common: dict[str, Any] = {
         "run": run,
         "vm": await identify(vm),
@@ -257,8 +256,7 @@ async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivo
         "helpers": tuple(copy_job(run, number) for number, _ in enumerate(plans)),
         "nodes": tuple(name for file in files for name in file.nodes),
         "wires": tuple(wire for file in files for wire in file.wires),
-        "images": tuple(chain[0] for chain in chains)
-        + tuple(file for chain in chains for file in chain[1:]),
+        "images": images_of(vm.monitor.peer_pid, [device.chain for device in devices]),
     }
     if not pivot:
         return Copy(**common)
@@ -420,14 +418,7 @@ async def _unchanged(vm: Connection, files: Sequence[CopyTarget]) -> None:
     """Look again, now that no controller of ours can change the disks."""
     graph = await vm.graph()
     for file in files:
-        before = file.plan.device
-        now = graph.device(before.qom_path)
-        check_idle(now)
-        if now.chain.shape != before.chain.shape:
-            raise GraphError(
-                f"the chain of {before.name} has just been changed by somebody else",
-                remedy="look at it, then try again: qmpblock disks ADDRESS",
-            )
+        check_unchanged(graph, file.plan.device)
 
 
 async def _finish(change: Change[Copy | PointInTime], files: Sequence[CopyTarget]) -> None:

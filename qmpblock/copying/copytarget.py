@@ -24,7 +24,7 @@ from qmpblock.names import storage_node
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["CopyTarget", "LocalTarget"]
+__all__ = ["CopyTarget", "LocalTarget", "for_zeros"]
 
 
 class CopyTarget(Protocol):
@@ -88,6 +88,15 @@ class CopyTarget(Protocol):
 
     async def remove(self) -> None:
         """Leave nothing that could be taken for a copy, where that can be done."""
+
+
+def for_zeros(source: str) -> dict[str, str]:
+    """Return the options of a target's node by which what holds nothing takes nothing.
+
+    :param source: the view that is copied. Of one QEMU does not tell which zeros are none that
+        somebody wrote; empty: the disk itself, of which it does.
+    """
+    return {"discard": "unmap", "detect-zeroes": "unmap" if source else "off"}
 
 
 class LocalTarget:

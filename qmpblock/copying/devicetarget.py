@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.copying.copytarget import LocalTarget
+from qmpblock.copying.copytarget import LocalTarget, for_zeros
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.target import PathTarget, path_node
 from qmpblock.errors import (
@@ -76,10 +76,8 @@ class DeviceTarget(LocalTarget):
         files = OpenFiles(vm.monitor.peer_pid)
         if files.blind is None and FileId.of(os.fstat(self.fd)) not in files.ids():
             raise GraphError(f"QEMU has opened another {printable(self.path)} than is meant")
-        # Of a view QEMU does not tell which zeros are none that somebody wrote.
-        zeroes = {"discard": "unmap", "detect-zeroes": "unmap" if self.source else "off"}
-        options = {"driver": "raw", "node-name": self.node, "file": storage}
-        await vm.monitor.execute("blockdev-add", options | zeroes | {"size": self.plan.size})
+        options = {"driver": "raw", "node-name": self.node, "file": storage, "size": self.plan.size}
+        await vm.monitor.execute("blockdev-add", options | for_zeros(self.source))
 
     async def finish(self) -> None:
         """Have it on stable storage; by a descriptor that was open all the while, no error is lost.

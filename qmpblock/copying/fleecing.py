@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import Header, by_qemu_img, make
-from qmpblock.chains.plan import check_idle
+from qmpblock.chains.plan import check_idle, check_unchanged
 from qmpblock.changes.change import Change
 from qmpblock.changes.filters import Spot, put_filter, spot_in
 from qmpblock.changes.identity import identify
@@ -56,7 +56,7 @@ from qmpblock.errors import (
 from qmpblock.graph.options import key_secret
 from qmpblock.graph.places import FileId
 from qmpblock.graph.writable import check_disk
-from qmpblock.host.imagefiles import image_files, local_path, status_of
+from qmpblock.host.imagefiles import images_of, local_path, status_of
 from qmpblock.host.openfiles import sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.managers import Work
@@ -143,7 +143,6 @@ class Plan:
         The record's class is one of those that undo it (`qmpblock.changes.operations`).
         """
         devices = [item.device for item in self.items]
-        chains = [image_files(vm.monitor.peer_pid, device.chain) for device in devices]
         return {
             "run": self.run,
             "vm": await identify(vm),
@@ -152,8 +151,7 @@ class Plan:
             "locks": lock_names(devices),
             "nodes": (*(one for item in self.items for one in item.nodes), paused_node(self.run)),
             "files": tuple(item.kept for item in self.items),
-            "images": tuple(chain[0] for chain in chains)
-            + tuple(file for chain in chains for file in chain[1:]),
+            "images": images_of(vm.monitor.peer_pid, [device.chain for device in devices]),
         }
 
 
@@ -347,24 +345,14 @@ async def take(vm: Connection, change: Change[Record], plan: Plan) -> list[View]
     :raise GraphError: somebody else changed a disk meanwhile.
     :raise Error: as of `fleecing`.
     """
-    await _unchanged(vm, plan.items)
+    graph = await vm.graph()  # again, now that no controller of ours can change the disks
+    for item in plan.items:
+        check_unchanged(graph, item.device)
     for item in plan.items:
         await _keep(vm, change, item)
     await ownership.ask(vm.monitor, [item.device for item in plan.items], standing=None)
     await undisturbed(_have_filters(vm, plan))
     return [View(one.nodes[0], one.device.chain.active.size, one.kept) for one in plan.items]
-
-
-async def _unchanged(vm: Connection, items: Sequence[_Item]) -> None:
-    """Look again, now that no controller of ours can change the disks."""
-    graph = await vm.graph()
-    for item in items:
-        now = graph.device(item.device.qom_path)
-        check_idle(now)
-        if now.chain.shape != item.device.chain.shape:
-            raise GraphError(
-                f"the chain of {item.device.name} has just been changed by somebody else; try again"
-            )
 
 
 def _directory(item: _Item) -> Directory:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qmpblock.cancellation import undisturbed
+from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Job, Progress
 
 __all__ = ["CopyJob", "CopyResult", "DiskCopy", "Point", "joined", "working"]
@@ -58,7 +59,7 @@ class CopyResult:
     verified: bool = False
 
 
-class CopyJob:
+class CopyJob(Feed[Progress]):
     """The copy of one disk or several. `VM.copy` yields one.
 
     Async iteration yields the `Progress` of all disks together until the copy has ended; how it
@@ -71,7 +72,7 @@ class CopyJob:
     """
 
     def __init__(self, warnings: tuple[str, ...] = ()) -> None:
-        self.progress: Progress | None = None
+        super().__init__()
         self.disks: Mapping[str, Progress] = {}
         self.warnings = warnings
         self.result: CopyResult | None = None
@@ -79,22 +80,8 @@ class CopyJob:
         self.done = asyncio.Event()  # all is copied, and of one instant
         self.speed = 0
         self._jobs: tuple[Job, ...] = ()
-        self._over = False
-        self._changed = asyncio.Event()
 
     # for users
-
-    async def __aiter__(self) -> AsyncIterator[Progress]:
-        seen: Progress | None = None
-        while True:
-            changed = self._changed
-            if self.progress is not None and self.progress is not seen:
-                seen = self.progress
-                yield seen
-            elif self._over:
-                return
-            else:
-                await changed.wait()
 
     async def complete(self) -> None:
         """Have the copy end, and wait for that: the point of `end`, and of the pivot, is now.
@@ -102,8 +89,8 @@ class CopyJob:
         Returns also where the copy failed: leaving the `async with` says how. Idempotent.
         """
         self.completion.set()
-        while not self._over and not self.done.is_set():
-            await self._changed.wait()
+        while not self.over and not self.done.is_set():
+            await self.changed().wait()
 
     async def set_speed(self, speed: int) -> None:
         """Limit the copy to `speed` bytes a second from now on, of all disks; 0 is no limit.
@@ -130,24 +117,10 @@ class CopyJob:
         self.disks = {**self.disks, disk: seen}
         self.show(joined(tuple(self.disks.values())))
 
-    def show(self, seen: Progress) -> None:
-        """Say how far all of it is, where the disks do not tell: they come one after another."""
-        self.progress = seen
-        self._wake()
-
     def finished(self) -> None:
         """Say that all is copied, and of one instant."""
         self.done.set()
-        self._wake()
-
-    def end(self) -> None:
-        """Have iterations end. Idempotent."""
-        self._over = True
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self.wake()
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.chains.headers import Header, make
 from qmpblock.chains.settings import wanted_discard
-from qmpblock.copying.copytarget import LocalTarget
+from qmpblock.copying.copytarget import LocalTarget, for_zeros
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
 from qmpblock.graph.options import aio_of, cache_options, overlay_options
@@ -145,9 +145,7 @@ class TargetFile(LocalTarget):
         if self.plan.format == "raw":
             del options["backing"]
         if not self.keeps_name:
-            # Of a view QEMU does not tell which zeros are none that somebody wrote.
-            zeroes = "unmap" if self.source else "off"
-            options |= {"detect-zeroes": zeroes, "cache": _CACHED}
+            options |= {**for_zeros(self.source), "cache": _CACHED}
         return options
 
     async def remove(self) -> None:

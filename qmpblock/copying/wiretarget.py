@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
+from qmpblock.copying.copytarget import for_zeros
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.relay import End
 from qmpblock.copying.target import Credentials
@@ -101,9 +102,7 @@ class WireTarget:
             )
         options = {"driver": "raw", "node-name": self.node, "file": wire.node, "size": size}
         with self.bounded():
-            # Of a view QEMU does not tell which zeros are none that somebody wrote.
-            zeroes = {"discard": "unmap", "detect-zeroes": "unmap" if self.source else "off"}
-            await vm.monitor.execute("blockdev-add", options | zeroes)
+            await vm.monitor.execute("blockdev-add", options | for_zeros(self.source))
 
     def bounded(self) -> AbstractContextManager[object]:
         """Give the server `HOLD` seconds for each answer, while this lasts."""

@@ -6,6 +6,7 @@ Which file is the VM's, its own descriptors tell (`qmpblock.host.openfiles`).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "home_of",
     "image_files",
+    "images_of",
     "local_path",
     "open_inodes",
     "status_of",
@@ -57,6 +59,12 @@ def image_files(pid: int | None, chain: Chain) -> tuple[str, ...]:
         else:
             paths.append(place.here if place.file.is_device else home_of(place.here))
     return tuple(paths)
+
+
+def images_of(pid: int | None, chains: Iterable[Chain]) -> tuple[str, ...]:
+    """Return the image files of several chains, the active ones first (`image_files`)."""
+    every = [image_files(pid, chain) for chain in chains]
+    return (*(files[0] for files in every), *(file for files in every for file in files[1:]))
 
 
 def why_not_local(pid: int | None, layer: Layer) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from qmpblock.cancellation import end_is_wanted
 from qmpblock.errors import CommandError, JobError, StalledError
 from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.jobstate import ENDED, GONE, Verb, allows
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.speed import WINDOW, Convergence, RateMeter
@@ -76,7 +77,7 @@ class Progress:
         return self.idle >= WINDOW
 
 
-class Job:
+class Job(Feed[Progress]):
     """One job. `Disk.stream` and `Disk.commit` yield one; of all, `VM.jobs` tells.
 
     Async iteration yields `Progress` until the job has ended; how it ended is said on
@@ -89,9 +90,9 @@ class Job:
         id: str,  # noqa: A002 - QMP's word
         type: str,  # noqa: A002 - QMP's word
     ) -> None:
+        super().__init__()
         self.id = id
         self.type = type
-        self.progress: Progress | None = None
         self.completion_asked = False
         self.guest_slowed = False  # by whoever runs the job, for it to catch up
         self.errors = 0
@@ -111,25 +112,11 @@ class Job:
             "BLOCK_JOB_PENDING",
             match=lambda event: id in (event["data"].get("id"), event["data"].get("device")),
         )
-        self._over = False
-        self._changed = asyncio.Event()
 
     def __repr__(self) -> str:
         return f"<Job {self.id} {self.progress.status if self.progress else ''}>"
 
     # for users
-
-    async def __aiter__(self) -> AsyncIterator[Progress]:
-        seen: Progress | None = None
-        while True:
-            changed = self._changed
-            if self.progress is not None and self.progress is not seen:
-                seen = self.progress
-                yield seen
-            elif self._over:
-                return
-            else:
-                await changed.wait()
 
     def complete(self) -> None:
         """Ask for the pivot of an active commit, as soon as the job is ready.
@@ -224,7 +211,7 @@ class Job:
                     ending=end_is_wanted(),
                     errors=self.errors,
                 )
-            self._publish(progress)
+            self.show(progress)
             yield progress
             if progress.status == "concluded":
                 return
@@ -358,8 +345,7 @@ class Job:
     def end(self) -> None:
         """Stop listening; iterations end. Idempotent."""
         self._events.close()
-        self._over = True
-        self._wake()
+        super().end()
 
     async def send(self, verb: Verb) -> None:
         """Have QEMU apply a verb, but for the speed (`set_speed`).
@@ -367,14 +353,6 @@ class Job:
         :raise CommandError: it does not.
         """
         await self._monitor.execute(f"job-{verb}", {"id": self.id})
-
-    def _publish(self, progress: Progress) -> None:
-        self.progress = progress
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 class _Course:

@@ -1,7 +1,8 @@
 """A seeded sample of the kill matrices that tests/soak runs whole."""
 
 import pytest
-from killing import DEATHS, MOMENTS, OPERATIONS, WAYS, Matrix
+from killers import changing, kill_some_recoveries
+from killing import DEATHS, OPERATIONS, WAYS, Matrix
 from rounds import rounds
 
 pytestmark = pytest.mark.live
@@ -13,8 +14,7 @@ _KILLS = 3  # of each operation; each takes a second
 async def test_killed_at_any_command(operation, vm_dir, qemu_binary):
     _, chance = rounds(1)
     async with Matrix(operation, vm_dir, qemu_binary) as matrix:
-        # What is asked before the lock is taken changes nothing: only soak kills there.
-        points = [point for point in matrix.points() if point[0] >= matrix.first_change]
+        points = changing(matrix)
         kills = [(matrix.killed_controller, point, way) for point in points for way in WAYS[:3]]
         kills += [(matrix.killed_qemu, point, death) for point in points for death in DEATHS]
         for slow in WAYS[3:]:
@@ -28,12 +28,4 @@ async def test_killed_at_any_command(operation, vm_dir, qemu_binary):
 
 
 async def test_a_recovery_killed_at_any_command(vm_dir, qemu_binary):
-    _, chance = rounds(1)
-    operation, way = chance.choice(OPERATIONS), chance.choice(["undo", "carry-on"])
-    async with Matrix(operation, vm_dir, qemu_binary) as matrix:
-        first = chance.choice(matrix.representative())
-        trace = await matrix.recovery_trace(first, way)
-        for _ in range(_KILLS):
-            number = chance.randint(1, len(trace))
-            await matrix.killed_recovery(first, number, chance.choice(MOMENTS), way)
-    print(f"kill matrix: {_KILLS} of {2 * len(trace)} points, recovery ({way}) of {operation}")
+    await kill_some_recoveries(OPERATIONS, _KILLS, vm_dir, qemu_binary)

@@ -3,8 +3,9 @@
 import pytest
 from allocatekills import ALLOCATIONS
 from allocating import allocations_under_stress, blank
-from killing import DEATHS, WAYS, Matrix
-from rounds import rounds, slice_of_soak
+from killers import kill_controllers, kill_qemus
+from killing import DEATHS, WAYS
+from rounds import rounds
 
 from qmpblock.testing.images import Tools
 
@@ -14,25 +15,13 @@ pytestmark = [pytest.mark.live, pytest.mark.soak]
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("operation", ALLOCATIONS, ids=str)
 async def test_a_controller_killed_at_every_command(operation, way, vm_dir, qemu_binary):
-    chosen, tried, total = slice_of_soak(), 0, 0
-    async with Matrix(operation, vm_dir, qemu_binary) as matrix:
-        for number, moment in matrix.points(slow=way.endswith("-slow")):
-            total += 1
-            if chosen(total):
-                tried += await matrix.killed_controller(number, moment, way)
-    print(f"kill matrix: {tried} of {total} points, {operation}, then {way}")
+    await kill_controllers(operation, way, vm_dir, qemu_binary)
 
 
 @pytest.mark.parametrize("death", DEATHS)
 @pytest.mark.parametrize("operation", ALLOCATIONS, ids=str)
 async def test_qemu_killed_at_every_command(operation, death, vm_dir, qemu_binary):
-    chosen, tried, total = slice_of_soak(), 0, 0
-    async with Matrix(operation, vm_dir, qemu_binary) as matrix:
-        for number, moment in matrix.points():
-            total += 1
-            if chosen(total):
-                tried += await matrix.killed_qemu(number, moment, death)
-    print(f"kill matrix: {tried} of {total} points, {operation}, QEMU killed ({death})")
+    await kill_qemus(operation, death, vm_dir, qemu_binary)
 
 
 @pytest.mark.parametrize("fmt", ["qcow2", "qed"])
