@@ -58,7 +58,7 @@ async def seen(job, condition, what, limit=60.0):
     def look():
         if job.progress and condition(job.progress):
             return job.progress
-        assert not job._over, f"over, and never seen: {what}; at last: {job.progress}"
+        assert not job.over, f"over, and never seen: {what}; at last: {job.progress}"
         return None
 
     return await until(look, what, limit)
