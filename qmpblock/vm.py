@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, Unpack
 
 from qmpblock.address import Address
+from qmpblock.copying.options import names_copy_options
 from qmpblock.errors import MonitorHeldError, NotFoundError
 from qmpblock.graph.model import JobInfo
 from qmpblock.mapping import MappedDisk
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.step import Step
     from qmpblock.copying.job import CopyJob
+    from qmpblock.copying.options import CopyWords
     from qmpblock.copying.pointintime import PointInTime
     from qmpblock.graph.model import DiskDevice
     from qmpblock.qemu.job import Progress
@@ -167,20 +169,11 @@ class VM(Connection):
         async with point_in_time(self, disks, Fleece(fleece, fleece_limit)) as points:
             yield points
 
+    @names_copy_options
     def copy(
         self,
         targets: Mapping[Disk, str | os.PathLike[str]],
-        *,
-        at: Literal["start", "end"] = "start",
-        pivot: bool = False,
-        format: str | None = None,  # noqa: A002 - the command's word
-        layers: Literal["all", "top"] = "all",
-        force: bool = False,
-        speed: int = 0,
-        fleece: str | os.PathLike[str] | None = None,
-        fleece_limit: int | None = None,
-        verify: bool = False,
-        tls_creds: str | None = None,
+        **options: Unpack[CopyWords],
     ) -> AbstractAsyncContextManager[CopyJob]:
         """Copy running disks, all at one instant, while the guest goes on.
 
@@ -224,21 +217,8 @@ class VM(Connection):
         :raise StalledError: on leaving: a job did not move, or the guest outran it.
         """
         from qmpblock.copying.copy import copy
-        from qmpblock.copying.fleecing import Fleece
-        from qmpblock.copying.wire import credentials_in
 
-        return copy(
-            self,
-            targets,
-            at="pivot" if pivot else at,
-            format=format,
-            layers=layers,
-            force=force,
-            speed=speed,
-            fleece=Fleece(fleece, fleece_limit),
-            credentials=None if tls_creds is None else credentials_in(tls_creds),
-            verify=verify,
-        )
+        return copy(self, targets, **options)
 
     async def recover(
         self,
@@ -324,35 +304,14 @@ class Disk(MappedDisk):
             warn=warn,
         )
 
+    @names_copy_options
     def copy(
         self,
         target: str | os.PathLike[str],
-        *,
-        at: Literal["start", "end"] = "start",
-        pivot: bool = False,
-        format: str | None = None,  # noqa: A002 - the command's word
-        layers: Literal["all", "top"] = "all",
-        force: bool = False,
-        speed: int = 0,
-        fleece: str | os.PathLike[str] | None = None,
-        fleece_limit: int | None = None,
-        verify: bool = False,
-        tls_creds: str | None = None,
+        **options: Unpack[CopyWords],
     ) -> AbstractAsyncContextManager[CopyJob]:
         """Copy this disk, while the guest goes on. See `VM.copy`."""
-        return self.vm.copy(
-            {self: target},
-            at=at,
-            pivot=pivot,
-            format=format,
-            layers=layers,
-            force=force,
-            speed=speed,
-            fleece=fleece,
-            fleece_limit=fleece_limit,
-            verify=verify,
-            tls_creds=tls_creds,
-        )
+        return self.vm.copy({self: target}, **options)
 
     def allocator(self) -> AbstractAsyncContextManager[Allocator]:
         """Allocate many ranges, thin, one after another, for what one costs.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import click
 
@@ -17,6 +17,7 @@ from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
     from qmpblock.copying.job import CopyResult
+    from qmpblock.copying.options import CopyWords
 
 __all__ = ["command"]
 
@@ -26,6 +27,7 @@ __all__ = ["command"]
 @click.argument("targets", nargs=-1, required=True, metavar="DISK=TARGET...")
 @click.option(
     "--at",
+    "moment",
     type=click.Choice(["start", "end"]),
     default=None,
     help="Of which moment the copy is: of that in which it begins (the default), or ends.",
@@ -33,9 +35,7 @@ __all__ = ["command"]
 @click.option(
     "--pivot", is_flag=True, help="At the end the guest goes over to the copy, and stays there."
 )
-@click.option(
-    "--format", "fmt", metavar="FMT", help="qcow2 or raw; by default what the active layer is."
-)
+@click.option("--format", metavar="FMT", help="qcow2 or raw; by default what the active layer is.")
 @click.option(
     "--layers",
     type=click.Choice(["all", "top"]),
@@ -62,16 +62,9 @@ async def command(
     options: Options,
     address: str,
     targets: tuple[str, ...],
-    at: Literal["start", "end"] | None,
-    pivot: bool,
-    fmt: str | None,
-    layers: Literal["all", "top"],
-    force: bool,
-    speed: int,
-    fleece: str | None,
-    fleece_limit: int | None,
-    verify: bool,
+    moment: Literal["start", "end"] | None,
     unmanaged: bool,
+    **words: Unpack[CopyWords],
 ) -> int:
     """Copy disks of a running VM, all at one instant, while the guest goes on.
 
@@ -81,26 +74,16 @@ async def command(
     TARGET, too. Interrupted, there is no copy, and the guest is where it was.
     """
     pairs = _pairs(targets)
-    if pivot and at is not None:
+    if words["pivot"] and moment is not None:
         raise click.UsageError("--pivot is of the end: it goes without --at")
     async with options.connect(address, unmanaged=unmanaged) as vm:
         wanted = {await vm.disk(disk): file for disk, file in pairs}
         if len(wanted) < len(pairs):
             raise click.UsageError("a disk is named twice")
-        copying = vm.copy(
-            wanted,
-            at=at or "start",
-            pivot=pivot,
-            format=fmt,
-            layers=layers,
-            force=force,
-            speed=speed,
-            fleece=fleece,
-            fleece_limit=fleece_limit,
-            verify=verify,
-            tls_creds=options.tls_creds if any(_has_tls(file) for _, file in pairs) else None,
-        )
-        async with copying as job:
+        words["at"] = moment or "start"
+        if any(_has_tls(file) for _, file in pairs):
+            words["tls_creds"] = options.tls_creds
+        async with vm.copy(wanted, **words) as job:
             warn(job.warnings)
             with reporting(f"copy of {', '.join(disk.name for disk in wanted)}") as show:
                 async for seen in job:

@@ -18,53 +18,43 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.chains.headers import by_qemu_img
-from qmpblock.chains.heldio import check_held_io, must_pause
+from qmpblock.chains.heldio import must_pause
 from qmpblock.chains.plan import check_unchanged
-from qmpblock.chains.settings import lost_by_snapshot
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.finalize import keep_exports_away, until_unused
 from qmpblock.changes.identity import identify
-from qmpblock.changes.leftovers import make_way
 from qmpblock.changes.operations import PointInTime
 from qmpblock.changes.record import PIVOTED
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
 from qmpblock.copying.backups import Backups
-from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.fleecing import Fleece, planned, take
 from qmpblock.copying.fleecing import Plan as FleecingPlan
-from qmpblock.copying.frozen import FrozenBackups, check_frozen, frozen
-from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, Point, working
+from qmpblock.copying.frozen import FrozenBackups, frozen
+from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, working
+from qmpblock.copying.look import backing_name, look
 from qmpblock.copying.mirrors import Mirrors
-from qmpblock.copying.plan import CopyPlan, Layers, plan_copy
+from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.proof import check_provable, work
-from qmpblock.copying.target import Credentials
-from qmpblock.copying.targetfile import check_file
-from qmpblock.copying.targets import check_servers, place_of, target_of
+from qmpblock.copying.targets import check_servers, target_of
+from qmpblock.copying.wire import credentials_in
 from qmpblock.copying.wiretarget import bounded, cut_on_error
 from qmpblock.errors import (
-    UNTOUCHED,
     Error,
     GraphError,
     NotFoundError,
     RequestError,
-    UnsupportedError,
     printable,
 )
-from qmpblock.graph.backingname import name_of_frozen
 from qmpblock.graph.places import FileId
 from qmpblock.host.imagefiles import images_of
-from qmpblock.host.openfiles import OpenFiles, sees_directory
-from qmpblock.host.processes import command_line
-from qmpblock.managers import Verb, Work
+from qmpblock.host.openfiles import sees_directory
 from qmpblock.names import (
     copy_job,
     lock_names,
@@ -74,8 +64,6 @@ from qmpblock.names import (
 )
 from qmpblock.qemu import ownership
 from qmpblock.qemu.instant import instant
-from qmpblock.qemu.iothread import iothread_of
-from qmpblock.qemu.threshold import is_watched
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
@@ -91,35 +79,28 @@ DiskT = TypeVar("DiskT", bound="MappedDisk")
 async def copy(
     vm: Connection,
     targets: Mapping[DiskT, str | os.PathLike[str]],
-    *,
-    at: Point = "start",
-    format: str | None = None,  # noqa: A002 - the command's word
-    layers: Layers = "all",
-    force: bool = False,
-    speed: int = 0,
-    fleece: Fleece | None = None,
-    credentials: Credentials | None = None,
-    verify: bool = False,
+    **words: Unpack[CopyWords],
 ) -> AsyncIterator[CopyJob]:
     """Copy running disks. See `VM.copy`."""
     started = time.monotonic()
+    options = CopyOptions(**words)
+    at, force, verify = options.point, options.force, options.verify
+    credentials = None if options.tls_creds is None else credentials_in(options.tls_creds)
     if not targets:
         raise RequestError("a copy of no disk is none")
-    if speed < 0:
-        raise RequestError(f"a speed of {speed} bytes a second is none")
-    plans = await _look(vm, targets, format, layers, at, force=force)
+    plans = await look(vm, targets, options)
     check_servers(vm, plans, credentials)
     if verify:
         await check_provable(vm, plans, at)
     run = new_run()
     job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings))
-    job.speed = speed
+    job.speed = options.speed
     with contextlib.ExitStack() as stack:
         files: list[CopyTarget] = []
         pivots = at == "pivot"
         for number, plan in enumerate(plans):
             node = target_node(run, number)
-            name = _backing_name(vm, plan)
+            name = backing_name(vm, plan)
             made = target_of(vm, plan, node, number, name, credentials, force=force, pivots=pivots)
             files.append(stack.enter_context(made))
         try:
@@ -127,7 +108,7 @@ async def copy(
             if at == "start" and vm.capabilities.jobs_misread_views:
                 running = _of_layers(vm, files, job, verify=verify)
             elif at == "start":
-                views = list(targets), fleece or Fleece()
+                views = list(targets), Fleece(options.fleece, options.fleece_limit)
                 running = _of_views(vm, *views, files, job, verify=verify)
             else:
                 record = await _record(vm, run, files, pivot=at == "pivot")
@@ -155,92 +136,6 @@ def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
     done = jobs.last[plan.device.name].done
     source = plan.device.chain.active.file
     return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done)
-
-
-async def _look(
-    vm: Connection,
-    targets: Mapping[DiskT, str | os.PathLike[str]],
-    fmt: str | None,
-    layers: Layers,
-    at: Point,
-    *,
-    force: bool,
-) -> list[CopyPlan]:
-    """Say what goes where, or refuse; only what a dead controller left is undone.
-
-    :raise Error: it cannot be done; nothing was touched.
-    """
-    devices = [disk.device for disk in targets]
-    pivot, freezes = at == "pivot", at == "start" and vm.capabilities.jobs_misread_views
-    await ownership.ask(vm.monitor, devices)
-    await make_way(vm, lock_names(devices))
-    graph = await vm.graph()
-    plans: list[CopyPlan] = []
-    for disk, file in targets.items():
-        disk.device = graph.device(disk.device.qom_path)
-        place = place_of(file)
-        block = isinstance(place, str) and is_block_device(place)
-        plan = plan_copy(disk.device, place, fmt, layers, pivot=pivot, block_device=block)
-        for other in plans:
-            if other.file == plan.file:
-                raise RequestError(f"{printable(plan.file)} is named for two disks")
-            if other.device.qom_path == plan.device.qom_path:
-                raise RequestError(f"{plan.device.name} is named twice")
-        if block:
-            await check_unused(vm.monitor.peer_pid, plan.file)
-        elif plan.server is None:
-            check_file(vm.monitor.peer_pid, plan.file, force=force, keeps_name=pivot)
-        _backing_name(vm, plan)  # or refuse
-        if plan.format != "raw":
-            await by_qemu_img(vm, plan.secret, local=True)  # or refuse
-        if at != "start":
-            await check_held_io(
-                vm.monitor, plan.device, remedy="copy it by qemu-img when the VM is off"
-            )
-        if pivot:
-            await _check_filters(vm, plan)
-            plan = await _with_losses(vm, plan)
-        if freezes:
-            await check_frozen(vm, plan)
-        plans.append(plan)
-    verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
-    await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
-    return plans
-
-
-async def _with_losses(vm: Connection, plan: CopyPlan) -> CopyPlan:
-    """Say what the disk will not have any more, where the guest goes over."""
-    command, watched = command_line(vm.monitor.peer_pid), await is_watched(vm, plan.device)
-    lost = lost_by_snapshot(command, plan.device, watched=watched)
-    return replace(plan, warnings=(*plan.warnings, *lost))
-
-
-async def _check_filters(vm: Connection, plan: CopyPlan) -> None:
-    """Refuse to have a copy take the image's place below a filter where that hangs QEMU (K27)."""
-    filters = plan.device.chain.filters
-    if not filters or not vm.capabilities.moves_below_filters_hang_iothreads:
-        return
-    threads = await vm.monitor.execute("query-iothreads")
-    if await iothread_of(vm.monitor, plan.device, threads) is not None:
-        raise UnsupportedError(
-            f"{plan.device.name} runs in an iothread and has a filter ({filters[0].driver}) above "
-            f"its image, and QEMU {vm.capabilities} hangs for good when another image takes its "
-            "place there",
-            standing=UNTOUCHED,
-            remedy="copy without going over to the copy; or use QEMU 10.0 or newer",
-        )
-
-
-def _backing_name(vm: Connection, plan: CopyPlan) -> str | None:
-    """Return what a target records of the layer that it lies on.
-
-    :raise UnsupportedError: there is no name that leads back to it.
-    """
-    if plan.backing is None:
-        return None
-    nodes = (plan.backing.node, *plan.backing.nodes)
-    places = OpenFiles(vm.monitor.peer_pid).places(nodes)
-    return name_of_frozen(plan.backing, places, None, relative=False)
 
 
 async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivot: bool) -> Copy:

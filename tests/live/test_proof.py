@@ -11,7 +11,6 @@ from pointing import DISKS, SHOWN, STEPS, TWO, at_ease, written
 import qmpblock
 from qmpblock.copying import proof
 from qmpblock.copying.copy import copy
-from qmpblock.copying.fleecing import Fleece
 from qmpblock.errors import BusyError, Error, NBDRequestError, UnsupportedError
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import check_point_in_time
@@ -201,7 +200,7 @@ async def test_a_point_that_is_given_up_proves_nothing(start_qemu, vm_dir, invar
     async with qmpblock.connect(vm.monitor_path) as controller:
         [disk] = await controller.disks()
         with pytest.raises(NBDRequestError, match="cannot be compared") as caught:
-            async with copy(controller, {disk: target}, verify=True, fleece=Fleece(limit=5 * MIB)):
+            async with copy(controller, {disk: target}, verify=True, fleece_limit=5 * MIB):
                 pass
     assert "give it more" in caught.value.remedy
     assert "there is no copy" in caught.value.standing

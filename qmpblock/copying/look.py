@@ -1,0 +1,121 @@
+"""Looking at disks that are to be copied: what goes where, or why it must not; changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from qmpblock.chains.headers import by_qemu_img
+from qmpblock.chains.heldio import check_held_io
+from qmpblock.chains.settings import lost_by_snapshot
+from qmpblock.changes.leftovers import make_way
+from qmpblock.copying.devicetarget import check_unused, is_block_device
+from qmpblock.copying.frozen import check_frozen
+from qmpblock.copying.options import CopyOptions
+from qmpblock.copying.plan import CopyPlan, plan_copy
+from qmpblock.copying.targetfile import check_file
+from qmpblock.copying.targets import place_of
+from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
+from qmpblock.graph.backingname import name_of_frozen
+from qmpblock.host.openfiles import OpenFiles
+from qmpblock.host.processes import command_line
+from qmpblock.managers import Verb, Work
+from qmpblock.names import lock_names
+from qmpblock.qemu import ownership
+from qmpblock.qemu.iothread import iothread_of
+from qmpblock.qemu.threshold import is_watched
+
+if TYPE_CHECKING:
+    from qmpblock.mapping import MappedDisk
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["backing_name", "look"]
+
+DiskT = TypeVar("DiskT", bound="MappedDisk")
+
+
+async def look(
+    vm: Connection,
+    targets: Mapping[DiskT, str | os.PathLike[str]],
+    options: CopyOptions,
+) -> list[CopyPlan]:
+    """Say what goes where, or refuse; only what a dead controller left is undone.
+
+    :raise Error: it cannot be done; nothing was touched.
+    """
+    at, force = options.point, options.force
+    devices = [disk.device for disk in targets]
+    pivot, freezes = at == "pivot", at == "start" and vm.capabilities.jobs_misread_views
+    await ownership.ask(vm.monitor, devices)
+    await make_way(vm, lock_names(devices))
+    graph = await vm.graph()
+    plans: list[CopyPlan] = []
+    for disk, file in targets.items():
+        disk.device = graph.device(disk.device.qom_path)
+        place = place_of(file)
+        block = isinstance(place, str) and is_block_device(place)
+        plan = plan_copy(
+            disk.device, place, options.format, options.layers, pivot=pivot, block_device=block
+        )
+        for other in plans:
+            if other.file == plan.file:
+                raise RequestError(f"{printable(plan.file)} is named for two disks")
+            if other.device.qom_path == plan.device.qom_path:
+                raise RequestError(f"{plan.device.name} is named twice")
+        if block:
+            await check_unused(vm.monitor.peer_pid, plan.file)
+        elif plan.server is None:
+            check_file(vm.monitor.peer_pid, plan.file, force=force, keeps_name=pivot)
+        backing_name(vm, plan)  # or refuse
+        if plan.format != "raw":
+            await by_qemu_img(vm, plan.secret, local=True)  # or refuse
+        if at != "start":
+            await check_held_io(
+                vm.monitor, plan.device, remedy="copy it by qemu-img when the VM is off"
+            )
+        if pivot:
+            await _check_filters(vm, plan)
+            plan = await _with_losses(vm, plan)
+        if freezes:
+            await check_frozen(vm, plan)
+        plans.append(plan)
+    verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
+    await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
+    return plans
+
+
+async def _with_losses(vm: Connection, plan: CopyPlan) -> CopyPlan:
+    """Say what the disk will not have any more, where the guest goes over."""
+    command, watched = command_line(vm.monitor.peer_pid), await is_watched(vm, plan.device)
+    lost = lost_by_snapshot(command, plan.device, watched=watched)
+    return replace(plan, warnings=(*plan.warnings, *lost))
+
+
+async def _check_filters(vm: Connection, plan: CopyPlan) -> None:
+    """Refuse to have a copy take the image's place below a filter where that hangs QEMU (K27)."""
+    filters = plan.device.chain.filters
+    if not filters or not vm.capabilities.moves_below_filters_hang_iothreads:
+        return
+    threads = await vm.monitor.execute("query-iothreads")
+    if await iothread_of(vm.monitor, plan.device, threads) is not None:
+        raise UnsupportedError(
+            f"{plan.device.name} runs in an iothread and has a filter ({filters[0].driver}) above "
+            f"its image, and QEMU {vm.capabilities} hangs for good when another image takes its "
+            "place there",
+            standing=UNTOUCHED,
+            remedy="copy without going over to the copy; or use QEMU 10.0 or newer",
+        )
+
+
+def backing_name(vm: Connection, plan: CopyPlan) -> str | None:
+    """Return what a target records of the layer that it lies on.
+
+    :raise UnsupportedError: there is no name that leads back to it.
+    """
+    if plan.backing is None:
+        return None
+    nodes = (plan.backing.node, *plan.backing.nodes)
+    places = OpenFiles(vm.monitor.peer_pid).places(nodes)
+    return name_of_frozen(plan.backing, places, None, relative=False)

@@ -1,0 +1,86 @@
+"""What a copy can be asked for: one table, of which the library, the command and policies know.
+
+A new option is a line in `CopyOptions` and in `CopyWords`, an option of the command
+(`qmpblock.cli.copy_command`), and a line of what a policy may say (`qmpblock.policy.copyentry`);
+what it means is told in the docstring of `VM.copy`. Tests see that none is forgotten.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from qmpblock.errors import RequestError
+
+if TYPE_CHECKING:
+    import os
+
+    from qmpblock.copying.job import Point
+    from qmpblock.copying.plan import Layers
+
+__all__ = ["CopyOptions", "CopyWords", "names_copy_options"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class CopyWords(TypedDict, total=False):
+    """The options as keywords; what is left out is as `CopyOptions` has it."""
+
+    at: Point
+    pivot: bool
+    format: str | None
+    layers: Layers
+    force: bool
+    speed: int
+    fleece: str | os.PathLike[str] | None
+    fleece_limit: int | None
+    verify: bool
+    tls_creds: str | None
+
+
+@dataclass(frozen=True)
+class CopyOptions:
+    """The options and what each is by default; `VM.copy` says what they mean.
+
+    :raise RequestError: a value that none can have.
+    """
+
+    at: Point = "start"
+    pivot: bool = False
+    format: str | None = None
+    layers: Layers = "all"
+    force: bool = False
+    speed: int = 0
+    fleece: str | os.PathLike[str] | None = None
+    fleece_limit: int | None = None
+    verify: bool = False
+    tls_creds: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.speed < 0:
+            raise RequestError(f"a speed of {self.speed} bytes a second is none")
+
+    @property
+    def point(self) -> Point:
+        """Of which moment the copy is."""
+        return "pivot" if self.pivot else self.at
+
+
+def names_copy_options(function: _F) -> _F:
+    """Have the signature of a function that takes `**options: Unpack[CopyWords]` name each.
+
+    So `help()` and whoever else looks at it finds what can be given, and its default.
+    """
+    signature = inspect.signature(function)
+    others = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    named = [
+        inspect.Parameter(
+            one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=one.type
+        )
+        for one in fields(CopyOptions)
+    ]
+    said = signature.replace(parameters=[*others, *named])
+    function.__signature__ = said  # type: ignore[attr-defined]
+    return function
