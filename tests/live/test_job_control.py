@@ -246,7 +246,7 @@ async def test_given_up_it_is_undone(
         disk = await controller.disk("vd0")
         task = asyncio.create_task(work(disk))
         if how == "cancel":
-            await reached.wait()
+            await until(lambda: reached.is_set() or task.done(), "the moment of the end")
             task.cancel()
         with pytest.raises(LookupError if how == "raise" else asyncio.CancelledError):
             await task
