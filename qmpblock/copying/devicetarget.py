@@ -33,7 +33,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph.places import FileId
-from qmpblock.host.openfiles import OpenFiles, sees_directory
+from qmpblock.host.openfiles import OpenFiles, openers, sees_directory
 from qmpblock.names import storage_node
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ async def check_unused(pid: int | None, file: str) -> None:
     for look in range(_LOOKS):
         if look:
             await asyncio.sleep(_PAUSE)
-        users = await asyncio.to_thread(_users, device)
+        users = await asyncio.to_thread(openers, device)
         if not users:
             return
     who = "the VM itself" if pid in users else f"process {', '.join(map(str, users))}"
@@ -125,11 +125,6 @@ async def check_unused(pid: int | None, file: str) -> None:
         standing=UNTOUCHED,
         remedy="name another target, or end what uses it",
     )
-
-
-def _users(device: FileId) -> list[int]:
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    return [pid for pid in pids if device in OpenFiles(pid).ids()]
 
 
 @contextmanager

@@ -22,15 +22,23 @@ from qmpblock.chains.headers import Header, make
 from qmpblock.chains.settings import wanted_discard
 from qmpblock.copying.copytarget import LocalTarget, for_zeros
 from qmpblock.copying.plan import CopyPlan
-from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    Error,
+    InUseError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.graph.options import aio_of, cache_options, overlay_options
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles
 from qmpblock.host.contents import Contents
 from qmpblock.host.fallocate import UNSUPPORTED, punch_hole
-from qmpblock.host.openfiles import NOWHERE, sees_directory
+from qmpblock.host.filelocks import is_used
+from qmpblock.host.openfiles import NOWHERE, openers, sees_directory
 from qmpblock.host.ourfiles import Directory
-from qmpblock.host.processes import command_line
+from qmpblock.host.processes import command_line, describe_process
 from qmpblock.host.space import reserved_ranges
 from qmpblock.names import partial_file, storage_node
 
@@ -75,6 +83,7 @@ class TargetFile(LocalTarget):
 
         :param record: is called with what it will be, before it has a name.
         :raise Error: it cannot be made.
+        :raise InUseError: somebody has what it was to replace.
         """
         contents = Contents(self.plan.size, ())
         if self.plan.format != "raw":
@@ -87,9 +96,9 @@ class TargetFile(LocalTarget):
         like = imagefiles.status_of(vm.monitor.peer_pid, self.plan.device.chain.active)
         name = posixpath.basename(self.path)
         try:
-            if self.replaces:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=self.directory.fd)
+            if self.replaces and (left := self.directory.status(name)) is not None:
+                _check_unused(self.path, left)
+                os.unlink(name, dir_fd=self.directory.fd)
             os.close(self.directory.make(name, note, contents.write_to, like=like))
             self.directory.sync()
         except OSError as error:
@@ -214,6 +223,8 @@ class TargetFile(LocalTarget):
             else:
                 os.unlink(name, dir_fd=fd)
                 return
+        elif (there := self.directory.status(final)) is not None:
+            _check_unused(self.plan.file, there, standing=None)
         os.rename(name, final, src_dir_fd=fd, dst_dir_fd=fd)
 
 
@@ -248,6 +259,7 @@ def check_file(pid: int | None, file: str, *, force: bool, keeps_name: bool) -> 
     :param pid: of QEMU.
     :param force: whether a file of that name may be replaced, once the copy is whole.
     :raise RequestError: there is something of that name, or no such directory.
+    :raise InUseError: somebody has open what may be replaced.
     :raise UnsupportedError: QEMU does not see that directory.
     """
     folder = posixpath.dirname(file)
@@ -267,7 +279,9 @@ def check_file(pid: int | None, file: str, *, force: bool, keeps_name: bool) -> 
 
 
 def _check_replaceable(name: str, *, force: bool, partial: bool) -> None:
-    if force and stat.S_ISREG(os.lstat(name).st_mode):
+    status = os.lstat(name)
+    if force and stat.S_ISREG(status.st_mode):
+        _check_unused(name, status)
         return
     raise RequestError(
         f"{printable(name)} exists already"
@@ -276,3 +290,24 @@ def _check_replaceable(name: str, *, force: bool, partial: bool) -> None:
         remedy="name another target, or remove that file; --force replaces a plain file, once the "
         "copy is whole, but none to which the guest goes over",
     )
+
+
+def _check_unused(name: str, status: os.stat_result, *, standing: str | None = UNTOUCHED) -> None:
+    """Refuse to take a name from a file that somebody has open: an image of this VM, of another.
+
+    Whoever opens it again, as a VM does when it is started again, would find the copy there.
+
+    :raise InUseError: somebody has.
+    """
+    file = FileId.of(status)
+    if file is None:
+        return
+    users = [describe_process(pid) for pid in openers(file)]
+    if not users and is_used(file):
+        users = ["a QEMU, by its locks"]
+    if users:
+        raise InUseError(
+            f"{printable(name)} is open in {', '.join(users)}: it is not replaced",
+            standing=standing,
+            remedy="name another target, or end what uses it",
+        )

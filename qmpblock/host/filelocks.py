@@ -23,7 +23,7 @@ from pathlib import Path
 from qmpblock.graph.places import FileId
 from qmpblock.host.openfiles import OpenFiles
 
-__all__ = ["foreign_users", "images_of", "is_written"]
+__all__ = ["foreign_users", "images_of", "is_used", "is_written"]
 
 _WRITES, _NO_WRITES = 101, 201
 _ALL = range(100, 300)
@@ -59,6 +59,13 @@ def images_of(files: OpenFiles) -> set[FileId]:
         return set()
     lines = _own(files.pid)
     return {file for file in files.ids() if not file.is_device and _held(lines, file, _ALL)}
+
+
+def is_used(file: FileId) -> bool:
+    """Whether the locks on a file say that a QEMU, or a tool of it, has it open as an image."""
+    if file.is_device:
+        return False
+    return _agreed(lambda lines: _held(lines, file, _ALL) > 0)
 
 
 def is_written(file: FileId) -> bool:

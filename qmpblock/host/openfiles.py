@@ -34,7 +34,7 @@ from qmpblock.graph.places import FileId, Missing, Place
 if TYPE_CHECKING:
     from qmpblock.graph.model import Node
 
-__all__ = ["NOWHERE", "OpenFiles", "sees_directory"]
+__all__ = ["NOWHERE", "OpenFiles", "openers", "sees_directory"]
 
 _DRIVERS = ("file", "host_device")
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/(self|\d+))/fd/(\d+)")
@@ -231,6 +231,12 @@ class OpenFiles:
                 f"/proc/{self.pid}/exe"
             ).readlink().name.startswith("qemu-")
         return False
+
+
+def openers(file: FileId) -> list[int]:
+    """Return the processes that have a file open, of those that can be seen from here."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if file in OpenFiles(pid).ids()]
 
 
 def sees_directory(pid: int | None, directory: str) -> str | None:

@@ -1,6 +1,7 @@
 """Copies of running disks: of their very end, and with the guest going over to them."""
 
 import asyncio
+import os
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import qmpblock
 from qmpblock.copying import mirrors
 from qmpblock.copying.copy import copy
 from qmpblock.copying.fleecing import Fleece, fleecing
-from qmpblock.errors import JobError, UnsupportedError
+from qmpblock.errors import UNTOUCHED, InUseError, JobError, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec, check_point_in_time
@@ -327,6 +328,43 @@ async def test_a_job_that_somebody_else_asks_to_end(how, start_qemu, vm_dir):
         assert Path(disk.chain.active.file).name != "copy"
     assert not list(vm_dir.glob("copy*"))
     await goes_on(vm)
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+async def test_what_somebody_has_open_is_never_replaced(at, start_qemu, vm_dir):
+    """An image of this VM, of another, by whatever name; and what a copy is being made as."""
+    vm, other = await two_disks(start_qemu), await two_disks(start_qemu)
+    link = vm_dir / "link"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk, second] = await controller.disks()
+        link.hardlink_to(second.chain.active.file)
+        async with qmpblock.connect(other.monitor_path) as elsewhere:
+            theirs = (await elsewhere.disks())[0].chain.active.file
+        ours = [layer.file for one in (disk, second) for layer in one.chain.layers]
+        for file in (*ours, theirs, link):
+            before = Path(file).stat().st_ino
+            with pytest.raises(InUseError, match=r"is open in (this very )?process .*not replaced") as caught:
+                async with copy(controller, {disk: file}, at=at, force=True):
+                    pass
+            assert caught.value.standing == UNTOUCHED
+            assert Path(file).stat().st_ino == before
+        target = vm_dir / "copy"
+        async with copy(controller, {disk: target}, at=at):
+            with pytest.raises(InUseError, match=r"copy\.partial is open in"):
+                async with copy(controller, {second: target}, at=at, force=True):
+                    pass
+        target.unlink()
+        with pytest.raises(InUseError, match="is open in (this very )?process"), target.open("w+b") as held:
+            async with copy(controller, {disk: target}, at=at, force=True):
+                held.write(b"theirs")
+        target.unlink()
+        with pytest.raises(InUseError, match="is open in (this very )?process"):
+            async with copy(controller, {disk: link.with_name("new")}, at=at, force=True):
+                os.link(theirs, vm_dir / "new")
+        (vm_dir / "new").unlink()
+    assert not list(vm_dir.glob("copy*"))
+    await goes_on(vm)
+    await goes_on(other)
 
 
 @pytest.mark.parametrize("force", [False, True])
