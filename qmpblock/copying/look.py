@@ -60,7 +60,7 @@ async def look(
             disk.device, place, options.format, options.layers, pivot=pivot, block_device=block
         )
         for other in plans:
-            if other.file == plan.file:
+            if _is_one_place(other.file, plan.file):
                 raise RequestError(f"{printable(plan.file)} is named for two disks")
             if other.device.qom_path == plan.device.qom_path:
                 raise RequestError(f"{plan.device.name} is named twice")
@@ -84,6 +84,18 @@ async def look(
     verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
     await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
     return plans
+
+
+def _is_one_place(one: str, other: str) -> bool:
+    """Whether two names are of one target: by the same words, or through a linked directory."""
+    if one == other:
+        return True
+    folder, name = os.path.split(one)
+    further, same = os.path.split(other)
+    try:
+        return name == same and os.path.samefile(folder, further)
+    except OSError:
+        return False  # an NBD server's, or no directory: which is said elsewhere
 
 
 async def _with_losses(vm: Connection, plan: CopyPlan) -> CopyPlan:

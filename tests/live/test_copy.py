@@ -15,7 +15,7 @@ import qmpblock
 from qmpblock.copying import mirrors
 from qmpblock.copying.copy import copy
 from qmpblock.copying.fleecing import Fleece, fleecing
-from qmpblock.errors import UNTOUCHED, InUseError, JobError, UnsupportedError
+from qmpblock.errors import UNTOUCHED, InUseError, JobError, RequestError, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec, check_point_in_time
@@ -343,7 +343,9 @@ async def test_what_somebody_has_open_is_never_replaced(at, start_qemu, vm_dir):
         ours = [layer.file for one in (disk, second) for layer in one.chain.layers]
         for file in (*ours, theirs, link):
             before = Path(file).stat().st_ino
-            with pytest.raises(InUseError, match=r"is open in (this very )?process .*not replaced") as caught:
+            with pytest.raises(
+                InUseError, match=r"is open in (this very )?process .*not replaced"
+            ) as caught:
                 async with copy(controller, {disk: file}, at=at, force=True):
                     pass
             assert caught.value.standing == UNTOUCHED
@@ -354,7 +356,10 @@ async def test_what_somebody_has_open_is_never_replaced(at, start_qemu, vm_dir):
                 async with copy(controller, {second: target}, at=at, force=True):
                     pass
         target.unlink()
-        with pytest.raises(InUseError, match="is open in (this very )?process"), target.open("w+b") as held:
+        with (
+            pytest.raises(InUseError, match="is open in (this very )?process"),
+            target.open("w+b") as held,
+        ):
             async with copy(controller, {disk: target}, at=at, force=True):
                 held.write(b"theirs")
         target.unlink()
@@ -365,6 +370,19 @@ async def test_what_somebody_has_open_is_never_replaced(at, start_qemu, vm_dir):
     assert not list(vm_dir.glob("copy*"))
     await goes_on(vm)
     await goes_on(other)
+
+
+async def test_one_target_by_two_names(start_qemu, vm_dir):
+    vm = await two_disks(start_qemu)
+    (vm_dir / "link").symlink_to(vm_dir)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [one, other] = await controller.disks()
+        for names in (("copy", "link/copy"), ("copy", "copy")):
+            targets = dict(zip((one, other), (vm_dir / name for name in names), strict=True))
+            with pytest.raises(RequestError, match="copy is named for two disks"):
+                async with copy(controller, targets, force=True):
+                    pass
+    await goes_on(vm)
 
 
 @pytest.mark.parametrize("force", [False, True])
