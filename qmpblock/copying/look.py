@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qmpblock.chains.headers import by_qemu_img
@@ -90,10 +91,9 @@ def _is_one_place(one: str, other: str) -> bool:
     """Whether two names are of one target: by the same words, or through a linked directory."""
     if one == other:
         return True
-    folder, name = os.path.split(one)
-    further, same = os.path.split(other)
+    here, there = Path(one), Path(other)
     try:
-        return name == same and os.path.samefile(folder, further)
+        return here.name == there.name and here.parent.samefile(there.parent)
     except OSError:
         return False  # an NBD server's, or no directory: which is said elsewhere
 

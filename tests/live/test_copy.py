@@ -357,13 +357,13 @@ async def test_what_somebody_has_open_is_never_replaced(at, start_qemu, vm_dir):
                     pass
         target.unlink()
         with (
-            pytest.raises(InUseError, match="is open in (this very )?process"),
+            pytest.raises(InUseError, match=r"is open in (this very )?process"),
             target.open("w+b") as held,
         ):
             async with copy(controller, {disk: target}, at=at, force=True):
                 held.write(b"theirs")
         target.unlink()
-        with pytest.raises(InUseError, match="is open in (this very )?process"):
+        with pytest.raises(InUseError, match=r"is open in (this very )?process"):
             async with copy(controller, {disk: link.with_name("new")}, at=at, force=True):
                 os.link(theirs, vm_dir / "new")
         (vm_dir / "new").unlink()
