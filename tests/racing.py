@@ -525,7 +525,7 @@ def look_naively(arena: Arena) -> None:
 
 def write(arena: Arena) -> None:
     """Write what a person wants to have there."""
-    write_file(arena.eve / "over", b"a picture")
+    write_file(arena.eve / "over", b"a picture", (b"",))
 
 
 def write_naively(arena: Arena) -> None:

@@ -287,6 +287,6 @@ def _write_svg(view: _View, path: str) -> None:
 
     text = svg_picture(_named_layers(view), view.map, title=view.title)
     try:
-        write_file(path, text.encode())
+        write_file(path, text.encode(), (b"<?xml", b"<svg"))
     except OSError as error:
         raise RequestError(f"cannot write {printable(path)}: {error.strerror}") from None

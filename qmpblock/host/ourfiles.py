@@ -233,16 +233,19 @@ def open_plain(
         os.close(pinned)
 
 
-def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+def write_file(path: str | os.PathLike[str], data: bytes, begins: tuple[bytes, ...]) -> None:
     """Write to a file that a person has named, instead of what it holds; make it if there is none.
 
     As root, by no link of another user's to what that one may not write to.
 
+    :param begins: how files of that kind begin: one that holds anything else, as a disk image
+        that was named by mistake, is left as it is.
+    :raise FileExistsError: it holds something else.
     :raise OSError: it cannot be written.
     """
     flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO nobody reads
     if os.geteuid() != 0:
-        fd = os.open(path, flags | os.O_CREAT | os.O_TRUNC, 0o666)
+        fd = os.open(path, flags | os.O_CREAT, 0o666)
     else:
         try:
             found = walk(Path(path), os.W_OK, search=True)
@@ -253,11 +256,17 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
                 fd = os.open(_entry(name), flags, 0o666, dir_fd=directory.fd)
         else:
             try:
-                fd = os.open(f"/proc/self/fd/{found}", flags | os.O_TRUNC)
+                fd = os.open(f"/proc/self/fd/{found}", flags)
             finally:
                 os.close(found)
     os.set_blocking(fd, True)
     with os.fdopen(fd, "wb") as file:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            with Path(f"/proc/self/fd/{fd}").open("rb") as there:
+                held = there.read(max(map(len, begins)))
+            if held and not held.startswith(begins):
+                raise FileExistsError(errno.EEXIST, "it exists, and holds something else", path)
+            os.ftruncate(fd, 0)
         file.write(data)
 
 

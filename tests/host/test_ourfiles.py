@@ -220,6 +220,9 @@ def test_a_link_of_another_user_leads_only_to_what_he_may_read(tmp_path):
                     opened(link)
 
 
+ANY = (b"",)
+
+
 @pytest.mark.parametrize("user", [0, EVE])
 def test_a_file_that_a_person_names(tmp_path, monkeypatch, user):
     """As root and as another, whom no link can lead astray."""
@@ -229,24 +232,29 @@ def test_a_file_that_a_person_names(tmp_path, monkeypatch, user):
     monkeypatch.chdir(tmp_path)
     for path in (tmp_path / "picture", "other"):
         for text in (b"a long one", b"one"):
-            write_file(path, text)
+            write_file(path, text, ANY)
             assert Path(path).read_bytes() == text
+        with pytest.raises(FileExistsError, match="holds something else"):
+            write_file(path, b"a picture", (b"a pic", b"two"))
+        assert Path(path).read_bytes() == b"one"
+        write_file(path, b"on", (b"two", b"one"))
+        assert Path(path).read_bytes() == b"on"
     read, write = os.pipe()
-    write_file(f"/dev/fd/{write}", b"piped")
+    write_file(f"/dev/fd/{write}", b"piped", ANY)
     os.close(write)
     with os.fdopen(read, "rb") as file:
         assert file.read() == b"piped"
     os.mkfifo(tmp_path / "fifo")
     for path in ("none/picture", "other/picture", str(tmp_path), "fifo"):
         with pytest.raises(OSError, match=r"No such|Not a|Is a"):
-            write_file(path, b"")
+            write_file(path, b"", ANY)
     (tmp_path / "link").symlink_to("other")
-    write_file("link", b"by a link")
+    write_file("link", b"by a link", ANY)
     assert (tmp_path / "other").read_bytes() == b"by a link"
     os.lchown(tmp_path / "link", EVE, EVE)
     if user == 0:
         with pytest.raises(PermissionError, match=f"the link link of user {EVE}, who may not"):
-            write_file("link", b"hers")
+            write_file("link", b"hers", ANY)
         assert (tmp_path / "other").read_bytes() == b"by a link"
 
 

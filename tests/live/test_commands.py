@@ -132,7 +132,17 @@ async def test_map_command(scenario, start_qemu, vm_dir):
     out, _ = await run("map", vm.monitor_path, name, "--svg", str(picture))
     assert out == ""
     assert xml.etree.ElementTree.parse(picture).getroot().tag.endswith("svg")
+    before = picture.read_bytes()
+    await run("map", vm.monitor_path, name, "--svg", str(picture))
+    assert picture.read_bytes() == before
     await run("map", vm.monitor_path, name, "--svg", str(vm_dir / "no" / "such.svg"), code=2)
+    images = sorted(vm_dir.rglob("*.qcow2"))
+    assert images
+    for file in images:
+        held = file.read_bytes()
+        _, said = await run("map", vm.monitor_path, name, "--svg", str(file), code=2)
+        assert "it exists, and holds something else" in said
+        assert file.read_bytes() == held
     await run("map", vm.monitor_path, name, "--offset", "100G", code=2)
     await run("map", vm.monitor_path, name, "--length", "100G", code=2)
 
