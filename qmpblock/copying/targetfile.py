@@ -250,6 +250,8 @@ def absolute(file: str | os.PathLike[str]) -> str:
     name = os.fspath(file)
     if not name or "\0" in name or "://" in name or name.startswith("json:"):
         raise RequestError(f"{printable(repr(name))} is not the path of a file")
+    if name.endswith("/"):
+        raise RequestError(f"{printable(repr(name))} is the path of a directory, and not of a file")
     return os.path.normpath(Path.cwd() / name)  # without resolving links: the name is the user's
 
 
