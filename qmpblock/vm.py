@@ -210,6 +210,9 @@ class VM(Connection):
             is given up; only of the start, and of files.
         :param tls_creds: on QEMU's host, the directory of the credentials for `nbds` targets, laid
             out as for QEMU's tls-creds-x509, or with a file `keys.psk` as for tls-creds-psk.
+        :param latency: seconds that the guest's reads and writes may take, on average, on the worst
+            of the disks: the copy goes as fast as leaves them that, within `speed`, but never
+            slower than a MiB a second; 0 is no limit. `job.progress` has what it is.
         :raise RequestError: a file is there already, or it is not possible; nothing was touched.
         :raise UnsupportedError: this QEMU cannot do it safely; nothing was touched.
         :raise BusyError: a job, or another controller, is at work on one of the disks.

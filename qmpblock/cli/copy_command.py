@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import click
 
@@ -17,9 +17,30 @@ from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
     from qmpblock.copying.job import CopyResult
+    from qmpblock.copying.latency import GuestLatency
     from qmpblock.copying.options import CopyWords
 
-__all__ = ["command"]
+__all__ = ["Latency", "command", "felt"]
+
+
+class Latency(click.ParamType[float]):
+    """A time, as seconds: of a bare number of milliseconds, or one with its unit."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Read it; click turns the failure into a usage error, exit code 2."""
+        if isinstance(value, float):
+            return value
+        from qmpblock.copying.options import parse_latency
+
+        seconds = parse_latency(str(value))
+        if seconds is None:
+            words = "is not a time such as 20ms, 0.5s or 20 (milliseconds)"
+            self.fail(f"{value!r} {words}", param, ctx)
+        return seconds
 
 
 @make_command
@@ -45,6 +66,13 @@ __all__ = ["command"]
 )
 @click.option("--force", is_flag=True, help="Replace a file TARGET, once the copy is whole.")
 @click.option("--speed", type=Rate(), default=0, help="Bytes a second, of all disks (K, M, G).")
+@click.option(
+    "--latency",
+    type=Latency(),
+    default=0.0,
+    metavar="MS",
+    help="Copy no faster than lets the guest's own requests take so long, on average.",
+)
 @click.option(
     "--fleece", metavar="DIR", help="Where is kept what the guest overwrites (--at start)."
 )
@@ -130,3 +158,17 @@ def _say(result: CopyResult) -> None:
                 f"  the active layer is now {printable(one.target)}: start the VM from it\n"
                 f"  {printable(one.source)} is stale from now on: never use it again"
             )
+    if result.latency is not None:
+        click.echo("  " + felt(result.latency))
+
+
+def felt(guest: GuestLatency) -> str:
+    """Say how the guest fared."""
+    wanted = f"(wanted: {guest.wanted * 1e3:g} ms)"
+    if guest.mean is None or guest.longest is None:
+        return f"the guest read and wrote nothing meanwhile {wanted}"
+    return (
+        f"the guest's requests took {guest.mean * 1e3:.1f} ms on average, {guest.longest * 1e3:.1f}"
+        f" ms at the worst moment {wanted}; it was above that {guest.above:.0%} of the time, and "
+        f"the copy was kept to {human_size(guest.slowest)}/s at the least"
+    )

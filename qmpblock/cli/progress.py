@@ -59,6 +59,10 @@ def text_line(what: str, seen: Progress) -> str:
         parts.append(f"{human_size(seen.done)} of {human_size(seen.total)}")
     if seen.phase in ("copying", "comparing") and seen.rate:
         parts.append(f"{human_size(int(seen.rate))}/s")
+    if seen.limit and seen.phase == "copying":
+        parts.append(f"kept to {human_size(seen.limit)}/s")
+        if seen.latency is not None:
+            parts.append(f"the guest's requests take {seen.latency * 1e3:.1f} ms")
     if seen.eta is not None:
         parts.append(f"{seen.eta:.0f} s to go")
     if seen.stalled:

@@ -38,9 +38,11 @@ from qmpblock.copying.fleecing import Fleece, planned, take
 from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.frozen import FrozenBackups, frozen
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, working
+from qmpblock.copying.latency import Pacer
 from qmpblock.copying.look import backing_name, look
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.options import CopyOptions, CopyWords
+from qmpblock.copying.pacing import paced
 from qmpblock.copying.proof import check_provable, work
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
@@ -93,7 +95,8 @@ async def copy(
     if verify:
         await check_provable(vm, plans, at)
     run = new_run()
-    job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings))
+    pacer = Pacer(options.latency, options.speed) if options.latency else None
+    job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings), pacer)
     job.speed = options.speed
     with contextlib.ExitStack() as stack:
         files: list[CopyTarget] = []
@@ -125,6 +128,7 @@ async def copy(
         jobs.attempts,
         job.warnings,
         verify,
+        None if pacer is None else pacer.outcome,
     )
     for disk in targets:
         with contextlib.suppress(NotFoundError):  # unplugged
@@ -204,7 +208,7 @@ async def _of_disks(
                     await file.open(vm)
                 devices = [file.plan.device for file in files]
                 await ownership.ask(vm.monitor, devices, standing=None)
-                async with working(mirrors.work(), job):
+                async with working(paced(vm, job, files, mirrors.work), job):
                     yield mirrors
                     job.completion.set()
                 await undisturbed(_finish(change, files))
@@ -245,7 +249,8 @@ async def _of_views(
                     await file.open(vm)  # or fail, before the guest's disk is touched
                 with bounded(files):
                     await take(vm, change, plan)
-                async with working(work(backups, proven=verify, held=change.held), job):
+                proving = partial(work, backups, proven=verify, held=change.held)
+                async with working(paced(vm, job, files, proving), job):
                     yield backups
                 await undisturbed(_finish(change, files))
     except BaseException:
@@ -269,7 +274,8 @@ async def _of_layers(
     try:
         async with frozen(vm, files, prepare) as layers:
             backups = FrozenBackups(vm, layers.jobs, files, job, frozen=layers.disks)
-            async with working(work(backups, proven=verify, held=layers.held_here), job):
+            proving = partial(work, backups, proven=verify, held=layers.held_here)
+            async with working(paced(vm, job, files, proving), job):
                 yield backups
         backups.held = layers.held_guest
         await undisturbed(_finish_all(files))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from qmpblock.cancellation import undisturbed
+from qmpblock.errors import CommandError
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Job, Progress
+from qmpblock.qemu.jobstate import allows
+
+if TYPE_CHECKING:
+    from qmpblock.copying.latency import GuestLatency, Pacer
 
 __all__ = ["CopyJob", "CopyResult", "DiskCopy", "Point", "joined", "working"]
 
@@ -48,6 +54,7 @@ class CopyResult:
     :ivar attempts: how often that was tried.
     :ivar warnings: what is worth acting on.
     :ivar verified: whether every target was compared, byte for byte, with the point that it is of.
+    :ivar latency: how the guest fared, where its latency was held; else None.
     """
 
     point: Point
@@ -57,6 +64,7 @@ class CopyResult:
     attempts: int
     warnings: tuple[str, ...]
     verified: bool = False
+    latency: GuestLatency | None = None
 
 
 class CopyJob(Feed[Progress]):
@@ -71,7 +79,7 @@ class CopyJob(Feed[Progress]):
     :ivar result: what it made; None before the `async with` has ended.
     """
 
-    def __init__(self, warnings: tuple[str, ...] = ()) -> None:
+    def __init__(self, warnings: tuple[str, ...] = (), pacer: Pacer | None = None) -> None:
         super().__init__()
         self.disks: Mapping[str, Progress] = {}
         self.warnings = warnings
@@ -79,7 +87,10 @@ class CopyJob(Feed[Progress]):
         self.completion = asyncio.Event()  # the end is wanted
         self.done = asyncio.Event()  # all is copied, and of one instant
         self.speed = 0
+        self.pacer = pacer
         self._jobs: tuple[Job, ...] = ()
+        self._told: dict[str, int] = {}  # what speed each job has
+        self._hurries = False
 
     # for users
 
@@ -101,21 +112,47 @@ class CopyJob(Feed[Progress]):
         for job in self._jobs:
             if job.progress is None or job.progress.status in ("created", "running", "ready"):
                 await job.set_speed(self.share())
+                self._told[job.id] = self.share()
 
     # for what runs the copy
 
     def share(self) -> int:
         """Return what of the speed is one job's."""
-        return -(-self.speed // max(1, len(self._jobs)))
+        speed = self.speed
+        if self.pacer is not None and not self._hurries:
+            speed = min(speed or self.pacer.limit, self.pacer.limit)
+        return -(-speed // max(1, len(self._jobs)))
+
+    async def keep_to_speed(self) -> None:
+        """Have each job keep to its share, as that is now."""
+        share = self.share()
+        for job in self._jobs:
+            if self._told.get(job.id) == share or job.progress is None:
+                continue  # or it is only being made, at that speed
+            if allows(job.progress.status, "set-speed"):
+                # It may have come to its end since; how that was, who follows it is told.
+                with contextlib.suppress(CommandError):
+                    await job.set_speed(share)
+                    self._told[job.id] = share
+
+    async def hurry(self) -> None:
+        """Have the jobs end as soon as they may: what the guest would wait for is that."""
+        self._hurries = True
+        if self.pacer is not None:
+            await self.keep_to_speed()
 
     def runs(self, jobs: tuple[Job, ...]) -> None:
         """Say which jobs do it."""
-        self._jobs = jobs
+        self._jobs, self._told, self._hurries = jobs, {}, False
 
     def publish(self, disk: str, seen: Progress) -> None:
         """Say how far one disk is."""
         self.disks = {**self.disks, disk: seen}
-        self.show(joined(tuple(self.disks.values())))
+        progress = joined(tuple(self.disks.values()))
+        if self.pacer is not None:
+            limit = self.share() * len(self._jobs)
+            progress = replace(progress, latency=self.pacer.latency, limit=limit)
+        self.show(progress)
 
     def finished(self) -> None:
         """Say that all is copied, and of one instant."""

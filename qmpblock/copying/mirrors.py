@@ -41,7 +41,13 @@ HOLD = 2.0
 ATTEMPTS = 3
 """At bringing them there."""
 
+_BUFFER = 1 << 20  # bytes that are under way at once, where the guest's latency is held
 _LOOK = 0.005  # seconds between looks at jobs that are to be pending
+_TO_CATCH_UP = "let the guest write less, raise --speed, or copy the start (--at start)"
+_TO_CATCH_UP_PACED = (
+    "let the guest write less, have its requests take longer (--latency), raise --speed, or copy "
+    "the start (--at start)"
+)
 #: States of a job that was ready and is to be pending.
 _ENDING = frozenset({"ready", "standby", "running", "paused", "waiting", "pending"})
 
@@ -98,6 +104,8 @@ class Mirrors:
             Job(self.vm.monitor, copy_job(self.run, number), "mirror")
             for number, _ in enumerate(self.targets)
         )
+        for job in jobs:
+            job.to_catch_up = _TO_CATCH_UP if self.job.pacer is None else _TO_CATCH_UP_PACED
         self.job.runs(jobs)
         self._given_back.clear()
         self._ready.clear()
@@ -125,6 +133,8 @@ class Mirrors:
             "on-target-error": "enospc",
             "speed": self.job.share(),
         }
+        if self.job.pacer is not None:
+            arguments["buf-size"] = _BUFFER
         if chain.filters and self.pivot:  # they stay where they are: above whatever is active
             arguments["replaces"] = chain.active.node.name
         return arguments
@@ -153,6 +163,7 @@ class Mirrors:
         await self._ready.wait()
         await self.job.completion.wait()
         self.attempts += 1
+        await self.job.hurry()
         async with self.quiet() as stands:
             began, over = time.monotonic() if stands else None, False
             try:

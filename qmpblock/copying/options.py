@@ -8,6 +8,8 @@ what it means is told in the docstring of `VM.copy`. Tests see that none is forg
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from qmpblock.copying.job import Point
     from qmpblock.copying.plan import Layers
 
-__all__ = ["CopyOptions", "CopyWords", "names_copy_options"]
+__all__ = ["CopyOptions", "CopyWords", "names_copy_options", "parse_latency"]
+
+_UNITS = {"us": 1e-6, "ms": 1e-3, "": 1e-3, "s": 1.0}
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -38,6 +42,7 @@ class CopyWords(TypedDict, total=False):
     fleece_limit: int | None
     verify: bool
     tls_creds: str | None
+    latency: float
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,27 @@ class CopyOptions:
     fleece_limit: int | None = None
     verify: bool = False
     tls_creds: str | None = None
+    latency: float = 0.0
 
     def __post_init__(self) -> None:
         if self.speed < 0:
             raise RequestError(f"a speed of {self.speed} bytes a second is none")
+        if not 0 <= self.latency < math.inf:
+            raise RequestError(f"a latency of {self.latency} seconds is none")
 
     @property
     def point(self) -> Point:
         """Of which moment the copy is."""
         return "pivot" if self.pivot else self.at
+
+
+def parse_latency(text: str) -> float | None:
+    """Read a latency as people write it, `20` or `20ms`, `0.5s`, `300us`; None if it is none.
+
+    :return: seconds, more than none.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{0,9})?)(us|ms|s)?", text, re.ASCII)
+    return (float(match[1]) * _UNITS[match[2] or ""] or None) if match else None
 
 
 def names_copy_options(function: _F) -> _F:

@@ -48,6 +48,8 @@ class Progress:
     :ivar lagging: passes in a row that did not become smaller: the guest outruns the job.
     :ivar errors: I/O errors that it has met.
     :ivar error: QEMU's verdict, once `status` is `concluded`; None is success.
+    :ivar latency: seconds that requests of the guest's took lately, on average, where a copy holds
+        that; `limit`: bytes a second that it keeps to therefore. Else None, and 0.
     """
 
     status: str
@@ -60,6 +62,8 @@ class Progress:
     lagging: int = 0
     errors: int = 0
     error: str | None = None
+    latency: float | None = None
+    limit: int = 0
 
     @property
     def remaining(self) -> int:
@@ -95,6 +99,7 @@ class Job(Feed[Progress]):
         self.type = type
         self.completion_asked = False
         self.guest_slowed = False  # by whoever runs the job, for it to catch up
+        self.to_catch_up: str | None = None  # what helps it, where that is not as for commits
         self.errors = 0
         self._verdict: str | None = None
         self._monitor = monitor
@@ -253,7 +258,8 @@ class Job(Feed[Progress]):
             f"copies; the distance is {distance} bytes and has not become "
             f"smaller for {converging:g} s",
             # QEMU lets the requests that it holds back through before it pivots (F21).
-            remedy="the guest was slowed down, and that did not suffice: let it write less, "
+            remedy=self.to_catch_up
+            or "the guest was slowed down, and that did not suffice: let it write less, "
             "raise --speed, or pause the VM while this runs again: a paused guest writes nothing"
             if self.guest_slowed
             else "let the guest write less, raise --speed, or slow the guest down "

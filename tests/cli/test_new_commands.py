@@ -261,6 +261,18 @@ def test_where_nothing_is_both_are_named(image, more, capsys):
             "x: copying, 16M of 64M, 8M/s, 6 s to go",
         ),
         (Progress("running", "copying", 0, 0), "x: copying, 0 of 0"),
+        (
+            Progress("running", "copying", MIB, 2 * MIB, latency=0.0123, limit=3 * MIB),
+            "x: copying, 1M of 2M, kept to 3M/s, the guest's requests take 12.3 ms",
+        ),
+        (
+            Progress("running", "copying", MIB, 2 * MIB, limit=3 * MIB),
+            "x: copying, 1M of 2M, kept to 3M/s",
+        ),
+        (
+            Progress("ready", "ready", MIB, MIB, latency=1.0, limit=1),
+            "x: ready, 0 behind the guest",
+        ),
         (Progress("paused", "paused", MIB, 2 * MIB, rate=5.0 * MIB), "x: paused, 1M of 2M"),
         (Progress("ready", "ready", 3 * MIB, 4 * MIB), "x: ready, 1M behind the guest"),
         (

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from qmpblock.cli.copy_command import command
-from qmpblock.copying.options import CopyOptions, CopyWords
+from qmpblock.copying.options import CopyOptions, CopyWords, parse_latency
 from qmpblock.errors import RequestError
 from qmpblock.vm import VM, Disk
 
@@ -46,6 +46,27 @@ def test_the_point():
     assert CopyOptions().point == "start"
     assert CopyOptions(at="end").point == "end"
     assert CopyOptions(at="end", pivot=True).point == CopyOptions(pivot=True).point == "pivot"
+
+
+@pytest.mark.parametrize("latency", [-0.1, float("nan"), float("inf")])
+def test_a_latency_that_is_none(latency):
+    with pytest.raises(RequestError, match="latency of"):
+        CopyOptions(latency=latency)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("20", 0.02), ("20ms", 0.02), ("0.5s", 0.5), ("1.5", 0.0015), ("300us", 0.0003)],
+)
+def test_a_latency_is_of_milliseconds_or_has_its_unit(text, seconds):
+    assert parse_latency(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "20m", "0ms", "nan", "inf", "1e3", "20 ms", "\u0662", "9" * 5000, "ms", ""]
+)
+def test_what_is_no_latency(text):
+    assert parse_latency(text) is None
 
 
 def test_a_speed_that_is_none():

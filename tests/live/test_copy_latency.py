@@ -1,0 +1,130 @@
+"""Copies that hold the guest's latency: on a disk that is slow, which they share with the guest."""
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chains import cli
+from disturbed import nothing_of_ours
+from jsonschema import Draft202012Validator
+
+import qmpblock
+from qmpblock.testing import Tools, build, parse_scenario, slow
+from qmpblock.testing.stamps import StressSpec
+
+pytestmark = pytest.mark.live
+
+MIB = 1 << 20
+SCHEMA = Path(__file__).parents[2] / "docs/schema/copy.schema.json"
+WANTED = 0.02
+RATE = 10 * MIB  # bytes a second that the source can do
+SLOW = "about: A disk.\nimages: [{size: 192M, content: [write 0 184M 0xaa]}]\n"
+TWO = (
+    "about: Two disks.\ndisks: [{name: a, images: [{size: 64M, content: [write 0 56M 0xaa]}]}, "
+    "{name: b, images: [{size: 64M, content: [write 0 56M 0xbb]}]}]\n"
+)
+SPEC = StressSpec(
+    offset=64 * MIB, blocks=32768, block_size=4096, queue_depth=4, seed=9, flush_every=50, rate=30
+)
+
+ways = pytest.mark.parametrize(
+    ("at", "pivot"),
+    [("start", False), ("end", False), ("end", True)],
+    ids=["start", "end", "pivot"],
+)
+
+
+async def started(start_qemu, vm_dir, qemu_binary, rate=RATE):
+    built = await build(parse_scenario(SLOW, "slow"), vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(replace(built, disks=(slow(built.disks[0], rate),)), guest=True)
+    await vm.guest.stress(SPEC)
+    return vm
+
+
+async def goes_on(vm):
+    done = await vm.guest.stop_stress()
+    assert (done.bad, done.errors) == (0, 0), done
+    await nothing_of_ours(vm)
+
+
+class EnoughError(Exception):
+    pass
+
+
+async def felt(vm, vm_dir, at, pivot, latency, seconds=5.0):
+    """Copy for some seconds; return what the guest's requests took meanwhile, in seconds."""
+    alone = await vm.guest.latency()
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        target = vm_dir / f"{at}-{latency}.qcow2"
+        copying = disk.copy(target, at="start" if pivot else at, pivot=pivot, latency=latency)
+        with pytest.raises(EnoughError):  # noqa: PT012
+            async with copying as job:
+                async for seen in job:
+                    if seen.done > 0:
+                        break
+                await asyncio.sleep(2)  # so long it may take to see what the guest bears
+                await vm.guest.latency()
+                before = job.progress.done
+                await asyncio.sleep(seconds)
+                guest, seen = await vm.guest.latency(), job.progress
+                raise EnoughError
+    speed = (seen.done - before) / seconds
+    print(f"{at}, {latency} s: {guest} after {alone}; {speed / MIB:.1f} MiB/s; {seen}")
+    assert speed > 0.3 * MIB
+    return max(guest.mean_us, guest.waiting_us) / 1e6
+
+
+@ways
+async def test_the_guest_is_as_quick_as_is_wanted(start_qemu, vm_dir, qemu_binary, at, pivot):
+    """And is not, where nobody wants it."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    await asyncio.sleep(1)
+    without = await felt(vm, vm_dir, at, pivot, 0)
+    held = await felt(vm, vm_dir, at, pivot, WANTED)
+    await goes_on(vm)
+    assert without > 2 * WANTED
+    assert held < 2 * WANTED
+    assert held < 0.6 * without
+
+
+async def test_the_worst_of_several_disks_counts(start_qemu, vm_dir, qemu_binary):
+    """The other could be copied in no time, and its guest does nothing."""
+    built = await build(parse_scenario(TWO, "two"), vm_dir / "images", Tools.of(qemu_binary))
+    disks = (built.disks[0], slow(built.disks[1], RATE))
+    vm = await start_qemu(replace(built, disks=disks), guest=True)
+    await vm.guest.stress(replace(SPEC, disk=1, offset=56 * MIB, blocks=1024, rate=60))
+    speeds = []
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        targets = {one: vm_dir / f"{one.name}.qcow2" for one in await controller.disks()}
+        async with controller.copy(targets, at="end", latency=WANTED) as job:
+            async for seen in job:
+                speeds += [one["speed"] for one in await vm.execute("query-block-jobs")]
+                if seen.ready:
+                    break
+    print(job.result.latency, min(speeds), max(speeds))
+    assert max(speeds) < 2 * RATE
+    assert job.result.latency.mean < 1.5 * WANTED
+    await vm.guest.stop_stress(1)
+    await nothing_of_ours(vm)
+
+
+@pytest.mark.parametrize("words", [["--at", "end"], ["--at", "start", "--speed", "50M"]])
+async def test_the_command_tells_of_it(start_qemu, vm_dir, qemu_binary, words):
+    vm = await started(start_qemu, vm_dir, qemu_binary, rate=60 * MIB)
+    target = str(vm_dir / "copy.qcow2")
+    options = [*words, "--latency", "20ms"]
+    code, out, err = await cli("copy", vm.monitor_path, "vd0", target, *options, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(told)
+    felt = told["latency"]
+    assert felt["wanted"] == WANTED
+    assert 0 < felt["mean"] <= felt["longest"]
+    assert "kept to " in err
+    code, out, err = await cli("copy", vm.monitor_path, "vd0", target, *options, "--force")
+    assert code == 0, err
+    assert "(wanted: 20 ms); it was above that " in out
+    await goes_on(vm)
