@@ -15,7 +15,7 @@ import tracemalloc
 from pathlib import Path
 
 import qmpblock
-from bench import allocate, verify
+from bench import allocate, copy, verify
 from bench.live import CLUSTER, fragmented, running, served, wall
 from qmpblock.testing.images import Tools
 
@@ -146,6 +146,7 @@ async def main() -> None:
         await start_up(Path(folder), tools, given.rounds)
         verify.verify(Path(folder), tools, given.rounds)
         await allocate.all_of_it(Path(folder), tools, given.rounds)
+        await copy.all_of_it(Path(folder), tools, 1024, max(5, given.rounds), 8)
 
 
 asyncio.run(main())

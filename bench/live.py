@@ -60,12 +60,18 @@ async def served(vm: QemuProcess, node: str) -> AsyncIterator[str]:
         await vm.execute("nbd-server-stop")
 
 
-async def wall(*command: str) -> float:
-    """Run a command, its output to nowhere, and return the seconds it took."""
+async def wall(*command: str, quiet: bool = False) -> float:
+    """Run a command, its output to nowhere, and return the seconds it took.
+
+    :param quiet: also what it tells of its progress, and of errors.
+    """
     loop = asyncio.get_running_loop()
     begin = loop.time()
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL if quiet else None,
     )
     code = await process.wait()
     if code:

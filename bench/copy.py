@@ -1,0 +1,129 @@
+"""Copies of a running disk, against the other ways to make one: how long, and what the guest feels.
+
+    python -m bench.copy [--mib N] [--rounds N] [--seconds N] [--folder DIR] [--json]
+
+The disk has N MiB of data in twice as much: once in one piece, once scattered. All ways are taken
+in turn, within each round, on one VM; a ratio is of ours to the fastest of the others in that very
+round. All end with the copy on stable storage.
+
+The guest's latency is that of random writes of 4 KiB, few enough a second not to be the load: as
+its device saw it in QEMU (histograms), and the longest as the guest itself saw it. It is taken
+while nothing else runs, while we copy, and while QEMU's bare backup job does; then the same with
+a target that takes 4 MiB a second, for some seconds of a copy that is given up after them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.copying import OURS, Ways, disk_of, running
+from bench.feeling import feelings
+from qmpblock.testing.images import Tools
+
+FORMATS = ("raw", "qcow2")
+
+
+async def speeds(ways: Ways, fmt: str, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each way, round by round."""
+    loop = asyncio.get_running_loop()
+    taken: dict[str, list[float]] = {}
+    for number in range(rounds):
+        every = list(ways.all().items())
+        # Who comes first changes from round to round.
+        turn = number % len(every)
+        for name, copy in every[turn:] + every[:turn]:
+            os.sync()  # nobody waits for what was written before
+            begin = loop.time()
+            await copy(fmt)
+            taken.setdefault(name, []).append(loop.time() - begin)
+            ways.target.unlink()
+    return {name: taken[name] for name in ways.all()}
+
+
+def ratios(taken: dict[str, list[float]], name: str) -> list[float]:
+    """Return, of each round, what one way took, to the fastest of the peers'."""
+    peers = [times for peer, times in taken.items() if peer not in OURS]
+    fastest = [min(times) for times in zip(*peers, strict=True)]
+    return [a / b for a, b in zip(taken[name], fastest, strict=True)]
+
+
+def show_speeds(what: str, taken: dict[str, list[float]]) -> None:
+    """Print one table."""
+    print(f"\n{what}, {len(next(iter(taken.values())))} rounds in turn:")
+    best = min(min(times) for name, times in taken.items() if name not in OURS)
+    for name, times in taken.items():
+        each = ratios(taken, name)
+        print(
+            f"  {name:<20} median {statistics.median(times):>7.2f} s   best {min(times):>7.2f} s   "
+            f"ratio to the fastest peer: {statistics.median(each):>5.2f} (median), "
+            f"{min(times) / best:>5.2f} (best to best)"
+            + ("   at most 1.1" if name in OURS[:2] else "")
+        )
+
+
+def show_feelings(felt: dict[str, dict[str, float]]) -> None:
+    """Print what the guest felt."""
+    print("\nThe guest's writes, ms (median, 99 %, longest), and errors:")
+    for name, one in felt.items():
+        print(
+            f"  {name:<34} {one['median']:>8.2f} {one['p99']:>9.2f} {one['longest']:>9.1f}"
+            f"   of {one['writes']:.0f} writes; the guest's own longest "
+            f"{one['guest_longest']:.1f}, errors {one['errors']:.0f}"
+        )
+
+
+async def all_of_it(
+    folder: Path, tools: Tools, mib: int, rounds: int, seconds: float, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Measure, and print; return it all."""
+    version = (await tools.run(tools.img, "--version")).splitlines()[0]
+    told: dict[str, Any] = {"qemu": version, "mib": mib, "load": [os.getloadavg()]}
+    path = folder / "source.qcow2"
+    for kind in ("in one piece", "scattered"):
+        disk_of(path, mib, tools, scattered=kind == "scattered")
+        async with running(path, mib, tools) as ways:
+            for fmt in FORMATS:
+                taken = await speeds(ways, fmt, rounds)
+                told.setdefault("seconds", {}).setdefault(kind, {})[fmt] = taken
+                if not quiet:
+                    show_speeds(f"{mib} MiB of data in {2 * mib} MiB, {kind}, to {fmt}", taken)
+            if kind == "in one piece":
+                told["latency"] = await feelings(ways, seconds)
+                if not quiet:
+                    show_feelings(told["latency"])
+        path.unlink()
+    told["load"].append(os.getloadavg())
+    if not quiet:
+        loads = " and ".join(f"{load[0]:.1f}" for load in told["load"])
+        print(f"\nThe machine's load before and after: {loads}.")
+    return told
+
+
+async def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(prog="python -m bench.copy", description=__doc__)
+    parser.add_argument("--mib", type=int, default=1024, help="of data")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=8, help="of a copy to a slow target")
+    parser.add_argument("--folder", type=Path, help="on whose file system disk and copies lie")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    tools = Tools.of()
+    with tempfile.TemporaryDirectory(prefix="qmpblock-bench-", dir=given.folder) as folder:
+        told = await all_of_it(
+            Path(folder), tools, given.mib, given.rounds, given.seconds, quiet=given.json
+        )
+    if given.json:
+        json.dump(told, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
