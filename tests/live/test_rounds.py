@@ -1,6 +1,7 @@
 """A seeded sample of what tests/soak runs whole."""
 
 import pytest
+from copyrounds import KINDS, copies_under_stress
 from rounds import dying, kill_matrix, maps_under_stress, rounds, sample
 
 import qmpblock
@@ -59,3 +60,12 @@ async def test_a_half_open_connection_needs_its_own_monitor(scenario, start_qemu
             invariant.expect(r"socket")  # its descriptor stays with the other monitor
     async with qmpblock.connect(vm.monitor_path) as controller:
         await (await controller.disks())[0].map()
+
+
+async def test_copies_while_the_guest_writes(start_qemu, vm_dir, qemu_binary, qemu_version):
+    count, chance = 2, rounds(2)[1]
+    print(
+        await copies_under_stress(
+            start_qemu, vm_dir, qemu_binary, qemu_version, chance, count, kinds=KINDS
+        )
+    )

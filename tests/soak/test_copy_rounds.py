@@ -1,0 +1,12 @@
+"""Copies of disks to which the guest writes throughout, by chance: `make soak`."""
+
+import pytest
+from copyrounds import copies_under_stress
+from rounds import rounds
+
+pytestmark = [pytest.mark.live, pytest.mark.soak]
+
+
+async def test_copies_while_the_guest_writes(start_qemu, vm_dir, qemu_binary, qemu_version):
+    count, chance = rounds(200)
+    print(await copies_under_stress(start_qemu, vm_dir, qemu_binary, qemu_version, chance, count))
