@@ -55,7 +55,6 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.options import key_secret
 from qmpblock.graph.places import FileId
-from qmpblock.graph.writable import check_disk
 from qmpblock.host.imagefiles import images_of, local_path, status_of
 from qmpblock.host.openfiles import sees_directory
 from qmpblock.host.ourfiles import Directory
@@ -216,7 +215,6 @@ async def _item(
     vm: Connection, run: str, number: int, device: DiskDevice, fleece: Fleece, disks: int
 ) -> _Item:
     check_idle(device)
-    check_disk(device)
     await _check_iothread(vm, device)
     await _check_alone(vm, device)
     secret = await _key_secret(vm, device)

@@ -101,6 +101,30 @@ async def test_a_disk_for_reading_only_is_not_written(
     await nothing_of_ours(vm)
 
 
+@pytest.mark.parametrize("attach", [blockdev, drive, cd])
+async def test_it_is_copied(attach, start_qemu, build_images, vm_dir):
+    """Nothing of it is written, so nothing speaks against that: a CD beside the disk, say."""
+    built = await build_images()
+    vm = await start_qemu([], extra=attach(built))
+    before = files_of(built)
+    image = str(built.disks[0].active.path)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = await controller.disk("vd0")
+        points = ["end"] if vm.version < (10,) else ["start", "end"]  # a frozen one is written to
+        for at in points:
+            target = vm_dir / f"{at}.qcow2"
+            async with controller.copy({disk: target}, at=at, verify=at == "start"):
+                pass
+            result = await qmpblock.verify_images(image, str(target), format="qcow2")
+            assert result.equal, at
+        async with disk.point_in_time() as point:
+            assert point.uri
+        await disk.refresh()
+        assert disk.device.read_only
+    assert files_of(built) == before
+    await nothing_of_ours(vm)
+
+
 async def test_a_policy_for_it_is_refused(start_qemu, build_images, vm_dir):
     built = await build_images()
     vm = await start_qemu([], extra=blockdev(built))
