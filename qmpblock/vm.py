@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qmpblock.changes.step import Step
     from qmpblock.copying.job import CopyJob
     from qmpblock.copying.options import CopyWords
+    from qmpblock.copying.planned import PlannedCopy
     from qmpblock.copying.pointintime import PointInTime
     from qmpblock.graph.model import DiskDevice
     from qmpblock.qemu.job import Progress
@@ -223,6 +224,30 @@ class VM(Connection):
 
         return copy(self, targets, **options)
 
+    @names_copy_options
+    async def plan_copy(
+        self,
+        targets: Mapping[Disk, str | os.PathLike[str]],
+        **options: Unpack[CopyWords],
+    ) -> PlannedCopy:
+        """Say how `copy` would go about these disks, and what it takes; make none.
+
+        Which way it takes on this QEMU and why, what the guest feels, the bytes to read and to
+        write by the disks' maps, the room that is needed and there, and the time at the speed that
+        is asked for. What `copy` would refuse is refused, by the same errors; so is a disk on which
+        a controller that died left something, which `copy` undoes first.
+
+        Nothing is made. The maps need an export for a moment each, as `Disk.map`; where there can
+        be none the bytes are None, with a warning. A server of NBD is not asked: many serve one
+        client, and end.
+
+        :param options: as of `copy`.
+        :raise Error: as of `copy`, before it touches anything.
+        """
+        from qmpblock.copying.dryrun import dry_run
+
+        return await dry_run(self, targets, **options)
+
     async def recover(
         self,
         *,
@@ -315,6 +340,13 @@ class Disk(MappedDisk):
     ) -> AbstractAsyncContextManager[CopyJob]:
         """Copy this disk, while the guest goes on. See `VM.copy`."""
         return self.vm.copy({self: target}, **options)
+
+    @names_copy_options
+    async def plan_copy(
+        self, target: str | os.PathLike[str], **options: Unpack[CopyWords]
+    ) -> PlannedCopy:
+        """Say how `copy` would go about this disk, and what it takes. See `VM.plan_copy`."""
+        return await self.vm.plan_copy({self: target}, **options)
 
     def allocator(self) -> AbstractAsyncContextManager[Allocator]:
         """Allocate many ranges, thin, one after another, for what one costs.

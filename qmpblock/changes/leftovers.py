@@ -26,7 +26,14 @@ from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.survey import find, is_of, is_same_process, journals, survey
 from qmpblock.changes.unfinished import steps
-from qmpblock.errors import BusyError, CommandError, RecordError, UnsupportedError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    BusyError,
+    CommandError,
+    RecordError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.export.server import ServerUse, undo_dead_run
 from qmpblock.export.session import clear_dead
 from qmpblock.graph.model import BlockGraph
@@ -55,6 +62,7 @@ __all__ = [
     "CarryOn",
     "Recovery",
     "check_all_said",
+    "check_way",
     "clear",
     "make_way",
     "record_of",
@@ -512,6 +520,32 @@ async def make_way(
         if await lock.read(vm.monitor, name) is not None:
             async with polling.unpolled(vm.monitor):
                 await undisturbed(clear(name))
+
+
+async def check_way(vm: Connection, names: Iterable[str]) -> None:
+    """Refuse disks on which a controller is at work, or has left something. Changes nothing.
+
+    :param names: of the disks' locks.
+    :raise BusyError: names it.
+    """
+    for name in names:
+        holder = await lock.read(vm.monitor, name)
+        if holder is None:
+            continue
+        if isinstance(holder, str):
+            raise lock.unreadable(name, holder)
+        if holder.is_dead():
+            raise BusyError(
+                f"a controller that died left this disk in the middle of a change: {holder}",
+                standing=UNTOUCHED,
+                remedy="whatever changes the disk next undoes it first; so does: qmpblock recover "
+                "ADDRESS",
+            )
+        raise BusyError(
+            f"another controller is at work on this disk: {holder}",
+            standing=UNTOUCHED,
+            remedy="wait for it, or end it",
+        )
 
 
 async def undo_dead_change(

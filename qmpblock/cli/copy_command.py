@@ -11,6 +11,7 @@ import click
 from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, pair, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
+from qmpblock.cli.plannedcopy import said
 from qmpblock.cli.progress import reporting
 from qmpblock.errors import printable
 from qmpblock.sizes import human_size
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qmpblock.copying.job import CopyResult
     from qmpblock.copying.latency import GuestLatency
     from qmpblock.copying.options import CopyWords
+    from qmpblock.copying.planned import PlannedCopy
 
 __all__ = ["Latency", "command", "felt"]
 
@@ -85,12 +87,18 @@ class Latency(click.ParamType[float]):
     help="Compare each copy with the very point that it is of, before that is given up (--at "
     "start, files).",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Copy nothing; say how it would be done and why, what it takes, and how long.",
+)
 @unmanaged_option
 async def command(
     options: Options,
     address: str,
     targets: tuple[str, ...],
     moment: Literal["start", "end"] | None,
+    dry_run: bool,
     unmanaged: bool,
     **words: Unpack[CopyWords],
 ) -> int:
@@ -111,6 +119,8 @@ async def command(
         words["at"] = moment or "start"
         if any(_has_tls(file) for _, file in pairs):
             words["tls_creds"] = options.tls_creds
+        if dry_run:
+            return _say_planned(await vm.plan_copy(wanted, **words), json_wanted=options.json)
         async with vm.copy(wanted, **words) as job:
             warn(job.warnings)
             with reporting(f"copy of {', '.join(disk.name for disk in wanted)}") as show:
@@ -126,6 +136,17 @@ async def command(
     else:
         _say(result)
     return WARNED if result.warnings else 0
+
+
+def _say_planned(planned: PlannedCopy, *, json_wanted: bool) -> int:
+    if json_wanted:
+        emit(json.dumps(asdict(planned), indent=2) + "\n")
+    else:
+        for line in said(planned):
+            click.echo(line)
+        click.echo("nothing was copied (--dry-run)")
+    warn(planned.warnings)
+    return WARNED if planned.warnings else 0
 
 
 def _pairs(words: tuple[str, ...]) -> list[tuple[str, str]]:

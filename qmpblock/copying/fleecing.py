@@ -38,7 +38,7 @@ from qmpblock.chains.plan import check_idle, check_unchanged
 from qmpblock.changes.change import Change
 from qmpblock.changes.filters import Spot, put_filter, spot_in
 from qmpblock.changes.identity import identify
-from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.changes.operations import PointInTime
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
@@ -189,10 +189,11 @@ async def _end(change: Change[PointInTime]) -> None:
 
 @asynccontextmanager
 async def planned(
-    vm: Connection, disks: Sequence[MappedDisk], fleece: Fleece
+    vm: Connection, disks: Sequence[MappedDisk], fleece: Fleece, *, undo: bool = True
 ) -> AsyncIterator[Plan]:
     """Say what will be made, or refuse; only what a dead controller left is undone.
 
+    :param undo: whether it is; else that is an error, too.
     :raise Error: as of `fleecing`, before anything is touched.
     """
     paths = [disk.device.qom_path for disk in disks]
@@ -200,7 +201,7 @@ async def planned(
         raise RequestError("name the disks that are to be seen as they are now, each once")
     devices = [disk.device for disk in disks]
     await ownership.ask(vm.monitor, devices)
-    await make_way(vm, lock_names(devices))
+    await (make_way if undo else check_way)(vm, lock_names(devices))
     run, graph = new_run(), await vm.graph()
     with contextlib.ExitStack() as stack:
         items = []

@@ -7,9 +7,10 @@ import contextlib
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import undisturbed
+from qmpblock.copying.plan import Point
 from qmpblock.errors import CommandError
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Job, Progress
@@ -18,9 +19,7 @@ from qmpblock.qemu.jobstate import allows
 if TYPE_CHECKING:
     from qmpblock.copying.latency import GuestLatency, Pacer
 
-__all__ = ["CopyJob", "CopyResult", "DiskCopy", "Point", "joined", "working"]
-
-Point = Literal["start", "end", "pivot"]
+__all__ = ["CopyJob", "CopyResult", "DiskCopy", "joined", "working"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
 from qmpblock.chains.settings import lost_by_snapshot
-from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.frozen import check_frozen
 from qmpblock.copying.options import CopyOptions
@@ -41,16 +41,19 @@ async def look(
     vm: Connection,
     targets: Mapping[DiskT, str | os.PathLike[str]],
     options: CopyOptions,
+    *,
+    undo: bool = True,
 ) -> list[CopyPlan]:
     """Say what goes where, or refuse; only what a dead controller left is undone.
 
+    :param undo: whether it is; else that is an error, too.
     :raise Error: it cannot be done; nothing was touched.
     """
     at, force = options.point, options.force
     devices = [disk.device for disk in targets]
     pivot, freezes = at == "pivot", at == "start" and vm.capabilities.jobs_misread_views
     await ownership.ask(vm.monitor, devices)
-    await make_way(vm, lock_names(devices))
+    await (make_way if undo else check_way)(vm, lock_names(devices))
     graph = await vm.graph()
     plans: list[CopyPlan] = []
     for disk, file in targets.items():

@@ -19,8 +19,7 @@ from qmpblock.errors import RequestError
 if TYPE_CHECKING:
     import os
 
-    from qmpblock.copying.job import Point
-    from qmpblock.copying.plan import Layers
+    from qmpblock.copying.plan import Layers, Point
 
 __all__ = ["CopyOptions", "CopyWords", "names_copy_options", "parse_latency"]
 

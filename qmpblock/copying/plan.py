@@ -13,12 +13,13 @@ from qmpblock.graph.model import DiskDevice, Layer
 from qmpblock.graph.options import key_secret
 from qmpblock.graph.writable import check_disk
 
-__all__ = ["FORMATS", "CopyPlan", "Layers", "plan_copy"]
+__all__ = ["FORMATS", "CopyPlan", "Layers", "Point", "plan_copy"]
 
 #: What a target's file can be.
 FORMATS = ("qcow2", "raw")
 
 Layers = Literal["all", "top"]
+Point = Literal["start", "end", "pivot"]
 
 
 @dataclass(frozen=True)

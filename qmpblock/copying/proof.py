@@ -32,8 +32,8 @@ from qmpblock.sizes import human_size
 if TYPE_CHECKING:
     from qmpblock.copying.backups import Backups
     from qmpblock.copying.hostspace import HostSpace
-    from qmpblock.copying.job import CopyJob, Point
-    from qmpblock.copying.plan import CopyPlan
+    from qmpblock.copying.job import CopyJob
+    from qmpblock.copying.plan import CopyPlan, Point
     from qmpblock.copying.verify import Verification
     from qmpblock.nbd import Client
     from qmpblock.qemu.connection import Connection
@@ -44,9 +44,13 @@ __all__ = ["check_provable", "prove", "work"]
 _PHASE = "verifying"
 
 
-async def check_provable(vm: Connection, plans: Sequence[CopyPlan], at: Point) -> None:
+async def check_provable(
+    vm: Connection, plans: Sequence[CopyPlan], at: Point, *, tries: bool = True
+) -> None:
     """Refuse what could not be proven once it is copied; nothing is touched.
 
+    :param tries: whether the VM's NBD server is started for it, and stopped: where nobody else
+        starts it in the same breath.
     :raise UnsupportedError: there will be no point to prove it against, or nothing to read it by.
     :raise BusyError: somebody has the VM's NBD server, of which there is one.
     """
@@ -81,6 +85,8 @@ async def check_provable(vm: Connection, plans: Sequence[CopyPlan], at: Point) -
         )
     for plan in plans:
         await check_access(vm.monitor, vm.nbd, plan.device)
+    if not tries:
+        return
     # Whether a foreign server runs QEMU does not tell, but by starting ours.
     async with exports(vm.monitor, None, [], access=vm.nbd, stall=vm.stall):
         pass

@@ -16,10 +16,9 @@ from qmpblock.allocation.rawfile import raw_file
 from qmpblock.allocation.room import RoomPlan, plan_room
 from qmpblock.allocation.staged import SLICE, check_staged
 from qmpblock.chains.plan import plan_stream
-from qmpblock.changes.leftovers import make_way
+from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.errors import (
     UNTOUCHED,
-    BusyError,
     Error,
     NotFoundError,
     RequestError,
@@ -33,14 +32,14 @@ from qmpblock.host.space import HostSpace, blank_ranges
 from qmpblock.managers import Verb, Work
 from qmpblock.names import lock_names
 from qmpblock.policy.steps import Changes, Facts, Picture, plan_changes
-from qmpblock.qemu import lock, ownership
+from qmpblock.qemu import ownership
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.mapping import LayerMap
     from qmpblock.policy.file import DiskPolicy
-    from qmpblock.vm import VM, Disk
+    from qmpblock.vm import Disk
 
 __all__ = ["DiskPlan", "look", "share_space"]
 
@@ -120,7 +119,7 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
     if undo:
         await make_way(vm, lock_names([disk.device]))
     else:
-        await _check_free(vm, lock_names([disk.device]))
+        await check_way(vm, lock_names([disk.device]))
     layers = await disk.layers()
     active = disk.chain.active
     today = Picture(tuple(one.layer.file for one in layers), tuple(one.map for one in layers))
@@ -215,26 +214,6 @@ async def _warnings(
         recording = [bitmap.name for bitmap in bitmaps if bitmap.recording]
         warnings += [growth_warning(name, changes.reserve) for name in recording]
     return tuple(warnings)
-
-
-async def _check_free(vm: VM, names: tuple[str, ...]) -> None:
-    for name in names:
-        holder = await lock.read(vm.monitor, name)
-        if holder is None:
-            continue
-        if isinstance(holder, str):
-            raise lock.unreadable(name, holder)
-        if holder.is_dead():
-            raise BusyError(
-                f"a controller that died left this disk in the middle of a change: {holder}",
-                standing=UNTOUCHED,
-                remedy="apply undoes it first; so does: qmpblock recover ADDRESS",
-            )
-        raise BusyError(
-            f"another controller is at work on this disk: {holder}",
-            standing=UNTOUCHED,
-            remedy="wait for it, or end it",
-        )
 
 
 def _base(disk: Disk, wanted: DiskPolicy) -> int:

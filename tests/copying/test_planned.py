@@ -1,0 +1,132 @@
+"""What a copy would be: bytes, room, time, and why."""
+
+from dataclasses import replace
+
+import pytest
+from drawing import chain
+
+from qmpblock.copying.options import CopyOptions
+from qmpblock.copying.plan import plan_copy
+from qmpblock.copying.planned import (
+    PlannedCopy,
+    PlannedDisk,
+    Room,
+    amounts,
+    felt,
+    lacking,
+    seconds,
+    way_of,
+    why,
+)
+from qmpblock.extents.allocationmap import AllocationMap
+
+K, M = 1 << 10, 1 << 20
+
+
+def device():
+    """Return a disk of 16M, qcow2 over qcow2."""
+    found = chain("d0", "d1").device("d0").graph().device("vd0")
+    layers = [replace(one, node=replace(one.node, size=16 * M)) for one in found.chain.layers]
+    return replace(found, chain=replace(found.chain, layers=tuple(layers)))
+
+
+def plan(fmt="qcow2", layers="all"):
+    return plan_copy(device(), "/i/copy", fmt, layers, pivot=False)
+
+
+def seen(*records):
+    """Return the map of the disk: (start, length, depth, zero), the rest held by nobody."""
+    at, said = 0, []
+    for start, length, depth, zero in [*records, (16 * M, 0, 0, True)]:
+        if start > at:
+            said.append((at, start - at, 1, False, True, False))
+        if length:
+            said.append((start, length, depth, True, zero, not zero))
+        at = start + length
+    keys = ("start", "length", "depth", "present", "zero", "data")
+    return AllocationMap.from_qemu_img([dict(zip(keys, one, strict=True)) for one in said])
+
+
+# 100K of the active layer, which touch three units; zeros there; 2M of the one below.
+SEEN = seen((60 * K, 100 * K, 0, False), (M, M, 0, True), (4 * M, 2 * M, 1, False))
+
+
+def test_what_is_read_and_written():
+    found = amounts(plan(), CopyOptions(), SEEN)
+    assert (found.read, found.write) == (100 * K + 2 * M, 192 * K + 2 * M)
+    found = amounts(plan(layers="top"), CopyOptions(layers="top"), SEEN)
+    assert (found.read, found.write) == (100 * K, 192 * K)
+
+
+def test_what_counts_for_the_speed():
+    """Measured on 7.2 and 11.1: a backup's limit counts all that it goes over, a mirror's data."""
+    assert amounts(plan(), CopyOptions(), SEEN).paced == 16 * M
+    assert amounts(plan(), CopyOptions(at="end"), SEEN).paced == 192 * K + 2 * M
+    assert amounts(plan(), CopyOptions(pivot=True), SEEN).paced == 192 * K + 2 * M
+    top = amounts(plan(layers="top"), CopyOptions(layers="top"), SEEN)
+    assert top.paced == 192 * K + M
+
+
+def test_the_room_that_a_target_needs():
+    thin = amounts(plan("qcow2"), CopyOptions(), SEEN)
+    assert thin.write < thin.taken < thin.write + M
+    assert amounts(plan("raw"), CopyOptions(), SEEN).taken == 16 * M  # reserved, until it is whole
+    assert amounts(plan("raw"), CopyOptions(at="end"), SEEN).taken == 192 * K + 2 * M
+
+
+def test_a_disk_that_holds_nothing():
+    found = amounts(plan(), CopyOptions(at="end", speed=M), seen())
+    assert (found.read, found.write, found.paced) == (0, 0, 0)
+
+
+def test_the_time():
+    assert seconds([16 * M], 4 * M) == 4
+    assert seconds([16 * M, 4 * M], 4 * M) == 8  # each has half of it
+    assert seconds([16 * M], 0) is None
+
+
+def test_less_room_than_targets_need_together():
+    a, b, c = Room("/a", 6, 10), Room("/a/b", 6, 10), Room("/c", 10, 10)
+    assert list(lacking([(1, a), (2, c)])) == []
+    [said] = lacking([(1, a), (1, b), (2, c)])
+    assert "10 bytes free" in said
+    assert "12 there" in said
+
+
+@pytest.mark.parametrize(
+    ("point", "misread", "way", "told"),
+    [
+        ("start", False, "views", "QEMU 11.1.2 can have backup jobs read a point in time"),
+        ("start", True, "frozen layers", "before 10.0"),
+        ("end", True, "mirrors", "background mirror"),
+        ("pivot", False, "mirrors", "background mirror"),
+    ],
+)
+def test_the_way(point, misread, way, told):
+    assert way_of(point, misread=misread) == way
+    assert told in why(way, "11.1.2")
+
+
+def test_what_the_guest_feels():
+    one = plan()
+    assert not any("paused" in text for text in felt(CopyOptions(), "views", [one], pauses=False))
+    assert any("paused" in text for text in felt(CopyOptions(), "views", [one, one], pauses=False))
+    frozen = " ".join(felt(CopyOptions(), "frozen layers", [one], pauses=True))
+    assert "qmpblock recover IMAGE" in frozen
+    assert "K26" in frozen
+    assert any(
+        "stale" in text for text in felt(CopyOptions(pivot=True), "mirrors", [one], pauses=False)
+    )
+    slow = felt(CopyOptions(latency=0.02), "views", [one], pauses=False)
+    assert any("take 20 ms on average" in text for text in slow)
+    assert not any(
+        "server" in text for text in felt(CopyOptions(at="end"), "mirrors", [one], pauses=False)
+    )
+
+
+def test_a_sum_is_known_where_all_parts_are():
+    disk = PlannedDisk("vd0", "/i/d0", "/i/copy", "raw", 16 * M, 5, 6, None, None)
+    whole = PlannedCopy("end", "mirrors", "", (), (disk, disk))
+    assert (whole.read, whole.write) == (10, 12)
+    part = replace(whole, disks=(disk, replace(disk, read=None, write=None)))
+    assert (part.read, part.write) == (None, None)
