@@ -24,6 +24,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-N-file        its storage
                           qmpblock-RUN-to-N, -to-N-file
                                                      what disk N is copied to
+                          qmpblock-RUN-to-N-left     on which is drawn what of it is left to copy
                           qmpblock-RUN-z, -window, -view, -filter, -kept, -kept-file
                                                      for zeros to be stored (`allocation.filling`)
                           qmpblock-RUN-joint         by which these lie on the image
@@ -40,6 +41,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-listen        listening socket
                           qmpblock-RUN-no-migration  image of that node, also its memfd
     dirty bitmaps         qmpblock-RUN-BITMAP        becomes BITMAP once its node is writable
+                          qmpblock-RUN-to-N-left     what of disk N is left to copy
 
     on a host, files      IMAGE.qmpblock-RUN         temporary overlay of an allocation
                           OVERLAY-z, OVERLAY-k       beside it: zeros; what the filter keeps
@@ -113,6 +115,7 @@ __all__ = [
     "journal_beside",
     "journal_in_state",
     "kept_file",
+    "left_bitmap",
     "listener_name",
     "lock_kind",
     "lock_name",
@@ -361,6 +364,14 @@ def overlay_node(run: str, number: int) -> str:
 def target_node(run: str, number: int) -> str:
     """Return the node of what a disk is copied to; `number`: of the disks of that copy."""
     return _named(run, f"to-{number}")
+
+
+def left_bitmap(target: str) -> str:
+    """Return the dirty bitmap of what is left to copy to a target's node.
+
+    Also the node on which it is drawn. See `qmpblock.copying.resuming`.
+    """
+    return f"{target}-left"
 
 
 def storage_node(overlay: str) -> str:

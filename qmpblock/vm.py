@@ -193,7 +193,8 @@ class VM(Connection):
         A target bears the name TARGET.partial until all of it is on stable storage. With `pivot` it
         has its own name at once, the guest goes on in it, and what was active is stale; of several
         disks all go over or none, whoever dies. Cancelled or failed, there is no copy, the guest is
-        where it was, and nothing is left.
+        where it was, and nothing is left; but TARGET.partial where something had been copied, and
+        not for want of room (`CopyJob.kept`): `resume` goes on from it.
 
         :param targets: for each disk the path of its copy, of a new file or of a block device, or
             an NBD URI; relative paths count from the current directory. An encrypted disk's copy is
@@ -214,6 +215,9 @@ class VM(Connection):
         :param latency: seconds that the guest's reads and writes may take, on average, on the worst
             of the disks: the copy goes as fast as leaves them that, within `speed`, but never
             slower than a MiB a second; 0 is no limit. `job.progress` has what it is.
+        :param resume: go on from TARGET.partial where there is one, or from whatever a block device
+            or a server holds: it is compared with the disk as it is now, and what it has not, or
+            has otherwise, is copied. Only of the start: of the instant in which this is entered.
         :raise RequestError: a file is there already, or it is not possible; nothing was touched.
         :raise UnsupportedError: this QEMU cannot do it safely; nothing was touched.
         :raise BusyError: a job, or another controller, is at work on one of the disks.

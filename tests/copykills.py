@@ -25,6 +25,24 @@ class Copying(Operation):
             assert not os.path.lexists(f"{target}.partial")
 
 
+class Resuming(Copying):
+    """A copy that goes on from one that lacks a part, and has another part otherwise."""
+
+    async def prepare(self, tools, directory):
+        for target in self.request(directory)["targets"].values():
+            image = directory / self.chains[0][0]
+            partial = f"{target}.partial"
+            convert = ("convert", "-f", "qcow2", "-O", "qcow2", str(image), partial)
+            await tools.run(tools.img, *convert)
+            change = ("-c", "write -P 0xee 1M 300K", "-c", "write -z 3M 100K")
+            await tools.run(tools.io, "-f", "qcow2", *change, partial)
+
+    def check_left(self, directory):
+        """See that nothing of what was there is lost: a part of a copy stays, or is whole."""
+        for target in self.request(directory)["targets"].values():
+            assert os.path.lexists(target) or os.path.lexists(f"{target}.partial"), target
+
+
 def _operations():
     plain, iothread = CHAIN.format(attach=""), CHAIN.format(attach=IOTHREAD)
     chain = ("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw")
@@ -73,6 +91,9 @@ def _starts():
     yield Copying("copy-start-verified", plain, verified | {"targets": one}, (chain,))
     iothread = CHAIN.format(attach=IOTHREAD)
     yield Copying("copy-start-iothread", iothread, start | {"targets": one}, (chain,))
+    again = start | {"resume": True, "targets": one}
+    yield Resuming("copy-start-resumed", plain, again, (chain,))
+    yield Resuming("copy-start-resumed-iothread", iothread, again, (chain,))
     yield Copying(
         "copy-start-of-two",
         TWO.format(),

@@ -112,8 +112,14 @@ class Operation:
         text = json.dumps(self.what).replace("{}", str(directory))
         return json.loads(text) | ({"speed": SLOW} if slow else {})
 
+    async def prepare(self, tools, directory):
+        """Make what has to be there besides the images, before the VM is started."""
+
     async def check_done(self, address, directory):
         """See that it is done to the VM at an address, where that shows in more than the chains."""
+
+    def check_left(self, directory):
+        """See that what must be left of it is, whoever died."""
 
 
 def _operations():
@@ -381,6 +387,7 @@ class _Point:
         await self.matrix.tools.run(
             "cp", "-R", "--sparse=always", str(self.matrix.built.directory), str(self.images)
         )
+        await self.operation.prepare(self.matrix.tools, self.images)
         built = [
             dataclasses.replace(disk, active=_moved(disk.active, self.images))
             for disk in self.matrix.built.disks
@@ -416,6 +423,8 @@ class _Point:
         if error is not None:
             error.add_note(f"at the point: {self.label}")
             error.add_note(self.vm.evidence())
+        else:
+            self.operation.check_left(self.images)
         await self.vm.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qmpblock.changes.record import Record, lies_on_something, pivoted
+from qmpblock.changes.record import Record, lies_on_something, pivoted, without_bitmaps
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.graph.jsonname import from_text
 from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.names import is_ours
 from qmpblock.qemu.jobstate import ACTIVE
 from qmpblock.versioned import UnreadableError
 
@@ -166,12 +167,31 @@ class FrozenCopy(StagedCommit):
     `files`: by its name it is not whole, until it is.
 
     :ivar wires: as of a `Copy`.
+    :ivar drawn: the dirty bitmap, as (node, name), of what is left to copy: of the image that is
+        frozen, which stays.
     """
 
     operation: ClassVar[str] = "copy"
     served: ClassVar[str] = "it was copied to, and QEMU has to close it"
 
     wires: tuple[tuple[str, str], ...] = ()
+    drawn: tuple[tuple[str, str], ...] = ()
+
+    def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
+        """Bring the overlay home, before it what was read of the target, and the bitmap."""
+        home = super().way_home(graph, stale=stale)
+        return (*self._serving(graph), *home) if home else ()
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Leave neither export nor bitmap."""
+        yield from self._serving(graph)
+        yield from super().gives_back(graph, done=done)
+
+    def _serving(self, graph: BlockGraph) -> Iterable[Step]:
+        for export, node in graph.exports.items():
+            if node in self.nodes and is_ours(export):
+                yield Step("end-export", export, "what was copied was compared by it")
+        yield from without_bitmaps(graph, self.drawn)
 
 
 def zeroes_of(graph: BlockGraph, node: str, value: str, why: str) -> Iterable[Step]:

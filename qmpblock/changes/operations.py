@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.homing import FrozenCopy, Pivoting, StagedCommit, check_settings, zeroes_of
-from qmpblock.changes.record import Link, Record, lies_on_something, pivoted
+from qmpblock.changes.record import Link, Record, lies_on_something, pivoted, without_bitmaps
 from qmpblock.changes.step import Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
@@ -342,15 +342,6 @@ def read_record(data: Any, run: str | None = None) -> Record:
 
 def _says(name: str, said: Mapping[str, Any]) -> bool:
     return name not in _KNOWN or said[name] not in ("", [], ())
-
-
-def without_bitmaps(graph: BlockGraph, added: Iterable[tuple[str, str]]) -> list[Step]:
-    """Return what removes dirty bitmaps that are there."""
-    return [
-        Step("delete-bitmap", f"{node}/{name}", "we added it, and it is not needed any more")
-        for node, name in added
-        if node in graph.nodes and any(one.name == name for one in graph.nodes[node].bitmaps)
-    ]
 
 
 def _below(graph: BlockGraph, node: str) -> str | None:

@@ -20,7 +20,15 @@ from qmpblock.names import LockKind, is_of_run, is_pivot, is_run, lock_kind
 from qmpblock.qemu.jobstate import ACTIVE
 from qmpblock.versioned import UnreadableError, plain
 
-__all__ = ["PIVOTED", "Link", "Record", "VMIdentity", "lies_on_something", "pivoted"]
+__all__ = [
+    "PIVOTED",
+    "Link",
+    "Record",
+    "VMIdentity",
+    "lies_on_something",
+    "pivoted",
+    "without_bitmaps",
+]
 
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
@@ -307,3 +315,12 @@ def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the last word of these entries is that the base is the image to trust."""
     words = [entry[PIVOTED] for entry in entries if PIVOTED in entry]
     return bool(words) and words[-1] is True
+
+
+def without_bitmaps(graph: BlockGraph, added: Iterable[tuple[str, str]]) -> list[Step]:
+    """Return what removes dirty bitmaps that are there."""
+    return [
+        Step("delete-bitmap", f"{node}/{name}", "we added it, and it is not needed any more")
+        for node, name in added
+        if node in graph.nodes and any(one.name == name for one in graph.nodes[node].bitmaps)
+    ]

@@ -23,8 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qmpblock.changes.operations import without_bitmaps
-from qmpblock.changes.record import Record
+from qmpblock.changes.record import Record, without_bitmaps
 from qmpblock.changes.step import Choice, Step
 from qmpblock.graph.layeruse import may_go
 from qmpblock.graph.model import BlockGraph

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
@@ -17,12 +20,12 @@ from qmpblock.errors import printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
-    from qmpblock.copying.job import CopyResult
+    from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy
     from qmpblock.copying.latency import GuestLatency
     from qmpblock.copying.options import CopyWords
     from qmpblock.copying.planned import PlannedCopy
 
-__all__ = ["Latency", "command", "felt"]
+__all__ = ["Latency", "command", "felt", "telling_kept"]
 
 
 class Latency(click.ParamType[float]):
@@ -88,6 +91,12 @@ class Latency(click.ParamType[float]):
     "start, files).",
 )
 @click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from TARGET.partial, if there is one: compare it with the disk as it is now, and "
+    "copy what it has not, or has otherwise (--at start).",
+)
+@click.option(
     "--dry-run",
     is_flag=True,
     help="Copy nothing; say how it would be done and why, what it takes, and how long.",
@@ -107,7 +116,8 @@ async def command(
     TARGET is a new file, which bears the name TARGET.partial until all of it is on stable
     storage; a block device; or an NBD server: nbd://HOST[:PORT]/EXPORT, nbds://... (with
     --tls-creds), nbd+unix:///EXPORT?socket=PATH. A single disk can be named as ADDRESS DISK
-    TARGET, too. Interrupted, there is no copy, and the guest is where it was.
+    TARGET, too. Interrupted, there is no copy, and the guest is where it was; what was copied
+    is kept as TARGET.partial, from which --resume goes on.
     """
     pairs = _pairs(targets)
     if words["pivot"] and moment is not None:
@@ -121,13 +131,15 @@ async def command(
             words["tls_creds"] = options.tls_creds
         if dry_run:
             return _say_planned(await vm.plan_copy(wanted, **words), json_wanted=options.json)
-        async with vm.copy(wanted, **words) as job:
-            warn(job.warnings)
-            with reporting(f"copy of {', '.join(disk.name for disk in wanted)}") as show:
-                async for seen in job:
-                    show(seen)
-                    if seen.ready:
-                        job.completion.set()
+        with telling_kept() as note:
+            async with vm.copy(wanted, **words) as job:
+                note(job)
+                warn(job.warnings)
+                with reporting(f"copy of {', '.join(disk.name for disk in wanted)}") as show:
+                    async for seen in job:
+                        show(seen)
+                        if seen.ready:
+                            job.completion.set()
         result = job.result
     assert result is not None  # leaving without an error sets it
     warn(result.warnings[len(job.warnings) :])
@@ -136,6 +148,22 @@ async def command(
     else:
         _say(result)
     return WARNED if result.warnings else 0
+
+
+@contextlib.contextmanager
+def telling_kept() -> Iterator[Callable[[CopyJob], None]]:
+    """Have a copy that is interrupted say what it leaves; an error says it itself.
+
+    Yields what is to be called with its job.
+    """
+    jobs: list[CopyJob] = []
+    try:
+        yield jobs.append
+    except asyncio.CancelledError:
+        for job in jobs:
+            if job.kept:
+                click.echo(job.kept_words, err=True)
+        raise
 
 
 def _say_planned(planned: PlannedCopy, *, json_wanted: bool) -> int:
@@ -167,11 +195,21 @@ _OF = {
 }
 
 
+def _went_on(one: DiskCopy) -> str:
+    if one.missing is None or one.compared is None:
+        return ""
+    return (
+        f" this time; of {human_size(one.compared)} that were compared {human_size(one.missing)} "
+        "were missing or had changed, and were copied"
+    )
+
+
 def _say(result: CopyResult) -> None:
     for one in result.disks:
         click.echo(
             f"{printable(one.disk)}: copied to {printable(one.target)}, {one.format}, "
             f"{human_size(one.size)}, {_OF[result.point]}"
+            + _went_on(one)
             + ("; compared with it: the same" if result.verified else "")
         )
         if result.point == "pivot":

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group
-from qmpblock.copying.job import CopyJob
+from qmpblock.copying.job import CopyJob, is_worth
+from qmpblock.copying.resuming import find_left
 from qmpblock.errors import JobError
 from qmpblock.qemu.job import Job, Progress
 
@@ -35,6 +36,7 @@ class Backups:
 
     :ivar ids: of the jobs.
     :ivar last: how each job was last seen, by what people call the disk.
+    :ivar stays: whether QEMU refuses to migrate meanwhile.
     """
 
     vm: Connection
@@ -44,15 +46,18 @@ class Backups:
     last: dict[str, Progress] = field(default_factory=dict)
     held: float = 0.0  # seconds of the guest's I/O
     attempts: int = 1  # at being of one instant
+    stays: bool = False
 
     async def work(self) -> None:
-        """Copy all.
+        """Copy all; of what is resumed, what it has not.
 
         Cancelling leaves jobs: whoever undoes the copy cancels them.
 
         :raise JobError: a job failed: its target did, or the point was given up.
         :raise StalledError: one did not move.
+        :raise NBDError: what is resumed, or its point, cannot be read.
         """
+        await find_left(self.vm, self.targets, self.job, held=self.stays)
         jobs = tuple(Job(self.vm.monitor, name, "backup") for name in self.ids)
         self.job.runs(jobs)
         try:
@@ -68,10 +73,13 @@ class Backups:
 
     def arguments(self, target: CopyTarget) -> dict[str, Any]:
         """Return what QEMU is asked for."""
+        how: dict[str, Any] = {"sync": target.plan.sync}  # a view's top is the disk's
+        if target.left is not None:
+            how = {"sync": "bitmap", "bitmap": target.left.bitmap, "bitmap-mode": "never"}
         return {
             "device": target.source,
             "target": target.node,
-            "sync": target.plan.sync,  # of a view, its uppermost layer is what the disk's was
+            **how,
             "on-source-error": "report",
             "on-target-error": "enospc",
             "speed": self.job.share(),
@@ -83,6 +91,7 @@ class Backups:
         async for seen in job.follow(converging=self.vm.stall):
             self.last[name] = seen
             self.job.publish(name, seen)
+            target.keeps = target.resumed or is_worth(seen)
             if seen.status == "pending" and not finalized:
                 finalized = True
                 await job.finalize()

@@ -43,7 +43,8 @@ from qmpblock.copying.look import backing_name, look
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.pacing import paced
-from qmpblock.copying.proof import check_provable, work
+from qmpblock.copying.proof import check_provable, check_served, work
+from qmpblock.copying.resuming import give_up
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
 from qmpblock.copying.wiretarget import bounded, cut_on_error
@@ -94,6 +95,8 @@ async def copy(
     check_servers(vm, plans, credentials)
     if verify:
         await check_provable(vm, plans, at)
+    elif options.resume:
+        await check_served(vm, plans)
     run = new_run()
     pacer = Pacer(options.latency, options.speed) if options.latency else None
     job = CopyJob(tuple(warning for plan in plans for warning in plan.warnings), pacer)
@@ -104,7 +107,8 @@ async def copy(
         for number, plan in enumerate(plans):
             node = target_node(run, number)
             name = backing_name(vm, plan)
-            made = target_of(vm, plan, node, number, name, credentials, force=force, pivots=pivots)
+            how = {"force": force, "pivots": pivots, "resume": options.resume}
+            made = target_of(vm, plan, node, number, name, credentials, **how)
             files.append(stack.enter_context(made))
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
@@ -139,7 +143,9 @@ def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
     plan = file.plan
     done = jobs.last[plan.device.name].done
     source = plan.device.chain.active.file
-    return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done)
+    left = file.left
+    figures = (None, None) if left is None else (left.compared, left.missing)
+    return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done, *figures)
 
 
 async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivot: bool) -> Copy:
@@ -212,8 +218,8 @@ async def _of_disks(
                     yield mirrors
                     job.completion.set()
                 await undisturbed(_finish(change, files))
-        except BaseException:
-            await undisturbed(_remove_marked(change, files))
+        except BaseException as error:
+            await undisturbed(_remove_marked(change, files, job, error))
             raise
 
 
@@ -238,8 +244,8 @@ async def _of_views(
             await file.make(vm, lambda _: None)
         async with planned(vm, disks, fleece) as plan:
             change = Change(vm, await _record_of_views(vm, plan, files))
-            backups = Backups(vm, change.record.helpers, files, job)
             await change.begin()
+            backups = Backups(vm, change.record.helpers, files, job, stays=change.held)
             async with (
                 change.or_undo(lambda: _undone(files)),
                 cut_on_error(vm, change.record.helpers, files),
@@ -249,13 +255,12 @@ async def _of_views(
                     await file.open(vm)  # or fail, before the guest's disk is touched
                 with bounded(files):
                     await take(vm, change, plan)
-                proving = partial(work, backups, proven=verify, held=change.held)
+                proving = partial(work, backups, proven=verify)
                 async with working(paced(vm, job, files, proving), job):
                     yield backups
                 await undisturbed(_finish(change, files))
-    except BaseException:
-        for file in files:
-            await undisturbed(file.remove())
+    except BaseException as error:
+        await undisturbed(give_up(files, job, error))
         raise
 
 
@@ -274,14 +279,14 @@ async def _of_layers(
     try:
         async with frozen(vm, files, prepare) as layers:
             backups = FrozenBackups(vm, layers.jobs, files, job, frozen=layers.disks)
-            proving = partial(work, backups, proven=verify, held=layers.held_here)
+            backups.stays = layers.held_here
+            proving = partial(work, backups, proven=verify)
             async with working(paced(vm, job, files, proving), job):
                 yield backups
         backups.held = layers.held_guest
         await undisturbed(_finish_all(files))
-    except BaseException:
-        for file in files:
-            await undisturbed(file.remove())
+    except BaseException as error:
+        await undisturbed(give_up(files, job, error))
         raise
 
 
@@ -345,14 +350,15 @@ async def _finish_all(files: Sequence[CopyTarget]) -> None:
         await file.finish()
 
 
-async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget]) -> None:
-    """Remove targets that are not whole: QEMU closes them first."""
+async def _remove_marked(
+    change: Change[Copy], files: Sequence[CopyTarget], job: CopyJob, error: BaseException
+) -> None:
+    """Leave of targets that are not whole what `give_up` does: QEMU closes them first."""
     if isinstance(change.record, Move):
         return  # its journal tells which are ours, and whether the guest is there
     with contextlib.suppress(Error):  # whoever undoes it says why
         await settle(change.vm, change.record, change.journal, Choice.UNDO)
-    for file in files:
-        await file.remove()
+    await give_up(files, job, error)
 
 
 def _undone(files: Sequence[CopyTarget], mirrors: Mirrors | None = None) -> str:

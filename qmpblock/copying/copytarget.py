@@ -15,16 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.graph.places import FileId
-from qmpblock.names import storage_node
+from qmpblock.names import left_bitmap, storage_node
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["CopyTarget", "LocalTarget", "for_zeros"]
+__all__ = ["CopyTarget", "Left", "LocalTarget", "for_zeros"]
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a target had not, or had otherwise, when the copy went on from it. All in bytes.
+
+    :ivar bitmap: the dirty bitmap of it, of the target's `source`.
+    :ivar missing: how much it is, in whole clusters of 64 KiB.
+    :ivar compared: how much was compared to find it.
+    """
+
+    bitmap: str
+    missing: int
+    compared: int
 
 
 class CopyTarget(Protocol):
@@ -32,11 +47,17 @@ class CopyTarget(Protocol):
 
     :ivar node: what its node in QEMU is called.
     :ivar source: the view that is copied; empty: the disk itself.
+    :ivar resumed: whether it holds something already, from which the copy goes on.
+    :ivar left: what it had not, or had otherwise, where that was looked for.
+    :ivar keeps: whether, should the copy fail, another one can go on from what is there.
     """
 
     plan: CopyPlan
     node: str
     source: str
+    resumed: bool
+    left: Left | None
+    keeps: bool
 
     @property
     def path(self) -> str:
@@ -86,8 +107,11 @@ class CopyTarget(Protocol):
         :raise Error: it is not certain that it is.
         """
 
-    async def remove(self) -> None:
-        """Leave nothing that could be taken for a copy, where that can be done."""
+    async def remove(self) -> str | None:
+        """Leave nothing that could be taken for a copy, where that can be done.
+
+        :return: by which name there is what another copy can go on from; None: there is nothing.
+        """
 
 
 def for_zeros(source: str) -> dict[str, str]:
@@ -103,11 +127,13 @@ class LocalTarget:
     """What is the same for all targets that are reached without a server."""
 
     node: str
+    resumed: bool
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Its image, and that one's file."""
-        return self.node, storage_node(self.node)
+        """Its image, that one's file, and that on which is drawn what is left."""
+        own = self.node, storage_node(self.node)
+        return (*own, left_bitmap(self.node)) if self.resumed else own
 
     @property
     def wires(self) -> tuple[tuple[str, str], ...]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.copying.copytarget import LocalTarget, for_zeros
+from qmpblock.copying.copytarget import Left, LocalTarget, for_zeros
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.target import PathTarget, path_node
 from qmpblock.errors import (
@@ -56,6 +56,9 @@ class DeviceTarget(LocalTarget):
     node: str
     fd: int
     source: str = ""
+    resumed: bool = False
+    left: Left | None = None
+    keeps: bool = False
 
     @property
     def path(self) -> str:
@@ -93,8 +96,9 @@ class DeviceTarget(LocalTarget):
                 standing="what was written there is no copy",
             ) from None
 
-    async def remove(self) -> None:
+    async def remove(self) -> str | None:
         """Do nothing: what it held before is gone."""
+        return self.path if self.keeps else None
 
 
 def is_block_device(file: str) -> bool:

@@ -32,7 +32,7 @@ from qmpblock.copying.planned import (
     way_of,
     why,
 )
-from qmpblock.copying.proof import check_provable
+from qmpblock.copying.proof import check_provable, check_served
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
 from qmpblock.errors import (
@@ -68,6 +68,8 @@ async def dry_run(
     _check_targets(vm, plans, options)
     if options.verify:
         await check_provable(vm, plans, options.point, tries=False)
+    elif options.resume:
+        await check_served(vm, plans, tries=False)
     way = way_of(options.point, misread=vm.capabilities.jobs_misread_views)
     kept = await _kept(vm, list(targets), plans, way, options)
     moved, warnings = await _moved(list(targets), plans, options)
@@ -114,9 +116,8 @@ def _check_targets(vm: Connection, plans: Sequence[CopyPlan], options: CopyOptio
     with ExitStack() as stack:
         for number, plan in enumerate(plans):
             node, name = target_node(run, number), backing_name(vm, plan)
-            target = target_of(
-                vm, plan, node, number, name, credentials, force=options.force, pivots=pivots
-            )
+            how = {"force": options.force, "pivots": pivots, "resume": options.resume}
+            target = target_of(vm, plan, node, number, name, credentials, **how)
             stack.enter_context(target)
 
 

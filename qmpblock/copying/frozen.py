@@ -57,6 +57,7 @@ from qmpblock.host.space import HostSpace
 from qmpblock.names import (
     copy_job,
     create_job,
+    left_bitmap,
     lock_names,
     new_run,
     overlay_file,
@@ -233,6 +234,7 @@ async def _planned(vm: Connection, target: CopyTarget, stack: AsyncExitStack) ->
         files=(path,),
         images=image_files(vm.monitor.peer_pid, device.chain),
         wires=target.wires,
+        drawn=((active.node.name, left_bitmap(target.node)),) if target.resumed else (),
     )
     item = Item(
         SnapshotPlan(device, active, _secret(plan), (), ()),
@@ -308,20 +310,31 @@ class FrozenBackups(Backups):
     """The backup jobs of frozen layers, and the look-out for the room that the guest needs."""
 
     frozen: Sequence[Frozen] = field(default_factory=tuple)
+    _crowded: bool = False
 
     async def work(self) -> None:
         """Copy all. See `Backups.work`.
 
-        :raise Error: the overlays leave too little room: the copy is to be given up.
+        :raise Error: the overlays leave too little room: the copy is to be given up, and what was
+            made for it is not kept.
         """
-        async with task_group() as group:
-            watch = group.create_task(self._watch_room())
-            await super().work()
-            watch.cancel()
+        try:
+            async with task_group() as group:
+                watch = group.create_task(self._watch_room())
+                await super().work()
+                watch.cancel()
+        finally:
+            if self._crowded:
+                for target in self.targets:
+                    target.keeps = target.resumed
 
     async def _watch_room(self) -> None:
         while True:
-            self.check_room()
+            try:
+                self.check_room()
+            except Error:
+                self._crowded = True
+                raise
             await asyncio.sleep(_LOOK)
 
     def check_room(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.copying.plan import Point
-from qmpblock.errors import CommandError
+from qmpblock.errors import CommandError, printable
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Job, Progress
 from qmpblock.qemu.jobstate import allows
@@ -19,7 +19,7 @@ from qmpblock.qemu.jobstate import allows
 if TYPE_CHECKING:
     from qmpblock.copying.latency import GuestLatency, Pacer
 
-__all__ = ["CopyJob", "CopyResult", "DiskCopy", "joined", "working"]
+__all__ = ["CopyJob", "CopyResult", "DiskCopy", "is_worth", "joined", "working"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class DiskCopy:
     :ivar format: of the target.
     :ivar size: of the disk, in bytes.
     :ivar copied: bytes that QEMU's job went over, what the guest wrote meanwhile included.
+    :ivar compared: where the copy went on from what was there: bytes of that which were compared
+        with the disk; None: there was nothing, and all is new.
+    :ivar missing: likewise, bytes that it had not, or had otherwise, in blocks of 64 KiB: of the
+        rest nothing was copied.
     """
 
     disk: str
@@ -40,6 +44,8 @@ class DiskCopy:
     format: str
     size: int
     copied: int
+    compared: int | None = None
+    missing: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class CopyJob(Feed[Progress]):
     :ivar disks: the progress of each disk, by what people call it.
     :ivar warnings: known by now.
     :ivar result: what it made; None before the `async with` has ended.
+    :ivar kept: of a copy that failed or was cancelled: by which names there is what another one can
+        go on from (`resume`).
     """
 
     def __init__(self, warnings: tuple[str, ...] = (), pacer: Pacer | None = None) -> None:
@@ -83,6 +91,7 @@ class CopyJob(Feed[Progress]):
         self.disks: Mapping[str, Progress] = {}
         self.warnings = warnings
         self.result: CopyResult | None = None
+        self.kept: tuple[str, ...] = ()
         self.completion = asyncio.Event()  # the end is wanted
         self.done = asyncio.Event()  # all is copied, and of one instant
         self.speed = 0
@@ -112,6 +121,14 @@ class CopyJob(Feed[Progress]):
             if job.progress is None or job.progress.status in ("created", "running", "ready"):
                 await job.set_speed(self.share())
                 self._told[job.id] = self.share()
+
+    @property
+    def kept_words(self) -> str:
+        """What is to be said of `kept`, for people; empty where nothing is."""
+        if not self.kept:
+            return ""
+        names = ", ".join(map(printable, self.kept))
+        return f"what was copied is kept in {names}: the same copy with --resume goes on from it"
 
     # for what runs the copy
 
@@ -170,6 +187,15 @@ async def working(what: Coroutine[Any, Any, None], job: CopyJob) -> AsyncIterato
     finally:
         work.cancel()
         await undisturbed(asyncio.wait({work}))
+
+
+def is_worth(seen: Progress) -> bool:
+    """Whether what a copy's job has written is worth to be gone on from, should it fail. Pure.
+
+    Not where there is no room for it: kept, it would take that from whoever else is in need of it,
+    the guest perhaps.
+    """
+    return seen.done > 0 and seen.phase != "waiting for room"
 
 
 #: From what is least far to what is farthest.

@@ -16,6 +16,7 @@ from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.frozen import check_frozen
 from qmpblock.copying.options import CopyOptions
 from qmpblock.copying.plan import CopyPlan, plan_copy
+from qmpblock.copying.resuming import check_resumes
 from qmpblock.copying.targetfile import check_file
 from qmpblock.copying.targets import place_of
 from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
@@ -50,6 +51,8 @@ async def look(
     :raise Error: it cannot be done; nothing was touched.
     """
     at, force = options.point, options.force
+    if options.resume:
+        check_resumes(at)
     devices = [disk.device for disk in targets]
     pivot, freezes = at == "pivot", at == "start" and vm.capabilities.jobs_misread_views
     await ownership.ask(vm.monitor, devices)
@@ -71,7 +74,8 @@ async def look(
         if block:
             await check_unused(vm.monitor.peer_pid, plan.file)
         elif plan.server is None:
-            check_file(vm.monitor.peer_pid, plan.file, force=force, keeps_name=pivot)
+            pid, resume = vm.monitor.peer_pid, options.resume
+            check_file(pid, plan.file, force=force, keeps_name=pivot, resume=resume)
         backing_name(vm, plan)  # or refuse
         if plan.format != "raw":
             await by_qemu_img(vm, plan.secret, local=True)  # or refuse

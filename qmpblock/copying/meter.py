@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpblock.speed import RateMeter
 
 if TYPE_CHECKING:
+    from qmpblock.copying.job import CopyJob
     from qmpblock.qemu.job import Progress
 
-__all__ = ["Meter"]
+__all__ = ["DiskMeters", "Meter"]
 
 
 class Meter:
@@ -39,3 +41,26 @@ class Meter:
         rate = self._rate.rate
         eta = (self._total - done) / rate if rate > 0 else None
         self._tell(Progress("running", self._phase, done, self._total, rate, eta))
+
+
+class DiskMeters:
+    """Tells how far several disks of a copy are: each, and all together.
+
+    :param sizes: in bytes, by what people call the disks.
+    """
+
+    def __init__(self, phase: str, sizes: Mapping[str, int], job: CopyJob) -> None:
+        self._phase = phase
+        self._job = job
+        self._done = dict.fromkeys(sizes, 0)
+        self._whole = Meter(phase, sum(sizes.values()), job.show)
+
+    def of(self, name: str) -> Callable[[Progress], None]:
+        """Return what is told how far one disk is."""
+
+        def tell(seen: Progress) -> None:
+            self._done[name] = seen.done
+            self._job.publish(name, replace(seen, phase=self._phase))
+            self._whole.set(sum(self._done.values()))
+
+        return tell

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group, undisturbed
-from qmpblock.copying.job import CopyJob
+from qmpblock.copying.job import CopyJob, is_worth
 from qmpblock.errors import Error, JobError
 from qmpblock.names import copy_job
 from qmpblock.qemu.job import Job, Progress
@@ -148,6 +148,7 @@ class Mirrors:
         async for seen in job.follow(converging=self.vm.stall):
             self.job.publish(name, seen)
             self.last[name] = seen
+            target.keeps = is_worth(seen)
             if seen.status in ("waiting", "pending") and not job.completion_asked:
                 await undisturbed(job.cancel())  # somebody else asked it to end: the guest is held
             if all(one.ready for one in self.last.values()) and len(self.last) == len(self.targets):

@@ -42,6 +42,7 @@ class CopyWords(TypedDict, total=False):
     verify: bool
     tls_creds: str | None
     latency: float
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class CopyOptions:
     verify: bool = False
     tls_creds: str | None = None
     latency: float = 0.0
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.speed < 0:

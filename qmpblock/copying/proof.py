@@ -11,13 +11,12 @@ until then the guest waits.
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpblock.copying.hostspace import verify_space
-from qmpblock.copying.meter import Meter
+from qmpblock.copying.meter import DiskMeters
 from qmpblock.copying.targetfile import TargetFile
 from qmpblock.copying.verify import verify
 from qmpblock.copying.windows import CONTEXT
@@ -37,9 +36,8 @@ if TYPE_CHECKING:
     from qmpblock.copying.verify import Verification
     from qmpblock.nbd import Client
     from qmpblock.qemu.connection import Connection
-    from qmpblock.qemu.job import Progress
 
-__all__ = ["check_provable", "prove", "work"]
+__all__ = ["check_provable", "check_served", "prove", "work"]
 
 _PHASE = "verifying"
 
@@ -83,6 +81,16 @@ async def check_provable(
             standing=UNTOUCHED,
             remedy="install it (Debian: qemu-utils)",
         )
+    await check_served(vm, plans, tries=tries)
+
+
+async def check_served(vm: Connection, plans: Sequence[CopyPlan], *, tries: bool = True) -> None:
+    """Refuse where disks could not be exported to us; nothing is touched.
+
+    :param tries: as of `check_provable`.
+    :raise UnsupportedError: not over this monitor, or not safely.
+    :raise BusyError: somebody has the VM's NBD server, of which there is one.
+    """
     for plan in plans:
         await check_access(vm.monitor, vm.nbd, plan.device)
     if not tries:
@@ -92,17 +100,16 @@ async def check_provable(
         pass
 
 
-async def work(backups: Backups, *, proven: bool, held: bool) -> None:
+async def work(backups: Backups, *, proven: bool) -> None:
     """Copy, and have the copies proven before the point is given up, where that is wanted.
 
-    :param held: whether QEMU refuses to migrate meanwhile.
     :raise Error: as of `Backups.work` and `prove`.
     """
     await backups.work()
     if proven:
         here = [one for one in backups.targets if isinstance(one, TargetFile)]
         job = backups.job
-        job.warnings += await prove(backups.vm, backups.ids, here, job, held=held)
+        job.warnings += await prove(backups.vm, backups.ids, here, job, held=backups.stays)
 
 
 async def prove(
@@ -122,7 +129,8 @@ async def prove(
     for name, target in zip(ids, targets, strict=True):
         await _close(vm, name, target)
         await target.settle()  # what is proven is not touched any more
-    shown = _Shown(job, targets)
+    sizes = {target.plan.device.name: target.plan.size for target in targets}
+    shown = DiskMeters(_PHASE, sizes, job)
     warnings: list[str] = []
     for target in targets:
         image = None
@@ -130,6 +138,7 @@ async def prove(
             image = await closed_image(target.path, format=target.plan.format, stall=vm.stall)
         found = await _compared(vm, target, image, shown, held=held)
         if not found.equal:
+            target.keeps = False
             raise _unequal(target.plan, found)
         if image is not None:
             space = await verify_space(image, "thin")
@@ -160,7 +169,7 @@ async def _compared(
     vm: Connection,
     target: TargetFile,
     image: ClosedImage | None,
-    shown: _Shown,
+    shown: DiskMeters,
     *,
     held: bool,
 ) -> Verification:
@@ -174,7 +183,7 @@ async def _compared(
                 point,
                 reopened if image is None else image,
                 all=True,
-                progress=shown.of(target.plan),
+                progress=shown.of(target.plan.device.name),
                 stall=vm.stall,
             )
     except NBDRequestError as error:
@@ -207,27 +216,6 @@ async def _clients(
         yield clients[0], clients[-1]
     if image is None:
         await _remove_nodes(vm, target)
-
-
-class _Shown:
-    """Shows how far the comparison is: of each disk, and of all together."""
-
-    def __init__(self, job: CopyJob, targets: Sequence[TargetFile]) -> None:
-        self._job = job
-        self._done = {target.plan.device.name: 0 for target in targets}
-        total = sum(target.plan.size for target in targets)
-        self._whole = Meter(_PHASE, total, job.show)
-
-    def of(self, plan: CopyPlan) -> Callable[[Progress], None]:
-        """Return what is told how far one disk is."""
-        name = plan.device.name
-
-        def tell(seen: Progress) -> None:
-            self._done[name] = seen.done
-            self._job.publish(name, replace(seen, phase=_PHASE))
-            self._whole.set(sum(self._done.values()))
-
-        return tell
 
 
 def _unequal(plan: CopyPlan, found: Verification) -> Error:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.chains.headers import Header, make
 from qmpblock.chains.settings import wanted_discard
-from qmpblock.copying.copytarget import LocalTarget, for_zeros
+from qmpblock.copying.copytarget import Left, LocalTarget, for_zeros
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.errors import (
     UNTOUCHED,
@@ -61,7 +61,7 @@ class TargetFile(LocalTarget):
     :ivar source: the view that is copied; empty: the disk itself.
     :ivar backing_name: what it records of its backing image.
     :ivar replaces: whether what bears its name goes, and what another copy left unfinished.
-    :ivar made: which file it is, once it is made.
+    :ivar made: which file it is, once it is made; from the start where it is resumed.
     """
 
     plan: CopyPlan
@@ -72,6 +72,9 @@ class TargetFile(LocalTarget):
     backing_name: str | None = None
     replaces: bool = False
     made: FileId | None = None
+    resumed: bool = False
+    left: Left | None = None
+    keeps: bool = False
 
     @property
     def path(self) -> str:
@@ -79,12 +82,15 @@ class TargetFile(LocalTarget):
         return self.plan.file if self.keeps_name else partial_file(self.plan.file)
 
     async def make(self, vm: Connection, record: Callable[[FileId], None]) -> None:
-        """Make the file, an empty image of the disk's size.
+        """Make the file, an empty image of the disk's size; where it is resumed, it is there.
 
         :param record: is called with what it will be, before it has a name.
-        :raise Error: it cannot be made.
+        :raise Error: it cannot be made; or somebody has replaced what is to be resumed.
         :raise InUseError: somebody has what it was to replace.
         """
+        if self.resumed:
+            self._check_there()
+            return
         contents = Contents(self.plan.size, ())
         if self.plan.format != "raw":
             contents = await make(vm, self._header())
@@ -103,6 +109,11 @@ class TargetFile(LocalTarget):
             self.directory.sync()
         except OSError as error:
             raise Error(f"cannot make {printable(self.path)}: {error.strerror}") from None
+
+    def _check_there(self) -> None:
+        assert self.made is not None  # it was found
+        if not self.directory.holds(posixpath.basename(self.path), self.made):
+            raise Error(f"somebody has replaced {printable(self.path)} since it was looked at")
 
     def _header(self) -> Header:
         backing = self.plan.backing
@@ -157,11 +168,16 @@ class TargetFile(LocalTarget):
             options |= {**for_zeros(self.source), "cache": _CACHED}
         return options
 
-    async def remove(self) -> None:
-        """Remove it, if it was made; it never got its name."""
+    async def remove(self) -> str | None:
+        """Remove it, if it was made and is not worth to be gone on from; it never got its name."""
         if self.made is not None:
             with contextlib.suppress(OSError):
-                self.directory.remove(posixpath.basename(self.path), self.made)
+                name = posixpath.basename(self.path)
+                if not self.keeps or self.keeps_name:
+                    self.directory.remove(name, self.made)
+                elif self.directory.holds(name, self.made):
+                    return self.path
+        return None
 
     async def settle(self) -> None:
         """Have it on stable storage, as it will stay.
@@ -255,11 +271,14 @@ def absolute(file: str | os.PathLike[str]) -> str:
     return os.path.normpath(Path.cwd() / name)  # without resolving links: the name is the user's
 
 
-def check_file(pid: int | None, file: str, *, force: bool, keeps_name: bool) -> None:
+def check_file(
+    pid: int | None, file: str, *, force: bool, keeps_name: bool, resume: bool = False
+) -> None:
     """Refuse to make a target that would destroy something, or that QEMU would not find.
 
     :param pid: of QEMU.
     :param force: whether a file of that name may be replaced, once the copy is whole.
+    :param resume: whether what another copy left unfinished is gone on from.
     :raise RequestError: there is something of that name, or no such directory.
     :raise InUseError: somebody has open what may be replaced.
     :raise UnsupportedError: QEMU does not see that directory.
@@ -275,7 +294,7 @@ def check_file(pid: int | None, file: str, *, force: bool, keeps_name: bool) -> 
             remedy="name a target in a directory that the VM has, too, and run qmpblock on its "
             "host, by a UNIX monitor, as the VM's user or root",
         )
-    for name in {file, partial_file(file)} if not keeps_name else {file}:
+    for name in {file} if keeps_name or resume else {file, partial_file(file)}:
         if os.path.lexists(name):
             _check_replaceable(name, force=force and not keeps_name, partial=name != file)
 
@@ -289,8 +308,9 @@ def _check_replaceable(name: str, *, force: bool, partial: bool) -> None:
         f"{printable(name)} exists already"
         + (": a copy that is not whole, or is being made" if partial else ""),
         standing=UNTOUCHED,
-        remedy="name another target, or remove that file; --force replaces a plain file, once the "
-        "copy is whole, but none to which the guest goes over",
+        remedy=("go on from it with --resume; or " if partial else "")
+        + "name another target, or remove that file; --force replaces a plain file, once the copy "
+        "is whole, but none to which the guest goes over",
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.chains.overlay import open_directory
 from qmpblock.copying.devicetarget import DeviceTarget, claimed
+from qmpblock.copying.partialfile import find_partial
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.target import Credentials, NBDTarget, parse_target
 from qmpblock.copying.targetfile import TargetFile, absolute
@@ -63,19 +64,23 @@ def target_of(
     *,
     force: bool,
     pivots: bool,
+    resume: bool,
 ) -> Iterator[CopyTarget]:
     """Have what a plan asks for, while this lasts: the directory of a file, or a device.
 
     :param node: its name; `number`: of the targets.
+    :param resume: whether the copy goes on from what is there, if anything is.
     :raise Error: it cannot be had; nothing was touched.
     """
     if plan.server is not None:
-        yield WireTarget(plan, node, number, credentials if plan.server.tls else None)
+        its = credentials if plan.server.tls else None
+        yield WireTarget(plan, node, number, its, resumed=resume, keeps=resume)
     elif plan.block_device:
         with claimed(vm.monitor.peer_pid, plan, force=force) as fd:
-            yield DeviceTarget(plan, node, fd)
+            yield DeviceTarget(plan, node, fd, resumed=resume, keeps=resume)
     else:
         with open_directory(plan.file) as directory:
+            found = find_partial(directory, plan, backing_name) if resume else None
             yield TargetFile(
                 plan,
                 node,
@@ -83,4 +88,7 @@ def target_of(
                 pivots,
                 backing_name=backing_name,
                 replaces=force,
+                made=found,
+                resumed=found is not None,
+                keeps=found is not None,
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.copying.copytarget import for_zeros
+from qmpblock.copying.copytarget import Left, for_zeros
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.relay import End
 from qmpblock.copying.target import Credentials
@@ -25,12 +25,13 @@ from qmpblock.errors import (
     Error,
     JobError,
     NBDDisconnectedError,
+    NBDRequestError,
     RequestError,
     StalledError,
     printable,
 )
 from qmpblock.graph.places import FileId
-from qmpblock.names import run_of, wire_node
+from qmpblock.names import left_bitmap, run_of, wire_node
 from qmpblock.qemu.job import Job
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class WireTarget:
     number: int
     credentials: Credentials | None = None
     source: str = ""
+    resumed: bool = False
+    left: Left | None = None
+    keeps: bool = False
     _wire: Wire | None = None
     _laid: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -63,8 +67,9 @@ class WireTarget:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The one that the job sees, and the wire."""
-        return self.node, wire_node(run_of(self.node), self.number)
+        """The one that the job sees, the wire, and that on which is drawn what is left."""
+        own = self.node, wire_node(run_of(self.node), self.number)
+        return (*own, left_bitmap(self.node)) if self.resumed else own
 
     @property
     def wires(self) -> tuple[tuple[str, str], ...]:
@@ -133,11 +138,12 @@ class WireTarget:
         """
         await self._laid.aclose()
 
-    async def remove(self) -> None:
+    async def remove(self) -> str | None:
         """Close the relay; what was written stays with the server."""
         self.cut()
         with contextlib.suppress(Error):  # said by whoever undoes the copy
             await self._laid.aclose()
+        return self.path if self.keeps else None
 
 
 @contextlib.contextmanager
@@ -164,7 +170,7 @@ async def cut_on_error(
         broken = next((target for target in targets if target.broken is not None), None)
         if any(target.wires for target in targets):
             await undisturbed(_cut(vm, jobs, targets))
-        if broken is not None and isinstance(error, JobError | StalledError):
+        if broken is not None and isinstance(error, JobError | NBDRequestError | StalledError):
             raise _no_more(broken, printable(error)) from error
         raise
 

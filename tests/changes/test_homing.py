@@ -1,19 +1,27 @@
 """A copy of a disk that is frozen below an overlay of ours: how it ends, whoever ends it."""
 
 import pytest
-from drawing import chain
+from drawing import bitmap, chain
 from journaling import RUN, record
 
 from qmpblock.changes.homing import FrozenCopy, StagedCommit
 from qmpblock.changes.step import Choice
 from qmpblock.changes.unfinished import steps
-from qmpblock.names import copy_job, overlay_node, pivot_job, storage_node, target_node
+from qmpblock.names import (
+    copy_job,
+    export_name,
+    left_bitmap,
+    overlay_node,
+    pivot_job,
+    storage_node,
+    target_node,
+)
 
 T, TO = overlay_node(RUN, 0), target_node(RUN, 0)
 OVERLAY, IMAGE = "/i/d0.t", "/i/d0"
 
 
-def frozen():
+def frozen(**more):
     """Return the record of a copy of d0, frozen below T, into TO."""
     return record(
         operation="copy",
@@ -28,6 +36,7 @@ def frozen():
         nodes=(TO, storage_node(TO), T, storage_node(T)),
         files=(OVERLAY,),
         images=(IMAGE,),
+        **more,
     )
 
 
@@ -83,3 +92,20 @@ def test_which_image_is_to_be_trusted():
     assert (written.start, written.commit) == ((IMAGE,), ((OVERLAY, IMAGE),))
     home = its.verdict([{"pivoted": True}], {OVERLAY: False})
     assert (home.start, home.commit, home.unused) == ((IMAGE,), (), (OVERLAY,))
+
+
+@pytest.mark.parametrize("over", ["d0", None])
+def test_neither_bitmap_nor_export_of_a_resumed_one_stays(over):
+    """Be the overlay of use already or not; the bitmap is of the guest's image, which stays."""
+    left = left_bitmap(TO)
+    drawing = drawn(over, T if over else "d0")
+    drawing.nodes["d0"]["dirty-bitmaps"] = [bitmap(left), bitmap("theirs")]
+    drawing.export(export_name(RUN, 1), TO).export("theirs", "d1")
+    graph = drawing.graph()
+    found = steps(frozen(drawn=(("d0", left),)), graph, Choice.UNDO, (OVERLAY,), stale=False)
+    assert [(step.verb, step.what) for step in found[:2]] == [
+        ("end-export", export_name(RUN, 1)),
+        ("delete-bitmap", f"d0/{left}"),
+    ]
+    assert "theirs" not in " ".join(step.what for step in found)
+    assert (found[-1].verb == "bring-home") is (over is not None)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpblock.copying.job import CopyJob, joined
+from qmpblock.copying.job import CopyJob, is_worth, joined
 from qmpblock.qemu.job import Job, Progress
 
 
@@ -91,3 +91,18 @@ def test_a_speed_is_shared():
     assert job.share() == 10
     job.runs((object.__new__(Job),) * 3)
     assert job.share() == 4
+
+
+def test_what_is_worth_to_be_gone_on_from():
+    assert is_worth(seen(done=1))
+    assert not is_worth(seen(done=0))
+    assert not is_worth(seen("paused", "waiting for room"))  # it would keep the room
+
+
+def test_what_is_kept_is_said():
+    job = CopyJob()
+    assert job.kept_words == ""
+    job.kept = ("/i/a.partial", "/i/b\x1b.partial")
+    assert "/i/a.partial, /i/b" in job.kept_words
+    assert "--resume" in job.kept_words
+    assert "\x1b" not in job.kept_words

@@ -1,6 +1,8 @@
 """How far something is that is no job."""
 
-from qmpblock.copying.meter import Meter
+from qmpblock.copying.job import CopyJob
+from qmpblock.copying.meter import DiskMeters, Meter
+from qmpblock.qemu.job import Progress
 
 
 def test_it_tells_rate_and_what_is_to_go(monkeypatch):
@@ -19,3 +21,17 @@ def test_it_tells_rate_and_what_is_to_go(monkeypatch):
 
 def test_nobody_need_listen():
     Meter("comparing", 1000, None).set(10)
+
+
+def test_of_several_disks_all_is_shown_and_each():
+    job = CopyJob()
+    for name in ("vd0", "vd1"):
+        job.publish(name, Progress("concluded", "ended", 3, 3))
+    meters = DiskMeters("verifying", {"vd0": 10, "vd1": 30}, job)
+    assert (job.progress.phase, job.progress.done, job.progress.total) == ("verifying", 0, 40)
+    meters.of("vd0")(Progress("running", "comparing", 10, 10))
+    meters.of("vd1")(Progress("running", "comparing", 6, 30, rate=2.0, eta=12.0))
+    assert (job.progress.done, job.progress.total, job.progress.status) == (16, 40, "running")
+    assert (job.disks["vd0"].done, job.disks["vd1"].done) == (10, 6)
+    assert {one.phase for one in job.disks.values()} == {"verifying"}
+    assert not job.progress.ready

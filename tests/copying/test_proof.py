@@ -6,13 +6,11 @@ import pytest
 
 from qmpblock.address import TCPAddress
 from qmpblock.copying.hostspace import HostSpace
-from qmpblock.copying.job import CopyJob
 from qmpblock.copying.plan import CopyPlan
-from qmpblock.copying.proof import _Shown, _unequal, _warnings, check_provable
+from qmpblock.copying.proof import _unequal, _warnings, check_provable
 from qmpblock.copying.target import NBDTarget
 from qmpblock.copying.verify import Verification
 from qmpblock.errors import UnsupportedError
-from qmpblock.qemu.job import Progress
 from qmpblock.ranges import Ranges
 
 MIB = 1 << 20
@@ -21,21 +19,6 @@ MIB = 1 << 20
 def target(name, size):
     device = SimpleNamespace(name=name)
     return SimpleNamespace(plan=SimpleNamespace(device=device, size=size, file=f"/c/{name}"))
-
-
-def test_of_several_disks_all_is_shown_and_each():
-    job = CopyJob()
-    for name in ("vd0", "vd1"):
-        job.publish(name, Progress("concluded", "ended", 3, 3))
-    first, second = target("vd0", 10), target("vd1", 30)
-    shown = _Shown(job, [first, second])
-    assert (job.progress.phase, job.progress.done, job.progress.total) == ("verifying", 0, 40)
-    shown.of(first.plan)(Progress("running", "comparing", 10, 10))
-    shown.of(second.plan)(Progress("running", "comparing", 6, 30, rate=2.0, eta=12.0))
-    assert (job.progress.done, job.progress.total, job.progress.status) == (16, 40, "running")
-    assert (job.disks["vd0"].done, job.disks["vd1"].done) == (10, 6)
-    assert {one.phase for one in job.disks.values()} == {"verifying"}
-    assert not job.progress.ready
 
 
 def test_a_difference_is_told_with_its_place_and_extent():

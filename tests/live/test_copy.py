@@ -301,7 +301,8 @@ async def test_disks_that_cannot_be_brought_to_one_instant(at, start_qemu, vm_di
         assert "the guest is where it was" in str(caught.value)
         longest += [(await vm.guest.latency(number)).longest_us for number in (0, 1)]
     print(f"longest requests of the guest: {longest} us")
-    assert not [path for path in vm_dir.iterdir() if path.name.startswith("vd")]
+    made = [path.name for path in vm_dir.iterdir() if path.name.startswith("vd")]
+    assert made == [] if at == "pivot" else all(name.endswith(".partial") for name in made)
     await goes_on(vm)
 
 
@@ -326,7 +327,7 @@ async def test_a_job_that_somebody_else_asks_to_end(how, start_qemu, vm_dir):
             await copy_while_somebody_meddles(controller, disk)
         await disk.refresh()
         assert Path(disk.chain.active.file).name != "copy"
-    assert not list(vm_dir.glob("copy*"))
+    assert not (vm_dir / "copy").exists()
     await goes_on(vm)
 
 

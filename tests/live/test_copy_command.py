@@ -71,23 +71,52 @@ async def test_the_guest_goes_over(scenario, start_qemu, invariant, vm_dir):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupted_one_leaves_nothing(number, scenario, start_qemu, vm_dir):
+async def test_an_interrupted_one_is_gone_on_from(number, scenario, start_qemu, vm_dir):
     vm = await started(start_qemu, scenario)
     target = vm_dir / "copy.qcow2"
+    words = ("copy", vm.monitor_path, "vd0", str(target))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmpblock", "copy", vm.monitor_path, "vd0", str(target)),
-        *("--at", "end", "--speed", "64K"),
-        stderr=asyncio.subprocess.PIPE,
+        *(sys.executable, "-m", "qmpblock", *words, "--speed", "1M"), stderr=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(60):
-        while not [one for one in await vm.execute("query-jobs") if one["status"] == "running"]:
+        while not [
+            one for one in await vm.execute("query-jobs") if one["current-progress"] >= 3 << 20
+        ]:
             await asyncio.sleep(0.01)
-    assert Path(f"{target}.partial").exists()
+    await asyncio.sleep(0.5)  # that it sees it, too
     process.send_signal(number)
     _, err = await process.communicate()
     assert process.returncode == 130, err
     assert await vm.execute("query-jobs") == []
-    assert not list(vm_dir.glob("copy.qcow2*"))
+    assert [path.name for path in vm_dir.glob("copy.qcow2*")] == ["copy.qcow2.partial"]
+    assert f"what was copied is kept in {target}.partial" in err.decode()
+    code, _, err = await cli(*words)
+    assert code == 2
+    assert "copy.qcow2.partial exists already: a copy that is not whole" in err
+    assert "go on from it with --resume" in err
+    code, _, err = await cli(*words, "--resume", "--at", "end")
+    assert code == 2
+    assert "mirror" in err
+    code, out, err = await cli(*words, "--resume")
+    assert code == 0, err
+    assert "as it was when the copy began this time; of 16M that were compared " in out
+    assert " were missing or had changed, and were copied\n" in out
+    assert [path.name for path in vm_dir.glob("copy.qcow2*")] == ["copy.qcow2"]
+    await goes_on(vm)
+
+
+async def test_one_with_nothing_to_go_on_from_is_a_copy(scenario, start_qemu, vm_dir):
+    vm = await started(start_qemu, scenario)
+    words = ("copy", vm.monitor_path, "vd0", str(vm_dir / "copy.qcow2"), "--resume", "--json")
+    code, out, err = await cli(*words)
+    assert code == 0, err
+    told = json.loads(out)
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(told)
+    [one] = told["disks"]
+    assert (one["compared"], one["missing"]) == (None, None)
+    code, out, err = await cli(*words)
+    assert code == 2, out
+    assert "copy.qcow2 exists already" in err
     await goes_on(vm)
 
 

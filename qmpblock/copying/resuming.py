@@ -1,0 +1,192 @@
+"""Going on from a copy that was broken off: what it has not, or has otherwise, is copied, no more.
+
+Nothing is believed of what is there: after a crash no bitmap of QEMU's tells what it holds (C10),
+and the guest has gone on. So there is a new point in time, and the copy will be of that::
+
+    point     taken as for any copy of the start; QEMU has the target open
+    compare   the point's export with the target's, block by block, in bounded memory; what both
+              say that it reads as zeros is not read
+    draw      the unequal blocks: zeros are written over them to a node that holds nothing, and
+              whose dirty bitmap takes note; this is merged into one of the point's node
+    copy      a backup job of what the bitmap says
+
+Both are read by QEMU, so that a target may be whatever it can open: encrypted, a block device, or
+over a wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qmpblock.cancellation import task_group
+from qmpblock.copying.comparing import GRAIN, Comparison, compare
+from qmpblock.copying.copytarget import Left
+from qmpblock.copying.meter import DiskMeters
+from qmpblock.copying.windows import CONTEXT
+from qmpblock.copying.wiretarget import bounded
+from qmpblock.errors import (
+    UNTOUCHED,
+    Error,
+    NBDRequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.export.session import Request, exports
+from qmpblock.names import left_bitmap
+
+if TYPE_CHECKING:
+    from qmpblock.copying.copytarget import CopyTarget
+    from qmpblock.copying.job import CopyJob
+    from qmpblock.copying.plan import Point
+    from qmpblock.nbd import Client
+    from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.job import Progress
+    from qmpblock.ranges import Ranges
+
+__all__ = ["check_resumes", "find_left", "give_up"]
+
+_PHASE = "comparing"
+_AT_ONCE = 16  # requests
+
+
+def check_resumes(at: Point) -> None:
+    """Refuse to go on with a copy of another moment than the start.
+
+    :raise UnsupportedError: it is to be one.
+    """
+    if at == "start":
+        return
+    raise UnsupportedError(
+        "only a copy of the start goes on from what another has left: QEMU's mirror job, which "
+        "makes one of the end, cannot be told to leave out what is there already",
+        standing=UNTOUCHED,
+        remedy="go on with --at start; or remove TARGET.partial, and copy the end anew"
+        if at == "end"
+        else "copy anew: what the guest goes over to is made for that",
+    )
+
+
+async def find_left(
+    vm: Connection, targets: Sequence[CopyTarget], job: CopyJob, *, held: bool
+) -> None:
+    """Find what each target that is resumed has not, or has otherwise: it is its `left` then.
+
+    The points are there, as the targets' `source`, and QEMU has the targets open; nothing uses
+    them. Cancelling stops at once; whoever ends the change removes what was added.
+
+    :param job: is told how far it is.
+    :param held: whether QEMU refuses to migrate meanwhile.
+    :raise NBDError: one cannot be read; or the point cannot, which was given up.
+    """
+    resumed = [target for target in targets if target.resumed]
+    if not resumed:
+        return
+    sizes = {target.plan.device.name: target.plan.size for target in resumed}
+    meters = DiskMeters(_PHASE, sizes, job)
+    for target in resumed:
+        tell = meters.of(target.plan.device.name)
+        found = await _compared(vm, target, tell, held=held)
+        target.left = Left(left_bitmap(target.node), found.unequal.total, found.compared)
+        await _draw(vm, target, target.left.bitmap, found.unequal, held=held)
+
+
+async def _compared(
+    vm: Connection, target: CopyTarget, tell: Callable[[Progress], None], *, held: bool
+) -> Comparison:
+    try:
+        async with _exported(vm, target, held=held) as (point, there):
+            return await compare(point, there, all=True, progress=tell)
+    except NBDRequestError as error:
+        error.message = f"what is there cannot be compared with its disk: {error.message}"
+        error.remedy = (
+            "where the point had to be given up, because what the guest overwrote had no room, "
+            "give it more (--fleece DIRECTORY); if not, look at the storage of the disk and of "
+            f"{printable(target.path)}"
+        )
+        raise
+
+
+@asynccontextmanager
+async def _exported(
+    vm: Connection, target: CopyTarget, *, held: bool
+) -> AsyncIterator[tuple[Client, Client]]:
+    """Yield clients of the point and of the target; no server is waited for at either end."""
+    requests = [Request(node, (CONTEXT,)) for node in (target.source, target.node)]
+    async with AsyncExitStack() as stack:
+        with bounded([target]):
+            point, there = await stack.enter_async_context(
+                exports(
+                    *(vm.monitor, target.plan.device, requests),
+                    access=vm.nbd,
+                    stall=vm.stall,
+                    held=held,
+                )
+            )
+        try:
+            yield point, there
+        except BaseException:
+            target.cut()  # or ending the exports would wait for what it was asked
+            raise
+        with bounded([target]):
+            await stack.aclose()
+
+
+async def _draw(
+    vm: Connection, target: CopyTarget, name: str, ranges: Ranges, *, held: bool
+) -> None:
+    """Make a dirty bitmap of these ranges, of the node that is copied."""
+    execute = vm.monitor.execute
+    size = target.plan.size
+    paper = {"driver": "null-co", "node-name": name, "size": size, "read-zeroes": True}
+    await execute("blockdev-add", paper)
+    bitmap = {"name": name, "granularity": GRAIN}
+    await execute("block-dirty-bitmap-add", {"node": name, **bitmap})
+    if len(ranges):
+        request = Request(name, (), in_flight=_AT_ONCE, writable=True)
+        async with exports(
+            vm.monitor, None, [request], access=vm.nbd, stall=vm.stall, held=held
+        ) as [client]:
+            await _dirty(client, ranges)
+    source = target.source
+    await execute("block-dirty-bitmap-add", {"node": source, **bitmap, "disabled": True})
+    drawn = [{"node": name, "name": name}]
+    await execute("block-dirty-bitmap-merge", {"node": source, "target": name, "bitmaps": drawn})
+    await execute("blockdev-del", {"node-name": name})
+
+
+async def _dirty(client: Client, ranges: Ranges) -> None:
+    """Write to ranges, several requests at once."""
+    pieces = _pieces(ranges, client.max_effect_length // GRAIN * GRAIN)
+
+    async def write() -> None:
+        for start, stop in pieces:
+            await client.write_zeroes(start, stop - start)
+
+    async with task_group() as group:
+        for _ in range(_AT_ONCE):
+            group.create_task(write())
+
+
+def _pieces(ranges: Ranges, most: int) -> Iterator[tuple[int, int]]:
+    for start, stop in ranges:
+        for at in range(start, stop, most):
+            yield at, min(at + most, stop)
+
+
+# -- a copy that failed
+
+
+async def give_up(targets: Sequence[CopyTarget], job: CopyJob, error: BaseException) -> None:
+    """Leave of a copy that failed what another one can go on from, and have the error say so.
+
+    Nobody uses the targets any more.
+
+    :param job: has it as `kept`.
+    """
+    kept = [left for target in targets if (left := await target.remove()) is not None]
+    job.kept = tuple(kept)
+    if kept and isinstance(error, Error):
+        said = job.kept_words
+        error.standing = said if error.standing is None else f"{error.standing}; {said}"

@@ -1,0 +1,52 @@
+"""Going on from what a copy left: what is refused, what is drawn, and what a failure says."""
+
+import pytest
+
+from qmpblock.copying.job import CopyJob
+from qmpblock.copying.resuming import _pieces, check_resumes, give_up
+from qmpblock.errors import Error, UnsupportedError
+from qmpblock.ranges import Ranges
+
+
+class Target:
+    """What is left of a target, and whether it was asked to go."""
+
+    def __init__(self, left):
+        self.left = left
+        self.removed = False
+
+    async def remove(self):
+        self.removed = True
+        return self.left
+
+
+@pytest.mark.parametrize("at", ["end", "pivot"])
+def test_a_mirror_does_not_go_on(at):
+    with pytest.raises(UnsupportedError, match="mirror") as caught:
+        check_resumes(at)
+    assert caught.value.exit_code == 2
+    assert caught.value.remedy
+    assert check_resumes("start") is None
+
+
+def test_ranges_are_drawn_whole_in_pieces_that_a_request_can_be_of():
+    ranges = Ranges([(0, 65536), (1 << 20, (1 << 20) + 200_000)])
+    pieces = list(_pieces(ranges, 65536))
+    assert all(0 < stop - start <= 65536 for start, stop in pieces)
+    assert Ranges(pieces) == ranges
+    assert list(_pieces(ranges, 1 << 30)) == list(ranges)
+
+
+async def test_a_failure_says_what_is_kept():
+    job, targets = CopyJob(), [Target("/i/a.partial"), Target(None)]
+    error = Error("it broke", standing="there is no copy")
+    await give_up(targets, job, error)
+    assert all(one.removed for one in targets)
+    assert job.kept == ("/i/a.partial",)
+    assert error.standing.startswith("there is no copy; what was copied is kept in /i/a.partial")
+
+
+async def test_a_failure_with_nothing_kept_says_no_more_than_it_did():
+    job, error = CopyJob(), Error("it broke", standing="there is no copy")
+    await give_up([Target(None)], job, error)
+    assert (job.kept, error.standing) == ((), "there is no copy")
