@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +35,7 @@ from qmpblock.names import paused_node
 from qmpblock.qemu import ownership
 from qmpblock.qemu.instant import instant
 from qmpblock.qemu.job import Job, Progress
+from qmpblock.qemu.refusals import is_busy
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -50,6 +51,7 @@ __all__ = [
     "until_unused",
 ]
 
+_BUSY = 0.1  # seconds between looks whether somebody else's job has ended
 _PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
 
 
@@ -166,11 +168,32 @@ async def bring_home(
                 if device.chain is not None and device.chain.active.node.name == record.top:
                     root = device.chain.root.name
             arguments = {"device": root, "top-node": record.top, "base-node": record.base}
-            await job.start("block-commit", {**arguments, "on-error": "enospc"})
+            await _start_home(vm, job, {**arguments, "on-error": "enospc"})
         job.complete()
         await drive(vm, record, journal, job, None)
     finally:
         job.end()
+
+
+async def _start_home(vm: Connection, job: Job, arguments: Mapping[str, object]) -> None:
+    """Have an overlay of ours come home as soon as nobody else's job is at work below it.
+
+    :raise BusyError: one is, for the stall limit.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + vm.stall
+    while True:
+        try:
+            return await job.start("block-commit", arguments)
+        except CommandError as error:
+            if not is_busy(error):
+                raise
+            if clock() > deadline:
+                raise BusyError(
+                    f"an overlay of ours cannot come home: somebody else's job is at work on the "
+                    f"image below it, for {vm.stall:g} s by now: {error.description}"
+                ) from None
+        await asyncio.sleep(_BUSY)
 
 
 async def _finalize(

@@ -38,6 +38,7 @@ SHARES = {
     "test_copy::test_every_disk": 0.05,
     "test_copy::test_the_top_alone": 0.4,
     "test_copy_kills": 0.34,
+    "test_copy_disturbed": 0.2,
     "test_copy_latency": 0.34,
     "test_copy_wire": 0.34,
     "test_detect_zeroes": 0.3,

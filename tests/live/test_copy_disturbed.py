@@ -1,0 +1,363 @@
+"""Copies that somebody disturbs in the middle: the guest's disk, its machine, or its chain.
+
+Whatever is done, the copy is right or there is none, and the guest goes on; docs/copy.md has the
+table.
+"""
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+
+import pytest
+from disturbed import nothing_of_ours, until
+
+import qmpblock
+from qmpblock.errors import BusyError, CommandError, Error, JobError
+from qmpblock.testing import (
+    Tools,
+    build,
+    fill_up,
+    inject,
+    parse_scenario,
+    small_file_system,
+    unplug,
+)
+from qmpblock.testing.stamps import Bounds, StressSpec, check_point_in_time
+
+pytestmark = pytest.mark.live
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+SOURCE = (
+    "about: A disk.\nimages: [{size: 64M, content: [write 0 40M 0xaa]}, "
+    "{content: [write 3M 1M 0xbb]}, {content: [write 5M 1M 0xcc]}]\n"
+)
+SPEC = StressSpec(
+    offset=48 * MIB, blocks=1024, block_size=4096, queue_depth=4, seed=9, flush_every=20, rate=150
+)
+SLOW = 8 * MIB  # bytes a second
+
+ways = pytest.mark.parametrize("way", ["start", "end", "pivot"])
+
+
+class Disturbed:
+    """One copy, and what is done to it in the middle.
+
+    :ivar error: with which it failed; None where it is whole.
+    """
+
+    def __init__(self, vm, vm_dir, way):
+        self.vm, self.directory, self.way = vm, vm_dir, way
+        self.disk = self.job = None
+        self.stopped = None  # the bounds of a guest that does not write any more
+        self.error = None
+        self._point = None
+
+    @asynccontextmanager
+    async def copying(self, stall=20, **words):
+        """Copy, slowly until the body has ended, which disturbs it in the middle."""
+        words |= {"pivot": True} if self.way == "pivot" else {"at": self.way}
+        async with qmpblock.connect(self.vm.monitor_path, stall=stall) as controller:
+            [self.disk] = await controller.disks()
+            copying = self.disk.copy(self.target, format="raw", speed=SLOW, **words)
+            try:
+                async with AsyncExitStack() as stack:
+                    async with self.vm.guest.bounds(0) as bounds:
+                        job = await stack.enter_async_context(copying)
+                    self._point, self.job = bounds[0], job
+                    async for seen in job:
+                        if seen.done > 4 * MIB:
+                            break
+                    await self.disk.refresh()
+                    yield self
+                    await job.set_speed(0)
+                    await self._complete(job)
+            except Error as error:
+                if self.job is None:
+                    raise
+                self.error = error
+
+    async def _complete(self, job):
+        async for seen in job:
+            if seen.ready:
+                break
+        if self.way != "end" or self.stopped is not None:
+            await job.complete()
+        else:
+            async with self.vm.guest.bounds(0) as bounds:
+                await job.complete()
+            self._point = bounds[0]
+
+    @property
+    def target(self):
+        return self.directory / "copy.raw"
+
+    async def stop(self):
+        """Have the guest write no more, for what comes it does not survive, or its disk."""
+        done = await self.vm.guest.stop_stress()
+        assert (done.bad, done.errors) == (0, 0), done
+        self.stopped = Bounds(done.acked, done.issued)
+        if self.way == "pivot" or (self.way == "end" and self.job.result is None):
+            self._point = self.stopped
+
+    async def ended(self):
+        """See that the guest went on without an error, and how long it waited."""
+        assert (await self.vm.execute("query-status"))["status"] == "running"
+        if self.stopped is None:
+            held = (await self.vm.guest.latency()).held_us / 1e6
+            print(f"{self.way}: longest hold of a request of the guest's: {held:.3f} s")
+            assert held < 8
+            await self.stop()
+            assert await self.vm.guest.check() > 0
+
+    def check(self):
+        """Check that the copy is the disk at its point, or that there is none."""
+        if self.error is not None:
+            assert not list(self.directory.glob("copy.raw*"))
+            return
+        check_whole(self.target.read_bytes(), self._point)
+
+    async def size(self):
+        """Return how large the guest's disk is."""
+        [one] = [one for one in await self.vm.execute("query-block") if one.get("qdev")]
+        return one["inserted"]["image"]["virtual-size"]
+
+
+def check_whole(data, bounds):
+    """Check that what was copied is the disk at one point between those bounds."""
+    assert len(data) == SIZE
+    assert data[: 3 * MIB] == b"\xaa" * (3 * MIB)
+    assert data[3 * MIB : 4 * MIB] == b"\xbb" * MIB
+    assert data[5 * MIB : 6 * MIB] == b"\xcc" * MIB
+    assert data[6 * MIB : 40 * MIB] == b"\xaa" * (34 * MIB)
+    assert data[40 * MIB : 48 * MIB] == bytes(8 * MIB)
+    area = data[SPEC.offset : SPEC.offset + SPEC.blocks * SPEC.block_size]
+    verdict = check_point_in_time(area, SPEC, bounds)
+    assert verdict.ok, verdict
+    assert data[SPEC.offset + len(area) :] == bytes(SIZE - SPEC.offset - len(area))
+
+
+async def started(start_qemu, vm_dir, qemu_binary, change=lambda disk: disk):
+    built = await build(parse_scenario(SOURCE, "source"), vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(replace(built, disks=(change(built.disks[0]),)), guest=True)
+    await vm.guest.stress(SPEC)
+
+    async def writes():
+        return (await vm.guest.progress()).acked > 0
+
+    await until(writes, "a write")
+    return vm
+
+
+REFUSED, DONE = "refused", "done"
+
+#: Commands of somebody else's, by which node they name: the active layer, or what the guest has
+#: above that; and what becomes of it beside a copy of the start: on QEMU before 10.0, and later.
+#: Beside mirrors, of the end and a pivot, all of them are refused.
+COMMANDS = {
+    ("block_resize", "active"): (REFUSED, REFUSED),
+    ("block_resize", "root"): (DONE, DONE),
+    ("blockdev-snapshot", "active"): (DONE, DONE),
+    ("blockdev-snapshot", "root"): (
+        "somebody took a snapshot of vd0 while an overlay of ours",
+        "Operation not supported",
+    ),
+    ("block-commit", "active"): (REFUSED, REFUSED),
+    ("block-commit", "root"): (DONE, REFUSED),
+    ("block-stream", "active"): (DONE, DONE),
+    ("block-stream", "root"): (REFUSED, None),  # K29
+    ("blockdev-backup", "active"): (DONE, DONE),
+    ("blockdev-mirror", "active"): (REFUSED, REFUSED),
+}
+
+
+async def add_theirs(vm, vm_dir, qemu_binary):
+    """Add a node of somebody else's, for what needs one."""
+    path, tools = str(vm_dir / "theirs.qcow2"), Tools.of(qemu_binary)
+    await tools.run(tools.img, "create", "-q", "-f", "qcow2", path, str(SIZE))
+    file = {"driver": "file", "filename": path}
+    await vm.execute("blockdev-add", driver="qcow2", node_name="theirs", backing=None, file=file)
+
+
+def arguments_of(command, node, below):
+    """Return those of a command of somebody else's."""
+    job = {"job_id": "theirs", "device": node}
+    return {
+        "block_resize": {"node_name": node, "size": 2 * SIZE},
+        "blockdev-snapshot": {"node": node, "overlay": "theirs"},
+        "block-commit": job | {"top_node": below[0], "base_node": below[1]},
+        "block-stream": job,
+        "blockdev-backup": job | {"target": "theirs", "sync": "full", "speed": 12 * MIB},
+        "blockdev-mirror": job | {"target": "theirs", "sync": "full"},
+    }[command]
+
+
+@ways
+@pytest.mark.parametrize(("command", "node"), list(COMMANDS))
+async def test_somebody_commands_the_chain(
+    way, command, node, start_qemu, vm_dir, qemu_binary, qemu_version, invariant
+):
+    wanted = COMMANDS[command, node][qemu_version >= (10, 0, 0)] if way == "start" else REFUSED
+    if wanted is None:
+        pytest.skip("QEMU keeps our filter for good then (K29): see the test of that")
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    if wanted != REFUSED:
+        invariant.forget(vm)  # its chain is what they made of it
+    its = Disturbed(vm, vm_dir, way)
+    needs = command in ("blockdev-snapshot", "blockdev-backup", "blockdev-mirror")
+    async with its.copying():
+        if needs:
+            await add_theirs(vm, vm_dir, qemu_binary)
+        name = "d0" if node == "active" else its.disk.chain.root.name
+        said = arguments_of(command, name, ("d0-1", "d0-2"))
+        if wanted == REFUSED:
+            with pytest.raises(CommandError) as caught:
+                await vm.execute(command, **said)
+            print(f"{command} of {name} beside a copy of {way}: {caught.value}")
+        else:
+            await vm.execute(command, **said)
+    print(f"{command} of the {node} node beside a copy of {way}: {its.error or 'whole'}")
+    await its.ended()
+    if wanted in (REFUSED, DONE):
+        assert its.error is None
+        grown = (command, wanted) == ("block_resize", DONE)
+        assert await its.size() == (2 * SIZE if grown else SIZE)
+    else:
+        assert wanted in str(its.error)
+    its.check()
+    await over(vm)
+    if wanted == REFUSED and needs:
+        await vm.execute("blockdev-del", node_name="theirs")
+    if (command, node) != ("blockdev-snapshot", "root") or qemu_version >= (10, 0, 0):
+        await nothing_of_ours(vm)
+    if way == "pivot":
+        invariant.forget(vm)  # test_copy.py has what it is then
+
+
+@pytest.mark.needs_qemu("< 10.0", reason="from there on no overlay has to come home")
+async def test_somebodys_job_keeps_an_overlay_from_coming_home(
+    start_qemu, vm_dir, qemu_binary, invariant
+):
+    """The guest goes on in it, until that job has ended."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    its = Disturbed(vm, vm_dir, "start")
+    async with its.copying(stall=3):
+        await add_theirs(vm, vm_dir, qemu_binary)
+        backup = {"device": "d0", "target": "theirs", "sync": "full", "speed": 1}
+        await vm.execute("blockdev-backup", job_id="theirs", **backup)
+    assert isinstance(its.error, BusyError)
+    assert "somebody else's job is at work" in str(its.error)
+    assert "qmpblock recover" in its.error.remedy
+    its.check()
+    await vm.execute("job-cancel", id="theirs")
+    await over(vm)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        print(*[step for one in await controller.recover() for step in one.steps], sep="\n")
+    await its.ended()
+    await vm.execute("blockdev-del", node_name="theirs")
+    await nothing_of_ours(vm)
+
+
+async def over(vm):
+    """Wait until no job is there any more, ours or not."""
+
+    async def none():
+        return not await vm.execute("query-jobs")
+
+    await until(none, "the end of somebody's job")
+
+
+async def system_reset(its):
+    await its.stop()
+    await its.vm.execute("system_reset")
+    await asyncio.sleep(0.5)
+
+
+async def guests_own_reset(its):
+    await its.stop()
+    await its.vm.guest.reset()
+
+
+async def pause(its):
+    await its.vm.execute("stop")
+    await asyncio.sleep(0.3)
+    await its.vm.execute("cont")
+
+
+async def unplugging(its):
+    await its.stop()
+    await unplug(its.vm, "d0")
+
+
+@ways
+@pytest.mark.parametrize("disturb", [system_reset, guests_own_reset, pause, unplugging])
+async def test_something_happens_to_the_machine(
+    way, disturb, start_qemu, vm_dir, qemu_binary, invariant
+):
+    """The copy is whole, of a disk that was unplugged, too."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    if disturb is unplugging or way == "pivot":
+        invariant.forget(vm)
+    its = Disturbed(vm, vm_dir, way)
+    async with its.copying():
+        await disturb(its)
+    assert its.error is None
+    await its.ended()
+    its.check()
+    await nothing_of_ours(vm)
+
+
+@ways
+async def test_the_source_cannot_be_read(way, start_qemu, vm_dir, qemu_binary, invariant):
+    """The copy fails in QEMU's words; the guest, which writes elsewhere, does not notice."""
+    vm = await started(
+        start_qemu,
+        vm_dir,
+        qemu_binary,
+        lambda disk: inject(disk, "read_aio", "EIO", layer=2, offset=24 * MIB),
+    )
+    its = Disturbed(vm, vm_dir, way)
+    async with its.copying():
+        pass
+    assert isinstance(its.error, JobError)
+    assert "Input/output error" in str(its.error)
+    assert "there is no copy" in its.error.standing
+    await its.ended()
+    its.check()
+    await nothing_of_ours(vm)
+
+
+@pytest.mark.needs_qemu(">= 10.0", reason="before, what the guest writes is kept, not what was")
+async def test_what_is_kept_has_no_room(start_qemu, vm_dir, qemu_binary, invariant):
+    async with small_file_system(vm_dir / "small", 24 * MIB) as small:
+        vm = await started(start_qemu, vm_dir, qemu_binary)
+        its = Disturbed(vm, vm_dir, "start")
+        async with its.copying(fleece=small):
+            fill_up(small, leave=MIB)  # the guest writes meanwhile, too
+            await vm.guest.fill(0, 36 * MIB, 4 * MIB, 0xDD)
+        print(its.error, its.error.standing)
+        assert isinstance(its.error, JobError)
+        await its.ended()
+        its.check()
+        await nothing_of_ours(vm)
+        assert [path.name for path in small.iterdir() if "qmpblock" in path.name] == []
+
+
+@pytest.mark.needs_qemu(">= 10.0", reason="before, a copy of the start has no filter")
+async def test_a_stream_that_qemu_refuses_keeps_a_filter(
+    start_qemu, vm_dir, qemu_binary, invariant
+):
+    """For good: it loses a reader of the node that it was to stream into (K29)."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    invariant.forget(vm)
+    its = Disturbed(vm, vm_dir, "start")
+    async with its.copying():
+        root = its.disk.chain.root.name
+        with pytest.raises(CommandError, match="Permission conflict"):
+            await vm.execute("block-stream", job_id="theirs", device=root)
+    assert "Permission conflict" in str(its.error)
+    await its.ended()
+    graph = await vm.execute("x-debug-query-block-graph")
+    names = {one["id"]: one["name"] for one in graph["nodes"]}
+    left = [names[one["parent"]] for one in graph["edges"] if names[one["child"]] == root]
+    assert sorted(left) == ["", "/machine/peripheral/vd0/virtio-backend"]
