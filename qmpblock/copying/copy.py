@@ -44,7 +44,7 @@ from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.pacing import paced
 from qmpblock.copying.proof import check_provable, check_served, work
-from qmpblock.copying.resuming import give_up
+from qmpblock.copying.resuming import give_up, say_kept
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
 from qmpblock.copying.wiretarget import bounded, cut_on_error
@@ -122,6 +122,9 @@ async def copy(
                 running = _of_disks(vm, record, files, job)
             async with running as jobs:
                 yield job
+        except Error as error:
+            say_kept(error, job)
+            raise
         finally:
             job.end()
     job.result = CopyResult(
@@ -218,8 +221,8 @@ async def _of_disks(
                     yield mirrors
                     job.completion.set()
                 await undisturbed(_finish(change, files))
-        except BaseException as error:
-            await undisturbed(_remove_marked(change, files, job, error))
+        except BaseException:
+            await undisturbed(_remove_marked(change, files, job))
             raise
 
 
@@ -259,8 +262,8 @@ async def _of_views(
                 async with working(paced(vm, job, files, proving), job):
                     yield backups
                 await undisturbed(_finish(change, files))
-    except BaseException as error:
-        await undisturbed(give_up(files, job, error))
+    except BaseException:
+        await undisturbed(give_up(files, job))
         raise
 
 
@@ -285,8 +288,8 @@ async def _of_layers(
                 yield backups
         backups.held = layers.held_guest
         await undisturbed(_finish_all(files))
-    except BaseException as error:
-        await undisturbed(give_up(files, job, error))
+    except BaseException:
+        await undisturbed(give_up(files, job))
         raise
 
 
@@ -350,15 +353,13 @@ async def _finish_all(files: Sequence[CopyTarget]) -> None:
         await file.finish()
 
 
-async def _remove_marked(
-    change: Change[Copy], files: Sequence[CopyTarget], job: CopyJob, error: BaseException
-) -> None:
+async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget], job: CopyJob) -> None:
     """Leave of targets that are not whole what `give_up` does: QEMU closes them first."""
     if isinstance(change.record, Move):
         return  # its journal tells which are ours, and whether the guest is there
     with contextlib.suppress(Error):  # whoever undoes it says why
         await settle(change.vm, change.record, change.journal, Choice.UNDO)
-    await give_up(files, job, error)
+    await give_up(files, job)
 
 
 def _undone(files: Sequence[CopyTarget], mirrors: Mirrors | None = None) -> str:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from qmpblock.qemu.job import Progress
     from qmpblock.ranges import Ranges
 
-__all__ = ["check_resumes", "find_left", "give_up"]
+__all__ = ["check_resumes", "find_left", "give_up", "say_kept"]
 
 _PHASE = "comparing"
 _AT_ONCE = 16  # requests
@@ -178,15 +178,18 @@ def _pieces(ranges: Ranges, most: int) -> Iterator[tuple[int, int]]:
 # -- a copy that failed
 
 
-async def give_up(targets: Sequence[CopyTarget], job: CopyJob, error: BaseException) -> None:
-    """Leave of a copy that failed what another one can go on from, and have the error say so.
+async def give_up(targets: Sequence[CopyTarget], job: CopyJob) -> None:
+    """Leave of a copy that failed what another one can go on from.
 
     Nobody uses the targets any more.
 
     :param job: has it as `kept`.
     """
-    kept = [left for target in targets if (left := await target.remove()) is not None]
-    job.kept = tuple(kept)
-    if kept and isinstance(error, Error):
-        said = job.kept_words
+    job.kept = tuple([left for target in targets if (left := await target.remove()) is not None])
+
+
+def say_kept(error: Error, job: CopyJob) -> None:
+    """Have an error that ended a copy say what was left by `give_up`, if anything was."""
+    said = job.kept_words
+    if said:
         error.standing = said if error.standing is None else f"{error.standing}; {said}"

@@ -3,7 +3,7 @@
 import pytest
 
 from qmpblock.copying.job import CopyJob
-from qmpblock.copying.resuming import _pieces, check_resumes, give_up
+from qmpblock.copying.resuming import _pieces, check_resumes, give_up, say_kept
 from qmpblock.errors import Error, UnsupportedError
 from qmpblock.ranges import Ranges
 
@@ -40,7 +40,8 @@ def test_ranges_are_drawn_whole_in_pieces_that_a_request_can_be_of():
 async def test_a_failure_says_what_is_kept():
     job, targets = CopyJob(), [Target("/i/a.partial"), Target(None)]
     error = Error("it broke", standing="there is no copy")
-    await give_up(targets, job, error)
+    await give_up(targets, job)
+    say_kept(error, job)
     assert all(one.removed for one in targets)
     assert job.kept == ("/i/a.partial",)
     assert error.standing.startswith("there is no copy; what was copied is kept in /i/a.partial")
@@ -48,5 +49,6 @@ async def test_a_failure_says_what_is_kept():
 
 async def test_a_failure_with_nothing_kept_says_no_more_than_it_did():
     job, error = CopyJob(), Error("it broke", standing="there is no copy")
-    await give_up([Target(None)], job, error)
+    await give_up([Target(None)], job)
+    say_kept(error, job)
     assert (job.kept, error.standing) == ((), "there is no copy")
