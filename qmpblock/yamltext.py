@@ -197,12 +197,16 @@ class Mapping:
             for index, node in enumerate(nodes)
         ]
 
+    def keys(self) -> tuple[str, ...]:
+        """Return all keys that are there, in their order."""
+        return tuple(self._entries)
+
     def texts(self, key: str) -> dict[str, str]:
         """Return a mapping of text to text; empty if it is not there."""
         if key not in self:
             return {}
         below = self.mapping(key)
-        return {name: below.text(name) for name in below._entries}
+        return {name: below.text(name) for name in below.keys()}  # noqa: SIM118 - no dict
 
     def choices(self, key: str, known: tuple[str, ...]) -> list[str]:
         """Return a list of some of `known`, none twice; empty if it is not there."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpblock.cli import copiesoutput
 from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
@@ -19,12 +21,14 @@ from qmpblock.errors import printable
 if TYPE_CHECKING:
     from qmpblock.allocation.room import RoomResult
     from qmpblock.errors import Error
+    from qmpblock.policy.copies import CopiesPlan, CopiesResult
+    from qmpblock.policy.copyentry import CopyPolicy
     from qmpblock.policy.file import DiskPolicy
     from qmpblock.policy.run import DiskPlan, DiskResult
     from qmpblock.policy.watch import Watched
     from qmpblock.qemu.job import Progress
 
-__all__ = ["command", "document"]
+__all__ = ["command", "document", "documents"]
 
 
 @make_command
@@ -39,8 +43,9 @@ async def command(options: Options, policy: str, watch: bool, unmanaged: bool) -
     """Make the disks of running VMs as POLICY, a YAML file, says. The guests go on.
 
     What is as it should be is left alone, so it can be applied again at any time, also after
-    it was interrupted or killed: it does what is left. A disk that fails does not keep the
-    others from being done. `qmpblock plan` shows beforehand what it will do.
+    it was interrupted or killed: it does what is left. So is a copy that is there. A disk that
+    fails does not keep the others from being done. `qmpblock plan` shows beforehand what it will
+    do.
 
     Where it gives host space to qcow2 or QED, and QEMU itself dies meanwhile, run `qmpblock
     recover IMAGE` before the image is started again.
@@ -78,15 +83,34 @@ async def command(options: Options, policy: str, watch: bool, unmanaged: bool) -
             await keeper.run()
     finally:
         if options.json:
-            entries = [document(one, watched.get(one.policy)) for one in results]
-            emit(json.dumps({"disks": entries}, indent=2) + "\n")
+            emit(json.dumps(documents(results, watched), indent=2) + "\n")
     if any(one.state == "failed" for one in results) or any(w.error for w in watched.values()):
         return 1
     return WARNED if any(one.warnings for one in results) else 0
 
 
+def documents(
+    results: tuple[DiskResult | CopiesResult, ...], watched: Mapping[DiskPolicy, Watched]
+) -> dict[str, Any]:
+    """Return the document of docs/schema/apply.schema.json."""
+    disks, copies = _apart(results)
+    return {
+        "disks": [document(one, watched.get(one.policy)) for one in disks],
+        "copies": [copiesoutput.result_document(one) for one in copies],
+    }
+
+
+def _apart(
+    results: tuple[DiskResult | CopiesResult, ...],
+) -> tuple[list[DiskResult], list[CopiesResult]]:
+    from qmpblock.policy.copies import CopiesResult
+
+    copies = [one for one in results if isinstance(one, CopiesResult)]
+    return [one for one in results if not isinstance(one, CopiesResult)], copies
+
+
 def document(one: DiskResult, watched: Watched | None = None) -> dict[str, Any]:
-    """Return the entry of docs/schema/apply.schema.json."""
+    """Return the entry of a disk."""
     return {
         "address": one.policy.address,
         "disk": one.name,
@@ -149,15 +173,15 @@ class _Shown:
 
     def __init__(self, begin: Any) -> None:
         self._begin = begin
-        self._reporters: dict[DiskPolicy, Reporter] = {}
+        self._reporters: dict[DiskPolicy | CopyPolicy, Reporter] = {}
 
-    def progress(self, wanted: DiskPolicy, seen: Progress) -> None:
+    def progress(self, wanted: DiskPolicy | CopyPolicy, seen: Progress) -> None:
         if wanted not in self._reporters:
             self._reporters[wanted] = self._begin(_name(wanted, wanted.disk))
         self._reporters[wanted](seen)
 
 
-def _name(wanted: DiskPolicy, disk: str) -> str:
+def _name(wanted: DiskPolicy | CopyPolicy, disk: str) -> str:
     return f"{printable(disk)} of {printable(wanted.address)}"
 
 
@@ -167,14 +191,14 @@ class _Warnings:
     def __init__(self) -> None:
         self._said: set[str] = set()
 
-    def before(self, plans: tuple[DiskPlan, ...]) -> None:
+    def before(self, plans: tuple[DiskPlan | CopiesPlan, ...]) -> None:
         for one in plans:
             if one.has_work and one.error is None:
                 name = _name(one.policy, one.name)
                 click.echo(f"{name}: {summary(one)}", err=True)
                 self._warn(name, one.warnings)
 
-    def after(self, one: DiskResult) -> None:
+    def after(self, one: DiskResult | CopiesResult) -> None:
         name = _name(one.policy, one.name)
         if one.error is not None:
             _say_failure(name, one.error)
@@ -193,14 +217,20 @@ def _say_failure(name: str, error: Error) -> None:
         click.echo(f"  {line}", err=True)
 
 
-def _sum_up(results: tuple[DiskResult, ...]) -> None:
-    for one in results:
+def _sum_up(every: tuple[DiskResult | CopiesResult, ...]) -> None:
+    from qmpblock.policy.copies import CopiesResult
+
+    results, copies = _apart(every)
+    for one in every:
         name = _name(one.policy, one.name)
         if one.state == "failed":
             click.echo(f"{name}: failed; see above")
             continue
         if one.state == "nothing":
             click.echo(f"{name}: nothing to do")
+            continue
+        if isinstance(one, CopiesResult):
+            click.echo(f"{name}: {copiesoutput.said_result(one)}")
             continue
         click.echo(
             f"{name}: {one.allocated:,} bytes allocated from below, {one.reserved:,} reserved, "
@@ -212,6 +242,10 @@ def _sum_up(results: tuple[DiskResult, ...]) -> None:
             click.echo(f"  {one.ahead.reserved:,} bytes of room ahead of the guest reserved")
         if one.held:
             click.echo(f"  the guest's I/O was held for {one.held * 1000:.1f} ms at the most")
+    if copies:
+        click.echo(copiesoutput.count(copies))
+    if not results:
+        return
     counts = {state: sum(one.state == state for one in results) for state in _WORDS}
     said = ", ".join(f"{count} {_WORDS[state]}" for state, count in counts.items() if count)
     click.echo(f"{len(results)} disk{'s' if len(results) != 1 else ''}: {said}")

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qmpblock.cli import copiesoutput
 from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
+from qmpblock.cli.copiesoutput import plan_document
 from qmpblock.cli.joboutput import warn
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
     from qmpblock.allocation.room import RoomPlan
+    from qmpblock.policy.copies import CopiesPlan
     from qmpblock.policy.run import DiskPlan
     from qmpblock.policy.steps import Changes, Picture
 
-__all__ = ["command", "document", "summary"]
+__all__ = ["command", "document", "documents", "summary"]
 
 
 @make_command
@@ -29,14 +32,15 @@ async def command(options: Options, policy: str, unmanaged: bool) -> int:
     """Show what POLICY, a YAML file, would do to the disks of running VMs. Changes nothing.
 
     For each disk: today's picture and the wanted one, what is to be copied and reserved, how
-    long that takes at the rate asked for, and which images leave the chain.
+    long that takes at the rate asked for, and which images leave the chain. For each copy: that
+    it is there, or how it would be made.
     """
     from qmpblock.policy.file import load_policy
     from qmpblock.policy.run import plan
 
     plans = await plan(load_policy(policy), connect=partial(options.connect, unmanaged=unmanaged))
     if options.json:
-        emit(json.dumps({"disks": [document(one) for one in plans]}, indent=2) + "\n")
+        emit(json.dumps(documents(plans), indent=2) + "\n")
     else:
         for number, one in enumerate(plans):
             if number:
@@ -50,8 +54,27 @@ async def command(options: Options, policy: str, unmanaged: bool) -> int:
     return WARNED if any(one.warnings for one in plans) else 0
 
 
+def documents(plans: tuple[DiskPlan | CopiesPlan, ...]) -> dict[str, Any]:
+    """Return the document of docs/schema/plan.schema.json."""
+    disks, copies = apart(plans)
+    return {
+        "disks": [document(one) for one in disks],
+        "copies": [plan_document(one) for one in copies],
+    }
+
+
+def apart(
+    plans: tuple[DiskPlan | CopiesPlan, ...],
+) -> tuple[list[DiskPlan], list[CopiesPlan]]:
+    """Return the plans of disks, and those of copies."""
+    from qmpblock.policy.copies import CopiesPlan
+
+    copies = [one for one in plans if isinstance(one, CopiesPlan)]
+    return [one for one in plans if not isinstance(one, CopiesPlan)], copies
+
+
 def document(one: DiskPlan) -> dict[str, Any]:
-    """Return the entry of docs/schema/plan.schema.json."""
+    """Return the entry of a disk."""
     changes = one.changes
     return {
         "address": one.policy.address,
@@ -92,8 +115,12 @@ def _ahead(room: RoomPlan) -> dict[str, Any]:
     return {"wanted": room.wanted, "room": room.room, "reserve": room.reserve, "full": room.full}
 
 
-def summary(one: DiskPlan) -> str:
+def summary(one: DiskPlan | CopiesPlan) -> str:
     """Say in a line what is to be done."""
+    from qmpblock.policy.copies import CopiesPlan
+
+    if isinstance(one, CopiesPlan):
+        return copiesoutput.summary(one)
     if not one.has_work:
         return "nothing to do: it is as the policy says"
     parts = []
@@ -134,7 +161,21 @@ def _summary(changes: Changes, speed: int) -> str:
     return text
 
 
-def _show(one: DiskPlan) -> None:
+def _show(one: DiskPlan | CopiesPlan) -> None:
+    from qmpblock.policy.copies import CopiesPlan
+
+    if isinstance(one, CopiesPlan):
+        copiesoutput.show(one)
+    else:
+        _show_disk(one)
+    if one.error is not None:
+        first, *rest = str(one.error).splitlines()
+        click.echo(click.style("cannot be done: ", fg="red", bold=True) + first)
+        for line in rest:
+            click.echo(f"  {line}")
+
+
+def _show_disk(one: DiskPlan) -> None:
     click.echo(
         click.style(printable(one.name), bold=True)
         + f" of {printable(one.policy.address)}: {printable(one.policy.wanted)}"
@@ -148,11 +189,6 @@ def _show(one: DiskPlan) -> None:
         click.echo(f"\n{summary(one)}")
     if one.ahead is not None and not one.ahead.reserve:
         click.echo(said_ahead(one.ahead))
-    if one.error is not None:
-        first, *rest = str(one.error).splitlines()
-        click.echo(click.style("cannot be done: ", fg="red", bold=True) + first)
-        for line in rest:
-            click.echo(f"  {line}")
 
 
 def _drawn(picture: Picture, widest: Picture) -> str:
@@ -173,9 +209,20 @@ def _drawn(picture: Picture, widest: Picture) -> str:
     )
 
 
-def _show_sum(plans: tuple[DiskPlan, ...]) -> None:
+def _show_sum(every: tuple[DiskPlan | CopiesPlan, ...]) -> None:
     from qmpblock.sizes import human_size
 
+    plans, copies = apart(every)
+    if copies:
+        pending = sum(one.has_work and one.error is None for one in copies)
+        failed = sum(one.error is not None for one in copies)
+        click.echo(
+            f"\n{len(copies)} entr{'ies' if len(copies) != 1 else 'y'} of copies: "
+            f"{pending} to make, {len(copies) - pending - failed} there already"
+            + (f", {failed} that cannot be done" if failed else "")
+        )
+    if not plans:
+        return
     doable = [one for one in plans if one.changes is not None and one.error is None]
     move = sum(one.changes.move for one in doable if one.changes)
     reserve = sum(one.changes.reserve for one in doable if one.changes)

@@ -58,13 +58,18 @@ DiskT = TypeVar("DiskT", bound="MappedDisk")
 async def dry_run(
     vm: Connection,
     targets: Mapping[DiskT, str | os.PathLike[str]],
+    *,
+    restarts: bool = False,
     **words: Unpack[CopyWords],
 ) -> PlannedCopy:
-    """Say how disks would be copied. See `VM.plan_copy`."""
+    """Say how disks would be copied. See `VM.plan_copy`.
+
+    :param restarts: whether the targets' files that a copy left unfinished go first.
+    """
     options = CopyOptions(**words)
     if not targets:
         raise RequestError("a copy of no disk is none")
-    plans = await look(vm, targets, options, undo=False)
+    plans = await look(vm, targets, options, undo=False, restarts=restarts)
     _check_targets(vm, plans, options)
     if options.verify:
         await check_provable(vm, plans, options.point, tries=False)

@@ -44,10 +44,12 @@ async def look(
     options: CopyOptions,
     *,
     undo: bool = True,
+    restarts: bool = False,
 ) -> list[CopyPlan]:
     """Say what goes where, or refuse; only what a dead controller left is undone.
 
     :param undo: whether it is; else that is an error, too.
+    :param restarts: whether the targets' files that a copy left unfinished go.
     :raise Error: it cannot be done; nothing was touched.
     """
     at, force = options.point, options.force
@@ -74,8 +76,13 @@ async def look(
         if block:
             await check_unused(vm.monitor.peer_pid, plan.file)
         elif plan.server is None:
-            pid, resume = vm.monitor.peer_pid, options.resume
-            check_file(pid, plan.file, force=force, keeps_name=pivot, resume=resume)
+            check_file(
+                *(vm.monitor.peer_pid, plan.file),
+                force=force,
+                keeps_name=pivot,
+                resume=options.resume,
+                restarts=restarts,
+            )
         backing_name(vm, plan)  # or refuse
         if plan.format != "raw":
             await by_qemu_img(vm, plan.secret, local=True)  # or refuse

@@ -45,7 +45,7 @@ from qmpblock.names import partial_file, storage_node
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["TargetFile", "absolute", "check_file"]
+__all__ = ["TargetFile", "absolute", "check_file", "drop_unfinished"]
 
 _CACHED = {"direct": False, "no-flush": False}
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
@@ -272,13 +272,20 @@ def absolute(file: str | os.PathLike[str]) -> str:
 
 
 def check_file(
-    pid: int | None, file: str, *, force: bool, keeps_name: bool, resume: bool = False
+    pid: int | None,
+    file: str,
+    *,
+    force: bool,
+    keeps_name: bool,
+    resume: bool = False,
+    restarts: bool = False,
 ) -> None:
     """Refuse to make a target that would destroy something, or that QEMU would not find.
 
     :param pid: of QEMU.
     :param force: whether a file of that name may be replaced, once the copy is whole.
     :param resume: whether what another copy left unfinished is gone on from.
+    :param restarts: whether what a copy left that was ended goes (`drop_unfinished`).
     :raise RequestError: there is something of that name, or no such directory.
     :raise InUseError: somebody has open what may be replaced.
     :raise UnsupportedError: QEMU does not see that directory.
@@ -296,7 +303,26 @@ def check_file(
         )
     for name in {file} if keeps_name or resume else {file, partial_file(file)}:
         if os.path.lexists(name):
-            _check_replaceable(name, force=force and not keeps_name, partial=name != file)
+            partial = name != file
+            goes = (force and not keeps_name) or (restarts and partial)
+            _check_replaceable(name, force=goes, partial=partial)
+
+
+def drop_unfinished(file: str) -> None:
+    """Remove what a copy to a file left that was ended, if anything; never one that is made now.
+
+    :raise InUseError: somebody has it open.
+    :raise RequestError: it is no plain file.
+    :raise Error: it cannot be removed.
+    """
+    name = partial_file(file)
+    if not os.path.lexists(name):
+        return
+    _check_replaceable(name, force=True, partial=True)
+    try:
+        Path(name).unlink()
+    except OSError as error:
+        raise Error(f"cannot remove {printable(name)}: {error.strerror}") from None
 
 
 def _check_replaceable(name: str, *, force: bool, partial: bool) -> None:

@@ -9,13 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qmpblock.policy.copies import CopiesPlan, CopiesResult
     from qmpblock.policy.file import Policy, load_policy
     from qmpblock.policy.run import DiskPlan, DiskResult, apply, plan
     from qmpblock.policy.watch import Watch
 
-__all__ = ["DiskPlan", "DiskResult", "Policy", "Watch", "apply", "load_policy", "plan"]
+__all__ = [
+    "CopiesPlan",
+    "CopiesResult",
+    "DiskPlan",
+    "DiskResult",
+    "Policy",
+    "Watch",
+    "apply",
+    "load_policy",
+    "plan",
+]
 
 _HOMES = {
+    "CopiesPlan": "copies",
+    "CopiesResult": "copies",
     "DiskPlan": "look",
     "DiskResult": "run",
     "Policy": "file",

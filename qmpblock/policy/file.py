@@ -11,15 +11,15 @@ leave the chain, so that a policy applied twice would mean something else.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 from qmpblock.address import parse_address
 from qmpblock.errors import RequestError, printable
-from qmpblock.sizes import LARGEST, Amount, parse_size
+from qmpblock.policy.copyentry import CopyPolicy, read_copies
+from qmpblock.policy.values import amount_in, filled_in, keep_free_in, number_in, speed_in
+from qmpblock.sizes import LARGEST, Amount
 from qmpblock.yamltext import MOST_BYTES, Mapping, read_mapping
 
 __all__ = [
@@ -32,9 +32,6 @@ __all__ = [
 ]
 
 Allocation = Literal["as-is", "thin", "full", "like"]
-
-_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s?%")
-_WHOLE = re.compile(r"-?\d{1,9}")
 
 
 class PolicyError(RequestError):
@@ -102,11 +99,19 @@ class Policy:
 
     :ivar disks: in the order in which they are done.
     :ivar parallel: how many at once.
+    :ivar copies: that are to be there, in the order in which they are made.
     """
 
     source: str
     disks: tuple[DiskPolicy, ...]
     parallel: int = 1
+    copies: tuple[CopyPolicy, ...] = ()
+
+    @property
+    def wishes(self) -> tuple[DiskPolicy | CopyPolicy, ...]:
+        """All, in the order in which they are done: of the same `order`, disks before copies."""
+        every: list[DiskPolicy | CopyPolicy] = [*self.disks, *self.copies]
+        return tuple(sorted(every, key=lambda one: one.order))
 
 
 def load_policy(path: Path | str) -> Policy:
@@ -129,19 +134,22 @@ def parse_policy(text: str, *, source: str = "<text>") -> Policy:
     :raise PolicyError: what it says is wrong.
     """
     top = read_mapping(text, source, PolicyError)
-    parallel = _number(top, "parallel", 1)
+    parallel = number_in(top, "parallel", 1)
     if parallel < 1:
         top.refuse("parallel", "must be at least 1")
-    general = DiskPolicy("", "", speed=_speed(top, 0), keep_free=_keep_free(top, None))
+    general = DiskPolicy("", "", speed=speed_in(top, 0), keep_free=keep_free_in(top, None))
     disks: list[DiskPolicy] = []
+    copies: list[CopyPolicy] = []
     seen: set[tuple[object, str]] = set()
+    taken: dict[str, str] = {}
     for vm in top.mappings("vms"):
-        address = _filled(vm, "address")
+        address = filled_in(vm, "address")
         try:
             parsed = parse_address(address)
         except RequestError as error:
             vm.refuse("address", error.message)
-        for entry in vm.mappings("disks"):
+        copies += read_copies(vm, address, general.speed, general.keep_free, taken)
+        for entry in vm.mappings("disks") if "disks" in vm or "copies" not in vm else ():
             disk = _disk(entry, address, general)
             if (parsed, disk.disk) in seen:
                 entry.refuse("disk", f"{printable(disk.disk)} of this VM stands here twice")
@@ -150,7 +158,8 @@ def parse_policy(text: str, *, source: str = "<text>") -> Policy:
         vm.finish()
     top.finish()
     disks.sort(key=lambda disk: disk.order)
-    return Policy(source, tuple(disks), parallel)
+    copies.sort(key=lambda one: one.order)
+    return Policy(source, tuple(disks), parallel, tuple(copies))
 
 
 def _disk(entry: Mapping, address: str, general: DiskPolicy) -> DiskPolicy:
@@ -166,7 +175,7 @@ def _disk(entry: Mapping, address: str, general: DiskPolicy) -> DiskPolicy:
     if entry.is_mapping("allocation"):
         pattern = entry.mapping("allocation")
         allocation, like = "like", _layer(pattern, "like")
-        like_format = _filled(pattern, "format") if "format" in pattern else None
+        like_format = filled_in(pattern, "format") if "format" in pattern else None
         pattern.finish()
     else:
         chosen = entry.choice("allocation", ("as-is", "thin", "full"), "as-is")
@@ -178,17 +187,17 @@ def _disk(entry: Mapping, address: str, general: DiskPolicy) -> DiskPolicy:
         entry.refuse("ranges", "a disk becomes independent whole: ranges go with full and like")
     disk = DiskPolicy(
         address=address,
-        disk=_filled(entry, "disk"),
+        disk=filled_in(entry, "disk"),
         independent=bool(independent),
         base=base,
         allocation=allocation,
         like=like,
         like_format=like_format,
         parts=parts,
-        speed=_speed(entry, general.speed),
-        keep_free=_keep_free(entry, general.keep_free),
+        speed=speed_in(entry, general.speed),
+        keep_free=keep_free_in(entry, general.keep_free),
         ahead=_ahead(entry),
-        order=_number(entry, "order", 0),
+        order=number_in(entry, "order", 0),
         place=entry.place,
     )
     entry.finish()
@@ -196,8 +205,8 @@ def _disk(entry: Mapping, address: str, general: DiskPolicy) -> DiskPolicy:
 
 
 def _part(entry: Mapping) -> Part:
-    offset = _amount(entry, "offset") if "offset" in entry else Amount()
-    length = _amount(entry, "length") if "length" in entry else None
+    offset = amount_in(entry, "offset") if "offset" in entry else Amount()
+    length = amount_in(entry, "length") if "length" in entry else None
     entry.finish()
     if length == Amount() or (length is not None and length.percent == 0):
         entry.refuse("length", "is nothing")
@@ -211,15 +220,8 @@ def _part(entry: Mapping) -> Part:
     return Part(offset, length)
 
 
-def _filled(entry: Mapping, key: str) -> str:
-    text = entry.text(key)
-    if not text:
-        entry.refuse(key, "is empty")
-    return text
-
-
 def _layer(entry: Mapping, key: str) -> str:
-    text = _filled(entry, key)
+    text = filled_in(entry, key)
     if text.startswith("@"):
         entry.refuse(
             key,
@@ -229,42 +231,10 @@ def _layer(entry: Mapping, key: str) -> str:
     return text
 
 
-def _number(entry: Mapping, key: str, default: int) -> int:
-    text = entry.text(key, str(default))
-    if not _WHOLE.fullmatch(text):
-        entry.refuse(key, f"{printable(text)!r} is not a whole number")
-    return int(text)
-
-
-def _speed(entry: Mapping, default: int) -> int:
-    speed = entry.size("speed", default)
-    if speed > LARGEST:
-        entry.refuse("speed", "is more than 2^63 - 1 bytes a second")
-    return speed
-
-
-def _keep_free(entry: Mapping, default: Amount | None) -> Amount | None:
-    return _amount(entry, "keep_free") if "keep_free" in entry else default
-
-
 def _ahead(entry: Mapping) -> Amount | None:
     if "ahead" not in entry:
         return None
-    amount = _amount(entry, "ahead")
+    amount = amount_in(entry, "ahead")
     if amount.of(LARGEST) == 0:
         entry.refuse("ahead", "is nothing; leave it out where no room is wanted")
     return amount
-
-
-def _amount(entry: Mapping, key: str) -> Amount:
-    text = entry.text(key)
-    share = _PERCENT.fullmatch(text)
-    if share is not None:
-        percent = Fraction(share[1])
-        if percent > 100:
-            entry.refuse(key, f"{printable(text)!r} is more than the whole")
-        return Amount(percent=percent)
-    size = parse_size(text)
-    if size is None or size > LARGEST:
-        entry.refuse(key, f"{printable(text)!r} is neither a size such as 64K or 1G, nor a percent")
-    return Amount(size)

@@ -31,6 +31,7 @@ from qmpblock.host.openfiles import sees_directory
 from qmpblock.host.space import HostSpace, blank_ranges
 from qmpblock.managers import Verb, Work
 from qmpblock.names import lock_names
+from qmpblock.policy.space import Take
 from qmpblock.policy.steps import Changes, Facts, Picture, plan_changes
 from qmpblock.qemu import ownership
 from qmpblock.ranges import Ranges
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from qmpblock.policy.file import DiskPolicy
     from qmpblock.vm import Disk
 
-__all__ = ["DiskPlan", "look", "share_space"]
+__all__ = ["DiskPlan", "look"]
 
 
 @dataclass(frozen=True)
@@ -72,41 +73,14 @@ class DiskPlan:
         steps = self.changes is not None and self.changes.steps
         return bool(steps) or (self.ahead is not None and self.ahead.reserve > 0)
 
-    def check_space(self, promised: int = 0) -> None:
-        """Refuse what would leave less than must stay free.
+    @property
+    def takes(self) -> tuple[Take, ...]:
+        """What it takes of the host's space."""
+        return () if self.space is None else (Take(self.space, self.needed, self.space.path),)
 
-        :param promised: bytes of the same file system that others will still take.
-        :raise Error: it would.
-        """
-        space = self.space
-        if space is not None and not space.leaves(promised + self.needed):
-            raise Error(
-                f"the file system of {printable(space.path)} has {space.free} bytes free, of which "
-                f"{promised} are promised to other disks; this one needs {self.needed}, and the "
-                f"policy keeps {space.keep} free",
-                standing=UNTOUCHED,
-                remedy="make room, or keep less free",
-            )
-
-
-def share_space(plans: tuple[DiskPlan, ...]) -> tuple[DiskPlan, ...]:
-    """Give the free space of each file system to the disks in their order. Pure.
-
-    Those for which not enough is left get an error.
-    """
-    promised: dict[int, int] = {}
-    shared = []
-    for one in plans:
-        if one.space is not None and one.error is None and one.has_work:
-            taken = promised.get(one.space.device, 0)
-            try:
-                one.check_space(taken)
-                promised[one.space.device] = taken + one.needed
-            except Error as error:
-                shared.append(replace(one, error=error))
-                continue
-        shared.append(one)
-    return tuple(shared)
+    def failed(self, error: Error) -> DiskPlan:
+        """Return it with the reason why it cannot be done."""
+        return replace(self, error=error)
 
 
 async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:

@@ -2,32 +2,33 @@
 
 `plan` looks at every disk of a policy and changes nothing. `apply` looks and does, several VMs
 at once, one disk of a VM at a time (it has one NBD server): each step is one that can be given
-up, killed and repeated (`Disk.allocate`, `Disk.stream`), and what is to be done is computed
-from the disk as it is. So `apply` can be run again at any time, and does what is left.
+up, killed and repeated (`Disk.allocate`, `Disk.stream`, `VM.copy`), and what is to be done is
+computed from the disk as it is. So `apply` can be run again at any time, and does what is left.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qmpblock.allocation.allocate import allocate_ranges
 from qmpblock.allocation.room import RoomResult, make_room
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.errors import Error, RequestError, printable
-from qmpblock.policy.look import DiskPlan, look, share_space
+from qmpblock.policy.copies import CopiesPlan, CopiesResult, look_at_copies, make_copies
+from qmpblock.policy.copyentry import CopyPolicy
+from qmpblock.policy.look import DiskPlan, look
+from qmpblock.policy.space import Book, share_space, unless_short
 from qmpblock.policy.steps import PlannedStep
 from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 
 if TYPE_CHECKING:
-    from qmpblock.host.space import HostSpace
     from qmpblock.policy.file import DiskPolicy, Policy
     from qmpblock.policy.steps import Changes
     from qmpblock.qemu.job import Progress
@@ -37,8 +38,11 @@ __all__ = ["Connect", "DiskPlan", "DiskResult", "apply", "as_error", "connect_to
 
 Connect = Callable[[str], AbstractAsyncContextManager["VM"]]
 
-_LOOK = 0.5  # seconds between looks at the free space of the host
 _AT_ONCE = 8  # VMs that are looked at
+
+_Wish: TypeAlias = "DiskPolicy | CopyPolicy"
+_Plan: TypeAlias = "DiskPlan | CopiesPlan"
+_Result: TypeAlias = "DiskResult | CopiesResult"
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ class DiskResult:
 # -- plan
 
 
-async def plan(policy: Policy, *, connect: Connect | None = None) -> tuple[DiskPlan, ...]:
-    """Say what a policy would do, disk by disk, in its order. Changes nothing.
+async def plan(
+    policy: Policy, *, connect: Connect | None = None
+) -> tuple[DiskPlan | CopiesPlan, ...]:
+    """Say what a policy would do, disk by disk and copy by copy, in its order. Changes nothing.
 
     What cannot be done says so in its plan's `error`; nothing is raised for one disk.
 
@@ -78,35 +84,34 @@ async def plan(policy: Policy, *, connect: Connect | None = None) -> tuple[DiskP
     return share_space(await _look_at_all(policy, connect or connect_to, undo=False))
 
 
-async def _look_at_all(policy: Policy, connect: Connect, *, undo: bool) -> tuple[DiskPlan, ...]:
+async def _look_at_all(policy: Policy, connect: Connect, *, undo: bool) -> tuple[_Plan, ...]:
     turns = asyncio.Semaphore(_AT_ONCE)
-    vms: dict[str, list[DiskPolicy]] = {}
-    for wanted in policy.disks:
+    vms: dict[str, list[_Wish]] = {}
+    for wanted in policy.wishes:
         vms.setdefault(wanted.address, []).append(wanted)
-    plans: dict[DiskPolicy, DiskPlan] = {}
+    plans: dict[_Wish, _Plan] = {}
 
-    async def look_at(address: str, disks: list[DiskPolicy]) -> None:
+    async def look_at(address: str, wishes: list[_Wish]) -> None:
         seen: dict[str, DiskPolicy] = {}
         async with turns:
             try:
                 async with connect(address) as vm:
-                    for wanted in disks:
+                    for wanted in wishes:
                         plans[wanted] = await _tried(vm, wanted, seen, undo=undo)
             except Error as error:
-                for wanted in disks:
-                    nothing = DiskPlan(wanted, wanted.disk, error=error)
-                    plans.setdefault(wanted, nothing)
+                for wanted in wishes:
+                    plans.setdefault(wanted, _impossible(wanted, error))
 
     async with task_group() as group:
-        for address, disks in vms.items():
-            group.create_task(look_at(address, disks))
-    return tuple(plans[wanted] for wanted in policy.disks)
+        for address, wishes in vms.items():
+            group.create_task(look_at(address, wishes))
+    return tuple(plans[wanted] for wanted in policy.wishes)
 
 
-async def _tried(
-    vm: VM, wanted: DiskPolicy, seen: dict[str, DiskPolicy], *, undo: bool
-) -> DiskPlan:
+async def _tried(vm: VM, wanted: _Wish, seen: dict[str, DiskPolicy], *, undo: bool) -> _Plan:
     try:
+        if isinstance(wanted, CopyPolicy):
+            return await look_at_copies(vm, wanted, undo=undo)
         disk = await vm.disk(wanted.disk)
         first = seen.setdefault(disk.device.qom_path, wanted)
         if first is not wanted:
@@ -116,7 +121,13 @@ async def _tried(
             )
         return await look(disk, wanted, undo=undo)
     except (Error, OSError) as error:
-        return DiskPlan(wanted, wanted.disk, error=as_error(error))
+        return _impossible(wanted, as_error(error))
+
+
+def _impossible(wanted: _Wish, error: Error) -> _Plan:
+    if isinstance(wanted, CopyPolicy):
+        return CopiesPlan(wanted, wanted.disk, error=error)
+    return DiskPlan(wanted, wanted.disk, error=error)
 
 
 def as_error(error: Error | OSError) -> Error:
@@ -131,7 +142,9 @@ def connect_to(address: str) -> AbstractAsyncContextManager[VM]:
     return connect(address)
 
 
-def _nothing(plan: DiskPlan) -> DiskResult:
+def _nothing(plan: _Plan) -> _Result:
+    if isinstance(plan, CopiesPlan):
+        return CopiesResult(plan.policy, plan.name, "nothing", warnings=plan.warnings)
     ahead = None
     if plan.ahead is not None:
         room = plan.ahead.room
@@ -141,6 +154,12 @@ def _nothing(plan: DiskPlan) -> DiskResult:
     return DiskResult(plan.policy, plan.name, "nothing", ahead=ahead, warnings=plan.warnings)
 
 
+def _failed(wanted: _Wish, name: str, error: Error) -> _Result:
+    if isinstance(wanted, CopyPolicy):
+        return CopiesResult(wanted, name, "failed", error=error)
+    return DiskResult(wanted, name, "failed", error=error)
+
+
 # -- apply
 
 
@@ -148,15 +167,15 @@ async def apply(
     policy: Policy,
     *,
     connect: Connect | None = None,
-    planned: Callable[[tuple[DiskPlan, ...]], None] | None = None,
-    progress: Callable[[DiskPolicy, Progress], None] | None = None,
-    ended: Callable[[DiskResult], None] | None = None,
-) -> tuple[DiskResult, ...]:
-    """Do what a policy says; return what was done, disk by disk, in its order.
+    planned: Callable[[tuple[DiskPlan | CopiesPlan, ...]], None] | None = None,
+    progress: Callable[[DiskPolicy | CopyPolicy, Progress], None] | None = None,
+    ended: Callable[[DiskResult | CopiesResult], None] | None = None,
+) -> tuple[DiskResult | CopiesResult, ...]:
+    """Do what a policy says; return what was done, disk by disk and copy by copy, in its order.
 
     A disk that fails does not keep the others from being done. Cancelling gives up what is
-    under way, as `Disk.allocate` and `Disk.stream` do; what was done stays, and the next
-    `apply` goes on from there.
+    under way, as `Disk.allocate`, `Disk.stream` and `VM.copy` do; what was done stays, and the
+    next `apply` goes on from there. A copy that is there is not made again.
 
     :param connect: makes a VM of an address; by default `qmpblock.connect`.
     :param planned: is called with what is about to be done.
@@ -164,9 +183,9 @@ async def apply(
     :param ended: is called when a disk is done, or has failed.
     """
     connect = connect or connect_to
-    results: dict[DiskPolicy, DiskResult] = {}
+    results: dict[_Wish, _Result] = {}
 
-    def end(result: DiskResult) -> None:
+    def end(result: _Result) -> None:
         results[result.policy] = result
         if ended is not None:
             ended(result)
@@ -174,28 +193,28 @@ async def apply(
     plans = share_space(await _look_at_all(policy, connect, undo=True))
     if planned is not None:
         planned(plans)
-    todo = []
+    todo: list[_Wish] = []
     for one in plans:
         if one.error is not None:
-            end(DiskResult(one.policy, one.name, "failed", error=one.error))
+            end(_failed(one.policy, one.name, one.error))
         elif not one.has_work:
             end(_nothing(one))
         else:
             todo.append(one.policy)
     work = _Applying(connect, progress)
-    await _in_turn(todo, policy.parallel, work.disk, end)
-    return tuple(results[wanted] for wanted in policy.disks)
+    await _in_turn(todo, policy.parallel, work.begin, end)
+    return tuple(results[wanted] for wanted in policy.wishes)
 
 
 async def _in_turn(
-    disks: list[DiskPolicy],
+    wishes: list[_Wish],
     parallel: int,
-    work: Callable[[DiskPolicy], asyncio.Future[DiskResult]],
-    end: Callable[[DiskResult], None],
+    work: Callable[[_Wish], asyncio.Future[_Result]],
+    end: Callable[[_Result], None],
 ) -> None:
-    """Do the disks in order, so many at once, of each VM one at a time."""
-    waiting = list(disks)
-    running: dict[asyncio.Future[DiskResult], str] = {}
+    """Do all in order, so many at once, of each VM one at a time."""
+    waiting = list(wishes)
+    running: dict[asyncio.Future[_Result], str] = {}
     try:
         while waiting or running:
             for wanted in list(waiting):
@@ -213,60 +232,57 @@ async def _in_turn(
             await undisturbed(asyncio.wait(running))
 
 
-@dataclass(frozen=True)
-class _Taking:
-    """Host space that a disk under way takes.
-
-    :ivar needed: bytes, in all.
-    :ivar before: how many its image had.
-    """
-
-    space: HostSpace
-    needed: int
-    before: int
-
-
 class _Applying:
-    """Does single disks, and knows what those under way will still take of the host's space."""
+    """Does single disks and copies, and knows what those under way will still take of the host."""
 
     def __init__(
-        self, connect: Connect, progress: Callable[[DiskPolicy, Progress], None] | None
+        self, connect: Connect, progress: Callable[[_Wish, Progress], None] | None
     ) -> None:
         self._connect = connect
         self._progress = progress
-        self._taking: dict[DiskPolicy, _Taking] = {}
+        self._book = Book()
 
-    def disk(self, wanted: DiskPolicy) -> asyncio.Future[DiskResult]:
-        """Begin with one disk; the future's result says how it ended."""
+    def begin(self, wanted: _Wish) -> asyncio.Future[_Result]:
+        """Begin with one disk, or one entry of copies; the future's result says how it ended."""
         return asyncio.ensure_future(self._tried(wanted))
 
-    async def _tried(self, wanted: DiskPolicy) -> DiskResult:
+    async def _tried(self, wanted: _Wish) -> _Result:
         started = time.monotonic()
         try:
             async with self._connect(wanted.address) as vm:
-                result = await self._one(await vm.disk(wanted.disk), wanted)
+                if isinstance(wanted, CopyPolicy):
+                    result = await self._copies(vm, wanted)
+                else:
+                    result = await self._one(await vm.disk(wanted.disk), wanted)
         except (Error, OSError) as error:
-            result = DiskResult(wanted, wanted.disk, "failed", error=as_error(error))
+            result = _failed(wanted, wanted.disk, as_error(error))
         finally:
-            self._taking.pop(wanted, None)
+            self._book.end(wanted)
         return replace(result, seconds=time.monotonic() - started)
 
-    async def _one(self, disk: Disk, wanted: DiskPolicy) -> DiskResult:
+    async def _copies(self, vm: VM, wanted: CopyPolicy) -> _Result:
+        plan = await look_at_copies(vm, wanted, undo=True)  # again: hours may have passed
+        if not plan.has_work:
+            return _nothing(plan)
+        self._book.begin(wanted, plan.takes)
+        return await make_copies(vm, plan, lambda seen: self._tell(wanted, seen))
+
+    def _tell(self, wanted: _Wish, seen: Progress) -> None:
+        if self._progress is not None:
+            self._progress(wanted, seen)
+
+    async def _one(self, disk: Disk, wanted: DiskPolicy) -> _Result:
         plan = await look(disk, wanted, undo=True)  # again: hours may have passed
         assert plan.changes is not None  # look raises where it cannot say
         if not plan.has_work:
             return _nothing(plan)
-        if plan.space is not None:
-            plan.check_space(self._promised(plan.space.device))
-            self._taking[wanted] = _Taking(plan.space, plan.needed, _used(plan.space.path))
-        return await _unless_short(self._steps(disk, plan, plan.changes), plan.space)
-
-    def _promised(self, device: int) -> int:
-        """Return how much of a file system those under way will still take."""
-        return sum(
-            max(0, one.needed - (_used(one.space.path) - one.before))
-            for one in self._taking.values()
-            if one.space.device == device
+        self._book.begin(wanted, plan.takes)
+        return await unless_short(
+            self._steps(disk, plan, plan.changes),
+            [one.space for one in plan.takes],
+            standing="what was allocated by then stays, contents are as they were, and nothing of "
+            "ours is left in the VM",
+            remedy="make room, then apply it again: it goes on from there",
         )
 
     async def _steps(self, disk: Disk, plan: DiskPlan, changes: Changes) -> DiskResult:
@@ -331,7 +347,7 @@ class _Applying:
             reached = max(reached, min(here, step.bytes))
             done = before + reached
             eta = (total - done) / seen.rate if seen.rate > 0 else None
-            self._progress(wanted, replace(seen, done=done, total=total, eta=eta))
+            self._tell(wanted, replace(seen, done=done, total=total, eta=eta))
 
         return tell
 
@@ -344,37 +360,3 @@ def _together(steps: Iterable[PlannedStep]) -> Iterator[tuple[PlannedStep, Range
         first = several[0].offset
         total = sum(step.bytes for step in several)
         yield PlannedStep(verb, first, int(where.stops[-1]) - first, total), where
-
-
-def _used(path: str) -> int:
-    try:
-        return Path(path).stat().st_blocks * 512
-    except OSError:
-        return 0  # unplugged and gone, say: it takes no more
-
-
-async def _unless_short(
-    work: Coroutine[Any, Any, DiskResult], space: HostSpace | None
-) -> DiskResult:
-    """Do the work, and give it up when the host has less free than must stay so."""
-    task = asyncio.ensure_future(work)
-    short = False
-    try:
-        while not (await asyncio.wait({task}, timeout=_LOOK))[0]:
-            if space is not None and space.keep and not space.now().leaves(0):
-                short = True
-                break
-    finally:
-        if not task.done():
-            task.cancel()
-            await undisturbed(asyncio.wait({task}))
-    if short and task.cancelled():
-        assert space is not None  # that is what was short
-        raise Error(
-            f"the file system of {printable(space.path)} has less than {space.keep} bytes free, "
-            "which the policy keeps so",
-            standing="it was given up; what was allocated by then stays, contents are as they "
-            "were, and nothing of ours is left in the VM",
-            remedy="make room, then apply it again: it goes on from there",
-        )
-    return task.result()

@@ -10,8 +10,8 @@ from qmpblock.errors import Error
 from qmpblock.extents.allocationmap import AllocationMap
 from qmpblock.host.space import HostSpace
 from qmpblock.policy.file import DiskPolicy
-from qmpblock.policy.look import share_space
-from qmpblock.policy.run import DiskPlan, DiskResult, _Applying, _in_turn, _nothing, _unless_short
+from qmpblock.policy.run import DiskPlan, DiskResult, _Applying, _in_turn, _nothing
+from qmpblock.policy.space import share_space
 from qmpblock.policy.steps import Changes, Picture, PlannedStep
 from qmpblock.qemu.job import Progress
 
@@ -112,49 +112,6 @@ def test_room_ahead_takes_its_share_too():
     result = _nothing(there)
     assert (result.state, result.ahead.before, result.ahead.room) == ("nothing", 60, 60)
     assert _nothing(planned("4", 1, 0, steps=0)).ahead is None
-
-
-async def test_work_is_given_up_where_the_host_runs_short(tmp_path):
-    image = tmp_path / "image"
-    image.touch()
-    undone = []
-
-    async def work():
-        try:
-            await asyncio.Event().wait()
-        finally:
-            undone.append(True)
-
-    space = HostSpace(str(image), 0, 0, 1 << 62)
-    with pytest.raises(Error, match="keeps so"):
-        await _unless_short(work(), space)
-    assert undone == [True]
-    result = DiskResult(wish("a"), "d", "done")
-
-    async def quick():
-        return result
-
-    assert await _unless_short(quick(), space) is result
-    assert await _unless_short(quick(), None) is result
-
-
-async def test_cancelled_the_work_is_waited_for(tmp_path):
-    undone = []
-
-    async def work():
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await asyncio.sleep(0.01)
-            undone.append(True)
-
-    task = asyncio.ensure_future(_unless_short(work(), None))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert undone == [True]
 
 
 def told(wanted, step, before, total, news):
