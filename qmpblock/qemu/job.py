@@ -203,7 +203,9 @@ class Job(Feed[Progress]):
         course, retried = _Course(clock()), clock()
         while True:
             info = await self.look()
-            for event in self._events.pending():
+            # What came meanwhile may be newer than what the look saw: then there is one more.
+            news = self._events.pending()
+            for event in news:
                 self._take(event)
             now = clock()
             if info is None:
@@ -229,8 +231,9 @@ class Job(Feed[Progress]):
                 retried = now
                 with contextlib.suppress(CommandError):  # it was resumed, or ended, meanwhile
                     await self.send("resume")
-            with contextlib.suppress(StalledError):  # no event is no news
-                self._take(await self._events.get(_TICK))
+            if not news:
+                with contextlib.suppress(StalledError):  # no event is no news
+                    self._take(await self._events.get(_TICK))
 
     def _gone(self) -> Progress:
         """Return the end of a job that dismisses itself, as its events told it.

@@ -144,6 +144,23 @@ async def test_io_errors_are_counted(tmp_path):
     assert seen[-1].errors == 3
 
 
+async def test_what_comes_during_a_look_has_it_look_again_at_once(tmp_path, monkeypatch):
+    """What that look saw may be older than the event; else the end is seen a tick late."""
+    monkeypatch.setattr(module, "_TICK", 20.0)
+    async with following(tmp_path, [look("pending"), look("concluded")]) as (job, script, fake):
+        real = script.get
+
+        def get(command, default=None):
+            if command == "query-block-jobs" and script.count == 0:
+                fake.event("JOB_STATUS_CHANGE", id=NAME, status="concluded")
+            return real(command, default)
+
+        script.get = get
+        async with asyncio.timeout(15):
+            seen = await whole(job)
+    assert [one.status for one in seen] == ["pending", "concluded"]
+
+
 # out of room
 
 
