@@ -4,9 +4,10 @@ Nobody writes to a view, so a job is done when it has been over all of it. Not a
 for what the uppermost layer alone holds, where it reads a view, and leaves out what lies below
 (K28). A backup flushes nothing: its target is closed before anybody calls it whole, which does.
 
-What costs the guest least is few requests of the job's at once, each a large one: measured, one
-worker with chunks of 1 MiB is as fast as QEMU's 64 with 64 KiB and holds the guest's own requests
-for a fiftieth of the time.
+What costs the guest least is few requests of the job's at once, each a large one: measured, four
+workers with chunks of 1 MiB are faster than QEMU's 64 with 64 KiB, and the guest's own requests
+wait behind four at the most. One alone waits for the machine between any two chunks, where that is
+busy.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Backups"]
 
 _CHUNK = 1 << 20  # bytes that the job reads at once
+_WORKERS = 4  # that do so
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Backups:
 
     def arguments(self, target: CopyTarget) -> dict[str, Any]:
         """Return what QEMU is asked for."""
-        how: dict[str, Any] = {"sync": target.plan.sync}  # a view's top is the disk's
+        how: dict[str, Any] = {"sync": self.sync(target)}
         if target.left is not None:
             how = {"sync": "bitmap", "bitmap": target.left.bitmap, "bitmap-mode": "never"}
         return {
@@ -83,8 +85,15 @@ class Backups:
             "on-source-error": "report",
             "on-target-error": "enospc",
             "speed": self.job.share(),
-            "x-perf": {"max-workers": 1, "max-chunk": _CHUNK},
+            "x-perf": {"max-workers": _WORKERS, "max-chunk": _CHUNK},
         }
+
+    def sync(self, target: CopyTarget) -> str:
+        """Return which layers it is to copy: of a view, its uppermost one is what the disk's was.
+
+        Nothing of that is told as not allocated, so that looking for it would only take time.
+        """
+        return target.plan.sync
 
     async def _follow(self, job: Job, target: CopyTarget) -> None:
         name, finalized = target.plan.device.name, False

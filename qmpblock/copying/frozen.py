@@ -328,6 +328,10 @@ class FrozenBackups(Backups):
                 for target in self.targets:
                     target.keeps = target.resumed
 
+    def sync(self, target: CopyTarget) -> str:
+        """Return which layers it is to copy: those of the disk itself, as they are frozen."""
+        return target.plan.sync_of_disk
+
     async def _watch_room(self) -> None:
         while True:
             try:

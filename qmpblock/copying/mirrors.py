@@ -127,7 +127,7 @@ class Mirrors:
         arguments: dict[str, Any] = {
             "device": chain.root.name,
             "target": target.node,
-            "sync": target.plan.sync,
+            "sync": target.plan.sync_of_disk,
             "copy-mode": "background",
             "on-source-error": "report",
             "on-target-error": "enospc",

@@ -41,6 +41,18 @@ def test_what_of_the_chain_is_copied():
     assert (alone.sync, alone.backing) == ("full", None)
 
 
+def test_of_one_layer_that_goes_into_a_new_file_nothing_else_is_gone_over():
+    alone = device(chain("d0"))
+    assert plan(alone).sync_of_disk == "top"
+    assert plan(device(chain("d0", "d1"))).sync_of_disk == "full"
+    assert plan(device(chain("d0", "d1")), layers="top").sync_of_disk == "top"
+    # What is there may hold something where the disk holds nothing.
+    server = NBDTarget(TCPAddress("h", 1), "t")
+    assert plan_copy(alone, server, None, "all", pivot=False).sync_of_disk == "full"
+    device_too = plan_copy(alone, "/dev/x", None, "all", pivot=False, block_device=True)
+    assert device_too.sync_of_disk == "full"
+
+
 def test_a_raw_copy_lies_on_nothing():
     with pytest.raises(RequestError, match="cannot lie on a backing image"):
         plan(device(chain("d0", "d1")), "raw", "top")
