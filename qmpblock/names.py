@@ -22,7 +22,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-z             has zeros stored as data
     nodes                 qmpblock-RUN-N             overlay N
                           qmpblock-RUN-N-file        its storage
-                          qmpblock-RUN-to-N, -to-N-file
+                          qmpblock-RUN-to-N, -to-N-image, -to-N-file
                                                      what disk N is copied to
                           qmpblock-RUN-to-N-left     on which is drawn what of it is left to copy
                           qmpblock-RUN-z, -window, -view, -filter, -kept, -kept-file
@@ -98,6 +98,7 @@ __all__ = [
     "guard_name",
     "helper_bitmap",
     "holder_node",
+    "image_node",
     "is_beside",
     "is_create_job",
     "is_elsewhere",
@@ -372,6 +373,11 @@ def left_bitmap(target: str) -> str:
     Also the node on which it is drawn. See `qmpblock.copying.resuming`.
     """
     return f"{target}-left"
+
+
+def image_node(target: str) -> str:
+    """Return the node of a target's image, where another one is above it."""
+    return f"{target}-image"
 
 
 def storage_node(overlay: str) -> str:

@@ -203,6 +203,12 @@ class VM(Connection):
         :param format: of the copies: `qcow2` or `raw`; None: what the active layer is, if one of
             them, else qcow2.
         :param layers: `all` of a chain, or the `top`: then the copy lies on the same backing image.
+        :param allocation: what of the copies has host space: `thin`, what they hold but for zeros;
+            `full`, every byte, before anything is copied; `like`, what the disk has host space for
+            when the copy begins, and what it holds.
+        :param cluster_size: bytes of a cluster of qcow2 copies; None: 64 KiB.
+        :param compress: what qcow2 copies of the start hold.
+        :param direct: write files and block devices past the host's page cache.
         :param force: replace files of those names, once the copies are whole, never with `pivot`;
             overwrite block devices.
         :param speed: bytes a second at most, of all disks; 0 is no limit.
@@ -219,7 +225,8 @@ class VM(Connection):
             or a server holds: it is compared with the disk as it is now, and what it has not, or
             has otherwise, is copied. Only of the start: of the instant in which this is entered.
         :raise RequestError: a file is there already, or it is not possible; nothing was touched.
-        :raise UnsupportedError: this QEMU cannot do it safely; nothing was touched.
+        :raise UnsupportedError: this QEMU cannot do it safely, or the target cannot be so, or has
+            not the room for what is to be reserved; nothing was touched.
         :raise BusyError: a job, or another controller, is at work on one of the disks.
         :raise JobError: on leaving: a target failed, or the guest's image did.
         :raise StalledError: on leaving: a job did not move, or the guest outran it.

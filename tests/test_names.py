@@ -40,6 +40,7 @@ TABLE = [
     (names.target_node(RUN, 2), "qmpblock-0123abcd-to-2"),
     (names.storage_node(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-file"),
     (names.left_bitmap(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-left"),
+    (names.image_node(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-image"),
     (names.partial_file("/v/d.img"), "/v/d.img.partial"),
     (names.overlay_node(RUN, 10), "qmpblock-0123abcd-10"),
     (names.storage_node(names.overlay_node(RUN, 0)), "qmpblock-0123abcd-0-file"),

@@ -59,6 +59,8 @@ class Header:
     :ivar cluster: in bytes.
     :ivar key_secret: the id of the secret object that encrypts it.
     :ivar data_elsewhere: whether whoever opens it names another file for its data (qcow2).
+    :ivar preallocated: whether it has a place for each cluster in its file, which is as long then
+        (qcow2); what is there reads as zeros, where it is not encrypted.
     """
 
     format: str
@@ -67,6 +69,7 @@ class Header:
     cluster: int = CLUSTER
     key_secret: str | None = None
     data_elsewhere: bool = False
+    preallocated: bool = False
 
     def options(self, key: str) -> dict[str, str | int]:
         """Return the options for qemu-img.
@@ -76,6 +79,8 @@ class Header:
         options: dict[str, str | int] = {"cluster_size": self.cluster}
         if self.format == "qcow2":
             options |= _QCOW2
+        if self.preallocated:
+            options["preallocation"] = "metadata"
         if self.key_secret is not None:
             options |= _LUKS | {"encrypt.key-secret": key}
         return options
@@ -91,6 +96,8 @@ class Header:
             "size": self.size,
             "cluster-size": self.cluster,
         }
+        if self.preallocated:
+            options["preallocation"] = "metadata"
         if self.backing is not None:
             options["backing-file"], options["backing-fmt"] = self.backing
         if self.key_secret is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qmpblock.changes.record import Record, pivoted
+from qmpblock.changes.settings import check_settings, discard_and_zeroes_of
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
@@ -62,6 +63,8 @@ class Move(Copy):
 
     :ivar sources: the nodes of the active layers; `targets`: of those that take their places.
     :ivar leaving: the nodes that leave the chains, each with its file name.
+    :ivar settings: what targets are to have once the guest is there: (node, discard,
+        detect-zeroes); empty where it has it.
     """
 
     operation: ClassVar[str] = "move"
@@ -70,6 +73,19 @@ class Move(Copy):
     sources: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     leaving: tuple[tuple[str, str], ...] = ()
+    settings: tuple[tuple[str, str, str], ...] = ()
+
+    def check(self) -> None:
+        """Look at what goes into a command line, too."""
+        super().check()
+        for _, discard, zeroes in self.settings:
+            check_settings(zeroes, discard, "")
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Have the copies be what the guest's disks were, once it is there."""
+        why = "the guest's disk had it before it went over"
+        for node, discard, zeroes in self.settings if done else ():
+            yield from discard_and_zeroes_of(graph, node, discard, zeroes, why)
 
     @property
     def home(self) -> str:

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qmpblock.changes.record import Record, lies_on_something, pivoted, without_bitmaps
+from qmpblock.changes.settings import check_settings, zeroes_of
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
-from qmpblock.graph.jsonname import from_text
 from qmpblock.graph.model import BlockGraph, JobInfo
 from qmpblock.names import is_ours
 from qmpblock.qemu.jobstate import ACTIVE
-from qmpblock.versioned import UnreadableError
 
-__all__ = ["FrozenCopy", "Pivoting", "StagedCommit", "check_settings", "zeroes_of"]
+__all__ = ["FrozenCopy", "Pivoting", "StagedCommit"]
 
 
 class Pivoting(Record):
@@ -192,23 +191,3 @@ class FrozenCopy(StagedCommit):
             if node in self.nodes and is_ours(export):
                 yield Step("end-export", export, "what was copied was compared by it")
         yield from without_bitmaps(graph, self.drawn)
-
-
-def zeroes_of(graph: BlockGraph, node: str, value: str, why: str) -> Iterable[Step]:
-    """Yield what gives a node its detect-zeroes back, if it is to have one and has another."""
-    known = graph.nodes.get(node)
-    if value and known is not None and known.detect_zeroes != value:
-        yield Step("restore-zeroes", node, why, value)
-
-
-def check_settings(detect_zeroes: str, discard: str, base_opened: str) -> None:
-    """See that what goes into a command line is what may stand there.
-
-    :raise UnreadableError: it is not.
-    """
-    if detect_zeroes not in ("", "off", "on", "unmap"):
-        raise UnreadableError("its detect_zeroes is none")
-    if discard not in ("", "ignore", "unmap"):
-        raise UnreadableError("its discard is none")
-    if base_opened and not from_text(base_opened).get("driver"):
-        raise UnreadableError("its base_opened opens nothing")

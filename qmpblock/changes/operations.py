@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from qmpblock.changes.copies import Copy, Move
-from qmpblock.changes.homing import FrozenCopy, Pivoting, StagedCommit, check_settings, zeroes_of
+from qmpblock.changes.homing import FrozenCopy, Pivoting, StagedCommit
 from qmpblock.changes.record import Link, Record, lies_on_something, pivoted, without_bitmaps
+from qmpblock.changes.settings import check_settings, discard_and_zeroes_of
 from qmpblock.changes.step import Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
@@ -213,12 +214,8 @@ class ActiveCommit(Pivoting, _Committing):
 
     def _settings(self, graph: BlockGraph) -> Iterable[Step]:
         why = "the guest's disk had it before the pivot"
-        zeroes = tuple(zeroes_of(graph, self.base, self.detect_zeroes, why))
-        discard: tuple[Step, ...] = ()
-        if self.discard and self.base in graph.nodes:
-            discard = (Step("restore-discard", self.base, why, self.discard),)
-        # QEMU takes detect-zeroes=unmap only beside discard=unmap.
-        yield from (*discard, *zeroes) if self.discard == "unmap" else (*zeroes, *discard)
+        settings = self.discard, self.detect_zeroes
+        yield from discard_and_zeroes_of(graph, self.base, *settings, why)
 
     def verdict(
         self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]

@@ -69,6 +69,19 @@ class Latency(click.ParamType[float]):
     show_default=True,
     help="What is copied: the whole chain, or the active layer, over the same backing image.",
 )
+@click.option(
+    "--allocation",
+    type=click.Choice(["thin", "full", "like"]),
+    default="thin",
+    show_default=True,
+    help="What of the copy has host space: what it holds, but no zeros; every byte; or what the "
+    "disk has it for.",
+)
+@click.option(
+    "--cluster-size", type=Size(), metavar="SIZE", help="Of a qcow2 copy: 512 to 2M; else 64K."
+)
+@click.option("--compress", is_flag=True, help="Compress a qcow2 copy (--at start).")
+@click.option("--direct", is_flag=True, help="Write past the host's page cache.")
 @click.option("--force", is_flag=True, help="Replace a file TARGET, once the copy is whole.")
 @click.option("--speed", type=Rate(), default=0, help="Bytes a second, of all disks (K, M, G).")
 @click.option(
@@ -208,7 +221,7 @@ def _say(result: CopyResult) -> None:
     for one in result.disks:
         click.echo(
             f"{printable(one.disk)}: copied to {printable(one.target)}, {one.format}, "
-            f"{human_size(one.size)}, {_OF[result.point]}"
+            f"{human_size(one.size)}{_shape(one)}, {_OF[result.point]}"
             + _went_on(one)
             + ("; compared with it: the same" if result.verified else "")
         )
@@ -231,3 +244,9 @@ def felt(guest: GuestLatency) -> str:
         f" ms at the worst moment {wanted}; it was above that {guest.above:.0%} of the time, and "
         f"the copy was kept to {human_size(guest.slowest)}/s at the least"
     )
+
+
+def _shape(one: DiskCopy) -> str:
+    """Say what is not as it is by default."""
+    how = {"full": ", allocated in full", "like": ", allocated like the disk"}
+    return how.get(one.allocation, "") + (", compressed" if one.compressed else "")

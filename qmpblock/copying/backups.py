@@ -30,6 +30,9 @@ __all__ = ["Backups"]
 
 _CHUNK = 1 << 20  # bytes that the job reads at once
 _WORKERS = 4  # that do so
+#: Likewise, where no zeros are to be stored beside what is none: of a view over several layers QEMU
+#: does not tell what lower ones hold, and what is read at once is zeros or is not (11.1.2).
+_UNIT = 64 << 10
 
 
 @dataclass
@@ -78,6 +81,7 @@ class Backups:
         how: dict[str, Any] = {"sync": self.sync(target)}
         if target.left is not None:
             how = {"sync": "bitmap", "bitmap": target.left.bitmap, "bitmap-mode": "never"}
+        shape = target.plan.shape
         return {
             "device": target.source,
             "target": target.node,
@@ -85,7 +89,11 @@ class Backups:
             "on-source-error": "report",
             "on-target-error": "enospc",
             "speed": self.job.share(),
-            "x-perf": {"max-workers": _WORKERS, "max-chunk": _CHUNK},
+            "compress": shape.compress,
+            "x-perf": {
+                "max-workers": _WORKERS,
+                "max-chunk": max(_UNIT if shape.allocation == "like" else _CHUNK, shape.unit),
+            },
         }
 
     def sync(self, target: CopyTarget) -> str:

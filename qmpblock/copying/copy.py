@@ -44,7 +44,9 @@ from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.pacing import paced
 from qmpblock.copying.proof import check_provable, check_served, work
+from qmpblock.copying.reservation import prepare
 from qmpblock.copying.resuming import give_up, say_kept
+from qmpblock.copying.targetfile import TargetFile
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
 from qmpblock.copying.wiretarget import bounded, cut_on_error
@@ -110,6 +112,7 @@ async def copy(
             how = {"force": force, "pivots": pivots, "resume": options.resume}
             made = target_of(vm, plan, node, number, name, credentials, **how)
             files.append(stack.enter_context(made))
+        await prepare(targets, files)
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
             if at == "start" and vm.capabilities.jobs_misread_views:
@@ -146,9 +149,19 @@ def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
     plan = file.plan
     done = jobs.last[plan.device.name].done
     source = plan.device.chain.active.file
-    left = file.left
-    figures = (None, None) if left is None else (left.compared, left.missing)
-    return DiskCopy(plan.device.name, source, plan.file, plan.format, plan.size, done, *figures)
+    left, shape = file.left, plan.shape
+    return DiskCopy(
+        plan.device.name,
+        source,
+        plan.file,
+        plan.format,
+        plan.size,
+        done,
+        compared=None if left is None else left.compared,
+        missing=None if left is None else left.missing,
+        allocation=shape.allocation,
+        compressed=shape.compress,
+    )
 
 
 async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivot: bool) -> Copy:
@@ -177,6 +190,9 @@ async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivo
         files=tuple(plan.file for plan in plans),
         sources=tuple(device.chain.active.node.name for device in devices),
         targets=tuple(file.node for file in files),
+        settings=tuple(
+            one for file in files if isinstance(file, TargetFile) for one in file.given_back(vm)
+        ),
         leaving=tuple(dict.fromkeys((node.name, node.filename) for node in left)),
     )
 
@@ -287,7 +303,7 @@ async def _of_layers(
             async with working(paced(vm, job, files, proving), job):
                 yield backups
         backups.held = layers.held_guest
-        await undisturbed(_finish_all(files))
+        await undisturbed(_finish_all(vm, files))
     except BaseException:
         await undisturbed(give_up(files, job))
         raise
@@ -344,13 +360,13 @@ async def _finish(change: Change[Copy | PointInTime], files: Sequence[CopyTarget
             "QEMU reports success, but the guest is not on the copies",
             remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
         )
-    await _finish_all(files)
+    await _finish_all(change.vm, files)
     await change.end()
 
 
-async def _finish_all(files: Sequence[CopyTarget]) -> None:
+async def _finish_all(vm: Connection, files: Sequence[CopyTarget]) -> None:
     for file in files:
-        await file.finish()
+        await file.finish(vm)
 
 
 async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget], job: CopyJob) -> None:

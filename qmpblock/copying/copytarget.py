@@ -25,7 +25,7 @@ from qmpblock.names import left_bitmap, storage_node
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["CopyTarget", "Left", "LocalTarget", "for_zeros"]
+__all__ = ["CopyTarget", "Left", "LocalTarget"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class CopyTarget(Protocol):
     def cut(self) -> None:
         """End the connection to a server, now, so that nothing waits for it. Idempotent."""
 
-    async def finish(self) -> None:
+    async def finish(self, vm: Connection) -> None:
         """Have it whole, on stable storage, under its name.
 
         :raise Error: it is not certain that it is.
@@ -112,15 +112,6 @@ class CopyTarget(Protocol):
 
         :return: by which name there is what another copy can go on from; None: there is nothing.
         """
-
-
-def for_zeros(source: str) -> dict[str, str]:
-    """Return the options of a target's node by which what holds nothing takes nothing.
-
-    :param source: the view that is copied. Of one QEMU does not tell which zeros are none that
-        somebody wrote; empty: the disk itself, of which it does.
-    """
-    return {"discard": "unmap", "detect-zeroes": "unmap" if source else "off"}
 
 
 class LocalTarget:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.copying.copytarget import Left, LocalTarget, for_zeros
+from qmpblock.copying.copytarget import Left, LocalTarget
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.target import PathTarget, path_node
 from qmpblock.errors import (
@@ -74,15 +74,20 @@ class DeviceTarget(LocalTarget):
         :raise GraphError: QEMU has opened another one.
         """
         storage = storage_node(self.node)
-        options = path_node(PathTarget(self.path), storage, block_device=True)
+        shape = self.plan.shape
+        path = PathTarget(self.path)
+        settings = shape.while_copying(of_view=bool(self.source))
+        options = path_node(
+            path, storage, block_device=True, direct=shape.direct, discard=settings.discard
+        )
         await vm.monitor.execute("blockdev-add", options)
         files = OpenFiles(vm.monitor.peer_pid)
         if files.blind is None and FileId.of(os.fstat(self.fd)) not in files.ids():
             raise GraphError(f"QEMU has opened another {printable(self.path)} than is meant")
         options = {"driver": "raw", "node-name": self.node, "file": storage, "size": self.plan.size}
-        await vm.monitor.execute("blockdev-add", options | for_zeros(self.source))
+        await vm.monitor.execute("blockdev-add", options | settings.options)
 
-    async def finish(self) -> None:
+    async def finish(self, vm: Connection) -> None:
         """Have it on stable storage; by a descriptor that was open all the while, no error is lost.
 
         :raise Error: it is not certain that it is.

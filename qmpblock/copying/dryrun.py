@@ -33,6 +33,7 @@ from qmpblock.copying.planned import (
     why,
 )
 from qmpblock.copying.proof import check_provable, check_served
+from qmpblock.copying.reservation import prepare
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
 from qmpblock.errors import (
@@ -70,7 +71,7 @@ async def dry_run(
     if not targets:
         raise RequestError("a copy of no disk is none")
     plans = await look(vm, targets, options, undo=False, restarts=restarts)
-    _check_targets(vm, plans, options)
+    await _check_targets(vm, list(targets), plans, options)
     if options.verify:
         await check_provable(vm, plans, options.point, tries=False)
     elif options.resume:
@@ -110,7 +111,9 @@ async def dry_run(
     )
 
 
-def _check_targets(vm: Connection, plans: Sequence[CopyPlan], options: CopyOptions) -> None:
+async def _check_targets(
+    vm: Connection, disks: Sequence[MappedDisk], plans: Sequence[CopyPlan], options: CopyOptions
+) -> None:
     """Refuse what could not be had as a target, by having all for a moment.
 
     :raise Error: it could not.
@@ -119,11 +122,13 @@ def _check_targets(vm: Connection, plans: Sequence[CopyPlan], options: CopyOptio
     check_servers(vm, plans, credentials)
     run, pivots = new_run(), options.point == "pivot"
     with ExitStack() as stack:
+        files = []
         for number, plan in enumerate(plans):
             node, name = target_node(run, number), backing_name(vm, plan)
             how = {"force": options.force, "pivots": pivots, "resume": options.resume}
             target = target_of(vm, plan, node, number, name, credentials, **how)
-            stack.enter_context(target)
+            files.append(stack.enter_context(target))
+        await prepare(disks, files)
 
 
 async def _kept(

@@ -144,15 +144,21 @@ async def check_frozen(vm: Connection, plan: CopyPlan) -> None:
         ) from None
     wanted = room_wanted([(active.size, 0)])
     _check_room(posixpath.dirname(file), wanted, UNTOUCHED)
-    if plan.format == "raw" and plan.server is None and not Path(plan.file).is_block_device():
+    full = plan.shape.allocation == "full"
+    if (plan.format == "raw" or full) and plan.kind == "file":
         space = HostSpace.of(posixpath.dirname(plan.file))
         if not space.leaves(plan.size + wanted):
             raise UnsupportedError(
-                f"QEMU {vm.capabilities} reserves space for all {plan.size} bytes of a raw copy, "
-                f"what is blank included, until it is whole, and the file system of "
-                f"{printable(plan.file)} has {space.free} bytes free",
+                f"space is to be reserved for all {plan.size} bytes of the copy"
+                + (
+                    ""
+                    if full
+                    else f" while it is made, as QEMU {vm.capabilities} does of a raw one"
+                )
+                + f", what is blank included, and the file system of {printable(plan.file)} has "
+                f"{space.free} bytes free",
                 standing=UNTOUCHED,
-                remedy=f"make the copy qcow2, which takes what it holds; or {_OTHERWISE}",
+                remedy="make the copy qcow2, and thin, which takes what it holds; or " + _OTHERWISE,
             )
 
 

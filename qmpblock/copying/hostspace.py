@@ -77,15 +77,19 @@ def check_full(own: AllocationMap, blocks: int | None = None) -> HostSpace:
     return HostSpace(Ranges(), lacking, short)
 
 
-def check_like(own: AllocationMap, model: AllocationMap, cluster: int) -> HostSpace:
+def check_like(
+    own: AllocationMap, model: AllocationMap, cluster: int, *, written: bool = False
+) -> HostSpace:
     """Whether a layer has host space where another has it.
 
     :param own: of the layer alone, with what is reserved; also `model`, of the other.
     :param cluster: bytes; either may have more by less than one at any end.
+    :param written: whether somebody wrote to the other since: then it may hold more data.
     """
     held, wanted = space_of(own), space_of(model)
+    allowed = wanted.union(own.data()) if written else wanted
     return HostSpace(
-        _excess(held, wanted.align_out(cluster, own.stop)),
+        _excess(held, allowed.align_out(cluster, own.stop)),
         wanted.clip(own.start, own.length).difference(held.align_out(cluster, own.stop)),
     )
 
@@ -96,18 +100,20 @@ async def verify_space(
     *,
     wanted: Ranges | None = None,
     cluster: int = 64 << 10,
+    written: bool = False,
 ) -> HostSpace:
     """Look at what the active layer of a closed image holds.
 
     :param asked: an AllocationMap: host space where that one has it (`AllocationMap.own`).
     :param wanted: with "thin": what it was to hold; None: what is no zeros in its own map.
     :param cluster: bytes; the largest unit in which it may have got host space.
+    :param written: with a map: see `check_like`.
     :raise RequestError: it is asked for something else.
     :raise Error: see `qmpblock.closed_image`.
     """
     [top, *_] = await image.layers(reserved=True)
     if isinstance(asked, AllocationMap):
-        return check_like(top.map, asked, cluster)
+        return check_like(top.map, asked, cluster, written=written)
     if asked == "thin":
         return check_thin(top.map, top.map.data() if wanted is None else wanted, cluster)
     if asked == "full":

@@ -36,6 +36,8 @@ class DiskCopy:
         with the disk; None: there was nothing, and all is new.
     :ivar missing: likewise, bytes that it had not, or had otherwise, in blocks of 64 KiB: of the
         rest nothing was copied.
+    :ivar allocation: what of it has host space: see `qmpblock.copying.shape`.
+    :ivar compressed: whether what it holds is.
     """
 
     disk: str
@@ -46,6 +48,8 @@ class DiskCopy:
     copied: int
     compared: int | None = None
     missing: int | None = None
+    allocation: str = "thin"
+    compressed: bool = False
 
 
 @dataclass(frozen=True)

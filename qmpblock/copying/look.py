@@ -66,8 +66,16 @@ async def look(
         place = place_of(file)
         block = isinstance(place, str) and is_block_device(place)
         plan = plan_copy(
-            disk.device, place, options.format, options.layers, pivot=pivot, block_device=block
+            disk.device,
+            place,
+            options.format,
+            options.layers,
+            pivot=pivot,
+            block_device=block,
+            start=at == "start",
+            shape=options.shape,
         )
+        _check_zeros(vm, plan, options)
         for other in plans:
             if _is_one_place(other.file, plan.file):
                 raise RequestError(f"{printable(plan.file)} is named for two disks")
@@ -99,6 +107,19 @@ async def look(
     verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
     await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
     return plans
+
+
+def _check_zeros(vm: Connection, plan: CopyPlan, options: CopyOptions) -> None:
+    """Refuse to have a server make space for zeros of which QEMU tells it nothing."""
+    if plan.kind != "server" or options.allocation != "full" or options.point == "start":
+        return
+    if vm.capabilities.mirrors_leave_out_zeros:
+        raise UnsupportedError(
+            f"a copy of the end writes no zeros where {printable(plan.file)} reads as zeros "
+            f"already (QEMU {vm.capabilities}): whether these have host space there, nobody says",
+            standing=UNTOUCHED,
+            remedy="copy the start (--at start), which writes all; or leave --allocation full out",
+        )
 
 
 def _is_one_place(one: str, other: str) -> bool:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
-from qmpblock.errors import RequestError
+from qmpblock.copying.shape import Allocation, Shape
+from qmpblock.errors import UNTOUCHED, RequestError
 
 if TYPE_CHECKING:
     import os
@@ -35,6 +36,10 @@ class CopyWords(TypedDict, total=False):
     pivot: bool
     format: str | None
     layers: Layers
+    allocation: Allocation
+    cluster_size: int | None
+    compress: bool
+    direct: bool
     force: bool
     speed: int
     fleece: str | os.PathLike[str] | None
@@ -56,6 +61,10 @@ class CopyOptions:
     pivot: bool = False
     format: str | None = None
     layers: Layers = "all"
+    allocation: Allocation = "thin"
+    cluster_size: int | None = None
+    compress: bool = False
+    direct: bool = False
     force: bool = False
     speed: int = 0
     fleece: str | os.PathLike[str] | None = None
@@ -70,11 +79,24 @@ class CopyOptions:
             raise RequestError(f"a speed of {self.speed} bytes a second is none")
         if not 0 <= self.latency < math.inf:
             raise RequestError(f"a latency of {self.latency} seconds is none")
+        for name, given in (("compress", self.compress), ("cluster_size", self.cluster_size)):
+            if self.resume and given:
+                raise RequestError(
+                    f"a copy that goes on from what is there (resume) takes no {name}: the image "
+                    "is as it was made, and QEMU writes into no cluster that is compressed",
+                    standing=UNTOUCHED,
+                    remedy="leave one of the two out",
+                )
 
     @property
     def point(self) -> Point:
         """Of which moment the copy is."""
         return "pivot" if self.pivot else self.at
+
+    @property
+    def shape(self) -> Shape:
+        """What the targets are to be like."""
+        return Shape(self.allocation, self.cluster_size, self.compress, self.direct)
 
 
 def parse_latency(text: str) -> float | None:

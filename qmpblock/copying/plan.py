@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from qmpblock.chains.plan import check_idle
+from qmpblock.copying.shape import Kind, Shape, Use, check_shape
 from qmpblock.copying.target import NBDTarget
 from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
 from qmpblock.graph.model import DiskDevice, Layer
@@ -33,6 +34,7 @@ class CopyPlan:
     :ivar warnings: what is worth acting on.
     :ivar server: which NBD export the target is; None where it is a file.
     :ivar block_device: whether that file is one.
+    :ivar shape: what the target is to be like.
     """
 
     device: DiskDevice
@@ -43,6 +45,12 @@ class CopyPlan:
     warnings: tuple[str, ...] = ()
     server: NBDTarget | None = None
     block_device: bool = False
+    shape: Shape = field(default_factory=Shape)
+
+    @property
+    def kind(self) -> Kind:
+        """What the target is."""
+        return "server" if self.server is not None else "device" if self.block_device else "file"
 
     @property
     def sync(self) -> str:
@@ -81,6 +89,8 @@ def plan_copy(
     *,
     pivot: bool,
     block_device: bool = False,
+    start: bool = False,
+    shape: Shape | None = None,
 ) -> CopyPlan:
     """Plan the copy of one disk.
 
@@ -88,7 +98,8 @@ def plan_copy(
     :param fmt: of the target; None: as the active layer's, or qcow2 where that cannot be had; raw
         by NBD, and on a block device.
     :param block_device: whether the file is one.
-    :param pivot: whether the guest is to go over to it.
+    :param pivot: whether the guest is to go over to it; `start`: whether it is of the start.
+    :param shape: what the target is to be like; None: thin, and otherwise as QEMU has it.
     :raise UnsupportedError: it cannot be copied so.
     :raise RequestError: the words contradict each other.
     :raise BusyError: a job runs on the disk.
@@ -117,8 +128,23 @@ def plan_copy(
             remedy="make the copy qcow2, or copy all layers"
             + (f": {printable(file)} can be raw only" if server or block_device else ""),
         )
-    plan = CopyPlan(device, str(file), fmt, below, server=server, block_device=block_device)
-    return replace(plan, secret=_secret(plan), warnings=tuple(_lost(plan)) if pivot else ())
+    shape = shape or Shape()
+    plan = CopyPlan(
+        device, str(file), fmt, below, server=server, block_device=block_device, shape=shape
+    )
+    plan = replace(plan, secret=_secret(plan), warnings=tuple(_lost(plan)) if pivot else ())
+    use = Use(
+        plan.file,
+        fmt,
+        plan.size,
+        kind=plan.kind,
+        start=start,
+        pivot=pivot,
+        overlay=below is not None,
+        encrypted=plan.secret is not None,
+    )
+    check_shape(shape, use)
+    return plan
 
 
 def _check_bytes(target: str, fmt: str | None, *, pivot: bool) -> None:

@@ -155,6 +155,8 @@ def amounts(plan: CopyPlan, options: CopyOptions, seen: AllocationMap) -> Amount
 
 
 def _taken(plan: CopyPlan, options: CopyOptions, write: int) -> int:
+    if options.allocation == "full" and plan.kind == "file":
+        return plan.shape.room(plan.format, plan.size)
     if plan.format == "raw":
         # A backup job reserves what it knows to be zeros; that is given back when it has ended.
         return plan.size if options.point == "start" else write

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["check_provable", "check_served", "prove", "work"]
 
 _PHASE = "verifying"
+_UNIT = 64 << 10  # bytes; the largest in which file systems give space to raw files, as a rule
 
 
 async def check_provable(
@@ -128,7 +129,7 @@ async def prove(
     """
     for name, target in zip(ids, targets, strict=True):
         await _close(vm, name, target)
-        await target.settle()  # what is proven is not touched any more
+        await target.settle(vm)  # what is proven is not touched any more
     sizes = {target.plan.device.name: target.plan.size for target in targets}
     shown = DiskMeters(_PHASE, sizes, job)
     warnings: list[str] = []
@@ -140,9 +141,7 @@ async def prove(
         if not found.equal:
             target.keeps = False
             raise _unequal(target.plan, found)
-        if image is not None:
-            space = await verify_space(image, "thin")
-            warnings += _warnings(target.plan, space)
+        warnings += await _space(target, image)
     return tuple(warnings)
 
 
@@ -231,9 +230,40 @@ def _unequal(plan: CopyPlan, found: Verification) -> Error:
     )
 
 
+async def _space(target: TargetFile, image: ClosedImage | None) -> list[str]:
+    """Compare what has host space in a target with what was asked for; return what to warn of.
+
+    :raise Error: it lacks some.
+    """
+    plan, shape = target.plan, target.plan.shape
+    if image is None:
+        if shape.allocation == "thin":
+            return []
+        name, asked = printable(plan.file), shape.allocation
+        return [f"the copy {name} is right; whether it is allocated {asked} only its key shows"]
+    like = shape.allocation if shape.allocation != "like" else target.model
+    assert like is not None  # whoever made the target has set it
+    unit = shape.unit if plan.format == "qcow2" else _UNIT
+    # The guest wrote on while the map was read: what is copied thin and no zeros, the disk held.
+    return _warnings(plan, await verify_space(image, like, cluster=unit, written=True))
+
+
 def _warnings(plan: CopyPlan, space: HostSpace) -> list[str]:
-    """Return what to say of a target that has more host space than it needs."""
+    """Return what to say of a target that has more host space than was asked for.
+
+    :raise Error: it has less.
+    """
+    name, asked = printable(plan.file), f"--allocation {plan.shape.allocation}"
+    if missing := space.lacking.total + space.short:
+        raise Error(
+            f"the copy {name} is right, but {human_size(missing)} of it have no host space, which "
+            f"{asked} wants; it is not kept",
+            remedy="look whether its file system keeps what is reserved there (fallocate); or "
+            "copy to another one, or without --allocation",
+        )
     if space.as_asked:
         return []
     excess = human_size(space.excess.total)
-    return [f"the copy {printable(plan.file)} is right, but not thin: {excess} of zeros are stored"]
+    return [
+        f"the copy {name} is right, but not {plan.shape.allocation}: {excess} of zeros are stored"
+    ]

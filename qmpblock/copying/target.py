@@ -237,25 +237,36 @@ def _refuse(text: str, why: str) -> NoReturn:
 
 
 def path_node(
-    target: PathTarget, node: str, *, block_device: bool, direct: bool = False
+    target: PathTarget,
+    node: str,
+    *,
+    block_device: bool,
+    direct: bool = False,
+    discard: str = "unmap",
 ) -> dict[str, object]:
     """Return the options of the protocol node that opens a file or a block device.
 
     :param node: its name.
     :param block_device: which of the two it is: QEMU refuses either driver for the other.
     :param direct: whether it is to be written past the host's page cache.
+    :param discard: `ignore`: zeros keep their space there.
     """
     return {
         "driver": "host_device" if block_device else "file",
         "node-name": node,
         "filename": target.path,
-        "discard": "unmap",
+        "discard": discard,
         "cache": {"direct": direct},
     }
 
 
 def nbd_node(
-    target: NBDTarget, node: str, *, socket: str, credentials: str | None = None
+    target: NBDTarget,
+    node: str,
+    *,
+    socket: str,
+    credentials: str | None = None,
+    discard: str = "unmap",
 ) -> dict[str, object]:
     """Return the options of the protocol node that reaches an export by a relay of ours.
 
@@ -263,6 +274,7 @@ def nbd_node(
 
     :param socket: the path of the relay's socket.
     :param credentials: the id of the tls-creds object, where the target has TLS.
+    :param discard: `ignore`: zeros keep their space there, as far as the server goes.
     """
     options: dict[str, object] = {
         "driver": "nbd",
@@ -270,7 +282,7 @@ def nbd_node(
         "server": {"type": "unix", "path": socket},
         "export": target.export,
         "reconnect-delay": 0,
-        "discard": "unmap",
+        "discard": discard,
     }
     if target.tls:
         options["tls-creds"] = credentials

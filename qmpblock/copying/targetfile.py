@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.chains.headers import Header, make
 from qmpblock.chains.settings import wanted_discard
-from qmpblock.copying.copytarget import Left, LocalTarget, for_zeros
+from qmpblock.copying.copytarget import Left, LocalTarget
+from qmpblock.copying.hostspace import space_of
 from qmpblock.copying.plan import CopyPlan
+from qmpblock.copying.shape import Settings
 from qmpblock.errors import (
     UNTOUCHED,
     Error,
@@ -34,20 +36,25 @@ from qmpblock.graph.options import aio_of, cache_options, overlay_options
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles
 from qmpblock.host.contents import Contents
-from qmpblock.host.fallocate import UNSUPPORTED, punch_hole
+from qmpblock.host.fallocate import UNSUPPORTED, keep_size, punch_hole
 from qmpblock.host.filelocks import is_used
+from qmpblock.host.imagechain import blockdev
 from qmpblock.host.openfiles import NOWHERE, openers, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line, describe_process
+from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.qemuio import QemuIo
 from qmpblock.host.space import reserved_ranges
-from qmpblock.names import partial_file, storage_node
+from qmpblock.names import image_node, partial_file, storage_node
+from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
+    from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["TargetFile", "absolute", "check_file", "drop_unfinished"]
 
-_CACHED = {"direct": False, "no-flush": False}
+_STORED = "unmap"  # of an image's file, whose image knows better what may be discarded
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
 
 
@@ -62,6 +69,7 @@ class TargetFile(LocalTarget):
     :ivar backing_name: what it records of its backing image.
     :ivar replaces: whether what bears its name goes, and what another copy left unfinished.
     :ivar made: which file it is, once it is made; from the start where it is resumed.
+    :ivar model: of the disk, with what is reserved, where the copy is to have host space like it.
     """
 
     plan: CopyPlan
@@ -75,6 +83,8 @@ class TargetFile(LocalTarget):
     resumed: bool = False
     left: Left | None = None
     keeps: bool = False
+    model: AllocationMap | None = None
+    _settled: bool = False
 
     @property
     def path(self) -> str:
@@ -95,6 +105,11 @@ class TargetFile(LocalTarget):
         if self.plan.format != "raw":
             contents = await make(vm, self._header())
 
+        def fill(fd: int) -> None:
+            contents.write_to(fd)
+            if self.plan.shape.allocation == "full":
+                keep_size(fd, 0, contents.length)
+
         def note(made: FileId) -> None:
             self.made = made
             record(made)
@@ -105,7 +120,7 @@ class TargetFile(LocalTarget):
             if self.replaces and (left := self.directory.status(name)) is not None:
                 _check_unused(self.path, left)
                 os.unlink(name, dir_fd=self.directory.fd)
-            os.close(self.directory.make(name, note, contents.write_to, like=like))
+            os.close(self.directory.make(name, note, fill, like=like))
             self.directory.sync()
         except OSError as error:
             raise Error(f"cannot make {printable(self.path)}: {error.strerror}") from None
@@ -121,6 +136,8 @@ class TargetFile(LocalTarget):
             self.plan.format,
             self.plan.size,
             None if backing is None else (self.backing_name or backing.file, backing.format),
+            cluster=self.plan.shape.unit,
+            preallocated=self.plan.shape.allocation == "full",
             key_secret=self.plan.secret,
         )
 
@@ -130,43 +147,82 @@ class TargetFile(LocalTarget):
         :param read_only: only to read what it holds.
         """
         active = self.plan.device.chain.active
-        cache = cache_options(active.node) if self.keeps_name else _CACHED
+        cache = cache_options(active.node) if self.keeps_name else self._cache
         storage: dict[str, Any] = {
             "driver": "file",
             "node-name": storage_node(self.node),
             "filename": self.path,
-            "discard": "unmap",
+            "discard": "ignore" if self.plan.shape.allocation == "full" else _STORED,
             "cache": cache,
         }
         if self.keeps_name and active.storage is not None:
             aio = aio_of(command_line(vm.monitor.peer_pid), active.storage)
             if aio is not None:
                 storage["aio"] = aio
-        for options in (storage, self._options(vm)):
+        every = [storage, self._options(vm)]
+        if self._shielded:
+            every[1]["node-name"] = image_node(self.node)
+            every.append({"driver": "raw", "node-name": self.node, "file": image_node(self.node)})
+        for options in every:
             if read_only:
                 options["read-only"] = True
             await vm.monitor.execute("blockdev-add", options)
 
+    @property
+    def _cache(self) -> dict[str, bool]:
+        return {"direct": self.plan.shape.direct, "no-flush": False}
+
     def _options(self, vm: Connection) -> dict[str, Any]:
-        chain, backing = self.plan.device.chain, self.plan.backing
-        discard = "unmap"
-        if self.keeps_name:
-            command = command_line(vm.monitor.peer_pid)
-            discard = wanted_discard(command, chain) or "unmap"
+        backing = self.plan.backing
         options = overlay_options(
             self.node,
             storage_node(self.node),
-            chain.active.node,
+            self.plan.device.chain.active.node,
             self.plan.secret,
             None if backing is None else backing.node.name,
             self.plan.format,
-            discard,
         )
         if self.plan.format == "raw":
             del options["backing"]
         if not self.keeps_name:
-            options |= {**for_zeros(self.source), "cache": _CACHED}
-        return options
+            options["cache"] = self._cache
+        return options | self._while_copying(vm).options
+
+    def _while_copying(self, vm: Connection) -> Settings:
+        shape = self.plan.shape
+        if self.keeps_name:
+            return shape.while_moving(self._guests(vm), raw=self.plan.format == "raw")
+        return shape.while_copying(of_view=bool(self.source))
+
+    def _guests(self, vm: Connection) -> Settings:
+        chain = self.plan.device.chain
+        discard = wanted_discard(command_line(vm.monitor.peer_pid), chain) or "unmap"
+        return Settings(discard, chain.active.node.detect_zeroes)
+
+    def given_back(self, vm: Connection) -> tuple[tuple[str, str, str], ...]:
+        """Return what its nodes are to have once the guest is there: see `Move.settings`."""
+        guests, now = self._guests(vm), self._while_copying(vm)
+        discard, zeroes = ("" if a == b else a for a, b in zip(guests, now, strict=True))
+        image = (self.node, discard, zeroes)
+        if self.plan.shape.allocation != "full":
+            return (image,)
+        return image, (storage_node(self.node), _STORED, "")
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Also its image, where jobs write to another node above it."""
+        node, *below = super().nodes
+        return node, *((image_node(node),) if self._shielded else ()), *below
+
+    @property
+    def _shielded(self) -> bool:
+        """Whether jobs do not write to its image itself.
+
+        A mirror has zeros take away what they are written to, whatever `discard` of the node to
+        which it writes them says; that of the node below counts.
+        """
+        full = self.plan.shape.allocation == "full"
+        return full and self.plan.format != "raw" and not self.source
 
     async def remove(self) -> str | None:
         """Remove it, if it was made and is not worth to be gone on from; it never got its name."""
@@ -179,23 +235,55 @@ class TargetFile(LocalTarget):
                     return self.path
         return None
 
-    async def settle(self) -> None:
+    async def settle(self, vm: Connection) -> None:
         """Have it on stable storage, as it will stay.
 
-        QEMU has closed it, or flushed it. Idempotent; `finish` does it, too.
+        QEMU has closed it, or the guest is there, and it was flushed. Idempotent; `finish` does it,
+        too.
 
-        :raise Error: it cannot be.
+        :raise Error: it cannot be, or not be given the host space that it is to have.
         """
+        if self._settled:
+            return
+        if self._wanted and self.plan.format != "raw" and not self.keeps_name:
+            await self._store(vm, await self._lacking(vm, self._wanted))
         await self._on_storage(self._settle)
+        self._settled = True
 
-    async def finish(self) -> None:
+    async def finish(self, vm: Connection) -> None:
         """Have it on stable storage, under its name.
-
-        QEMU has closed it, or flushed it.
 
         :raise Error: it cannot be; it is not marked as whole.
         """
+        await self.settle(vm)
         await self._on_storage(self._finish)
+
+    @property
+    def _wanted(self) -> Ranges:
+        """What is to have host space once all is copied, besides that."""
+        if self.plan.shape.allocation == "full":  # it has, where it was made for this copy
+            return Ranges([(0, self.plan.size)]) if self.resumed else Ranges()
+        return Ranges() if self.model is None else space_of(self.model)
+
+    async def _lacking(self, vm: Connection, wanted: Ranges) -> Ranges:
+        """Return which clusters are to have host space, and have none."""
+        image = blockdev(self.plan.format, self.path)
+        seen = await QemuImg(stall=vm.stall).map(image, [self.plan.format], known=self._known)
+        own, unit = seen.own(), self.plan.shape.unit
+        lacking = wanted.align_out(unit, self.plan.size).difference(space_of(own))
+        # Where nothing is in an overlay, zeros would hide what lies below it.
+        return lacking if self.plan.backing is None else lacking.intersection(own.zeros())
+
+    async def _store(self, vm: Connection, ranges: Ranges) -> None:
+        if ranges:
+            tool = QemuIo(stall=vm.stall)
+            await tool.store_zeros(self.path, self.plan.format, ranges, known=self._known)
+
+    @property
+    def _known(self) -> list[tuple[int | None, int]]:
+        assert self.made is not None  # make() went before
+        assert self.made.inode is not None  # it is a file
+        return [(self.made.device, self.made.inode)]
 
     async def _on_storage(self, act: Callable[[], None]) -> None:
         try:
@@ -212,14 +300,16 @@ class TargetFile(LocalTarget):
         fd = self.directory.open(name, self.made, os.O_RDWR)
         try:
             os.fsync(fd)
-            if self.plan.format == "raw" and not self.keeps_name:
-                _give_zeros_back(fd, self.plan.size)
+            if self.plan.format == "raw":
+                if not self.keeps_name and self.plan.shape.allocation != "full":
+                    _give_zeros_back(fd, self.plan.size)
+                for start, stop in self._wanted:
+                    keep_size(fd, start, stop - start)
                 os.fsync(fd)
         finally:
             os.close(fd)
 
     def _finish(self) -> None:
-        self._settle()
         if not self.keeps_name:
             self._name()
         self.directory.sync()

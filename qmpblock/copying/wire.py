@@ -71,6 +71,7 @@ class Wire:
         number: int = 0,
         credentials: Credentials | None = None,
         hold: float = HOLD,
+        discard: str = "unmap",
     ) -> AsyncIterator[Wire]:
         """Lay a wire; leaving takes it away, whether or not it was cut, and is not interrupted.
 
@@ -83,6 +84,7 @@ class Wire:
         :param run: of the copy; `number`: of this wire among its wires.
         :param credentials: for TLS.
         :param hold: see `HOLD`.
+        :param discard: see `qmpblock.copying.target.nbd_node`.
         :raise RequestError: what is asked for cannot be; nothing was touched.
         :raise NBDConnectError: no server answers, or QEMU and it do not agree; nothing is left.
         :raise StalledError: on leaving: the server did not answer to the last flush.
@@ -95,7 +97,7 @@ class Wire:
             wire = cls(vm, target, name, relay)
             kept = False
             try:
-                await undisturbed(wire._add(credentials))
+                await undisturbed(wire._add(credentials, discard))
                 with relay.within(stall):
                     yield wire
                 kept = True
@@ -116,13 +118,16 @@ class Wire:
         """End the connection, now; see `Relay.cut`."""
         self.relay.cut()
 
-    async def _add(self, credentials: Credentials | None) -> None:
+    async def _add(self, credentials: Credentials | None, discard: str) -> None:
         name = None
         try:
             if credentials is not None:
                 name = wire_credentials(self.node)
                 await self._monitor.execute("object-add", credentials_object(credentials, name))
-            options = nbd_node(self.target, self.node, socket=self.relay.path, credentials=name)
+            socket = self.relay.path
+            options = nbd_node(
+                self.target, self.node, socket=socket, credentials=name, discard=discard
+            )
             await self._monitor.execute("blockdev-add", options)
         except CommandError as error:
             why = error.description

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.copying.copytarget import Left, for_zeros
+from qmpblock.copying.copytarget import Left
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.relay import End
 from qmpblock.copying.target import Credentials
@@ -94,7 +94,15 @@ class WireTarget:
         server, size = self.plan.server, self.plan.size
         assert server is not None  # it is what this is of
         run = run_of(self.node)
-        laying = Wire.open(vm, server, run=run, number=self.number, credentials=self.credentials)
+        settings = self.plan.shape.while_copying(of_view=bool(self.source))
+        laying = Wire.open(
+            vm,
+            server,
+            run=run,
+            number=self.number,
+            credentials=self.credentials,
+            discard=settings.discard,
+        )
         wire = await self._laid.enter_async_context(laying)
         self._wire = wire
         there = (await vm.graph()).nodes[wire.node].size
@@ -107,7 +115,7 @@ class WireTarget:
             )
         options = {"driver": "raw", "node-name": self.node, "file": wire.node, "size": size}
         with self.bounded():
-            await vm.monitor.execute("blockdev-add", options | for_zeros(self.source))
+            await vm.monitor.execute("blockdev-add", options | settings.options)
 
     def bounded(self) -> AbstractContextManager[object]:
         """Give the server `HOLD` seconds for each answer, while this lasts."""
@@ -131,7 +139,7 @@ class WireTarget:
         if self._wire is not None:
             self._wire.cut()
 
-    async def finish(self) -> None:
+    async def finish(self, vm: Connection) -> None:
         """Close the relay; QEMU has left it.
 
         :raise StalledError: the server did not answer at the end.

@@ -1,14 +1,15 @@
-"""qemu-io, for images that are yet to be."""
+"""qemu-io, for images that are yet to be, or are not used yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from qmpblock.errors import ToolError
 from qmpblock.graph.jsonname import as_name
 from qmpblock.host.contents import Contents
 from qmpblock.host.handed import HandedFiles
+from qmpblock.host.imagechain import blockdev
 from qmpblock.host.qemuimg import QemuImg
 
 __all__ = ["QemuIo", "null_data"]
@@ -17,7 +18,7 @@ _PIECE = 4 << 20  # bytes that qemu-io writes at a time; larger ones take new me
 
 
 class QemuIo(QemuImg):
-    """The qemu-io program, for images that are yet to be."""
+    """The qemu-io program, for images that nobody uses yet."""
 
     def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
         super().__init__(program, stall=stall)
@@ -34,12 +35,7 @@ class QemuIo(QemuImg):
         :return: what its file is to hold.
         :raise ToolError: qemu-io failed.
         """
-        lines = [
-            f"write -q -P 0 {at} {min(_PIECE, stop - at)}"
-            for start, stop in ranges
-            for at in range(start, stop, _PIECE)
-        ]
-        text = "\n".join([*lines, "quit", ""])
+        text = _writing("write -q -P 0", ranges)
         with HandedFiles() as files:
             made = files.memory()
             contents.write_to(made)
@@ -49,11 +45,45 @@ class QemuIo(QemuImg):
                 "data-file": null_data(size),
             }
             command = ("-t", "unsafe", as_name(image))
-            said = [line async for line in self._run(command, files, given=text)]
-            wrong = [line for line in said if "failed" in line]
-            if wrong:
-                raise ToolError([self.program, *command], 1, wrong[0])
+            async for line in self._run(command, files, given=text):
+                self._check(command, line)
             return Contents.of(made)
+
+    async def store_zeros(
+        self,
+        path: str,
+        fmt: str,
+        ranges: Iterable[tuple[int, int]],
+        *,
+        known: Collection[tuple[int | None, int]],
+    ) -> None:
+        """Store zeros as data in a closed image, so that they have host space.
+
+        With the rights of its owner. What lies below it is left out: whole clusters only.
+
+        :param known: device (None: any) and inode of the file that is written to.
+        :raise ToolError: qemu-io failed: there is no room, say.
+        """
+        text = _writing("write -P 0", ranges)  # it says each, so that one that hangs is noticed
+
+        def command(files: HandedFiles) -> tuple[str, ...]:
+            return "-t", "writeback", as_name(files.image(blockdev(fmt, path), writable=1))
+
+        async for line in self._lines(command, known=known, given=text):
+            self._check((path,), line)
+
+    def _check(self, command: Iterable[str], line: str) -> None:
+        if "failed" in line:
+            raise ToolError([self.program, *command], 1, line.strip())
+
+
+def _writing(verb: str, ranges: Iterable[tuple[int, int]]) -> str:
+    lines = [
+        f"{verb} {at} {min(_PIECE, stop - at)}"
+        for start, stop in ranges
+        for at in range(start, stop, _PIECE)
+    ]
+    return "\n".join([*lines, "quit", ""])
 
 
 def null_data(size: int) -> dict[str, Any]:

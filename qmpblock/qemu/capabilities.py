@@ -145,6 +145,16 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def mirrors_leave_out_zeros(self) -> bool:
+        """Whether a mirror writes no zeros where its target reads as zeros already.
+
+        So what is a hole there stays one. Measured: 11.1.2 does that, to an NBD export whose image
+        is sparse, with discard=ignore of all nodes; 7.2.22 writes them all. What lies between
+        counts as affected.
+        """
+        return self.version >= (8, 0, 0)
+
+    @property
     def overlapping_reads_of_views_abort(self) -> bool:
         """Whether two reads of one range of a snapshot-access node, at once, make QEMU abort.
 

@@ -9,6 +9,7 @@ from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.step import Choice
 from qmpblock.changes.unfinished import steps
 from qmpblock.graph.model import JobInfo
+from qmpblock.versioned import UnreadableError
 
 PREFIX = f"qmpblock-{RUN}-"
 JOBS = (f"{PREFIX}copy-0", f"{PREFIX}copy-1")
@@ -108,6 +109,18 @@ class TestMove:
     def test_targets_go_that_nobody_is_on(self):
         assert plan(self.its(), self.found()) == [("delete-node", TO[0]), ("delete-node", TO[1])]
         assert plan(self.its(), self.found((0, 1))) == []
+
+    def test_copies_get_what_the_disks_had_once_the_guests_are_there(self):
+        its = replace(self.its(), settings=((TO[0], "unmap", "on"), (TO[1], "", "off")))
+        assert plan(its, self.found((0, 1))) == [
+            ("restore-discard", TO[0]),
+            ("restore-zeroes", TO[0]),
+        ]
+        assert {verb for verb, _ in plan(its, self.found())} == {"delete-node"}
+
+    def test_a_setting_that_is_none_is_no_record(self):
+        with pytest.raises(UnreadableError):
+            replace(self.its(), settings=((TO[0], "quit", ""),)).check()
 
     def test_one_whose_disk_was_unplugged_after_it_went_over_stays(self):
         drawn = chain("d0")

@@ -37,6 +37,8 @@ def some(strategy):
 
 #: What a later version may have added.
 unknown = st.dictionaries(st.sampled_from(["later", "x"]), st.none() | words | numbers)
+ZEROES = st.sampled_from(["", "off", "on", "unmap"])
+DISCARDS = st.sampled_from(["", "ignore", "unmap"])
 FIELDS = {
     "run": st.just(RUN),
     "vm": st.builds(VMIdentity, words, words, numbers, numbers, words, words, unknown),
@@ -63,10 +65,12 @@ FIELDS = {
     "merges": some(st.tuples(words, words, words)),
     "throttle": some(st.tuples(words, numbers)),
     "throttle_group": words,
-    "detect_zeroes": st.sampled_from(["", "off", "on", "unmap"]),
-    "discard": st.sampled_from(["", "ignore", "unmap"]),
+    "detect_zeroes": ZEROES,
+    "discard": DISCARDS,
+    "settings": some(st.tuples(ours, DISCARDS, ZEROES)),
     "images": some(words),
     "wires": some(st.tuples(ours, words)),
+    "drawn": some(st.tuples(words, words)),
     "sources": some(words),
     "targets": some(words),
     "more": unknown,

@@ -8,9 +8,10 @@ from qmpblock.address import TCPAddress
 from qmpblock.copying.hostspace import HostSpace
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.proof import _unequal, _warnings, check_provable
+from qmpblock.copying.shape import Shape
 from qmpblock.copying.target import NBDTarget
 from qmpblock.copying.verify import Verification
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import Error, UnsupportedError
 from qmpblock.ranges import Ranges
 
 MIB = 1 << 20
@@ -18,7 +19,8 @@ MIB = 1 << 20
 
 def target(name, size):
     device = SimpleNamespace(name=name)
-    return SimpleNamespace(plan=SimpleNamespace(device=device, size=size, file=f"/c/{name}"))
+    plan = SimpleNamespace(device=device, size=size, file=f"/c/{name}", shape=Shape())
+    return SimpleNamespace(plan=plan)
 
 
 def test_a_difference_is_told_with_its_place_and_extent():
@@ -42,7 +44,19 @@ def test_what_is_not_thin_is_warned_of():
     plan = target("vd0", MIB).plan
     assert _warnings(plan, HostSpace(Ranges(), Ranges())) == []
     [warning] = _warnings(plan, HostSpace(Ranges([(0, MIB)]), Ranges()))
-    assert "1M of zeros" in warning
+    assert "not thin: 1M of zeros" in warning
+
+
+def test_what_lacks_what_was_asked_for_is_not_kept():
+    plan = target("vd0", MIB).plan
+    plan.shape = Shape("full")
+    assert _warnings(plan, HostSpace(Ranges(), Ranges())) == []
+    for space in (
+        HostSpace(Ranges(), Ranges([(0, 4096)])),
+        HostSpace(Ranges(), Ranges(), short=4096),
+    ):
+        with pytest.raises(Error, match=r"4K of it have no host space, which --allocation full"):
+            _warnings(plan, space)
 
 
 @pytest.mark.parametrize("at", ["end", "pivot"])

@@ -57,10 +57,20 @@ def test_a_defect_that_was_cured_in_old_branches_too(version, affected):
     assert Capabilities(version).overlapping_reads_of_views_abort is affected
 
 
+def test_mirrors_leave_out_zeros_on_newer_ones():
+    assert not Capabilities((7, 2, 22)).mirrors_leave_out_zeros
+    assert Capabilities((8, 0, 0)).mirrors_leave_out_zeros
+    assert Capabilities((11, 1, 2)).mirrors_leave_out_zeros
+
+
 def test_every_gate_is_tested_above():
     """A new one must not be forgotten there."""
     gates = {name for name, what in vars(Capabilities).items() if isinstance(what, property)}
-    tests = (test_defects_are_gated, test_a_defect_that_was_cured_in_old_branches_too)
+    tests = (
+        test_defects_are_gated,
+        test_a_defect_that_was_cured_in_old_branches_too,
+        test_mirrors_leave_out_zeros_on_newer_ones,
+    )
     assert gates == {name for test in tests for name in test.__code__.co_names} & gates
 
 
