@@ -3,13 +3,23 @@
 import asyncio
 import contextlib
 import os
+import random
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from disturbed import nothing_of_ours
-from nbdservers import HOST, make_credentials, serving, tls_options
+from nbdservers import (
+    HOST,
+    CutOffError,
+    make_credentials,
+    serving,
+    serving_elsewhere,
+    set_wire,
+    slow_down,
+    tls_options,
+)
 
 import qmpblock
 from qmpblock.changes.leftovers import clear
@@ -262,6 +272,76 @@ async def test_a_slow_server(vm, vm_dir, qemu_binary, invariant, at):
         point = await copied(vm, at, server.uri("t"))
         await unharmed(vm, invariant)
     check_whole(server.image, point)
+
+
+@pytest.fixture
+async def elsewhere(vm_dir):
+    """Serve an image over a wire that can be cut; yields its URI, the wire and the image."""
+    image = vm_dir / "target"
+    image.write_bytes(GARBAGE * SIZE)
+    async with contextlib.AsyncExitStack() as stack:
+        number = random.SystemRandom().randrange(256)
+        try:
+            address, wire = await stack.enter_async_context(serving_elsewhere(image, number))
+        except CutOffError as error:
+            pytest.skip(f"no network to cut: {error}")
+        yield f"nbd://{address}/t", wire, image
+
+
+@both
+async def test_a_wire_that_is_cut(vm, elsewhere, invariant, at):
+    """Nobody says so to either end: what was sent is lost."""
+    uri, wire, _ = elsewhere
+    with pytest.raises(StalledError) as caught:  # noqa: PT012
+        async with disturbed(vm, at, uri, stall=4):
+            set_wire(wire, up=False)
+            began = time.monotonic()
+    took = time.monotonic() - began
+    print(f"{at}: {took:.1f} s after the wire was cut: {caught.value}")
+    assert took < 15
+    await unharmed(vm, invariant)
+
+
+@both
+async def test_a_wire_that_takes_a_megabyte_a_second(vm, elsewhere, invariant, at):
+    """The copy would take a minute; some seconds of it do, and then it is given up."""
+
+    class GivenUpError(Exception):
+        pass
+
+    uri, wire, _ = elsewhere
+    try:
+        slow_down(wire, 10**6)
+    except CutOffError as error:
+        pytest.skip(f"no wire to be slow: {error}")
+    with pytest.raises(GivenUpError):  # noqa: PT012
+        async with disturbed(vm, at, uri, stall=20, speed=0) as job:
+            assert job.progress.status == "running", job.progress
+            await asyncio.sleep(3)
+            assert job.progress.status == "running", job.progress
+            raise GivenUpError
+    await unharmed(vm, invariant)
+
+
+@both
+async def test_a_wire_that_is_mended_in_time(vm, elsewhere, invariant, at):
+    """The copy is whole."""
+    uri, wire, image = elsewhere
+    async with contextlib.AsyncExitStack() as stack:
+        async with vm.guest.bounds(0) as bounds:
+            job = await stack.enter_async_context(disturbed(vm, at, uri, stall=20))
+        set_wire(wire, up=False)
+        await asyncio.sleep(2)
+        set_wire(wire, up=True)
+        async for seen in job:
+            if seen.ready:
+                break
+        if at == "end":
+            async with vm.guest.bounds(0) as bounds:
+                await job.complete()
+    await unharmed(vm, invariant)
+    if at == "end":
+        check_whole(image, bounds[0])
 
 
 CHILD = """
