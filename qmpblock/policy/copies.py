@@ -122,7 +122,9 @@ def _words(wanted: CopyPolicy, files: Iterable[str]) -> CopyWords:
     """
     words = cast("CopyWords", dict(vars(wanted.options)))
     left = any(os.path.lexists(partial_file(file)) for file in files)
-    words["resume"] = left and wanted.options.point == "start"
+    asked = wanted.options
+    made_anew = asked.compress or asked.cluster_size is not None  # what is there is as it was made
+    words["resume"] = left and asked.point == "start" and not made_anew
     return words
 
 

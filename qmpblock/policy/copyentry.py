@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.copying.options import CopyOptions, parse_latency
 from qmpblock.copying.plan import FORMATS
+from qmpblock.copying.shape import ALLOCATIONS
 from qmpblock.copying.target import NBDTarget, parse_target
 from qmpblock.errors import RequestError, printable
 from qmpblock.policy.values import filled_in, keep_free_in, number_in, speed_in
@@ -95,6 +96,10 @@ OPTIONS: dict[str, Callable[[Mapping, str], object]] = {
     "at": _one_of("start", "end"),
     "format": _one_of(*FORMATS),
     "layers": _one_of("all", "top"),
+    "allocation": _one_of(*ALLOCATIONS),
+    "cluster_size": _size,
+    "compress": _flag,
+    "direct": _flag,
     "force": _flag,
     "verify": _flag,
     "fleece": filled_in,

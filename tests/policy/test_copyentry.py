@@ -38,6 +38,7 @@ def test_the_short_form():
 def test_options():
     entry = (
         "  copies:\n  - disks: {vd0: a}\n    at: start\n    format: qcow2\n    layers: top\n"
+        "    allocation: thin\n    cluster_size: 128K\n    compress: yes\n    direct: yes\n"
         "    force: yes\n    verify: true\n    fleece: /f\n    fleece_limit: 1G\n"
         "    latency: 20ms\n    speed: 0\n    keep_free: 5%\n    order: -2\n"
     )
@@ -46,6 +47,9 @@ def test_options():
         at="start",
         format="qcow2",
         layers="top",
+        cluster_size=128 << 10,
+        compress=True,
+        direct=True,
         force=True,
         verify=True,
         fleece="/f",
