@@ -90,6 +90,13 @@ async def content(path, fmt):
     return data
 
 
+async def is_sound(path, fmt):
+    """See that an image that was gone on from has no error, and no cluster that nothing uses."""
+    if fmt == "qcow2":
+        code, out = await ran("qemu-img", "check", "-f", fmt, path)
+        assert code == 0, out
+
+
 def unequal(first, second):
     """Return how many bytes are in blocks that differ."""
     return sum(

@@ -43,6 +43,7 @@ from qmpblock.host.openfiles import NOWHERE, openers, sees_directory
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line, describe_process
 from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuio import QemuIo
 from qmpblock.host.space import reserved_ranges
 from qmpblock.names import image_node, partial_file, storage_node
@@ -99,7 +100,7 @@ class TargetFile(LocalTarget):
         :raise InUseError: somebody has what it was to replace.
         """
         if self.resumed:
-            self._check_there()
+            await self._take_over(vm)
             return
         contents = Contents(self.plan.size, ())
         if self.plan.format != "raw":
@@ -125,10 +126,13 @@ class TargetFile(LocalTarget):
         except OSError as error:
             raise Error(f"cannot make {printable(self.path)}: {error.strerror}") from None
 
-    def _check_there(self) -> None:
+    async def _take_over(self, vm: Connection) -> None:
+        """Look once more at what is resumed; a QEMU that was killed may have leaked clusters."""
         assert self.made is not None  # it was found
         if not self.directory.holds(posixpath.basename(self.path), self.made):
             raise Error(f"somebody has replaced {printable(self.path)} since it was looked at")
+        if self.plan.format != "raw" and self.plan.secret is None:  # only QEMU has the key
+            await QemuImgCheck(stall=vm.stall).free_leaks(self.path, self.plan.format, self.made)
 
     def _header(self) -> Header:
         backing = self.plan.backing

@@ -15,7 +15,7 @@ from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.toolwords import in_use_by_another, mismatch_in, progress_in
 from qmpblock.host.writers import in_use
 
-__all__ = ["QemuImgCompare"]
+__all__ = ["QemuImgCompare", "QuietQemuImg"]
 
 _T = TypeVar("_T")
 
@@ -24,7 +24,28 @@ _SECTOR = 512  # bytes; qemu-img says no more of where it found a difference
 _DIFFERENT = 1  # exit code, as its manual has it; what fails is more
 
 
-class QemuImgCompare(QemuImg):
+class QuietQemuImg(QemuImg):
+    """The qemu-img program, doing what it may say nothing of for long."""
+
+    async def _awaited(self, process: asyncio.subprocess.Process, what: Awaitable[_T]) -> _T:
+        """Wait as long as it uses the processor: of a large image it may say nothing for long."""
+        awaited = asyncio.ensure_future(what)
+        clock = asyncio.get_running_loop().time
+        used, moved = _processor_time(process.pid), clock()
+        try:
+            while not awaited.done():
+                await asyncio.wait({awaited}, timeout=min(_TICK, self.stall))
+                now = _processor_time(process.pid)
+                if now != used:
+                    used, moved = now, clock()
+                elif clock() - moved >= self.stall and not awaited.done():
+                    raise TimeoutError
+            return awaited.result()
+        finally:
+            awaited.cancel()
+
+
+class QemuImgCompare(QuietQemuImg):
     """The qemu-img program, comparing: the cheapest way where it can open both images."""
 
     async def compare(
@@ -78,23 +99,6 @@ class QemuImgCompare(QemuImg):
                 raise in_use("one of the images", error.stderr) from None
             raise
         return None
-
-    async def _awaited(self, process: asyncio.subprocess.Process, what: Awaitable[_T]) -> _T:
-        """Wait as long as it uses the processor: of a large image it may say nothing for long."""
-        awaited = asyncio.ensure_future(what)
-        clock = asyncio.get_running_loop().time
-        used, moved = _processor_time(process.pid), clock()
-        try:
-            while not awaited.done():
-                await asyncio.wait({awaited}, timeout=min(_TICK, self.stall))
-                now = _processor_time(process.pid)
-                if now != used:
-                    used, moved = now, clock()
-                elif clock() - moved >= self.stall and not awaited.done():
-                    raise TimeoutError
-            return awaited.result()
-        finally:
-            awaited.cancel()
 
 
 def _processor_time(pid: int) -> tuple[bytes, ...]:

@@ -117,6 +117,7 @@ class Disturbed:
             left = [str(path) for path in self.directory.glob("copy.raw*")]
             assert left in ([], [f"{self.target}.partial"])  # which --resume takes
             assert not left or left[0] in str(self.error)
+            assert left == list(self.job.kept)
             return
         check_whole(self.target.read_bytes(), self._point)
 

@@ -1,0 +1,49 @@
+"""qemu-img check, of an image that nobody has open: what a QEMU that was killed has left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qmpblock.errors import ToolError, printable
+from qmpblock.graph.jsonname import as_name
+from qmpblock.host.handed import HandedFiles
+from qmpblock.host.imagechain import blockdev
+from qmpblock.host.qemuimgcompare import QuietQemuImg
+from qmpblock.host.toolwords import in_use_by_another
+from qmpblock.host.writers import in_use
+
+if TYPE_CHECKING:
+    from qmpblock.graph.places import FileId
+
+__all__ = ["QemuImgCheck"]
+
+
+class QemuImgCheck(QuietQemuImg):
+    """The qemu-img program, checking."""
+
+    async def free_leaks(self, path: str, fmt: str, file: FileId) -> None:
+        """Give back the clusters that nothing uses, and see that the image is sound otherwise.
+
+        With the rights of its owner; what lies below it is not opened. Cancelling ends the
+        program, and harms nothing.
+
+        :param file: that it must be.
+        :raise ToolError: the image is damaged: nothing is written to it; or qemu-img failed.
+        :raise UnsupportedError: it is another file, or its owner may not open it.
+        :raise InUseError: somebody has it open.
+        :raise StalledError: it did nothing for the stall limit.
+        """
+
+        def command(files: HandedFiles) -> Sequence[str]:
+            name = as_name(files.image(blockdev(fmt, path), writable=1))
+            return ("check", "-q", "-r", "leaks", name)
+
+        try:
+            async for _ in self._lines(command, known={(file.device, file.inode)}):
+                pass
+        except ToolError as error:
+            if in_use_by_another(error.stderr):
+                raise in_use(path, error.stderr) from None
+            error.remedy = f"if {printable(path)} is damaged, remove it, and copy anew"
+            raise
