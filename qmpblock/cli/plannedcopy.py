@@ -46,8 +46,13 @@ def said(planned: PlannedCopy) -> Iterator[str]:
         yield f"the guest: {text}"
     if planned.seconds is not None:
         yield f"{planned.seconds:.0f} s at {human_size(planned.speed)}/s" + (
-            ", which counts zeros, too" if planned.point == "start" else ""
+            ", which counts zeros, too" if _counts_zeros(planned) else ""
         )
+
+
+def _counts_zeros(planned: PlannedCopy) -> bool:
+    counted = (planned.seconds or 0) * planned.speed
+    return planned.write is not None and counted > planned.write
 
 
 def said_amount(read: int | None, write: int | None) -> str:

@@ -78,7 +78,7 @@ async def dry_run(
         await check_served(vm, plans, tries=False)
     way = way_of(options.point, misread=vm.capabilities.jobs_misread_views)
     kept = await _kept(vm, list(targets), plans, way, options)
-    moved, warnings = await _moved(list(targets), plans, options)
+    moved, warnings = await _moved(list(targets), plans, options, way)
     disks = tuple(
         PlannedDisk(
             plan.device.name,
@@ -158,7 +158,7 @@ async def _kept(
 
 
 async def _moved(
-    disks: Sequence[MappedDisk], plans: Sequence[CopyPlan], options: CopyOptions
+    disks: Sequence[MappedDisk], plans: Sequence[CopyPlan], options: CopyOptions, way: Way
 ) -> tuple[list[Amounts | None], list[str]]:
     """Say how much is to be moved, by each disk's map; and of which there is none.
 
@@ -168,7 +168,7 @@ async def _moved(
     warnings = []
     for disk, plan in zip(disks, plans, strict=True):
         try:
-            moved.append(amounts(plan, options, await disk.map()))
+            moved.append(amounts(plan, options, way, await disk.map()))
         except (BusyError, NBDError, UnsupportedError) as error:
             if options.verify:
                 raise

@@ -137,7 +137,7 @@ class Amounts:
     taken: int
 
 
-def amounts(plan: CopyPlan, options: CopyOptions, seen: AllocationMap) -> Amounts:
+def amounts(plan: CopyPlan, options: CopyOptions, way: Way, seen: AllocationMap) -> Amounts:
     """Say what a copy moves.
 
     :param seen: what the guest sees of the whole disk.
@@ -145,9 +145,9 @@ def amounts(plan: CopyPlan, options: CopyOptions, seen: AllocationMap) -> Amount
     depth = None if plan.backing is None else 0
     data = seen.where(depth=depth, present=True, zero=False)
     write = data.align_out(_UNIT, plan.size).total
-    if options.point != "start":
-        paced = write  # a mirror counts no zeros
-    elif depth is None:
+    if way == "mirrors":
+        paced = write  # a mirror counts no zeros, though its progress does
+    elif (plan.sync if way == "views" else plan.sync_of_disk) == "full":
         paced = plan.size  # a backup does
     else:
         paced = seen.where(depth=0, present=True).align_out(_UNIT, plan.size).total

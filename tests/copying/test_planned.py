@@ -52,30 +52,34 @@ SEEN = seen((60 * K, 100 * K, 0, False), (M, M, 0, True), (4 * M, 2 * M, 1, Fals
 
 
 def test_what_is_read_and_written():
-    found = amounts(plan(), CopyOptions(), SEEN)
+    found = amounts(plan(), CopyOptions(), "views", SEEN)
     assert (found.read, found.write) == (100 * K + 2 * M, 192 * K + 2 * M)
-    found = amounts(plan(layers="top"), CopyOptions(layers="top"), SEEN)
+    found = amounts(plan(layers="top"), CopyOptions(layers="top"), "frozen layers", SEEN)
     assert (found.read, found.write) == (100 * K, 192 * K)
 
 
 def test_what_counts_for_the_speed():
     """Measured on 7.2 and 11.1: a backup's limit counts all that it goes over, a mirror's data."""
-    assert amounts(plan(), CopyOptions(), SEEN).paced == 16 * M
-    assert amounts(plan(), CopyOptions(at="end"), SEEN).paced == 192 * K + 2 * M
-    assert amounts(plan(), CopyOptions(pivot=True), SEEN).paced == 192 * K + 2 * M
-    top = amounts(plan(layers="top"), CopyOptions(layers="top"), SEEN)
-    assert top.paced == 192 * K + M
+    assert amounts(plan(), CopyOptions(), "views", SEEN).paced == 16 * M
+    assert amounts(plan(), CopyOptions(at="end"), "mirrors", SEEN).paced == 192 * K + 2 * M
+    assert amounts(plan(), CopyOptions(pivot=True), "mirrors", SEEN).paced == 192 * K + 2 * M
+    assert amounts(plan(), CopyOptions(), "frozen layers", SEEN).paced == 16 * M
+    for way in ("views", "frozen layers"):
+        top = amounts(plan(layers="top"), CopyOptions(layers="top"), way, SEEN)
+        assert top.paced == 192 * K + M
 
 
 def test_the_room_that_a_target_needs():
-    thin = amounts(plan("qcow2"), CopyOptions(), SEEN)
+    thin = amounts(plan("qcow2"), CopyOptions(), "views", SEEN)
     assert thin.write < thin.taken < thin.write + M
-    assert amounts(plan("raw"), CopyOptions(), SEEN).taken == 16 * M  # reserved, until it is whole
-    assert amounts(plan("raw"), CopyOptions(at="end"), SEEN).taken == 192 * K + 2 * M
+    assert (
+        amounts(plan("raw"), CopyOptions(), "views", SEEN).taken == 16 * M
+    )  # reserved, until it is whole
+    assert amounts(plan("raw"), CopyOptions(at="end"), "mirrors", SEEN).taken == 192 * K + 2 * M
 
 
 def test_a_disk_that_holds_nothing():
-    found = amounts(plan(), CopyOptions(at="end", speed=M), seen())
+    found = amounts(plan(), CopyOptions(at="end", speed=M), "mirrors", seen())
     assert (found.read, found.write, found.paced) == (0, 0, 0)
 
 

@@ -76,12 +76,12 @@ async def test_it_is_as_it_is_said(scenario, at, fmt, start_qemu, invariant, vm_
 
 
 @pytest.mark.parametrize("at", ["start", "end"])
-@pytest.mark.scenarios("chain-3.yaml")
+@pytest.mark.scenarios("chain-3.yaml", "raw-sparse.yaml")
 async def test_the_time_is_about_what_it_takes(scenario, at, start_qemu, vm_dir):
     vm = await start_qemu(scenario)
     async with qmpblock.connect(vm.monitor_path) as controller:
-        disk = await controller.disk("vd0")
-        options = {"at": at, "format": "raw", "speed": 4 * MIB}
+        [disk] = await controller.disks()
+        options = {"at": at, "format": "raw", "speed": 2 * MIB}
         planned = await disk.plan_copy(vm_dir / "copy", **options)
         assert planned.seconds is not None
         assert (await disk.plan_copy(vm_dir / "copy")).seconds is None
@@ -93,6 +93,20 @@ async def test_the_time_is_about_what_it_takes(scenario, at, start_qemu, vm_dir)
             took = time.monotonic() - started
     assert job.result is not None
     assert planned.seconds / 1.5 < took < planned.seconds * 2 + 2
+
+
+@pytest.mark.parametrize("layers", ["all", "top"])
+@pytest.mark.scenarios("chain-3.yaml", "qcow2-zero-clusters.yaml", "raw-sparse.yaml")
+async def test_what_counts_for_the_speed(scenario, layers, start_qemu, vm_dir):
+    """The time of a copy of the start is reckoned from what the job goes over, to the byte."""
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        planned = await disk.plan_copy(vm_dir / "copy", layers=layers, speed=MIB)
+        async with disk.copy(vm_dir / "copy", layers=layers) as job:
+            pass
+    assert job.result is not None
+    assert planned.seconds == job.result.disks[0].copied / MIB
 
 
 @pytest.mark.scenarios("chain-3.yaml")
