@@ -33,7 +33,8 @@ from qmpblock.copying.planned import (
     why,
 )
 from qmpblock.copying.proof import check_provable, check_served
-from qmpblock.copying.reservation import prepare
+from qmpblock.copying.reservation import prepare, room_for
+from qmpblock.copying.targetfile import TargetFile
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
 from qmpblock.errors import (
@@ -71,14 +72,14 @@ async def dry_run(
     if not targets:
         raise RequestError("a copy of no disk is none")
     plans = await look(vm, targets, options, undo=False, restarts=restarts)
-    await _check_targets(vm, list(targets), plans, options)
+    reserved = await _check_targets(vm, list(targets), plans, options)
     if options.verify:
         await check_provable(vm, plans, options.point, tries=False)
     elif options.resume:
         await check_served(vm, plans, tries=False)
     way = way_of(options.point, misread=vm.capabilities.jobs_misread_views)
     kept = await _kept(vm, list(targets), plans, way, options)
-    moved, warnings = await _moved(list(targets), plans, options, way)
+    moved, warnings = await _moved(list(targets), plans, options, way, reserved)
     disks = tuple(
         PlannedDisk(
             plan.device.name,
@@ -113,9 +114,10 @@ async def dry_run(
 
 async def _check_targets(
     vm: Connection, disks: Sequence[MappedDisk], plans: Sequence[CopyPlan], options: CopyOptions
-) -> None:
+) -> list[int]:
     """Refuse what could not be had as a target, by having all for a moment.
 
+    :return: of each, the bytes that it reserves.
     :raise Error: it could not.
     """
     credentials = None if options.tls_creds is None else credentials_in(options.tls_creds)
@@ -129,6 +131,9 @@ async def _check_targets(
             target = target_of(vm, plan, node, number, name, credentials, **how)
             files.append(stack.enter_context(target))
         await prepare(disks, files)
+        return [
+            room_for(file.plan, file.model) if isinstance(file, TargetFile) else 0 for file in files
+        ]
 
 
 async def _kept(
@@ -158,7 +163,11 @@ async def _kept(
 
 
 async def _moved(
-    disks: Sequence[MappedDisk], plans: Sequence[CopyPlan], options: CopyOptions, way: Way
+    disks: Sequence[MappedDisk],
+    plans: Sequence[CopyPlan],
+    options: CopyOptions,
+    way: Way,
+    reserved: Sequence[int],
 ) -> tuple[list[Amounts | None], list[str]]:
     """Say how much is to be moved, by each disk's map; and of which there is none.
 
@@ -166,9 +175,9 @@ async def _moved(
     """
     moved: list[Amounts | None] = []
     warnings = []
-    for disk, plan in zip(disks, plans, strict=True):
+    for disk, plan, least in zip(disks, plans, reserved, strict=True):
         try:
-            moved.append(amounts(plan, options, way, await disk.map()))
+            moved.append(amounts(plan, options, way, await disk.map(), least))
         except (BusyError, NBDError, UnsupportedError) as error:
             if options.verify:
                 raise

@@ -33,8 +33,7 @@ __all__ = [
 
 Way = Literal["views", "frozen layers", "mirrors"]
 
-_UNIT = 64 << 10  # bytes that a job copies at least, and a cluster of a target
-_HEADERS = 512 << 10  # bytes of a qcow2 image's tables, besides those that grow with it
+_UNIT = 64 << 10  # bytes that a job copies at least
 
 
 @dataclass(frozen=True)
@@ -137,30 +136,33 @@ class Amounts:
     taken: int
 
 
-def amounts(plan: CopyPlan, options: CopyOptions, way: Way, seen: AllocationMap) -> Amounts:
+def amounts(
+    plan: CopyPlan, options: CopyOptions, way: Way, seen: AllocationMap, reserved: int = 0
+) -> Amounts:
     """Say what a copy moves.
 
     :param seen: what the guest sees of the whole disk.
+    :param reserved: bytes that the target is to have in any case.
     """
     depth = None if plan.backing is None else 0
     data = seen.where(depth=depth, present=True, zero=False)
-    write = data.align_out(_UNIT, plan.size).total
+    unit = max(_UNIT, plan.shape.unit) if plan.format == "qcow2" else _UNIT
+    write = data.align_out(unit, plan.size).total
     if way == "mirrors":
         paced = write  # a mirror counts no zeros, though its progress does
     elif (plan.sync if way == "views" else plan.sync_of_disk) == "full":
         paced = plan.size  # a backup does
     else:
-        paced = seen.where(depth=0, present=True).align_out(_UNIT, plan.size).total
-    return Amounts(data.total, write, paced, _taken(plan, options, write))
+        paced = seen.where(depth=0, present=True).align_out(unit, plan.size).total
+    return Amounts(data.total, write, paced, max(reserved, _taken(plan, options, write)))
 
 
 def _taken(plan: CopyPlan, options: CopyOptions, write: int) -> int:
-    if options.allocation == "full" and plan.kind == "file":
-        return plan.shape.room(plan.format, plan.size)
     if plan.format == "raw":
         # A backup job reserves what it knows to be zeros; that is given back when it has ended.
         return plan.size if options.point == "start" else write
-    return write + _HEADERS + (plan.size >> 13)  # 8 bytes a cluster
+    # Where each cluster lies may be in as many tables as would be for all of the disk.
+    return plan.shape.room(plan.format, write) + plan.size // plan.shape.unit * 8
 
 
 def seconds(paced: Sequence[int], speed: int) -> float | None:

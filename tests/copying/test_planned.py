@@ -71,11 +71,18 @@ def test_what_counts_for_the_speed():
 
 def test_the_room_that_a_target_needs():
     thin = amounts(plan("qcow2"), CopyOptions(), "views", SEEN)
-    assert thin.write < thin.taken < thin.write + M
+    assert thin.write < thin.taken < thin.write + 2 * M
     assert (
         amounts(plan("raw"), CopyOptions(), "views", SEEN).taken == 16 * M
     )  # reserved, until it is whole
     assert amounts(plan("raw"), CopyOptions(at="end"), "mirrors", SEEN).taken == 192 * K + 2 * M
+    assert amounts(plan("raw"), CopyOptions(at="end"), "mirrors", SEEN, 9 * M).taken == 9 * M
+
+
+def test_large_clusters_are_written_whole():
+    options = CopyOptions(cluster_size=2 * M)
+    large = plan_copy(device(), "/i/copy", "qcow2", "all", pivot=False, shape=options.shape)
+    assert amounts(large, options, "mirrors", SEEN).write == 4 * M
 
 
 def test_a_disk_that_holds_nothing():

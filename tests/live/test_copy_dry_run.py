@@ -201,3 +201,29 @@ async def test_without_a_map_it_says_so(scenario, start_qemu, invariant, vm_dir)
     code, out, _ = await cli("copy", vm.monitor_path, "vd0", str(vm_dir / "b"), "--dry-run")
     assert (code, "to read" in out) == (0, True)
     invariant.forget(vm)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"allocation": "full", "format": "raw"},
+        {"allocation": "full", "format": "qcow2"},
+        {"allocation": "like", "format": "raw"},
+        {"cluster_size": 2 * MIB, "format": "qcow2"},
+        {"compress": True, "format": "qcow2"},
+    ],
+    ids=str,
+)
+@pytest.mark.scenarios("chain-3.yaml", "raw-fallocated.yaml")
+async def test_the_room_of_what_is_asked_for(words, scenario, start_qemu, vm_dir):
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        planned = await disk.plan_copy(vm_dir / "copy", **words)
+        async with disk.copy(vm_dir / "copy", **words):
+            pass
+    taken = (vm_dir / "copy").stat().st_blocks * 512
+    [one] = planned.disks
+    assert taken <= one.room.needed <= max(taken, one.size) + 24 * MIB
+    if words.get("allocation") == "full":
+        assert taken >= one.size
