@@ -7,7 +7,7 @@ import fleecing
 import pytest
 import resuming
 from disturbed import nothing_of_ours
-from fleecing import MIB, begin_writing
+from fleecing import MIB, begin_writing, ran
 from pointing import DISKS, SHOWN, STEPS, TWO, at_ease, written
 from resuming import LATER, SPEC, cancelled, check, check_figures, child, content, is_sound, resumed
 
@@ -140,6 +140,33 @@ async def test_the_top_alone(built, start_qemu, vm_dir):
             pass
     assert job.result.disks[0].missing < 20 * MIB
     check(await content(target, "qcow2"), bounds)
+    await at_ease(vm, SPEC)
+
+
+@pytest.mark.parametrize("shape", [{"compress": True}, {"cluster_size": MIB}], ids=str)
+async def test_an_image_of_another_shape(shape, built, start_qemu, vm_dir):
+    """Also over clusters that are compressed, and in whole clusters, of whatever size."""
+    vm = await started(start_qemu, built)
+    target, partial = vm_dir / "copy.qcow2", vm_dir / "copy.qcow2.partial"
+    await cancelled(vm, target, format="qcow2", **shape)
+    wrong = ["write -P 0x55 1M 192K"]
+    if "compress" in shape:  # where there is nothing of it yet: data, and zeros
+        wrong += ["write -c -P 0x55 24M 64K", "write -c -P 0x55 44M 64K"]
+    words = [word for one in wrong for word in ("-c", one)]
+    code, out = await ran("qemu-io", "-f", "qcow2", *words, partial)
+    assert code == 0, out
+    before = await content(partial, "qcow2")
+    async with (
+        qmpblock.connect(vm.monitor_path) as controller,
+        resumed(vm, controller, target, format="qcow2") as (job, bounds),
+    ):
+        pass
+    await is_sound(target, "qcow2")
+    after = await content(target, "qcow2")
+    check(after, bounds)
+    [one] = job.result.disks
+    assert one.missing == resuming.unequal(before, after)
+    assert one.missing <= one.copied < 44 * MIB
     await at_ease(vm, SPEC)
 
 
