@@ -1,13 +1,13 @@
 """Going on from a copy that was broken off: what it has not, or has otherwise, is copied, no more.
 
-Nothing is believed of what is there: after a crash no bitmap of QEMU's tells what it holds (C10),
+Nothing is believed of what is there: after a crash no bitmap of QEMU's tells what it holds (F25),
 and the guest has gone on. So there is a new point in time, and the copy will be of that::
 
     point     taken as for any copy of the start; QEMU has the target open
     compare   the point's export with the target's, block by block, in bounded memory; what both
               say that it reads as zeros is not read
     draw      the unequal blocks: zeros are written over them to a node that holds nothing, and
-              whose dirty bitmap takes note; this is merged into one of the point's node
+              whose dirty bitmap takes note (F26); this is merged into one of the point's
     copy      a backup job of what the bitmap says
 
 Both are read by QEMU, so that a target may be whatever it can open: encrypted, a block device, or

@@ -255,3 +255,18 @@ async def test_what_it_does_not_go_on_from_is_left_alone(built, start_qemu, vm_d
         await refused(RequestError, "exists already", format="raw")
     await at_ease(vm, SPEC)
     await invariant.verify(vm)
+
+
+async def test_a_bitmap_is_gone_with_a_qemu_that_is_killed(built, start_qemu):
+    """No persistent one tells afterwards what a target holds, nor that it does not know (F25)."""
+    image = built.disks[0].active.path
+    for kills in (False, True):
+        vm = await started(start_qemu, built)
+        named = f"kills-{kills}"
+        await vm.execute("block-dirty-bitmap-add", node="d0", name=named, persistent=True)
+        await written(vm, 50)
+        await (vm.kill() if kills else vm.quit())
+    code, out = await ran("qemu-img", "info", "-f", "qcow2", image)
+    assert code == 0, out
+    assert "kills-False" in out
+    assert "kills-True" not in out
