@@ -1,5 +1,8 @@
 """A target that is a block device of this host: its content is overwritten, from the first byte on.
 
+A qcow2 image there is one as in a file, but that it cannot grow beyond the device: so that has to
+have the room of all of the disk, and of the tables.
+
 It is ours alone while it is copied to: opened with O_EXCL, by which nobody can mount it, or build
 anything on it, and which fails where somebody has. A VM that uses it claims nothing, and QEMU puts
 no locks on block devices (7.2, 11.1): so whoever has it open is looked for before. Nothing of it is
@@ -18,8 +21,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qmpblock.chains.headers import Header, make
 from qmpblock.copying.copytarget import Left, LocalTarget
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.target import PathTarget, path_node
@@ -43,6 +47,7 @@ __all__ = ["DeviceTarget", "check_unused", "claimed", "is_block_device"]
 
 _LOOKS = 4  # at who has it open: udev looks at each device for a moment, once that has changed
 _PAUSE = 0.3  # seconds between them
+_HEADER = 512  # bytes, of an image that is none any more
 
 
 @dataclass
@@ -66,10 +71,24 @@ class DeviceTarget(LocalTarget):
         return self.plan.file
 
     async def make(self, vm: Connection, record: Callable[[FileId], None]) -> None:
-        """Do nothing: it is there."""
+        """Write the tables of an empty image there, where there is to be one.
+
+        :raise Error: it cannot be written to.
+        """
+        if self.plan.format == "raw":
+            return
+        contents = await make(vm, Header(self.plan.format, self.plan.size, **self._header))
+        try:
+            await asyncio.to_thread(contents.write_over, self.fd)
+        except OSError as error:
+            raise Error(f"cannot write to {printable(self.path)}: {error.strerror}") from None
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {"cluster": self.plan.shape.unit, "key_secret": self.plan.secret}
 
     async def open(self, vm: Connection) -> None:
-        """Have QEMU see as much of it as the disk has.
+        """Have QEMU open the image there, or see as much of it as the disk has.
 
         :raise GraphError: QEMU has opened another one.
         """
@@ -84,8 +103,13 @@ class DeviceTarget(LocalTarget):
         files = OpenFiles(vm.monitor.peer_pid)
         if files.blind is None and FileId.of(os.fstat(self.fd)) not in files.ids():
             raise GraphError(f"QEMU has opened another {printable(self.path)} than is meant")
-        options = {"driver": "raw", "node-name": self.node, "file": storage, "size": self.plan.size}
-        await vm.monitor.execute("blockdev-add", options | settings.options)
+        fmt = self.plan.format
+        above: dict[str, Any] = {"driver": fmt, "node-name": self.node, "file": storage}
+        if fmt == "raw":
+            above["size"] = self.plan.size
+        elif self.plan.secret is not None:
+            above["encrypt"] = {"format": "luks", "key-secret": self.plan.secret}
+        await vm.monitor.execute("blockdev-add", above | settings.options)
 
     async def finish(self, vm: Connection) -> None:
         """Have it on stable storage; by a descriptor that was open all the while, no error is lost.
@@ -102,7 +126,11 @@ class DeviceTarget(LocalTarget):
             ) from None
 
     async def remove(self) -> str | None:
-        """Do nothing: what it held before is gone."""
+        """Have nothing there that looks like an image; what it held before is gone."""
+        if self.plan.format != "raw":
+            with contextlib.suppress(OSError):
+                os.pwrite(self.fd, bytes(_HEADER), 0)
+                os.fsync(self.fd)
         return self.path if self.keeps else None
 
 
@@ -171,11 +199,13 @@ def _check(plan: CopyPlan, fd: int, *, force: bool) -> None:
     there = os.lseek(fd, 0, os.SEEK_END)
     if not stat.S_ISBLK(os.fstat(fd).st_mode):
         raise RequestError(f"{printable(plan.file)} was a block device a moment ago")
-    if there < plan.size:
+    wanted = plan.size if plan.format == "raw" else plan.shape.room(plan.format, plan.size)
+    if there < wanted:
+        tables = "" if plan.format == "raw" else f", which takes {wanted} in a qcow2 image"
         raise RequestError(
-            f"{printable(plan.file)} has {there} bytes, and {plan.device.name} {plan.size}",
+            f"{printable(plan.file)} has {there} bytes, and {plan.device.name} {plan.size}{tables}",
             standing=UNTOUCHED,
-            remedy=f"take one of at least {plan.size} bytes; of more, the rest is left as it is",
+            remedy=f"take one of at least {wanted} bytes; of more, the rest is left as it is",
         )
     if not force:
         raise RequestError(

@@ -16,7 +16,7 @@ from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.frozen import check_frozen
 from qmpblock.copying.options import CopyOptions
 from qmpblock.copying.plan import CopyPlan, plan_copy
-from qmpblock.copying.resuming import check_resumes
+from qmpblock.copying.resuming import check_resumes, check_target
 from qmpblock.copying.targetfile import check_file
 from qmpblock.copying.targets import place_of
 from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
@@ -76,6 +76,8 @@ async def look(
             shape=options.shape,
         )
         _check_zeros(vm, plan, options)
+        if options.resume:
+            check_target(plan)
         for other in plans:
             if _is_one_place(other.file, plan.file):
                 raise RequestError(f"{printable(plan.file)} is named for two disks")

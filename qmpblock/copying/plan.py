@@ -112,8 +112,8 @@ def plan_copy(
     below = chain.layers[1] if layers == "top" and len(chain.layers) > 1 else None
     server = file if isinstance(file, NBDTarget) else None
     if server is not None or block_device:
-        _check_bytes(str(file), fmt, pivot=pivot)
-        fmt = "raw"
+        _check_place(str(file), fmt, pivot=pivot, image=block_device)
+        fmt = fmt or "raw"
     if fmt is None:
         fmt = active.format if active.format in FORMATS and below is None else "qcow2"
     if fmt not in FORMATS:
@@ -126,7 +126,14 @@ def plan_copy(
             "a raw image cannot lie on a backing image, as --layers top asks",
             standing=UNTOUCHED,
             remedy="make the copy qcow2, or copy all layers"
-            + (f": {printable(file)} can be raw only" if server or block_device else ""),
+            + (f": {printable(file)} can be raw only" if server else ""),
+        )
+    if below is not None and block_device:
+        raise RequestError(
+            "an image on a block device is to hold all of a disk, and --layers top asks for one "
+            "that lies on another",
+            standing=UNTOUCHED,
+            remedy="copy all layers, or copy into a file",
         )
     shape = shape or Shape()
     plan = CopyPlan(
@@ -147,9 +154,10 @@ def plan_copy(
     return plan
 
 
-def _check_bytes(target: str, fmt: str | None, *, pivot: bool) -> None:
-    """Refuse what cannot be had where nothing but bytes can go.
+def _check_place(target: str, fmt: str | None, *, pivot: bool, image: bool) -> None:
+    """Refuse what cannot be had where no file is.
 
+    :param image: whether an image can be made there.
     :raise UnsupportedError: the guest is to go over to it, or an image is to be made there.
     """
     if pivot:
@@ -158,7 +166,7 @@ def _check_bytes(target: str, fmt: str | None, *, pivot: bool) -> None:
             standing=UNTOUCHED,
             remedy="copy the start or the end there (--at start, --at end), or go over to a file",
         )
-    if fmt not in (None, "raw"):
+    if fmt not in (None, "raw") and not image:
         raise UnsupportedError(
             f"no {printable(fmt)} image can be made at {printable(target)}; the bytes of the disk "
             "can go there (raw)",
@@ -180,7 +188,7 @@ def _secret(plan: CopyPlan) -> str | None:
             f"{encrypted[0].describe()} is encrypted, and a raw copy would hold its plaintext",
             standing=UNTOUCHED,
             remedy="make the copy qcow2: it is encrypted with the same key"
-            if plan.server is None and not plan.block_device
+            if plan.server is None
             else "copy it to a qcow2 file: it is encrypted with the same key",
         )
     return key_secret(encrypted[0])

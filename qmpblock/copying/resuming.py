@@ -39,13 +39,13 @@ from qmpblock.names import left_bitmap
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.copying.job import CopyJob
-    from qmpblock.copying.plan import Point
+    from qmpblock.copying.plan import CopyPlan, Point
     from qmpblock.nbd import Client
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
     from qmpblock.ranges import Ranges
 
-__all__ = ["check_resumes", "find_left", "give_up", "say_kept"]
+__all__ = ["check_resumes", "check_target", "find_left", "give_up", "say_kept"]
 
 _PHASE = "comparing"
 _AT_ONCE = 16  # requests
@@ -66,6 +66,20 @@ def check_resumes(at: Point) -> None:
         if at == "end"
         else "copy anew: what the guest goes over to is made for that",
     )
+
+
+def check_target(plan: CopyPlan) -> None:
+    """Refuse to go on where nothing tells what is there.
+
+    :raise UnsupportedError: an image was to be on a block device: any could be, or the rest of one.
+    """
+    if plan.kind == "device" and plan.format != "raw":
+        raise UnsupportedError(
+            f"a {plan.format} copy on {printable(plan.file)} is not gone on from: nothing there "
+            "tells that what looks like an image is one that was begun for this disk",
+            standing=UNTOUCHED,
+            remedy="leave --resume out, which makes it anew; or make the copy raw",
+        )
 
 
 async def find_left(

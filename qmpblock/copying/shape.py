@@ -159,6 +159,13 @@ def metadata_of(size: int, cluster: int) -> int:
 
 
 def _full(_: Shape, use: Use) -> None:
+    if use.kind == "device" and use.format != "raw":
+        raise UnsupportedError(
+            f"a qcow2 image on {printable(use.target)} takes what it holds, as far as the device "
+            "has it: there is nothing to be reserved",
+            standing=UNTOUCHED,
+            remedy="leave --allocation full out, or make the copy raw",
+        )
     if use.pivot and use.format != "raw":
         raise UnsupportedError(
             "no guest can go over to a qcow2 copy that has host space for all: QEMU's mirror gives "

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 __all__ = ["Contents"]
 
 
+_ZEROS = 1 << 20  # bytes, written at once
+
+
 @dataclass(frozen=True)
 class Contents:
     """The bytes of an image file that is yet to be.
@@ -43,7 +46,23 @@ class Contents:
         """
         os.ftruncate(fd, self.length)
         for at, data in self.pieces:
-            view = memoryview(data)
-            while view:
-                done = os.pwrite(fd, view, at)
-                view, at = view[done:], at + done
+            _write(fd, data, at)
+
+    def write_over(self, fd: int) -> None:
+        """Make the beginning of what is no empty file hold them, holes as zeros.
+
+        :raise OSError: it cannot.
+        """
+        end = 0
+        for at, data in (*self.pieces, (self.length, b"")):
+            for hole in range(end, at, _ZEROS):
+                _write(fd, bytes(min(_ZEROS, at - hole)), hole)
+            _write(fd, data, at)
+            end = at + len(data)
+
+
+def _write(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, at)
+        view, at = view[done:], at + done

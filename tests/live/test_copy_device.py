@@ -98,6 +98,61 @@ async def test_to_a_device(vm, vm_dir, invariant, at, more):
     assert data[SPEC.offset + len(area) : SIZE] == bytes(SIZE - SPEC.offset - len(area))
 
 
+@both
+@pytest.mark.parametrize("more", [{}, {"cluster_size": 4096}, {"compress": True}])
+async def test_an_image_on_a_device(vm, vm_dir, invariant, at, more):
+    """It is one as in a file, over whatever was there; of the tables nothing is lost."""
+    if at == "end" and "compress" in more:
+        pytest.skip("that is refused")
+    image, size = vm_dir / "backing", SIZE + 4 * MIB
+    with loop(image, size) as device:
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            [disk] = await controller.disks()
+            copying = disk.copy(device, at=at, force=True, format="qcow2", **more)
+            async with contextlib.AsyncExitStack() as stack:
+                async with vm.guest.bounds(0) as bounds:
+                    job = await stack.enter_async_context(copying)
+                if at == "end":
+                    async for seen in job:
+                        if seen.ready:
+                            break
+                    async with vm.guest.bounds(0) as bounds:
+                        await job.complete()
+            [done] = job.result.disks
+            assert (done.target, done.size, done.format) == (device, SIZE, "qcow2")
+        await unharmed(vm, invariant)
+        subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", device], check=True)
+        raw = vm_dir / "raw"
+        subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", device, raw], check=True)
+    data = raw.read_bytes()
+    assert data[: 40 * MIB] == b"\xaa" * (40 * MIB)
+    assert data[40 * MIB : 48 * MIB] == bytes(8 * MIB)
+    area = data[SPEC.offset : SPEC.offset + SPEC.blocks * SPEC.block_size]
+    verdict = check_point_in_time(area, SPEC, bounds[0])
+    assert verdict.ok, verdict
+    assert data[SPEC.offset + len(area) :] == bytes(SIZE - SPEC.offset - len(area))
+
+
+async def broken_off(copying, device):
+    async with copying:
+        seen = subprocess.run(["head", "-c4", device], capture_output=True, check=True)
+        assert seen.stdout == b"QFI\xfb"
+        raise ZeroDivisionError
+
+
+@both
+async def test_an_image_that_was_broken_off_is_none(vm, vm_dir, invariant, at):
+    image, size = vm_dir / "backing", SIZE + 4 * MIB
+    with loop(image, size) as device:
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            [disk] = await controller.disks()
+            copying = disk.copy(device, at=at, force=True, format="qcow2", speed=MIB)
+            with pytest.raises(ZeroDivisionError):
+                await broken_off(copying, device)
+        await unharmed(vm, invariant)
+    assert image.read_bytes()[:512] == bytes(512)
+
+
 async def test_what_cannot_be_is_refused(vm, vm_dir, invariant):
     small, image = vm_dir / "small", vm_dir / "backing"
     with loop(small, SIZE - MIB) as too_small, loop(image, SIZE) as device:
@@ -106,7 +161,19 @@ async def test_what_cannot_be_is_refused(vm, vm_dir, invariant):
             for target, more, error, words in (
                 (too_small, {"force": True}, RequestError, f"{SIZE - MIB} bytes.*{SIZE}"),
                 (device, {}, RequestError, "would be overwritten"),
-                (device, {"format": "qcow2", "force": True}, UnsupportedError, "no qcow2 image"),
+                (device, {"format": "qcow2", "force": True}, RequestError, "in a qcow2 image"),
+                (
+                    device,
+                    {"format": "qcow2", "force": True, "resume": True, "at": "start"},
+                    UnsupportedError,
+                    "is not gone on from",
+                ),
+                (
+                    device,
+                    {"format": "qcow2", "force": True, "allocation": "full"},
+                    UnsupportedError,
+                    "nothing to be reserved",
+                ),
                 (device, {"at": "pivot", "force": True}, UnsupportedError, "cannot go over"),
             ):
                 await refused(controller, disk, target, error, words, **more)
