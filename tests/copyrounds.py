@@ -111,7 +111,7 @@ class Round:
 
     :param seed: of everything that is left to chance.
     :param version: of the QEMU: what it does not survive, and is refused, is not drawn.
-    :param kinds: of disks, to choose from; a huge one is enough once.
+    :param kinds: of disks, to choose from; huge and encrypted ones once each at the most.
     """
 
     def __init__(self, seed, version, kinds):
@@ -143,8 +143,8 @@ class Round:
 
     def _disk(self, chance, number, depth, rate):
         kind = chance.choice(self._kinds)
-        if kind == HUGE:
-            self._kinds.remove(HUGE)
+        if kind == HUGE or "luks" in kind:  # each opening of these takes a second of the processor
+            self._kinds = [one for one in self._kinds if one != kind]
         size = chance.randrange(_SMALLEST, _LARGEST) // 512 * 512
         if kind == HUGE:
             size = _HUGE - 512 * chance.randrange(1000)

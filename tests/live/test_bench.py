@@ -38,7 +38,7 @@ async def test_copies_are_measured(vm_dir):
         for fmt in ("raw", "qcow2"):
             taken = told["seconds"][kind][fmt]
             assert set(taken) == WAYS
-            assert all(len(times) == 1 and times[0] > 0 for times in taken.values())
+            assert all(len(times) == 1 and min(times[0]) > 0 for times in taken.values())
     assert set(told["latency"]) <= FELT
     assert len(told["latency"]) == 7
     for one in told["latency"].values():
