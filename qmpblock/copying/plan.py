@@ -63,8 +63,7 @@ class CopyPlan:
 
         Of one layer that goes into a new file the uppermost is all, and where it has nothing,
         nothing is to be written. QEMU knows that of "top" only: of "full" a backup goes over every
-        chunk of the disk, and a mirror before 10.0 zeroes the whole target first, and shows no
-        progress meanwhile: more than a minute for 2 TiB.
+        chunk of the disk, and a mirror zeroes the whole target first (F23).
         """
         new = self.server is None and not self.block_device
         return "top" if new and len(self.layers) == 1 else self.sync
