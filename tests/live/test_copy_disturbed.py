@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
 import pytest
-from disturbed import nothing_of_ours, until
+from disturbed import nothing_of_ours, seen, until
 
 import qmpblock
 from qmpblock.errors import BusyError, CommandError, Error, JobError
@@ -46,12 +46,13 @@ class Disturbed:
     :ivar error: with which it failed; None where it is whole.
     """
 
-    def __init__(self, vm, vm_dir, way):
-        self.vm, self.directory, self.way = vm, vm_dir, way
+    def __init__(self, vm, vm_dir, way, fmt="raw"):
+        self.vm, self.directory, self.way, self.format = vm, vm_dir, way, fmt
+        self.target = vm_dir / f"copy.{fmt}"
         self.disk = self.job = None
         self.stopped = None  # the bounds of a guest that does not write any more
         self.error = None
-        self._point = None
+        self.point = None
 
     @asynccontextmanager
     async def copying(self, stall=20, **words):
@@ -59,14 +60,14 @@ class Disturbed:
         words |= {"pivot": True} if self.way == "pivot" else {"at": self.way}
         async with qmpblock.connect(self.vm.monitor_path, stall=stall) as controller:
             [self.disk] = await controller.disks()
-            copying = self.disk.copy(self.target, format="raw", speed=SLOW, **words)
+            copying = self.disk.copy(self.target, format=self.format, speed=SLOW, **words)
             try:
                 async with AsyncExitStack() as stack:
                     async with self.vm.guest.bounds(0) as bounds:
                         job = await stack.enter_async_context(copying)
-                    self._point, self.job = bounds[0], job
-                    async for seen in job:
-                        if seen.done > 4 * MIB:
+                    self.point, self.job = bounds[0], job
+                    async for one in job:
+                        if one.done > 4 * MIB:
                             break
                     await self.disk.refresh()
                     yield self
@@ -79,19 +80,15 @@ class Disturbed:
                 self.error = error
 
     async def _complete(self, job):
-        async for seen in job:
-            if seen.ready:
+        async for one in job:
+            if one.ready:
                 break
         if self.way != "end" or self.stopped is not None:
             await job.complete()
         else:
             async with self.vm.guest.bounds(0) as bounds:
                 await job.complete()
-            self._point = bounds[0]
-
-    @property
-    def target(self):
-        return self.directory / "copy.raw"
+            self.point = bounds[0]
 
     async def stop(self):
         """Have the guest write no more, for what comes it does not survive, or its disk."""
@@ -99,7 +96,7 @@ class Disturbed:
         assert (done.bad, done.errors) == (0, 0), done
         self.stopped = Bounds(done.acked, done.issued)
         if self.way == "pivot" or (self.way == "end" and self.job.result is None):
-            self._point = self.stopped
+            self.point = self.stopped
 
     async def ended(self):
         """See that the guest went on without an error, and how long it waited."""
@@ -114,12 +111,12 @@ class Disturbed:
     def check(self):
         """Check that the copy is the disk at its point, or that there is none."""
         if self.error is not None:
-            left = [str(path) for path in self.directory.glob("copy.raw*")]
+            left = [str(path) for path in self.directory.glob("copy.*")]
             assert left in ([], [f"{self.target}.partial"])  # which --resume takes
             assert not left or left[0] in str(self.error)
             assert left == list(self.job.kept)
             return
-        check_whole(self.target.read_bytes(), self._point)
+        check_whole(self.target.read_bytes(), self.point)
 
     async def size(self):
         """Return how large the guest's disk is."""
@@ -329,6 +326,39 @@ async def test_the_source_cannot_be_read(way, start_qemu, vm_dir, qemu_binary, i
     await its.ended()
     its.check()
     await nothing_of_ours(vm)
+
+
+@ways
+async def test_the_target_has_no_room(way, start_qemu, vm_dir, qemu_binary, invariant):
+    """The copy waits for some, and the guest does not."""
+    async with small_file_system(vm_dir / "small", 24 * MIB) as small:
+        vm = await started(start_qemu, vm_dir, qemu_binary)
+        if way == "pivot":
+            invariant.forget(vm)
+        its = Disturbed(vm, small, way, "qcow2")
+        async with its.copying():
+            await its.job.set_speed(0)
+            waiting = await seen(its.job, lambda one: one.phase == "waiting for room", "full")
+            print(waiting)
+            before = (await vm.guest.progress()).acked
+            await asyncio.sleep(2)
+            assert (await vm.guest.progress()).acked > before + 50
+            await remount(small, 96 * MIB)
+        assert its.error is None
+        await its.ended()
+        raw, tools = vm_dir / "copy.raw", Tools.of(qemu_binary)
+        if way == "pivot":
+            await vm.quit()
+        convert = ("convert", "-f", "qcow2", "-O", "raw", str(its.target), str(raw))
+        await tools.run(tools.img, *convert)
+        check_whole(raw.read_bytes(), its.point)
+        if way != "pivot":
+            await nothing_of_ours(vm)
+
+
+async def remount(small, size):
+    command = ("mount", "-o", f"remount,size={size}", str(small))
+    assert await (await asyncio.create_subprocess_exec(*command)).wait() == 0
 
 
 @pytest.mark.needs_qemu(">= 10.0", reason="before, what the guest writes is kept, not what was")
