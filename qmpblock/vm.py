@@ -209,6 +209,8 @@ class VM(Connection):
         :param cluster_size: bytes of a cluster of qcow2 copies; None: 64 KiB.
         :param compress: what qcow2 copies of the start hold.
         :param direct: write files and block devices past the host's page cache.
+        :param reflink: have copies of the start share the blocks of the disks' files, on a file
+            system that can; it is refused where they cannot, and warned of where they do not.
         :param force: replace files of those names, once the copies are whole, never with `pivot`;
             overwrite block devices.
         :param speed: bytes a second at most, of all disks; 0 is no limit.

@@ -82,6 +82,11 @@ class Latency(click.ParamType[float]):
 )
 @click.option("--compress", is_flag=True, help="Compress a qcow2 copy (--at start).")
 @click.option("--direct", is_flag=True, help="Write past the host's page cache.")
+@click.option(
+    "--reflink",
+    is_flag=True,
+    help="Share the blocks of the disk's files, on a file system that can (--at start).",
+)
 @click.option("--force", is_flag=True, help="Replace a file TARGET, once the copy is whole.")
 @click.option("--speed", type=Rate(), default=0, help="Bytes a second, of all disks (K, M, G).")
 @click.option(

@@ -92,6 +92,7 @@ class Backups:
             "compress": shape.compress,
             "x-perf": {
                 "max-workers": _WORKERS,
+                "use-copy-range": shape.reflink,
                 "max-chunk": max(_UNIT if shape.allocation == "like" else _CHUNK, shape.unit),
             },
         }

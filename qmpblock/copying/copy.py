@@ -39,7 +39,7 @@ from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.frozen import FrozenBackups, frozen
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, working
 from qmpblock.copying.latency import Pacer
-from qmpblock.copying.look import backing_name, look
+from qmpblock.copying.look import backing_name, freezes_layers, look
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.pacing import paced
@@ -115,7 +115,7 @@ async def copy(
         await prepare(targets, files)
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
-            if at == "start" and vm.capabilities.jobs_misread_views:
+            if freezes_layers(vm, options):
                 running = _of_layers(vm, files, job, verify=verify)
             elif at == "start":
                 views = list(targets), Fleece(options.fleece, options.fleece_limit)
@@ -136,7 +136,10 @@ async def copy(
         time.monotonic() - started,
         jobs.held,
         jobs.attempts,
-        job.warnings,
+        (
+            *job.warnings,
+            *(one for file in files if isinstance(file, TargetFile) for one in file.warnings),
+        ),
         verify,
         None if pacer is None else pacer.outcome,
     )

@@ -17,7 +17,7 @@ from qmpblock.chains.heldio import must_pause
 from qmpblock.chains.home import home_file, open_home
 from qmpblock.copying.fleecing import Fleece, planned
 from qmpblock.copying.frozen import room_wanted
-from qmpblock.copying.look import backing_name, look
+from qmpblock.copying.look import backing_name, freezes_layers, look
 from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.planned import (
     Amounts,
@@ -77,7 +77,7 @@ async def dry_run(
         await check_provable(vm, plans, options.point, tries=False)
     elif options.resume:
         await check_served(vm, plans, tries=False)
-    way = way_of(options.point, misread=vm.capabilities.jobs_misread_views)
+    way = way_of(options.point, misread=freezes_layers(vm, options))
     kept = await _kept(vm, list(targets), plans, way, options)
     moved, warnings = await _moved(list(targets), plans, options, way, reserved)
     disks = tuple(
@@ -102,7 +102,7 @@ async def dry_run(
     return PlannedCopy(
         options.point,
         way,
-        why(way, vm.capabilities),
+        why(way, vm.capabilities, reflink=options.reflink),
         tuple(felt(options, way, plans, pauses=await _pauses(vm, plans, way, options))),
         disks,
         options.speed,

@@ -137,15 +137,20 @@ async def check_frozen(vm: Connection, plan: CopyPlan) -> None:
         await by_qemu_img(vm, _secret(plan), local=True)
     except UnsupportedError as error:
         raise UnsupportedError(
-            f"QEMU {vm.capabilities} can copy the start of a disk only while the guest's writes go "
-            f"to an overlay beside its image. {error.message}",
+            (
+                "blocks are shared"
+                if plan.shape.reflink
+                else f"QEMU {vm.capabilities} can copy the start of a disk"
+            )
+            + f" only while the guest's writes go to an overlay beside its image. {error.message}",
             standing=UNTOUCHED,
-            remedy=_OTHERWISE,
+            remedy="leave --reflink out" if plan.shape.reflink else _OTHERWISE,
         ) from None
     wanted = room_wanted([(active.size, 0)])
     _check_room(posixpath.dirname(file), wanted, UNTOUCHED)
     full = plan.shape.allocation == "full"
-    if (plan.format == "raw" or full) and plan.kind == "file":
+    whole = full or (plan.format == "raw" and not plan.shape.reflink)
+    if whole and plan.kind == "file":
         space = HostSpace.of(posixpath.dirname(plan.file))
         if not space.leaves(plan.size + wanted):
             raise UnsupportedError(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["backing_name", "look"]
+__all__ = ["backing_name", "freezes_layers", "look"]
 
 DiskT = TypeVar("DiskT", bound="MappedDisk")
 
@@ -56,7 +56,7 @@ async def look(
     if options.resume:
         check_resumes(at)
     devices = [disk.device for disk in targets]
-    pivot, freezes = at == "pivot", at == "start" and vm.capabilities.jobs_misread_views
+    pivot, freezes = at == "pivot", freezes_layers(vm, options)
     await ownership.ask(vm.monitor, devices)
     await (make_way if undo else check_way)(vm, lock_names(devices))
     graph = await vm.graph()
@@ -109,6 +109,11 @@ async def look(
     verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
     await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
     return plans
+
+
+def freezes_layers(vm: Connection, options: CopyOptions) -> bool:
+    """Whether a copy is of frozen layers, and not of views: no view lets blocks be shared."""
+    return options.point == "start" and (vm.capabilities.jobs_misread_views or options.reflink)
 
 
 def _check_zeros(vm: Connection, plan: CopyPlan, options: CopyOptions) -> None:

@@ -40,6 +40,7 @@ class CopyWords(TypedDict, total=False):
     cluster_size: int | None
     compress: bool
     direct: bool
+    reflink: bool
     force: bool
     speed: int
     fleece: str | os.PathLike[str] | None
@@ -65,6 +66,7 @@ class CopyOptions:
     cluster_size: int | None = None
     compress: bool = False
     direct: bool = False
+    reflink: bool = False
     force: bool = False
     speed: int = 0
     fleece: str | os.PathLike[str] | None = None
@@ -96,7 +98,7 @@ class CopyOptions:
     @property
     def shape(self) -> Shape:
         """What the targets are to be like."""
-        return Shape(self.allocation, self.cluster_size, self.compress, self.direct)
+        return Shape(self.allocation, self.cluster_size, self.compress, self.direct, self.reflink)
 
 
 def parse_latency(text: str) -> float | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qmpblock.copying.plan import CopyPlan, Point
+from qmpblock.copying.shape import metadata_of
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def amounts(
 
 
 def _taken(plan: CopyPlan, options: CopyOptions, write: int) -> int:
+    if options.reflink:
+        return metadata_of(plan.size, plan.shape.unit)  # the rest is the disk's own
     if plan.format == "raw":
         # A backup job reserves what it knows to be zeros; that is given back when it has ended.
         return plan.size if options.point == "start" else write
@@ -203,8 +206,17 @@ def way_of(point: Point, *, misread: bool) -> Way:
     return "frozen layers" if misread else "views"
 
 
-def why(way: Way, version: object) -> str:
-    """Say why it is done so."""
+def why(way: Way, version: object, *, reflink: bool = False) -> str:
+    """Say why it is done so.
+
+    :param reflink: whether blocks are to be shared.
+    """
+    if reflink:
+        return (
+            "blocks that are shared are those of the images themselves (--reflink): so these are "
+            "frozen, and an overlay beside each image takes what the guest writes, and comes home "
+            "at the end"
+        )
     if way == "mirrors":
         return (
             "a copy of the end has to follow what the guest writes until then, which a background "

@@ -12,6 +12,7 @@ have host space from those that have none, which count as these.
 from __future__ import annotations
 
 import asyncio
+import os
 import posixpath
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,8 +22,9 @@ from qmpblock.copying.hostspace import space_of
 from qmpblock.copying.targetfile import TargetFile
 from qmpblock.errors import UNTOUCHED, Error, UnsupportedError, printable
 from qmpblock.extents.allocationmap import AllocationMap
+from qmpblock.host.imagefiles import local_path
 from qmpblock.host.space import HostSpace
-from qmpblock.host.tryout import direct_unit, reserves
+from qmpblock.host.tryout import clones, direct_unit, reserves
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
 
 __all__ = ["prepare", "room_for"]
+
+_SHARING = ("raw", "qcow2")  # formats of which QEMU has the kernel copy ranges
 
 
 async def prepare(disks: Iterable[MappedDisk], targets: Iterable[CopyTarget]) -> None:
@@ -46,6 +50,8 @@ async def prepare(disks: Iterable[MappedDisk], targets: Iterable[CopyTarget]) ->
             target.model = await _model_of(disk, target.plan)
             _check_zeros(target)
         await asyncio.to_thread(_check_file_system, target)
+        if target.plan.shape.reflink:
+            await asyncio.to_thread(_check_shares, disk, target)
         there = Path(target.path).stat().st_blocks * 512 if target.resumed else 0
         wanted[target.plan.file] = max(0, room_for(target.plan, target.model) - there)
     await asyncio.to_thread(_check_room, wanted)
@@ -113,6 +119,33 @@ def _check_file_system(target: TargetFile) -> None:
             f"disk's {size} bytes are no multiple",
             standing=UNTOUCHED,
             remedy="leave --direct out, or make the copy qcow2",
+        )
+
+
+def _check_shares(disk: MappedDisk, target: TargetFile) -> None:
+    """Refuse to share blocks where QEMU, or the file system, would copy them after all."""
+    name, folder = printable(target.plan.file), target.directory.fd
+    for layer in target.plan.layers:
+        path = local_path(disk.vm.monitor.peer_pid, layer)
+        plain = layer.format in _SHARING and layer.data_file is None and not layer.node.encrypted
+        if path is None or not plain or Path(path).stat().st_dev != os.fstat(folder).st_dev:
+            raise UnsupportedError(
+                f"{name} cannot share blocks with {layer.describe()} (--reflink): that has to be "
+                "a plain raw or qcow2 image on the same file system",
+                standing=UNTOUCHED,
+                remedy="copy beside it, or leave --reflink out",
+            )
+    try:
+        can = clones(folder)
+    except OSError as error:
+        raise Error(
+            f"cannot make files beside {name}: {error.strerror}", standing=UNTOUCHED
+        ) from None
+    if not can:
+        raise UnsupportedError(
+            f"on the file system of {name} no two files share blocks (--reflink)",
+            standing=UNTOUCHED,
+            remedy="leave --reflink out; XFS (made with reflink=1) and btrfs can",
         )
 
 

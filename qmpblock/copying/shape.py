@@ -59,12 +59,14 @@ class Shape:
     :ivar cluster: of a qcow2 image, in bytes; None: QEMU's default.
     :ivar compress: whether what it holds is compressed.
     :ivar direct: whether it is written past the host's page cache.
+    :ivar reflink: whether it shares the blocks of the disk's files.
     """
 
     allocation: Allocation = "thin"
     cluster: int | None = None
     compress: bool = False
     direct: bool = False
+    reflink: bool = False
 
     @property
     def unit(self) -> int:
@@ -145,6 +147,8 @@ def check_shape(shape: Shape, use: Use) -> None:
         _compress(shape, use)
     if shape.direct:
         _direct(use)
+    if shape.reflink:
+        _reflink(shape, use)
 
 
 def metadata_of(size: int, cluster: int) -> int:
@@ -266,4 +270,34 @@ def _direct(use: Use) -> None:
             "past the page cache or not is the VM's own setting (cache.direct)",
             standing=UNTOUCHED,
             remedy="leave --direct out; or copy the start or the end (--at)",
+        )
+
+
+def _reflink(shape: Shape, use: Use) -> None:
+    if use.kind != "file":
+        raise UnsupportedError(
+            f"{printable(use.target)} cannot share blocks (--reflink): two files of one file "
+            "system can",
+            standing=UNTOUCHED,
+            remedy="leave --reflink out, or copy into a file beside the disk's",
+        )
+    if not use.start:
+        raise UnsupportedError(
+            "a copy of the end shares no blocks (--reflink): QEMU's mirror reads and writes them",
+            standing=UNTOUCHED,
+            remedy="copy the start (--at start)",
+        )
+    if shape.compress or shape.allocation != "thin":
+        other = "--compress" if shape.compress else f"--allocation {shape.allocation}"
+        raise RequestError(
+            f"blocks that are shared (--reflink) are the disk's own, and {other} wants others",
+            standing=UNTOUCHED,
+            remedy="leave one of the two out",
+        )
+    if use.encrypted:
+        raise UnsupportedError(
+            "the blocks of an encrypted disk are of no use in another image, which has a key of "
+            "its own (--reflink)",
+            standing=UNTOUCHED,
+            remedy="leave --reflink out",
         )

@@ -45,7 +45,7 @@ from qmpblock.host.processes import command_line, describe_process
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuio import QemuIo
-from qmpblock.host.space import reserved_ranges
+from qmpblock.host.space import reserved_ranges, shared_ranges
 from qmpblock.names import image_node, partial_file, storage_node
 from qmpblock.ranges import Ranges
 
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = ["TargetFile", "absolute", "check_file", "drop_unfinished"]
 
 _STORED = "unmap"  # of an image's file, whose image knows better what may be discarded
+_ALONE = 1 << 20  # bytes that an image has by itself: its tables
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
 
 
@@ -71,6 +72,7 @@ class TargetFile(LocalTarget):
     :ivar replaces: whether what bears its name goes, and what another copy left unfinished.
     :ivar made: which file it is, once it is made; from the start where it is resumed.
     :ivar model: of the disk, with what is reserved, where the copy is to have host space like it.
+    :ivar warnings: once it is settled: what is worth acting on.
     """
 
     plan: CopyPlan
@@ -85,6 +87,7 @@ class TargetFile(LocalTarget):
     left: Left | None = None
     keeps: bool = False
     model: AllocationMap | None = None
+    warnings: tuple[str, ...] = ()
     _settled: bool = False
 
     @property
@@ -310,8 +313,20 @@ class TargetFile(LocalTarget):
                 for start, stop in self._wanted:
                     keep_size(fd, start, stop - start)
                 os.fsync(fd)
+            if self.plan.shape.reflink:
+                self._look_what_is_shared(fd)
         finally:
             os.close(fd)
+
+    def _look_what_is_shared(self, fd: int) -> None:
+        status = os.fstat(fd)
+        seen, taken = shared_ranges(f"/proc/self/fd/{fd}", status.st_size), status.st_blocks * 512
+        shared = 0 if seen is None else seen.total
+        if 2 * shared < taken - _ALONE:
+            name = printable(self.plan.file)
+            words = "are shared with the disk's files"
+            said = f"of the {taken} bytes of the copy {name}, {shared} {words}"
+            self.warnings = (said,)
 
     def _finish(self) -> None:
         if not self.keeps_name:

@@ -31,6 +31,7 @@ __all__ = [
     "holes",
     "open_image",
     "reserved_ranges",
+    "shared_ranges",
 ]
 
 # linux/fiemap.h, linux/fs.h
@@ -39,6 +40,7 @@ _HEADER = struct.Struct("=QQLLLL")  # start, length, flags, mapped extents, exte
 _EXTENT = struct.Struct("=QQQQQLLLL")  # logical, physical, length, 2 reserved, flags, 3 reserved
 _LAST = 0x1
 _UNWRITTEN = 0x800
+_SHARED = 0x2000
 _BATCH = 1024
 _SYNC = 0x1  # FIEMAP_FLAG_SYNC
 
@@ -184,6 +186,21 @@ def reserved_ranges(
         reserved range counts as not written.
     :return: None where the file system cannot tell.
     """
+    return _extents_with(_UNWRITTEN, path, size, vm=vm, first=first, sync=sync)
+
+
+def shared_ranges(path: str, size: int) -> Ranges | None:
+    """Return the ranges of a file whose blocks are another file's, too (reflinks), in bytes.
+
+    :param size: of the file.
+    :return: None where the file system cannot tell.
+    """
+    return _extents_with(_SHARED, path, size, sync=True)
+
+
+def _extents_with(
+    flag: int, path: str, size: int, *, vm: int | None = None, first: int = 0, sync: bool = False
+) -> Ranges | None:
     from qmpblock.ranges import Ranges
 
     ranges: list[tuple[int, int]] = []
@@ -207,7 +224,7 @@ def reserved_ranges(
                 fields = _EXTENT.unpack_from(buffer, _HEADER.size + index * _EXTENT.size)
                 logical, length, flags = fields[0], fields[2], fields[5]
                 position = logical + length
-                if flags & _UNWRITTEN and logical < size:
+                if flags & flag and logical < size:
                     ranges.append((max(logical, first), min(position, size)))
             if count == 0 or flags & _LAST:
                 break

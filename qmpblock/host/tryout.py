@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import tempfile
@@ -10,10 +11,11 @@ from typing import IO
 
 from qmpblock.host.fallocate import UNSUPPORTED, keep_size
 
-__all__ = ["direct_unit", "reserves"]
+__all__ = ["clones", "direct_unit", "reserves"]
 
 _UNITS = (512, 4096, 65536)  # bytes; what devices and file systems want direct I/O aligned to
 _BLOCK = 4096  # bytes
+_FICLONE = 0x40049409  # linux/fs.h
 
 
 def reserves(directory: int) -> bool:
@@ -27,6 +29,23 @@ def reserves(directory: int) -> bool:
             keep_size(file.fileno(), 0, _BLOCK)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
+                raise
+            return False
+    return True
+
+
+def clones(directory: int) -> bool:
+    """Whether files there can share blocks (FICLONE).
+
+    :param directory: its descriptor.
+    :raise OSError: no file can be made there, or it has no room for a block.
+    """
+    with _file(directory) as one, _file(directory) as other:
+        os.pwrite(one.fileno(), bytes(_BLOCK), 0)
+        try:
+            fcntl.ioctl(other.fileno(), _FICLONE, one.fileno())
+        except OSError as error:
+            if error.errno not in (errno.ENOTTY, errno.EINVAL, *UNSUPPORTED):
                 raise
             return False
     return True

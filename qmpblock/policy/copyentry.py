@@ -100,6 +100,7 @@ OPTIONS: dict[str, Callable[[Mapping, str], object]] = {
     "cluster_size": _size,
     "compress": _flag,
     "direct": _flag,
+    "reflink": _flag,
     "force": _flag,
     "verify": _flag,
     "fleece": filled_in,

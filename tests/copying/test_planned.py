@@ -141,3 +141,13 @@ def test_a_sum_is_known_where_all_parts_are():
     assert (whole.read, whole.write) == (10, 12)
     part = replace(whole, disks=(disk, replace(disk, read=None, write=None)))
     assert (part.read, part.write) == (None, None)
+
+
+def test_what_is_shared_takes_no_room_and_is_of_frozen_layers():
+    plan = plan_copy(device(), "/i/copy", "qcow2", "all", pivot=False)
+    seen = AllocationMap.uniform(0, plan.size, flags=5)
+    shared = amounts(plan, CopyOptions(reflink=True), "frozen layers", seen)
+    assert shared.write == plan.size
+    assert shared.taken < 2 * M < amounts(plan, CopyOptions(), "views", seen).taken
+    assert "--reflink" in why("frozen layers", "11.1.2", reflink=True)
+    assert "--reflink" not in why("frozen layers", "7.2.22")

@@ -40,6 +40,13 @@ def test_what_is_by_default_can_be_anywhere(use):
         (Shape("full", compress=True), FILE, RequestError, "--allocation full"),
         (Shape("like", compress=True), FILE, RequestError, "--allocation like"),
         (Shape(compress=True), replace(FILE, encrypted=True), UnsupportedError, "unencrypted"),
+        (Shape(reflink=True), SERVER, UnsupportedError, "two files of one file system"),
+        (Shape(reflink=True), DEVICE, UnsupportedError, "two files of one file system"),
+        (Shape(reflink=True), END, UnsupportedError, "mirror reads and writes"),
+        (Shape(reflink=True, compress=True), FILE, RequestError, "--compress wants others"),
+        (Shape("full", reflink=True), FILE, RequestError, "--allocation full wants others"),
+        (Shape(reflink=True), replace(FILE, encrypted=True), UnsupportedError, "a key of its own"),
+        (Shape("full"), replace(DEVICE, format="qcow2"), UnsupportedError, "nothing to be reser"),
         (Shape(direct=True), SERVER, UnsupportedError, "no page cache"),
         (Shape(direct=True), PIVOT, UnsupportedError, "cache.direct"),
     ],
@@ -64,6 +71,7 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_touched(shape, use, error
         (Shape(cluster=2 << 20), PIVOT),
         (Shape(compress=True, direct=True, cluster=4096), replace(FILE, overlay=True)),
         (Shape(direct=True), DEVICE),
+        (Shape(reflink=True, direct=True, cluster=4096), replace(FILE, overlay=True)),
     ],
 )
 def test_what_makes_sense_is_not(shape, use):

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import subprocess
 
 import pytest
 
 from qmpblock.host import tryout
-from qmpblock.host.tryout import direct_unit, reserves
+from qmpblock.host.tryout import clones, direct_unit, reserves
 
 
 @pytest.fixture
@@ -36,6 +37,15 @@ def test_a_full_one_is_no_answer(directory, monkeypatch):
     monkeypatch.setattr(tryout, "keep_size", full)
     with pytest.raises(OSError, match="full"):
         reserves(directory)
+
+
+def test_whether_files_share_blocks_is_as_cp_finds_it(directory, tmp_path):
+    (tmp_path / "one").write_bytes(bytes(4096))
+    command = ["cp", "--reflink=always", tmp_path / "one", tmp_path / "other"]
+    can = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    for name in ("one", "other"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert clones(directory) is can
 
 
 def test_the_unit_of_direct_writes_is_one_that_works(directory, tmp_path):

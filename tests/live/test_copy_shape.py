@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import json
+import os
+import shutil
 import subprocess
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 from chains import cli
@@ -13,12 +16,14 @@ from nbdservers import serving
 
 import qmpblock
 from qmpblock.copying import reservation
+from qmpblock.copying.backups import Backups
 from qmpblock.copying.copy import copy
 from qmpblock.copying.hostspace import space_of, verify_space
 from qmpblock.copying.targetfile import TargetFile
 from qmpblock.errors import Error, UnsupportedError
 from qmpblock.extents import AllocationMap
 from qmpblock.host.fallocate import punch_hole
+from qmpblock.host.space import shared_ranges
 from qmpblock.testing import Tools, build, parse_scenario
 from qmpblock.testing.faults import fill_up, small_file_system
 from qmpblock.testing.stamps import StressSpec, check_point_in_time
@@ -398,6 +403,9 @@ async def test_a_file_system_that_can_neither(start_qemu, vm_dir, qemu_binary, m
         (["vd0=a", "--allocation", "full", "--pivot"], "gives back"),
         (["vd0=a", "--direct", "--pivot"], "leave --direct out"),
         (["vd0=nbd://h/t", "--direct"], "no page cache of this host"),
+        (["vd0=a", "--reflink", "--at", "end"], "shares no blocks"),
+        (["vd0=a", "--reflink", "--compress"], "wants others"),
+        (["vd0=nbd://h/t", "--reflink"], "two files of one file system"),
         (["vd0=nbd://h/t", "--allocation", "like"], "by itself"),
         (["vd0=nbd://h/t", "--cluster-size", "64K"], "is to be raw"),
         (["vd0=a", "--compress", "--resume"], "takes no compress"),
@@ -424,3 +432,101 @@ async def test_it_is_told_of(start_qemu, vm_dir, qemu_binary):
     assert code == 0, err
     assert "qcow2, 64M, compressed, as it was" in out
     await unharmed(vm)
+
+
+@contextlib.contextmanager
+def xfs(directory, size=1 << 30):
+    """Have a file system on which files can share blocks."""
+    if shutil.which("mkfs.xfs") is None:
+        pytest.skip("no mkfs.xfs here (Debian: xfsprogs)")
+    image, place = directory / "xfs.img", directory / "xfs"
+    with image.open("wb") as file:
+        file.truncate(size)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True)
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-o", "loop", image, place], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no XFS can be mounted here: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def taken_of(place):
+    subprocess.run(["sync", "-f", place], check=True)
+    seen = os.statvfs(place)
+    return (seen.f_blocks - seen.f_bfree) * seen.f_frsize
+
+
+LARGE = {
+    "raw": "[{format: raw, size: 256M, content: [write 1M 96M 0xaa]}]",
+    "qcow2": "[{size: 256M, content: [write 1M 96M 0xaa]}]",
+    "chain": "[{size: 256M, content: [write 1M 64M 0xaa]}, {content: [write 65M 32M 0xaa]}]",
+}
+
+
+@pytest.mark.parametrize("layers", ["all", "top"])
+@pytest.mark.parametrize("kind", LARGE)
+async def test_blocks_are_shared(kind, layers, start_qemu, vm_dir, qemu_binary, invariant):
+    """It takes next to nothing, and is the point in time all the same."""
+    with xfs(vm_dir) as place:
+        scenario = parse_scenario(f"about: A disk.\nimages: {LARGE[kind]}\n", kind)
+        built = await build(scenario, place / "images", Tools.of(qemu_binary))
+        vm = await start_qemu(built, guest=True)
+        invariant.forget(vm)
+        await vm.guest.stress(replace(SPEC, offset=128 * MIB))
+        before, target = taken_of(place), place / "copy"
+        result, _, _ = await copied(vm, target, reflink=True, layers=layers)
+        assert (result.verified, result.warnings) == (True, ())
+        grown = taken_of(place) - before
+        print(f"{kind}, {layers}: {result.seconds:.2f} s, {grown / MIB:.1f} MiB taken")
+        assert grown < 24 * MIB  # what the guest wrote meanwhile, and tables
+        shared = shared_ranges(str(target), target.stat().st_size)
+        assert shared.total >= (32 if (kind, layers) == ("chain", "top") else 96) * MIB
+        await unharmed(vm)
+        await vm.quit()
+        if layers == "all":
+            fmt = result.disks[0].format
+            assert content(target, fmt)[MIB : 97 * MIB] == b"\xaa" * (96 * MIB)
+
+
+async def test_what_shares_no_blocks_is_refused(start_qemu, vm_dir, qemu_binary, invariant):
+    with xfs(vm_dir) as place:
+        vm = await running("chain", start_qemu, vm_dir, qemu_binary)
+        invariant.forget(vm)
+        for target, words in (
+            (place / "copy", "on the same file system"),
+            (vm_dir / "copy", "no two files share blocks"),
+        ):
+            with pytest.raises(UnsupportedError, match=words) as caught:
+                await copied(vm, target, reflink=True)
+            assert caught.value.standing == "nothing was touched"
+            assert not target.exists()
+        await unharmed(vm)
+        await vm.quit()
+
+
+async def test_blocks_that_are_not_shared_are_warned_of(
+    start_qemu, vm_dir, qemu_binary, monkeypatch, invariant
+):
+    arguments = Backups.arguments
+
+    def copies(self, target):
+        said = arguments(self, target)
+        return said | {"x-perf": said["x-perf"] | {"use-copy-range": False}}
+
+    with xfs(vm_dir) as place:
+        scenario = parse_scenario(f"about: A disk.\nimages: {LARGE['raw']}\n", "raw")
+        built = await build(scenario, place / "images", Tools.of(qemu_binary))
+        vm = await start_qemu(built, guest=True)
+        invariant.forget(vm)
+        await vm.guest.stress(replace(SPEC, offset=128 * MIB))
+        monkeypatch.setattr(Backups, "arguments", copies)
+        result, _, _ = await copied(vm, place / "copy", reflink=True)
+        [warning] = result.warnings
+        assert ", 0 are shared with the disk's files" in warning
+        await unharmed(vm)
+        await vm.quit()

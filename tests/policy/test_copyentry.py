@@ -38,7 +38,8 @@ def test_the_short_form():
 def test_options():
     entry = (
         "  copies:\n  - disks: {vd0: a}\n    at: start\n    format: qcow2\n    layers: top\n"
-        "    allocation: thin\n    cluster_size: 128K\n    compress: yes\n    direct: yes\n"
+        "    allocation: thin\n    cluster_size: 128K\n    compress: yes\n"
+        "    direct: yes\n    reflink: no\n"
         "    force: yes\n    verify: true\n    fleece: /f\n    fleece_limit: 1G\n"
         "    latency: 20ms\n    speed: 0\n    keep_free: 5%\n    order: -2\n"
     )
