@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import task_group
-from qmpblock.copying.comparing import GRAIN, Comparison, compare
+from qmpblock.copying.comparing import GRAIN, find_unequal
 from qmpblock.copying.copytarget import Left
 from qmpblock.copying.meter import DiskMeters
 from qmpblock.copying.windows import CONTEXT
@@ -101,17 +101,17 @@ async def find_left(
     meters = DiskMeters(_PHASE, sizes, job)
     for target in resumed:
         tell = meters.of(target.plan.device.name)
-        found = await _compared(vm, target, tell, held=held)
-        target.left = Left(left_bitmap(target.node), found.unequal.total, found.compared)
-        await _draw(vm, target, target.left.bitmap, found.unequal, held=held)
+        unequal = await _compared(vm, target, tell, held=held)
+        target.left = Left(left_bitmap(target.node), unequal.total, target.plan.size)
+        await _draw(vm, target, target.left.bitmap, unequal, held=held)
 
 
 async def _compared(
     vm: Connection, target: CopyTarget, tell: Callable[[Progress], None], *, held: bool
-) -> Comparison:
+) -> Ranges:
     try:
         async with _exported(vm, target, held=held) as (point, there):
-            return await compare(point, there, all=True, progress=tell)
+            return await find_unequal(point, there, progress=tell)
     except NBDRequestError as error:
         error.message = f"what is there cannot be compared with its disk: {error.message}"
         error.remedy = (

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qmpblock.copying import comparing
-from qmpblock.copying.comparing import GRAIN, compare
+from qmpblock.copying.comparing import GRAIN, compare, find_unequal
 from qmpblock.errors import NBDError, RangeError
 from qmpblock.host.qemunbd import QemuNbd
 from qmpblock.ranges import Ranges
@@ -68,14 +68,17 @@ def test_it_is_what_the_bytes_say(tmp_path, shared, extra, offset):
             return (
                 await compare(*clients, offset=offset, all=True),
                 await compare(*clients, offset=offset),
+                await find_unequal(*clients),
             )
 
-    found, quick = asyncio.run(look())
+    found, quick, where = asyncio.run(look())
     first = wanted[0] if wanted else None
     assert (found.first_difference, quick.first_difference) == (first, first)
     assert found.equal is quick.equal is (not wanted)
     assert found.differing == len(wanted)
     assert found.compared == SIZE - offset
+    everywhere = {at // GRAIN for at in differences(one, other)}
+    assert where == Ranges((g * GRAIN, (g + 1) * GRAIN) for g in everywhere).clip(0, SIZE)
     grains = {at // GRAIN for at in wanted}
     assert found.unequal == Ranges((g * GRAIN, (g + 1) * GRAIN) for g in grains).clip(0, SIZE)
     assert 0 < quick.compared <= found.compared or offset == SIZE
@@ -108,6 +111,8 @@ async def test_sizes_that_differ(tmp_path):
     async with served(tmp_path / "one", tmp_path / "other") as clients:
         with pytest.raises(RangeError, match="1048576 bytes, the other of 3145728"):
             await compare(*clients)
+        with pytest.raises(RangeError, match="1048576 bytes, the other of 3145728"):
+            await find_unequal(*clients)
         assert (await compare(*clients, length=MIB)).equal
         assert (await compare(*clients, length=2 * MIB)).equal  # its rest is zeros, up to there
         for pair in (clients, clients[::-1]):

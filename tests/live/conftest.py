@@ -74,6 +74,7 @@ SHARES = {
     "test_privileges": 0.2,
     "test_proof": 0.25,
     "test_queued_writes::test_a_commit_while_writes_wait_in_qemu": 0.34,
+    "test_resume": 0.34,
     "test_secrets": 0.34,
     "test_settings": 0.4,
     "test_snapshots::test_names_and_formats": 0.3,

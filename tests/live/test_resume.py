@@ -212,7 +212,7 @@ async def test_broken_off_while_it_is_compared(built, start_qemu, vm_dir, monkey
         comparing.set()
         await asyncio.sleep(600)
 
-    monkeypatch.setattr(library, "compare", compare)
+    monkeypatch.setattr(library, "find_unequal", compare)
 
     async def run():
         async with qmpblock.connect(vm.monitor_path) as controller:

@@ -117,13 +117,13 @@ async def test_an_nbd_server_that_died(vm, vm_dir, qemu_binary):
 async def test_a_server_that_fails_while_it_is_compared(how, vm, vm_dir, qemu_binary, monkeypatch):
     """The guest does not wait for it, nor does anybody for long."""
     compared = asyncio.Event()
-    real = library.compare
+    real = library.find_unequal
 
     async def compare(*clients, **options):
         compared.set()
         return await real(*clients, **options)
 
-    monkeypatch.setattr(library, "compare", compare)
+    monkeypatch.setattr(library, "find_unequal", compare)
     async with daemon(vm_dir, qemu_binary) as server:
         async with qmpblock.connect(vm.monitor_path, stall=4) as controller:
             [disk] = await controller.disks()
