@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["device_of", "settle"]
 
 _LOOK = 0.05  # seconds between looks at a node that is being mapped
+_DYING = 10.0  # seconds in which a device that was unplugged has let go of its node
 _ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
 
 
@@ -59,22 +60,27 @@ async def settle(
     :param tell: is called before each step.
     """
     done: set[Step] = set()
-    deadline = asyncio.get_running_loop().time() + vm.stall
+    again: set[Step] = set()
+    clock = asyncio.get_running_loop().time
+    deadline, dying = clock() + vm.stall, clock() + min(_DYING, vm.stall)
     for _ in range(_ROUNDS):
         graph = await vm.graph()
         made = _made(journal)
         stale = None if journal is None else journal.pivoted
         left = steps(record, graph, choice, made, stale=stale)
         todo = [step for step in left if step not in done]
-        late = asyncio.get_running_loop().time() > deadline
-        if not todo and not late and _being_mapped(record, graph):
-            done = {step for step in done if step.verb != "delete-node"}
+        # What nothing uses was refused to go: the device that had it is gone, but not quite yet.
+        refused = clock() < dying and any(step.verb == "delete-node" for step in left)
+        mapped = clock() < deadline and _being_mapped(record, graph)
+        if not todo and (refused or mapped):
+            again |= {step for step in done if step.verb == "delete-node"}
+            done -= again
             await asyncio.sleep(_LOOK)
             continue
         if not todo or todo[0].verb == "follow":
             return graph
         for step in todo:
-            if tell is not None:
+            if tell is not None and step not in again:
                 tell(step)
             await _PERFORM[step.verb](_Settling(vm, record, journal, graph), step)
             if step.verb not in ("wait", "cancel", "bring-home"):

@@ -160,6 +160,27 @@ async def test_a_disk_that_is_unplugged_can_be_read_to_the_end(start_qemu, vm_di
     await nothing_of_ours(vm)
 
 
+async def test_a_device_that_lets_go_of_its_node_late(start_qemu, invariant):
+    """One that was unplugged is gone before that; so what is ours is tried to remove again."""
+    vm = await start_qemu(parse_scenario(DISKS["chain"], "disk"), guest=True)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        real, refused = controller.monitor._execute, []
+
+        async def execute(name, arguments):
+            node = (arguments or {}).get("node-name", "")
+            if name == "blockdev-del" and "filter" in node and len(refused) < 3:
+                refused.append(node)
+                raise CommandError(name, arguments, "GenericError", f"Node {node} is in use")
+            return await real(name, arguments)
+
+        controller.monitor._execute = execute
+        async with disk.point_in_time():
+            pass
+        assert len(refused) == 3
+    await nothing_of_ours(vm)
+
+
 async def test_somebody_who_uses_the_view_too_keeps_it(start_qemu, invariant):
     """What is theirs is not touched; who ends it can have the rest undone."""
     vm = await start_qemu(parse_scenario(DISKS["chain"], "disk"), guest=True)
