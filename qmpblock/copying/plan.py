@@ -111,7 +111,13 @@ def plan_copy(
     below = chain.layers[1] if layers == "top" and len(chain.layers) > 1 else None
     server = file if isinstance(file, NBDTarget) else None
     if server is not None or block_device:
-        _check_place(str(file), fmt, pivot=pivot, image=block_device)
+        if pivot:
+            raise UnsupportedError(
+                f"the guest cannot go over to {printable(file)}: a copy with a pivot makes files",
+                standing=UNTOUCHED,
+                remedy="copy the start or the end there (--at start, --at end), or go over to a "
+                "file",
+            )
         fmt = fmt or "raw"
     if fmt is None:
         fmt = active.format if active.format in FORMATS and below is None else "qcow2"
@@ -124,13 +130,12 @@ def plan_copy(
         raise RequestError(
             "a raw image cannot lie on a backing image, as --layers top asks",
             standing=UNTOUCHED,
-            remedy="make the copy qcow2, or copy all layers"
-            + (f": {printable(file)} can be raw only" if server else ""),
+            remedy="make the copy qcow2, or copy all layers",
         )
-    if below is not None and block_device:
+    if below is not None and (server or block_device):
         raise RequestError(
-            "an image on a block device is to hold all of a disk, and --layers top asks for one "
-            "that lies on another",
+            f"an image at {printable(file)} is to hold all of a disk, and --layers top asks for "
+            "one that lies on another",
             standing=UNTOUCHED,
             remedy="copy all layers, or copy into a file",
         )
@@ -153,27 +158,6 @@ def plan_copy(
     return plan
 
 
-def _check_place(target: str, fmt: str | None, *, pivot: bool, image: bool) -> None:
-    """Refuse what cannot be had where no file is.
-
-    :param image: whether an image can be made there.
-    :raise UnsupportedError: the guest is to go over to it, or an image is to be made there.
-    """
-    if pivot:
-        raise UnsupportedError(
-            f"the guest cannot go over to {printable(target)}: a copy with a pivot makes files",
-            standing=UNTOUCHED,
-            remedy="copy the start or the end there (--at start, --at end), or go over to a file",
-        )
-    if fmt not in (None, "raw") and not image:
-        raise UnsupportedError(
-            f"no {printable(fmt)} image can be made at {printable(target)}; the bytes of the disk "
-            "can go there (raw)",
-            standing=UNTOUCHED,
-            remedy="leave the format out; an NBD server may itself keep them in a qcow2 image",
-        )
-
-
 def _secret(plan: CopyPlan) -> str | None:
     """Return the secret object that encrypts the target, for no plaintext is to be stored.
 
@@ -186,9 +170,7 @@ def _secret(plan: CopyPlan) -> str | None:
         raise UnsupportedError(
             f"{encrypted[0].describe()} is encrypted, and a raw copy would hold its plaintext",
             standing=UNTOUCHED,
-            remedy="make the copy qcow2: it is encrypted with the same key"
-            if plan.server is None
-            else "copy it to a qcow2 file: it is encrypted with the same key",
+            remedy="make the copy qcow2: it is encrypted with the same key",
         )
     return key_secret(encrypted[0])
 

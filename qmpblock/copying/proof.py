@@ -245,7 +245,9 @@ async def _space(target: TargetFile, image: ClosedImage | None) -> list[str]:
     assert like is not None  # whoever made the target has set it
     unit = shape.unit if plan.format == "qcow2" else _UNIT
     # The guest wrote on while the map was read: what is copied thin and no zeros, the disk held.
-    return _warnings(plan, await verify_space(image, like, cluster=unit, written=True))
+    space = await verify_space(image, like, cluster=unit, written=True)
+    target.keeps = target.keeps and not (space.lacking.total or space.short)
+    return _warnings(plan, space)
 
 
 def _warnings(plan: CopyPlan, space: HostSpace) -> list[str]:

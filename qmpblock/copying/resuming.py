@@ -71,9 +71,9 @@ def check_resumes(at: Point) -> None:
 def check_target(plan: CopyPlan) -> None:
     """Refuse to go on where nothing tells what is there.
 
-    :raise UnsupportedError: an image was to be on a block device: any could be, or the rest of one.
+    :raise UnsupportedError: an image was to be where no file is: any could be, or the rest of one.
     """
-    if plan.kind == "device" and plan.format != "raw":
+    if plan.kind != "file" and plan.format != "raw":
         raise UnsupportedError(
             f"a {plan.format} copy on {printable(plan.file)} is not gone on from: nothing there "
             "tells that what looks like an image is one that was begun for this disk",

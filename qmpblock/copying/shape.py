@@ -163,10 +163,10 @@ def metadata_of(size: int, cluster: int) -> int:
 
 
 def _full(_: Shape, use: Use) -> None:
-    if use.kind == "device" and use.format != "raw":
+    if use.kind != "file" and use.format != "raw":
         raise UnsupportedError(
-            f"a qcow2 image on {printable(use.target)} takes what it holds, as far as the device "
-            "has it: there is nothing to be reserved",
+            f"a qcow2 image on {printable(use.target)} takes what it holds of the room that is "
+            "there: there is nothing to be reserved",
             standing=UNTOUCHED,
             remedy="leave --allocation full out, or make the copy raw",
         )

@@ -13,9 +13,10 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import undisturbed
+from qmpblock.chains.headers import Header, make
 from qmpblock.copying.copytarget import Left
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.relay import End
@@ -30,6 +31,7 @@ from qmpblock.errors import (
     StalledError,
     printable,
 )
+from qmpblock.export.session import Request, exports
 from qmpblock.graph.places import FileId
 from qmpblock.names import left_bitmap, run_of, wire_node
 from qmpblock.qemu.job import Job
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["WireTarget", "bounded", "cut_on_error"]
+
+_PAGE = 4096  # bytes; any server takes whole ones
 
 
 @dataclass
@@ -106,16 +110,49 @@ class WireTarget:
         wire = await self._laid.enter_async_context(laying)
         self._wire = wire
         there = (await vm.graph()).nodes[wire.node].size
-        if there < size:
+        fmt = self.plan.format
+        wanted = size if fmt == "raw" else self.plan.shape.room(fmt, size)
+        if there < wanted:
+            tables = "" if fmt == "raw" else f", which takes {wanted} in a qcow2 image"
             raise RequestError(
-                f"{printable(server)} has {there} bytes, and {self.plan.device.name} {size}",
+                f"{printable(server)} has {there} bytes, and {self.plan.device.name} "
+                f"{size}{tables}",
                 standing="nothing was written there, and the disk was not touched",
-                remedy=f"have the server export at least {size} bytes; of more, the rest is left "
+                remedy=f"have the server export at least {wanted} bytes; of more, the rest is left "
                 "as it is",
             )
-        options = {"driver": "raw", "node-name": self.node, "file": wire.node, "size": size}
+        options: dict[str, Any] = {"driver": fmt, "node-name": self.node, "file": wire.node}
+        if fmt == "raw":
+            options["size"] = size
+        else:
+            await self._make_image(vm, wire.node)
+            if self.plan.secret is not None:
+                options["encrypt"] = {"format": "luks", "key-secret": self.plan.secret}
         with self.bounded():
             await vm.monitor.execute("blockdev-add", options | settings.options)
+
+    async def _make_image(self, vm: Connection, wire: str) -> None:
+        """Write the tables of an empty image there, through an export of ours of the wire.
+
+        Not by a job of QEMU's, which would make it abort (K11).
+        """
+        plan = self.plan
+        header = Header(plan.format, plan.size, cluster=plan.shape.unit, key_secret=plan.secret)
+        contents = await make(vm, header)
+        request = Request(wire, (), writable=True)
+        async with AsyncExitStack() as stack:
+            exporting = exports(vm.monitor, None, [request], access=vm.nbd, stall=vm.stall)
+            with self.bounded():
+                [client] = await stack.enter_async_context(exporting)
+            try:
+                for at, data in contents.whole():
+                    await client.write(at, data.ljust(-(-len(data) // _PAGE) * _PAGE, b"\0"))
+                await client.flush()
+            except BaseException:
+                self.cut()  # or ending the export would wait for what the server was asked
+                raise
+            with self.bounded():
+                await stack.aclose()
 
     def bounded(self) -> AbstractContextManager[object]:
         """Give the server `HOLD` seconds for each answer, while this lasts."""
@@ -128,7 +165,8 @@ class WireTarget:
         :raise StalledError: it did not answer.
         """
         assert self._wire is not None  # open() went before
-        line = f'qemu-io {self._wire.node} "flush"'
+        node = self._wire.node if self.plan.format == "raw" else self.node  # with its tables
+        line = f'qemu-io {node} "flush"'
         with self.bounded():
             said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
         if said or self.broken:

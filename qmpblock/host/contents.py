@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 __all__ = ["Contents"]
@@ -53,11 +54,17 @@ class Contents:
 
         :raise OSError: it cannot.
         """
+        for at, data in self.whole():
+            _write(fd, data, at)
+
+    def whole(self) -> Iterator[tuple[int, bytes]]:
+        """Yield all of it from the first byte to the last, holes as zeros: each with its offset."""
         end = 0
         for at, data in (*self.pieces, (self.length, b"")):
             for hole in range(end, at, _ZEROS):
-                _write(fd, bytes(min(_ZEROS, at - hole)), hole)
-            _write(fd, data, at)
+                yield hole, bytes(min(_ZEROS, at - hole))
+            if data:
+                yield at, data
             end = at + len(data)
 
 

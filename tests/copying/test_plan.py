@@ -77,9 +77,9 @@ def test_to_a_server_go_the_bytes_of_the_disk_alone():
     assert (found.format, found.file, found.server) == ("raw", "nbd://h:1/t", server)
     assert found == plan_copy(its, server, "raw", "all", pivot=False)
     for fmt, layers, pivot, words in (
-        ("qcow2", "all", False, "no qcow2 image"),
+        ("qcow2", "top", False, "is to hold all of a disk"),
         (None, "all", True, "cannot go over"),
-        (None, "top", False, "can be raw only"),
+        (None, "top", False, "cannot lie on a backing image"),
     ):
         with pytest.raises(RequestError, match=words):
             plan_copy(its, server, fmt, layers, pivot=pivot)

@@ -20,7 +20,7 @@ from qmpblock.copying.backups import Backups
 from qmpblock.copying.copy import copy
 from qmpblock.copying.hostspace import space_of, verify_space
 from qmpblock.copying.targetfile import TargetFile
-from qmpblock.errors import Error, UnsupportedError
+from qmpblock.errors import Error, RequestError, UnsupportedError
 from qmpblock.extents import AllocationMap
 from qmpblock.host.fallocate import punch_hole
 from qmpblock.host.space import shared_ranges
@@ -530,3 +530,33 @@ async def test_blocks_that_are_not_shared_are_warned_of(
         assert ", 0 are shared with the disk's files" in warning
         await unharmed(vm)
         await vm.quit()
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("more", [{}, {"cluster_size": 4096}, {"compress": True}])
+async def test_an_image_at_a_server(more, at, start_qemu, vm_dir, qemu_binary):
+    """It is one as in a file, over whatever was there, and on the server's storage."""
+    if at == "end" and "compress" in more:
+        pytest.skip("that is refused")
+    vm = await running("chain", start_qemu, vm_dir, qemu_binary)
+    image, socket = vm_dir / "served", vm_dir / "socket"
+    image.write_bytes(b"\xee" * (SIZE + 4 * MIB))
+    async with serving(image, path=socket):
+        uri = f"nbd+unix:///t?socket={socket}"
+        result, bounds, _ = await copied(vm, uri, at, format="qcow2", verify=False, **more)
+    assert result.disks[0].format == "qcow2"
+    await unharmed(vm)
+    subprocess.run(["qemu-img", "check", "-q", "-f", "qcow2", image], check=True)
+    check_bytes(content(image, "qcow2"), bounds)
+
+
+async def test_no_image_at_a_server_that_is_too_small(start_qemu, vm_dir, qemu_binary):
+    vm = await running("chain", start_qemu, vm_dir, qemu_binary)
+    image, socket = vm_dir / "served", vm_dir / "socket"
+    image.write_bytes(b"\xee" * SIZE)
+    async with serving(image, path=socket):
+        uri = f"nbd+unix:///t?socket={socket}"
+        with pytest.raises(RequestError, match="in a qcow2 image"):
+            await copied(vm, uri, "end", format="qcow2")
+    assert image.read_bytes() == b"\xee" * SIZE
+    await unharmed(vm)

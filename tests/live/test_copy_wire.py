@@ -173,7 +173,7 @@ async def test_what_cannot_be_is_refused(vm, vm_dir, qemu_binary, invariant, at)
             (uri, {}, RequestError, rf"{63 * MIB} bytes.*{SIZE}"),
             (uri.replace("/t?", "/other?"), {}, NBDConnectError, "cannot open the target"),
             (f"nbd+unix:///t?socket={vm_dir}/none", {}, NBDConnectError, "no NBD server"),
-            (uri, {"format": "qcow2"}, UnsupportedError, "no qcow2 image"),
+            (uri, {"format": "qcow2", "resume": True}, UnsupportedError, "is not gone on from"),
             (uri, {"layers": "top"}, RequestError, "backing image"),
             (uri, {"at": "pivot"}, UnsupportedError, "cannot go over"),
             (uri, {"credentials": creds}, RequestError, "no target has TLS"),
