@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 
 from qmpblock.policy import apply, plan
 from qmpblock.policy.file import parse_policy
+from qmpblock.testing.faults import small_file_system
 from qmpblock.testing.images import Tools, build
 
 pytestmark = [pytest.mark.live, pytest.mark.scenarios("two-disks-one-base.yaml")]
@@ -202,3 +203,26 @@ async def test_host_space_that_must_stay_free(scenario, start_qemu, vm_dir, qemu
         [one] = await said(command, path, 1)
         assert "the policy keeps" in one["error"]
     assert list(vm_dir.glob("copies/*")) == []
+
+
+async def test_a_copy_is_given_up_where_the_host_runs_short(
+    scenario, start_qemu, vm_dir, qemu_binary
+):
+    """Nothing of it stays, for that would hold the very room."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    async with small_file_system(vm_dir / "copies", 64 * MIB) as small:
+        vm = await start_qemu(built)
+        entry = {"disks": {"vleft": str(small / "copy")}, "at": "end", "speed": "256K"}
+        path = written(vm_dir, wanting(vm, entry, keep_free="32M"))
+        running = asyncio.ensure_future(said("apply", path, 1))
+        async with asyncio.timeout(60):
+            while not (small / "copy.partial").exists():
+                await asyncio.sleep(0.01)
+        (small / "filler").write_bytes(bytes(40 * MIB))
+        [one] = await running
+        assert "which the policy keeps so" in one["error"]
+        assert one["state"] == "failed"
+        assert [file.name for file in small.iterdir()] == ["filler"]
+        (small / "filler").unlink()
+        path = written(vm_dir, wanting(vm, entry | {"speed": "0"}, keep_free="32M"))
+        assert (await said("apply", path, 0))[0]["state"] == "done"
