@@ -63,7 +63,7 @@ async def served(vm: QemuProcess, node: str) -> AsyncIterator[str]:
 async def wall(*command: str, quiet: bool = False) -> float:
     """Run a command, its output to nowhere, and return the seconds it took.
 
-    :param quiet: also what it tells of its progress, and of errors.
+    :param quiet: what it tells beside that is shown only where it fails.
     """
     loop = asyncio.get_running_loop()
     begin = loop.time()
@@ -71,9 +71,10 @@ async def wall(*command: str, quiet: bool = False) -> float:
         *command,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL if quiet else None,
+        stderr=asyncio.subprocess.PIPE if quiet else None,
     )
-    code = await process.wait()
-    if code:
-        raise RuntimeError(f"{command} ended with exit code {code}")
+    _, told = await process.communicate()
+    if process.returncode:
+        said = f": {told.decode(errors='replace')}" if told else ""
+        raise RuntimeError(f"{command} ended with exit code {process.returncode}{said}")
     return loop.time() - begin
