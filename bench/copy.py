@@ -30,6 +30,7 @@ from bench.feeling import feelings
 from qmpblock.testing.images import Tools
 
 FORMATS = ("raw", "qcow2")
+_TICKS = os.sysconf("SC_CLK_TCK")  # in a second
 
 
 class Taken(NamedTuple):
@@ -51,7 +52,8 @@ async def speeds(ways: Ways, fmt: str, rounds: int) -> dict[str, list[Taken]]:
             os.sync()  # nobody waits for what was written before
             begin, used = loop.time(), processor(ways.vm.pid)
             await copy(fmt)
-            one = Taken(loop.time() - begin, processor(ways.vm.pid) - used)
+            seconds, used = loop.time() - begin, processor(ways.vm.pid) - used
+            one = Taken(seconds, max(used, 1 / _TICKS))  # it is counted in these
             taken.setdefault(name, []).append(one)
             ways.target.unlink()
     return {name: taken[name] for name in ways.all()}
@@ -61,7 +63,7 @@ def processor(pid: int) -> float:
     """Return the seconds of the processor of a process, of this one, and of what it ran."""
     own = os.times()
     words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    theirs = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    theirs = (int(words[11]) + int(words[12])) / _TICKS
     return own.user + own.system + own.children_user + own.children_system + theirs
 
 
