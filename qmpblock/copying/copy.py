@@ -53,6 +53,7 @@ from qmpblock.copying.wiretarget import bounded, cut_on_error
 from qmpblock.errors import (
     Error,
     GraphError,
+    JobError,
     NotFoundError,
     RequestError,
     printable,
@@ -278,8 +279,16 @@ async def _of_views(
                 with bounded(files):
                     await take(vm, change, plan)
                 proving = partial(work, backups, proven=verify)
-                async with working(paced(vm, job, files, proving), job):
-                    yield backups
+                try:
+                    async with working(paced(vm, job, files, proving), job):
+                        yield backups
+                except JobError as error:
+                    if (full := plan.without_room()) is not None:
+                        error.remedy = (
+                            f"{full}: give it more, by --fleece and --fleece-limit, or copy when "
+                            "the guest writes less"
+                        )
+                    raise
                 await undisturbed(_finish(change, files))
     except BaseException:
         await undisturbed(give_up(files, job))

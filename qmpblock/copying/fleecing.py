@@ -77,6 +77,7 @@ PATIENCE = 5
 """Seconds for which a write of the guest's may wait for what was there to be kept; then the point
 is given up. Never 0, by which QEMU means for ever."""
 
+_FULL = 256 << 10  # bytes that are left of room in which no more than some clusters fit
 _CLUSTER = 64 << 10  # bytes that the filter keeps at once
 _LEAST = 4 << 20  # bytes beside the header; less than some clusters make no sense
 _LONGEST = 180  # bytes of an image's name in that of the file; a name has room for 255
@@ -135,6 +136,16 @@ class Plan:
 
     run: str
     items: tuple[_Item, ...]
+
+    def without_room(self) -> str | None:
+        """Say which files of what is kept have no room any more; None where all have.
+
+        QEMU's own word for it is what a job finds that reads a point which was given up.
+        """
+        full = [printable(item.kept) for item in self.items if _is_full(item)]
+        return (
+            f"what the guest overwrote had no room any more in {', '.join(full)}" if full else None
+        )
 
     async def record_fields(self, vm: Connection) -> dict[str, Any]:
         """Return what the record of the change says of it, as fields of `Record`.
@@ -391,6 +402,14 @@ async def _keep(vm: Connection, change: Change[Record], item: _Item) -> None:
             "cbw-timeout": PATIENCE,
         },
     )
+
+
+def _is_full(item: _Item) -> bool:
+    try:
+        taken, space = Path(item.kept).stat().st_blocks * 512, os.statvfs(item.kept)
+    except OSError:
+        return False  # it is gone, with the point
+    return taken + _FULL > item.limit or space.f_bavail * space.f_frsize < _FULL
 
 
 def _make_file(vm: Connection, change: Change[Record], item: _Item) -> None:

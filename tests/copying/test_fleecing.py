@@ -41,3 +41,19 @@ def test_too_little_is_refused():
         limit(4 * MIB)
     with pytest.raises(NoRoomError, match="half of what is free is 4M for each"):
         limit(free=8 * MIB)
+
+
+def test_what_has_no_room_any_more_is_named(tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"x" * MIB)
+    free = SimpleNamespace(f_bavail=1 << 20, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda place: free)
+    item = SimpleNamespace(kept=str(kept), limit=MIB)
+    roomy = SimpleNamespace(kept=str(kept), limit=64 * MIB)
+    gone = SimpleNamespace(kept=str(tmp_path / "gone"), limit=0)
+    assert fleecing.Plan("", (roomy, gone)).without_room() is None
+    assert fleecing.Plan("", (roomy, item)).without_room() == (
+        f"what the guest overwrote had no room any more in {kept}"
+    )
+    free.f_bavail = 1
+    assert str(kept) in fleecing.Plan("", (roomy,)).without_room()

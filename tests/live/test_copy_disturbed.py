@@ -361,16 +361,21 @@ async def remount(small, size):
     assert await (await asyncio.create_subprocess_exec(*command)).wait() == 0
 
 
+@pytest.mark.parametrize("full", ["file system", "limit"])
 @pytest.mark.needs_qemu(">= 10.0", reason="before, what the guest writes is kept, not what was")
-async def test_what_is_kept_has_no_room(start_qemu, vm_dir, qemu_binary, invariant):
+async def test_what_is_kept_has_no_room(full, start_qemu, vm_dir, qemu_binary, invariant):
     async with small_file_system(vm_dir / "small", 24 * MIB) as small:
         vm = await started(start_qemu, vm_dir, qemu_binary)
         its = Disturbed(vm, vm_dir, "start")
-        async with its.copying(fleece=small):
-            fill_up(small, leave=MIB)  # the guest writes meanwhile, too
-            await vm.guest.fill(0, 36 * MIB, 4 * MIB, 0xDD)
-        print(its.error, its.error.standing)
+        limit = 6 * MIB if full == "limit" else None
+        async with its.copying(fleece=small, fleece_limit=limit):
+            if full == "file system":
+                fill_up(small, leave=MIB)  # the guest writes meanwhile, too
+            await vm.guest.fill(0, 32 * MIB, 8 * MIB, 0xDD)
+        print(its.error)
         assert isinstance(its.error, JobError)
+        assert f"no room any more in {small}/" in its.error.remedy
+        assert "--fleece" in its.error.remedy
         await its.ended()
         its.check()
         await nothing_of_ours(vm)
