@@ -14,7 +14,7 @@ from resuming import LATER, SPEC, cancelled, check, check_figures, child, conten
 import qmpblock
 from qmpblock.copying import resuming as library
 from qmpblock.copying.copy import copy
-from qmpblock.errors import Error, InUseError, RequestError
+from qmpblock.errors import BusyError, Error, InUseError, RequestError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import check_point_in_time
@@ -255,6 +255,24 @@ async def test_what_it_does_not_go_on_from_is_left_alone(built, start_qemu, vm_d
         await refused(RequestError, "exists already", format="raw")
     await at_ease(vm, SPEC)
     await invariant.verify(vm)
+
+
+async def test_who_has_the_server_already_is_said_first(built, start_qemu, vm_dir):
+    vm = await started(start_qemu, built)
+    target, partial = vm_dir / "copy.raw", vm_dir / "copy.raw.partial"
+    partial.write_bytes(bytes(resuming.SIZE))
+    theirs = {"type": "unix", "data": {"path": str(vm_dir / "theirs")}}
+    await vm.execute("nbd-server-start", addr=theirs)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        with pytest.raises(BusyError, match="not ours already runs"):
+            async with disk.copy(target, format="raw", resume=True):
+                pytest.fail("it copies")
+        await vm.execute("nbd-server-stop")
+        planned = await disk.plan_copy(target, format="raw", resume=True)
+    assert planned.disks[0].target == str(target)
+    assert partial.read_bytes() == bytes(resuming.SIZE)
+    await at_ease(vm, SPEC)
 
 
 async def test_a_bitmap_is_gone_with_a_qemu_that_is_killed(built, start_qemu):
