@@ -24,7 +24,6 @@ from nbdservers import (
 import qmpblock
 from qmpblock.changes.leftovers import clear
 from qmpblock.copying.copy import copy
-from qmpblock.copying.target import Credentials
 from qmpblock.errors import (
     NBDConnectError,
     NBDDisconnectedError,
@@ -151,7 +150,10 @@ async def test_over_tcp_and_with_tls(vm, vm_dir, invariant, at, kind, free_port)
     image.write_bytes(GARBAGE * SIZE)
     made = make_credentials(vm_dir / "credentials") if kind else None
     uri = f"nbds://127.0.0.1:{free_port}/t?tls-hostname={HOST}" if kind else ""
-    more = {"credentials": Credentials(str(made / "client"), "x509")} if kind else {}
+    more = {}
+    if kind:
+        (made / "client" / "keys.psk").unlink()  # else that is meant
+        more["tls_creds"] = str(made / "client")
     words = tls_options(made, kind) if kind else []
     async with serving(image, *words, port=free_port):
         point = await copied(vm, at, uri or f"nbd://127.0.0.1:{free_port}/t", **more)
@@ -161,7 +163,6 @@ async def test_over_tcp_and_with_tls(vm, vm_dir, invariant, at, kind, free_port)
 
 @both
 async def test_what_cannot_be_is_refused(vm, vm_dir, qemu_binary, invariant, at):
-    creds = Credentials("/etc")
     async with (
         daemon(vm_dir, qemu_binary, "63M") as server,
         qmpblock.connect(vm.monitor_path) as controller,
@@ -173,11 +174,16 @@ async def test_what_cannot_be_is_refused(vm, vm_dir, qemu_binary, invariant, at)
             (uri, {}, RequestError, rf"{63 * MIB} bytes.*{SIZE}"),
             (uri.replace("/t?", "/other?"), {}, NBDConnectError, "cannot open the target"),
             (f"nbd+unix:///t?socket={vm_dir}/none", {}, NBDConnectError, "no NBD server"),
-            (uri, {"format": "qcow2", "resume": True}, UnsupportedError, "is not gone on from"),
+            (
+                uri,
+                {"at": "start", "format": "qcow2", "resume": True},
+                UnsupportedError,
+                "is not gone on from",
+            ),
             (uri, {"layers": "top"}, RequestError, "backing image"),
             (uri, {"at": "pivot"}, UnsupportedError, "cannot go over"),
-            (uri, {"credentials": creds}, RequestError, "no target has TLS"),
-            (str(vm_dir / "f"), {"credentials": creds}, RequestError, "no target has TLS"),
+            (uri, {"tls_creds": "/etc"}, RequestError, "no target has TLS"),
+            (str(vm_dir / "f"), {"tls_creds": "/etc"}, RequestError, "no target has TLS"),
             ("nbds://h/t", {}, RequestError, "credentials are needed"),
         ):
             with pytest.raises(error, match=words) as caught:
@@ -387,8 +393,8 @@ async def test_credentials_of_a_controller_that_is_killed(
     image.write_bytes(GARBAGE * SIZE)
     made = make_credentials(vm_dir / "credentials")
     uri = f"nbds://127.0.0.1:{free_port}/t?tls-hostname={HOST}"
-    given = ", credentials=__import__('qmpblock.copying.target', fromlist=['x']).Credentials("
-    child_text = CHILD.replace("at=at,", f"at=at{given}'{made / 'client'}'),")
+    (made / "client" / "keys.psk").unlink()  # else that is meant
+    child_text = CHILD.replace("at=at,", f"at=at, tls_creds='{made / 'client'}',")
     async with serving(image, *tls_options(made, "x509"), port=free_port):
         command = [sys.executable, "-c", child_text, vm.monitor_path, uri, "end"]
         async with Controller(command, vm_dir) as child:
