@@ -131,7 +131,7 @@ class DeviceTarget(LocalTarget):
             with contextlib.suppress(OSError):
                 os.pwrite(self.fd, bytes(_HEADER), 0)
                 os.fsync(self.fd)
-        return self.path if self.keeps else None
+        return self.path if self.keeps and self.plan.can_be_resumed else None
 
 
 def is_block_device(file: str) -> bool:

@@ -74,6 +74,11 @@ class CopyPlan:
         return self.device.chain.active.size
 
     @property
+    def can_be_resumed(self) -> bool:
+        """Whether another copy could go on from it: not from an image that no file's name marks."""
+        return self.kind == "file" or self.format == "raw"
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers whose content is copied."""
         chain = self.device.chain

@@ -73,7 +73,7 @@ def check_target(plan: CopyPlan) -> None:
 
     :raise UnsupportedError: an image was to be where no file is: any could be, or the rest of one.
     """
-    if plan.kind != "file" and plan.format != "raw":
+    if not plan.can_be_resumed:
         raise UnsupportedError(
             f"a {plan.format} copy on {printable(plan.file)} is not gone on from: nothing there "
             "tells that what looks like an image is one that was begun for this disk",

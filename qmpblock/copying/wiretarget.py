@@ -189,7 +189,7 @@ class WireTarget:
         self.cut()
         with contextlib.suppress(Error):  # said by whoever undoes the copy
             await self._laid.aclose()
-        return self.path if self.keeps else None
+        return self.path if self.keeps and self.plan.can_be_resumed else None
 
 
 @contextlib.contextmanager

@@ -2,8 +2,12 @@
 
 import pytest
 
+from qmpblock.address import UnixAddress
 from qmpblock.copying.job import CopyJob
+from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.resuming import _pieces, check_resumes, give_up, say_kept
+from qmpblock.copying.target import NBDTarget
+from qmpblock.copying.wiretarget import WireTarget
 from qmpblock.errors import Error, UnsupportedError
 from qmpblock.ranges import Ranges
 
@@ -52,3 +56,14 @@ async def test_a_failure_with_nothing_kept_says_no_more_than_it_did():
     await give_up([Target(None)], job)
     say_kept(error, job)
     assert (job.kept, error.standing) == ((), "there is no copy")
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+async def test_an_image_with_a_server_is_not_said_to_be_kept(fmt):
+    """For it would be refused, as nothing there tells whose it is."""
+    server = NBDTarget(UnixAddress("/s"), "x")
+    target = WireTarget(
+        CopyPlan(None, "nbd://h/x", fmt, server=server), "qmpblock-0123abcd-to-0", 0
+    )
+    target.keeps = True
+    assert await target.remove() == ("nbd://h/x" if fmt == "raw" else None)
