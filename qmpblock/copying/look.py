@@ -117,10 +117,20 @@ def freezes_layers(vm: Connection, options: CopyOptions) -> bool:
 
 
 def _check_zeros(vm: Connection, plan: CopyPlan, options: CopyOptions) -> None:
-    """Refuse to have a server make space for zeros of which QEMU tells it nothing."""
-    if plan.kind != "server" or options.allocation != "full" or options.point == "start":
+    """Refuse a full copy where the space for zeros would be given back, or not be made at all."""
+    if options.allocation != "full" or options.point == "start":
         return
-    if vm.capabilities.mirrors_leave_out_zeros:
+    moves = options.point == "pivot" and plan.format != "raw"
+    if moves and vm.capabilities.mirrors_give_zeros_back:
+        raise UnsupportedError(
+            "no guest can go over to a qcow2 copy that has host space for all: the mirror of QEMU "
+            f"{vm.capabilities} gives back what it writes zeros to, whatever the image's discard "
+            "is (F27)",
+            standing=UNTOUCHED,
+            remedy="let it go over to a thin copy, then have all of that allocated: qmpblock "
+            "allocate ADDRESS DISK --full; or go over to a raw one; or use QEMU 10.0 or newer",
+        )
+    if plan.kind == "server" and vm.capabilities.mirrors_leave_out_zeros:
         raise UnsupportedError(
             f"a copy of the end writes no zeros where {printable(plan.file)} reads as zeros "
             f"already (QEMU {vm.capabilities}): whether these have host space there, nobody says",

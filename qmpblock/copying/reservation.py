@@ -84,8 +84,8 @@ def _check_zeros(target: TargetFile) -> None:
     if zeros and target.keeps_name and target.plan.format != "raw":
         raise UnsupportedError(
             f"{target.plan.device.name} has host space for {zeros} bytes of zeros, and no guest "
-            "can go over to a qcow2 copy that has, too: QEMU's mirror gives back what it writes "
-            "zeros to, whatever the image's discard is",
+            "can go over to a qcow2 copy that has, too: QEMU's mirror has zeros take none, and "
+            "once the guest is there nobody else writes to it",
             standing=UNTOUCHED,
             remedy="go over to a raw one, or leave --allocation like out: then have what is needed "
             "allocated (qmpblock allocate ADDRESS DISK --full)",

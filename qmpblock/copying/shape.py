@@ -170,14 +170,6 @@ def _full(_: Shape, use: Use) -> None:
             standing=UNTOUCHED,
             remedy="leave --allocation full out, or make the copy raw",
         )
-    if use.pivot and use.format != "raw":
-        raise UnsupportedError(
-            "no guest can go over to a qcow2 copy that has host space for all: QEMU's mirror gives "
-            "back what it writes zeros to, whatever the image's discard is",
-            standing=UNTOUCHED,
-            remedy="let it go over to a thin copy, then have all of that allocated: qmpblock "
-            "allocate ADDRESS DISK --full; or go over to a raw one",
-        )
     if use.overlay:
         raise RequestError(
             "an image that lies on another (--layers top) is not to have host space for all of "

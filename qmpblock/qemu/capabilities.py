@@ -145,6 +145,15 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def mirrors_give_zeros_back(self) -> bool:
+        """Whether a mirror has a qcow2 target free what it writes zeros to (F27).
+
+        With discard=ignore of the target, too: 7.2.22 does, 11.1.2 does not. What lies between
+        counts as affected.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def mirrors_leave_out_zeros(self) -> bool:
         """Whether a mirror writes no zeros where its target reads as zeros already.
 

@@ -25,7 +25,6 @@ def test_what_is_by_default_can_be_anywhere(use):
     [
         (Shape("fat"), FILE, RequestError, "none of thin, full, like"),
         (Shape("full"), replace(FILE, overlay=True), RequestError, "--layers top"),
-        (Shape("full"), PIVOT, UnsupportedError, "gives back"),
         (Shape("like"), SERVER, UnsupportedError, "an NBD server has, it has by itself"),
         (Shape("like"), DEVICE, UnsupportedError, "a block device has by itself"),
         (Shape("like"), replace(FILE, encrypted=True), UnsupportedError, "with its key"),
@@ -63,6 +62,7 @@ def test_what_makes_no_sense_is_refused_and_nothing_is_touched(shape, use, error
     [
         (Shape("full"), FILE),
         (Shape("full"), SERVER),
+        (Shape("full"), PIVOT),
         (Shape("full"), DEVICE),
         (Shape("full"), replace(PIVOT, format="raw")),
         (Shape("like"), replace(FILE, overlay=True)),
