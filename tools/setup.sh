@@ -6,12 +6,13 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 CONSTRAINTS=tools/constraints.txt
+PATH=$PATH:/usr/sbin:/sbin  # where mkfs.xfs is; not everybody's has them
 
 # command:Debian package. What a program does not need to run (its manual, its GUI) stays away.
 COMMANDS="
   qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils
   nbdinfo:libnbd-bin nbdcopy:libnbd-bin nbdkit:nbdkit
-  gcc:gcc openssl:openssl strace:strace
+  gcc:gcc openssl:openssl strace:strace mkfs.xfs:xfsprogs
 "
 
 missing_packages() {

@@ -18,7 +18,9 @@ from qmpblock.errors import (
 )
 from qmpblock.host.closedimage import closed_image
 from qmpblock.host.qemuimgcompare import QemuImgCompare
+from qmpblock.luks import retried
 from qmpblock.ranges import Ranges
+from qmpblock.testing.images import Tools
 
 KIB, MIB = 1 << 10, 1 << 20
 FORMATS = ("parallels", "qcow", "qcow2", "qed", "raw", "vdi", "vhdx", "vmdk", "vpc")
@@ -153,7 +155,9 @@ async def test_encrypted_ones_need_a_key(tmp_path, source, every):
     locked = tmp_path / "locked.luks"
     secret = ("--object", "secret,id=s,data=x")
     options = ("-o", "key-secret=s,iter-time=10")
-    run("qemu-img", "create", "-f", "luks", *secret, *options, locked, "4M")
+    tools = Tools.of()
+    words = ("create", "-f", "luks", *secret, *options, str(locked), "4M")
+    await retried(lambda: tools.run(tools.img, *words))
     with pytest.raises(UnsupportedError, match="is encrypted") as caught:
         await qmpblock.verify_images(source, locked, all=every)
     assert "--format raw" in str(caught.value.remedy)
