@@ -22,7 +22,9 @@ from qmpblock.copying.dryrun import dry_run
 from qmpblock.copying.plan import plan_copy
 from qmpblock.copying.targetfile import absolute, drop_unfinished
 from qmpblock.errors import UNTOUCHED, Error, RequestError, printable
+from qmpblock.graph.places import FileId
 from qmpblock.host.closedimage import closed_image
+from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.space import HostSpace, end_of
 from qmpblock.names import lock_names, partial_file
 from qmpblock.policy.space import Take, unless_short
@@ -143,6 +145,12 @@ async def _is_there(disk: Disk, file: str, wanted: CopyPolicy) -> bool:
             "whole; a policy asks for files",
             standing=UNTOUCHED,
             remedy="name a file, or copy there yourself: qmpblock copy",
+        )
+    if FileId.of(status) in OpenFiles(disk.vm.monitor.peer_pid).ids():
+        raise RequestError(
+            f"{printable(file)} is open in the VM itself: an image of it is no copy of {disk.name}",
+            standing=UNTOUCHED,
+            remedy="name another target",
         )
     options = wanted.options
     plan = plan_copy(disk.device, file, options.format, options.layers, pivot=False)

@@ -159,6 +159,22 @@ async def test_a_file_that_is_no_copy_stays(scenario, start_qemu, vm_dir, qemu_b
     assert (await said("apply", path, 0))[0]["state"] == "done"
 
 
+@pytest.mark.parametrize("force", ["no", "yes"])
+async def test_an_image_of_the_vm_itself_is_no_copy(
+    scenario, force, start_qemu, vm_dir, qemu_binary
+):
+    vm = await started(scenario, start_qemu, vm_dir, qemu_binary)
+    files = sorted((vm_dir / "images").iterdir())
+    assert len(files) >= 3
+    kept = [(one.stat().st_ino, one.stat().st_mtime_ns) for one in files]
+    for file in files:
+        path = written(vm_dir, wanting(vm, {"disks": {"vleft": str(file)}, "force": force}))
+        for command in ("plan", "apply"):
+            [one] = await said(command, path, 1)
+            assert f"{file} is open in the VM itself" in one["error"]
+    assert [(one.stat().st_ino, one.stat().st_mtime_ns) for one in files] == kept
+
+
 async def test_disks_and_copies_of_one_policy(scenario, start_qemu, invariant, vm_dir, qemu_binary):
     """A disk is made as it should be first; a copy that fails does not keep the others."""
     vm = await started(scenario, start_qemu, vm_dir, qemu_binary)
