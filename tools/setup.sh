@@ -73,9 +73,10 @@ prepare_venv() {
   .venv/bin/python -m pip install -q --disable-pip-version-check -c "$CONSTRAINTS" setuptools
   .venv/bin/python -m pip install -q --disable-pip-version-check -c "$CONSTRAINTS" \
     --no-build-isolation --config-settings editable_mode=compat -e '.[dev]'
-  # For tests/outside alone: in .venv itself they would shuffle this project's own tests.
+  # For tests/outside alone: in .venv itself it would shuffle this project's own tests.
+  rm -rf .venv/outside
   .venv/bin/python -m pip install -q --disable-pip-version-check -c "$CONSTRAINTS" \
-    --upgrade --no-deps --target .venv/outside pytest-randomly pytest-timeout
+    --upgrade --no-deps --target .venv/outside pytest-randomly
   wanted >.venv/setup-stamp
 }
 

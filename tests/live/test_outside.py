@@ -27,7 +27,7 @@ PLUGINS = Path(sys.prefix) / "outside"  # what this project's own tests must not
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     if not PLUGINS.is_dir():
-        pytest.skip("pytest-randomly and pytest-timeout are not here; `make setup` installs them")
+        pytest.skip("pytest-randomly is not here; `make setup` installs it")
     installed = install(tmp_path_factory.mktemp("outside"))
     for path in PLUGINS.glob("pytest_*"):
         (installed.packages / path.name).symlink_to(path)
