@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from disturbed import nothing_of_ours
+from loopdevices import loop
 
 import qmpblock
 from qmpblock.changes.leftovers import clear
@@ -31,19 +32,11 @@ both = pytest.mark.parametrize("at", ["start", "end"])
 
 
 @contextlib.contextmanager
-def loop(image, size):
+def full_loop(image, size):
     """Have a file that is full of something else as a block device."""
     image.write_bytes(GARBAGE * size)
-    made = subprocess.run(
-        ["losetup", "-f", "--show", str(image)], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
+    with loop(image) as device:
         yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=True)
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ async def unharmed(vm, invariant):
 async def test_to_a_device(vm, vm_dir, invariant, at, more):
     """Also to a larger one, whose rest is left as it is; it is nobody else's meanwhile."""
     image = vm_dir / "backing"
-    with loop(image, SIZE + more) as device:
+    with full_loop(image, SIZE + more) as device:
         async with qmpblock.connect(vm.monitor_path) as controller:
             [disk] = await controller.disks()
             copying = copy(controller, {disk: device}, at=at, force=True)
@@ -105,7 +98,7 @@ async def test_an_image_on_a_device(vm, vm_dir, invariant, at, more):
     if at == "end" and "compress" in more:
         pytest.skip("that is refused")
     image, size = vm_dir / "backing", SIZE + 4 * MIB
-    with loop(image, size) as device:
+    with full_loop(image, size) as device:
         async with qmpblock.connect(vm.monitor_path) as controller:
             [disk] = await controller.disks()
             copying = disk.copy(device, at=at, force=True, format="qcow2", **more)
@@ -143,7 +136,7 @@ async def broken_off(copying, device):
 @both
 async def test_an_image_that_was_broken_off_is_none(vm, vm_dir, invariant, at):
     image, size = vm_dir / "backing", SIZE + 4 * MIB
-    with loop(image, size) as device:
+    with full_loop(image, size) as device:
         async with qmpblock.connect(vm.monitor_path) as controller:
             [disk] = await controller.disks()
             copying = disk.copy(device, at=at, force=True, format="qcow2", speed=MIB)
@@ -155,7 +148,7 @@ async def test_an_image_that_was_broken_off_is_none(vm, vm_dir, invariant, at):
 
 async def test_what_cannot_be_is_refused(vm, vm_dir, invariant):
     small, image = vm_dir / "small", vm_dir / "backing"
-    with loop(small, SIZE - MIB) as too_small, loop(image, SIZE) as device:
+    with full_loop(small, SIZE - MIB) as too_small, full_loop(image, SIZE) as device:
         async with qmpblock.connect(vm.monitor_path) as controller:
             [disk] = await controller.disks()
             for target, more, error, words in (
@@ -209,7 +202,7 @@ async def refused(controller, disk, target, error, words, **more):
 
 async def test_another_vm_that_uses_it(vm, vm_dir, invariant, qemu_binary):
     """QEMU puts no locks on a block device, by which either could tell."""
-    with loop(vm_dir / "backing", SIZE) as device:
+    with full_loop(vm_dir / "backing", SIZE) as device:
         pidfile = vm_dir / "other.pid"
         command = [qemu_binary, "-nodefaults", "-display", "none", "-S", "-daemonize"]
         command += ["-pidfile", str(pidfile), "-blockdev"]
@@ -248,7 +241,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 @both
 async def test_a_controller_that_is_killed(vm, vm_dir, invariant, at):
-    with loop(vm_dir / "backing", SIZE) as device:
+    with full_loop(vm_dir / "backing", SIZE) as device:
         command = [sys.executable, "-c", CHILD, vm.monitor_path, device, at]
         async with Controller(command, vm_dir) as child:
             await child.wait_for_output("copying")

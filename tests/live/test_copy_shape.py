@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from chains import cli
 from disturbed import nothing_of_ours
+from loopdevices import loop
 from nbdservers import serving
 
 import qmpblock
@@ -222,16 +223,8 @@ def sparse_loop(image):
     """Have an empty sparse file as a block device."""
     with image.open("wb") as file:
         file.truncate(SIZE)
-    made = subprocess.run(
-        ["losetup", "-f", "--show", str(image)], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
+    with loop(image) as device:
         yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=True)
 
 
 @pytest.mark.parametrize("at", ["start", "end"])

@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import resuming
 from disturbed import nothing_of_ours
+from loopdevices import loop
 from pointing import at_ease, written
 from resuming import MIB, SIZE, SPEC, cancelled, check, check_figures, resumed
 
@@ -35,19 +35,11 @@ async def vm(start_qemu, vm_dir, qemu_binary):
 
 
 @contextlib.contextmanager
-def loop(image):
+def full_loop(image):
     """Have a file that is full of something else as a block device."""
     image.write_bytes(GARBAGE * (SIZE + MORE))
-    made = subprocess.run(
-        ["losetup", "-f", "--show", str(image)], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
-    device = made.stdout.strip()
-    try:
+    with loop(image) as device:
         yield device
-    finally:
-        subprocess.run(["losetup", "-d", device], check=True)
 
 
 @contextlib.asynccontextmanager
@@ -64,7 +56,7 @@ async def daemon(vm_dir, qemu_binary, fill=True):
 
 
 async def test_a_block_device(vm, vm_dir):
-    with loop(vm_dir / "backing") as device:
+    with full_loop(vm_dir / "backing") as device:
         kept = await cancelled(vm, device, force=True)
         assert kept == (device,)
         async with qmpblock.connect(vm.monitor_path) as controller:
