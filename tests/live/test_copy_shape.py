@@ -154,7 +154,8 @@ async def test_like(kind, fmt, at, start_qemu, vm_dir, qemu_binary, invariant):
     invariant.forget(vm)
     target = vm_dir / f"copy.{fmt}"
     if (fmt, at) == ("qcow2", "pivot") and "raw" in DISKS[kind]:  # with zeros that are reserved
-        with pytest.raises(UnsupportedError, match=f"host space for {MIB} bytes of zeros"):
+        # And more, where the guest has just written: what is not written back is reserved yet.
+        with pytest.raises(UnsupportedError, match=r"host space for \d{7} bytes of zeros"):
             await copied(vm, target, at, format=fmt, allocation="like")
         assert not list(vm_dir.glob("copy*"))
         await unharmed(vm)
