@@ -45,8 +45,10 @@ def said(planned: PlannedCopy) -> Iterator[str]:
     for text in planned.guest:
         yield f"the guest: {text}"
     if planned.seconds is not None:
-        yield f"{planned.seconds:.0f} s at {human_size(planned.speed)}/s" + (
-            ", which counts zeros, too" if _counts_zeros(planned) else ""
+        yield (
+            f"{planned.seconds:.0f} s at {human_size(planned.speed)}/s"
+            + (", which counts zeros, too" if _counts_zeros(planned) else "")
+            + ("; to compare it takes about as long again" if planned.verify else "")
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -66,6 +66,7 @@ async def compare(
     length: int | None = None,
     all: bool = False,  # noqa: A002 - the command's word
     progress: Callable[[Progress], None] | None = None,
+    turn: Callable[[int], Awaitable[None]] | None = None,
 ) -> Comparison:
     """Compare two exports of the same size, or a range of two of any.
 
@@ -80,6 +81,7 @@ async def compare(
     :param length: in bytes; None: up to the end, which must be that of both.
     :param all: go on after the first difference, up to the end, and count them.
     :param progress: is told how far it is.
+    :param turn: is awaited before so many bytes are read of either, or both.
     :raise RangeError: the sizes differ, and no length was given; or the
         range is not inside the longer one.
     :raise NBDError: a server failed, or a read.
@@ -97,6 +99,7 @@ async def compare(
     compared = read = 0
 
     async def look(window: Window) -> bytes | None:
+        await _wait_for(turn, window)
         return await _unequal(window, first, second)
 
     looks = in_order(windows((first, second), offset, length), look)
@@ -115,7 +118,11 @@ async def compare(
 
 
 async def find_unequal(
-    first: Client, second: Client, *, progress: Callable[[Progress], None] | None = None
+    first: Client,
+    second: Client,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    turn: Callable[[int], Awaitable[None]] | None = None,
 ) -> Ranges:
     """Tell where two exports of the same size differ, as `Comparison.unequal` does, and no more.
 
@@ -130,6 +137,7 @@ async def find_unequal(
     meter = Meter("comparing", first.size, progress)
 
     async def look(window: Window) -> list[int]:
+        await _wait_for(turn, window)
         one, other = await _both(window, first, second)
         at = range(0, len(one) if one != other else 0, GRAIN)
         return [
@@ -143,6 +151,11 @@ async def find_unequal(
             found.note(grains)
             meter.set(window.offset + window.length)
     return found.ranges()
+
+
+async def _wait_for(turn: Callable[[int], Awaitable[None]] | None, window: Window) -> None:
+    if turn is not None and any(window.reads):
+        await turn(window.length)
 
 
 async def _both(window: Window, first: Client, second: Client) -> tuple[_Bytes, _Bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -103,6 +104,7 @@ class CopyJob(Feed[Progress]):
         self._jobs: tuple[Job, ...] = ()
         self._told: dict[str, int] = {}  # what speed each job has
         self._hurries = False
+        self._turn = 0.0  # when what is compared next may be read
 
     # for users
 
@@ -138,10 +140,21 @@ class CopyJob(Feed[Progress]):
 
     def share(self) -> int:
         """Return what of the speed is one job's."""
-        speed = self.speed
+        return -(-self._keeps_to() // max(1, len(self._jobs)))
+
+    def _keeps_to(self) -> int:
+        """Return the bytes a second that it keeps to by now; 0 is no limit."""
         if self.pacer is not None and not self._hurries:
-            speed = min(speed or self.pacer.limit, self.pacer.limit)
-        return -(-speed // max(1, len(self._jobs)))
+            return min(self.speed or self.pacer.limit, self.pacer.limit)
+        return self.speed
+
+    async def turn(self, length: int) -> None:
+        """Wait until so many bytes may be read, by whoever compares them while no job runs."""
+        speed, now = self._keeps_to(), time.monotonic()
+        begin = max(now, self._turn)
+        if speed:
+            self._turn = begin + length / speed
+            await asyncio.sleep(begin - now)
 
     async def keep_to_speed(self) -> None:
         """Have each job keep to its share, as that is now."""

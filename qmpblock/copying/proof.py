@@ -137,7 +137,7 @@ async def prove(
         image = None
         if not _needs_key(target.plan):
             image = await closed_image(target.path, format=target.plan.format, stall=vm.stall)
-        found = await _compared(vm, target, image, shown, held=held)
+        found = await _compared(vm, target, image, shown, job, held=held)
         if not found.equal:
             target.keeps = False
             raise _unequal(target.plan, found)
@@ -169,6 +169,7 @@ async def _compared(
     target: TargetFile,
     image: ClosedImage | None,
     shown: DiskMeters,
+    job: CopyJob,
     *,
     held: bool,
 ) -> Verification:
@@ -184,6 +185,7 @@ async def _compared(
                 all=True,
                 progress=shown.of(target.plan.device.name),
                 stall=vm.stall,
+                turn=job.turn,
             )
     except NBDRequestError as error:
         error.message = f"the copy cannot be compared with its point: {error.message}"

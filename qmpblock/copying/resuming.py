@@ -101,17 +101,22 @@ async def find_left(
     meters = DiskMeters(_PHASE, sizes, job)
     for target in resumed:
         tell = meters.of(target.plan.device.name)
-        unequal = await _compared(vm, target, tell, held=held)
+        unequal = await _compared(vm, target, tell, job, held=held)
         target.left = Left(left_bitmap(target.node), unequal.total, target.plan.size)
         await _draw(vm, target, target.left.bitmap, unequal, held=held)
 
 
 async def _compared(
-    vm: Connection, target: CopyTarget, tell: Callable[[Progress], None], *, held: bool
+    vm: Connection,
+    target: CopyTarget,
+    tell: Callable[[Progress], None],
+    job: CopyJob,
+    *,
+    held: bool,
 ) -> Ranges:
     try:
         async with _exported(vm, target, held=held) as (point, there):
-            return await find_unequal(point, there, progress=tell)
+            return await find_unequal(point, there, progress=tell, turn=job.turn)
     except NBDRequestError as error:
         error.message = f"what is there cannot be compared with its disk: {error.message}"
         error.remedy = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -126,12 +126,14 @@ async def verify(
     all: bool = False,  # noqa: A002 - the command's word
     progress: Callable[[Progress], None] | None = None,
     stall: float = 60.0,
+    turn: Callable[[int], Awaitable[None]] | None = None,
 ) -> Verification:
     """Compare two sources; see `verify_images`, of which this is the core.
 
     :param first: a client stays open, and should have asked for `base:allocation`. Nothing but
         reads and questions is sent to it, so it may be one under custody (K1).
     :param second: the same.
+    :param turn: of one that is a client: as of `compare`.
     """
     if longer not in _LONGER:
         raise RequestError(f"{longer!r} is none of {', '.join(_LONGER)}", standing=UNTOUCHED)
@@ -143,7 +145,7 @@ async def verify(
         if len(images) == 2 and not all and longer != "any" and _one_owner(*images):
             found = await _by_qemu_img(images[0], images[1], longer, progress, stall)
         else:
-            found = await _by_nbd(first, second, longer, all, progress, stall)
+            found = await _by_nbd(first, second, longer, all, progress, stall, turn)
     except ToolError as error:
         if not lacks_key(error.stderr):
             raise
@@ -200,6 +202,7 @@ async def _by_nbd(
     all: bool,  # noqa: A002
     progress: Callable[[Progress], None] | None,
     stall: float,
+    turn: Callable[[int], Awaitable[None]] | None,
 ) -> _Found:
     async with AsyncExitStack() as stack:
         one = await stack.enter_async_context(opened(first, stall=stall))
@@ -208,7 +211,8 @@ async def _by_nbd(
         if longer == "no" and one.size != other.size:
             return sizes, None
         length = min(sizes) if longer == "any" else max(sizes)
-        return sizes, await compare(one, other, length=length, all=all, progress=progress)
+        found = await compare(one, other, length=length, all=all, progress=progress, turn=turn)
+        return sizes, found
 
 
 async def _by_qemu_img(

@@ -105,6 +105,22 @@ async def test_written_zeros_are_holes_and_of_holes_nothing_is_read(tmp_path):
     assert (seen[0].done, seen[-1].done, seen[-1].total) == (0, SIZE, SIZE)
 
 
+@pytest.mark.parametrize("look", [compare, find_unequal])
+async def test_what_is_to_be_read_waits_for_its_turn(tmp_path, look):
+    """Of what both say that it is zeros nothing is read, and nothing has to wait."""
+    make(tmp_path / "one", [(0, b"\1" * MIB), (3 * MIB, b"\2" * 9)])
+    make(tmp_path / "other", [(0, b"\1" * MIB)])
+    turns = []
+
+    async def turn(length):
+        turns.append(length)
+
+    async with served(tmp_path / "one", tmp_path / "other") as clients:
+        await look(*clients, turn=turn, **({"all": True} if look is compare else {}))
+    assert MIB < sum(turns) <= 2 * MIB
+    assert max(turns) <= MIB
+
+
 async def test_sizes_that_differ(tmp_path):
     make(tmp_path / "one", [(0, b"x")], MIB)
     make(tmp_path / "other", [(0, b"x"), (2 * MIB, b"y")], 3 * MIB)

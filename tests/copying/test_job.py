@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpblock.copying.job import CopyJob, is_worth, joined
+from qmpblock.copying.latency import Pacer
 from qmpblock.qemu.job import Job, Progress
 
 
@@ -91,6 +92,28 @@ def test_a_speed_is_shared():
     assert job.share() == 10
     job.runs((object.__new__(Job),) * 3)
     assert job.share() == 4
+
+
+async def test_what_is_compared_keeps_to_the_speed():
+    """Whoever compares asks for several turns at once."""
+    job, clock = CopyJob(), asyncio.get_running_loop().time
+    began = clock()
+    await asyncio.gather(*(job.turn(1 << 30) for _ in range(8)))
+    assert clock() - began < 0.2
+    job.speed = 100
+    began = clock()
+    await asyncio.gather(*(job.turn(10) for _ in range(4)))  # the first need not wait
+    assert clock() - began >= 0.3
+    job.speed = 1 << 40
+    await asyncio.gather(*(job.turn(1 << 20) for _ in range(4)))
+
+
+async def test_what_is_compared_keeps_to_what_the_guest_bears():
+    job, clock = CopyJob(pacer=Pacer(0.02, 1 << 20)), asyncio.get_running_loop().time
+    began = clock()
+    for _ in range(3):
+        await job.turn(1 << 17)
+    assert clock() - began >= 0.25
 
 
 def test_what_is_worth_to_be_gone_on_from():
