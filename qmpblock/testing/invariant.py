@@ -165,6 +165,8 @@ def _descriptor_lines(pid: int) -> list[str]:
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
             target = str(entry.readlink())
+            if target.startswith("/sys/devices/system/cpu/"):
+                continue  # the C library looks for a moment how many processors there are
             if target.startswith("/"):
                 # Its access mode: a backing image must not stay writable.
                 info = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()

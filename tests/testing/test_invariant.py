@@ -6,7 +6,12 @@ import os
 import socket
 from pathlib import Path
 
-from qmpblock.testing.invariant import VMState, difference, listening_sockets
+from qmpblock.testing.invariant import (
+    VMState,
+    _descriptor_lines,
+    difference,
+    listening_sockets,
+)
 
 
 def test_a_difference_reads_as_sentences_and_counts() -> None:
@@ -31,3 +36,12 @@ def test_listening_sockets_are_found_by_inode(tmp_path: Path) -> None:
         new = set(listening_sockets(os.getpid())) - set(before)
         assert new == {f"unix:{tmp_path / 'a b'}", f"tcp:{tcp.getsockname()[1]}"}
     assert listening_sockets(os.getpid()) == before
+
+
+def test_what_the_c_library_looks_at_for_a_moment_is_nothing_of_the_vm(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with file.open(), Path("/sys/devices/system/cpu/online").open():
+        lines = _descriptor_lines(os.getpid())
+    assert f"open file: {file} for reading" in lines
+    assert not [line for line in lines if "/sys/" in line]
