@@ -183,8 +183,8 @@ class CopyJob(Feed[Progress]):
         self.disks = {**self.disks, disk: seen}
         progress = joined(tuple(self.disks.values()))
         if self.pacer is not None:
-            limit = self.share() * len(self._jobs)
-            progress = replace(progress, latency=self.pacer.latency, limit=limit)
+            latency, limit = self.pacer.latency, self._keeps_to()
+            progress = replace(progress, latency=latency, limit=limit)
         self.show(progress)
 
     def finished(self) -> None:
