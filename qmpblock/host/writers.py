@@ -16,7 +16,7 @@ from pathlib import Path
 from qmpblock.errors import UNTOUCHED, Error, InUseError, printable
 from qmpblock.graph.jsonname import innermost, said_by
 from qmpblock.graph.places import FileId
-from qmpblock.host.filelocks import is_written
+from qmpblock.host.filelocks import written
 from qmpblock.host.processes import describe_process
 
 __all__ = ["check_unchanged", "check_unwritten", "in_use"]
@@ -39,9 +39,8 @@ def check_unwritten(files: Sequence[str]) -> dict[str, os.stat_result]:
             wanted.setdefault(found, name)
     for pid, file in _written(wanted):
         raise in_use(wanted[file], f"{describe_process(pid)} has it open for writing")
-    for file, name in wanted.items():
-        if is_written(file):
-            raise in_use(name, "by its locks, a QEMU has it open for writing")
+    for file in written(wanted):
+        raise in_use(wanted[file], "by its locks, a QEMU has it open for writing")
     return seen
 
 

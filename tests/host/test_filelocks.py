@@ -76,7 +76,7 @@ def test_what_a_busy_host_locks_meanwhile_misleads_nobody(other, monkeypatch):
         monkeypatch.setattr(filelocks, "_everybodys", lambda: (whole()[0] * next(times), False))
         for _ in range(8):
             assert users(image) is None
-            assert filelocks.is_written(FileId.of(image.stat()))
+            assert filelocks.written([FileId.of(image.stat())])
         child = start(201)
         for _ in range(8):
             assert users(image) == f"process {child}"

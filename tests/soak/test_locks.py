@@ -36,7 +36,7 @@ def test_locks_are_judged_rightly_beside_who_locks_all_the_time(tmp_path):
         for _ in range(100):
             for file in ids:
                 assert foreign_users(me, file) is None
-                assert filelocks.is_written(file)
+                assert filelocks.written([file])
     finally:
         churn.kill()
         churn.communicate()
