@@ -24,6 +24,12 @@ class Copying(Operation):
             assert Path(target).stat().st_size > 0
             assert not os.path.lexists(f"{target}.partial")
 
+    def check_said(self, directory, standing):
+        """See that copies that are whole are said to be: the guest goes on from none of them."""
+        targets = map(Path, self.request(directory)["targets"].values())
+        if not self.moves and all(target.exists() for target in targets):
+            assert "whole, and on stable storage" in standing, standing
+
 
 class Resuming(Copying):
     """A copy that goes on from one that lacks a part, and has another part otherwise."""

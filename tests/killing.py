@@ -121,6 +121,9 @@ class Operation:
     def check_left(self, directory):
         """See that what must be left of it is, whoever died."""
 
+    def check_said(self, directory, standing):
+        """See that a controller that outlived QEMU said what there is, `standing`."""
+
 
 def _operations():
     stream = {"do": "stream", "disk": "vd0"}
@@ -359,6 +362,8 @@ class Matrix:
                     await point.settled()
                 return False
             await point.images_hold()
+            if point.standing is not None:
+                self.operation.check_said(point.images, point.standing)
         return True
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
 from qmpblock.copying.wiretarget import bounded, cut_on_error
 from qmpblock.errors import (
+    DisconnectedError,
     Error,
     GraphError,
     JobError,
@@ -128,6 +129,8 @@ async def copy(
                 yield job
         except Error as error:
             say_kept(error, job)
+            if job.whole and not pivots and error.standing is not None:
+                error.standing = f"{error.standing}; {_whole(files)}"
             raise
         finally:
             job.end()
@@ -144,9 +147,27 @@ async def copy(
         verify,
         None if pacer is None else pacer.outcome,
     )
-    for disk in targets:
-        with contextlib.suppress(NotFoundError):  # unplugged
-            await disk.refresh()
+    await _look_again(targets, files, pivots=at == "pivot")
+
+
+async def _look_again(disks: Iterable[DiskT], files: Sequence[CopyTarget], *, pivots: bool) -> None:
+    """Have the disks see their chains.
+
+    :raise DisconnectedError: the connection is lost; the copies are whole.
+    """
+    try:
+        for disk in disks:
+            with contextlib.suppress(NotFoundError):  # unplugged
+                await disk.refresh()
+    except DisconnectedError as error:
+        # The change has ended: only words are left.
+        error.standing = _whole(files)
+        if pivots:
+            error.standing = (
+                f"the guest had gone over. If QEMU has ended, start the VM from {_names(files)}: "
+                "there the guest went on"
+            )
+        raise
 
 
 def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
@@ -240,7 +261,7 @@ async def _of_disks(
                 async with working(paced(vm, job, files, mirrors.work), job):
                     yield mirrors
                     job.completion.set()
-                await undisturbed(_finish(change, files))
+                await undisturbed(_finish(change, files, job))
         except BaseException:
             await undisturbed(_remove_marked(change, files, job))
             raise
@@ -289,7 +310,7 @@ async def _of_views(
                             "the guest writes less"
                         )
                     raise
-                await undisturbed(_finish(change, files))
+                await undisturbed(_finish(change, files, job))
     except BaseException:
         await undisturbed(give_up(files, job))
         raise
@@ -315,7 +336,7 @@ async def _of_layers(
             async with working(paced(vm, job, files, proving), job):
                 yield backups
         backups.held = layers.held_guest
-        await undisturbed(_finish_all(vm, files))
+        await undisturbed(_finish_all(vm, files, job))
     except BaseException:
         await undisturbed(give_up(files, job))
         raise
@@ -358,7 +379,9 @@ async def _unchanged(vm: Connection, files: Sequence[CopyTarget]) -> None:
         check_unchanged(graph, file.plan.device)
 
 
-async def _finish(change: Change[Copy | PointInTime], files: Sequence[CopyTarget]) -> None:
+async def _finish(
+    change: Change[Copy | PointInTime], files: Sequence[CopyTarget], job: CopyJob
+) -> None:
     """Remove what the jobs left, give the targets their names, and end.
 
     What the guest did not go over to QEMU closes, which flushes it.
@@ -372,13 +395,14 @@ async def _finish(change: Change[Copy | PointInTime], files: Sequence[CopyTarget
             "QEMU reports success, but the guest is not on the copies",
             remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
         )
-    await _finish_all(change.vm, files)
+    await _finish_all(change.vm, files, job)
     await change.end()
 
 
-async def _finish_all(vm: Connection, files: Sequence[CopyTarget]) -> None:
+async def _finish_all(vm: Connection, files: Sequence[CopyTarget], job: CopyJob) -> None:
     for file in files:
         await file.finish(vm)
+    job.whole = True
 
 
 async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget], job: CopyJob) -> None:
@@ -396,7 +420,7 @@ def _undone(files: Sequence[CopyTarget], mirrors: Mirrors | None = None) -> str:
         return (
             f"gone over to their copies: {names}, and no other disk; look: qmpblock disks ADDRESS"
         )
-    names = ", ".join(printable(file.plan.file) for file in files)
+    names = _names(files)
     stays = any(file.plan.server or file.plan.block_device for file in files)
     return (
         f"there is no copy {names}"
@@ -406,5 +430,12 @@ def _undone(files: Sequence[CopyTarget], mirrors: Mirrors | None = None) -> str:
 
 
 def _done(files: Sequence[CopyTarget]) -> str:
-    names = ", ".join(printable(file.plan.file) for file in files)
-    return f"the guest had gone over to {names} already; nothing of ours is left in the VM"
+    return f"the guest had gone over to {_names(files)} already; nothing of ours is left in the VM"
+
+
+def _whole(files: Sequence[CopyTarget]) -> str:
+    return f"whole, and on stable storage: {_names(files)}"
+
+
+def _names(files: Sequence[CopyTarget]) -> str:
+    return ", ".join(printable(file.plan.file) for file in files)

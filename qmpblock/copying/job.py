@@ -97,6 +97,7 @@ class CopyJob(Feed[Progress]):
         self.warnings = warnings
         self.result: CopyResult | None = None
         self.kept: tuple[str, ...] = ()
+        self.whole = False  # every target is, under its name
         self.completion = asyncio.Event()  # the end is wanted
         self.done = asyncio.Event()  # all is copied, and of one instant
         self.speed = 0
