@@ -9,6 +9,9 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-ahead-DEVICE      lock of the watcher of a disk's room
                           qmpblock-nbd               lock of QEMU's NBD server
                           qmpblock-polling           lock under which guards come and go
+                          qmpblock-migration         lock of a VM that leaves, or is to come
+                          qmpblock-RUN-handover      at a migration's source: its arbiter; at the
+                                                     destination: says that it decided for that
                           qmpblock-poll-RUN          guard: meanwhile no iothread polls
                           LOCK-undo-RUN              turn: whose it is to undo what RUN, which
                                                      died, left of that lock
@@ -76,6 +79,7 @@ from typing import Protocol
 
 __all__ = [
     "DEMO_FOLDER",
+    "MIGRATION_LOCK",
     "NBD_LOCK",
     "OURS",
     "POLLING_LOCK",
@@ -96,6 +100,7 @@ __all__ = [
     "fleecing_file",
     "fleecing_nodes",
     "guard_name",
+    "handover_name",
     "helper_bitmap",
     "holder_node",
     "image_node",
@@ -147,6 +152,8 @@ OURS = "qmpblock-"
 NBD_LOCK = f"{OURS}nbd"
 #: The lock under which guards come and go.
 POLLING_LOCK = f"{OURS}polling"
+#: The lock of a VM that is migrated, at either side: it leaves, or is to come, once at a time.
+MIGRATION_LOCK = f"{OURS}migration"
 #: The name of a socket of ours, in a directory of its own.
 SOCKET = "nbd"
 #: What the directory of a demonstration begins with.
@@ -251,6 +258,7 @@ class LockKind(Enum):
     NBD = "QEMU's NBD server"
     POLLING = "the coming and going of guards"
     GUARD = "iothreads, which do not poll"
+    MIGRATION = "the VM, while it is migrated"
 
 
 def lock_name(device: Device) -> str:
@@ -271,6 +279,11 @@ def ahead_lock_name(device: Device) -> str:
 def guard_name(run: str) -> str:
     """Return the guard with which a run has no iothread poll."""
     return _GUARDS + run
+
+
+def handover_name(run: str) -> str:
+    """Return the object that says where the guest goes on: at the source the arbiter itself."""
+    return _named(run, "handover")
 
 
 def lock_kind(name: str) -> LockKind | None:
@@ -308,7 +321,11 @@ def _of_device(device: Device) -> str:
     return f"-{hashlib.sha256(device.qom_path.encode()).hexdigest()[:12]}"
 
 
-_SINGLE = {NBD_LOCK: LockKind.NBD, POLLING_LOCK: LockKind.POLLING}
+_SINGLE = {
+    NBD_LOCK: LockKind.NBD,
+    POLLING_LOCK: LockKind.POLLING,
+    MIGRATION_LOCK: LockKind.MIGRATION,
+}
 _MANY = {_DISK_LOCKS: LockKind.DISK, _AHEAD_LOCKS: LockKind.AHEAD, _GUARDS: LockKind.GUARD}
 
 # -- jobs

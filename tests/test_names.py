@@ -28,6 +28,8 @@ TABLE = [
     (names.ahead_lock_name(NAMELESS), "qmpblock-ahead--71063ea614ca"),
     (names.NBD_LOCK, "qmpblock-nbd"),
     (names.POLLING_LOCK, "qmpblock-polling"),
+    (names.MIGRATION_LOCK, "qmpblock-migration"),
+    (names.handover_name(RUN), "qmpblock-0123abcd-handover"),
     (names.guard_name(RUN), "qmpblock-poll-0123abcd"),
     (names.turn_name("qmpblock-nbd", RUN), "qmpblock-nbd-undo-0123abcd"),
     (names.credentials_name(RUN), "qmpblock-0123abcd-tls"),
@@ -202,6 +204,7 @@ def test_locks_and_turns_are_told_apart(device, run, dead):
         names.guard_name(run): LockKind.GUARD,
         names.NBD_LOCK: LockKind.NBD,
         names.POLLING_LOCK: LockKind.POLLING,
+        names.MIGRATION_LOCK: LockKind.MIGRATION,
     }
     assert len(locks) == len(LockKind)
     for lock, kind in locks.items():
@@ -212,7 +215,7 @@ def test_locks_and_turns_are_told_apart(device, run, dead):
         assert names.is_turn_of(turn, lock)
         assert not names.is_turn_of(lock, lock)
         assert not names.is_turn_of(turn, f"{lock}x")
-        single = kind in (LockKind.NBD, LockKind.POLLING)
+        single = kind in (LockKind.NBD, LockKind.POLLING, LockKind.MIGRATION)
         assert names.lock_kind(turn) is (None if single else kind)
         if "-undo-" not in lock:
             assert names.lock_of_turn(lock) is None

@@ -135,12 +135,21 @@ async def _undo_watch(vm: Connection, dead: Holder, _: str) -> None:
     await disarm_dead(vm, dead)
 
 
+async def _refuse_migration(_vm: Connection, dead: Holder, name: str) -> None:
+    raise BusyError(
+        f"a migration whose controller died is to be recovered first: {dead} held {name}",
+        standing="what it left was not touched",
+        remedy="qmpblock recover ADDRESS",
+    )
+
+
 _KINDS = {
     LockKind.DISK: _Kind(_check_change, _undo_change),
     LockKind.NBD: _Kind(lambda name, dead, _: dead.says(ServerUse, name), _undo_exports),
     LockKind.AHEAD: _Kind(lambda name, dead, _: dead.says(Watch, name), _undo_watch),
     LockKind.GUARD: _Kind(lambda name, dead, _: dead.says(polling.Guard, name), None),
     LockKind.POLLING: _Kind(lambda *_: None, None),  # it says nothing
+    LockKind.MIGRATION: _Kind(lambda *_: None, _refuse_migration),  # it is of two VMs
 }
 
 

@@ -1,0 +1,225 @@
+"""The states of a migration, as data: who owns the guest, what each side shows, the way back. Pure.
+
+The engine goes through `ORDER`, one move after the other; whoever finds a migration whose
+controller is gone sees what `STATES` says that the two sides show, and asks
+`qmpblock.migration.decision.decide` what is to be done. The exploration of all that can happen
+(`tests/migration/`) takes its moves from here, too, and the pages in `docs/` their table.
+
+What makes it one owner, whatever dies::
+
+    the destination is started with -S      QEMU alone never has the guest run there
+    capability return-path                  the source says `completed` only once the destination
+                                            has the guest; else it goes on by itself
+    the arbiter, an object at the source    is added once, by whoever decides: before `cont` at the
+                                            destination, and before `cont` at a source that has
+                                            completed. QEMU refuses it to the second one
+    the mark, an object at the destination  says there that the arbiter decided for it, so that this
+                                            can be told when the source is gone
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = [
+    "ACTIVE",
+    "ORDER",
+    "SETTLING",
+    "STATES",
+    "Move",
+    "Phase",
+    "Planned",
+    "Reach",
+    "Seen",
+    "Side",
+    "State",
+]
+
+
+class Side(Enum):
+    """One of the two QEMUs; also what the arbiter says, and who owns the guest."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Phase(Enum):
+    """How far a migration is: the names of the states, as the journal has them."""
+
+    CHECKED = "checked"
+    MIRRORING = "mirroring"
+    READY = "ready"
+    MEMORY = "memory"
+    HELD = "held"
+    ENDED = "ended"
+    SENT = "sent"
+    LANDED = "landed"
+    HANDED = "handed"
+
+    def before(self, other: Phase) -> bool:
+        """Whether it comes before another one."""
+        order = tuple(Phase)
+        return order.index(self) < order.index(other)
+
+
+#: What query-migrate says of one that is under way, and that the source can still call back.
+ACTIVE = frozenset({"setup", "wait-unplug", "active", "pre-switchover"})
+#: What it says where QEMU itself is about to decide how it ends.
+SETTLING = frozenset({"cancelling", "failing", "device"})
+
+
+@dataclass(frozen=True)
+class State:
+    """One state of a migration.
+
+    :ivar owner: whose guest it is, and whose images count.
+    :ivar source: what the source shows (query-status, query-migrate), as it gets there and stays
+        when its controller dies; `destination`: the destination.
+    :ivar back: how it comes to be again as before; for people.
+    """
+
+    phase: Phase
+    owner: Side
+    source: frozenset[tuple[str, str]]
+    destination: frozenset[tuple[str, str]]
+    back: str
+
+
+def _shows(*pairs: str) -> frozenset[tuple[str, str]]:
+    return frozenset((run, migration) for run, _, migration in (p.partition("/") for p in pairs))
+
+
+_HOME = _shows("running/none", "running/failed", "running/cancelled", "running/completed")
+_WAITS = _shows("inmigrate/none", "inmigrate/setup")
+_COMES = _shows("inmigrate/active")
+_HELD = _shows("finish-migrate/pre-switchover")
+_AWAY = _shows("postmigrate/completed")
+_THERE = _shows("paused/completed")
+
+_MIRRORS_BACK = (
+    "the mirrors' connections are cut (yank: nothing is told to a source that may wait for a "
+    "silent wire), the mirrors and all that was added removed; the destination quits"
+)
+_CANCEL = "migration and mirrors are cut (yank), then migrate_cancel; the rest as above"
+
+#: Every state, in the order in which a migration goes through them.
+STATES: tuple[State, ...] = (
+    State(Phase.CHECKED, Side.SOURCE, _HOME, _WAITS, "there is nothing to be undone"),
+    State(Phase.MIRRORING, Side.SOURCE, _HOME, _WAITS, _MIRRORS_BACK),
+    State(Phase.READY, Side.SOURCE, _HOME, _WAITS, _MIRRORS_BACK),
+    State(Phase.MEMORY, Side.SOURCE, _shows("running/setup", "running/active"), _COMES, _CANCEL),
+    State(Phase.HELD, Side.SOURCE, _HELD, _COMES, f"{_CANCEL}. The guest stands until then"),
+    State(Phase.ENDED, Side.SOURCE, _HELD, _COMES, "the same; the images of both are equal now"),
+    State(
+        Phase.SENT,
+        Side.SOURCE,
+        _shows("finish-migrate/device", "running/failed") | _AWAY,
+        _COMES | _THERE,
+        "the source itself decides: it completes, or fails and goes on. Where it does neither "
+        "within the stall limit the migration's connection is cut, and then it does",
+    ),
+    State(
+        Phase.LANDED,
+        Side.SOURCE,
+        _AWAY,
+        _THERE,
+        "the arbiter is taken for the source, the source continued, the destination quits",
+    ),
+    State(
+        Phase.HANDED,
+        Side.DESTINATION,
+        _AWAY,
+        _THERE | _shows("running/completed"),
+        "none: the destination is continued, the source quits",
+    ),
+)
+
+
+class Move(Enum):
+    """What a controller does, in words."""
+
+    CHECK = "compare the two sides"
+    MIRROR = "serve the target images at the destination, and mirror the disks there"
+    AWAIT_READY = "wait until every mirror is ready"
+    MIGRATE = "migrate, with return-path and pause-before-switchover"
+    AWAIT_HELD = "wait until the source holds the guest"
+    END_MIRRORS = "end every mirror, without an error"
+    UNEXPORT = "remove the exports at the destination"
+    CONTINUE = "let the source send the rest (migrate-continue)"
+    AWAIT_LANDED = "wait until the source has completed and the destination has it all"
+    CLAIM_DESTINATION = "take the arbiter at the source, for the destination"
+    MARK = "say at the destination that the arbiter decided for it"
+    CONT_DESTINATION = "continue the destination (cont)"
+    FINISH_DESTINATION = "quit the source, and remove what is left of ours at the destination"
+    # Only on the way back.
+    CANCEL = "cut migration and mirrors at the source from outside (yank), then migrate_cancel"
+    SETTLE = "wait for the source's own decision; cut the migration where it does not come"
+    CLAIM_SOURCE = "take the arbiter at the source, for the source"
+    CONT_SOURCE = "continue the source (cont)"
+    QUIT_DESTINATION = "quit the destination"
+    FINISH_SOURCE = "remove what is left of ours at the source"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One move of a migration in which nothing fails.
+
+    :ivar enters: what the journal says, on stable storage, before the move is made; None where
+        the two sides tell as much.
+    """
+
+    move: Move
+    enters: Phase | None = None
+
+
+#: What the engine does when all goes well.
+ORDER: tuple[Planned, ...] = (
+    Planned(Move.CHECK),
+    Planned(Move.MIRROR, Phase.MIRRORING),
+    Planned(Move.AWAIT_READY),
+    Planned(Move.MIGRATE, Phase.MEMORY),
+    Planned(Move.AWAIT_HELD),
+    Planned(Move.END_MIRRORS),
+    Planned(Move.UNEXPORT),
+    Planned(Move.CONTINUE, Phase.SENT),
+    Planned(Move.AWAIT_LANDED),
+    Planned(Move.CLAIM_DESTINATION),
+    Planned(Move.MARK, Phase.HANDED),
+    Planned(Move.CONT_DESTINATION),
+    Planned(Move.FINISH_DESTINATION),
+)
+
+
+class Reach(Enum):
+    """What can be known of one side."""
+
+    ANSWERS = "its monitor answers"
+    UNREACHABLE = "its monitor does not answer, and whether it lives cannot be told"
+    GONE = "its process has certainly ended"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one side shows.
+
+    :ivar run: query-status; `migration`: query-migrate, `none` where it has none.
+    :ivar decided: what the arbiter says, at the source; what the mark says, at the destination.
+        None where there is none.
+    """
+
+    reach: Reach
+    run: str = ""
+    migration: str = "none"
+    decided: Side | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether it can be asked, and told to do something."""
+        return self.reach is Reach.ANSWERS
+
+    def __str__(self) -> str:
+        if not self.answers:
+            return self.reach.value
+        said = f"{self.run}/{self.migration}"
+        return said if self.decided is None else f"{said}, decided for the {self.decided.value}"

@@ -1,0 +1,128 @@
+"""The table of a migration's states holds together, and every state that it tells is decided."""
+
+import pytest
+
+from qmpblock.changes.step import Choice
+from qmpblock.migration.decision import decide
+from qmpblock.migration.states import ORDER, STATES, Move, Phase, Reach, Seen, Side
+
+GONE = Seen(Reach.GONE)
+SILENT = Seen(Reach.UNREACHABLE)
+
+
+def seen(shown, decided=None):
+    run, migration = shown
+    return Seen(Reach.ANSWERS, run, migration, decided)
+
+
+def shown(states=STATES):
+    """Yield each pair of what the two sides show in a state, with the state."""
+    for state in states:
+        for source in sorted(state.source):
+            for destination in sorted(state.destination):
+                yield state, seen(source), seen(destination)
+
+
+def test_there_is_a_state_for_each_phase_in_their_order():
+    assert [state.phase for state in STATES] == list(Phase)
+    owners = [state.owner for state in STATES]
+    assert owners == [Side.SOURCE] * 8 + [Side.DESTINATION]  # it changes once
+
+
+def test_the_journal_is_ahead_of_what_cannot_be_taken_back():
+    entered = {one.move: one.enters for one in ORDER}
+    assert entered[Move.CONTINUE] is Phase.SENT
+    moves = [one.move for one in ORDER]
+    assert moves.index(Move.AWAIT_LANDED) < moves.index(Move.CLAIM_DESTINATION)
+    # Whoever continues the destination has said before that it was decided so.
+    claimed, continued = moves.index(Move.CLAIM_DESTINATION), moves.index(Move.CONT_DESTINATION)
+    assert claimed < continued
+    assert Phase.HANDED in [one.enters for one in ORDER[claimed + 1 : continued + 1]]
+    phases = [one.enters for one in ORDER if one.enters]
+    assert phases == [phase for phase in Phase if phase in phases]
+
+
+@pytest.mark.parametrize("choice", Choice)
+def test_who_owns_in_a_state_is_who_the_table_says(choice):
+    for state, source, destination in shown():
+        if state.phase is Phase.HANDED:
+            source = seen((source.run, source.migration), Side.DESTINATION)
+        decision = decide(state.phase, source, destination, choice=choice)
+        assert not decision.ask, (state.phase, decision)
+        assert decision.owner is state.owner, (state.phase, source, destination, decision)
+
+
+def test_without_a_journal_the_two_sides_tell_the_same():
+    for state, source, destination in shown():
+        if state.phase is Phase.HANDED:
+            continue  # of which the arbiter tells
+        assert (
+            decide(None, source, destination).move is decide(state.phase, source, destination).move
+        )
+
+
+@pytest.mark.parametrize("lost", [GONE, SILENT])
+def test_a_source_that_is_lost(lost):
+    """Until the rest was sent it owns the guest; then only what was written down tells."""
+    for state in STATES:
+        for there in state.destination:
+            decision = decide(state.phase, lost, seen(there))
+            if state.phase is Phase.HANDED or there == ("running", "completed"):
+                assert decision.owner is Side.DESTINATION
+            elif there == ("paused", "completed"):
+                assert decision.ask
+                assert decision.owner is None
+            else:
+                assert (decision.owner, decision.move) == (Side.SOURCE, Move.QUIT_DESTINATION)
+
+
+def test_a_mark_tells_where_the_source_is_lost():
+    waiting = ("paused", "completed")
+    assert decide(None, SILENT, seen(waiting)).ask
+    marked = decide(None, SILENT, seen(waiting, Side.DESTINATION))
+    assert marked.move is Move.CONT_DESTINATION
+
+
+def test_a_completed_source_is_not_continued_where_the_destination_cannot_be_seen():
+    away = seen(("postmigrate", "completed"))
+    for phase in (None, *Phase):
+        assert decide(phase, away, SILENT).ask
+        assert decide(phase, away, SILENT, force=Side.SOURCE).move is Move.CLAIM_SOURCE
+        assert decide(phase, away, GONE).move is Move.CLAIM_SOURCE
+        # Nor one that was handed over, whatever became of the destination.
+        handed = seen(("postmigrate", "completed"), Side.DESTINATION)
+        assert decide(phase, handed, SILENT, force=Side.SOURCE).ask
+        assert decide(phase, handed, GONE).ask
+        assert decide(phase, handed, GONE, force=Side.SOURCE).move is Move.CONT_SOURCE
+
+
+def test_the_two_choices_where_both_are_safe():
+    landed = seen(("postmigrate", "completed")), seen(("paused", "completed"))
+    assert decide(Phase.SENT, *landed).move is Move.CLAIM_SOURCE
+    forward = decide(Phase.SENT, *landed, choice=Choice.CONTINUE)
+    assert forward.move is Move.CLAIM_DESTINATION
+    # Somebody else had the source go on before the mirrors had ended: the images are not whole.
+    early = decide(Phase.MEMORY, *landed, choice=Choice.CONTINUE)
+    assert early.move is Move.CLAIM_SOURCE
+
+
+def test_two_that_run_are_nobodys_to_decide():
+    for arbiter in (None, *Side):
+        for force in (None, *Side):
+            decision = decide(
+                None,
+                seen(("running", "failed"), arbiter),
+                seen(("running", "completed")),
+                force=force,
+            )
+            assert decision.move is None
+            assert "stop" in decision.ask
+
+
+@pytest.mark.parametrize(
+    "strange", [("inmigrate", "none"), ("running", "postcopy-active"), ("colo", "colo"), ("", "")]
+)
+def test_a_source_that_is_none_is_not_touched(strange):
+    decision = decide(None, seen(strange), seen(("paused", "completed")))
+    assert decision.move is None
+    assert decision.ask
