@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,15 @@ QEMU = "qemu-system-x86_64"
 NEWER = ("11",)
 MATRIX = ("10", "11")
 # QEMUs mostly wait: on 2 cores, 3 workers keep them busy. ARGS="-n 0" turns it off, for --pdb.
-WORKERS = ("-n", str(min(4, max(3, os.cpu_count() or 1))))
+# Neighbours stay in one worker, with what they share, until another one has nothing left to do.
+WORKERS = ("-n", str(min(4, max(3, os.cpu_count() or 1))), "--dist", "worksteal")
+# Where to look for the tests of a phase, unless the words name files: collecting all of them in
+# each worker costs more than many a test.
+UNIT_FILES = ("--ignore=tests/live", "--ignore=tests/soak")
+LIVE_PATHS = ("tests/live", "tests/test_docs.py", "tests/testing/test_qmplog.py")
+LIVE_FILES = ("-o", f"testpaths={' '.join(LIVE_PATHS)}")
+LIMIT = 20 * 60  # seconds that all of `test` should take
+SLOWEST = 12  # functions, told of each phase
 # What its command `lint-imports` is; it cannot be run as a module.
 LINT_IMPORTS = "from importlinter.cli import lint_imports_command as run; run()"
 NO_TESTS = 5  # pytest's exit code for "nothing collected"
@@ -59,6 +68,20 @@ def count(report: Path) -> tuple[int, int, int]:
     return passed, failed, skipped
 
 
+def slowest(report: Path) -> list[str]:
+    """Name the test functions that took longest, all their cases together, from JUnit XML."""
+    seconds: Counter[str] = Counter()
+    cases: Counter[str] = Counter()
+    for case in ET.parse(report).getroot().iter("testcase"):
+        name = f"{case.get('classname')}::{str(case.get('name')).partition('[')[0]}"
+        seconds[name] += float(case.get("time", 0))  # type: ignore[assignment]  # it adds up
+        cases[name] += 1
+    return [
+        f"{spent:8.1f} s  {name}" + (f" ({cases[name]} cases)" if cases[name] > 1 else "")
+        for name, spent in seconds.most_common(SLOWEST)
+    ]
+
+
 def table(results: Sequence[Result]) -> str:
     """Draw the results as text, a line each."""
     width = max(len(result.title) for result in results)
@@ -70,6 +93,22 @@ def table(results: Sequence[Result]) -> str:
         note = f"  {result.note}" if result.note else ""
         lines.append(f"{result.title:{width}}  {counts}  {result.seconds:7.1f}{note}")
     return "\n".join(lines)
+
+
+def total(results: Sequence[Result]) -> Result:
+    """Sum up the seconds, with a note where they are too many."""
+    seconds = sum(result.seconds for result in results)
+    slow = f"slow: it should take at most {LIMIT / 60:g} minutes" if seconds > LIMIT else ""
+    return Result("total", all(result.good for result in results), seconds, note=slow)
+
+
+def share_bytecode(folder: str) -> None:
+    """Keep bytecode in `folder` where the environment forbids to keep it beside its source.
+
+    The tests start the command thousands of times, and each would compile all of it again.
+    """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
 
 
 def say(text: str) -> None:
@@ -85,11 +124,19 @@ def run_check(title: str, *command: str) -> Result:
     return Result(title, code == 0, time.monotonic() - start)
 
 
-def run_pytest(title: str, marks: str, words: Sequence[str], qemu: str | None = None) -> Result:
+def run_pytest(
+    title: str,
+    marks: str,
+    words: Sequence[str],
+    qemu: str | None = None,
+    *,
+    where: Sequence[str] = (),
+) -> Result:
     """Run the tests with these marks.
 
     :param words: more for pytest; with some, a phase in which no test is left is no failure.
     :param qemu: the QEMU under test; None leaves it to the environment.
+    :param where: pytest's options that keep it from collecting what has other marks.
     """
     say(f"\n== {title}" + (f" ({qemu})" if qemu else ""))
     environment = dict(os.environ)
@@ -103,6 +150,7 @@ def run_pytest(title: str, marks: str, words: Sequence[str], qemu: str | None = 
             "pytest",
             "-q",
             *WORKERS,
+            *where,
             "-m",
             marks,
             f"--junitxml={report}",
@@ -113,6 +161,7 @@ def run_pytest(title: str, marks: str, words: Sequence[str], qemu: str | None = 
         if not report.exists():
             return Result(title, False, seconds, note=f"pytest ended with exit code {code}")
         passed, failed, skipped = count(report)
+        say("\n".join(["slowest functions, all cases of each:", *slowest(report)]))
     if code == NO_TESTS:
         note = "no tests" if words else "no tests: that is a failure"
         return Result(title, bool(words), seconds, 0, note=note)
@@ -134,7 +183,8 @@ def run_live(qemu: str, words: Sequence[str]) -> Result:
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         say(f"\n== live tests: {qemu} does not start: {error}")
         return Result(f"live tests on {qemu}", False, note="it does not start")
-    return run_pytest(title, "live and not soak", words, str(Path(found or qemu).absolute()))
+    binary = str(Path(found or qemu).absolute())
+    return run_pytest(title, "live and not soak", words, binary, where=LIVE_FILES)
 
 
 def fetch_newer(wanted: str) -> str | None:
@@ -182,7 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.qemu:  # first, for unit tests use the newer qemu-nbd as a peer
                 for wanted in NEWER:
                     fetch_newer(wanted)
-            results.append(run_pytest("unit tests", "not live and not soak", words))
+            results.append(
+                run_pytest("unit tests", "not live and not soak", words, where=UNIT_FILES)
+            )
         if options.what in ("test", "matrix"):
             results.append(run_live(options.qemu or QEMU, words))
         if options.what == "test" and not options.qemu:
@@ -192,9 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # the phase under way got it too, and has ended
         say("\ninterrupted")
         return 130
-    say(f"\n{table(results)}")
+    say(f"\n{table([*results, total(results)])}")
     return 0 if all(result.good for result in results) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with tempfile.TemporaryDirectory() as bytecode:
+        share_bytecode(bytecode)
+        sys.exit(main())

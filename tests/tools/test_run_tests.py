@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +90,57 @@ def test_a_pytest_that_does_not_start_is_a_failure(project: Path) -> None:
 def test_a_qemu_that_does_not_start_is_a_failure(tmp_path: Path) -> None:
     result = run_tests.run_live(str(tmp_path / "qemu"), [])
     assert (result.good, result.note) == (False, "it does not start")
+
+
+def test_the_slowest_functions_are_told_all_cases_together(
+    project: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (project / "test_it.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('case', 'ab')\n"
+        "def test_slow(case): time.sleep(0.1)\n"
+        "def test_one(): time.sleep(0.15)\n"
+    )
+    assert run_tests.run_pytest("unit tests", "not live", []).good
+    told = capfd.readouterr().out.partition("slowest functions")[2].splitlines()[1:]
+    assert [line.split(" s  ")[1] for line in told] == [
+        "test_it::test_slow (2 cases)",
+        "test_it::test_one",
+    ]
+    assert 0.2 <= float(told[0].split()[0]) < 2
+
+
+def test_every_file_with_a_live_test_is_looked_into() -> None:
+    """One elsewhere would never run."""
+    tests = SCRIPT.parents[1] / "tests"
+    marked = re.compile(r"^(@|pytestmark = .*|    )pytest\.mark\.live", re.MULTILINE)
+    found = [
+        str(path.relative_to(tests.parent))
+        for path in sorted(tests.rglob("test_*.py"))
+        if marked.search(path.read_text()) and "soak" not in path.parts
+    ]
+    assert len(found) > 50
+    assert [path for path in found if not path.startswith(run_tests.LIVE_PATHS)] == []
+
+
+def test_the_total_and_when_it_is_too_much() -> None:
+    good, bad = run_tests.Result("a", True, 900), run_tests.Result("b", False, 300)
+    assert run_tests.total([good, bad]) == run_tests.Result("total", False, 1200)
+    slow = run_tests.total([good, bad, good])
+    assert (slow.seconds, slow.note) == (2100, "slow: it should take at most 20 minutes")
+
+
+def test_bytecode_is_kept_where_none_may_lie_beside_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "it.py").write_text("")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "")  # for monkeypatch to set it back
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    run_tests.share_bytecode(str(cache))
+    subprocess.run([sys.executable, "-c", "import it"], cwd=tmp_path, check=True)
+    assert [path.name.partition(".")[0] for path in cache.rglob("it.*.pyc")] == ["it"]
+    assert sorted(os.listdir(tmp_path)) == ["cache", "it.py"]
 
 
 def test_table() -> None:
