@@ -1,0 +1,201 @@
+"""Reading what a VM is, by its monitor: nothing is changed, and no image is activated.
+
+Queries and readings of properties alone, on whatever status: a destination that waits has its
+images inactive, and an export of one, be it to look at it, would activate them (K21).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qmpblock.errors import CommandError
+from qmpblock.graph.model import Device
+from qmpblock.graph.options import discard_of
+from qmpblock.graph.places import Place
+from qmpblock.host.openfiles import OpenFiles
+from qmpblock.host.processes import command_line
+from qmpblock.migration.devicetree import GuestDevice, read_tree
+from qmpblock.migration.machine import Block, GuestDisk, Machine
+from qmpblock.migration.properties import CPU, MACHINE_OPTIONS, TOPOLOGY
+from qmpblock.qemu.connection import Connection
+from qmpblock.qemu.iothread import iothread_of
+from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.ownership import Owner, situation
+
+__all__ = ["describe", "machine_options", "place_of", "read_blocks"]
+
+_BLOCK = re.compile(r"\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)(?:\s.*)?")
+_WITH_BITMAPS = ("qcow2",)  # formats that store dirty bitmaps
+
+
+async def describe(vm: Connection) -> Machine:
+    """Read what a VM is.
+
+    :raise GraphError: what QEMU says makes no sense.
+    """
+    execute = vm.monitor.execute
+    known = await execute("query-machines")
+    types = {str(one["name"]) for one in known} | {str(one.get("alias", "")) for one in known}
+    machine = await execute("qom-get", {"path": "/machine", "property": "type"})
+    memory = await execute("query-memory-size-summary")
+    cpus = [one for one in await execute("query-hotpluggable-cpus") if "qom-path" in one]
+    capabilities = await execute("query-migrate-capabilities")
+    migration = await execute("query-migrate")
+    status = str((await execute("query-status"))["status"])
+    owned = situation(status, str(migration.get("status", "none")))
+    devices = read_tree(str(await _hmp(vm.monitor, "info qtree")))
+    words = command_line(vm.monitor.peer_pid)
+    return Machine(
+        version=vm.monitor.version,
+        type=str(machine).removesuffix("-machine"),
+        types=frozenset(types - {""}),
+        options=await machine_options(vm.monitor),
+        uuid=str((await execute("query-uuid"))["UUID"]),
+        memory=memory["base-memory"],
+        plugged=memory.get("plugged-memory", 0),
+        blocks=read_blocks(await _hmp(vm.monitor, "info ramblock")),
+        cpu=_model(cpus[0]["type"]) if cpus else "",
+        features=await _features(vm.monitor, cpus[0]["qom-path"]) if cpus else {},
+        cpus=frozenset(_text(one["props"]) for one in cpus),
+        devices=devices,
+        disks=await _disks(vm, devices, words),
+        capabilities={str(one["capability"]): one["state"] for one in capabilities},
+        status=status,
+        elsewhere="" if owned.owner is Owner.THIS else owned.why,
+        listens="socket-address" in migration or migration.get("status", "none") != "none",
+        blocked=tuple(map(str, migration.get("blocked-reasons", ()))),
+        paused="-S" in words or "--S" in words if words else None,
+    )
+
+
+async def machine_options(monitor: Monitor) -> dict[str, str]:
+    """Return the options of a machine that its guest can tell, as text."""
+    listed = await monitor.execute("qom-list", {"path": "/machine"})
+    found = await _properties(monitor, "/machine", {str(one["name"]) for one in listed})
+    options: dict[str, str] = {}
+    for name, value in found.items():
+        if name == "smp" and isinstance(value, dict):
+            options |= {f"smp.{key}": _text(value[key]) for key in TOPOLOGY if key in value}
+        else:
+            options[name] = _text(value)
+    return options
+
+
+async def _properties(monitor: Monitor, path: str, names: set[str]) -> dict[str, Any]:
+    return {
+        name: await monitor.execute("qom-get", {"path": path, "property": name})
+        for name in sorted(names & MACHINE_OPTIONS)
+    }
+
+
+async def _hmp(monitor: Monitor, line: str) -> str:
+    printed = await monitor.execute("human-monitor-command", {"command-line": line})
+    return str(printed)
+
+
+def read_blocks(text: str) -> dict[str, Block]:
+    """Read what `info ramblock` prints; blocks without a name are not sent."""
+    found = (_BLOCK.fullmatch(line) for line in text.splitlines()[1:])
+    return {one[1]: Block(int(one[2], 16), int(one[3], 16)) for one in found if one}
+
+
+async def _features(monitor: Monitor, path: str) -> dict[str, str]:
+    """Return what the guest finds of a CPU; where it is no x86, what its type says must do."""
+    found: dict[str, str] = {}
+    for name in sorted(CPU):
+        try:
+            value = await monitor.execute("qom-get", {"path": path, "property": name})
+        except CommandError:
+            continue  # a CPU of another kind, or QEMU
+        found[name] = _text(value)
+    try:
+        words = await monitor.execute("qom-get", {"path": path, "property": "feature-words"})
+    except CommandError:
+        return found
+    for word in words:
+        leaf = f"{word['cpuid-input-eax']:#x}"
+        if "cpuid-input-ecx" in word:
+            leaf += f".{word['cpuid-input-ecx']}"
+        found[f"CPUID {leaf} {word['cpuid-register']}"] = f"{word['features']:#x}"
+    return found
+
+
+def _model(kind: str) -> str:
+    """Return the name that -cpu takes for a type: `qemu64` of `qemu64-x86_64-cpu`."""
+    return re.sub(r"-[a-z0-9_]+-cpu$", "", kind)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(value[key])}" for key in sorted(value))
+    return str(value)
+
+
+def place_of(device: Device, tree: Sequence[GuestDevice]) -> str:
+    """Return where the guest finds a disk's device; empty where that cannot be told."""
+    named = {one.place: one.id for one in tree}
+    holders = [one for one in tree if "drive" in one.properties]
+    if device.id is not None:
+        found = [one for one in holders if device.id == (one.id or named.get(_above(one.place)))]
+    else:
+        root = None if device.chain is None else device.chain.root.name
+        found = [one for one in holders if one.properties["drive"] in (device.drive or root, root)]
+        found = [one for one in found if one.properties["drive"]]
+    return found[0].place if len(found) == 1 else ""
+
+
+def _above(place: str) -> str:
+    return place.rpartition("/")[0]
+
+
+def _stored(nodes: Sequence[Mapping[str, Any]]) -> dict[str, frozenset[str]]:
+    """Return the dirty bitmaps that images have, by node; an inactive node has none yet."""
+    found: dict[str, frozenset[str]] = {}
+    for node in nodes:
+        try:
+            listed = node["image"]["format-specific"]["data"]["bitmaps"]
+            found[node["node-name"]] = frozenset(str(one["name"]) for one in listed)
+        except (KeyError, TypeError):
+            continue  # of another format, or it has none
+    return found
+
+
+async def _disks(
+    vm: Connection, tree: Sequence[GuestDevice], words: Sequence[str]
+) -> tuple[GuestDisk, ...]:
+    files = OpenFiles(vm.monitor.peer_pid)
+    threads = await vm.monitor.execute("query-iothreads")
+    graph = await vm.graph()
+    stored = _stored(await vm.monitor.execute("query-named-block-nodes", {"flat": True}))
+    found = []
+    for device in graph.devices:
+        place = place_of(device, tree)
+        if device.chain is None:
+            found.append(GuestDisk(place, device.name, None))
+            continue
+        active = device.chain.active
+        at = files.place(active.storage or active.node)
+        discard = discard_of(words, active.node) if words else None
+        found.append(
+            GuestDisk(
+                place,
+                device.name,
+                device.chain.root.size,
+                read_only=device.read_only or active.node.read_only,
+                format=active.format,
+                file=active.file,
+                identity=(at.file.device, at.file.inode) if isinstance(at, Place) else None,
+                encrypted=active.node.encrypted,
+                bitmaps=active.node.bitmaps,
+                stored=stored.get(active.node.name, frozenset()),
+                keeps_bitmaps=active.format in _WITH_BITMAPS,
+                holes=None if discard is None else discard == "unmap",
+                iothread=await iothread_of(vm.monitor, device, threads),
+                jobs=tuple(job.id for job in device.jobs),
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,250 @@
+"""What speaks against a migration, by what real QEMUs said of the same machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qmpblock.graph.model import Bitmap
+from qmpblock.migration.compare import compare, pairs
+from qmpblock.migration.describe import read_blocks
+from qmpblock.migration.devicetree import GuestDevice, read_tree
+from qmpblock.migration.machine import Block, GuestDisk, Machine
+from qmpblock.migration.mismatch import KINDS
+
+DATA = Path(__file__).resolve().parents[1] / "data/migration"
+QEMUS = ("7.2.22", "11.1.2")
+
+
+def recorded(qemu: str, **more) -> Machine:
+    said = json.loads((DATA / f"qemu-{qemu}.json").read_text())
+    disks = tuple(
+        GuestDisk(
+            **{
+                **disk,
+                "bitmaps": tuple(Bitmap(**one) for one in disk["bitmaps"]),
+                "jobs": (),
+                "holes": True,
+                "stored": frozenset(),
+            }
+        )
+        for disk in said["disks"]
+    )
+    lists = {name: frozenset(said[name]) for name in ("types", "cpus")}
+    return Machine(
+        **{
+            **said,
+            **lists,
+            "version": tuple(said["version"]),
+            "blocked": (),
+            "disks": disks,
+            "devices": read_tree(said["devices"]),
+            "blocks": read_blocks(said["blocks"]),
+            **more,
+        }
+    )
+
+
+def waiting(qemu: str, **more) -> Machine:
+    """What waits at the destination: no bitmaps, and not running."""
+    machine = recorded(qemu)
+    disks = tuple(replace(disk, bitmaps=()) for disk in machine.disks)
+    return replace(machine, **{"status": "inmigrate", "disks": disks, **more})
+
+
+def found(source: Machine, destination: Machine, **options) -> dict[str, str]:
+    return {one.name: one.what for one in compare(source, destination, **options)}
+
+
+def with_disk(machine: Machine, number: int = 0, **more) -> Machine:
+    disks = list(machine.disks)
+    disks[number] = replace(disks[number], **more)
+    return replace(machine, disks=tuple(disks))
+
+
+def with_device(machine: Machine, ending: str, **more) -> Machine:
+    devices = tuple(
+        replace(one, **more) if one.place.endswith(ending) else one for one in machine.devices
+    )
+    return replace(machine, devices=devices)
+
+
+SOURCE = recorded("7.2.22")
+DESTINATION = waiting("7.2.22")
+
+
+@pytest.mark.parametrize("source", QEMUS)
+@pytest.mark.parametrize("destination", QEMUS)
+def test_every_qemu_says_the_same_of_one_machine(source, destination):
+    older = (source, destination) == ("11.1.2", "7.2.22")
+    assert list(found(recorded(source), waiting(destination))) == (["older"] if older else [])
+    names = [disk.name for disk, _ in pairs(recorded(source), waiting(destination))]
+    assert names == ["vd0", "sd0", "vd1"]
+
+
+def test_a_place_has_no_name_in_it_that_somebody_chose():
+    [disk] = [one for one in SOURCE.devices if one.id == "sd0"]
+    assert disk.place == "/System:i440FX-pcihost/PCI:05.0/virtio-pci-bus:0/SCSI:0:0:1"
+    assert disk.where == "SCSI 0:0:1 of PCI 05.0"
+    assert disk.describe() == "scsi-hd sd0 at SCSI 0:0:1 of PCI 05.0"
+    assert disk.bus == "scsi0.0"
+    assert disk.properties["lun"] == "1"
+    assert disk.properties["product"] == "QEMU HARDDISK"
+
+
+BITMAP = Bitmap("p0", 65536, recording=True, persistent=True)
+WITHOUT = {name: on for name, on in SOURCE.capabilities.items() if name != "dirty-bitmaps"}
+GONE = tuple(one for one in SOURCE.devices if "PCI:06.0" not in one.place)
+#: Of each kind: what is changed, at the source and at the destination, and a word of what is said.
+CASES = {
+    "source-state": (replace(SOURCE, elsewhere="it was migrated away"), DESTINATION, "away"),
+    "source-blocked": (replace(SOURCE, blocked=("no way",)), DESTINATION, "no way"),
+    "source-job": (with_disk(SOURCE, jobs=("backup",)), DESTINATION, "runs backup"),
+    "destination-state": (SOURCE, replace(DESTINATION, status="running"), "says running"),
+    "destination-listens": (SOURCE, replace(DESTINATION, listens=True), "already"),
+    "destination-runs": (SOURCE, replace(DESTINATION, paused=False), "without -S"),
+    "machine-unknown": (replace(SOURCE, type="pc-i440fx-9.9"), DESTINATION, "does not know"),
+    "machine": (replace(SOURCE, type="pc-i440fx-7.1"), DESTINATION, "pc-i440fx-7.1"),
+    "machine-options": (
+        SOURCE,
+        replace(DESTINATION, options={**SOURCE.options, "hpet": "off"}),
+        "hpet on, at the destination off",
+    ),
+    "older": (recorded("11.1.2"), DESTINATION, "QEMU 7.2.22"),
+    "uuid": (SOURCE, replace(DESTINATION, uuid=""), "nothing at the destination"),
+    "memory": (SOURCE, replace(DESTINATION, memory=32 << 20), "33554432"),
+    "memory-blocks": (
+        SOURCE,
+        replace(DESTINATION, blocks={**SOURCE.blocks, "pc.bios": Block(1, 1)}),
+        "pc.bios has 65536 bytes, there 1",
+    ),
+    "cpus": (SOURCE, replace(DESTINATION, cpus=frozenset({"a", "b"})), "1 CPUs, the destination 2"),
+    "cpu": (
+        SOURCE,
+        replace(DESTINATION, features={**SOURCE.features, "CPUID 0x1 EDX": "0x1"}),
+        "CPUID 0x1 EDX",
+    ),
+    "cpu-name": (SOURCE, replace(DESTINATION, cpu="host"), "qemu64 at the source, host"),
+    "device-missing": (SOURCE, replace(DESTINATION, devices=GONE), "no virtio-blk-pci vd1"),
+    "device-extra": (replace(SOURCE, devices=GONE), DESTINATION, "only the destination has"),
+    "device-type": (SOURCE, with_device(DESTINATION, "/PCI:06.0", type="nvme"), "a nvme vd1"),
+    "device-features": (
+        SOURCE,
+        with_device(DESTINATION, "/PCI:06.0/virtio-pci-bus:0", properties={"discard": "false"}),
+        "discard true, at the destination false",
+    ),
+    "device-queues": (
+        SOURCE,
+        with_device(DESTINATION, "/PCI:06.0/virtio-pci-bus:0", properties={"num-queues": "4"}),
+        "num-queues 1, at the destination 4",
+    ),
+    "device-properties": (
+        SOURCE,
+        with_device(DESTINATION, "/PCI:06.0/virtio-pci-bus:0", properties={"queue-size": "64"}),
+        "queue-size 256, at the destination 64",
+    ),
+    "device-id": (SOURCE, with_device(DESTINATION, "/PCI:06.0", id="x"), "is called x"),
+    "disk-iothread": (SOURCE, with_disk(DESTINATION, iothread=None), "at the source only"),
+    "disk-size": (SOURCE, with_disk(DESTINATION, size=1), "8388608 bytes at the source, 1 at"),
+    "disk-read-only": (SOURCE, with_disk(DESTINATION, read_only=True), "at the destination"),
+    "disk-medium": (SOURCE, with_disk(DESTINATION, size=None), "at the source only"),
+    "disk-same": (
+        with_disk(SOURCE, identity=(1, 2)),
+        with_disk(DESTINATION, identity=(1, 2)),
+        "very same file",
+    ),
+    "disk-plaintext": (with_disk(SOURCE, encrypted=True), DESTINATION, "is encrypted"),
+    "disk-filled": (SOURCE, with_disk(DESTINATION, format="raw", holes=False), "discard=ignore"),
+    "bitmap-lost": (SOURCE, with_disk(DESTINATION, format="raw", keeps_bitmaps=False), "raw"),
+    "bitmap-exists": (SOURCE, with_disk(DESTINATION, stored=frozenset({"p0"})), "there already"),
+    "bitmap-unusable": (
+        with_disk(SOURCE, bitmaps=(replace(BITMAP, busy=True),)),
+        DESTINATION,
+        "p0",
+    ),
+    "capability-unknown": (replace(SOURCE, capabilities=WITHOUT), DESTINATION, "dirty-bitmaps"),
+    "capability-differs": (
+        SOURCE,
+        replace(DESTINATION, capabilities={**SOURCE.capabilities, "multifd": True}),
+        "multifd is on at the destination only",
+    ),
+}
+SHARED = {
+    "disk-apart": (
+        with_disk(SOURCE, identity=(1, 2)),
+        with_disk(DESTINATION, identity=(1, 3)),
+        "at the destination",
+    ),
+}
+LATER = {"room"}  # not told by the machines: tests/migration/test_predict.py
+
+
+def test_the_pair_without_a_change_has_no_finding():
+    assert compare(SOURCE, DESTINATION) == ()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_mismatch_is_found_and_no_other(name):
+    source, destination, words = CASES[name]
+    seen = found(source, destination)
+    assert list(seen) == [name]
+    assert words in seen[name]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_each_mismatch_of_shared_images(name):
+    source, destination, words = SHARED[name]
+    assert words in found(source, destination, copies=False)[name]
+
+
+def test_every_kind_is_found_by_a_case():
+    assert {*CASES, *SHARED, *LATER} == set(KINDS)
+
+
+def test_refusals_come_first():
+    destination = with_device(replace(DESTINATION, uuid=""), "/PCI:06.0", id="x")
+    first, second = compare(SOURCE, destination)
+    assert (first.refused, second.refused) == (True, False)
+
+
+def test_what_hangs_on_a_device_that_is_not_there_is_not_told_apart():
+    devices = tuple(one for one in SOURCE.devices if "PCI:05.0" not in one.place)
+    seen = compare(SOURCE, replace(DESTINATION, devices=devices))
+    assert [one.name for one in seen] == ["device-missing"]
+    seen = compare(replace(SOURCE, devices=devices), DESTINATION)
+    assert [one.name for one in seen] == ["device-extra"]
+
+
+def test_a_device_that_is_elsewhere_is_said_to_be():
+    moved = tuple(
+        replace(one, place=one.place.replace("PCI:06.0", "PCI:0a.0")) for one in SOURCE.devices
+    )
+    seen = found(SOURCE, replace(DESTINATION, devices=moved))
+    assert seen["device-missing"].endswith("it has one at PCI 0a.0")
+
+
+@pytest.mark.parametrize(
+    ("block", "other", "fits"),
+    [
+        (Block(4096, 4096), Block(4096, 4096), True),
+        (Block(4096, 4096), Block(8192, 8192), False),
+        (Block(4096, 8192), Block(8192, 16384), True),
+        (Block(8192, 8192), Block(4096, 8192), True),
+        (Block(16384, 16384), Block(4096, 8192), False),
+    ],
+)
+def test_a_block_that_can_grow_takes_what_is_no_more_than_it_can(block, other, fits):
+    source, destination = (
+        replace(machine, blocks={"x": one})
+        for machine, one in ((SOURCE, block), (DESTINATION, other))
+    )
+    assert (compare(source, destination) == ()) is fits
+
+
+def test_names_of_a_peer_are_escaped():
+    device = GuestDevice("/System:x", "evil\x1b[2J", "", "main-system-bus")
+    seen = found(replace(SOURCE, devices=(device,)), replace(DESTINATION, devices=()))
+    assert "\x1b" not in seen["device-missing"]
