@@ -188,6 +188,7 @@ async def _disks(
                 read_only=device.read_only or active.node.read_only,
                 format=active.format,
                 file=active.file,
+                here=at.here if isinstance(at, Place) else "",
                 identity=(at.file.device, at.file.inode) if isinstance(at, Place) else None,
                 encrypted=active.node.encrypted,
                 bitmaps=active.node.bitmaps,

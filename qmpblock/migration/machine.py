@@ -35,6 +35,7 @@ class GuestDisk:
     :ivar name: what a person calls it.
     :ivar size: in bytes; None where the tray is empty.
     :ivar file: of its active layer.
+    :ivar here: a name that leads to it on this host; empty where there is none.
     :ivar identity: what that file is on this host; None where that cannot be told.
     :ivar bitmaps: of its active layer, those with a name.
     :ivar stored: names of those that the image itself has.
@@ -50,6 +51,7 @@ class GuestDisk:
     read_only: bool = False
     format: str = ""
     file: str = ""
+    here: str = ""
     identity: tuple[int, int | None] | None = None
     encrypted: bool = False
     bitmaps: tuple[Bitmap, ...] = ()

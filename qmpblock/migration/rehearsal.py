@@ -1,0 +1,162 @@
+"""A migration that is not made: what speaks against it, what it takes, whether it would end.
+
+Both VMs are asked, and the source's disks are mapped, which takes an export for a moment, as
+`MappedDisk.map` does; of the destination nothing is touched. What differs is found first, and costs
+nobody a second; only a pair that fits is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from qmpblock.errors import UNTOUCHED, BusyError, NBDError, UnsupportedError
+from qmpblock.host.space import HostSpace
+from qmpblock.mapping import MappedDisk
+from qmpblock.migration.compare import Finding, compare, pairs
+from qmpblock.migration.describe import describe
+from qmpblock.migration.measure import measure
+from qmpblock.migration.predict import Load, Prediction, Room, lacking, predict
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import DiskDevice
+    from qmpblock.migration.machine import GuestDisk
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["PlannedDisk", "PlannedMigration", "check_pairing", "plan_migration"]
+
+
+@dataclass(frozen=True)
+class PlannedDisk:
+    """One disk that would be copied.
+
+    :ivar disk: what people call it at the source.
+    :ivar source: the file of its active layer there; `target`: at the destination.
+    :ivar size: of the disk, in bytes.
+    :ivar data: bytes of it that are to be copied; None where no map can be had: the size counts.
+    :ivar written: bytes a second that the guest writes to it.
+    """
+
+    disk: str
+    source: str
+    target: str
+    size: int
+    data: int | None
+    written: float
+
+
+@dataclass(frozen=True)
+class PlannedMigration:
+    """What a migration would be. Get it from `plan_migration`.
+
+    :ivar findings: what speaks against it, refusals first.
+    :ivar disks: that would be copied; empty where the images are shared.
+    :ivar memory: bytes of it; `dirtied`: that the guest writes to a second, None where that is not
+        measured.
+    :ivar speed: of the wire, bytes a second; 0: not known.
+    :ivar prediction: None where it is refused: nothing is measured then.
+    """
+
+    findings: tuple[Finding, ...]
+    disks: tuple[PlannedDisk, ...] = ()
+    memory: int = 0
+    dirtied: float | None = None
+    speed: int = 0
+    prediction: Prediction | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether it would be refused."""
+        return any(one.refused for one in self.findings)
+
+
+async def check_pairing(
+    source: Connection, destination: Connection, *, copies: bool = True
+) -> tuple[str, ...]:
+    """Refuse a migration of which something would come to light only later; nothing is touched.
+
+    :param copies: whether the disks are copied, too; else both ends have the same images.
+    :return: warnings.
+    :raise UnsupportedError: the two ends do not fit; says all that does not.
+    """
+    found = await _findings(source, destination, copies=copies)
+    refused = [one for one in found if one.refused]
+    if refused:
+        raise UnsupportedError(
+            "the destination does not fit the source:\n"
+            + "\n".join(f"  {one.what} ({one.kind.noticed} QEMU would notice)" for one in refused),
+            standing=UNTOUCHED,
+            remedy="; ".join(dict.fromkeys(one.kind.remedy for one in refused)),
+        )
+    return tuple(f"{one.what}: {one.kind.otherwise}" for one in found)
+
+
+async def _findings(
+    source: Connection, destination: Connection, *, copies: bool
+) -> tuple[Finding, ...]:
+    here, there = await asyncio.gather(describe(source), describe(destination))
+    return compare(here, there, copies=copies)
+
+
+async def plan_migration(
+    source: Connection, destination: Connection, *, copies: bool = True, speed: int = 0
+) -> PlannedMigration:
+    """Say what a migration would be: what speaks against it, what it takes, whether it would end.
+
+    What the guest writes is measured for a second, if nothing is refused. Cancelling ends it at
+    once; nothing is left in either VM.
+
+    :param copies: whether the disks are copied, too; else both ends have the same images.
+    :param speed: of the wire, bytes a second; 0: not known.
+    """
+    here, there = await asyncio.gather(describe(source), describe(destination))
+    found = compare(here, there, copies=copies)
+    plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed)
+    if plan.refused:
+        return plan
+    devices = {device.name: device for device in (await source.graph()).disks()}
+    load = await measure(source, devices.values())
+    wanted = [both for both in pairs(here, there) if copies and not both[0].read_only]
+    data = {one.name: await _data(source, devices[one.name]) for one, _ in wanted}
+    plan = replace(
+        plan,
+        findings=(*(Finding("room", text) for text in lacking(list(_rooms(wanted, data)))), *found),
+        disks=tuple(_disk(one, other, data[one.name], load) for one, other in wanted),
+        dirtied=load.memory,
+    )
+    parameters = await source.monitor.execute("query-migrate-parameters")
+    expected = predict(
+        load,
+        data=sum(disk.size if disk.data is None else disk.data for disk in plan.disks),
+        memory=plan.memory,
+        speed=speed,
+        limit=parameters.get("downtime-limit", 300) / 1000,
+    )
+    return replace(plan, prediction=expected)
+
+
+async def _data(source: Connection, device: DiskDevice) -> int | None:
+    try:
+        return (await MappedDisk(source, device).map()).data().total
+    except (BusyError, NBDError, UnsupportedError):
+        return None
+
+
+def _disk(here: GuestDisk, there: GuestDisk, data: int | None, load: Load) -> PlannedDisk:
+    assert here.size is not None  # `pairs` leaves empty drives out
+    written = load.disks.get(here.name, 0.0)
+    return PlannedDisk(here.name, here.file, there.file, here.size, data, written)
+
+
+def _rooms(
+    wanted: Iterable[tuple[GuestDisk, GuestDisk]], data: dict[str, int | None]
+) -> Iterable[Room]:
+    """Say what the images at the destination need, where these are on this host."""
+    for here, there in wanted:
+        if there.here:
+            space = HostSpace.of(there.here)
+            needed = data[here.name]
+            needed = (here.size or 0) if needed is None else needed
+            yield Room(there.file, space.device, needed, space.free)
