@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from otherusers import eve  # noqa: F401  # a fixture
 
+from qmpblock.chains import headers
 from qmpblock.testing.images import BuiltScenario, Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -93,6 +94,7 @@ SHARES = {
     "test_secrets": 0.34,
     "test_settings": 0.25,
     "test_snapshots::test_names_and_formats": 0.17,
+    "test_staging::test_an_interrupt_at_any_command_brings_the_overlay_home": 0.5,
     "test_streams::test_all_that_was_streamed_survives_qemus_death": 0.5,
     "test_streams::test_what_a_short_layer_hides_stays_hidden": 0.5,
     "test_unsound::test_a_corrupt_image_is_not_written": 0.5,
@@ -135,6 +137,12 @@ EITHER = (
 def _every_vm_ends_as_it_began(request: pytest.FixtureRequest) -> None:
     if "start_qemu" in request.fixturenames:
         request.getfixturevalue("invariant")
+
+
+@pytest.fixture(autouse=True)
+def _keys_of_little_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Derive keys in milliseconds: the default, two seconds each time, is for secrets."""
+    monkeypatch.setitem(headers._LUKS, "encrypt.iter-time", 10)
 
 
 THREE_LAYERS = """\
