@@ -16,8 +16,8 @@ __all__ = ["identify"]
 
 async def identify(vm: Connection) -> VMIdentity:
     """Say which QEMU process this is."""
-    uuid = str((await vm.monitor.execute("query-uuid"))["UUID"])
-    name = str((await vm.monitor.execute("query-name")).get("name", ""))
+    told, called = await vm.monitor.read("query-uuid", "query-name")
+    uuid, name = str(told["UUID"]), str(called.get("name", ""))
     pid = vm.monitor.peer_pid or 0
     return VMIdentity(
         name=name,

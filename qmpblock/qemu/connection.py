@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,6 +19,15 @@ from qmpblock.qemu.refusals import is_ejected, no_command
 __all__ = ["Connection", "NBDAccess"]
 
 _ATTEMPTS = 5
+#: What the graph is built from, by its name among the `Replies`.
+_LOOK: Mapping[str, str | tuple[str, Mapping[str, object]]] = {
+    "nodes": ("query-named-block-nodes", {"flat": True}),
+    "debug_graph": "x-debug-query-block-graph",
+    "block": "query-block",
+    "stats": "query-blockstats",
+    "jobs": "query-jobs",
+    "exports": "query-block-exports",
+}
 _DISMISSAL = 10.0  # seconds for a foreign controller to dismiss a job that has ended
 
 
@@ -92,26 +101,19 @@ class Connection:
         raise AssertionError("unreachable")
 
     async def _replies(self) -> Replies:
-        execute = self.monitor.execute
         if self.capabilities.concluded_streams_kill:
             await self._wait_for_dismissals()
+        look = dict(_LOOK)
         try:
-            nodes = await execute("query-named-block-nodes", {"flat": True})
+            answers = await self.monitor.read(*look.values())
         except CommandError as error:
-            raise _given_up(error) from None
-        try:
-            debug = await execute("x-debug-query-block-graph")
-        except CommandError:
-            debug = None  # an unstable command: a later QEMU may drop it
-        return Replies(
-            block=await execute("query-block"),
-            nodes=nodes,
-            stats=await execute("query-blockstats"),
-            jobs=await execute("query-jobs"),
-            exports=await execute("query-block-exports"),
-            debug_graph=debug,
-            fdsets=await execute("query-fdsets") if _in_fdset(nodes) else [],
-        )
+            if error.command != look.pop("debug_graph"):
+                raise _given_up(error) from None
+            answers = await self.monitor.read(*look.values())  # unstable: a later QEMU may drop it
+        told = dict(zip(look, answers, strict=True))
+        if _in_fdset(told["nodes"]):
+            told["fdsets"] = await self.monitor.execute("query-fdsets")
+        return Replies(**told)
 
     async def _wait_for_dismissals(self) -> None:
         """Wait until no stream job is concluded: QEMU would crash (capabilities).

@@ -119,7 +119,7 @@ class Holder:
 
     def text(self) -> str:
         """Return the lock object's data."""
-        return json.dumps(stamped(plain(self)))
+        return json.dumps(stamped(plain(self)), separators=(",", ":"))
 
     def says(self, kind: type[T], name: str = "") -> T:
         """Read its details: what it says of its work.

@@ -187,6 +187,11 @@ class _Client(QMPClient):
             words["arguments"] = arguments
         return Message(words, eager=False)
 
+    def _get_exec_id(self) -> str:
+        # QEMU takes a command in byte by byte, 8 us each, and a copy sends a hundred of them.
+        self._execute_id += 1
+        return str(self._execute_id)
+
     def _cb_outbound(self, msg: Message) -> Message:
         return super()._cb_outbound(msg) if self._is_logged() else msg
 
@@ -397,6 +402,26 @@ class Monitor:
         """
         async with self._turn:
             return await self._execute(command, arguments)
+
+    async def read(self, *commands: str | tuple[str, Mapping[str, object]]) -> list[Any]:
+        """Run commands that change nothing, and return what QEMU returned to each, in their order.
+
+        They are sent at once, and run one after the other: QEMU takes the next one while the last
+        answer is on its way.
+
+        :param commands: each its name, or that and its arguments.
+        :raise CommandError: QEMU refused one; the first.
+        :raise Error: as of `execute`.
+        """
+        async with self._turn:
+            asked = [(one, None) if isinstance(one, str) else one for one in commands]
+            sent = [asyncio.ensure_future(self._execute(*one)) for one in asked]
+            try:
+                return [await one for one in sent]
+            finally:
+                for one in sent:
+                    one.cancel()
+                await asyncio.gather(*sent, return_exceptions=True)
 
     async def read_key(self, path: str, name: str) -> str:
         """Read a property of a `secret` object, by `qom-get`; no log has it.

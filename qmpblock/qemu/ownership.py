@@ -25,7 +25,7 @@ from qmpblock.managers import Traits, Work, recognise
 from qmpblock.qemu.monitor import Monitor
 
 if TYPE_CHECKING:
-    from qmpblock.graph.model import Device
+    from qmpblock.graph.model import BlockGraph, Device
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Owner", "Situation", "ask", "ask_for_change", "inactive_devices", "look", "situation"]
@@ -164,8 +164,8 @@ async def look(monitor: Monitor, devices: Iterable[Device] = ()) -> Situation:
     """
     # In this order: a migration that has just ended is still seen in the run state (11.1 says
     # `completed` a moment before it leaves finish-migrate), and never the other way round.
-    migration = str((await monitor.execute("query-migrate")).get("status", "none"))
-    status = str((await monitor.execute("query-status"))["status"])
+    migrates, runs = await monitor.read("query-migrate", "query-status")
+    migration, status = str(migrates.get("status", "none")), str(runs["status"])
     owned = situation(status, migration)
     if owned.owner is not Owner.THIS or status == "running":
         return owned  # while a guest runs, QEMU deactivates nothing under it
@@ -204,23 +204,26 @@ async def ask(
         raise UnsupportedError(owned.why, standing=standing, remedy=owned.remedy)
 
 
-async def ask_for_change(vm: Connection, work: Work) -> None:
+async def ask_for_change(vm: Connection, work: Work, graph: BlockGraph | None = None) -> None:
     """Go on only where nobody else owns the chain that is to be changed.
 
     Asked at the beginning only: what has begun is brought to its end.
 
     :param work: what is to be done, for the manager's own way.
+    :param graph: as it has just been read, if it has.
     :raise UnsupportedError: a manager does; the reason, and its own way.
     """
     if vm.unmanaged:
         return
-    graph, monitor = await vm.graph(), vm.monitor
-    chardevs = await monitor.execute("query-chardev")
+    monitor = vm.monitor
+    if graph is None:
+        graph = await vm.graph()
+    chardevs, called = await monitor.read("query-chardev", "query-name")
     traits = Traits(
         nodes={node.name: node.driver for node in graph.nodes.values()},
         devices=tuple(name for device in graph.devices for name in device.names()),
         chardevs={str(one["label"]): str(one["filename"]) for one in chardevs},
-        name=str((await monitor.execute("query-name")).get("name", "")),
+        name=str(called.get("name", "")),
         arguments=command_line(monitor.peer_pid),
     )
     manager = recognise(traits)

@@ -71,8 +71,8 @@ def test_an_abandoned_run_of_this_process_is_dead():
         "{}",
         "not json",
         '{"run": 1}',
-        Holder.me("r").text().replace('"pid": ', '"pid": "x'),
-        Holder.me("r").text().replace('"details": {}', '"details": 5'),
+        Holder.me("r").text().replace('"pid":', '"pid":"x'),
+        Holder.me("r").text().replace('"details":{}', '"details":5'),
     ],
 )
 def test_other_texts_are_none_of_ours(text):

@@ -136,6 +136,57 @@ async def test_refusal_carries_command_arguments_and_words(tmp_path):
     assert "\x07" not in str(error)
 
 
+async def test_what_is_only_read_is_asked_for_at_once(tmp_path):
+    """Whoever answers sees all of it first, and each answer finds its question."""
+    path, asked = tmp_path / "q", []
+
+    async def serve(reader, writer):
+        writer.write(HELLO)
+        async for message in messages(reader):
+            if message["execute"] == "qmp_capabilities":
+                writer.write(json.dumps({"return": {}}).encode() + b"\n")
+                continue
+            asked.append(message)
+            if len(asked) == 3:
+                for one in reversed(asked):
+                    said = {"return": {"was": one["execute"]}, "id": one["id"]}
+                    writer.write(json.dumps(said).encode() + b"\n")
+        writer.close()
+
+    async with (
+        asyncio.timeout(30),
+        await asyncio.start_unix_server(serve, str(path)),
+        await Monitor.connect(str(path)) as monitor,
+    ):
+        found = await monitor.read("query-a", ("query-b", {"flat": True}), "query-c")
+    assert [one["was"] for one in found] == ["query-a", "query-b", "query-c"]
+    assert [one.get("arguments") for one in asked] == [None, {"flat": True}, None]
+
+
+async def test_of_what_is_read_the_first_refusal_is_told_and_nothing_is_left(tmp_path):
+    refused = {"error": {"class": "GenericError", "desc": "no"}}
+    replies = {"qmp_capabilities": {"return": {}}, "query-b": refused, "query-c": refused}
+    async with (
+        fake_qmp(tmp_path / "q", replies=replies) as fake,
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        with pytest.raises(CommandError) as caught:
+            await monitor.read("query-a", "query-b", "query-c")
+        assert caught.value.command == "query-b"
+        assert await monitor.execute("query-a") == {}
+    assert [one["execute"] for one in fake.seen][1:] == ["query-a", "query-b", "query-c", "query-a"]
+
+
+async def test_reading_ends_with_the_connection(tmp_path):
+    replies = {"qmp_capabilities": {"return": {}}, "query-b": None}
+    async with (
+        fake_qmp(tmp_path / "q", replies=replies),
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        with pytest.raises(DisconnectedError):
+            await monitor.read("query-a", "query-b", "query-c")
+
+
 @pytest.mark.parametrize(
     "reply", [None, b"garbage\n", b'{"neither": 1}\n', b"[1]\n", b'{"error": {}}\n']
 )
