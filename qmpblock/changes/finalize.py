@@ -87,6 +87,7 @@ async def drive(
         if journal is not None and journal.pivoted:
             journal.mark(**{PIVOTED: False})  # the guest is still on the overlay
         raise JobError(job.id, job.type, last.error)
+    await job.dismiss()  # its verdict is known
 
 
 @dataclass

@@ -116,3 +116,4 @@ class Backups:
         error = self.last[name].error
         if error is not None:
             raise JobError(job.id, job.type, error)
+        await job.dismiss()  # its verdict is known

@@ -154,10 +154,9 @@ class Mirrors:
             if all(one.ready for one in self.last.values()) and len(self.last) == len(self.targets):
                 self._ready.set()
         error = self.last[name].error
-        if job.id in self._given_back:
-            await job.dismiss()
-        elif error is not None:
+        if error is not None and job.id not in self._given_back:
             raise JobError(job.id, job.type, error)
+        await job.dismiss()  # its verdict is known
 
     async def _meet(self, jobs: Sequence[Job]) -> bool:
         """Bring ready jobs to one instant, once that is wanted; False where it took too long."""

@@ -25,7 +25,6 @@ from qmpblock.export.session import Request, check_access, exports
 from qmpblock.host.closedimage import ClosedImage, closed_image
 from qmpblock.host.qemunbd import QemuNbd
 from qmpblock.names import storage_node
-from qmpblock.qemu.job import Job
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
@@ -110,25 +109,24 @@ async def work(backups: Backups, *, proven: bool) -> None:
     if proven:
         here = [one for one in backups.targets if isinstance(one, TargetFile)]
         job = backups.job
-        job.warnings += await prove(backups.vm, backups.ids, here, job, held=backups.stays)
+        job.warnings += await prove(backups.vm, here, job, held=backups.stays)
 
 
 async def prove(
-    vm: Connection, ids: Sequence[str], targets: Sequence[TargetFile], job: CopyJob, *, held: bool
+    vm: Connection, targets: Sequence[TargetFile], job: CopyJob, *, held: bool
 ) -> tuple[str, ...]:
     """Compare each target with its `source`, one after another, and return what to warn of.
 
-    The targets' jobs have concluded; they are dismissed, and QEMU closes the targets. Whoever ends
-    the change ends what else is there. Cancelling stops at once.
+    The targets' jobs have ended, and QEMU closes the targets. Whoever ends the change ends what
+    else is there. Cancelling stops at once.
 
-    :param ids: of the jobs.
     :param job: is told how far it is.
     :param held: whether QEMU refuses to migrate meanwhile.
     :raise Error: one is not what its disk held.
     :raise NBDError: one cannot be read; or the point cannot, which was given up.
     """
-    for name, target in zip(ids, targets, strict=True):
-        await _close(vm, name, target)
+    for target in targets:
+        await _remove_nodes(vm, target)
         await target.settle(vm)  # what is proven is not touched any more
     sizes = {target.plan.device.name: target.plan.size for target in targets}
     shown = DiskMeters(_PHASE, sizes, job)
@@ -148,15 +146,6 @@ async def prove(
 def _needs_key(plan: CopyPlan) -> bool:
     """Whether the target, or what it lies on, is encrypted."""
     return any(layer.node.encrypted for layer in plan.device.chain.layers)
-
-
-async def _close(vm: Connection, name: str, target: TargetFile) -> None:
-    job = Job(vm.monitor, name, "backup")
-    try:
-        await job.dismiss()
-    finally:
-        job.end()
-    await _remove_nodes(vm, target)
 
 
 async def _remove_nodes(vm: Connection, target: TargetFile) -> None:

@@ -32,6 +32,9 @@ _MOST_MOVES = 4096  # that a job makes which is to end; a quarter of an hour, wh
 _RETRY = 2.0  # seconds between attempts to go on after ENOSPC
 _BURST = 16 << 20  # bytes that a job may do at once, before it rests to keep within its speed
 _WORKING = frozenset({"created", "running", "waiting", "aborting"})
+_MOVING = frozenset(
+    {"running", "paused", "ready", "standby"}
+)  # at a speed, or for want of room not
 
 
 @dataclass(frozen=True)
@@ -171,17 +174,25 @@ class Job(Feed[Progress]):
         )
 
     async def look(self) -> dict[str, Any] | None:
-        """Return QEMU's records of the job, query-block-jobs' over query-jobs'; None if gone."""
+        """Return QEMU's record of the job; None if it is gone."""
         for info in await self._monitor.execute("query-jobs"):
             if info["id"] == self.id:
-                break
-        else:
-            return None
-        for block in await self._monitor.execute("query-block-jobs"):
-            if block["device"] == self.id:
-                # len and offset are current-progress and total-progress, read a moment later.
-                return {**block, **info}
-        return dict(info)
+                return dict(info)
+        return None
+
+    async def _look_closely(self) -> dict[str, Any] | None:
+        """Return QEMU's records of the job, query-block-jobs' over query-jobs'; None if gone.
+
+        The former tells its speed, and whether it waits for room: not asked for where that
+        does not matter any more.
+        """
+        info = await self.look()
+        if info is not None and info["status"] in _MOVING:
+            for block in await self._monitor.execute("query-block-jobs"):
+                if block["device"] == self.id:
+                    # len and offset are current-progress and total-progress, a moment later.
+                    return {**block, **info}
+        return info
 
     async def follow(self, *, converging: float) -> AsyncIterator[Progress]:
         """Yield what is seen of the job, at each event and four times a second, to its end.
@@ -202,7 +213,7 @@ class Job(Feed[Progress]):
         clock = asyncio.get_running_loop().time
         course, retried = _Course(clock()), clock()
         while True:
-            info = await self.look()
+            info = await self._look_closely()
             # What came meanwhile may be newer than what the look saw: then there is one more.
             news = self._events.pending()
             for event in news:
@@ -311,12 +322,13 @@ class Job(Feed[Progress]):
 
     async def dismiss(self) -> None:
         """Forget a concluded job. Idempotent."""
-        if await self.look() is not None:
-            try:
-                await self.send("dismiss")
-            except CommandError:
-                if await self.look() is not None:
-                    raise
+        if self._dismisses_itself:
+            return
+        try:
+            await self.send("dismiss")
+        except CommandError:
+            if await self.look() is not None:
+                raise
 
     async def wait_concluded(self) -> str | None:
         """Wait until the job has concluded, or is gone; return its error, if it has one.

@@ -29,6 +29,7 @@ class Script(dict):
         super().__init__({"qmp_capabilities": {"return": {}}})  # an empty one would not be asked
         self.looks = list(looks)
         self.count = 0
+        self.seen = None
         self.refuse = {}
         self.verbs = []
         self.on_verb = {}
@@ -38,11 +39,11 @@ class Script(dict):
 
     def get(self, command, default=None):  # what FakeQMP asks
         if command == "query-jobs":
-            found = self.now()
-            return {"return": [] if found is None else [{"id": NAME, "type": "x", **found[0]}]}
-        if command == "query-block-jobs":
-            found = self.now()
+            found = self.seen = self.now()
             self.count += 1
+            return {"return": [] if found is None else [{"id": NAME, "type": "x", **found[0]}]}
+        if command == "query-block-jobs":  # of the same look
+            found = self.seen
             return {"return": [] if found is None else [{"device": NAME, **found[1]}]}
         if command.startswith(("job-", "block-job-")):
             self.verbs.append(command)
@@ -151,7 +152,7 @@ async def test_what_comes_during_a_look_has_it_look_again_at_once(tmp_path, monk
         real = script.get
 
         def get(command, default=None):
-            if command == "query-block-jobs" and script.count == 0:
+            if command == "query-jobs" and script.count == 0:
                 fake.event("JOB_STATUS_CHANGE", id=NAME, status="concluded")
             return real(command, default)
 
@@ -521,17 +522,24 @@ async def test_cancel_that_is_refused_is_a_failure(tmp_path):
 
 
 async def test_dismiss(tmp_path):
-    async with following(tmp_path, [look("concluded"), None]) as (job, script, _):
+    async with following(tmp_path, [None], kind="backup") as (job, script, fake):
         await job.dismiss()
         assert script.verbs == ["job-dismiss"]
+        script.refuse["job-dismiss"] = "Job not found"
         await job.dismiss()  # idempotent
-    assert script.verbs == ["job-dismiss"]
+        assert [one["execute"] for one in fake.seen][-2:] == ["job-dismiss", "query-jobs"]
+
+
+async def test_nobody_dismisses_what_does_so_itself(tmp_path):
+    async with following(tmp_path, [None], version=OLD) as (job, script, _):
+        await job.dismiss()
+    assert script.verbs == []
 
 
 @pytest.mark.parametrize(("after", "fails"), [(None, False), (look("running"), True)])
 async def test_dismiss_that_is_refused(tmp_path, after, fails):
     """Somebody else was faster; or it was not concluded."""
-    async with following(tmp_path, [look("concluded"), after]) as (job, script, _):
+    async with following(tmp_path, [after]) as (job, script, _):
         script.refuse["job-dismiss"] = "Job not found"
         with pytest.raises(CommandError) if fails else contextlib.nullcontext():
             await job.dismiss()
