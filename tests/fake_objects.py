@@ -60,6 +60,9 @@ class Objects(dict):
             self.verbs.append((command, arguments))
             self._steer(command, name)
             return done
+        if command == "blockdev-del" and arguments["node-name"] in self.drawing.nodes:
+            del self.drawing.nodes[arguments["node-name"]]
+            return done
         asked = {
             "query-block": "block",
             "query-named-block-nodes": "nodes",

@@ -27,7 +27,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.graph.jsonname import as_text
-from qmpblock.graph.model import Layer, Node
+from qmpblock.graph.model import BlockGraph, Layer, Node
 from qmpblock.graph.opened import name_suffices, opened
 from qmpblock.graph.places import Place, Places, known
 from qmpblock.graph.sharedfiles import files_of
@@ -86,7 +86,7 @@ async def look(disk: MappedDisk, make: Any) -> StreamPlan | CommitPlan:
             "the VM is off",
         )
     if plan.leaving:
-        await ownership.ask_for_change(disk.vm, _work(disk, plan))
+        await ownership.ask_for_change(disk.vm, _work(disk, plan), graph)
     return _named(plan, files, places)
 
 
@@ -251,9 +251,12 @@ async def _how_to_start(vm: Connection, base: Layer) -> str:
         return base.node.filename.removeprefix("json:")  # as good as QEMU itself can say it
 
 
-async def opened_as(vm: Connection, layer: Layer) -> dict[str, Any]:
+async def opened_as(
+    vm: Connection, layer: Layer, graph: BlockGraph | None = None
+) -> dict[str, Any]:
     """Return the options that open a layer from outside as QEMU has it, with all below it.
 
+    :param graph: as it has just been read, if it has.
     :raise UnsupportedError: nobody could open it so.
     """
     files = OpenFiles(vm.monitor.peer_pid)
@@ -264,4 +267,4 @@ async def opened_as(vm: Connection, layer: Layer) -> dict[str, Any]:
         seen = isinstance(place, Place) and not place.here.startswith("/proc/")
         return place.here if isinstance(place, Place) and seen else None
 
-    return opened(await vm.graph(), layer.node.name, path_of)
+    return opened(graph or await vm.graph(), layer.node.name, path_of)

@@ -40,7 +40,8 @@ __all__ = ["device_of", "settle"]
 
 _LOOK = 0.05  # seconds between looks at a node that is being mapped
 _DYING = 10.0  # seconds in which a device that was unplugged has let go of its node
-_ROUNDS = 500  # of plan and perform; a chain of 150 layers takes one a layer
+_ROUNDS = 500  # of plan and perform
+_OUTSIDE = ("delete-file", "clear-wire")  # what they change is not in the graph
 
 
 async def settle(
@@ -63,8 +64,9 @@ async def settle(
     again: set[Step] = set()
     clock = asyncio.get_running_loop().time
     deadline, dying = clock() + vm.stall, clock() + min(_DYING, vm.stall)
+    graph: BlockGraph | None = None
     for _ in range(_ROUNDS):
-        graph = await vm.graph()
+        graph = await vm.graph() if graph is None else graph
         made = _made(journal)
         stale = None if journal is None else journal.pivoted
         left = steps(record, graph, choice, made, stale=stale)
@@ -76,6 +78,7 @@ async def settle(
             again |= {step for step in done if step.verb == "delete-node"}
             done -= again
             await asyncio.sleep(_LOOK)
+            graph = None
             continue
         if not todo or todo[0].verb == "follow":
             return graph
@@ -85,6 +88,8 @@ async def settle(
             await _PERFORM[step.verb](_Settling(vm, record, journal, graph), step)
             if step.verb not in ("wait", "cancel", "bring-home"):
                 done.add(step)
+        if not all(step.verb in _OUTSIDE for step in todo):
+            graph = None
     raise Error(
         f"what was left of {record.describe()} does not come to an end",
         remedy="look at it with: qmpblock disks ADDRESS; qmpblock jobs ADDRESS",

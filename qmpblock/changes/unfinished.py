@@ -66,22 +66,31 @@ def _leftovers(
     record: Record, graph: BlockGraph, made: Iterable[str], *, stale: bool | None
 ) -> Iterable[Step]:
     done = record.took_effect(graph)
-    going: set[str] = set()
+    going: set[str] = set()  # each goes before what it lies on
+    stays: set[str] = set()
+    freed: set[str] = set()
     for step in record.gives_back(graph, done=done):
-        if step.verb in ("delete-node", "relink"):
+        if step.verb == "delete-node":
             going.add(step.what)
+        elif step.verb == "relink":
+            stays.add(step.what)
+        elif step.verb == "take-out":
+            freed.add(step.what)
         yield step
     if done:
         for node, file in record.leaving:
-            if node in graph.nodes and graph.nodes[node].filename == file and may_go(graph, node):
+            there = node in graph.nodes and graph.nodes[node].filename == file
+            if there and may_go(graph, node, going):
+                going.add(node)
                 yield Step("delete-node", node, "it left the chain, and nothing uses it")
     for node in record.nodes:
         if (
             node in graph.nodes
-            and node not in going
-            and may_go(graph, node)
+            and node not in going | stays
+            and (node in freed or may_go(graph, node, going))
             and not record.may_hold_writes(graph, node, stale=stale)
         ):
+            going.add(node)
             yield Step("delete-node", node, "we made it, and nothing uses it")
     used = {node.filename for node in graph.nodes.values()}
     ours = set(record.nodes) & set(graph.nodes)

@@ -286,7 +286,7 @@ async def _of_views(
     try:
         for file in files:
             await file.make(vm, lambda _: None)
-        async with planned(vm, disks, fleece) as plan:
+        async with planned(vm, disks, fleece, looked=True) as plan:
             change = Change(vm, await _record_of_views(vm, plan, files))
             await change.begin()
             backups = Backups(vm, change.record.helpers, files, job, stays=change.held)

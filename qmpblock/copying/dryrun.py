@@ -149,7 +149,7 @@ async def _kept(
     """
     if way == "views":
         fleece = Fleece(options.fleece, options.fleece_limit)
-        async with planned(vm, disks, fleece, undo=False) as fleecing:
+        async with planned(vm, disks, fleece, looked=True) as fleecing:
             return [_room_in(posixpath.dirname(one.kept), one.limit) for one in fleecing.items]
     if way == "mirrors":
         return [None] * len(plans)

@@ -38,7 +38,7 @@ from qmpblock.chains.plan import check_idle, check_unchanged
 from qmpblock.changes.change import Change
 from qmpblock.changes.filters import Spot, put_filter, spot_in
 from qmpblock.changes.identity import identify
-from qmpblock.changes.leftovers import check_way, make_way
+from qmpblock.changes.leftovers import make_way
 from qmpblock.changes.operations import PointInTime
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
@@ -200,27 +200,41 @@ async def _end(change: Change[PointInTime]) -> None:
 
 @asynccontextmanager
 async def planned(
-    vm: Connection, disks: Sequence[MappedDisk], fleece: Fleece, *, undo: bool = True
+    vm: Connection, disks: Sequence[MappedDisk], fleece: Fleece, *, looked: bool = False
 ) -> AsyncIterator[Plan]:
     """Say what will be made, or refuse; only what a dead controller left is undone.
 
-    :param undo: whether it is; else that is an error, too.
+    :param looked: whether somebody has just looked at the disks, who changes them for whatever
+        reason (`qmpblock.copying.look`): that is not done again. What has come of them since,
+        `take` sees.
     :raise Error: as of `fleecing`, before anything is touched.
     """
     paths = [disk.device.qom_path for disk in disks]
     if not paths or len(set(paths)) < len(paths):
         raise RequestError("name the disks that are to be seen as they are now, each once")
-    devices = [disk.device for disk in disks]
-    await ownership.ask(vm.monitor, devices)
-    await (make_way if undo else check_way)(vm, lock_names(devices))
-    run, graph = new_run(), await vm.graph()
+    if not looked:
+        await _look(vm, disks)
+    run = new_run()
     with contextlib.ExitStack() as stack:
         items = []
-        for number, path in enumerate(paths):
-            item = await _item(vm, run, number, graph.device(path), fleece, len(paths))
+        for number, disk in enumerate(disks):
+            item = await _item(vm, run, number, disk.device, fleece, len(paths))
             items.append(replace(item, directory=stack.enter_context(_directory(item))))
-        await ownership.ask_for_change(vm, Work("point", items[0].device.chain.active.file))
         yield Plan(run, tuple(items))
+
+
+async def _look(vm: Connection, disks: Sequence[MappedDisk]) -> None:
+    """See how the disks are now, and that they are ours to look into.
+
+    :raise Error: they are not; nothing was touched.
+    """
+    devices = [disk.device for disk in disks]
+    await ownership.ask(vm.monitor, devices)
+    await make_way(vm, lock_names(devices))
+    graph = await vm.graph()
+    for disk in disks:
+        disk.device = graph.device(disk.device.qom_path)
+    await ownership.ask_for_change(vm, Work("point", disks[0].chain.active.file), graph)
 
 
 async def _item(

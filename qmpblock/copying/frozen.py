@@ -72,6 +72,7 @@ from qmpblock.qemu import ownership
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.copying.plan import CopyPlan
+    from qmpblock.graph.model import BlockGraph
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Frozen", "FrozenBackups", "FrozenDisks", "check_frozen", "frozen", "room_wanted"]
@@ -121,9 +122,10 @@ class FrozenDisks:
         return max((held for one in journals if one for held in one.held), default=0.0)
 
 
-async def check_frozen(vm: Connection, plan: CopyPlan) -> None:
-    """Refuse what this way is not for, before anything is touched.
+async def check_frozen(vm: Connection, plan: CopyPlan, graph: BlockGraph) -> str:
+    """Refuse what this way is not for, before anything is touched; say how its image is opened.
 
+    :param graph: as it has just been read.
     :raise UnsupportedError: the image is no file on this host, or nobody could open it again after
         a crash, or make an overlay of it; or the guest's device cannot be held.
     :raise Error: there is no room for an overlay.
@@ -133,7 +135,7 @@ async def check_frozen(vm: Connection, plan: CopyPlan) -> None:
         await check_held_io(vm.monitor, plan.device, remedy="")
         active = plan.device.chain.active
         file = await home_file(vm, active)
-        await opened_as(vm, active)
+        how = as_text(await opened_as(vm, active, graph))
         await by_qemu_img(vm, _secret(plan), local=True)
     except UnsupportedError as error:
         raise UnsupportedError(
@@ -165,6 +167,7 @@ async def check_frozen(vm: Connection, plan: CopyPlan) -> None:
                 standing=UNTOUCHED,
                 remedy="make the copy qcow2, and thin, which takes what it holds; or " + _OTHERWISE,
             )
+    return how
 
 
 def _secret(plan: CopyPlan) -> str | None:
@@ -239,7 +242,7 @@ async def _planned(vm: Connection, target: CopyTarget, stack: AsyncExitStack) ->
         base=active.node.name,
         base_file=home,
         base_format=active.format,
-        base_opened=as_text(await opened_as(vm, active)),
+        base_opened=plan.opened,
         written=written(vm, active, home),
         nodes=(*nodes, paused_node(run)) if pauses else nodes,
         files=(path,),

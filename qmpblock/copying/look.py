@@ -104,10 +104,10 @@ async def look(
             await _check_filters(vm, plan)
             plan = await _with_losses(vm, plan)
         if freezes:
-            await check_frozen(vm, plan)
+            plan = replace(plan, opened=await check_frozen(vm, plan, graph))
         plans.append(plan)
     verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
-    await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file))
+    await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file), graph)
     return plans
 
 

@@ -35,6 +35,7 @@ class CopyPlan:
     :ivar server: which NBD export the target is; None where it is a file.
     :ivar block_device: whether that file is one.
     :ivar shape: what the target is to be like.
+    :ivar opened: where the layers are to be frozen: how the active one is opened, for a record.
     """
 
     device: DiskDevice
@@ -46,6 +47,7 @@ class CopyPlan:
     server: NBDTarget | None = None
     block_device: bool = False
     shape: Shape = field(default_factory=Shape)
+    opened: str = ""
 
     @property
     def kind(self) -> Kind:

@@ -17,7 +17,7 @@ changed for good, and no layer of theirs may go.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from qmpblock.errors import BusyError, InUseError, printable
@@ -131,9 +131,13 @@ def check_bitmaps(graph: BlockGraph, nodes: Iterable[str], *, standing: str | No
             )
 
 
-def may_go(graph: BlockGraph, name: str) -> bool:
-    """Whether a node can be deleted: nothing uses it, nor a dirty bitmap of it."""
-    return not graph.users(name) and not _busy(graph, name)
+def may_go(graph: BlockGraph, name: str, going: Collection[str] = ()) -> bool:
+    """Whether a node can be deleted: nothing uses it, nor a dirty bitmap of it.
+
+    :param going: nodes that go before it.
+    """
+    users = {f"node {printable(one)}" for one in going}
+    return users.issuperset(graph.users(name)) and not _busy(graph, name)
 
 
 def _in_use(standing: str | None) -> type[BusyError]:

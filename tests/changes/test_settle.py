@@ -1,9 +1,10 @@
 """What is left of a change is performed, against a fake QEMU. Real ones: live/test_killing.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from drawing import Drawing, chain, record
+from drawing import RUN, Drawing, chain, record
 from fake_objects import fake_vm
 
 from qmpblock.changes.journal import Journal
@@ -78,3 +79,19 @@ async def test_a_file_that_qemu_has_open_under_another_name_is_not_removed(tmp_p
         await settle(vm, wanted, journal, Choice.UNDO)
     assert not path.exists()
     assert Path(link).exists()
+
+
+async def test_what_lies_upon_each_other_goes_between_two_looks(tmp_path, overlay):
+    """And what is no node of QEMU's needs none after it."""
+    path, wanted, journal = overlay
+    names = (f"qmpblock-{RUN}-0", f"qmpblock-{RUN}-0-f")
+    wanted = replace(wanted, nodes=names)
+    drawing = chain("d0").image(names[0], file=str(path))
+    async with fake_vm(tmp_path / "q", drawing) as (vm, objects):
+        objects.fake.seen.clear()
+        await settle(vm, wanted, journal, Choice.UNDO)
+        asked = [one["execute"] for one in objects.fake.seen]
+    assert asked.count("query-named-block-nodes") == 2
+    assert [name for name in asked if not name.startswith(("query-", "x-"))] == ["blockdev-del"] * 2
+    assert set(drawing.nodes) == {"d0", "d0-f"}
+    assert not path.exists()

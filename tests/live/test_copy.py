@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from allocating import at_command
 from chaincases import FIXTURES, is_encrypted
 from chains import convert, digest_without, nothing_left, subjects
 from chainwriters import DeviceWriter, StampWriter
@@ -131,6 +132,24 @@ async def test_every_disk(scenario, at, fmt, start_qemu, invariant, vm_dir, qemu
     await vm.quit()
     for one in every.values():
         await one.verify()
+
+
+@pytest.mark.parametrize(("at", "looks"), [("start", 8), ("end", 5), ("pivot", 6)])
+@pytest.mark.scenarios("chain-2.yaml")
+async def test_the_graph_is_read_where_it_may_be_another_one(
+    scenario, at, looks, start_qemu, invariant, vm_dir
+):
+    """Each look takes milliseconds, whatever the disk's size; half of those were of no use."""
+    vm = await start_qemu(scenario)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        with at_command(controller.monitor, "none", lambda: None) as sent:
+            async with copy(controller, {disk: vm_dir / "copy"}, at=at):
+                pass
+    assert sent.count("query-named-block-nodes") <= looks
+    assert len(sent) <= 120
+    if at == "pivot":
+        invariant.forget(vm)  # its chain is another one now
 
 
 def hangs(vm, one):
