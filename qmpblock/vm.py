@@ -220,9 +220,10 @@ class VM(Connection):
             is given up; only of the start, and of files.
         :param tls_creds: on QEMU's host, the directory of the credentials for `nbds` targets, laid
             out as for QEMU's tls-creds-x509, or with a file `keys.psk` as for tls-creds-psk.
-        :param latency: seconds that the guest's reads and writes may take, on average, on the worst
-            of the disks: the copy goes as fast as leaves them that, within `speed`, but never
-            slower than a MiB a second; 0 is no limit. `job.progress` has what it is.
+        :param latency: seconds that the guest's reads and writes may take, on the worst of the
+            disks: 99 of 100 where QEMU has latency histograms that tell of it, else on average. The
+            copy goes as fast as leaves them that, within `speed`, but never slower than a MiB a
+            second; 0 is no limit. `job.progress` has what it is.
         :param resume: go on from TARGET.partial where there is one, or from whatever a block device
             or a server holds: it is compared with the disk as it is now, and what it has not, or
             has otherwise, is copied. Only of the start: of the instant in which this is entered.

@@ -94,7 +94,7 @@ class Latency(click.ParamType[float]):
     type=Latency(),
     default=0.0,
     metavar="MS",
-    help="Copy no faster than lets the guest's own requests take so long, on average.",
+    help="Copy no faster than lets the guest's own requests take so long.",
 )
 @click.option(
     "--fleece", metavar="DIR", help="Where is kept what the guest overwrites (--at start)."
@@ -244,10 +244,12 @@ def felt(guest: GuestLatency) -> str:
     wanted = f"(wanted: {guest.wanted * 1e3:g} ms)"
     if guest.mean is None or guest.longest is None:
         return f"the guest read and wrote nothing meanwhile {wanted}"
+    p99 = "" if guest.p99 is None else f", 99% of them {guest.p99 * 1e3:.1f} ms at the most"
     return (
-        f"the guest's requests took {guest.mean * 1e3:.1f} ms on average, {guest.longest * 1e3:.1f}"
-        f" ms at the worst moment {wanted}; it was above that {guest.above:.0%} of the time, and "
-        f"the copy was kept to {human_size(guest.slowest)}/s at the least"
+        f"the guest's requests took {guest.mean * 1e3:.1f} ms on average{p99}, "
+        f"{guest.longest * 1e3:.1f} ms at the worst moment {wanted}; it was above that "
+        f"{guest.above:.0%} of the time, and the copy was kept to {human_size(guest.slowest)}/s "
+        "at the least"
     )
 
 

@@ -62,7 +62,8 @@ def text_line(what: str, seen: Progress) -> str:
     if seen.limit and seen.phase == "copying":
         parts.append(f"kept to {human_size(seen.limit)}/s")
         if seen.latency is not None:
-            parts.append(f"the guest's requests take {seen.latency * 1e3:.1f} ms")
+            which = "99% of the guest's" if seen.measure == "p99" else "the guest's"
+            parts.append(f"{which} requests take {seen.latency * 1e3:.1f} ms")
     if seen.eta is not None:
         parts.append(f"{seen.eta:.0f} s to go")
     if seen.stalled:

@@ -80,6 +80,7 @@ __all__ = ["Frozen", "FrozenBackups", "FrozenDisks", "check_frozen", "frozen", "
 _CLUSTER = 64 << 10  # bytes of an overlay
 _RESERVE = 256 << 20  # bytes of the file system that stay free besides
 _LOOK = 0.2  # seconds between looks at the free space
+_NO_END = "use QEMU 10.0 or newer; or copy it by qemu-img when the VM is off"
 _OTHERWISE = "copy the end (--at end), which is as consistent; or use QEMU 10.0 or newer"
 
 
@@ -130,9 +131,12 @@ async def check_frozen(vm: Connection, plan: CopyPlan, graph: BlockGraph) -> str
         a crash, or make an overlay of it; or the guest's device cannot be held.
     :raise Error: there is no room for an overlay.
     """
+    otherwise = _OTHERWISE
     try:
         check_disk(plan.device)
+        otherwise = _NO_END
         await check_held_io(vm.monitor, plan.device, remedy="")
+        otherwise = _OTHERWISE
         active = plan.device.chain.active
         file = await home_file(vm, active)
         how = as_text(await opened_as(vm, active, graph))
@@ -146,7 +150,7 @@ async def check_frozen(vm: Connection, plan: CopyPlan, graph: BlockGraph) -> str
             )
             + f" only while the guest's writes go to an overlay beside its image. {error.message}",
             standing=UNTOUCHED,
-            remedy="leave --reflink out" if plan.shape.reflink else _OTHERWISE,
+            remedy="leave --reflink out" if plan.shape.reflink else otherwise,
         ) from None
     wanted = room_wanted([(active.size, 0)])
     _check_room(posixpath.dirname(file), wanted, UNTOUCHED)

@@ -184,8 +184,8 @@ class CopyJob(Feed[Progress]):
         self.disks = {**self.disks, disk: seen}
         progress = joined(tuple(self.disks.values()))
         if self.pacer is not None:
-            latency, limit = self.pacer.latency, self._keeps_to()
-            progress = replace(progress, latency=latency, limit=limit)
+            pacer, limit = self.pacer, self._keeps_to()
+            progress = replace(progress, latency=pacer.latency, limit=limit, measure=pacer.measure)
         self.show(progress)
 
     def finished(self) -> None:

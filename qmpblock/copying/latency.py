@@ -3,8 +3,9 @@
 Measured is what QEMU counts for each disk, since it began, as it does anyway: requests of the
 guest's, and the time that they took, reads and writes apart. Between two looks that is a mean, of
 the very requests that were slow or quick, and nothing has to be set in the VM, nor taken back.
-(QEMU's latency histograms tell a percentile, but in bins as wide as what is to be held, and they
-are one for all who would look at them.) What counts is the worst of all disks, of reads or writes.
+Where somebody has set latency histograms, which are one for all who look at them, they tell more:
+how long the slowest but one in a hundred took; then that is held. We set none: see K30.
+What counts is the worst of all disks, of reads or writes.
 
 What the copy may do follows it, as a TCP sender does what its network drops::
 
@@ -23,17 +24,22 @@ has nothing to suffer, but not at once: one whose requests hang has none that en
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["FLOOR", "Counted", "GuestLatency", "Pacer", "worst_mean"]
+__all__ = ["FLOOR", "Counted", "GuestLatency", "Measure", "Pacer", "worst_mean", "worst_tail"]
+
+Measure = Literal["mean", "p99"]
 
 FLOOR = 1 << 20
 """Bytes a second, of all disks together, below which no guest slows a copy down."""
 
 _START = 8 << 20  # bytes a second that it begins with
-_ENOUGH = 8  # requests that make a mean; of fewer, those of a second
-_WINDOW = 1.0  # seconds over which a mean is taken at most
+_WINDOW = 1.0  # seconds over which the copy's speed is taken
+#: Requests that make a measure; of fewer, those of so many seconds.
+_ENOUGH: Mapping[Measure, tuple[int, float]] = {"mean": (8, _WINDOW), "p99": (100, 4.0)}
+_SLOW = 100  # requests, of which one may take longer
 _SETTLE = 0.3  # seconds after a change downwards: requests of before it end
 _SILENCE = 2.0  # seconds without a request, after which there is nobody to suffer
 _CALM = 0.7  # of the wanted latency, below which it may go faster
@@ -46,25 +52,38 @@ _LARGEST = 1 << 62  # bytes a second: no limit
 
 @dataclass(frozen=True)
 class Counted:
-    """What QEMU has counted of one kind of requests of one disk's: both only ever grow.
+    """What QEMU has counted of one kind of requests of one disk's: all of it only ever grows.
 
     :ivar seconds: that all of them took together.
+    :ivar edges: seconds, between the bins of the latency histogram that somebody has set; empty
+        where nobody has.
+    :ivar bins: how many took so long: one more than edges.
     """
 
     requests: int
     seconds: float
+    edges: tuple[float, ...] = ()
+    bins: tuple[int, ...] = ()
+
+    def tells(self, wanted: float) -> bool:
+        """Whether the histogram tells of a request whether it took longer than that."""
+        return len(self.edges) > 1 and self.edges[0] <= wanted < self.edges[-1]
 
 
 @dataclass(frozen=True)
 class GuestLatency:
     """How the guest fared while a copy held its latency.
 
-    :ivar wanted: seconds that its requests were to take at most, on average.
+    :ivar wanted: seconds that its requests were to take at most.
     :ivar mean: seconds that they took, over the whole copy, on the worst disk, of reads or writes;
         None where there were none.
-    :ivar longest: the highest mean that was seen at one look.
+    :ivar longest: the highest that was seen at one look, of what was held.
     :ivar above: the share of the looks at which it was above what is wanted, from 0 to 1.
     :ivar slowest: bytes a second that the copy was kept to at the least.
+    :ivar measure: what was held: the `mean`, or `p99`: that 99 of 100 requests take no longer.
+    :ivar p99: seconds within which 99 of 100 of its requests ended, likewise, by the bins of QEMU's
+        histograms, so at most; where more are beyond the last boundary, that. None where it was
+        not `p99` that was held, or there were no requests.
     """
 
     wanted: float
@@ -72,6 +91,8 @@ class GuestLatency:
     longest: float | None = None
     above: float = 0.0
     slowest: int = 0
+    measure: Measure = "mean"
+    p99: float | None = None
 
 
 def worst_mean(
@@ -91,21 +112,55 @@ def worst_mean(
     return requests, max(means, default=None)
 
 
+def worst_tail(
+    before: Mapping[str, Counted], now: Mapping[str, Counted]
+) -> tuple[int, float | None]:
+    """Return how many requests ended between two looks, and the longest of all but one in 100.
+
+    By the bins: the upper edge of that in which the request lies, so it took no longer; the last
+    edge where it lies beyond. One may be slow, of however few. What is not in both, or has other
+    bins, or fewer in them, does not count.
+    """
+    tails, requests = [], 0
+    for kind, counted in now.items():
+        was = before.get(kind)
+        if was is None or was.edges != counted.edges:
+            continue
+        new = [after - then for after, then in zip(counted.bins, was.bins, strict=True)]
+        if not any(new) or min(new) < 0:
+            continue
+        requests += sum(new)
+        tails.append(_tail(counted.edges, new))
+    return requests, max(tails, default=None)
+
+
+def _tail(edges: tuple[float, ...], bins: Sequence[int]) -> float:
+    left = max(1, sum(bins) // _SLOW)  # that may be slower
+    for edge, requests in zip((edges[-1], *reversed(edges)), reversed(bins), strict=True):
+        left -= requests
+        if left < 0:
+            return edge
+    return edges[0]
+
+
 class Pacer:
     """Says how fast a copy may go.
 
     :ivar limit: bytes a second by now.
     :ivar latency: the guest's, in seconds, at the last look that told; None while none did.
+    :ivar measure: what that is.
     """
 
     def __init__(self, wanted: float, ceiling: int = 0) -> None:
         """Begin.
 
-        :param wanted: seconds that the guest's requests are to take at most, on average.
+        :param wanted: seconds that the guest's requests are to take at most: 99 of 100 where every
+            histogram tells of it, else on average.
         :param ceiling: bytes a second that the copy never exceeds; 0 is no limit.
         """
         self.wanted = wanted
         self.latency: float | None = None
+        self.measure: Measure = "mean"
         self.limit = min(_START, ceiling or _LARGEST)
         self._bad: float | None = None  # the speed that was too much the last time
         self._base: tuple[float, Mapping[str, Counted], int] | None = None
@@ -129,18 +184,22 @@ class Pacer:
         while now - self._course[0][0] > _WINDOW:
             self._course.popleft()
         self._last = counted
-        if self._base is None:
-            self._first = counted
+        measure = self._measured_by(counted)
+        if self._base is None or self.measure != measure:
+            self._first, self._base = counted, None
+            self._looks, self._above, self._longest = 0, 0, None
+        self.measure = measure
         if self._base is None or now < self._settled:
             self._begin(now, counted, done)
         else:
             since, before, _ = self._base
-            requests, mean = worst_mean(before, counted)
-            if mean is None:
+            requests, felt = self._felt(before, counted)
+            enough, window = _ENOUGH[measure]
+            if felt is None:
                 self._be_silent(now, counted, done)
-            elif requests >= _ENOUGH or now - since >= _WINDOW:
+            elif requests >= enough or now - since >= window or self._is_lost(felt):
                 self._begin(now, counted, done)
-                self._feel(now, mean)
+                self._feel(now, felt)
         self._keep_within(ceiling)
         return self.limit
 
@@ -148,8 +207,23 @@ class Pacer:
     def outcome(self) -> GuestLatency:
         """How the guest fared by now."""
         _, mean = worst_mean(self._first, self._last)
+        p99 = self._felt(self._first, self._last)[1] if self.measure == "p99" else None
         above = self._above / self._looks if self._looks else 0.0
-        return GuestLatency(self.wanted, mean, self._longest, above, self._slowest)
+        seen = self._longest, above, self._slowest
+        return GuestLatency(self.wanted, mean, *seen, self.measure, p99)
+
+    def _measured_by(self, counted: Mapping[str, Counted]) -> Measure:
+        tells = [one.tells(self.wanted) for one in counted.values()]
+        return "p99" if tells and all(tells) else "mean"
+
+    def _felt(
+        self, before: Mapping[str, Counted], now: Mapping[str, Counted]
+    ) -> tuple[int, float | None]:
+        return (worst_tail if self.measure == "p99" else worst_mean)(before, now)
+
+    def _is_lost(self, felt: float) -> bool:
+        """Whether what is still to come of a window can make it no better."""
+        return self.measure == "p99" and felt > self.wanted
 
     def _begin(self, now: float, counted: Mapping[str, Counted], done: int) -> None:
         self._base = now, counted, done
@@ -161,22 +235,22 @@ class Pacer:
             self.latency = None
             self._raise()
 
-    def _feel(self, now: float, mean: float) -> None:
-        self.latency = mean
+    def _feel(self, now: float, felt: float) -> None:
+        self.latency = felt
         self._looks += 1
-        self._longest = max(mean, self._longest or 0.0)
-        if mean > self.wanted:
+        self._longest = max(felt, self._longest or 0.0)
+        if felt > self.wanted:
             self._above += 1
             self._settled = now + _SETTLE
-            self._lower(mean)
-        elif mean < self.wanted * _CALM:
+            self._lower(felt)
+        elif felt < self.wanted * _CALM:
             self._raise()
 
-    def _lower(self, mean: float) -> None:
+    def _lower(self, felt: float) -> None:
         # A limit that the copy does not reach is none that a guest would feel the fall of.
         used = self.limit if self._rate() * 2 > self.limit else max(self._rate(), FLOOR)
         self._bad = used
-        self.limit = int(used * min(max(self.wanted / mean, _LEAST), _MOST))
+        self.limit = int(used * min(max(self.wanted / felt, _LEAST), _MOST))
 
     def _raise(self) -> None:
         if self._rate() * 2 < self.limit and self.limit > _START:

@@ -68,10 +68,24 @@ def counted(
             if qdev is None or device.qom_path not in (qdev, f"/machine/peripheral/{qdev}"):
                 continue
             for kind, word in _KINDS.items():
-                requests, took = (
+                requests, took, slow = (
                     its.get(f"{word}_{what}") if isinstance(its, dict) else None
-                    for what in ("operations", "total_time_ns")
+                    for what in ("operations", "total_time_ns", "latency_histogram")
                 )
                 if isinstance(requests, int) and isinstance(took, int):
-                    found[f"{kind} {device.qom_path}"] = Counted(requests, took * _NANO)
+                    edges, bins = _histogram(slow)
+                    seen = Counted(requests, took * _NANO, edges, bins)
+                    found[f"{kind} {device.qom_path}"] = seen
     return found
+
+
+def _histogram(said: object) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Return the edges and the bins of a latency histogram; none where it is not one."""
+    edges, bins = (
+        said.get(name) if isinstance(said, dict) else None for name in ("boundaries", "bins")
+    )
+    if not isinstance(edges, list) or not isinstance(bins, list) or len(bins) != len(edges) + 1:
+        return (), ()
+    if not all(isinstance(one, int) for one in (*edges, *bins)) or edges != sorted(set(edges)):
+        return (), ()
+    return tuple(edge * _NANO for edge in edges), tuple(bins)

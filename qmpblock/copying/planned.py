@@ -257,8 +257,8 @@ def felt(
         yield "the VM is paused for milliseconds at the end, for requests must not wait then (K26)"
     if options.latency:
         yield (
-            f"the copy is no faster than lets its requests take {options.latency * 1e3:g} ms on "
-            "average, and so may take longer"
+            f"the copy is no faster than lets its requests take {options.latency * 1e3:g} ms (on "
+            "average; 99% of them where QEMU has latency histograms), and so may take longer"
         )
     if options.point == "pivot":
         yield "it is on the copies from then on: the old images are stale"

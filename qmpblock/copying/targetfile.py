@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["TargetFile", "absolute", "check_file", "drop_unfinished"]
+__all__ = ["TargetFile", "absolute", "check_file", "check_name", "drop_unfinished"]
 
 _STORED = "unmap"  # of an image's file, whose image knows better what may be discarded
 _ALONE = 1 << 20  # bytes that an image has by itself: its tables
@@ -111,7 +111,7 @@ class TargetFile(LocalTarget):
 
         def fill(fd: int) -> None:
             contents.write_to(fd)
-            if self.plan.shape.allocation == "full":
+            if self.plan.shape.allocation == "full" and contents.length:
                 keep_size(fd, 0, contents.length)
 
         def note(made: FileId) -> None:
@@ -410,11 +410,31 @@ def check_file(
             remedy="name a target in a directory that the VM has, too, and run qmpblock on its "
             "host, by a UNIX monitor, as the VM's user or root",
         )
+    check_name(folder, file if keeps_name else partial_file(file))
     for name in {file} if keeps_name or resume else {file, partial_file(file)}:
         if os.path.lexists(name):
             partial = name != file
             goes = (force and not keeps_name) or (restarts and partial)
             _check_replaceable(name, force=goes, partial=partial)
+
+
+def check_name(folder: str, file: str) -> None:
+    """Refuse a name that is longer than its file system takes.
+
+    :raise RequestError: it is.
+    """
+    length = len(os.fsencode(posixpath.basename(file)))
+    try:
+        most = os.pathconf(folder, "PC_NAME_MAX")
+    except OSError:
+        return  # whoever makes it is told
+    if length > most:
+        raise RequestError(
+            f"the name {printable(file)}, by which it is made, is of {length} bytes, and "
+            f"{printable(folder)} takes {most}",
+            standing=UNTOUCHED,
+            remedy="name another target",
+        )
 
 
 def drop_unfinished(file: str) -> None:

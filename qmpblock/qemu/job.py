@@ -51,8 +51,9 @@ class Progress:
     :ivar lagging: passes in a row that did not become smaller: the guest outruns the job.
     :ivar errors: I/O errors that it has met.
     :ivar error: QEMU's verdict, once `status` is `concluded`; None is success.
-    :ivar latency: seconds that requests of the guest's took lately, on average, where a copy holds
-        that; `limit`: bytes a second that it keeps to therefore. Else None, and 0.
+    :ivar latency: seconds that requests of the guest's took lately, where a copy holds that, by
+        `measure`: on average (`mean`), or all but the slowest in a hundred (`p99`); `limit`: bytes
+        a second that it keeps to therefore. Else None, and 0.
     """
 
     status: str
@@ -67,6 +68,7 @@ class Progress:
     error: str | None = None
     latency: float | None = None
     limit: int = 0
+    measure: str = "mean"
 
     @property
     def remaining(self) -> int:

@@ -1,13 +1,14 @@
 """How fast a copy may go: against disks whose latency grows with what the copy does to them."""
 
 import random
+from bisect import bisect
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpblock.copying.latency import FLOOR, Counted, Pacer, worst_mean
+from qmpblock.copying.latency import FLOOR, Counted, Pacer, worst_mean, worst_tail
 
 MIB = 1 << 20
 LOOK = 0.25
@@ -44,13 +45,18 @@ class SimulatedDisk:
 class Run:
     """A copy of such a disk, from its first look on."""
 
-    def __init__(self, wanted, ceiling=0, limit=None):
+    def __init__(self, wanted, ceiling=0, limit=None, edges=()):
+        self.edges, self.bins = edges, [0] * (len(edges) + 1) if edges else []
         self.pacer = Pacer(wanted, ceiling)
         self.ceiling = ceiling
         self.now, self.requests, self.seconds, self.done = 100.0, 0.0, 0.0, 0.0
         self.limits, self.waits = [], []
         if limit is not None:
             self.pacer.limit = limit
+
+    @property
+    def _bins(self):
+        return self.edges, tuple(self.bins)
 
     def go(self, disk, seconds, *, hangs=False):
         """Go on for so long; return the limits that there were."""
@@ -63,9 +69,13 @@ class Run:
             whole = int(self.requests + ended) - int(self.requests)
             self.requests += ended
             self.seconds += whole * wait
+            if self.edges:  # one of fifty waits ten times as long as the rest
+                slow = int(self.requests / 50) - int((self.requests - ended) / 50)
+                self.bins[bisect(self.edges, wait)] += max(0, whole - slow)
+                self.bins[bisect(self.edges, 10 * wait)] += slow
             self.done += LOOK * disk.speed(limit)
             self.now += LOOK
-            counted = {"read vd0": Counted(int(self.requests), self.seconds)}
+            counted = {"read vd0": Counted(int(self.requests), self.seconds, *self._bins)}
             self.limits.append(self.pacer.look(self.now, counted, int(self.done), self.ceiling))
             self.waits.append(disk.latency(limit))
         return self.limits[begin:]
@@ -81,6 +91,84 @@ def test_the_worst_kind_counts_and_only_what_is_new():
     assert worst_mean(before, now) == (110, pytest.approx(0.05))
     assert worst_mean(now, now) == (0, None)
     assert worst_mean(now, before) == (0, None)  # another disk of the same name
+
+
+def histogram(edges, *bins):
+    return {"write": Counted(sum(bins), 0.0, edges, bins)}
+
+
+EDGES = (0.001, 0.01, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("bins", "seconds"),
+    [
+        ((100, 0, 0, 0), 0.001),
+        ((99, 1, 0, 0), 0.001),
+        ((98, 2, 0, 0), 0.01),
+        ((98, 1, 1, 0), 0.01),
+        ((0, 0, 100, 0), 0.1),
+        ((0, 0, 0, 100), 0.1),  # and beyond
+        ((196, 2, 2, 0), 0.01),
+        ((5, 0, 0, 1), 0.001),  # one may be slow, of however few
+        ((0, 0, 0, 1), 0.001),
+        ((5, 0, 0, 2), 0.1),
+    ],
+)
+def test_all_but_the_slowest_in_a_hundred(bins, seconds):
+    before = histogram(EDGES, 7, 7, 7, 7)
+    now = histogram(EDGES, *(7 + new for new in bins))
+    assert worst_tail(before, now) == (sum(bins), seconds)
+
+
+def test_a_histogram_that_is_set_anew_tells_nothing_yet():
+    before = histogram(EDGES, 9, 9, 9, 9)
+    assert worst_tail(before, before) == (0, None)
+    assert worst_tail(before, histogram(EDGES, 0, 0, 0, 50)) == (0, None)
+    assert worst_tail(before, histogram((0.5,), 90, 90)) == (0, None)
+    assert worst_tail(before, {"write": Counted(99, 1.0)}) == (0, None)
+    assert worst_tail({}, before) == (0, None)
+
+
+def test_of_several_kinds_the_slowest_counts():
+    bins = {"read": (0, 50, 0, 0), "write": (0, 0, 60, 0)}
+    now = {kind: Counted(sum(one), 0.0, EDGES, one) for kind, one in bins.items()}
+    before = {kind: Counted(0, 0.0, EDGES, (0, 0, 0, 0)) for kind in bins}
+    assert worst_tail(before, now) == (110, 0.1)
+
+
+FINE = tuple(0.0005 * 1.5**step for step in range(20))
+
+
+@pytest.mark.parametrize("edges", [FINE, (), (0.03, 1.0), (0.001, 0.002), (0.02,)])
+def test_the_tail_is_held_where_the_bins_tell_of_it(edges):
+    """Else the mean, which here is an eighth of it."""
+    disk = SimulatedDisk(capacity=200e6, rate=800)
+    run = Run(0.02, edges=edges)
+    run.go(disk, 60)
+    told = run.pacer.outcome
+    waits = run.waits[len(run.waits) // 2 :]
+    if edges is FINE:
+        assert told.measure == run.pacer.measure == "p99"
+        assert told.mean < told.p99 <= 0.04
+        # One of fifty takes ten times as long: that is what is kept below 20 ms, nearly always.
+        assert sum(10 * wait > 0.02 for wait in waits) <= 0.3 * len(waits)
+        assert run.pacer.limit > FLOOR
+    else:
+        assert (told.measure, told.p99) == ("mean", None)
+        assert max(waits) > 0.01
+
+
+def test_who_sets_or_takes_away_a_histogram_meanwhile_is_followed():
+    disk = SimulatedDisk(capacity=200e6, rate=800)
+    run = Run(0.02)
+    run.go(disk, 5)
+    run.edges, run.bins = FINE, [0] * (len(FINE) + 1)
+    run.go(disk, 5)
+    assert run.pacer.measure == "p99"
+    run.edges, run.bins = (), []
+    run.go(disk, 5)
+    assert (run.pacer.measure, run.pacer.outcome.p99) == ("mean", None)
 
 
 def test_an_idle_guest_lets_it_go_as_fast_as_it_may():

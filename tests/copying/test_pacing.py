@@ -46,6 +46,34 @@ def test_each_disk_is_counted_by_reads_and_writes():
     }
 
 
+def test_a_histogram_of_somebodys_is_read():
+    one = entry(VD0, 10, 5_000_000, 20, 40_000_000)
+    one["stats"]["wr_latency_histogram"] = {"boundaries": [10**6, 10**9], "bins": [3, 2, 15]}
+    found = counted([one], [disk(VD0)])
+    assert found[f"read {VD0}"].edges == ()
+    assert found[f"write {VD0}"].edges == pytest.approx((0.001, 1.0))
+    assert found[f"write {VD0}"].bins == (3, 2, 15)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        [],
+        {},
+        {"boundaries": [1, 2], "bins": [1, 2]},
+        {"boundaries": [2, 1], "bins": [1, 2, 3]},
+        {"boundaries": [1, 1], "bins": [1, 2, 3]},
+        {"boundaries": [1, "2"], "bins": [1, 2, 3]},
+        {"boundaries": 7, "bins": [1]},
+    ],
+)
+def test_what_is_no_histogram_is_none(said):
+    one = entry(VD0, 10, 5_000_000, 20, 40_000_000)
+    one["stats"]["rd_latency_histogram"] = said
+    assert counted([one], [disk(VD0)])[f"read {VD0}"] == Counted(10, pytest.approx(0.005))
+
+
 @pytest.mark.parametrize(
     "stats", [{}, None, [], {"rd_operations": "many", "rd_total_time_ns": 1}, {"rd_operations": 1}]
 )

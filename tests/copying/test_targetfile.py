@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from qmpblock.copying.targetfile import absolute
+from qmpblock.copying.targetfile import absolute, check_name
 from qmpblock.errors import RequestError
 
 
@@ -27,3 +27,11 @@ def test_the_path_of_a_file(word, file, monkeypatch):
 def test_no_path_of_a_file(word):
     with pytest.raises(RequestError, match="path of a"):
         absolute(word)
+
+
+def test_no_name_that_is_too_long(tmp_path):
+    check_name(str(tmp_path), str(tmp_path / (255 * "a")))
+    with pytest.raises(RequestError, match=r"is of 256 bytes, and .* takes 255") as caught:
+        check_name(str(tmp_path), str(tmp_path / (128 * "\N{COPYRIGHT SIGN}")))
+    assert caught.value.standing == "nothing was touched"
+    check_name(str(tmp_path / "gone"), str(tmp_path / (256 * "a")))  # which is said elsewhere

@@ -127,6 +127,7 @@ async def test_one_with_nothing_to_go_on_from_is_a_copy(scenario, start_qemu, vm
         (["vd0=a", "vd0=b", "--at", "end"], "named twice"),
         (["vd0=a", "--pivot", "--at", "end"], "without --at"),
         (["vd0=/no/such/folder/a", "--at", "end"], "there is no directory /no/such/folder"),
+        (["vd0=" + 248 * "a", "--at", "end"], "is of 256 bytes"),
         (["vd0=a", "--at", "end", "--format", "vmdk"], "vmdk"),
         (["vd0=nbd://host/x", "--pivot"], "nbd://host:10809/x"),
         (["vd0=a", "--at", "end", "--verify"], "--at start"),

@@ -12,6 +12,7 @@ from disturbed import nothing_of_ours
 from jsonschema import Draft202012Validator
 
 import qmpblock
+from qmpblock.errors import DisconnectedError
 from qmpblock.testing import Tools, build, parse_scenario, slow
 from qmpblock.testing.stamps import StressSpec
 
@@ -129,3 +130,75 @@ async def test_the_command_tells_of_it(start_qemu, vm_dir, qemu_binary, words):
     assert code == 0, err
     assert "(wanted: 20 ms); it was above that " in out
     await goes_on(vm)
+
+
+EDGES = [round(1e6 * edge) for edge in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)]  # ns
+
+
+async def bins(vm):
+    [entry] = [one for one in await vm.execute("query-blockstats") if one.get("qdev")]
+    return [entry["stats"][f"{kind}_latency_histogram"] for kind in ("rd", "wr")]
+
+
+async def tail_of(vm, vm_dir, latency, seconds=12.0):
+    """Copy for some seconds; return the share of the guest's writes that took 200 ms and more."""
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        copying = disk.copy(vm_dir / f"{latency}.qcow2", at="end", latency=latency)
+        with pytest.raises(EnoughError):  # noqa: PT012
+            async with copying as job:
+                async for seen in job:
+                    if seen.done > 0:
+                        break
+                await asyncio.sleep(3)
+                _, before = await bins(vm)
+                await asyncio.sleep(seconds)
+                _, after = await bins(vm)
+                told = job.progress
+                raise EnoughError
+    new = [b - a for a, b in zip(before["bins"], after["bins"], strict=True)]
+    above = sum(new[EDGES.index(2 * 10**8) + 1 :]) / sum(new)
+    print(f"{latency} s: {new}, {above:.1%} above 200 ms; {told}")
+    assert told.measure == ("p99" if latency else "mean")
+    return above
+
+
+async def test_where_there_are_histograms_99_of_100_requests_count(start_qemu, vm_dir, qemu_binary):
+    """They are somebody's, and stay as they are; their bins go on to be filled."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    [path] = [one["qdev"] for one in await vm.execute("query-block") if one.get("qdev")]
+    await vm.execute("block-latency-histogram-set", id=path, boundaries=EDGES)
+    without = await tail_of(vm, vm_dir, 0)
+    held = await tail_of(vm, vm_dir, 0.2)
+    assert all(one["boundaries"] == EDGES for one in await bins(vm))
+    await goes_on(vm)
+    assert held < 0.6 * without
+    assert without > 0.05
+
+
+async def test_what_setting_a_histogram_does_to_an_iothread(
+    start_qemu, vm_dir, qemu_binary, invariant, qemu_version
+):
+    """So none is set (K30): 7.2 frees one that the iothread counts in, and may die of it."""
+    text = SLOW + "attach: {iothread: one}\n"
+    built = await build(parse_scenario(text, "busy"), vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(built, guest=True)
+    may_die = qemu_version < (10, 0, 0)
+    if may_die:
+        vm.expect_exit()
+    invariant.forget(vm)
+    spec = StressSpec(
+        offset=0, blocks=8192, block_size=512, queue_depth=16, seed=9, flush_every=0, rate=0
+    )
+    await vm.guest.stress(spec)
+    [path] = [one["qdev"] for one in await vm.execute("query-block") if one.get("qdev")]
+    died, tries = False, 0
+    try:
+        for tries in range(300):
+            edges = [10 * step for step in range(1, 200 + tries % 50)]
+            await vm.execute("block-latency-histogram-set", id=path, boundaries=edges)
+    except DisconnectedError:
+        died = True
+        await vm.wait(30)  # its last word is not its end
+    print(f"died: {died}, after {tries + 1} tries")
+    assert may_die or not died
