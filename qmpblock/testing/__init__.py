@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qmpblock.testing.area import read_area
     from qmpblock.testing.daemon import StorageDaemon
+    from qmpblock.testing.destination import StartDestination, counterpart
     from qmpblock.testing.faults import Controller, fill_up, inject, slow, small_file_system, unplug
     from qmpblock.testing.guest import TinyGuest
     from qmpblock.testing.guest_console import GuestError
@@ -69,6 +70,7 @@ _WHERE = {
     "Scenario": "scenario",
     "ScenarioError": "scenario",
     "ShellError": "linux",
+    "StartDestination": "destination",
     "StartQemu": "plugin",
     "StorageDaemon": "daemon",
     "StressProgress": "guest_protocol",
@@ -83,6 +85,7 @@ _WHERE = {
     "check_one_instant": "stamps",
     "check_point_in_time": "stamps",
     "checksum": "stamps",
+    "counterpart": "destination",
     "difference": "invariant",
     "expected_content": "stamps",
     "fill_up": "faults",
@@ -121,6 +124,7 @@ __all__ = [
     "Scenario",
     "ScenarioError",
     "ShellError",
+    "StartDestination",
     "StartQemu",
     "StorageDaemon",
     "StressProgress",
@@ -135,6 +139,7 @@ __all__ = [
     "check_one_instant",
     "check_point_in_time",
     "checksum",
+    "counterpart",
     "difference",
     "expected_content",
     "fill_up",

@@ -28,6 +28,7 @@ except ImportError:  # installed without the extra: other projects' pytest must 
     _in_its_loop = bool  # type: ignore[assignment]  # no fixture that asks can be set up
 
 if TYPE_CHECKING:
+    from qmpblock.testing.destination import StartDestination
     from qmpblock.testing.images import BuiltDisk, BuiltScenario
     from qmpblock.testing.invariant import Invariant
     from qmpblock.testing.qemu import QemuOptions, QemuProcess
@@ -272,6 +273,29 @@ async def start_qemu(
     stash[_STARTER] = starter
     yield starter
     await starter.end(watched=_watched(request.node))
+
+
+@pytest.fixture
+def start_destination(
+    start_qemu: StartQemu, vm_dir: Path, qemu_binary: str, invariant: Invariant
+) -> StartDestination:
+    """Give a function that starts the destination of a migration: `await start(source)`.
+
+    A QEMU with the source's machine and devices and empty images of the same sizes, which waits
+    (`-S -incoming defer`); with `shared=True`, with the source's own images. What a migration
+    changes in the two the invariant does not look at.
+    """
+    from qmpblock.testing.destination import starting
+
+    start = starting(start_qemu, vm_dir, qemu_binary)
+
+    async def started(source: QemuProcess, **options: Any) -> QemuProcess:
+        vm = await start(source, **options)
+        invariant.forget(source)
+        invariant.forget(vm)
+        return vm
+
+    return started
 
 
 def _watched(item: pytest.Item) -> bool:
