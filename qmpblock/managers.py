@@ -32,6 +32,7 @@ Verb = Literal[
     "copy",
     "freeze",
     "move",
+    "migrate",
 ]
 
 _EFFECTS: Mapping[str, str] = {
@@ -49,6 +50,7 @@ _EFFECTS: Mapping[str, str] = {
     "freeze": "the newest data is in an overlay for a while: a start, a save or a backup in that "
     "time would not see it",
     "move": "the VM goes on in another image: started again, it would be from a stale one",
+    "migrate": "the VM goes on in another QEMU: started again, there would be two",
 }
 
 
@@ -143,6 +145,7 @@ def _libvirts_way(vm: str, work: Work) -> str:
         "copy": f"virsh blockcopy {domain} {disk} TARGET --wait --finish",
         "freeze": f"virsh backup-begin {domain}, with mode='push' in its XML",
         "move": f"virsh blockcopy {domain} {disk} TARGET --wait --pivot",
+        "migrate": f"virsh migrate --live --copy-storage-all {domain} DESTURI",
     }
     if work.verb == "stream" and work.top:
         return (
@@ -204,6 +207,7 @@ def _proxmoxs_way(vm: str, work: Work) -> str:
         "copy": f"vzdump {vmid} --mode snapshot",
         "freeze": f"vzdump {vmid} --mode snapshot",
         "move": move,
+        "migrate": f"qm migrate {vmid} TARGET --online --with-local-disks",
     }[work.verb]
 
 
@@ -232,6 +236,7 @@ def _incuss_way(command: str, vm: str, work: Work) -> str:
         "snapshot": f"{command} snapshot create {instance}",
         "pivot": f"{command} snapshot delete {instance} SNAPSHOT",
         "commit": f"{command} snapshot delete {instance} SNAPSHOT",
+        "migrate": f"{command} move {instance} --target MEMBER",
     }.get(work.verb, f"{command} copy {instance} NEW makes an instance of its own")
 
 
@@ -246,7 +251,8 @@ def _ganeti(traits: Traits) -> Manager | None:
 
 
 def _ganetis_way(vm: str, work: Work) -> str:
-    del work
+    if work.verb == "migrate":
+        return f"gnt-instance migrate {_word(vm, 'INSTANCE')}"
     return f"gnt-instance shutdown {_word(vm, 'INSTANCE')}, then work on its closed images"
 
 

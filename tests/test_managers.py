@@ -63,7 +63,7 @@ CASES = {
 }
 VERBS = (
     *("snapshot", "pivot", "commit", "stream", "independent", "reserve"),
-    *("point", "copy", "freeze", "move"),
+    *("point", "copy", "freeze", "move", "migrate"),
 )
 
 

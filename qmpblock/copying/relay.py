@@ -52,21 +52,28 @@ class End(enum.Enum):
 class Relay:
     """A wire between QEMU and an NBD server. Made by `open`; its end is final.
 
-    :ivar path: of the socket to which QEMU is to connect, once.
+    Or between any two connections, by `between`.
+
+    :ivar path: of the socket to which QEMU is to connect, once; empty where it is connected.
     :ivar sent: bytes from QEMU so far; `received`: those from the server.
     :ivar patience: seconds for which the server may owe an answer; then the relay cuts itself,
         whatever this process does meanwhile. None: for ever.
     """
 
-    def __init__(self, server: socket.socket, folder: SocketFolder, patience: float | None) -> None:
-        self.path = folder.socket
+    def __init__(
+        self,
+        server: socket.socket,
+        qemu: socket.socket | SocketFolder,
+        patience: float | None = None,
+    ) -> None:
+        self._folder = qemu if isinstance(qemu, SocketFolder) else None
+        self._listener = None if self._folder is None else _listen(self._folder)
+        self._qemu = None if isinstance(qemu, SocketFolder) else qemu
+        self.path = "" if self._folder is None else self._folder.socket
         self.sent = 0
         self.received = 0
         self.patience = patience
-        self._folder = folder
         self._server = server
-        self._listener = _listen(folder)
-        self._qemu: socket.socket | None = None
         self._heard = time.monotonic()  # when the server last said something
         self._asked: float | None = None  # when QEMU first did since
         self._ended: End | None = None
@@ -109,6 +116,22 @@ class Relay:
             sock.close()
             folder.remove()
             raise
+        relay._thread.start()
+        try:
+            yield relay
+        finally:
+            relay._close()
+
+    @classmethod
+    @contextmanager
+    def between(cls, server: socket.socket, qemu: socket.socket) -> Iterator[Relay]:
+        """Pass on what goes through two connections, whatever it is; both are taken over.
+
+        Leaving closes both and leaves no thread or descriptor.
+        """
+        for sock in (server, qemu):
+            sock.setblocking(False)
+        relay = cls(server, qemu)
         relay._thread.start()
         try:
             yield relay
@@ -172,7 +195,8 @@ class Relay:
         wake, self._wake = self._wake, -1
         if wake >= 0:
             os.close(wake)
-        self._folder.remove()
+        if self._folder is not None:
+            self._folder.remove()
 
     def _nudge(self) -> None:
         if self._wake >= 0:
@@ -196,6 +220,8 @@ class Relay:
         The directory stays: in one that is gone others could put a socket of theirs at its name,
         and a QEMU that has lost this wire connects to it.
         """
+        if self._listener is None or self._folder is None:
+            return None
         server, listener = self._server.fileno(), self._listener.fileno()
         ready = self._wait([(listener, select.POLLIN), (server, select.POLLRDHUP)])
         if isinstance(ready, End):
