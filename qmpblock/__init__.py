@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.host.closedimage import ClosedImage, ImageLayer, closed_image
     from qmpblock.mapping import LayerMap
+    from qmpblock.migration.job import MigrationJob, MigrationResult
+    from qmpblock.migration.migrate import migrate
     from qmpblock.qemu.job import Job, Progress
     from qmpblock.qemu.monitor import Monitor
     from qmpblock.speed import Speed
@@ -37,6 +39,8 @@ __all__ = [
     "ImageLayer",
     "Job",
     "LayerMap",
+    "MigrationJob",
+    "MigrationResult",
     "Monitor",
     "Progress",
     "RoomResult",
@@ -45,6 +49,7 @@ __all__ = [
     "__version__",
     "closed_image",
     "connect",
+    "migrate",
     "recover_images",
     "verify_images",
 ]
@@ -59,6 +64,8 @@ _HOMES = {
     "ImageLayer": "host.closedimage",
     "Job": "qemu.job",
     "LayerMap": "mapping",
+    "MigrationJob": "migration.job",
+    "MigrationResult": "migration.job",
     "Monitor": "qemu.monitor",
     "Progress": "qemu.job",
     "RoomResult": "allocation.room",
@@ -67,6 +74,7 @@ _HOMES = {
     "Verification": "copying.verify",
     "closed_image": "host.closedimage",
     "connect": "vm",
+    "migrate": "migration.migrate",
     "recover_images": "changes.imagerecovery",
     "verify_images": "copying.verify",
 }

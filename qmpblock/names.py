@@ -22,6 +22,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-pivot         a commit of the active layer
                           qmpblock-RUN-create-N      has QEMU make an image
                           qmpblock-RUN-copy-N        copies disk N of a copy
+                          qmpblock-RUN-migrate-N     mirrors disk N of a VM that is migrated
                           qmpblock-RUN-z             has zeros stored as data
     nodes                 qmpblock-RUN-N             overlay N
                           qmpblock-RUN-N-file        its storage
@@ -42,6 +43,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
     exports               qmpblock-RUN-N             export N, and its export name
     named descriptors     qmpblock-RUN-N             our end of its connection
                           qmpblock-RUN-listen        listening socket
+                          qmpblock-RUN-stream        an end of the connection by which a VM migrates
                           qmpblock-RUN-no-migration  image of that node, also its memfd
     dirty bitmaps         qmpblock-RUN-BITMAP        becomes BITMAP once its node is writable
                           qmpblock-RUN-to-N-left     what of disk N is left to copy
@@ -127,6 +129,7 @@ __all__ = [
     "lock_name",
     "lock_names",
     "lock_of_turn",
+    "migration_job",
     "new_run",
     "overlay_file",
     "overlay_node",
@@ -139,6 +142,7 @@ __all__ = [
     "socket_folder",
     "storage_node",
     "stream_job",
+    "stream_socket",
     "target_node",
     "turn_name",
     "wire_credentials",
@@ -366,6 +370,11 @@ def copy_job(run: str, number: int) -> str:
     return _named(run, f"copy-{number}")
 
 
+def migration_job(run: str, number: int) -> str:
+    """Return the job that mirrors a disk to a migration's destination; `number`: of its disks."""
+    return _named(run, f"migrate-{number}")
+
+
 def filling_job(run: str) -> str:
     """Return the job by which zeros are stored as data."""
     return _named(run, "z")
@@ -483,6 +492,11 @@ def export_name(run: str, number: int) -> str:
 def listener_name(run: str) -> str:
     """Return the descriptor of the listening socket that QEMU is handed."""
     return _named(run, "listen")
+
+
+def stream_socket(run: str) -> str:
+    """Return the descriptor by which a VM migrates, at either side."""
+    return _named(run, "stream")
 
 
 def credentials_name(run: str) -> str:

@@ -39,6 +39,8 @@ TABLE = [
     (names.create_job(RUN, 1), "qmpblock-0123abcd-create-1"),
     (names.filling_job(RUN), "qmpblock-0123abcd-z"),
     (names.copy_job(RUN, 2), "qmpblock-0123abcd-copy-2"),
+    (names.migration_job(RUN, 2), "qmpblock-0123abcd-migrate-2"),
+    (names.stream_socket(RUN), "qmpblock-0123abcd-stream"),
     (names.target_node(RUN, 2), "qmpblock-0123abcd-to-2"),
     (names.storage_node(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-file"),
     (names.left_bitmap(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-left"),

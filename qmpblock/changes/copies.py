@@ -19,7 +19,7 @@ from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
 from qmpblock.graph.model import BlockGraph, JobInfo
 
-__all__ = ["Copy", "Move"]
+__all__ = ["Copy", "Migration", "Move"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,21 @@ class Copy(Record):
     def may_hold_writes(self, graph: BlockGraph, node: str, *, stale: bool | None) -> bool:
         """Say no: the guest never writes to a target."""
         return False
+
+
+@dataclass(frozen=True)
+class Migration(Copy):
+    """The content of disks goes to the VM to which this one migrates, or they are shared with it.
+
+    What is written there is worth nothing before the guest has gone over, and that it has, both VMs
+    say (`qmpblock.migration`): here it is undone only while the images are this QEMU's.
+    """
+
+    operation: ClassVar[str] = "migrate"
+
+    def describe(self) -> str:
+        """Say what it is, for people."""
+        return f"migration of a VM with {', '.join(map(printable, self.names))} (run {self.run})"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from qmpblock.changes.copies import Copy, Move
+from qmpblock.changes.copies import Copy, Migration, Move
 from qmpblock.changes.homing import FrozenCopy, Pivoting, StagedCommit
 from qmpblock.changes.record import Link, Record, lies_on_something, pivoted, without_bitmaps
 from qmpblock.changes.settings import check_settings, discard_and_zeroes_of
@@ -303,6 +303,7 @@ _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("copy", False): Copy,
     ("copy", True): FrozenCopy,
     ("move", False): Move,
+    ("migrate", False): Migration,
 }
 #: What the record of any of them may say. Older versions wrote all of it, most of it empty.
 _KNOWN = {one.name for kind in _KINDS.values() for one in fields(kind)} - {"more"}

@@ -195,7 +195,7 @@ class CopyJob(Feed[Progress]):
 
 
 @asynccontextmanager
-async def working(what: Coroutine[Any, Any, None], job: CopyJob) -> AsyncIterator[None]:
+async def working(what: Coroutine[Any, Any, None], job: Feed[Any]) -> AsyncIterator[None]:
     """Have jobs work while the body runs, and wait for their end; or break them off."""
     work = asyncio.ensure_future(what)
     work.add_done_callback(lambda _: job.end())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpblock.changes import operations
-from qmpblock.changes.copies import Copy, Move
+from qmpblock.changes.copies import Copy, Migration, Move
 from qmpblock.changes.operations import (
     ActiveCommit,
     Commit,
@@ -77,7 +77,7 @@ FIELDS = {
 }
 KINDS = (
     *(Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime),
-    *(Copy, Move, FrozenCopy),
+    *(Copy, Move, FrozenCopy, Migration),
 )
 
 

@@ -169,7 +169,7 @@ async def test_no_pivot_hangs_the_guest(start_qemu, invariant, vm_dir, monkeypat
     await begin(vm, invariant)
     disturb_pivots(monkeypatch, vm)
     async with qmpblock.connect(vm.monitor_path) as controller:
-        for number in range(3):
+        for number in range(5):
             await snapshot_and_commit(vm, controller, vm_dir, number)
             assert await moves(vm), str(await look(vm.control, vm.pid))
             if vm.version >= AFFECTED:

@@ -1,0 +1,78 @@
+"""Arbiter: the object at the source that says on which side of a migration the guest goes on.
+
+When QEMU's migration is complete both sides are paused, and either could go on. Whoever is to
+have one go on adds this object to the source first, and says in it which side that is; `object-add`
+of a name that is there fails: so of all who try, at either side, one wins. It stays for as long as
+that QEMU. The mark is at the destination, by the same name, and says the same, so that it can be
+told where the source is gone.
+"""
+
+from __future__ import annotations
+
+import json
+
+from qmpblock.errors import CommandError, RecordError, printable
+from qmpblock.export.server import delete_object
+from qmpblock.migration.states import Side
+from qmpblock.names import handover_name
+from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.refusals import duplicate_object, no_object, tolerate
+from qmpblock.versioned import UnreadableError, stamped, unstamped
+
+__all__ = ["claim", "decided", "mark", "withdraw"]
+
+_SIDE = "side"
+
+
+async def claim(source: Monitor, run: str, side: Side) -> Side:
+    """Have the arbiter say where the guest goes on; return what it says.
+
+    :param side: what it is to say, if nobody was faster.
+    :raise RecordError: somebody was, and what he said cannot be read.
+    :raise DisconnectedError: whether it was said is unknown.
+    """
+    if await _add(source, run, side):
+        return side
+    said = await decided(source, run)
+    return side if said is None else said
+
+
+async def mark(destination: Monitor, run: str) -> None:
+    """Say at the destination that the arbiter decided for it. Idempotent."""
+    await _add(destination, run, Side.DESTINATION)
+
+
+async def decided(monitor: Monitor, run: str) -> Side | None:
+    """Return what the arbiter, or the mark, says; None where there is none.
+
+    :raise RecordError: it cannot be read.
+    """
+    name = handover_name(run)
+    try:
+        text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
+    except CommandError as error:
+        if no_object(error):
+            return None
+        raise
+    try:
+        return Side(unstamped(json.loads(text))[_SIDE])
+    except (UnreadableError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"the object {name} in this VM is ours by its name and cannot be read: "
+            f"{printable(error)}",
+            standing="it says on which side of a migration the guest goes on; neither was touched",
+            remedy="have the qmpblock that wrote it, or a newer one, recover",
+            run=run,
+        ) from None
+
+
+async def withdraw(monitor: Monitor, run: str) -> None:
+    """Remove it, where there is no other side any more. Idempotent."""
+    await delete_object(monitor, handover_name(run))
+
+
+async def _add(monitor: Monitor, run: str, side: Side) -> bool:
+    """Add it; False if it is there."""
+    data = json.dumps(stamped({_SIDE: side.value}))
+    arguments = {"qom-type": "secret", "id": handover_name(run), "data": data}
+    return await tolerate(duplicate_object, monitor.execute("object-add", arguments))

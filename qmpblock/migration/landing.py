@@ -1,0 +1,254 @@
+"""Landing: what is done to a migration's destination, which waits for the guest (-incoming defer).
+
+Its images are written to through exports of its own NBD server, which are gone before the guest is
+handed over: an NBD client that goes away after that, or that is in an iothread before, makes QEMU
+7.2 abort (K1, M5). So exports end by `block-export-del` with mode hard, before anything at the
+source closes a connection; the server itself is stopped when the guest runs.
+
+Nothing else of ours looks into the destination meanwhile: its disks are locked like the source's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qmpblock.address import Address, UnixAddress
+from qmpblock.changes.copies import Migration
+from qmpblock.changes.identity import identify
+from qmpblock.changes.leftovers import OWN_REMEDY, undo_dead_change
+from qmpblock.copying.target import NBDTarget
+from qmpblock.errors import CommandError, DisconnectedError, Error, MonitorError, StalledError
+from qmpblock.export.ownserver import OwnServer
+from qmpblock.export.server import delete_export, monitor_name, undo_dead_run
+from qmpblock.names import NBD_LOCK, export_name, lock_names, stream_socket
+from qmpblock.qemu import lock
+from qmpblock.qemu.connection import NBDAccess
+from qmpblock.qemu.lock import Holder
+from qmpblock.qemu.refusals import not_found, tolerate
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import DiskDevice
+    from qmpblock.migration.look import Pair
+    from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.monitor import Event, Monitor
+
+__all__ = ["Landing", "until_running"]
+
+_ANSWER = 2.0  # seconds for a word from a QEMU that is well
+_POLL = 0.02
+
+_log = logging.getLogger(__name__)
+
+
+class Landing:
+    """The destination of one migration. `lock`, `serve`, ..., then `leave`, or `give_up`.
+
+    :ivar spoilt: whether it was sent anything: it is of no use for another attempt then.
+    """
+
+    def __init__(self, vm: Connection, run: str, disks: Sequence[DiskDevice]) -> None:
+        self.vm = vm
+        self.spoilt = False
+        self._run = run
+        self._disks = disks
+        self._locks: list[str] = []
+        self._server = OwnServer(vm.monitor, NBDAccess(), run, lasting=True)
+        self._serves = False
+        self._exports: list[str] = []
+
+    # -- before
+
+    async def lock(self, *, serving: int) -> None:
+        """Keep all else of ours away. Cancelling leaves the locks to `leave`.
+
+        :param serving: how many exports there will be.
+        :raise BusyError: another controller is at work there.
+        """
+        monitor = self.vm.monitor
+        record = Migration(
+            run=self._run,
+            vm=await identify(self.vm),
+            devices=tuple(disk.qom_path for disk in self._disks),
+            names=tuple(disk.name for disk in self._disks),
+            locks=lock_names(self._disks),
+        )
+        me = Holder.me(self._run, record=record.as_json())
+
+        async def undo(dead: Holder) -> None:
+            await undo_dead_change(self.vm, dead)
+
+        async def undo_server(dead: Holder) -> None:
+            await undo_dead_run(monitor, dead, self.vm.stall, NBD_LOCK)
+
+        for name in record.locks:
+            await lock.acquire(monitor, name, me, undo, stall=0, remedy=OWN_REMEDY)
+            self._locks.append(name)
+        if serving:
+            self._server.choose_place()
+            user = Holder.me(
+                self._run,
+                monitor=monitor_name(monitor),
+                path=self._server.path,
+                ports=[],
+                custody=True,
+                exports=[export_name(self._run, number) for number in range(serving)],
+            )
+            await lock.acquire(monitor, NBD_LOCK, user, undo_server, stall=self.vm.stall)
+            self._locks.append(NBD_LOCK)
+
+    async def serve(self, pairs: Sequence[Pair]) -> list[NBDTarget]:
+        """Export the disks for writing; return where each is found. Not to be cancelled half-way.
+
+        :raise BusyError: another NBD server runs there.
+        :raise CommandError: QEMU refused.
+        """
+        self._serves = True
+        await self._server.start(_nobody, len(pairs))
+        targets = []
+        for number, pair in enumerate(pairs):
+            name = export_name(self._run, number)
+            await self.vm.monitor.execute(
+                "block-export-add",
+                {
+                    "type": "nbd",
+                    "id": name,
+                    "name": name,
+                    "node-name": pair.destination.chain.active.node.name,
+                    "writable": True,
+                },
+            )
+            self._exports.append(name)
+            targets.append(NBDTarget(UnixAddress(self._server.path), name))
+        return targets
+
+    # -- the guest comes
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[socket.socket]:
+        """Have it wait for the guest at the other end of what is yielded, which the caller closes.
+
+        :raise CommandError: QEMU refused.
+        """
+        monitor, name = self.vm.monitor, stream_socket(self._run)
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                await monitor.pass_fd(name, theirs.fileno())
+            self.spoilt = True
+            await monitor.execute("migrate-incoming", {"uri": f"fd:{name}"})
+            yield ours
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            with contextlib.suppress(MonitorError, StalledError):
+                await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
+
+    async def end_exports(self) -> None:
+        """Have nobody write to its disks from outside any more. Idempotent."""
+        while self._exports:
+            await delete_export(self.vm.monitor, self._exports[-1], self.vm.stall)
+            self._exports.pop()
+
+    async def until_it_has_all(self) -> None:
+        """Wait until all of the guest is there, and it stands still; for ever, if need be."""
+        while True:
+            migration = (await self.vm.monitor.execute("query-migrate")).get("status")
+            status = (await self.vm.monitor.execute("query-status"))["status"]
+            if (status, migration) == ("paused", "completed"):
+                return
+            await asyncio.sleep(_POLL)
+
+    async def run(self) -> Event:
+        """Have the guest go on there: only whoever has the arbiter may. Return the word of that.
+
+        :raise CommandError: QEMU refused; it stands.
+        :raise StalledError: it was continued, and does not run.
+        """
+        with self.vm.monitor.subscribe("RESUME") as resumed:
+            await self.vm.monitor.execute("cont")
+            return await resumed.get(self.vm.stall)
+
+    # -- after
+
+    async def answers(self) -> bool:
+        """Whether its monitor answers at once."""
+        try:
+            async with asyncio.timeout(_ANSWER):
+                await self.vm.monitor.execute("query-status")
+        except (TimeoutError, Error):
+            return False
+        return True
+
+    async def leave(self) -> None:
+        """Take away all that is ours there. Idempotent.
+
+        :raise Error: some of it could not be.
+        """
+        await self.end_exports()
+        if self._serves:
+            await self._server.stop()
+            self._serves = False
+        self._server.remove_folder()
+        while self._locks:
+            await lock.release(self.vm.monitor, self._locks[-1])
+            self._locks.pop()
+
+    async def give_up(self) -> str:
+        """Leave it as it was, or have it end if it is of no use; say what became of it."""
+        try:
+            if not await self.answers():
+                lock.abandon(self._run)
+                return (
+                    "the destination's QEMU does not answer: see that it is ended, and never "
+                    "continue it (cont)"
+                    if self.spoilt and not self.vm.monitor.closed
+                    else "the destination's QEMU has ended"
+                )
+            if self.spoilt:
+                await self.end_exports()
+                await self._quit()
+                return "the destination, of no use any more, was ended (quit)"
+            await self.leave()
+        except Error as error:
+            lock.abandon(self._run)
+            _log.warning("what is left at the destination: %s", error)
+            return "the destination may have things of ours left: end it, and start it anew"
+        finally:
+            self._server.remove_folder()
+        return "the destination waits as before"
+
+    async def _quit(self) -> None:
+        """End it, and see its monitor go.
+
+        :raise StalledError: it does not.
+        """
+        monitor = self.vm.monitor
+        with contextlib.suppress(MonitorError), contextlib.suppress(CommandError):
+            await monitor.execute("quit")
+        with monitor.subscribe() as events, contextlib.suppress(DisconnectedError):
+            while True:
+                await events.get(self.vm.stall)
+
+
+async def until_running(monitor: Monitor) -> None:
+    """Wait until a guest that was continued runs.
+
+    :raise StalledError: it does not.
+    """
+    late = time.monotonic() + monitor.stall
+    while not (await monitor.execute("query-status"))["running"]:
+        if time.monotonic() > late:
+            raise StalledError("the guest was continued, and does not run")
+        await asyncio.sleep(_POLL)
+
+
+async def _nobody(_: Address) -> None:
+    """Make no connection before QEMU has the socket."""

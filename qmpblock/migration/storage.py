@@ -1,0 +1,175 @@
+"""Storage: the source's disks, mirrored to the destination until the guest is handed over.
+
+Background mirrors, which are never in the guest's way, of a granularity of 4 KiB: at QEMU's own,
+64 KiB, a guest's small writes weigh sixteen times as much, and a slow wire never catches up (M10).
+One that has the guest's writes wait for the target (`write-blocking`) has QEMU's heap corrupted
+when it is broken off (M3).
+
+Each goes over a wire that this process holds (`qmpblock.copying.wire`), so that one which hangs is
+cut from outside of QEMU, whose monitor would wait for it (M6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qmpblock.cancellation import task_group
+from qmpblock.copying.job import joined
+from qmpblock.copying.wire import HOLD, Wire, wire_socket
+from qmpblock.errors import JobError
+from qmpblock.names import migration_job, wire_node
+from qmpblock.qemu.job import Job, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qmpblock.copying.target import NBDTarget
+    from qmpblock.migration.look import Pair
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["Storage"]
+
+_GRANULARITY = 4096
+_LOOK = 0.002  # seconds between looks at mirrors that end, while the guest stands
+_TO_CATCH_UP = "let the guest write less, or raise --speed"
+
+
+class Storage:
+    """The mirrors of one migration. `start`, `until_ready`, `watched`, `end`; `close` at last.
+
+    :ivar jobs: their ids; `wires`: their nodes, each with the socket of its relay.
+    """
+
+    def __init__(
+        self,
+        vm: Connection,
+        run: str,
+        pairs: Sequence[Pair],
+        speed: int,
+        show: Callable[[Progress], None],
+    ) -> None:
+        self.jobs = tuple(migration_job(run, number) for number, _ in enumerate(pairs))
+        self.wires = tuple(
+            (wire_node(run, number), wire_socket(run, number)) for number, _ in enumerate(pairs)
+        )
+        self._vm = vm
+        self._run = run
+        self._pairs = pairs
+        self._speed = speed
+        self._show = show
+        self._laid: list[Wire] = []
+        self._jobs: list[Job] = []
+        self._seen: dict[str, Progress] = {}
+        self._stack = AsyncExitStack()
+        self._patience = ExitStack()
+        self._ready = asyncio.Event()
+
+    @property
+    def copied(self) -> tuple[int, ...]:
+        """Bytes that each mirror went over."""
+        return tuple(self._seen[name].done if name in self._seen else 0 for name in self.jobs)
+
+    async def start(self, targets: Sequence[NBDTarget]) -> None:
+        """Lay the wires, and begin.
+
+        :raise Error: it cannot be; what was begun is left to whoever undoes it.
+        """
+        for number, target in enumerate(targets):
+            laying = Wire.open(self._vm, target, run=self._run, number=number)
+            self._laid.append(await self._stack.enter_async_context(laying))
+        for name, pair, wire in zip(self.jobs, self._pairs, self._laid, strict=True):
+            job = Job(self._vm.monitor, name, "mirror")
+            job.to_catch_up = _TO_CATCH_UP
+            self._jobs.append(job)
+            await self._vm.monitor.execute(
+                "blockdev-mirror",
+                {
+                    "job-id": name,
+                    "device": pair.source.chain.root.name,
+                    "target": wire.node,
+                    "sync": "full",
+                    "copy-mode": "background",
+                    "granularity": _GRANULARITY,
+                    "on-source-error": "report",
+                    "on-target-error": "report",
+                    "speed": -(-self._speed // len(self._pairs)),
+                    "auto-dismiss": False,
+                },
+            )
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Have the body broken off where a mirror fails.
+
+        :raise JobError: one did: the destination died, or an image failed.
+        :raise StalledError: one does not move, or does not catch up with the guest.
+        """
+        async with task_group() as group:
+            watching = [group.create_task(self._follow(job)) for job in self._jobs]
+            yield
+            for one in watching:
+                one.cancel()
+
+    async def until_ready(self) -> None:
+        """Wait until every disk is as far as the guest; inside `watched`."""
+        await self._ready.wait()
+
+    async def _follow(self, job: Job) -> None:
+        async for seen in job.follow(converging=self._vm.stall):
+            self._seen[job.id] = seen
+            if seen.status == "concluded":
+                raise JobError(job.id, job.type, seen.error or "somebody ended it")
+            if len(self._seen) == len(self._jobs):
+                every = tuple(self._seen.values())
+                if all(one.ready for one in every):
+                    self._ready.set()
+                self._show(joined(every))
+
+    def hurry(self) -> None:
+        """Give the destination no more than some seconds for an answer from now on.
+
+        The guest stands soon, and waits for all that QEMU waits for.
+        """
+        for wire in self._laid:
+            self._patience.enter_context(wire.relay.within(HOLD))
+
+    async def end(self) -> None:
+        """Have all mirrors end, now that the guest stands: each disk is there what it is here.
+
+        By a soft cancel, which of a ready mirror is no failure but its end.
+
+        :raise JobError: one failed.
+        """
+        for name in self.jobs:
+            await self._vm.monitor.execute("block-job-cancel", {"device": name, "force": False})
+        left = set(self.jobs)
+        while left:
+            for one in await self._vm.monitor.execute("query-jobs"):  # of all disks at once
+                if one["id"] in left and one["status"] == "concluded":
+                    left.remove(one["id"])
+                    if "error" in one:
+                        raise JobError(one["id"], "mirror", one["error"])
+            await asyncio.sleep(_LOOK if left else 0)
+
+    async def break_off(self) -> None:
+        """Cancel what runs, and wait for it; the wires stay. Idempotent."""
+        for job in self._jobs:
+            await job.cancel()
+        for job in self._jobs:
+            await job.wait_concluded()
+
+    def cut(self) -> None:
+        """Cut the wires: nothing waits for the destination any more. Idempotent."""
+        for wire in self._laid:
+            wire.cut()
+
+    async def close(self) -> None:
+        """Close the relays; the jobs and nodes are gone by then, or go with this. Idempotent."""
+        for job in self._jobs:
+            job.end()
+        self.cut()
+        self._patience.close()
+        await self._stack.aclose()

@@ -1,0 +1,292 @@
+"""Stream: QEMU's own migration, from its start until the guest stands, and from there to its end.
+
+With the capabilities that make it safe:
+
+- `return-path`: without it the source says `completed` of a destination that has died (M1);
+- `pause-before-switchover`: the guest stands while the mirrors end;
+- `events`.
+
+What runs through is passed on by a relay of ours. QEMU's monitor hangs for ever where the
+destination falls silent at the wrong moment (M7); when the relay is cut, the source hears that its
+peer is gone, and the guest goes on there by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.copying.relay import Relay
+from qmpblock.errors import Error, StalledError, UnsupportedError, printable
+from qmpblock.names import stream_socket
+from qmpblock.qemu.job import Progress
+from qmpblock.qemu.refusals import not_found, tolerate
+from qmpblock.speed import Convergence, RateMeter
+
+if TYPE_CHECKING:
+    from qmpblock.migration.landing import Landing
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["OVER", "Stream", "told_at"]
+
+#: States of a migration that is none, or that has ended with the guest still here.
+OVER = frozenset({"none", "failed", "cancelled"})
+_ON = ("events", "pause-before-switchover", "return-path")
+#: What needs another connection than the one that there is, or takes the way back.
+_OFF = (
+    "background-snapshot",
+    "mapped-ram",
+    "multifd",
+    "postcopy-ram",
+    "rdma-pin-all",
+    "x-colo",
+    "zero-copy-send",
+)
+_LOOK = 0.1  # seconds between looks, where no event wakes us
+_SOON = 0.01  # likewise, while the guest stands
+
+
+class Stream:
+    """One migration of QEMU's. `prepare`, `start`, `until_held`, `go_on`, `until_completed`.
+
+    :ivar begun: whether QEMU may have been told to migrate.
+    :ivar transferred: bytes, as QEMU counts them.
+    """
+
+    def __init__(
+        self,
+        vm: Connection,
+        run: str,
+        speed: int,
+        show: Callable[[Progress], None],
+    ) -> None:
+        self.begun = False
+        self.transferred = 0
+        self._vm = vm
+        self._run = run
+        self._speed = speed
+        self._show = show
+        self._stack = ExitStack()
+        self._relay: Relay | None = None
+        self._were: list[dict[str, object]] = []  # capabilities
+        self._had: dict[str, object] = {}  # parameters
+        self._stopped: float | None = None
+        # Before the migration: what it says comes before a reply.
+        self._events = vm.monitor.subscribe("MIGRATION", "STOP")
+
+    # -- what QEMU is told before
+
+    async def prepare(self) -> None:
+        """Switch on what makes it safe, and off what does not go with it; `restore` takes it back.
+
+        :raise UnsupportedError: this QEMU has not what is needed.
+        """
+        monitor = self._vm.monitor
+        now = {
+            one["capability"]: one["state"]
+            for one in await monitor.execute("query-migrate-capabilities")
+        }
+        missing = [name for name in _ON if name not in now]
+        if missing:
+            raise UnsupportedError(f"this QEMU cannot migrate with {', '.join(missing)}")
+        wanted = {**dict.fromkeys(_ON, True), **{name: False for name in _OFF if name in now}}
+        changed = {name: state for name, state in wanted.items() if now[name] is not state}
+        if changed:
+            self._were = _states({name: now[name] for name in changed})
+            await monitor.execute("migrate-set-capabilities", {"capabilities": _states(changed)})
+        if self._speed:
+            parameters = await monitor.execute("query-migrate-parameters")
+            self._had = {"max-bandwidth": parameters["max-bandwidth"]}
+            await monitor.execute("migrate-set-parameters", {"max-bandwidth": self._speed})
+
+    async def restore(self) -> None:
+        """Take back what `prepare` changed. Idempotent."""
+        monitor = self._vm.monitor
+        if self._had:
+            await monitor.execute("migrate-set-parameters", self._had)
+            self._had = {}
+        if self._were:
+            await monitor.execute("migrate-set-capabilities", {"capabilities": self._were})
+            self._were = []
+
+    # -- its course
+
+    async def start(self, landing: Landing) -> None:
+        """Begin, to a destination that waits.
+
+        :raise CommandError: QEMU refused: something in the VM cannot migrate.
+        """
+        monitor, name = self._vm.monitor, stream_socket(self._run)
+        async with landing.listening() as there:
+            ours, theirs = socket.socketpair()
+            self._relay = self._stack.enter_context(Relay.between(there, ours))
+            with theirs:
+                await monitor.pass_fd(name, theirs.fileno())
+            try:
+                self._events.pending()
+                self.begun = True
+                await monitor.execute("migrate", {"uri": f"fd:{name}"})
+            finally:
+                await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
+
+    async def until_held(self) -> None:
+        """Wait until the guest stands, and QEMU waits for us to go on.
+
+        :raise Error: the migration has ended otherwise, in QEMU's words.
+        :raise StalledError: it does not move, or does not converge, for the stall limit.
+        """
+        course, stall = _Course(), self._vm.stall
+        while True:
+            migration = await self._look()
+            status = str(migration.get("status"))
+            if status == "pre-switchover":
+                return
+            self._check(migration)
+            seen = course.add(time.monotonic(), migration.get("ram", {}))
+            self._show(seen)
+            if seen.idle > stall:
+                raise StalledError(
+                    f"the migration is {printable(status)} and has not moved for {stall:g} s",
+                    remedy="look whether the destination hangs, or give a longer --stall",
+                )
+            if course.hopeless(stall):
+                raise StalledError(
+                    "the migration does not converge: the guest writes to its memory faster than "
+                    f"it is sent ({int(seen.rate)} bytes a second); {seen.remaining} bytes are "
+                    f"left, and have not become less for {stall:g} s",
+                    remedy="let the guest do less, raise --speed, or let it stand longer "
+                    "(migrate-set-parameters downtime-limit)",
+                )
+            await self._nap(_LOOK)
+
+    async def go_on(self) -> None:
+        """Have QEMU send the rest, while the guest stands."""
+        await self._vm.monitor.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def until_completed(self) -> None:
+        """Wait until the source says that the destination has all of it.
+
+        :raise Error: it has not: the guest goes on at the source by itself.
+        """
+        while True:
+            migration = await self._look()
+            self._check(migration)
+            # 11.1 says `completed` a moment before it leaves finish-migrate.
+            status = await self._vm.monitor.execute("query-status")
+            if migration.get("status") == "completed" and status["status"] == "postmigrate":
+                return
+            await self._nap(_SOON)
+
+    @property
+    def stopped(self) -> float | None:
+        """When the guest stopped, by the clock of QEMU's host; None where it did not say."""
+        self._take()
+        return self._stopped
+
+    async def _look(self) -> Mapping[str, Any]:
+        migration: Mapping[str, Any] = await self._vm.monitor.execute("query-migrate")
+        moved = migration.get("ram", {}).get("transferred")
+        if isinstance(moved, int):
+            self.transferred = moved
+        return migration
+
+    def _check(self, migration: Mapping[str, Any]) -> None:
+        status = str(migration.get("status"))
+        if status in ("failed", "cancelled", "cancelling", "failing"):
+            why = printable(migration.get("error-desc") or "QEMU says no more")
+            raise Error(
+                f"the migration has {'failed' if status[0] == 'f' else 'been cancelled'}: {why}",
+                remedy="see what the destination's QEMU says on its stderr; it has to be the same "
+                "machine, with the same devices",
+            )
+
+    async def _nap(self, limit: float) -> None:
+        with contextlib.suppress(StalledError):  # no event is no news
+            self._note(await self._events.get(limit))
+        self._take()
+
+    def _take(self) -> None:
+        for event in self._events.pending():
+            self._note(event)
+
+    def _note(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "STOP":
+            self._stopped = told_at(event)
+
+    # -- the way back
+
+    async def cancel(self) -> None:
+        """Have QEMU give it up. It is over when `is_over`."""
+        await self._vm.monitor.execute("migrate_cancel")
+
+    async def state(self) -> tuple[str, str]:
+        """Return what query-status and query-migrate say."""
+        migration = await self._vm.monitor.execute("query-migrate")
+        status = await self._vm.monitor.execute("query-status")
+        return str(status["status"]), str(migration.get("status", "none"))
+
+    def cut(self) -> None:
+        """Cut the connection: the source hears that its peer is gone. Idempotent."""
+        if self._relay is not None:
+            self._relay.cut()
+
+    def close(self) -> None:
+        """Let go of the connection, and of the events. Idempotent."""
+        self._events.close()
+        self._stack.close()
+
+
+class _Course:
+    """How far the memory is, by what query-migrate says of it."""
+
+    def __init__(self) -> None:
+        self._meter = RateMeter()
+        self._convergence = Convergence()
+        self._moved = (-1, 0.0)
+        self._now = 0.0
+
+    def add(self, now: float, ram: Mapping[str, Any]) -> Progress:
+        sent, left, total = (
+            value if isinstance(value := ram.get(name), int) else 0
+            for name in ("transferred", "remaining", "total")
+        )
+        self._now = now
+        if sent != self._moved[0]:
+            self._moved = sent, now
+        self._meter.add(now, sent)
+        self._convergence.add(now, left)
+        rate = self._meter.rate
+        return Progress(
+            status="running",
+            phase="moving the memory",
+            done=max(0, total - left),
+            total=total,
+            rate=rate,
+            eta=left / rate if rate and left else None,
+            idle=now - self._moved[1],
+            lagging=self._convergence.passes,
+        )
+
+    def hopeless(self, limit: float) -> bool:
+        return self._convergence.hopeless(self._now, limit)
+
+
+def told_at(event: Mapping[str, Any]) -> float | None:
+    """Return when QEMU sent an event, in seconds of its host's clock; None where that is not said.
+
+    Of what is under way here nothing is in it.
+    """
+    stamp = event.get("timestamp")
+    told = (
+        [stamp.get(part) for part in ("seconds", "microseconds")] if isinstance(stamp, dict) else []
+    )
+    seconds, micro = told if len(told) == 2 else (None, None)
+    return seconds + micro / 1e6 if isinstance(seconds, int) and isinstance(micro, int) else None
+
+
+def _states(states: Mapping[str, bool]) -> list[dict[str, object]]:
+    return [{"capability": name, "state": state} for name, state in states.items()]

@@ -1,0 +1,184 @@
+"""Migrations that are broken off in any phase: the guest stays, and the next one works."""
+
+import asyncio
+import contextlib
+import os
+import signal
+
+import pytest
+from disturbed import locks, nothing_of_ours
+from migrating import arrived, both, machine, migrated, stressed
+
+import qmpblock
+from qmpblock.migration import migrate as module
+from qmpblock.testing import Tools, build, parse_scenario
+
+pytestmark = pytest.mark.live
+
+#: Those in which it can be broken off, in their order; `active`: in the middle of `memory`.
+PHASES = ("mirroring", "ready", "memory", "active", "held", "ended", "sent", "landed")
+SPOILT = PHASES[3:]  # from here on a destination that lives is ended
+
+
+class BrokenOffError(Exception):
+    """What a test raises in the middle."""
+
+
+@pytest.fixture
+def begin(start_qemu, vm_dir, qemu_binary):
+    async def start(text=None, **options):
+        built = await build(
+            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
+        )
+        return await stressed(await start_qemu(built, guest=True, **options))
+
+    return start
+
+
+@contextlib.contextmanager
+def at(monkeypatch, phase, do):
+    """Do something as soon as that phase has begun, once."""
+    with monkeypatch.context() as patch:
+        before = module._Passage._enter
+        todo = [do]
+
+        async def enter(self, now):
+            await before(self, now)
+            if now.value == phase and todo:
+                await todo.pop()()
+
+        until_held = module.Stream.until_held
+
+        async def until(self):
+            if phase == "active":
+                await todo.pop()()
+            await until_held(self)
+
+        patch.setattr(module._Passage, "_enter", enter)
+        patch.setattr(module.Stream, "until_held", until)
+        yield
+        assert not todo, f"the phase {phase} never came"
+
+
+async def stays(source, invariant):
+    """See that the guest runs at the source, unharmed, and that all there is as it was."""
+    assert (await source.execute("query-status"))["status"] == "running"
+    before = (await source.guest.progress()).acked
+    await asyncio.sleep(0.1)
+    now = await source.guest.progress()
+    assert now.acked > before
+    assert (now.bad, now.errors) == (0, 0)
+    await nothing_of_ours(source)
+    await invariant.verify(source)
+
+
+async def ended(vm):
+    async with asyncio.timeout(20):
+        while vm.running:
+            await asyncio.sleep(0.02)
+
+
+async def again(source, start_destination, tools=None):
+    destination = await start_destination(source)
+    await arrived(source, destination, await migrated(source, destination))
+
+
+@pytest.mark.parametrize("how", ["error", "cancelled"])
+@pytest.mark.parametrize("phase", PHASES)
+async def test_broken_off(phase, how, begin, start_destination, invariant, monkeypatch):
+    source = await begin(machine(2))
+    destination = await start_destination(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+
+    async def breaking():
+        if how == "error":
+            raise BrokenOffError
+        running.cancel()
+        await asyncio.sleep(10)
+
+    with at(monkeypatch, phase, breaking):
+        running = asyncio.create_task(migrated(source, destination))
+        with pytest.raises((BrokenOffError, asyncio.CancelledError)):
+            await running
+    await stays(source, invariant)
+    if phase in SPOILT:
+        await ended(destination)
+        destination = None
+    else:
+        await nothing_of_ours(destination)
+        assert (await destination.execute("query-status"))["status"] == "inmigrate"
+    destination = destination or await start_destination(source)
+    await arrived(source, destination, await migrated(source, destination))
+
+
+@pytest.mark.parametrize("device", ["virtio-blk", "virtio-scsi"])
+@pytest.mark.parametrize("phase", PHASES)
+async def test_the_destination_dies(
+    phase, device, begin, start_destination, invariant, monkeypatch
+):
+    source = await begin(machine(2, device=device))
+    destination = await start_destination(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+
+    async def killing():
+        await destination.kill()
+
+    with at(monkeypatch, phase, killing), pytest.raises(qmpblock.Error) as failed:
+        await migrated(source, destination)
+    print(failed.value)
+    assert "the guest runs at the source" in str(failed.value)
+    await stays(source, invariant)
+    await again(source, start_destination)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_the_destination_falls_silent(
+    phase, begin, start_destination, invariant, monkeypatch
+):
+    monkeypatch.setattr(module, "STANDSTILL", 3.0)
+    monkeypatch.setattr(module, "HOLD", 2.0)
+    source = await begin(machine(2))
+    destination = await start_destination(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+
+    async def stopping():
+        os.kill(destination.pid, signal.SIGSTOP)
+
+    with at(monkeypatch, phase, stopping), pytest.raises(qmpblock.Error) as failed:
+        async with both(source, destination, stall=4) as vms, qmpblock.migrate(*vms):
+            pass
+    print(failed.value)
+    assert "the guest runs at the source" in str(failed.value)
+    if phase == "landed":
+        assert "see that it is ended, and never continue it" in str(failed.value)
+        [left] = await locks(source)  # as long as that is not known to have ended
+        assert left.endswith("-handover")
+        await source.execute("object-del", id=left)
+    await stays(source, invariant)
+    os.kill(destination.pid, signal.SIGCONT)
+    await destination.kill()
+    await again(source, start_destination)
+
+
+@pytest.mark.parametrize("phase", ["active", "held", "sent", "landed"])
+async def test_the_memory_alone_is_broken_off(
+    phase, begin, start_destination, invariant, monkeypatch
+):
+    source = await begin()
+    destination = await start_destination(source, shared=True)
+    destination.expect_exit()
+    await invariant.begin(source)
+
+    async def breaking():
+        raise BrokenOffError
+
+    with at(monkeypatch, phase, breaking), pytest.raises(BrokenOffError):
+        await migrated(source, destination, memory_only=True)
+    await stays(source, invariant)
+    await ended(destination)
+    destination = await start_destination(source, shared=True)
+    result = await migrated(source, destination, memory_only=True)
+    await arrived(source, destination, result)

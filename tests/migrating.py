@@ -1,0 +1,101 @@
+"""What the live tests of migrations share: the machines, a guest that writes, the verdict."""
+
+import asyncio
+import contextlib
+
+from disturbed import nothing_of_ours
+
+import qmpblock
+from qmpblock.testing import StressSpec, Tools, check_acknowledged
+
+MIB = 1 << 20
+DISK = "{{name: {name}, images: [{{size: 64M, format: {format}, content: [write 0 8M 0xaa]}}]"
+ATTACH = ", attach: {{device: {device}, id: v{name}, iothread: {iothread}}}}}"
+
+
+def machine(number=1, *, device="virtio-blk", iothread="none", image="qcow2"):
+    """Return a scenario of so many disks."""
+    lines = [
+        (DISK + ATTACH).format(name=f"d{n}", format=image, device=device, iothread=iothread)
+        for n in range(number)
+    ]
+    return "about: Disks.\ndisks:\n" + "".join(f"  - {line}\n" for line in lines)
+
+
+def spec(number, *, rate=300):
+    return StressSpec(
+        disk=number,
+        offset=16 * MIB,
+        blocks=1024,
+        block_size=4096,
+        queue_depth=4,
+        seed=70 + number,
+        flush_every=20,
+        rate=rate,
+    )
+
+
+@contextlib.asynccontextmanager
+async def both(source, destination, **options):
+    async with (
+        qmpblock.connect(source.monitor_path, **options) as one,
+        qmpblock.connect(destination.monitor_path, **options) as other,
+    ):
+        yield one, other
+
+
+async def migrated(source, destination, **options):
+    async with both(source, destination) as vms, qmpblock.migrate(*vms, **options) as job:
+        async for _ in job:
+            pass
+    return job.result
+
+
+async def arrived(source, destination, result):
+    """See that the guest goes on there, and that it finds all that it wrote."""
+    print(
+        f"{result.seconds:.3f} s, downtime {result.downtime * 1e3:.1f} ms: "
+        + ", ".join(f"{one.phase} {one.seconds * 1e3:.0f}" for one in result.phases)
+    )
+    assert result.warnings == ()
+    guest = await destination.attach_guest()
+    await nothing_of_ours(destination)
+    numbers = range(len(destination.disks))
+    before = [(await guest.progress(number)).acked for number in numbers]
+    await asyncio.sleep(0.2)
+    ends = []
+    for number in numbers:
+        end = await guest.stop_stress(number)
+        assert end.acked > before[number]
+        assert (end.bad, end.errors) == (0, 0), end
+        assert await guest.check(number) > 0
+        ends.append(end)
+    if source.running:
+        assert (await source.execute("query-status"))["status"] == "postmigrate"
+        assert await source.execute("query-jobs") == []
+        objects = {one["name"] for one in await source.execute("qom-list", path="/objects")}
+        [left] = [name for name in objects if "qmpblock" in name]
+        assert left.endswith("-handover")
+        await source.quit()
+    await destination.quit()
+    tools = Tools.of(destination.command[0])
+    for number, disk in enumerate(destination.disks):
+        its = spec(number)
+        raw = disk.active.path.parent / "content"
+        form = disk.active.spec.format
+        await tools.run(
+            tools.img, "convert", "-f", form, "-O", "raw", str(disk.active.path), str(raw)
+        )
+        data = raw.read_bytes()
+        raw.unlink()
+        assert data[: 8 * MIB] == b"\xaa" * (8 * MIB)
+        area = data[its.offset : its.offset + its.length]
+        assert check_acknowledged(area, its, ends[number].acked, ends[number].issued).ok
+        await disk.active.check(tools)
+
+
+async def stressed(vm, rate=300):
+    """Have the guest write to all of its disks."""
+    for number, _ in enumerate(vm.disks):
+        await vm.guest.stress(spec(number, rate=rate))
+    return vm
