@@ -1,8 +1,9 @@
 """Run the checks and the tests, phase by phase, and sum them up: `make test`, `make matrix`.
 
 `test` (the default): ruff, import-linter, mypy, the unit tests, the live tests on this machine's
-QEMU, and the live tests again on a newer one. With --qemu, the live tests on that one only.
-`matrix`: the live tests on this machine's QEMU and on each newer one.
+QEMU, and the live tests again on a newer one, which share the cases of a function, and what shows
+the same on each (tests/live/conftest.py). With --qemu, the live tests on that one only.
+`matrix`: the live tests on this machine's QEMU and on each newer one, all of them on each.
 `check`: ruff, import-linter and mypy only.
 
 A phase that fails does not stop the next ones. Exit code 1 if any failed, 130 when
@@ -12,7 +13,9 @@ interrupted. Words after `--` go to pytest.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,7 +23,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,20 +131,19 @@ def run_pytest(
     title: str,
     marks: str,
     words: Sequence[str],
-    qemu: str | None = None,
     *,
+    settings: Mapping[str, str] | None = None,
     where: Sequence[str] = (),
 ) -> Result:
     """Run the tests with these marks.
 
     :param words: more for pytest; with some, a phase in which no test is left is no failure.
-    :param qemu: the QEMU under test; None leaves it to the environment.
+    :param settings: more for the environment, such as the QEMU under test.
     :param where: pytest's options that keep it from collecting what has other marks.
     """
-    say(f"\n== {title}" + (f" ({qemu})" if qemu else ""))
-    environment = dict(os.environ)
-    if qemu is not None:
-        environment["QMPBLOCK_QEMU"] = qemu
+    settings = settings or {}
+    say(" ".join([f"\n== {title}", *(f"{name}={value}" for name, value in settings.items())]))
+    environment = {**os.environ, **settings}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
@@ -175,16 +177,23 @@ def version_of(qemu: str) -> str:
     return printed.partition("version ")[2].split()[0]
 
 
-def run_live(qemu: str, words: Sequence[str]) -> Result:
-    """Run the live tests on one QEMU, a path or a name."""
+def turns(qemus: int) -> Iterator[dict[str, str]]:
+    """Yield, for one QEMU after the other, the settings that deal out the tests among so many."""
+    seed = os.environ.get("QMPBLOCK_SEED") or str(random.SystemRandom().getrandbits(32))
+    for turn in itertools.cycle(range(qemus)):
+        yield {"QMPBLOCK_SEED": seed, "QMPBLOCK_TURN": f"{turn}/{qemus}"}
+
+
+def run_live(qemu: str, words: Sequence[str], turn: Mapping[str, str]) -> Result:
+    """Run the live tests on one QEMU, a path or a name; `turn` is one of `turns`."""
     found = shutil.which(qemu)
     try:
         title = f"live tests on QEMU {version_of(found or qemu)}"
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         say(f"\n== live tests: {qemu} does not start: {error}")
         return Result(f"live tests on {qemu}", False, note="it does not start")
-    binary = str(Path(found or qemu).absolute())
-    return run_pytest(title, "live and not soak", words, binary, where=LIVE_FILES)
+    settings = {"QMPBLOCK_QEMU": str(Path(found or qemu).absolute()), **turn}
+    return run_pytest(title, "live and not soak", words, settings=settings, where=LIVE_FILES)
 
 
 def fetch_newer(wanted: str) -> str | None:
@@ -198,16 +207,19 @@ def fetch_newer(wanted: str) -> str | None:
     return None if done.returncode else done.stdout.strip()
 
 
-def run_newer(wanted: str, words: Sequence[str], *, needed: bool) -> Result:
+def run_newer(
+    wanted: str, words: Sequence[str], dealt: Iterator[Mapping[str, str]], *, needed: bool
+) -> Result:
     """Run the live tests on a newer QEMU.
 
+    :param dealt: `turns`, of which it takes one.
     :param needed: whether not having it is a failure.
     """
     qemu = fetch_newer(wanted)
     if qemu is None:
         say(f"\n== live tests on QEMU {wanted}.x: not run; it cannot be had (the reason is above)")
         return Result(f"live tests on QEMU {wanted}.x", not needed, note="not run: cannot be had")
-    return run_live(qemu, words)
+    return run_live(qemu, words, next(dealt))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -228,19 +240,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(run_check("imports", "-c", LINT_IMPORTS, "--no-cache"))
             results.append(run_check("mypy", "-m", "mypy"))
             results.append(run_check("mypy tools", "-m", "mypy", "tools"))
+        newer: list[str] = []
         if options.what == "test":
             if not options.qemu:  # first, for unit tests use the newer qemu-nbd as a peer
-                for wanted in NEWER:
-                    fetch_newer(wanted)
+                newer = [wanted for wanted in NEWER if fetch_newer(wanted)]
             results.append(
                 run_pytest("unit tests", "not live and not soak", words, where=UNIT_FILES)
             )
+        # What words choose runs on each of them.
+        dealt = turns(1 if words else 1 + len(newer))
         if options.what in ("test", "matrix"):
-            results.append(run_live(options.qemu or QEMU, words))
+            results.append(run_live(options.qemu or QEMU, words, next(dealt)))
         if options.what == "test" and not options.qemu:
-            results += [run_newer(wanted, words, needed=False) for wanted in NEWER]
+            results += [run_newer(wanted, words, dealt, needed=False) for wanted in NEWER]
         if options.what == "matrix":
-            results += [run_newer(wanted, words, needed=True) for wanted in MATRIX]
+            results += [run_newer(wanted, words, dealt, needed=True) for wanted in MATRIX]
     except KeyboardInterrupt:  # the phase under way got it too, and has ended
         say("\ninterrupted")
         return 130

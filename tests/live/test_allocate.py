@@ -261,7 +261,7 @@ async def test_independent(full, start_qemu, vm_dir, qemu_binary, invariant):
 @pytest.mark.parametrize("fmt", ["qcow2", "qed"])
 async def test_what_the_guest_writes_to_meanwhile(fmt, start_qemu, qemu_binary, invariant):
     """A sample of what soak does in 200 rounds."""
-    count, chance = rounds(6)
+    count, chance = rounds(4)
     vm = await start_qemu(blank(fmt), guest=True)
     invariant.forget(vm)  # the pivots of its rounds leave QEMU's own traces
     done = await allocations_under_stress(vm, Tools.of(qemu_binary), chance, count)

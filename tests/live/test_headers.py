@@ -45,12 +45,6 @@ def endangered(start_qemu, invariant):
     return lambda controller: controller.monitor.version < (10, 0, 0)
 
 
-@pytest.fixture(autouse=True)
-def _keys_of_little_worth(monkeypatch):
-    """Derive keys in milliseconds: the default of two seconds is for secrets."""
-    monkeypatch.setitem(headers._LUKS, "encrypt.iter-time", 10)
-
-
 def store(contents, path):
     with path.open("xb") as file:
         contents.write_to(file.fileno())

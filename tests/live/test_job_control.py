@@ -484,7 +484,7 @@ async def io_limits(vm):
 async def test_without_convergence_it_says_so_and_undoes(
     built, content, start_qemu, tools, invariant
 ):
-    vm = await outrun(built, start_qemu, 1 << 20)
+    vm = await outrun(built, start_qemu, 2 << 20)
     expect_left_writable(invariant, vm, "pivot")
 
     async def work(disk):

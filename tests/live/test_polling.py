@@ -169,7 +169,7 @@ async def test_no_pivot_hangs_the_guest(start_qemu, invariant, vm_dir, monkeypat
     await begin(vm, invariant)
     disturb_pivots(monkeypatch, vm)
     async with qmpblock.connect(vm.monitor_path) as controller:
-        for number in range(5):
+        for number in range(3):
             await snapshot_and_commit(vm, controller, vm_dir, number)
             assert await moves(vm), str(await look(vm.control, vm.pid))
             if vm.version >= AFFECTED:
@@ -345,7 +345,7 @@ async def test_two_disks_of_one_iothread(start_qemu, invariant, vm_dir, monkeypa
 
     async with qmpblock.connect(vm.monitor_path) as controller:
         for number in range(2):
-            for layer in range(3):
+            for layer in range(2):
                 disk = await controller.disk(f"vd{number}")
                 await controller.snapshot({disk: vm_dir / f"over{number}-{layer}.qcow2"})
 

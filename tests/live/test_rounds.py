@@ -13,9 +13,9 @@ pytestmark = pytest.mark.live
 
 @pytest.mark.scenarios("stress-*.yaml")
 async def test_maps_under_stress_with_kills(scenario, start_qemu, qemu_binary, invariant):
-    _, chance = rounds(20)
+    _, chance = rounds(12)
     vm = await start_qemu(scenario, guest=True)
-    print(await maps_under_stress(vm, invariant, Tools.of(qemu_binary), chance, 20, 4))
+    print(await maps_under_stress(vm, invariant, Tools.of(qemu_binary), chance, 12, 3))
 
 
 @pytest.mark.scenarios("stress-iothread.yaml")
@@ -33,7 +33,7 @@ async def test_a_controller_killed_at_any_command_beside_a_foreign_server(
     vm = await start_qemu(scenario)
     socket = str(vm_dir / "foreign")
     await vm.execute("nbd-server-start", addr={"type": "unix", "data": {"path": socket}})
-    await kill_matrix(vm, sample(0.1), foreign=socket)
+    await kill_matrix(vm, sample(0.07), foreign=socket)
     await vm.execute("nbd-server-stop")
 
 

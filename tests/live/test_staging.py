@@ -128,7 +128,7 @@ async def test_an_interrupt_at_any_command_brings_the_overlay_home(
     moment, start_qemu, vm_dir, qemu_binary, invariant
 ):
     """As Ctrl-C does, while the guest writes to what is reserved; in soak at every command."""
-    stride = 1 if os.environ.get("QMPBLOCK_SOAK") else 9
+    stride = 1 if os.environ.get("QMPBLOCK_SOAK") else 14
     _, chance = rounds(1)
     vm, built, expected = await one_disk(start_qemu, vm_dir, qemu_binary)
     async with qmpblock.connect(vm.monitor_path) as controller:

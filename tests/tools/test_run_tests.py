@@ -70,8 +70,9 @@ def test_the_qemu_under_test_is_told(project: Path) -> None:
     (project / "test_it.py").write_text(
         "import os\ndef test_it():\n    assert os.environ['QMPBLOCK_QEMU'] == '/a b/qemu'\n"
     )
-    assert run_tests.run_pytest("live tests", "not live", [], "/a b/qemu").good
-    assert not run_tests.run_pytest("live tests", "not live", [], "/other").good
+    for qemu, good in (("/a b/qemu", True), ("/other", False)):
+        settings = {"QMPBLOCK_QEMU": qemu}
+        assert run_tests.run_pytest("live tests", "not live", [], settings=settings).good == good
 
 
 def test_no_tests_is_a_failure_unless_they_were_chosen(project: Path) -> None:
@@ -88,26 +89,28 @@ def test_a_pytest_that_does_not_start_is_a_failure(project: Path) -> None:
 
 
 def test_a_qemu_that_does_not_start_is_a_failure(tmp_path: Path) -> None:
-    result = run_tests.run_live(str(tmp_path / "qemu"), [])
+    result = run_tests.run_live(str(tmp_path / "qemu"), [], {})
     assert (result.good, result.note) == (False, "it does not start")
 
 
-def test_the_slowest_functions_are_told_all_cases_together(
-    project: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    (project / "test_it.py").write_text(
-        "import time, pytest\n"
-        "@pytest.mark.parametrize('case', 'ab')\n"
-        "def test_slow(case): time.sleep(0.1)\n"
-        "def test_one(): time.sleep(0.15)\n"
+def test_the_slowest_functions_are_told_all_cases_together(tmp_path: Path) -> None:
+    cases = [("m.test_a", "test_one", 1.5), *(("m.test_b", f"test_two[{n}]", 1) for n in range(2))]
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite>"
+        + "".join(f'<testcase classname="{c}" name="{n}" time="{t}"/>' for c, n, t in cases)
+        + "</testsuite></testsuites>"
     )
-    assert run_tests.run_pytest("unit tests", "not live", []).good
-    told = capfd.readouterr().out.partition("slowest functions")[2].splitlines()[1:]
-    assert [line.split(" s  ")[1] for line in told] == [
-        "test_it::test_slow (2 cases)",
-        "test_it::test_one",
+    assert [line.strip() for line in run_tests.slowest(report)] == [
+        "2.0 s  m.test_b::test_two (2 cases)",
+        "1.5 s  m.test_a::test_one",
     ]
-    assert 0.2 <= float(told[0].split()[0]) < 2
+
+
+def test_the_slowest_are_told_after_a_run(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (project / "test_it.py").write_text("def test_one(): pass\n")
+    assert run_tests.run_pytest("unit tests", "not live", []).good
+    assert " s  test_it::test_one\n" in capfd.readouterr().out.partition("slowest")[2]
 
 
 def test_every_file_with_a_live_test_is_looked_into() -> None:
@@ -157,14 +160,53 @@ def test_table() -> None:
     ]
 
 
-def test_words_after_the_dashes_are_pytests(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[str, str]]]:
+    """Have nothing run: which QEMUs would be, with which words and settings."""
     seen = []
 
-    def live(qemu: str, words: list[str]) -> object:
-        seen.append((qemu, words))
+    def run(qemu: str, words: list[str], turn: dict[str, str]) -> object:
+        seen.append((Path(qemu).name, words, turn))
         return run_tests.Result("live", True)
 
-    monkeypatch.setattr(run_tests, "run_live", live)
-    monkeypatch.setattr(run_tests, "run_newer", lambda wanted, words, needed: live(wanted, words))
+    monkeypatch.setattr(run_tests, "run_live", run)
+    monkeypatch.setattr(run_tests, "fetch_newer", lambda wanted: f"/newer/{wanted}")
+    for name in ("run_check", "run_pytest"):
+        monkeypatch.setattr(run_tests, name, lambda *_, **__: run_tests.Result("other", True))
+    return seen
+
+
+def test_words_after_the_dashes_are_pytests(
+    live: list[tuple[str, list[str], dict[str, str]]],
+) -> None:
     assert run_tests.main(["matrix", "--qemu", "", "--", "-k", "a b"]) == 0
-    assert seen == [(name, ["-k", "a b"]) for name in ("qemu-system-x86_64", "10", "11")]
+    assert [(name, words) for name, words, _ in live] == [
+        (name, ["-k", "a b"]) for name in ("qemu-system-x86_64", "10", "11")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["test"], ["0/2", "1/2"]),
+        (["test", "--", "-k", "map"], ["0/1", "0/1"]),  # chosen, so for each
+        (["test", "--qemu", "/one"], ["0/1"]),
+        (["matrix"], ["0/1", "0/1", "0/1"]),
+    ],
+)
+def test_qemus_take_turns(
+    words: list[str],
+    expected: list[str],
+    live: list[tuple[str, list[str], dict[str, str]]],
+) -> None:
+    assert run_tests.main(words) == 0
+    assert [turn["QMPBLOCK_TURN"] for _, _, turn in live] == expected
+    assert len({turn["QMPBLOCK_SEED"] for _, _, turn in live}) == 1
+
+
+def test_one_that_cannot_be_had_has_no_turn(
+    monkeypatch: pytest.MonkeyPatch, live: list[tuple[str, list[str], dict[str, str]]]
+) -> None:
+    monkeypatch.setattr(run_tests, "fetch_newer", lambda wanted: None)
+    assert run_tests.main(["test"]) == 0
+    assert [turn["QMPBLOCK_TURN"] for _, _, turn in live] == ["0/1"]

@@ -2,11 +2,13 @@
 
 import runpy
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 LIVE = Path(__file__).parents[1] / "live"
-SHARES = runpy.run_path(str(LIVE / "conftest.py"))["SHARES"]
+CONFTEST = runpy.run_path(str(LIVE / "conftest.py"))
+SHARES, EITHER = CONFTEST["SHARES"], CONFTEST["EITHER"]
 
 
 @pytest.mark.parametrize("name", SHARES)
@@ -19,3 +21,40 @@ def test_what_is_sampled_is_there(name):
 @pytest.mark.parametrize("name", SHARES)
 def test_a_share_is_a_part(name):
     assert 0 < SHARES[name] < 1
+
+
+@pytest.mark.parametrize("module", EITHER)
+def test_what_is_dealt_out_is_there(module):
+    assert (LIVE / f"{module}.py").exists()
+
+
+class Item(NamedTuple):
+    nodeid: str
+    path: Path
+
+
+@pytest.mark.parametrize("seed", ["11", "12"])
+def test_two_qemus_together_run_each_function(seed, monkeypatch):
+    """Cases, and what is the same on each, on one of them; all else on both."""
+    monkeypatch.setenv("QMPBLOCK_SEED", seed)
+    cases = {"test_wheel": 1, "test_copy_kills": 15, "test_joint": 3, "test_points": 1}
+    items = [
+        Item(f"{module}.py::test_{number}[{case}]", LIVE / f"{module}.py")
+        for module, count in cases.items()
+        for number in range(20)
+        for case in range(count)
+    ]
+    runs = []
+    for turn in ("0/2", "1/2"):
+        monkeypatch.setenv("QMPBLOCK_TURN", turn)
+        left = CONFTEST["_not_sampled"](items)
+        runs.append({item for item in items if item not in left})
+    one, other = runs
+    assert one & other == {item for item in items if item.path.stem == "test_points"}
+    functions = {item.nodeid.partition("[")[0] for item in items}
+    assert {item.nodeid.partition("[")[0] for item in one | other} == functions
+    taken = [item for item in one | other if item.path.stem == "test_copy_kills"]
+    assert len(taken) == 20 * round(SHARES["test_copy_kills"] * 15)
+    assert {item for item in items if item.path.stem == "test_joint"} <= one | other
+    # Neither has all the work.
+    assert all(len(run & {i for i in items if i.path.stem == "test_wheel"}) > 3 for run in runs)
