@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group
+from qmpblock.copying.held import draw_held
 from qmpblock.copying.job import CopyJob, is_worth
 from qmpblock.copying.resuming import find_left
 from qmpblock.errors import JobError
@@ -54,7 +55,7 @@ class Backups:
     stays: bool = False
 
     async def work(self) -> None:
-        """Copy all; of what is resumed, what it has not.
+        """Copy all that the disks held; of what is resumed, what it has not.
 
         Cancelling leaves jobs: whoever undoes the copy cancels them.
 
@@ -63,6 +64,7 @@ class Backups:
         :raise NBDError: what is resumed, or its point, cannot be read.
         """
         await find_left(self.vm, self.targets, self.job, held=self.stays)
+        await draw_held(self.vm, self.targets, held=self.stays)
         jobs = tuple(Job(self.vm.monitor, name, "backup") for name in self.ids)
         self.job.runs(jobs)
         try:
@@ -79,8 +81,8 @@ class Backups:
     def arguments(self, target: CopyTarget) -> dict[str, Any]:
         """Return what QEMU is asked for."""
         how: dict[str, Any] = {"sync": self.sync(target)}
-        if target.left is not None:
-            how = {"sync": "bitmap", "bitmap": target.left.bitmap, "bitmap-mode": "never"}
+        if target.bitmap:
+            how = {"sync": "bitmap", "bitmap": target.bitmap, "bitmap-mode": "never"}
         shape = target.plan.shape
         return {
             "device": target.source,

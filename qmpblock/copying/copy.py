@@ -346,8 +346,10 @@ async def _record_of_views(
     vm: Connection, plan: FleecingPlan, files: Sequence[CopyTarget]
 ) -> PointInTime:
     """Return what the locks and the journal are to say, and name the targets' nodes for it."""
-    for number, file in enumerate(files):
+    for number, (file, item) in enumerate(zip(files, plan.items, strict=True)):
         file.node = target_node(plan.run, number)
+        if file.plan.asks:
+            file.told_by = item.device.chain.active.node.name, item.nodes[2]
     said = await plan.record_fields(vm)
     nodes = [name for file in files for name in file.nodes]
     wires = tuple(wire for file in files for wire in file.wires)

@@ -32,12 +32,10 @@ __all__ = ["CopyTarget", "Left", "LocalTarget"]
 class Left:
     """What a target had not, or had otherwise, when the copy went on from it. All in bytes.
 
-    :ivar bitmap: the dirty bitmap of it, of the target's `source`.
     :ivar missing: how much it is, in whole clusters of 64 KiB.
     :ivar compared: how much was compared to find it.
     """
 
-    bitmap: str
     missing: int
     compared: int
 
@@ -48,6 +46,9 @@ class CopyTarget(Protocol):
     :ivar node: what its node in QEMU is called.
     :ivar source: the view that is copied; empty: the disk itself.
     :ivar resumed: whether it holds something already, from which the copy goes on.
+    :ivar told_by: the nodes that tell, asked in this order, where the source may hold anything
+        (`qmpblock.copying.held`); none where that is not asked.
+    :ivar bitmap: the dirty bitmap, of `source`, of what is to be copied; empty: all is.
     :ivar left: what it had not, or had otherwise, where that was looked for.
     :ivar keeps: whether, should the copy fail, another one can go on from what is there.
     """
@@ -55,6 +56,8 @@ class CopyTarget(Protocol):
     plan: CopyPlan
     node: str
     source: str
+    told_by: tuple[str, ...]
+    bitmap: str
     resumed: bool
     left: Left | None
     keeps: bool
@@ -118,13 +121,14 @@ class LocalTarget:
     """What is the same for all targets that are reached without a server."""
 
     node: str
+    told_by: tuple[str, ...]
     resumed: bool
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Its image, that one's file, and that on which is drawn what is left."""
+        """Its image, that one's file, and that on which is drawn what is to be copied."""
         own = self.node, storage_node(self.node)
-        return (*own, left_bitmap(self.node)) if self.resumed else own
+        return (*own, left_bitmap(self.node)) if self.resumed or self.told_by else own
 
     @property
     def wires(self) -> tuple[tuple[str, str], ...]:

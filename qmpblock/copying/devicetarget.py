@@ -61,6 +61,8 @@ class DeviceTarget(LocalTarget):
     node: str
     fd: int
     source: str = ""
+    told_by: tuple[str, ...] = ()
+    bitmap: str = ""
     resumed: bool = False
     left: Left | None = None
     keeps: bool = False

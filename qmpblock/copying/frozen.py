@@ -231,7 +231,10 @@ async def _planned(vm: Connection, target: CopyTarget, stack: AsyncExitStack) ->
     home = await home_file(vm, active)
     target.node, target.source = target_node(run, 0), active.node.name
     node, path = overlay_node(run, 0), overlay_file(home, run)
+    if plan.sync_of_disk == "full" and plan.asks:
+        target.told_by = (active.node.name,)
     nodes = (*target.nodes, node, storage_node(node))
+    draws = target.resumed or target.told_by
     pauses = await must_pause(vm, device, active.format)
     record = FrozenCopy(
         run=run,
@@ -252,7 +255,7 @@ async def _planned(vm: Connection, target: CopyTarget, stack: AsyncExitStack) ->
         files=(path,),
         images=image_files(vm.monitor.peer_pid, device.chain),
         wires=target.wires,
-        drawn=((active.node.name, left_bitmap(target.node)),) if target.resumed else (),
+        drawn=((active.node.name, left_bitmap(target.node)),) if draws else (),
     )
     item = Item(
         SnapshotPlan(device, active, _secret(plan), (), ()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qmpblock.chains.plan import check_idle
 from qmpblock.copying.shape import Kind, Shape, Use, check_shape
@@ -14,10 +14,17 @@ from qmpblock.graph.model import DiskDevice, Layer
 from qmpblock.graph.options import key_secret
 from qmpblock.graph.writable import check_disk
 
-__all__ = ["FORMATS", "CopyPlan", "Layers", "Point", "plan_copy"]
+if TYPE_CHECKING:
+    from qmpblock.ranges import Ranges
+
+__all__ = ["FORMATS", "CopyPlan", "Layers", "Point", "gone_over", "plan_copy"]
 
 #: What a target's file can be.
 FORMATS = ("qcow2", "raw")
+
+_LARGE = 8 << 30  # bytes of a disk
+_STEP = 1 << 20  # bytes
+_STEPS = 1 << 16
 
 Layers = Literal["all", "top"]
 Point = Literal["start", "end", "pivot"]
@@ -76,6 +83,16 @@ class CopyPlan:
         return self.device.chain.active.size
 
     @property
+    def asks(self) -> bool:
+        """Whether it is asked where the disk holds anything, for nothing else to be gone over.
+
+        Of a small disk that takes longer than to go over it. And what is not gone over has to read
+        as zeros of itself in the target: in a new file, that nothing was reserved for.
+        """
+        new = self.kind == "file" and self.backing is None and self.shape.allocation != "full"
+        return new and self.size >= _LARGE
+
+    @property
     def can_be_resumed(self) -> bool:
         """Whether another copy could go on from it: not from an image that no file's name marks."""
         return self.kind == "file" or self.format == "raw"
@@ -85,6 +102,14 @@ class CopyPlan:
         """The layers whose content is copied."""
         chain = self.device.chain
         return chain.layers if self.backing is None else chain.layers[:1]
+
+
+def gone_over(held: Ranges, size: int) -> Ranges:
+    """Return what a job goes over that is to copy ranges of a disk: not too many steps. Pure."""
+    step = _STEP
+    while (found := held.align_out(step, size)).total > step * _STEPS:
+        step *= 2
+    return found
 
 
 def plan_copy(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from qmpblock.copying.plan import CopyPlan, Point
+from qmpblock.copying.plan import CopyPlan, Point, gone_over
 from qmpblock.copying.shape import metadata_of
 from qmpblock.errors import printable
 
@@ -149,21 +149,24 @@ def amounts(
     data = seen.where(depth=depth, present=True, zero=False)
     unit = max(_UNIT, plan.shape.unit) if plan.format == "qcow2" else _UNIT
     write = data.align_out(unit, plan.size).total
+    over = plan.size
+    if plan.asks and (way == "views" or (way != "mirrors" and plan.sync_of_disk == "full")):
+        over = gone_over(data, plan.size).total
     if way == "mirrors":
         paced = write  # a mirror counts no zeros, though its progress does
     elif (plan.sync if way == "views" else plan.sync_of_disk) == "full":
-        paced = plan.size  # a backup does
+        paced = over  # a backup does
     else:
         paced = seen.where(depth=0, present=True).align_out(unit, plan.size).total
-    return Amounts(data.total, write, paced, max(reserved, _taken(plan, options, write)))
+    return Amounts(data.total, write, paced, max(reserved, _taken(plan, options, write, over)))
 
 
-def _taken(plan: CopyPlan, options: CopyOptions, write: int) -> int:
+def _taken(plan: CopyPlan, options: CopyOptions, write: int, over: int) -> int:
     if options.reflink:
         return metadata_of(plan.size, plan.shape.unit)  # the rest is the disk's own
     if plan.format == "raw":
         # A backup job reserves what it knows to be zeros; that is given back when it has ended.
-        return plan.size if options.point == "start" else write
+        return over if options.point == "start" else write
     # Where each cluster lies may be in as many tables as would be for all of the disk.
     return plan.shape.room(plan.format, write) + plan.size // plan.shape.unit * 8
 

@@ -6,8 +6,7 @@ and the guest has gone on. So there is a new point in time, and the copy will be
     point     taken as for any copy of the start; QEMU has the target open
     compare   the point's export with the target's, block by block, in bounded memory; what both
               say that it reads as zeros is not read
-    draw      the unequal blocks: zeros are written over them to a node that holds nothing, and
-              whose dirty bitmap takes note (F26); this is merged into one of the point's
+    draw      the unequal blocks, as a dirty bitmap of the point's
     copy      a backup job of what the bitmap says
 
 Both are read by QEMU, so that a target may be whatever it can open: encrypted, a block device, or
@@ -16,13 +15,13 @@ over a wire.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
-from qmpblock.cancellation import task_group
-from qmpblock.copying.comparing import GRAIN, find_unequal
+from qmpblock.copying.comparing import find_unequal
 from qmpblock.copying.copytarget import Left
+from qmpblock.copying.drawn import draw
 from qmpblock.copying.meter import DiskMeters
 from qmpblock.copying.windows import CONTEXT
 from qmpblock.copying.wiretarget import bounded
@@ -34,7 +33,6 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.export.session import Request, exports
-from qmpblock.names import left_bitmap
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["check_resumes", "check_target", "find_left", "give_up", "say_kept"]
 
 _PHASE = "comparing"
-_AT_ONCE = 16  # requests
 
 
 def check_resumes(at: Point) -> None:
@@ -102,8 +99,8 @@ async def find_left(
     for target in resumed:
         tell = meters.of(target.plan.device.name)
         unequal = await _compared(vm, target, tell, job, held=held)
-        target.left = Left(left_bitmap(target.node), unequal.total, target.plan.size)
-        await _draw(vm, target, target.left.bitmap, unequal, held=held)
+        target.left = Left(unequal.total, target.plan.size)
+        await draw(vm, target, unequal, held=held)
 
 
 async def _compared(
@@ -150,48 +147,6 @@ async def _exported(
             raise
         with bounded([target]):
             await stack.aclose()
-
-
-async def _draw(
-    vm: Connection, target: CopyTarget, name: str, ranges: Ranges, *, held: bool
-) -> None:
-    """Make a dirty bitmap of these ranges, of the node that is copied."""
-    execute = vm.monitor.execute
-    size = target.plan.size
-    paper = {"driver": "null-co", "node-name": name, "size": size, "read-zeroes": True}
-    await execute("blockdev-add", paper)
-    bitmap = {"name": name, "granularity": GRAIN}
-    await execute("block-dirty-bitmap-add", {"node": name, **bitmap})
-    if len(ranges):
-        request = Request(name, (), in_flight=_AT_ONCE, writable=True)
-        async with exports(
-            vm.monitor, None, [request], access=vm.nbd, stall=vm.stall, held=held
-        ) as [client]:
-            await _dirty(client, ranges)
-    source = target.source
-    await execute("block-dirty-bitmap-add", {"node": source, **bitmap, "disabled": True})
-    drawn = [{"node": name, "name": name}]
-    await execute("block-dirty-bitmap-merge", {"node": source, "target": name, "bitmaps": drawn})
-    await execute("blockdev-del", {"node-name": name})
-
-
-async def _dirty(client: Client, ranges: Ranges) -> None:
-    """Write to ranges, several requests at once."""
-    pieces = _pieces(ranges, client.max_effect_length // GRAIN * GRAIN)
-
-    async def write() -> None:
-        for start, stop in pieces:
-            await client.write_zeroes(start, stop - start)
-
-    async with task_group() as group:
-        for _ in range(_AT_ONCE):
-            group.create_task(write())
-
-
-def _pieces(ranges: Ranges, most: int) -> Iterator[tuple[int, int]]:
-    for start, stop in ranges:
-        for at in range(start, stop, most):
-            yield at, min(at + most, stop)
 
 
 # -- a copy that failed

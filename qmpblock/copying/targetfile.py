@@ -83,6 +83,8 @@ class TargetFile(LocalTarget):
     backing_name: str | None = None
     replaces: bool = False
     made: FileId | None = None
+    told_by: tuple[str, ...] = ()
+    bitmap: str = ""
     resumed: bool = False
     left: Left | None = None
     keeps: bool = False

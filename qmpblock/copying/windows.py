@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
     from qmpblock.nbd import Client
 
-__all__ = ["CONTEXT", "IN_FLIGHT", "WINDOW", "Window", "in_order", "windows"]
+__all__ = ["CONTEXT", "IN_FLIGHT", "WINDOW", "ZERO", "Window", "in_order", "windows"]
 
 _T = TypeVar("_T")
 
 CONTEXT = "base:allocation"
 """The metadata context by which zeros are known; an export without it is read whole."""
+
+ZERO = 2
+"""The flag of that context by which something reads as zeros."""
 
 WINDOW = 1 << 20
 """Bytes that are read at a time, as a rule."""
@@ -42,7 +45,6 @@ WINDOW = 1 << 20
 IN_FLIGHT = 8
 """Windows that are read at once: enough to hide the round trip."""
 
-_ZERO = 2  # flag of base:allocation
 _FAR = 1 << 63  # bytes: past the end of any
 _SPAN = 1 << 30  # bytes that a server is asked about at a time
 
@@ -148,7 +150,7 @@ class _Zeros:
         client = self._client
         length = min(client.size - at, client.max_status_length, _SPAN)
         extents = (await client.block_status(at, length))[CONTEXT]
-        zero = (extents[:, 1] & np.uint64(_ZERO)) != 0
+        zero = (extents[:, 1] & np.uint64(ZERO)) != 0
         last = np.append(zero[1:] != zero[:-1], True)  # of each run
         stops = np.cumsum(extents[:, 0].astype(np.int64)) + at
         self._stops, self._zero = stops[last], zero[last]

@@ -58,6 +58,8 @@ class WireTarget:
     number: int
     credentials: Credentials | None = None
     source: str = ""
+    told_by: tuple[str, ...] = ()
+    bitmap: str = ""
     resumed: bool = False
     left: Left | None = None
     keeps: bool = False

@@ -5,11 +5,10 @@ import pytest
 from qmpblock.address import UnixAddress
 from qmpblock.copying.job import CopyJob
 from qmpblock.copying.plan import CopyPlan
-from qmpblock.copying.resuming import _pieces, check_resumes, give_up, say_kept
+from qmpblock.copying.resuming import check_resumes, give_up, say_kept
 from qmpblock.copying.target import NBDTarget
 from qmpblock.copying.wiretarget import WireTarget
 from qmpblock.errors import Error, UnsupportedError
-from qmpblock.ranges import Ranges
 
 
 class Target:
@@ -31,14 +30,6 @@ def test_a_mirror_does_not_go_on(at):
     assert caught.value.exit_code == 2
     assert caught.value.remedy
     assert check_resumes("start") is None
-
-
-def test_ranges_are_drawn_whole_in_pieces_that_a_request_can_be_of():
-    ranges = Ranges([(0, 65536), (1 << 20, (1 << 20) + 200_000)])
-    pieces = list(_pieces(ranges, 65536))
-    assert all(0 < stop - start <= 65536 for start, stop in pieces)
-    assert Ranges(pieces) == ranges
-    assert list(_pieces(ranges, 1 << 30)) == list(ranges)
 
 
 async def test_a_failure_says_what_is_kept():
