@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 
-from qmpblock.errors import CommandError, RecordError, printable
+from qmpblock.errors import BusyError, CommandError, RecordError, printable
 from qmpblock.export.server import delete_object
 from qmpblock.migration.states import Side
 from qmpblock.names import handover_name
@@ -29,12 +29,20 @@ async def claim(source: Monitor, run: str, side: Side) -> Side:
 
     :param side: what it is to say, if nobody was faster.
     :raise RecordError: somebody was, and what he said cannot be read.
+    :raise BusyError: somebody was, and has taken it away again: he is done with it.
     :raise DisconnectedError: whether it was said is unknown.
     """
     if await _add(source, run, side):
         return side
     said = await decided(source, run)
-    return side if said is None else said
+    if said is None:  # and no word for us: that it is free now says nothing of what was done by it
+        raise BusyError(
+            "another controller has decided meanwhile on which side of the migration the guest "
+            "goes on, and has ended it",
+            standing="neither side was continued by this one",
+            remedy="look which one runs: qmpblock recover ADDRESS",
+        )
+    return said
 
 
 async def mark(destination: Monitor, run: str) -> None:
