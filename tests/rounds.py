@@ -132,12 +132,13 @@ real = qmpblock.qemu.monitor.Monitor._execute
 async def dying(self, command, arguments):
     global count
     count += 1
-    if count == int(number) and moment == "before":
+    mine = count  # others are sent before its answer is there
+    if mine == int(number) and moment == "before":
         os._exit(9)
     try:
         return await real(self, command, arguments)
     finally:
-        if count == int(number) and moment == "after":
+        if mine == int(number) and moment == "after":
             os._exit(9)
 qmpblock.qemu.monitor.Monitor._execute = dying
 async def main():

@@ -291,12 +291,13 @@ def watch(number, moment):
     async def dying(self, command, arguments):
         nonlocal count
         count += 1
-        if count == number and moment == "before":
+        mine = count  # others are sent before its answer is there
+        if mine == number and moment == "before":
             os._exit(9)
         try:
             return await real(self, command, arguments)
         finally:
-            if count == number and moment == "after":
+            if mine == number and moment == "after":
                 os._exit(9)
             if command == "block-set-write-threshold":
                 os._exit(0)
