@@ -66,6 +66,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                                                      of a server through which a closed image is
                                                      read; gone before that begins
     directories           TMPDIR/qmpblock-demo-...   of `qmpblock demo`
+                          TMPDIR/qmpblock-vm-...     sockets and log of a VM that we started
 
 What says more than a name can (a lock's data, a journal) is told by whoever writes it.
 """
@@ -87,6 +88,7 @@ __all__ = [
     "POLLING_LOCK",
     "READ_FOLDER",
     "SOCKET",
+    "VM_FOLDER",
     "Device",
     "LockKind",
     "ahead_lock_name",
@@ -163,6 +165,8 @@ SOCKET = "nbd"
 #: What the directory of a demonstration begins with.
 DEMO_FOLDER = f"{OURS}demo-"
 
+#: What the directory of a VM begins with that waits for a migration.
+VM_FOLDER = f"{OURS}vm-"
 READ_FOLDER = f"{OURS}read-"
 """Prefix of the directory for the socket of a server through which a closed image is read."""
 

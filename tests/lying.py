@@ -59,6 +59,8 @@ COMMANDS = (
     ("snapshot", "Q", "vd0=over.qcow2"),
     ("allocate", "Q", "vd0"),
     ("allocate", "Q", "vd0", "--full"),
+    ("migrate", "Q", "--command-line"),
+    ("migrate", "Q", "--command-line", "--json"),
 )
 # As they stand on the wire: some are no JSON that Python could write.
 VALUES = (
@@ -118,7 +120,16 @@ def replies(version, moment):
             {"name": "qmpblock-nbd", "type": "child<secret>"},
         ],
         "lock": json.loads(dead(RUN).text()),
-        "human-monitor-command": "",
+        "human-monitor-command": TREE,
+        "query-machines": [{"name": "pc-i440fx-7.2", "alias": "pc", "cpu-max": 255}],
+        "query-memory-size-summary": {"base-memory": 16 << 20, "plugged-memory": 0},
+        "query-hotpluggable-cpus": [
+            {"type": "qemu64-x86_64-cpu", "vcpus-count": 1, "props": {"socket-id": 0}}
+            | {"qom-path": "/machine/unattached/device[0]"}
+        ],
+        "query-migrate-capabilities": [{"capability": "events", "state": False}],
+        "query-kvm": {"enabled": False, "present": True},
+        "device-list-properties": [{"name": "lun", "type": "uint32", "default-value": 7}],
     }
     found["lock"]["details"] = {"record": LEFT.as_json(), "exports": ["x"], "path": "/run/x"}
     found["lock"]["details"] |= {"ports": [5], "monitor": "/q", "custody": True}
@@ -131,6 +142,19 @@ def replies(version, moment):
     return found
 
 
+TREE = """\
+bus: main-system-bus
+  type System
+  dev: i440FX-pcihost, id ""
+    bus: pci.0
+      type PCI
+      dev: virtio-blk-pci, id "vd0"
+        addr = 04.0
+        bus: virtio-bus
+          type virtio-pci-bus
+          dev: virtio-blk-device, id ""
+            drive = "d0"
+"""
 REFUSED = '"error": {"class": "GenericError", "desc": "%s"}'
 MISSED = '"error": {"class": "DeviceNotFound", "desc": "not found"}'
 

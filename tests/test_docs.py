@@ -172,7 +172,7 @@ def test_a_command_line_parses(words):
 
 
 @pytest.mark.parametrize(
-    "words", [["migrate", "vm.qmp", "vd0"], ["map", "--depth", "x"], ["disks"], ["map"]]
+    "words", [["teleport", "vm.qmp", "vd0"], ["map", "--depth", "x"], ["disks"], ["map"]]
 )
 def test_what_is_no_command_line_does_not_parse(words):
     """The parser that the test above relies on does refuse."""

@@ -94,6 +94,7 @@ TABLE = [
     (names.socket_folder(RUN), "qmpblock-0123abcd"),
     (names.SOCKET, "nbd"),
     (names.DEMO_FOLDER, "qmpblock-demo-"),
+    (names.VM_FOLDER, "qmpblock-vm-"),
 ]
 
 runs = st.text("0123456789abcdef", min_size=8, max_size=8)

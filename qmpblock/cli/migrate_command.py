@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from qmpblock.cli.app import WARNED, Options, Rate, emit
 from qmpblock.cli.app import command as make_command
+from qmpblock.cli.joboutput import warn
 from qmpblock.cli.plannedmigration import document, said, said_finding
+from qmpblock.errors import printable
 
 if TYPE_CHECKING:
+    from qmpblock.migration.launch import Launch
     from qmpblock.migration.rehearsal import PlannedMigration
 
 __all__ = ["command"]
@@ -21,12 +27,24 @@ _REFUSED = 2
 
 @make_command
 @click.argument("source")
-@click.argument("destination")
+@click.argument("destination", required=False)
 @click.option(
     "--dry-run",
-    is_flag=True,
-    required=True,
+    "form",
+    flag_value="dry-run",
     help="Migrate nothing; say what speaks against it, what it takes, and whether it would end.",
+)
+@click.option(
+    "--command-line",
+    "form",
+    flag_value="command-line",
+    help="Print a destination's command line: the same machine, waiting. No key is in it.",
+)
+@click.option(
+    "--spawn",
+    "form",
+    flag_value="spawn",
+    help="Start a destination on this host, its images made, and print its monitor's address.",
 )
 @click.option(
     "--memory-only", is_flag=True, help="The disks are not copied: both VMs have the same images."
@@ -34,24 +52,59 @@ _REFUSED = 2
 @click.option(
     "--speed", type=Rate(), default=0, help="What the wire carries, bytes a second (K, M, G)."
 )
+@click.option(
+    "--directory",
+    metavar="DIR",
+    default=".",
+    help="Where a destination's images are (--command-line, --spawn); else the working directory.",
+)
+@click.option("--qemu", metavar="PATH", help="A destination's program; else the source's.")
 async def command(
     options: Options,
     source: str,
-    destination: str,
-    dry_run: bool,
+    destination: str | None,
+    form: str | None,
     memory_only: bool,
     speed: int,
+    directory: str,
+    qemu: str | None,
 ) -> int:
-    """Say what a migration of a running VM, with its disks, into another QEMU would be.
+    """Prepare the migration of a running VM, with its disks, into another QEMU.
 
-    SOURCE and DESTINATION are QMP monitors; the destination was started with -S -incoming defer.
-    Ends with 2 where it would be refused, and with 4 where there is something to be warned of.
+    SOURCE and DESTINATION are QMP monitors; the destination was started with -S -incoming defer,
+    as --command-line prints it for SOURCE, or by --spawn. --dry-run ends with 2 where a migration
+    would be refused, and with 4 where there is something to be warned of.
     """
-    assert dry_run  # click requires it
-    from qmpblock.migration.rehearsal import plan_migration
+    if form is None or (form == "dry-run") != (destination is not None):
+        raise click.UsageError(
+            "SOURCE DESTINATION --dry-run, SOURCE --command-line or SOURCE --spawn"
+        )
+    place = str(Path(directory).absolute())
+    async with options.connect(source) as here:
+        if form == "spawn":
+            from qmpblock.migration.spawn import spawn
 
-    async with options.connect(source) as here, options.connect(destination) as there:
-        planned = await plan_migration(here, there, copies=not memory_only, speed=speed)
+            started = await spawn(here, place, qemu=qemu)
+            warn(started.notes)
+            emit(
+                json.dumps(asdict(started), indent=2) + "\n"
+                if options.json
+                else f"{printable(started.monitor)}\n"
+            )
+            return 0
+        if form == "command-line":
+            from qmpblock.migration.launch import launch
+            from qmpblock.migration.origin import read_origin
+
+            plan = launch(await read_origin(here), directory=place, sockets=place, qemu=qemu)
+            emit(json.dumps(asdict(plan), indent=2) + "\n" if options.json else _written(plan))
+            warn((*(f"to be added: {one}" for one in plan.missing), *plan.notes))
+            return WARNED if plan.missing or plan.notes else 0
+        from qmpblock.migration.rehearsal import plan_migration
+
+        assert destination is not None  # see above
+        async with options.connect(destination) as there:
+            planned = await plan_migration(here, there, copies=not memory_only, speed=speed)
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")
     else:
@@ -59,6 +112,19 @@ async def command(
     if planned.refused:
         return _REFUSED
     return WARNED if planned.findings else 0
+
+
+def _written(plan: Launch) -> str:
+    """Return what a shell runs: the images, then the VM."""
+    from qmpblock.migration.options import joined
+
+    made = [
+        shlex.join(["qemu-img", "create", "-f", one.format, one.file, str(one.size)])
+        if one.secret is None
+        else f"# {one.file}: {one.format}, {one.size} bytes, encrypted with the secret {one.secret}"
+        for one in plan.images
+    ]
+    return "".join(f"{printable(line, 4000)}\n" for line in made) + joined(plan.words) + "\n"
 
 
 def _say(planned: PlannedMigration) -> None:

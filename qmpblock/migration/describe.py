@@ -6,11 +6,12 @@ images inactive, and an export of one, be it to look at it, would activate them 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qmpblock.errors import CommandError
+from qmpblock.errors import CommandError, GraphError
 from qmpblock.graph.model import Device
 from qmpblock.graph.options import discard_of
 from qmpblock.graph.places import Place
@@ -27,6 +28,7 @@ from qmpblock.qemu.ownership import Owner, situation
 __all__ = ["describe", "machine_options", "place_of", "read_blocks"]
 
 _BLOCK = re.compile(r"\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)(?:\s.*)?")
+_LONGEST = 400  # characters of a line of it; a name has 255 at most
 _WITH_BITMAPS = ("qcow2",)  # formats that store dirty bitmaps
 
 
@@ -97,7 +99,8 @@ async def _hmp(monitor: Monitor, line: str) -> str:
 
 def read_blocks(text: str) -> dict[str, Block]:
     """Read what `info ramblock` prints; blocks without a name are not sent."""
-    found = (_BLOCK.fullmatch(line) for line in text.splitlines()[1:])
+    lines = [line for line in text.splitlines()[1:] if len(line) <= _LONGEST]
+    found = (_BLOCK.fullmatch(line) for line in lines)
     return {one[1]: Block(int(one[2], 16), int(one[3], 16)) for one in found if one}
 
 
@@ -114,11 +117,14 @@ async def _features(monitor: Monitor, path: str) -> dict[str, str]:
         words = await monitor.execute("qom-get", {"path": path, "property": "feature-words"})
     except CommandError:
         return found
-    for word in words:
-        leaf = f"{word['cpuid-input-eax']:#x}"
-        if "cpuid-input-ecx" in word:
-            leaf += f".{word['cpuid-input-ecx']}"
-        found[f"CPUID {leaf} {word['cpuid-register']}"] = f"{word['features']:#x}"
+    try:
+        for word in words:
+            leaf = f"{int(word['cpuid-input-eax']):#x}"
+            if "cpuid-input-ecx" in word:
+                leaf += f".{int(word['cpuid-input-ecx'])}"
+            found[f"CPUID {leaf} {word['cpuid-register']}"] = f"{int(word['features']):#x}"
+    except (KeyError, TypeError, ValueError):
+        raise GraphError("QEMU's answer makes no sense: what a CPU can do") from None
     return found
 
 
@@ -130,9 +136,7 @@ def _model(kind: str) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(value[key])}" for key in sorted(value))
-    return str(value)
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
 
 
 def place_of(device: Device, tree: Sequence[GuestDevice]) -> str:
@@ -144,6 +148,8 @@ def place_of(device: Device, tree: Sequence[GuestDevice]) -> str:
     else:
         root = None if device.chain is None else device.chain.root.name
         found = [one for one in holders if one.properties["drive"] in (device.drive or root, root)]
+        found = [one for one in found if one.properties["drive"]]
+    if len(found) > 1:  # what is built of two devices has handed the disk to the inner one
         found = [one for one in found if one.properties["drive"]]
     return found[0].place if len(found) == 1 else ""
 

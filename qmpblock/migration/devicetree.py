@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from qmpblock.errors import printable
+from qmpblock.errors import GraphError, printable
 
 __all__ = ["GuestDevice", "read_tree"]
 
@@ -30,6 +30,9 @@ _BUS = re.compile(r"bus: (.*)")
 _DEVICE = re.compile(r'dev: ([^,]*), id "(.*)"')
 _PROPERTY = re.compile(r"([\w.\[\]-]+) = (.*)")
 _NUMBER = re.compile(r"(-?\d+) \(.*\)")
+_LINKS = ("/machine/", "/objects/")  # to other objects, which are called otherwise elsewhere
+_LONGEST = 4096  # characters of a line
+_DEEPEST = 100  # buses and devices upon each other
 _USB = re.compile(r"addr [\d.]+, port ([\d.]+),.*")
 
 
@@ -41,7 +44,7 @@ class GuestDevice:
     :ivar type: QEMU's name of what it is.
     :ivar id: what it is called; empty where it is not.
     :ivar bus: the name of the bus that it is on.
-    :ivar properties: as QEMU prints them, numbers in decimal, text without its quotes.
+    :ivar properties: as QEMU prints them, numbers in decimal, text without its quotes; no links.
     """
 
     place: str
@@ -81,10 +84,15 @@ class _Open:
 
 
 def read_tree(text: str) -> tuple[GuestDevice, ...]:
-    """Read what `info qtree` prints: the devices, each after that whose bus it is on."""
+    """Read what `info qtree` prints: the devices, each after that whose bus it is on.
+
+    :raise GraphError: it makes no sense.
+    """
     top = _Open(-1, False, "", "")
     stack = [top]
     for line in text.splitlines():
+        if len(line) > _LONGEST:
+            continue  # nothing that QEMU prints
         words = line.strip()
         indent = len(line) - len(line.lstrip())
         bus, device = _BUS.fullmatch(words), _DEVICE.fullmatch(words)
@@ -96,12 +104,15 @@ def read_tree(text: str) -> tuple[GuestDevice, ...]:
             else:
                 assert device is not None
                 one = _Open(indent, False, device[2], "", device[1])
+            if len(stack) > _DEEPEST:
+                raise GraphError("QEMU's answer makes no sense: too many devices upon each other")
             stack[-1].inside.append(one)
             stack.append(one)
         elif stack[-1].bus and words.startswith("type ") and not stack[-1].type:
             stack[-1].type = words.removeprefix("type ")
         elif found := _PROPERTY.fullmatch(words):
-            stack[-1].properties[found[1]] = _value(found[2])
+            if not found[2].lstrip('"').startswith(_LINKS):
+                stack[-1].properties[found[1]] = _value(found[2])
         else:
             stack[-1].lines.append(words)
     return tuple(_devices(top, ""))
@@ -118,6 +129,8 @@ def _devices(parent: _Open, place: str) -> Iterator[GuestDevice]:
             address = _address(bus.type, device)
             count = taken[address] = taken.get(address, -1) + 1
             here = f"{way}:{address}" + (f"#{count}" if count else "")
+            if bus.type == "usb-bus":  # it is in the place, whether or not somebody chose it
+                device.properties.pop("port", None)
             yield GuestDevice(here, device.type, device.name, bus.name, device.properties)
             yield from _devices(device, here)
 

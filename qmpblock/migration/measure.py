@@ -7,10 +7,9 @@ guest nothing that it would notice.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from qmpblock.errors import CommandError
+from qmpblock.errors import CommandError, GraphError
 from qmpblock.graph.model import DiskDevice
 from qmpblock.migration.predict import Load
 from qmpblock.qemu.connection import Connection
@@ -51,11 +50,10 @@ async def measure(vm: Connection, devices: Iterable[DiskDevice], seconds: int = 
 async def _written(monitor: Monitor) -> dict[str, int]:
     """Return how many bytes were written, by the devices' places in QEMU's object tree."""
     stats = await monitor.execute("query-blockstats")
-    return {one["qdev"]: _number(one["stats"]) for one in stats if "qdev" in one}
-
-
-def _number(stats: Mapping[str, Any]) -> int:
-    return int(stats["wr_bytes"])
+    try:
+        return {str(one["qdev"]): int(one["stats"]["wr_bytes"]) for one in stats if "qdev" in one}
+    except (KeyError, TypeError, ValueError):
+        raise GraphError("QEMU's answer makes no sense: what was written to a disk") from None
 
 
 async def _begin(monitor: Monitor, seconds: int) -> bool:

@@ -9,25 +9,27 @@ __all__ = [
     "MACHINE_OPTIONS",
     "QUEUES",
     "TOPOLOGY",
+    "names",
 ]
 
 
-def _words(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """Return the names in a text, spaces between them."""
     return frozenset(text.split())
 
 
 #: Properties of devices that are of the host. What counts of a romfile is its size, and a disk's
 #: geometry is guessed from what is in the image, which is not there yet.
-HOSTS_OWN = _words(
+HOSTS_OWN = names(
     "account-failed account-invalid audiodev backend_defaults bootindex chardev cryptodev cyls"
     " discard_granularity display drive failover_pair_id head heads ioeventfd iothread"
     " iothread-vq-mapping lcyls lheads lsecs memdev netdev pcap rerror rng rombar romfile secs"
     " share-rw tpmdev werror"
 )
 #: How many queues it has: without them the stream of a device's state does not fit.
-QUEUES = _words("max_ports num-queues num-request-queues num_queues ports queues vectors")
+QUEUES = names("max_ports num-queues num-request-queues num_queues ports queues vectors")
 #: Features of virtio that a guest may have accepted, which a destination then has to have.
-FEATURES = _words(
+FEATURES = names(
     "any_layout config-wce csum ctrl_guest_offloads ctrl_mac_addr ctrl_rx ctrl_rx_extra ctrl_vlan"
     " ctrl_vq discard event_idx gso guest_announce guest_csum guest_ecn guest_rsc_ext guest_tso4"
     " guest_tso6 guest_ufo guest_uso4 guest_uso6 hash host_ecn host_tso4 host_tso6 host_ufo"
@@ -35,7 +37,7 @@ FEATURES = _words(
     " param_change queue_reset report-discard-granularity rss scsi status write-zeroes"
 )
 #: Options of a machine that the guest can tell, where the machine has them.
-MACHINE_OPTIONS = _words(
+MACHINE_OPTIONS = names(
     "acpi cxl default-bus-bypass-iommu fd-bootchk gic-version hmat hpet i8042 its max-ram-below-4g"
     " memory-encryption nvdimm pic pit sata secure smbios-entry-point-type smbus smm smp spcr usb"
     " virtualization vmport x-oem-id x-oem-table-id x-south-bridge"
@@ -43,4 +45,4 @@ MACHINE_OPTIONS = _words(
 #: How its CPUs are arranged: what every QEMU tells of that.
 TOPOLOGY = ("cpus", "maxcpus", "sockets", "dies", "clusters", "cores", "threads")
 #: What the guest finds of a CPU besides the single features.
-CPU = _words("family l3-cache level model model-id phys-bits stepping vendor xlevel")
+CPU = names("family l3-cache level model model-id phys-bits stepping vendor xlevel")

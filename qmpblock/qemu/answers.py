@@ -19,6 +19,7 @@ from qmpblock.errors import GraphError
 __all__ = ["checked"]
 
 _SHAPES: Mapping[str, Any] = {
+    "device-list-properties": [{"name": str, "type": str}],
     "human-monitor-command": str,
     "qom-list": [{"name": str, "type": str}],
     "query-block": [{"qdev?": str, "device?": str, "inserted?": {}}],
@@ -30,6 +31,7 @@ _SHAPES: Mapping[str, Any] = {
     "query-dirty-rate": {"status": str, "dirty-rate?": int},
     "query-iothreads": [{"id": str, "thread-id": int, "poll-max-ns": int}],
     "query-jobs": [{"id": str, "type": str, "status": str, "error?": str}],
+    "query-kvm": {"enabled": bool},
     "query-machines": [{"name": str, "alias?": str}],
     "query-memory-size-summary": {"base-memory": int, "plugged-memory?": int},
     "query-migrate": {"status?": str, "blocked-reasons?": [str], "error-desc?": str, "ram?": {}},

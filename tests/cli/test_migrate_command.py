@@ -1,0 +1,34 @@
+"""What `qmpblock migrate` takes, and what it refuses before it connects."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmpblock.cli.app import run
+from qmpblock.cli.migrate_command import _written
+from qmpblock.migration.launch import Image, Launch
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["vm.qmp"],
+        ["vm.qmp", "other.qmp"],
+        ["vm.qmp", "--dry-run"],
+        ["vm.qmp", "other.qmp", "--spawn"],
+        ["vm.qmp", "other.qmp", "--command-line"],
+    ],
+)
+def test_what_does_not_go_together(words, capsys):
+    assert run(["migrate", *words]) == 2
+    assert "SOURCE --spawn" in capsys.readouterr().err
+
+
+def test_what_is_printed_can_be_run_by_a_shell():
+    images = (Image("/i/a b.qcow2", "qcow2", 65536), Image("/i/c", "luks", 512, "key"))
+    text = _written(Launch(("qemu", "-m", "1G", "-S"), "/s/qmp", images))
+    assert text == (
+        "qemu-img create -f qcow2 '/i/a b.qcow2' 65536\n"
+        "# /i/c: luks, 512 bytes, encrypted with the secret key\n"
+        "qemu \\\n  -m 1G \\\n  -S\n"
+    )

@@ -1,0 +1,199 @@
+"""A destination's command line is started by QEMU, pairs with its source, and takes it over."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chains import cli
+from disturbed import until
+from jsonschema import Draft202012Validator
+
+from qmpblock.errors import UnsupportedError
+from qmpblock.migration.compare import compare, pairs
+from qmpblock.migration.describe import describe
+from qmpblock.migration.launch import launch
+from qmpblock.migration.origin import read_origin
+from qmpblock.migration.spawn import spawn
+from qmpblock.qemu.connection import Connection, NBDAccess
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.qemu import die_with_parent
+
+SCHEMAS = Path(__file__).parents[2] / "docs/schema"
+
+pytestmark = pytest.mark.live
+
+#: Machines of all sorts: what their disks hang on, in an iothread or not, below a filter or not.
+MACHINES = [
+    "two-disks-one-base.yaml",
+    "iothread-virtio-blk.yaml",
+    "iothread-virtio-scsi.yaml",
+    "filter-throttle.yaml",
+    "chain-3.yaml",
+    "drive-virtio.yaml",
+    "drive-ide.yaml",
+    "no-id-virtio-scsi.yaml",
+    "device-q35.yaml",
+    "device-usb.yaml",
+    "stress-iothread.yaml",
+]
+
+
+def document(name, text):
+    """Return a document, which is as its schema says."""
+    schema = json.loads((SCHEMAS / f"{name}.schema.json").read_text())
+    found = json.loads(text)
+    Draft202012Validator(schema).validate(found)
+    return found
+
+
+def connected(address):
+    return Connection.open(address, NBDAccess())
+
+
+@pytest.fixture
+def folder(vm_dir):
+    """Where images go."""
+    images = vm_dir / "there"
+    images.mkdir()
+    return images
+
+
+@pytest.fixture
+def ending():
+    """Return a set of the processes that are ended at the end."""
+    pids = set()
+    yield pids
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+async def taken_over(source, destination, directory):
+    """Migrate the memory, and nothing else; the destination is paused then."""
+    for monitor in (source.monitor, destination.monitor):
+        await monitor.execute("query-status")
+    uri = f"unix:{directory}/stream"
+    await destination.monitor.execute("migrate-incoming", {"uri": uri})
+    on = [{"capability": "return-path", "state": True}]
+    await source.monitor.execute("migrate-set-capabilities", {"capabilities": on})
+    await source.monitor.execute("migrate", {"uri": uri})
+
+    async def over():
+        status = (await source.monitor.execute("query-migrate")).get("status")
+        assert status != "failed", await source.monitor.execute("query-migrate")
+        return status == "completed"
+
+    await until(over, "the end of the migration")
+
+    async def landed():
+        return (await destination.monitor.execute("query-status"))["status"] == "paused"
+
+    await until(landed, "the destination, paused")
+
+
+@pytest.mark.scenarios(*MACHINES)
+async def test_it_is_the_same_machine_and_takes_it_over(
+    scenario, start_qemu, invariant, vm_dir, folder, ending, qemu_binary
+):
+    vm = await start_qemu(await build(scenario, vm_dir / "images", Tools.of(qemu_binary)))
+    invariant.forget(vm)
+    async with connected(vm.monitor_path) as source:
+        started = await spawn(source, str(folder))
+        ending.add(started.pid)
+        async with connected(started.monitor) as destination:
+            here, there = await describe(source), await describe(destination)
+            assert compare(here, there) == ()
+            assert [one.size for one, _ in pairs(here, there)] == [
+                disk.size for disk in here.disks if disk.size is not None
+            ]
+            assert there.paused is True
+            await taken_over(source, destination, vm_dir)
+            await destination.monitor.execute("quit")
+    assert len(started.images) == len(vm.disks)
+    assert all(os.stat(file).st_mode & 0o777 == 0o600 for file in started.images)
+
+
+async def test_what_was_plugged_in_and_changed_later_is_there(
+    build_images, start_qemu, invariant, vm_dir, folder, ending, qemu_binary
+):
+    """And where how it was started cannot be seen, the monitor alone suffices."""
+    vm = await start_qemu(await build_images(), extra=["-smp", "2", "-cpu", "Nehalem"])
+    invariant.forget(vm)
+    tools = Tools.of(qemu_binary)
+    await tools.run(tools.img, "create", "-q", "-f", "raw", str(vm_dir / "late"), "3M")
+    file = {"driver": "file", "filename": str(vm_dir / "late")}
+    await vm.execute("blockdev-add", driver="raw", node_name="late", file=file)
+    await vm.execute("object-add", qom_type="iothread", id="io9", poll_max_ns=0)
+    await vm.execute(
+        "device_add", driver="virtio-blk-pci", id="late", drive="late", iothread="io9", addr="1d"
+    )
+    overlay = str(vm_dir / "over")
+    await tools.run(tools.img, "create", "-q", "-f", "qcow2", overlay, "16M")
+    node = {"driver": "qcow2", "file": {"driver": "file", "filename": overlay}, "backing": None}
+    await vm.execute("blockdev-add", node_name="over", **node)
+    await vm.execute("blockdev-snapshot", node=vm.disks[0].spec.name, overlay="over")
+    async with connected(vm.monitor_path) as source:
+        origin, here = await read_origin(source), await describe(source)
+        started = await spawn(source, str(folder))
+        ending.add(started.pid)
+        async with connected(started.monitor) as destination:
+            assert compare(here, await describe(destination)) == ()
+            await destination.monitor.execute("quit")
+        plan = launch(
+            replace(origin, words=()), directory=str(folder), sockets=str(folder), qemu=qemu_binary
+        )
+        assert "-nodefaults" in plan.words
+        blind = subprocess.Popen(plan.words, preexec_fn=die_with_parent())
+        ending.add(blind.pid)
+        await until(lambda: os.path.exists(plan.monitor), "its monitor")
+        async with connected(plan.monitor) as destination:
+            assert compare(here, await describe(destination)) == ()
+            await taken_over(source, destination, vm_dir)
+            await destination.monitor.execute("quit")
+        blind.wait()
+    assert '"node-name": "over"' in "".join(plan.words)
+
+
+@pytest.mark.scenarios("luks.yaml", "qcow2-luks.yaml")
+async def test_a_key_is_never_shown(scenario, start_qemu, vm_dir, folder, qemu_binary):
+    vm = await start_qemu(await build(scenario, vm_dir / "images", Tools.of(qemu_binary)))
+    async with connected(vm.monitor_path) as source:
+        with pytest.raises(UnsupportedError, match="keys are never shown") as caught:
+            await spawn(source, str(folder))
+    assert caught.value.standing == "nothing was touched"
+    assert list(folder.iterdir()) == []
+    code, out, err = await cli(
+        "migrate", vm.monitor_path, "--command-line", "--directory", str(folder)
+    )
+    assert code == 4
+    [key] = vm.secrets()
+    assert key not in out + err
+    assert '"key-secret": ' in out
+    assert out.startswith(f"# {folder}/")
+    assert "to be added: the key" in err
+
+
+async def test_the_command(start_qemu, invariant, build_images, vm_dir, folder, ending):
+    vm = await start_qemu(await build_images())
+    arguments = ("migrate", vm.monitor_path, "--directory", str(folder))
+    code, out, _ = await cli(*arguments, "--command-line", "--json")
+    assert code == 0
+    plan = document("migration-launch", out)
+    assert plan["words"][-3:] == ["-S", "-incoming", "defer"]
+    assert (plan["missing"], plan["notes"]) == ([], [])
+    code, out, err = await cli(*arguments, "--spawn", "--json")
+    assert code == 0, err
+    started = document("migration-spawn", out)
+    ending.add(started["pid"])
+    async with connected(vm.monitor_path) as source, connected(started["monitor"]) as destination:
+        assert compare(await describe(source), await describe(destination)) == ()
+        with pytest.raises(UnsupportedError, match="is there already"):
+            await spawn(source, str(folder))
+    os.kill(started["pid"], signal.SIGKILL)
+    shutil.rmtree(os.path.dirname(started["log"]))
