@@ -58,7 +58,7 @@ def compare(source: Machine, destination: Machine, *, copies: bool = True) -> tu
 
 def pairs(source: Machine, destination: Machine) -> tuple[tuple[GuestDisk, GuestDisk], ...]:
     """Return the disks that are at the same place at both ends, empty drives left out."""
-    there = {disk.place: disk for disk in destination.disks}
+    there = {disk.place: disk for disk in destination.disks if disk.place}
     return tuple(
         (disk, there[disk.place])
         for disk in source.disks
@@ -76,9 +76,13 @@ def _all(source: Machine, destination: Machine, *, copies: bool) -> _Found:
     devices = list(_devices(source, destination))
     yield from devices
     yield from _memory(source, destination, whole=not devices)
+    for side, machine in (("source", source), ("destination", destination)):
+        for disk in machine.disks:
+            if not disk.place:
+                yield "disk-place", f"where {disk.describe()} of the {side} is cannot be told"
     for here in source.disks:
         for there in destination.disks:
-            if here.place == there.place:
+            if here.place and here.place == there.place:
                 yield from _disk(here, there, destination, copies=copies)
     yield from _capabilities(source, destination)
 

@@ -181,7 +181,7 @@ async def _disks(
     for device in graph.devices:
         place = place_of(device, tree)
         if device.chain is None:
-            found.append(GuestDisk(place, device.name, None))
+            found.append(GuestDisk(place, device.name, None, device.qom_path))
             continue
         active = device.chain.active
         at = files.place(active.storage or active.node)
@@ -191,6 +191,7 @@ async def _disks(
                 place,
                 device.name,
                 device.chain.root.size,
+                device.qom_path,
                 read_only=device.read_only or active.node.read_only,
                 format=active.format,
                 file=active.file,

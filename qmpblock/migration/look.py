@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock.chains.plan import check_idle
 from qmpblock.changes.leftovers import make_way
-from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, BusyError, RequestError, UnsupportedError, printable
 from qmpblock.managers import Work
 from qmpblock.migration.rehearsal import check_pairing
 from qmpblock.names import lock_names
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Pair", "Plan", "look"]
-
-_START = (
-    "start the destination with the source's command line, its own images, and: -S -incoming defer"
-)
 
 
 @dataclass(frozen=True)
@@ -61,51 +58,25 @@ async def look(source: Connection, destination: Connection, *, memory_only: bool
     await _check_source(source, disks)
     await make_way(source, lock_names(disks))
     graph, arriving = await source.graph(), await destination.graph()
-    warnings = await check_pairing(source, destination, copies=not memory_only)
-    copied = () if memory_only else pairs(graph, arriving)
+    pairing = await check_pairing(source, destination, copies=not memory_only)
+    copied = _pairs(pairing.disks, graph, arriving)
     for device in graph.disks():
         check_idle(device)
     first = disks[0].chain.active.file if disks else ""
     await ownership.ask_for_change(source, Work("migrate", first))
-    return Plan(graph.disks(), arriving.disks(), copied, warnings)
+    return Plan(graph.disks(), arriving.disks(), copied, pairing.warnings)
 
 
-def pairs(source: BlockGraph, destination: BlockGraph) -> tuple[Pair, ...]:
-    """Return which disk goes where: to that of the same place in the machine. Pure.
-
-    What is for reading only is not copied.
-
-    :raise RequestError: there is none, or it is of another size.
-    """
+def _pairs(
+    wanted: Iterable[tuple[str, str]], source: BlockGraph, destination: BlockGraph
+) -> tuple[Pair, ...]:
+    """Return which disk goes where: to that which the guest finds at the same place."""
+    here = {device.qom_path: device for device in source.disks()}
     there = {device.qom_path: device for device in destination.disks()}
-    found = []
-    for device in source.disks():
-        if device.read_only:
-            continue
-        other = there.get(device.qom_path)
-        if other is None:
-            raise RequestError(
-                f"the destination has no disk {printable(device.name)} at "
-                f"{printable(device.qom_path)}",
-                standing=UNTOUCHED,
-                remedy=_START,
-            )
-        if other.read_only:
-            raise RequestError(
-                f"the disk {printable(device.name)} can only be read at the destination",
-                standing=UNTOUCHED,
-                remedy=_START,
-            )
-        size, wanted = other.chain.root.size, device.chain.root.size
-        if size != wanted:
-            raise RequestError(
-                f"the disk {printable(device.name)} has {wanted} bytes at the source, and {size} "
-                "at the destination",
-                standing=UNTOUCHED,
-                remedy="give the destination an image of exactly that size",
-            )
-        found.append(Pair(device, other))
-    return tuple(found)
+    try:
+        return tuple(Pair(here[one], there[other]) for one, other in wanted)
+    except KeyError:
+        raise BusyError("a disk was plugged in or out meanwhile", standing=UNTOUCHED) from None
 
 
 def _check_reach(vm: Connection, side: str) -> None:

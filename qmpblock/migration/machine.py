@@ -33,6 +33,7 @@ class GuestDisk:
 
     :ivar place: of its device (`GuestDevice.place`); empty where that is not known.
     :ivar name: what a person calls it.
+    :ivar path: of its device in QEMU's object tree, which may be another one in another QEMU.
     :ivar size: in bytes; None where the tray is empty.
     :ivar file: of its active layer.
     :ivar here: a name that leads to it on this host; empty where there is none.
@@ -48,6 +49,7 @@ class GuestDisk:
     place: str
     name: str
     size: int | None
+    path: str = ""
     read_only: bool = False
     format: str = ""
     file: str = ""

@@ -142,6 +142,12 @@ KINDS: Mapping[str, Kind] = {
         "have it run in an iothread at both ends, or at none",
         refused=False,
     ),
+    "disk-place": Kind(
+        "a disk of which cannot be told where the guest finds it",
+        _NEVER,
+        "which disk is which at the other end cannot be told",
+        "give its device an id at both ends",
+    ),
     "disk-size": Kind(
         "the size of a disk",
         _AT_END_OF_COPY,

@@ -22,10 +22,10 @@ from qmpblock.migration.predict import Load, Prediction, Room, lacking, predict
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
-    from qmpblock.migration.machine import GuestDisk
+    from qmpblock.migration.machine import GuestDisk, Machine
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["PlannedDisk", "PlannedMigration", "check_pairing", "plan_migration"]
+__all__ = ["Pairing", "PlannedDisk", "PlannedMigration", "check_pairing", "plan_migration"]
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,29 @@ class PlannedMigration:
         return any(one.refused for one in self.findings)
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """Two VMs that fit.
+
+    :ivar disks: what is written to and is to be copied where, by the devices' paths in QEMU's
+        object tree: those of one disk need not be the same at both ends.
+    :ivar warnings: what is worth acting on.
+    """
+
+    disks: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+
 async def check_pairing(
     source: Connection, destination: Connection, *, copies: bool = True
-) -> tuple[str, ...]:
+) -> Pairing:
     """Refuse a migration of which something would come to light only later; nothing is touched.
 
     :param copies: whether the disks are copied, too; else both ends have the same images.
-    :return: warnings.
     :raise UnsupportedError: the two ends do not fit; says all that does not.
     """
-    found = await _findings(source, destination, copies=copies)
+    here, there = await asyncio.gather(describe(source), describe(destination))
+    found = compare(here, there, copies=copies)
     refused = [one for one in found if one.refused]
     if refused:
         raise UnsupportedError(
@@ -90,14 +103,15 @@ async def check_pairing(
             standing=UNTOUCHED,
             remedy="; ".join(dict.fromkeys(one.kind.remedy for one in refused)),
         )
-    return tuple(f"{one.what}: {one.kind.otherwise}" for one in found)
+    return Pairing(
+        tuple((one.path, other.path) for one, other in _written(here, there) if copies),
+        tuple(f"{one.what}: {one.kind.otherwise}" for one in found),
+    )
 
 
-async def _findings(
-    source: Connection, destination: Connection, *, copies: bool
-) -> tuple[Finding, ...]:
-    here, there = await asyncio.gather(describe(source), describe(destination))
-    return compare(here, there, copies=copies)
+def _written(here: Machine, there: Machine) -> list[tuple[GuestDisk, GuestDisk]]:
+    """Return the disks that are written to."""
+    return [both for both in pairs(here, there) if not both[0].read_only]
 
 
 async def plan_migration(
@@ -118,7 +132,7 @@ async def plan_migration(
         return plan
     devices = {device.name: device for device in (await source.graph()).disks()}
     load = await measure(source, devices.values())
-    wanted = [both for both in pairs(here, there) if copies and not both[0].read_only]
+    wanted = _written(here, there) if copies else []
     data = {one.name: await _data(source, devices[one.name]) for one, _ in wanted}
     plan = replace(
         plan,

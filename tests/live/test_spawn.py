@@ -14,6 +14,7 @@ from chains import cli
 from disturbed import until
 from jsonschema import Draft202012Validator
 
+import qmpblock
 from qmpblock.errors import UnsupportedError
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe
@@ -197,3 +198,60 @@ async def test_the_command(start_qemu, invariant, build_images, vm_dir, folder, 
             await spawn(source, str(folder))
     os.kill(started["pid"], signal.SIGKILL)
     shutil.rmtree(os.path.dirname(started["log"]))
+
+
+@pytest.mark.scenarios("drive-ide.yaml", "no-id-virtio-scsi.yaml", "chain-3.yaml")
+async def test_its_disks_come_along(
+    scenario, start_qemu, invariant, vm_dir, folder, ending, qemu_binary
+):
+    """Into the image of the very disk, whatever the devices are called in QEMU's object tree."""
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(built)
+    invariant.forget(vm)
+    async with qmpblock.connect(vm.monitor_path) as source:
+        started = await spawn(source, str(folder))
+        ending.add(started.pid)
+        async with qmpblock.connect(started.monitor) as destination:
+            async with qmpblock.migrate(source, destination):
+                pass
+            assert (await destination.monitor.execute("query-status"))["status"] == "running"
+            await destination.monitor.execute("quit")
+    await until(lambda: not os.path.exists(started.monitor), "its end")
+    await vm.quit()
+    [image] = started.images
+    verified = await qmpblock.verify_images(
+        built.disks[0].active.path, image, format=built.disks[0].active.spec.format
+    )
+    assert verified.equal
+
+
+async def test_disks_without_names_are_not_exchanged(
+    start_qemu, build_images, invariant, vm_dir, qemu_binary
+):
+    """Of two that stand in another order on the destination's command line: by their addresses."""
+    tools = Tools.of(qemu_binary)
+    machines = {}
+    for side, order in (("source", (4, 5)), ("destination", (5, 4))):
+        words = []
+        for addr in order:
+            file = vm_dir / f"{side}-{addr}"
+            await tools.run(tools.img, "create", "-q", "-f", "raw", str(file), "1M")
+            if side == "source":
+                file.write_bytes(bytes([addr]) * (1 << 20))
+            inner = {"driver": "file", "filename": str(file), "discard": "unmap"}
+            node = {"driver": "raw", "node-name": f"n{addr}", "discard": "unmap", "file": inner}
+            words += ["-blockdev", json.dumps(node)]
+            words += ["-device", f"virtio-blk-pci,drive=n{addr},addr={addr}"]
+        more = {"incoming": "defer"} if side == "destination" else {}
+        machines[side] = await start_qemu(
+            extra=[*words, *(["-S"] if side == "destination" else [])], **more
+        )
+        invariant.forget(machines[side])
+    async with (
+        qmpblock.connect(machines["source"].monitor_path) as source,
+        qmpblock.connect(machines["destination"].monitor_path) as destination,
+        qmpblock.migrate(source, destination),
+    ):
+        pass
+    for addr in (4, 5):
+        assert set((vm_dir / f"destination-{addr}").read_bytes()) == {addr}

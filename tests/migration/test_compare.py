@@ -148,6 +148,7 @@ CASES = {
     ),
     "device-id": (SOURCE, with_device(DESTINATION, "/PCI:06.0", id="x"), "is called x"),
     "disk-iothread": (SOURCE, with_disk(DESTINATION, iothread=None), "at the source only"),
+    "disk-place": (with_disk(SOURCE, place=""), DESTINATION, "of the source"),
     "disk-size": (SOURCE, with_disk(DESTINATION, size=1), "8388608 bytes at the source, 1 at"),
     "disk-read-only": (SOURCE, with_disk(DESTINATION, read_only=True), "at the destination"),
     "disk-medium": (SOURCE, with_disk(DESTINATION, size=None), "at the source only"),
@@ -202,6 +203,13 @@ def test_each_mismatch_of_shared_images(name):
 
 def test_every_kind_is_found_by_a_case():
     assert {*CASES, *SHARED, *LATER} == set(KINDS)
+
+
+def test_disks_of_unknown_places_are_no_pair():
+    """Two such are not taken for one and the same."""
+    source, destination = with_disk(SOURCE, place=""), with_disk(DESTINATION, place="", size=1)
+    assert list(found(source, destination)) == ["disk-place"]
+    assert [disk.name for disk, _ in pairs(source, destination)] == ["sd0", "vd1"]
 
 
 def test_refusals_come_first():
