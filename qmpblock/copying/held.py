@@ -16,8 +16,8 @@ and 2., which is asked when all of 1. has been answered, tells of that. The othe
 that is discarded between the two would be told of by neither.
 
 Where what the guest overwrites cannot be kept, the point ends, and with it this reasoning: so there
-is always something that the job has to read, which it cannot then. What is told too much, zeros at
-T after all, takes time and nothing else.
+is always something that the job has to read (`CopyPlan.gone_over`), which it cannot then. What is
+told too much, zeros at T after all, takes time and nothing else.
 
 Layers that are frozen nobody writes to: there 1. is all.
 """
@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qmpblock.copying.drawn import draw
-from qmpblock.copying.plan import gone_over
-from qmpblock.copying.windows import CONTEXT, WINDOW, ZERO
+from qmpblock.copying.windows import CONTEXT, ZERO
 from qmpblock.errors import BusyError, NBDError, UnsupportedError
 from qmpblock.export.session import Request, exports
 from qmpblock.ranges import Ranges
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_held"]
 
+_UNIT = 16  # binary digits: 64 KiB
+_UNITS = 22  # likewise: of as many, every other one is some 30 MiB
 _PATIENCE = 5.0  # seconds to be answered in: the copy can do without
 
 
@@ -60,9 +61,7 @@ async def draw_held(vm: Connection, targets: Sequence[CopyTarget], *, held: bool
     for target in targets:
         if target.told_by and not target.resumed:
             with contextlib.suppress(BusyError, NBDError, UnsupportedError):
-                found = gone_over(await _told(vm, target, held=held), target.plan.size)
-                # Also its beginning: a job that has nothing to read would not see the point's end.
-                found = found.union(Ranges([(0, min(target.plan.size, WINDOW))]))
+                found = target.plan.gone_over(await _told(vm, target, held=held))
                 await draw(vm, target, found, held=held)
 
 
@@ -79,9 +78,10 @@ async def _told(vm: Connection, target: CopyTarget, *, held: bool) -> Ranges:
 
 
 async def _not_zero(client: Client) -> Ranges:
-    """Return where an export may read as other than zeros, in windows."""
+    """Return where an export may read as other than zeros, in units: not too many."""
     if CONTEXT not in client.contexts:
         return Ranges([(0, client.size)])
+    unit = 1 << max(_UNIT, client.size.bit_length() - _UNITS)
     at, starts, stops = 0, [], []
     while at < client.size:
         length = min(client.size - at, client.max_status_length)
@@ -89,7 +89,7 @@ async def _not_zero(client: Client) -> Ranges:
         ends = np.cumsum(extents[:, 0].astype(np.int64)) + at
         holds = (extents[:, 1] & np.uint64(ZERO)) == 0
         begins = np.concatenate(([at], ends[:-1]))
-        some = Ranges.from_arrays(begins[holds], ends[holds]).align_out(WINDOW, client.size)
+        some = Ranges.from_arrays(begins[holds], ends[holds]).align_out(unit, client.size)
         starts.append(some.starts)
         stops.append(some.stops)
         at = int(ends[-1])

@@ -17,13 +17,14 @@ from qmpblock.graph.writable import check_disk
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
 
-__all__ = ["FORMATS", "CopyPlan", "Layers", "Point", "gone_over", "plan_copy"]
+__all__ = ["FORMATS", "CopyPlan", "Layers", "Point", "plan_copy"]
 
 #: What a target's file can be.
 FORMATS = ("qcow2", "raw")
 
 _LARGE = 8 << 30  # bytes of a disk
-_STEP = 1 << 20  # bytes
+_COARSE = 1 << 20  # bytes, less of which than that is soon gone over
+_FINE = 64 << 10  # bytes
 _STEPS = 1 << 16
 
 Layers = Literal["all", "top"]
@@ -86,11 +87,23 @@ class CopyPlan:
     def asks(self) -> bool:
         """Whether it is asked where the disk holds anything, for nothing else to be gone over.
 
-        Of a small disk that takes longer than to go over it. And what is not gone over has to read
-        as zeros of itself in the target: in a new file, that nothing was reserved for.
+        Of a small disk that takes longer than to go over it; but in a raw file QEMU reserves what
+        it writes zeros to, which is given back hole by hole, up to a millisecond each. And what is
+        not gone over has to read as zeros of itself in the target: in a new file, that nothing was
+        reserved for.
         """
         new = self.kind == "file" and self.backing is None and self.shape.allocation != "full"
-        return new and self.size >= _LARGE
+        return new and (self.size >= _LARGE or self.format == "raw")
+
+    def gone_over(self, held: Ranges) -> Ranges:
+        """Return what a job goes over that is to copy these ranges: in steps, not too many.
+
+        Always the beginning, too: one that has nothing to read would not see that its point ended.
+        """
+        step = _FINE if self.format == "raw" else _COARSE
+        while (found := held.align_out(step, self.size)).total > step * _STEPS:
+            step *= 2
+        return found.union(type(found)([(0, min(step, self.size))]))
 
     @property
     def can_be_resumed(self) -> bool:
@@ -102,14 +115,6 @@ class CopyPlan:
         """The layers whose content is copied."""
         chain = self.device.chain
         return chain.layers if self.backing is None else chain.layers[:1]
-
-
-def gone_over(held: Ranges, size: int) -> Ranges:
-    """Return what a job goes over that is to copy ranges of a disk: not too many steps. Pure."""
-    step = _STEP
-    while (found := held.align_out(step, size)).total > step * _STEPS:
-        step *= 2
-    return found
 
 
 def plan_copy(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from qmpblock.copying.plan import CopyPlan, Point, gone_over
+from qmpblock.copying.plan import CopyPlan, Point
 from qmpblock.copying.shape import metadata_of
 from qmpblock.errors import printable
 
@@ -151,7 +151,7 @@ def amounts(
     write = data.align_out(unit, plan.size).total
     over = plan.size
     if plan.asks and (way == "views" or (way != "mirrors" and plan.sync_of_disk == "full")):
-        over = gone_over(data, plan.size).total
+        over = plan.gone_over(data).total
     if way == "mirrors":
         paced = write  # a mirror counts no zeros, though its progress does
     elif (plan.sync if way == "views" else plan.sync_of_disk) == "full":

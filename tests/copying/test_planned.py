@@ -18,6 +18,7 @@ from qmpblock.copying.planned import (
     way_of,
     why,
 )
+from qmpblock.copying.shape import Shape
 from qmpblock.extents.allocationmap import AllocationMap
 
 K, M = 1 << 10, 1 << 20
@@ -72,9 +73,11 @@ def test_what_counts_for_the_speed():
 def test_the_room_that_a_target_needs():
     thin = amounts(plan("qcow2"), CopyOptions(), "views", SEEN)
     assert thin.write < thin.taken < thin.write + 2 * M
-    assert (
-        amounts(plan("raw"), CopyOptions(), "views", SEEN).taken == 16 * M
-    )  # reserved, until it is whole
+    # Of a raw one what is gone over is reserved, until it is whole: the pieces that hold anything.
+    raw = amounts(plan("raw"), CopyOptions(), "views", SEEN)
+    assert raw.paced == raw.taken < raw.write + 128 * K
+    full = replace(plan("raw"), shape=Shape(allocation="full"))
+    assert amounts(full, CopyOptions(allocation="full"), "views", SEEN).taken == 16 * M
     assert amounts(plan("raw"), CopyOptions(at="end"), "mirrors", SEEN).taken == 192 * K + 2 * M
     assert amounts(plan("raw"), CopyOptions(at="end"), "mirrors", SEEN, 9 * M).taken == 9 * M
 

@@ -119,7 +119,8 @@ async def test_the_command(scenario, start_qemu, vm_dir):
     assert code == 0, err
     told = json.loads(out)
     Draft202012Validator(json.loads(SCHEMA.read_text())).validate(told)
-    assert (told["speed"], told["seconds"]) == (2 * MIB, 8)
+    assert told["speed"] == 2 * MIB
+    assert 7 * MIB / told["speed"] <= told["seconds"] < 8 * MIB / told["speed"]  # what it holds
     assert told["disks"][0]["target"] == str(target)
     code, out, err = await cli(*words, "--at", "end", "--verify")
     assert (code, out) == (2, "")

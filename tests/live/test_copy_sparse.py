@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import qmpblock
-from qmpblock.copying import held
+from qmpblock.copying import held, targetfile
 from qmpblock.errors import BusyError, JobError
 from qmpblock.testing.images import Tools
 from qmpblock.testing.scenario import parse_scenario
@@ -57,7 +57,7 @@ async def sparse(start_qemu, invariant, vm_dir, qemu_binary):
 
 def same(tools, one, other, fmt):
     """Whether two images hold the same; the second is raw."""
-    words = ["compare", "-f", fmt, "-F", "raw", str(one), str(other)]
+    words = ["compare", "-U", "-f", fmt, "-F", "raw", str(one), str(other)]
     return (
         subprocess.run([tools.img, *words], check=False, stdout=subprocess.DEVNULL).returncode == 0
     )
@@ -155,4 +155,25 @@ async def test_a_point_that_ended_before_it_was_asked_is_no_copy(
             async with disk.copy(vm_dir / "copy", at="start", format="qcow2", fleece_limit=5 << 20):
                 pass
     assert not Path(vm_dir / "copy").exists()
+    await invariant.verify(vm)
+
+
+@pytest.mark.needs_qemu(">= 10.0", reason="before, a disk of one layer needs no more than that")
+async def test_a_raw_copy_reserves_nothing_that_is_given_back_hole_by_hole(
+    start_qemu, vm_dir, monkeypatch, qemu_binary, invariant
+):
+    content = ", ".join(f"write {at}M 64K 0xaa" for at in range(0, 64, 2))
+    text = f"about: Scattered.\nimages: [{{size: 64M, content: [{content}]}}]\n"
+    vm, punched, target = await start_qemu(parse_scenario(text, "scattered")), [], vm_dir / "copy"
+    await invariant.begin(vm)
+    real = targetfile.punch_hole
+    monkeypatch.setattr(targetfile, "punch_hole", lambda *at: punched.append(at) or real(*at))
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        async with disk.copy(target, at="start", format="raw") as job:
+            pass
+    assert len(punched) <= 1  # of the beginning, which is always gone over
+    assert job.result.disks[0].copied <= 32 * (64 << 10) + (1 << 20)
+    tools, active = Tools.of(qemu_binary), vm.disks[0].active.path
+    assert same(tools, active, target, "qcow2")
     await invariant.verify(vm)
