@@ -46,7 +46,7 @@ class Origin:
     :ivar defaults: the properties of each sort of device.
     :ivar objects: options of objects, as the monitor tells them.
     :ivar others: ids of the objects of which it does not, with their types.
-    :ivar iothreads: by devices' ids, the iothread of each.
+    :ivar iothreads: by devices' ids, the options that give each its iothreads.
     :ivar disks: of the source.
     :ivar kvm: whether it runs by KVM; `name`: of the VM; `firmware`: the file of its BIOS.
     """
@@ -58,7 +58,7 @@ class Origin:
     defaults: Mapping[str, Mapping[str, Property]] = field(default_factory=dict)
     objects: tuple[Mapping[str, Any], ...] = ()
     others: Mapping[str, str] = field(default_factory=dict)
-    iothreads: Mapping[str, str] = field(default_factory=dict)
+    iothreads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     disks: tuple[DiskDevice, ...] = ()
     kvm: bool = False
     name: str = ""
@@ -98,7 +98,8 @@ class Launch:
 
 #: Properties that QEMU finds by itself: from the image, the ROM, the machine.
 _FOUND = names(
-    "busnr class cyls discard_granularity drive failover_pair_id heads iothread lcyls lheads lsecs"
+    "busnr class cyls discard_granularity drive failover_pair_id heads iothread iothread-vq-mapping"
+    " lcyls lheads lsecs"
     " migrate-extra modern-pio-notify rombar romfile romsize secs sriov-pf stats-intervals"
     " virtio-pci-bus-master-bug-migration"
 )
@@ -281,8 +282,8 @@ def _devices(origin: Origin, nodes: Mapping[str, str]) -> Iterator[dict[str, Any
         for one in (device, *inner):
             if one.place in nodes:
                 options["drive"] = nodes[one.place]
-        thread = origin.iothreads.get(device.id) or _thread_below(device, threads)
-        if thread and "iothread" in known:
+        options |= origin.iothreads.get(device.id, {})
+        if not device.id and "iothread" in known and (thread := _thread_below(device, threads)):
             options["iothread"] = thread
         yield options
 

@@ -41,11 +41,7 @@ async def read_origin(source: Connection) -> Origin:
             objects.append({"qom-type": kind, "id": name, **await _told(monitor, name, kind)})
         else:
             others[name] = kind
-    iothreads = {
-        name: str(value).rpartition("/")[2]
-        for name in plugged
-        if (value := await _get(monitor, f"/machine/peripheral/{name}", "iothread"))
-    }
+    iothreads = {name: await _iothreads(monitor, name) for name in plugged}
     words = command_line(monitor.peer_pid)
     return Origin(
         machine=machine,
@@ -81,6 +77,15 @@ async def _properties(monitor: Monitor, kind: str) -> dict[str, Property]:
     return {
         str(one["name"]): Property(str(one["type"]), one.get("default-value")) for one in listed
     }
+
+
+async def _iothreads(monitor: Monitor, name: str) -> dict[str, Any]:
+    """Return the options that give a device its iothreads; none where it has none."""
+    path = f"/machine/peripheral/{name}"
+    if one := await _get(monitor, path, "iothread"):
+        return {"iothread": str(one).rpartition("/")[2]}
+    many = await _get(monitor, path, "iothread-vq-mapping")
+    return {"iothread-vq-mapping": many} if many else {}
 
 
 async def _told(monitor: Monitor, name: str, kind: str) -> dict[str, Any]:

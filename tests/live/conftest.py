@@ -135,6 +135,7 @@ EITHER = (
     "test_identity",
     "test_job_commands",
     "test_linux",
+    "test_migration_dry_run",
     "test_lock",
     "test_managed",
     "test_monitors",

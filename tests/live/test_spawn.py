@@ -34,6 +34,7 @@ MACHINES = [
     "two-disks-one-base.yaml",
     "iothread-virtio-blk.yaml",
     "iothread-virtio-scsi.yaml",
+    "iothread-per-queue.yaml",
     "filter-throttle.yaml",
     "chain-3.yaml",
     "drive-virtio.yaml",
