@@ -4,6 +4,11 @@ It follows from what both sides show, the arbiter, and the journal, where there 
 remembered. One move at a time: after each, both sides are looked at again, so that whoever is
 killed on the way can be followed by anybody, and two may do it at once.
 
+Both are to be seen as they were at one moment: the destination, the source, and the destination
+again, until that is as before. It goes one way only (it waits, has the guest, runs, is gone), so it
+was like that when the source was seen. What is true of the two at different moments was never true,
+and would have the guest quit at the destination just after somebody continued it there.
+
 What it rests on (`qmpblock.migration.states`):
 
 - a source whose guest runs there owns it: nobody continues the destination without the arbiter,

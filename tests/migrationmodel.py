@@ -1,0 +1,420 @@
+"""A model of two QEMUs, what lies between them, and controllers that die: explored exhaustively.
+
+It takes the engine's moves (`ORDER`) and the decision (`decide`) from the code; what a QEMU does is
+here, as measured. Everything may happen in any order, between any two steps:
+
+- the engine makes its next move, gives up, or is killed; what it had just sent may be carried out
+  later than that, or never;
+- two recoveries, which look, and act on that later, when it may not be true any more. They wish for
+  different ends, one has the journal, each may reach one side alone, none cares for locks, and each
+  may be killed and run again;
+- either QEMU dies, the wire between them is cut or falls silent, each as often as `failures` says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from qmpblock.changes.step import Choice
+from qmpblock.migration.decision import Decision, decide
+from qmpblock.migration.states import ORDER, Move, Phase, Planned, Reach, Seen, Side
+
+# What a source shows, by what it is in here; of the destination, likewise.
+SOURCE = {
+    "home": ("running", "none"),
+    "active": ("running", "active"),
+    "held": ("finish-migrate", "pre-switchover"),
+    "device": ("finish-migrate", "device"),
+    "away": ("postmigrate", "completed"),
+    "failed": ("running", "failed"),
+    "cancelled": ("running", "cancelled"),
+    "reclaimed": ("running", "completed"),
+}
+DESTINATION = {
+    "waits": ("inmigrate", "none"),
+    "comes": ("inmigrate", "active"),
+    "there": ("paused", "completed"),
+    "runs": ("running", "completed"),
+}
+GONE = "gone"
+UNREACHED = "unreached"
+RUNNING = frozenset({"home", "active", "failed", "cancelled", "reclaimed"})
+MOST_SLOTS = 2
+
+BOTH, HERE, THERE = "both", "source", "destination"  # what a recovery can reach
+Came = dict["World", "tuple[World, str] | None"]
+
+
+class Recoverer(NamedTuple):
+    """One recovery. Of plain words, which Python compares fast.
+
+    :ivar at: `idle`, `look` (at both sides, and decide), `do`, `done`, `asked`; `needless`, if it
+        asked what both sides tell; `wrong`, if what it says is.
+    :ivar reaches: which sides it can reach.
+    :ivar move: what it is about to do; `last`: whether that is the end of it.
+    """
+
+    at: str = "idle"
+    reaches: str = ""
+    move: str = ""
+    last: bool = False
+
+
+class World(NamedTuple):
+    """All that there is, but how many failures there were.
+
+    :ivar sent: whether the rest of the guest is on its way to the destination, or the answer back.
+    :ivar whole: whether the mirrors have ended. `loaded`: whether the destination ever had the
+        guest; `ran`: whether it ever ran there.
+    :ivar arbiter: which side it says, if any.
+    :ivar phase: what the journal says.
+    :ivar pc: the engine's next move; -1 where it is dead, or done.
+    :ivar slots: what somebody sent who does not wait for it any more.
+    """
+
+    source: str = "home"
+    destination: str = "waits"
+    wire: str = "ok"
+    sent: str = ""
+    whole: bool = False
+    loaded: bool = False
+    ran: bool = False
+    arbiter: str = ""
+    mark: bool = False
+    phase: str = Phase.CHECKED.value
+    pc: int = 0
+    finished: bool = False
+    slots: tuple[str, ...] = ()
+    with_journal: Recoverer = Recoverer()
+    without: Recoverer = Recoverer()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How things are; each field is what makes it safe, and can be left out."""
+
+    minus_s: bool = True  # the destination's -S
+    return_path: bool = True
+    arbiter: bool = True
+    order: tuple[Planned, ...] = ORDER
+    wait_for_source: bool = True  # `completed`, before the destination is continued
+
+
+class Found(Exception):  # noqa: N818 - no error: what the exploration is for
+    """What must not be, and the way to it."""
+
+
+@dataclass
+class Explored:
+    """How far it went: `ends` are the states in which nothing is left to happen but failures."""
+
+    states: int = 0
+    ends: int = 0
+    asked: int = 0
+
+
+class Model:
+    """One set of rules."""
+
+    def __init__(self, rules: Rules, failures: int) -> None:
+        self.rules = rules
+        self.failures = failures
+
+    # -- exploration
+
+    def explore(self) -> Explored:
+        """Go everywhere, with few failures first: who has more of them left gets everywhere else.
+
+        :raise Found: something that must not be.
+        """
+        first = World()
+        came: Came = {first: None}
+        explored = Explored()
+        level = deque([first])
+        for failures in range(self.failures + 1):
+            queue, level = level, deque()
+            while queue:
+                world = queue.popleft()
+                ends = True
+                for what, after in self.steps(world):
+                    ends = ends and what.endswith("begins")
+                    self._came_to(after, world, what, came, queue)
+                if ends:
+                    explored.ends += 1
+                    explored.asked += "asked" in (world.with_journal.at, world.without.at)
+                    self._hold(self.wrong_at_the_end(world), world, came)
+                if failures < self.failures:
+                    level.append(world)
+            queue = deque()
+            for world in level:
+                for what, after in self.failing(world):
+                    self._came_to(after, world, what, came, queue)
+            level = queue
+        explored.states = len(came)
+        return explored
+
+    def _came_to(
+        self, after: World, world: World, what: str, came: Came, queue: deque[World]
+    ) -> None:
+        after = _without_what_is_over(after)
+        if after not in came:
+            came[after] = (world, what)
+            self._hold(self.wrong(after), after, came)
+            queue.append(after)
+
+    def _hold(self, wrong: str, world: World, came: Came) -> None:
+        if not wrong:
+            return
+        way: list[str] = []
+        at: World = world
+        while (before := came[at]) is not None:
+            at, what = before
+            way.append(what)
+        raise Found("\n  ".join([wrong, *reversed(way), str(world)]))
+
+    # -- what must not be
+
+    def wrong(self, world: World) -> str:
+        """Say what is wrong, at any moment; empty if nothing is."""
+        if world.source in RUNNING and world.destination == "runs":
+            return "the guest runs twice"
+        if world.source in RUNNING and world.ran:
+            return "the guest runs at the source after it ran at the destination"
+        if world.destination == "runs" and not world.whole:
+            return "the guest runs on images that are not whole"
+        if world.source == "away" and not world.loaded:
+            return "the source says completed, and the destination has not got the guest"
+        for one in (world.with_journal, world.without):
+            if one.at == "wrong":
+                return "it is said to be the source's after it ran at the destination"
+            if one.at == "needless":
+                return "a person is asked what can be told"
+        return ""
+
+    def wrong_at_the_end(self, world: World) -> str:
+        """Say what is wrong where nothing more happens by itself."""
+        if "asked" in (world.with_journal.at, world.without.at):
+            return ""
+        handed = world.arbiter == THERE or world.ran
+        owner = world.destination if handed else world.source
+        if owner != GONE and owner not in (*RUNNING, "runs") and self._all_reached(world):
+            return "nobody runs, and nobody was asked"
+        return ""
+
+    def _all_reached(self, world: World) -> bool:
+        """Whether whoever came to an end could see and reach both sides."""
+        return world.finished or any(
+            one.at == "done" and one.reaches == BOTH for one in (world.with_journal, world.without)
+        )
+
+    # -- what may happen
+
+    def steps(self, world: World) -> Iterator[tuple[str, World]]:
+        """Yield all that can happen next."""
+        yield from self._qemu(world)
+        for number, move in enumerate(world.slots):
+            rest = world._replace(slots=world.slots[:number] + world.slots[number + 1 :])
+            yield f"late: {move}", self.effect(rest, Move[move], BOTH)
+            yield f"lost: {move}", rest
+        if world.pc >= 0:
+            yield from self._engine(world)
+        yield from self._recovery(world, "with_journal")
+        if world.pc < 0 and not world.finished:
+            yield from self._recovery(world, "without")
+
+    def _qemu(self, world: World) -> Iterator[tuple[str, World]]:
+        source, destination = world.source, world.destination
+        lost = world.wire == "cut" or destination == GONE
+        if source in ("active", "device") and lost:
+            yield "source fails", world._replace(source="failed")
+        if world.wire == "ok" and source == "active" and destination == "comes":
+            yield "source holds", world._replace(source="held")
+        if world.sent == "rest" and destination == "comes":
+            there = "there" if self.rules.minus_s else "runs"
+            yield (
+                "destination has it",
+                world._replace(
+                    destination=there, loaded=True, sent="answer", ran=world.ran or there == "runs"
+                ),
+            )
+        answered = world.sent == "answer" or not self.rules.return_path
+        if source == "device" and world.wire == "ok" and answered:
+            yield "source completes", world._replace(source="away")
+        if destination == "comes" and (
+            world.wire == "cut" or source in (GONE, "failed", "cancelled")
+        ):
+            yield "destination exits", world._replace(destination=GONE)
+
+    def effect(self, world: World, move: Move, reaches: str) -> World:
+        """Return what a move that arrives does."""
+        if reaches != THERE and world.source != GONE:
+            world = self._at_source(world, move)
+        if reaches != HERE and world.destination != GONE:
+            world = self._at_destination(world, move)
+        return world
+
+    def _at_source(self, world: World, move: Move) -> World:
+        source, destination = world.source, world.destination
+        if move is Move.MIGRATE and source == "home":
+            if world.wire == "cut" or destination == GONE:
+                return world._replace(source="failed")
+            comes = "comes" if destination == "waits" else destination
+            return world._replace(source="active", destination=comes)
+        if move is Move.END_MIRRORS and source == "held":
+            return world._replace(whole=True)
+        if move is Move.CONTINUE and source == "held":
+            sent = "rest" if world.wire == "ok" and destination == "comes" else ""
+            return world._replace(source="device", sent=sent)
+        if move is Move.CANCEL and source in ("active", "held", "device"):
+            return world._replace(source="cancelled")
+        if move is Move.SETTLE and source == "device":
+            return world._replace(source="failed")  # cut: its answer does not come any more
+        if move in (Move.CLAIM_SOURCE, Move.CLAIM_DESTINATION):
+            if not self.rules.arbiter:  # then whoever thinks that he may goes on at once
+                cont = Move.CONT_SOURCE if move is Move.CLAIM_SOURCE else Move.CONT_DESTINATION
+                return self.effect(world, cont, BOTH)
+            side = HERE if move is Move.CLAIM_SOURCE else THERE
+            return world._replace(arbiter=world.arbiter or side)
+        if move is Move.CONT_SOURCE and source == "away":
+            return world._replace(source="reclaimed")
+        if move is Move.FINISH_DESTINATION:
+            return world._replace(source=GONE)
+        if move is Move.FINISH_SOURCE and destination == GONE:
+            return world._replace(arbiter="")
+        return world
+
+    def _at_destination(self, world: World, move: Move) -> World:
+        if move is Move.MARK:
+            return world._replace(mark=True)
+        if move is Move.CONT_DESTINATION and world.destination == "there":
+            return world._replace(destination="runs", ran=True)
+        if move is Move.QUIT_DESTINATION:
+            return world._replace(destination=GONE)
+        return world
+
+    # -- the engine
+
+    def _engine(self, world: World) -> Iterator[tuple[str, World]]:
+        planned = self.rules.order[world.pc]
+        entered = world._replace(phase=planned.enters.value if planned.enters else world.phase)
+        if self._may(world, planned.move):
+            after = self.effect(entered, planned.move, BOTH)
+            last = world.pc + 1 == len(self.rules.order)
+            after = after._replace(pc=-1 if last else world.pc + 1, finished=last)
+            yield f"engine: {planned.move.name}", after
+        if world.with_journal.at == "idle":  # its own way back is a recovery, too
+            back = Recoverer("look", BOTH)
+            yield "engine gives up", world._replace(pc=-1, with_journal=back)
+
+    def _may(self, world: World, move: Move) -> bool:
+        """Whether what a move waits for, or relies on, is there."""
+        if world.source == GONE or world.destination == GONE:
+            return False
+        if move is Move.AWAIT_HELD:
+            return world.source == "held"
+        if move is Move.END_MIRRORS:
+            return world.source == "held" and world.wire == "ok"
+        if move is Move.AWAIT_LANDED:
+            waits = world.destination == "there" and world.whole
+            return waits and (world.source == "away" or not self.rules.wait_for_source)
+        if move is Move.MARK and self.rules.arbiter:
+            return world.arbiter == THERE  # else the other side was decided for
+        return True
+
+    # -- recoveries
+
+    def _recovery(self, world: World, name: str) -> Iterator[tuple[str, World]]:
+        one: Recoverer = getattr(world, name)
+
+        def become(after: Recoverer, world: World = world) -> World:
+            return world._replace(**{name: after})
+
+        if one.at == "idle" and world.pc < 0 and not world.finished:
+            for reaches in (BOTH, HERE if name == "with_journal" else THERE):
+                yield f"{name}: begins", become(Recoverer("look", reaches))
+        elif one.at == "look":
+            here = world.source if one.reaches != THERE else UNREACHED
+            there = world.destination if one.reaches != HERE else UNREACHED
+            phase = world.phase if name == "with_journal" else ""
+            decision = _decide(phase, here, world.arbiter, there, world.mark)
+            after = _decided(one.reaches, {here, there}, decision)
+            if decision.last and decision.owner is Side.SOURCE and world.ran:
+                after = Recoverer("wrong")
+            yield f"{name}: {decision.why}", become(after)
+        elif one.at == "do":
+            move = Move[one.move]
+            after = self.effect(world, move, one.reaches)
+            if name == "with_journal" and move is Move.MARK:
+                after = after._replace(phase=Phase.HANDED.value)
+            at = "done" if one.last else "look"
+            yield f"{name}: {one.move}", become(Recoverer(at, one.reaches), after)
+
+    # -- failures
+
+    def failing(self, world: World) -> Iterator[tuple[str, World]]:
+        """Yield all that can fail."""
+        if world.source != GONE:
+            yield "failure: source dies", world._replace(source=GONE)
+        if world.destination != GONE:
+            yield "failure: destination dies", world._replace(destination=GONE)
+        if world.wire == "ok" and world.source in ("active", "held", "device"):
+            lost = "" if world.sent == "answer" else world.sent
+            yield "failure: cut", world._replace(wire="cut", sent=lost)
+            yield "failure: cut, and the rest lost", world._replace(wire="cut", sent="")
+            yield "failure: silent", world._replace(wire="silent", sent="")
+        room = len(world.slots) < MOST_SLOTS
+        if world.pc >= 0:
+            planned = self.rules.order[world.pc]
+            entered = planned.enters.value if planned.enters else world.phase
+            yield "failure: engine killed", world._replace(pc=-1)
+            if room and self._may(world, planned.move):
+                sent = world._replace(pc=-1, slots=(*world.slots, planned.move.name), phase=entered)
+                yield f"failure: engine killed, had sent {planned.move.name}", sent
+        for name in ("with_journal", "without"):
+            one: Recoverer = getattr(world, name)
+            if one.at == "do" and room:
+                slots = (*world.slots, one.move)
+                yield (
+                    f"failure: {name} killed",
+                    world._replace(**{name: Recoverer(), "slots": slots}),
+                )
+            if one.at in ("do", "look"):
+                yield f"failure: {name} killed", world._replace(**{name: Recoverer()})
+
+
+def _decided(reaches: str, seen: set[str], decision: Decision) -> Recoverer:
+    if decision.ask:
+        return Recoverer("asked" if seen & {UNREACHED, GONE} else "needless")
+    assert decision.move is not None
+    return Recoverer("do", reaches, decision.move.name, decision.last)
+
+
+def _without_what_is_over(world: World) -> World:
+    """Return the world without what makes no difference any more: many are one then."""
+    if world.source not in ("home", "active", "held", "device") and world.destination != "comes":
+        world = world._replace(wire="ok", sent="")
+    if len(world.slots) > 1:
+        world = world._replace(slots=tuple(sorted(world.slots)))
+    return world
+
+
+@cache
+def _decide(phase: str, here: str, arbiter: str, there: str, mark: bool) -> Decision:
+    return decide(
+        Phase(phase) if phase else None,
+        _seen(SOURCE, here, Side(arbiter) if arbiter else None),
+        _seen(DESTINATION, there, Side.DESTINATION if mark else None),
+        choice=Choice.UNDO if phase else Choice.CONTINUE,
+    )
+
+
+def _seen(shows: Mapping[str, tuple[str, str]], what: str, decided: Side | None) -> Seen:
+    if what == UNREACHED:
+        return Seen(Reach.UNREACHABLE)
+    if what == GONE:
+        return Seen(Reach.GONE)
+    return Seen(Reach.ANSWERS, *shows[what], decided)
