@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpblock.mapping import LayerMap
     from qmpblock.migration.job import MigrationJob, MigrationResult
     from qmpblock.migration.migrate import migrate
+    from qmpblock.migration.recover import recover_migration
     from qmpblock.qemu.job import Job, Progress
     from qmpblock.qemu.monitor import Monitor
     from qmpblock.speed import Speed
@@ -51,6 +52,7 @@ __all__ = [
     "connect",
     "migrate",
     "recover_images",
+    "recover_migration",
     "verify_images",
 ]
 
@@ -76,6 +78,7 @@ _HOMES = {
     "connect": "vm",
     "migrate": "migration.migrate",
     "recover_images": "changes.imagerecovery",
+    "recover_migration": "migration.recover",
     "verify_images": "copying.verify",
 }
 

@@ -22,6 +22,7 @@
     ├── ToolError               exit 1: a program (qemu-img) failed
     ├── NoRoomError             exit 1: no room for what must be written before anything is done
     ├── StalledError            exit 1: no progress for longer than the stall limit
+    ├── UndecidedError          exit 1: a person has to say which side of a migration has the guest
     └── NBDError                exit 1
         ├── NBDConnectError         no connection, or the handshake was refused
         ├── NBDProtocolError        the server broke the protocol; the connection is dead
@@ -66,6 +67,7 @@ __all__ = [
     "RequestError",
     "StalledError",
     "ToolError",
+    "UndecidedError",
     "UnsupportedError",
     "printable",
 ]
@@ -325,6 +327,13 @@ class ToolError(Error):
 
 class StalledError(Error):
     """Nothing moved for longer than the stall limit."""
+
+
+class UndecidedError(Error):
+    """It cannot be told which side of a migration has the guest, or that side is gone.
+
+    `standing` says what each side shows, `remedy` what to find out, and how to say what was found.
+    """
 
 
 class NBDError(Error):

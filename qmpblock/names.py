@@ -59,6 +59,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           UUID-PID-START-WHICH-RUN.journal
                                                      in the state directory: of which QEMU process;
                                                      WHICH is a hash of the paths of its disks
+                          UUID-PID-START-RUN.migration
+                                                     likewise, of a migration: of its source
     sockets               TMPDIR/qmpblock-RUN/nbd    of an NBD server of ours
                           TMPDIR/qmpblock-RUN-N-wire/nbd
                                                      of the relay on that wire
@@ -112,6 +114,7 @@ __all__ = [
     "is_create_job",
     "is_elsewhere",
     "is_holders_run",
+    "is_migration",
     "is_of_run",
     "is_of_vm",
     "is_ours",
@@ -131,6 +134,7 @@ __all__ = [
     "lock_name",
     "lock_names",
     "lock_of_turn",
+    "migration_in_state",
     "migration_job",
     "new_run",
     "overlay_file",
@@ -177,6 +181,7 @@ _TURN = "-undo-"
 _BESIDE = f".{OURS}"
 _JOURNAL = ".journal"
 _ELSEWHERE = ".elsewhere"
+_MIGRATION = ".migration"
 
 _RUN = re.compile(r"[0-9a-f]{8}")
 _HOLDERS_RUN = re.compile(r"[0-9a-z]{1,32}")
@@ -564,6 +569,16 @@ def journal_in_state(process: Process, devices: Iterable[str], run: str) -> str:
 
     which = hashlib.sha256(" ".join(devices).encode()).hexdigest()[:8]
     return f"{_of_process(process)}{which}-{run}{_JOURNAL}"
+
+
+def migration_in_state(source: Process, run: str) -> str:
+    """Return the journal of a migration, in the state directory of whoever runs it."""
+    return f"{_of_process(source)}{run}{_MIGRATION}"
+
+
+def is_migration(name: str) -> bool:
+    """Whether a file in the state directory is the journal of a migration."""
+    return name.endswith(_MIGRATION)
 
 
 def is_of_vm(journal: str, process: Process) -> bool:

@@ -91,6 +91,10 @@ TABLE = [
         names.journal_in_state(QEMU, ("/machine/peripheral/vd0/virtio-backend", "/x"), RUN),
         "00000000-0000-0000-0000-000000000001-42-777-3e5f4cf8-0123abcd.journal",
     ),
+    (
+        names.migration_in_state(QEMU, RUN),
+        "00000000-0000-0000-0000-000000000001-42-777-0123abcd.migration",
+    ),
     (names.socket_folder(RUN), "qmpblock-0123abcd"),
     (names.SOCKET, "nbd"),
     (names.DEMO_FOLDER, "qmpblock-demo-"),
@@ -269,6 +273,10 @@ def test_journals_in_the_state_directory(process, paths, run):
     other = SimpleNamespace(uuid=process.uuid, pid=process.pid, start=process.start + 1)
     assert not names.is_of_vm(name, other)
     assert name != names.journal_in_state(process, [*paths, "/x"], run)
+    of_migration = names.migration_in_state(process, run)
+    assert names.is_migration(of_migration)
+    assert not names.is_migration(name)
+    assert names.run_of_journal(of_migration) == ""  # what reads the one never meets the other
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from qmpblock.export.server import ServerUse, undo_dead_run
 from qmpblock.export.session import clear_dead
 from qmpblock.graph.model import BlockGraph
 from qmpblock.names import (
+    MIGRATION_LOCK,
     LockKind,
     blocker_name,
     is_create_job,
@@ -136,10 +137,14 @@ async def _undo_watch(vm: Connection, dead: Holder, _: str) -> None:
 
 
 async def _refuse_migration(_vm: Connection, dead: Holder, name: str) -> None:
-    raise BusyError(
-        f"a migration whose controller died is to be recovered first: {dead} held {name}",
+    raise _broken_off(dead, name)
+
+
+def _broken_off(dead: Holder, name: str) -> BusyError:
+    return BusyError(
+        f"a migration of this VM was broken off: {dead} held {name}, and is gone",
         standing="what it left was not touched",
-        remedy="qmpblock recover ADDRESS",
+        remedy="recover it first, which may end one of its two QEMUs: qmpblock recover ADDRESS",
     )
 
 
@@ -244,6 +249,9 @@ class _Left:
             for name, holder in holders.items()
             if lock_kind(name) is LockKind.DISK and holder.is_dead()
         }
+        migration = holders.get(MIGRATION_LOCK)
+        if migration is not None and migration.is_dead():
+            raise _broken_off(migration, MIGRATION_LOCK)
         said = [(holder, record_of(holder)) for holder in dead.values()]
         changes = tuple((holder, record) for holder, record in said if record is not None)
         return cls(graph, holders, changes, unread)

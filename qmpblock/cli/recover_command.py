@@ -8,13 +8,22 @@ import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.app import command as make_command
-from qmpblock.errors import UNTOUCHED, ConnectError, RecordError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    ConnectError,
+    Error,
+    MonitorError,
+    NotFoundError,
+    RecordError,
+    UndecidedError,
+    printable,
+)
 
 if TYPE_CHECKING:
     from qmpblock.changes.imagerecovery import ImageRecovery
@@ -36,6 +45,12 @@ __all__ = ["command"]
     help="Only tell, by the exit code, whether recovery is needed: 0 no, 4 yes.",
 )
 @click.option(
+    "--force",
+    type=click.Choice(["source", "destination"]),
+    help="With ADDRESS, of a migration of which a person has to decide: the side on which the "
+    "guest is to go on. Only where it certainly runs on neither.",
+)
+@click.option(
     "--believe-journal",
     is_flag=True,
     help="With IMAGE: act upon a journal beside it, too, that is not proven to be ours. Only where "
@@ -48,12 +63,14 @@ async def command(
     undo: bool,
     carry_on: bool,
     check: bool,
+    force: Literal["source", "destination"] | None,
     believe_journal: bool,
 ) -> int:
     """Undo, or carry on, what a qmpblock that died left behind.
 
     With ADDRESS: in a VM that lives. A guest that is held by an unfinished pivot is freed
-    before anything else.
+    before anything else. Of a migration: either side, or both. One side has the guest afterwards;
+    the other one is ended. Where that cannot be told, a person decides.
 
     With IMAGE...: where QEMU died in the middle of a change. Says which image to start the
     VM from, and removes what was made for nothing. Exit code 4: from another one than before.
@@ -61,16 +78,32 @@ async def command(
     images = [target for target in targets if _is_image(target)]
     for wrong, words in (
         (undo and carry_on, "--undo and --continue exclude each other"),
-        (0 < len(images) < len(targets), "give one ADDRESS, or images, not both"),
+        (0 < len(images) < len(targets), "give ADDRESS, or images, not both"),
         (images and (undo or carry_on), "--undo and --continue go with ADDRESS: the QEMU is gone"),
+        (images and force, "--force goes with ADDRESS"),
         (believe_journal and not images, "--believe-journal goes with IMAGE"),
-        (len(targets) > 1 and not images, "give one ADDRESS"),
+        (len(targets) > 2 and not images, "give one ADDRESS, or the two of a migration"),
     ):
         if wrong:
             raise click.UsageError(words)
     if images:
         return await _recover_images(
             options, images, dry_run=dry_run, check=check, believe=believe_journal
+        )
+    planned = dry_run or check
+    try:
+        migration = await _recover_migration(
+            options, targets, carry_on=carry_on, planned=planned, force=force
+        )
+    except (RecordError, UndecidedError) as error:
+        return _unread(options, error, check=check)
+    if migration is not None:
+        return _show(options, [migration], planned=planned, check=check)
+    if len(targets) > 1 or force:
+        raise NotFoundError(
+            "no migration of ours was broken off between these VMs, as far as they and the "
+            "journals here tell",
+            remedy="to recover what else was left in one VM: qmpblock recover ADDRESS",
         )
     return await _recover_vm(options, targets[0], carry_on=carry_on, dry_run=dry_run, check=check)
 
@@ -106,6 +139,32 @@ async def _connected(options: Options, target: str) -> AsyncIterator[VM]:
         yield vm
 
 
+async def _recover_migration(
+    options: Options,
+    targets: Sequence[str],
+    *,
+    carry_on: bool,
+    planned: bool,
+    force: Literal["source", "destination"] | None,
+) -> Recovery | None:
+    """Recover the migration that these VMs are of; None where they are of none."""
+    from qmpblock.migration.recover import recover_migration
+
+    try:
+        return await recover_migration(
+            *targets,
+            carry_on=carry_on,
+            force=force,
+            dry_run=planned,
+            tell=None if planned else _tell,
+            stall=options.stall,
+        )
+    except MonitorError:
+        if len(targets) > 1 or force:
+            raise
+        return None  # whoever needs the monitor says what is wrong with it
+
+
 async def _recover_vm(
     options: Options, address: str, *, carry_on: bool, dry_run: bool, check: bool
 ) -> int:
@@ -117,6 +176,10 @@ async def _recover_vm(
             )
         except RecordError as error:
             return _unread(options, error, check=check)
+    return _show(options, recoveries, planned=planned, check=check)
+
+
+def _show(options: Options, recoveries: Sequence[Recovery], *, planned: bool, check: bool) -> int:
     if options.json:
         emit(json.dumps([_document(one) for one in recoveries], indent=2) + "\n")
     elif not recoveries:
@@ -178,8 +241,8 @@ def _show_images(options: Options, recoveries: Sequence[ImageRecovery], *, doubt
         click.echo("safe: no change of ours to these images was interrupted")
 
 
-def _unread(options: Options, error: RecordError, *, check: bool) -> int:
-    """Say what cannot be read. Asked whether recovery is needed, it is: nobody can say no."""
+def _unread(options: Options, error: Error, *, check: bool) -> int:
+    """Say what cannot be read, or decided. If recovery is needed nobody can say no: so it is."""
     if not check:
         raise error
     if options.json:

@@ -126,7 +126,10 @@ def _away(
     if source.decided is Side.SOURCE:
         if _has_run(destination):
             return _two(source, destination)
-        return Decision(Side.SOURCE, Move.CONT_SOURCE, "the arbiter says that the source goes on")
+        why = "the arbiter says that the source goes on"
+        # First the one that must not run: where they share their images, it has them locked.
+        move = Move.QUIT_DESTINATION if destination.answers else Move.CONT_SOURCE
+        return Decision(Side.SOURCE, move, why)
     if source.decided is Side.DESTINATION:
         return _decided(source, destination, force)
     if _has_run(destination):
@@ -195,7 +198,7 @@ def _without_source(
 ) -> Decision:
     """Decide where the source is gone, or does not answer."""
     if phase is Phase.HANDED or destination.decided is Side.DESTINATION:
-        return _handed_over(destination)
+        return _handed_over(destination, force)
     if _has_run(destination):
         why = "the guest runs at the destination"
         return Decision(Side.DESTINATION, Move.FINISH_DESTINATION, why, last=True)
@@ -213,10 +216,16 @@ def _without_source(
         return Decision(None, Move.MARK, "a person decided so")
     if destination.answers and force is Side.SOURCE:
         return Decision(None, Move.QUIT_DESTINATION, "a person decided so", last=True)
+    if destination.reach is Reach.GONE and force is not None:
+        move = Move.FINISH_SOURCE if force is Side.SOURCE else Move.FINISH_DESTINATION
+        return Decision(force, move, "a person decided so", last=True)
     return _ask_without_source(source, destination)
 
 
-def _handed_over(destination: Seen) -> Decision:
+def _handed_over(destination: Seen, force: Side | None) -> Decision:
+    if destination.reach is Reach.GONE and force is Side.DESTINATION:
+        why = "a person decided so"
+        return Decision(Side.DESTINATION, Move.FINISH_DESTINATION, why, last=True)
     if _has_run(destination):
         return Decision(Side.DESTINATION, Move.FINISH_DESTINATION, "the guest is there", last=True)
     if not _waits(destination):

@@ -55,6 +55,7 @@ from qmpblock.errors import (
 from qmpblock.host.imagefiles import images_of
 from qmpblock.host.processes import is_running
 from qmpblock.migration import arbiter
+from qmpblock.migration.hold import Hold
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing, until_running
 from qmpblock.migration.look import Plan, look
@@ -139,6 +140,7 @@ class _Passage:
         job: MigrationJob,
         record: Migration,
         storage: Storage,
+        hold: Hold,
         speed: int,
     ) -> None:
         self.source = source
@@ -146,6 +148,8 @@ class _Passage:
         self.job = job
         self.record = record
         self.change = Change(source, record, journaled=False)
+        self.hold = hold
+        self._settled = False  # whether nothing is left to recover
         self.storage = storage
         self.stream = Stream(source, record.run, speed, self._show)
         self.landing = Landing(destination, record.run, plan.arriving)
@@ -182,10 +186,12 @@ class _Passage:
             wires=storage.wires,
             images=images_of(source.monitor.peer_pid, chains),
         )
-        return cls(source, destination, plan, job, record, storage, speed)
+        hold = await Hold.of(source, destination, run)
+        return cls(source, destination, plan, job, record, storage, hold, speed)
 
     async def _enter(self, phase: Phase) -> None:
         """Say that a phase begins, before what it stands for is done."""
+        self.hold.enter(phase)
         self.job.enter(phase)
 
     def _show(self, seen: Progress) -> None:
@@ -203,6 +209,7 @@ class _Passage:
         graph = await self.source.graph()
         for device in self.plan.disks:
             check_unchanged(graph, device)
+        await self.hold.begin()
         await self.landing.lock(serving=len(self.plan.copied))
         if self.plan.copied:
             targets = await undisturbed(self.landing.serve(self.plan.copied))
@@ -302,6 +309,7 @@ class _Passage:
         finally:
             self.stream.close()
             await undisturbed(self._close_storage())
+            await undisturbed(self.hold.let_go(settled=self._settled))
 
     def _say(self, began: float, *, ended: bool) -> None:
         self.job.result = MigrationResult(
@@ -325,6 +333,12 @@ class _Passage:
 
     async def _finish(self, *, quit_source: bool) -> bool:
         """Take away what is ours at both sides; return whether the source has ended."""
+        known = len(self._warnings)
+        ended = await self._clear_both(quit_source=quit_source)
+        self._settled = len(self._warnings) == known
+        return ended
+
+    async def _clear_both(self, *, quit_source: bool) -> bool:
         try:
             await self.landing.leave()
             await arbiter.withdraw(self.landing.vm.monitor, self.record.run)  # the mark
@@ -373,6 +387,7 @@ class _Passage:
         if self.landing.vm.monitor.closed:
             # If it was needed: nobody else can run any more.
             await arbiter.withdraw(self.source.monitor, self.record.run)
+        self._settled = True
         if isinstance(error, Error):  # whatever was said, before it was undone
             error.standing = (
                 f"the guest runs at the source, where nothing of ours is left; {stands}"

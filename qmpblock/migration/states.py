@@ -124,7 +124,7 @@ STATES: tuple[State, ...] = (
         Side.SOURCE,
         _AWAY,
         _THERE,
-        "the arbiter is taken for the source, the source continued, the destination quits",
+        "the arbiter is taken for the source, the destination quits, the source is continued",
     ),
     State(
         Phase.HANDED,

@@ -423,6 +423,18 @@ class Monitor:
                     one.cancel()
                 await asyncio.gather(*sent, return_exceptions=True)
 
+    async def execute_at_once(
+        self, command: str, arguments: Mapping[str, object] | None = None
+    ) -> Any:
+        """Run a QMP command out of band: it does not wait for one that QEMU is still at work on.
+
+        Of all commands `yank` and few others can. Whether QEMU answers while its main loop hangs
+        depends on when this connection was made: before.
+
+        :raise Error: as `execute`; besides, CommandError: the command cannot be run so.
+        """
+        return await self._execute(command, arguments, out_of_band=True)
+
     async def read_key(self, path: str, name: str) -> str:
         """Read a property of a `secret` object, by `qom-get`; no log has it.
 
@@ -435,12 +447,14 @@ class Monitor:
             finally:
                 self._client.unlogged = False
 
-    async def _execute(self, command: str, arguments: Mapping[str, object] | None) -> Any:
+    async def _execute(
+        self, command: str, arguments: Mapping[str, object] | None, *, out_of_band: bool = False
+    ) -> Any:
         if self.closed:
             raise self._lost(command, sent=False)
         try:
             async with asyncio.timeout(self.stall):
-                answer = await self._client.execute(command, arguments)
+                answer = await self._client.execute(command, arguments, oob=out_of_band)
             return checked(command, answer)
         except ExecuteError as error:
             response = error.error.error

@@ -58,7 +58,8 @@ def test_every_command_has_help_and_the_shared_options(command, capsys):
         (["job", "/q", "j", "speed", "fast"], "is not a size"),
         (["recover"], "ADDRESS"),
         (["recover", "/q", "--undo", "--continue"], "exclude each other"),
-        (["recover", "/nosuch/a", "/nosuch/b"], "give one ADDRESS"),
+        (["recover", "/nosuch/a", "/nosuch/b", "/nosuch/c"], "the two of a migration"),
+        (["recover", "/q", "--force", "both"], "source"),
     ],
 )
 def test_a_wrong_request_is_2_and_says_why(arguments, words, capsys):

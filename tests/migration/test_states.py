@@ -1,11 +1,14 @@
 """The table of a migration's states holds together, and every state that it tells is decided."""
 
+from pathlib import Path
+
 import pytest
 
 from qmpblock.changes.step import Choice
 from qmpblock.migration.decision import decide
 from qmpblock.migration.states import ORDER, STATES, Move, Phase, Reach, Seen, Side
 
+PAGE = Path(__file__).resolve().parents[2] / "docs/migration.md"
 GONE = Seen(Reach.GONE)
 SILENT = Seen(Reach.UNREACHABLE)
 
@@ -96,6 +99,14 @@ def test_a_completed_source_is_not_continued_where_the_destination_cannot_be_see
         assert decide(phase, handed, GONE, force=Side.SOURCE).move is Move.CONT_SOURCE
 
 
+def test_what_a_person_says_ends_it_where_both_are_gone():
+    for side in Side:
+        decision = decide(Phase.SENT, GONE, GONE, force=side)
+        assert (decision.owner, decision.last) == (side, True)
+    assert decide(Phase.HANDED, GONE, GONE, force=Side.SOURCE).ask
+    assert decide(Phase.HANDED, GONE, GONE, force=Side.DESTINATION).last
+
+
 def test_the_two_choices_where_both_are_safe():
     landed = seen(("postmigrate", "completed")), seen(("paused", "completed"))
     assert decide(Phase.SENT, *landed).move is Move.CLAIM_SOURCE
@@ -126,3 +137,49 @@ def test_a_source_that_is_none_is_not_touched(strange):
     decision = decide(None, seen(strange), seen(("paused", "completed")))
     assert decision.move is None
     assert decision.ask
+
+
+def shows(pairs):
+    """Say what a side shows, as the page does."""
+    return "<br>".join(f"`{run}/{migration}`" for run, migration in sorted(pairs))
+
+
+def table_of_states():
+    head = "| state | owner | the source shows | the destination shows | the way back |\n"
+    rows = [
+        f"| `{state.phase.value}` | {state.owner.value} | {shows(state.source)} | "
+        f"{shows(state.destination)} | {state.back} |\n"
+        for state in STATES
+    ]
+    return head + "|---|---|---|---|---|\n" + "".join(rows)
+
+
+AWAY, THERE = ("postmigrate", "completed"), ("paused", "completed")
+ASKED = [
+    (Phase.SENT, seen(AWAY), SILENT),
+    (Phase.HANDED, seen(AWAY, Side.DESTINATION), GONE),
+    (Phase.HANDED, seen(AWAY, Side.DESTINATION), SILENT),
+    (Phase.SENT, GONE, seen(THERE)),
+    (Phase.SENT, SILENT, seen(THERE)),
+    (Phase.SENT, GONE, GONE),
+    (Phase.HANDED, GONE, GONE),
+    (Phase.SENT, seen(("running", "failed")), seen(("running", "completed"))),
+]
+
+
+def table_of_questions():
+    rows = []
+    for phase, source, destination in ASKED:
+        decision = decide(phase, source, destination)
+        assert decision.move is None
+        rows.append(
+            f"| `{phase.value}` | {source} | {destination} | {decision.why} | {decision.ask} |\n"
+        )
+    head = "| journal | source | destination | so | find out, and do |\n|---|---|---|---|---|\n"
+    return head + "".join(rows)
+
+
+@pytest.mark.parametrize("table", [table_of_states, table_of_questions])
+def test_the_page_has_what_the_code_has(table):
+    """Prints what belongs into the page where it does not stand there."""
+    assert table() in PAGE.read_text(encoding="utf-8"), table()

@@ -1,0 +1,167 @@
+"""Hold: that two VMs are one migration's, said in both of them and in its journal.
+
+A lock at either side keeps away all else of ours, and tells whoever finds it after a crash which
+VM is at the other side (`qmpblock.migration.record`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from qmpblock.cancellation import undisturbed
+from qmpblock.changes.identity import identify
+from qmpblock.errors import (
+    UNTOUCHED,
+    BusyError,
+    Error,
+    MonitorError,
+    RecordError,
+    StalledError,
+)
+from qmpblock.host.processes import pid_namespace
+from qmpblock.migration.journal import MigrationJournal
+from qmpblock.migration.record import MigrationRecord, read_record
+from qmpblock.migration.states import ORDER, Phase
+from qmpblock.names import MIGRATION_LOCK
+from qmpblock.qemu import lock
+from qmpblock.qemu.lock import Holder
+from qmpblock.versioned import UnreadableError
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["Hold", "holder_of", "record_of"]
+
+_RECORD = "migration"
+_ANSWER = 2.0  # seconds for a word from a QEMU that is well
+_WRITTEN = frozenset(one.enters for one in ORDER if one.enters is not None)
+
+_log = logging.getLogger(__name__)
+
+
+class Hold:
+    """One migration's hold of its two VMs: `begin`, `enter` each phase, `end`.
+
+    :ivar record: what it says.
+    """
+
+    def __init__(self, source: Connection, destination: Connection, record: MigrationRecord):
+        self.record = record
+        self._source = source
+        self._destination = destination
+        self._journal: MigrationJournal | None = None
+        self._held: list[Connection] = []
+
+    @classmethod
+    async def of(cls, source: Connection, destination: Connection, run: str) -> Hold:
+        """Say which VMs; touch nothing."""
+        record = MigrationRecord(
+            run, await identify(source), await identify(destination), pid_namespace()
+        )
+        return cls(source, destination, record)
+
+    async def begin(self) -> None:
+        """Take the lock at both sides, and write the journal. Cancelling leaves nothing.
+
+        :raise BusyError: one of them is another migration's; says how to recover a dead one's.
+        :raise Error: the journal cannot be written.
+        """
+        try:
+            for vm in (self._source, self._destination):
+                await lock.acquire(vm.monitor, MIGRATION_LOCK, self.holder(), _refuse, stall=0)
+                self._held.append(vm)
+            self._journal = MigrationJournal.create(self.record)
+        except BaseException:
+            await undisturbed(self.end())
+            raise
+
+    def holder(self) -> Holder:
+        """Return what the locks say."""
+        return holder_of(self.record, self.record.run)
+
+    def enter(self, phase: Phase) -> None:
+        """Write that a phase is entered, before what it stands for is done.
+
+        Those that the two sides tell themselves are not written: some are entered while the guest
+        stands. `handed` cannot fail: arbiter and mark say it too, and there is no way back.
+
+        :raise Error: it cannot be written.
+        """
+        if phase not in _WRITTEN or self._journal is None:
+            return
+        try:
+            self._journal.enter(phase)
+        except Error as error:
+            if phase is not Phase.HANDED:
+                raise
+            _log.warning("%s; should both VMs end now, nothing tells who had the guest", error)
+
+    async def end(self) -> None:
+        """Let go: there is nothing left to recover. Idempotent.
+
+        A side that is gone has taken its lock with it; in one that is silent it stays, and is a
+        dead one's.
+
+        :raise Error: a lock could not be released, or the journal not be removed.
+        """
+        failed: Error | None = None
+        while self._held:
+            vm = self._held.pop()
+            try:
+                async with asyncio.timeout(_ANSWER):
+                    await lock.release(vm.monitor, MIGRATION_LOCK)
+            except (TimeoutError, MonitorError, StalledError):
+                lock.abandon(self.record.run)
+            except Error as error:
+                failed = error
+        if failed is not None:
+            raise failed
+        if self._journal is not None:
+            self._journal.remove()
+            self._journal = None
+
+    async def let_go(self, *, settled: bool) -> None:
+        """End it, or leave what is left to be recovered, by this process too.
+
+        :param settled: whether nothing is left.
+        """
+        if not settled:
+            lock.abandon(self.record.run)
+            return
+        try:
+            await self.end()
+        except Error as error:
+            _log.warning("%s", error)
+
+
+def holder_of(record: MigrationRecord, run: str) -> Holder:
+    """Describe this process, as the one that has a migration in hand.
+
+    :param run: of the migration; a recovery has one of its own.
+    """
+    return Holder.me(run, **{_RECORD: record.as_json()})
+
+
+def record_of(holder: Holder) -> MigrationRecord:
+    """Return what the holder of such a lock is about.
+
+    :raise RecordError: it cannot be read.
+    """
+    try:
+        return read_record(holder.details.get(_RECORD))
+    except UnreadableError as error:
+        raise lock.unreadable(MIGRATION_LOCK, error, holder.run) from None
+
+
+async def _refuse(dead: Holder) -> None:
+    try:
+        what = record_of(dead).describe()
+    except RecordError:
+        what = f"migration (run {dead.run})"
+    raise BusyError(
+        f"a {what} was broken off, and its controller is gone",
+        standing=UNTOUCHED,
+        remedy="recover it first: qmpblock recover ADDRESS",
+    )

@@ -1,0 +1,87 @@
+"""What the two sides of a migration show, both at one moment."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from qmpblock.errors import Error, GraphError, MonitorError, RecordError, StalledError
+from qmpblock.host.processes import boot_id, pid_namespace, start_time
+from qmpblock.migration.arbiter import decided
+from qmpblock.migration.states import Reach, Seen
+
+if TYPE_CHECKING:
+    from qmpblock.changes.record import VMIdentity
+    from qmpblock.migration.record import MigrationRecord
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["has_ended", "look", "look_at_both"]
+
+_ANSWER = 5.0  # seconds for a word from a QEMU that is well
+_LOOKS = 20
+_LOOK = 0.05
+
+
+async def look_at_both(
+    record: MigrationRecord, source: Connection | None, destination: Connection | None
+) -> tuple[Seen, Seen]:
+    """Return what source and destination show, as it was at one moment.
+
+    The destination goes one way only: what it shows before and after the source was looked at it
+    also showed then.
+
+    :param source: None where it cannot be reached; `destination`: likewise.
+    :raise StalledError: it changes all the time.
+    :raise RecordError: what says where the guest goes on cannot be read.
+    """
+    there = await look(record, record.destination, destination)
+    for _ in range(_LOOKS):
+        here = await look(record, record.source, source)
+        before, there = there, await look(record, record.destination, destination)
+        if there == before:
+            return here, there
+        await asyncio.sleep(_LOOK)
+    raise StalledError(f"the destination does not come to rest: it is {there} now")
+
+
+async def look(record: MigrationRecord, who: VMIdentity, vm: Connection | None) -> Seen:
+    """Return what one side shows.
+
+    :param who: the process that it was.
+    :raise RecordError: what says where the guest goes on cannot be read.
+    """
+    if vm is None or vm.monitor.closed:
+        return _lost(record, who)
+    monitor = vm.monitor
+    try:
+        async with asyncio.timeout(_ANSWER):
+            # In this order: a migration that has just ended is still seen in the run state.
+            migration = str((await monitor.execute("query-migrate")).get("status", "none"))
+            run = str((await monitor.execute("query-status"))["status"])
+            said = await decided(monitor, record.run)
+    except (GraphError, RecordError):
+        raise
+    except (TimeoutError, MonitorError, StalledError):
+        return await _gone_soon(record, who)
+    except Error:  # it refuses what every QEMU answers
+        return _lost(record, who)
+    return Seen(Reach.ANSWERS, run, migration, said)
+
+
+async def _gone_soon(record: MigrationRecord, who: VMIdentity) -> Seen:
+    """Say how one is lost whose connection broke: its process may be about to end."""
+    for _ in range(_LOOKS):
+        if has_ended(record, who):
+            break
+        await asyncio.sleep(_LOOK)
+    return _lost(record, who)
+
+
+def _lost(record: MigrationRecord, who: VMIdentity) -> Seen:
+    return Seen(Reach.GONE if has_ended(record, who) else Reach.UNREACHABLE)
+
+
+def has_ended(record: MigrationRecord, who: VMIdentity) -> bool:
+    """Whether a process has certainly ended: it was one of this host, of this boot."""
+    seen_here = who.pid and who.boot == boot_id() and record.pids == pid_namespace()
+    return bool(seen_here) and start_time(who.pid) != who.start

@@ -1,0 +1,143 @@
+"""What is done to the two QEMUs of a migration when it does not go on, or is to be finished.
+
+One function a move (`qmpblock.migration.states.Move`), each idempotent, for whoever has decided it:
+the engine when it fails, and recoveries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from qmpblock.errors import (
+    CommandError,
+    Error,
+    MonitorError,
+    StalledError,
+)
+from qmpblock.migration.states import ACTIVE, SETTLING
+from qmpblock.names import is_of_run
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.monitor import Monitor
+
+__all__ = ["call_back", "cont", "cut", "quit_vm", "settle"]
+
+_POLL = 0.02  # seconds
+_YANK = 2.0  # seconds for QEMU to cut what it is told to cut
+_OWN_DECISION = 10.0  # seconds for a source to decide how its migration ends
+
+_log = logging.getLogger(__name__)
+
+
+async def cut(source: Monitor, run: str, *, mirrors: bool = True) -> None:
+    """Cut the source's connections to the destination, from outside of what QEMU is at work on.
+
+    QEMU would hang with most of what it is told while one of them is silent. What is not there to
+    be cut any more is none's loss.
+
+    :param mirrors: those of the disks, too.
+    """
+    with contextlib.suppress(TimeoutError, Error):
+        async with asyncio.timeout(_YANK):
+            instances = await source.execute_at_once("query-yank")
+            wanted = [
+                one
+                for one in instances
+                if one["type"] == "migration"
+                or (mirrors and one["type"] == "block-node" and is_of_run(one["node-name"], run))
+            ]
+            if wanted:
+                await source.execute_at_once("yank", {"instances": wanted})
+
+
+async def call_back(source: Connection, run: str) -> None:
+    """Have the source give up a migration that it can call back, and wait until the guest runs.
+
+    :raise StalledError: it does not come back.
+    """
+    await cut(source.monitor, run)
+    with contextlib.suppress(CommandError):  # it has ended by itself
+        await source.monitor.execute("migrate_cancel")
+    await _until(
+        source,
+        lambda run_state, migration: (
+            run_state != "finish-migrate" and migration not in ACTIVE | SETTLING
+        ),
+        "the source does not give up the migration",
+    )
+
+
+async def settle(source: Connection, run: str) -> None:
+    """Wait until the source has decided how its migration ends; cut it where that takes long.
+
+    It completes, or it fails and the guest goes on there.
+
+    :raise StalledError: it does neither.
+    """
+
+    def decided(run_state: str, migration: str) -> bool:
+        return run_state != "finish-migrate" and migration not in SETTLING
+
+    with contextlib.suppress(StalledError):
+        await _until(source, decided, "", limit=_OWN_DECISION)
+        return
+    await cut(source.monitor, run, mirrors=False)
+    await _until(source, decided, "the source does not decide how the migration ends")
+
+
+async def cont(vm: Connection) -> None:
+    """Have a guest go on, and wait until it does. Only for whoever may.
+
+    :raise StalledError: it does not.
+    """
+    await vm.monitor.execute("cont")
+    await _until(vm, lambda state, _: state == "running", "the guest was continued, and stands")
+
+
+async def quit_vm(vm: Connection, has_ended: Callable[[], bool]) -> None:
+    """End a QEMU, and wait until it has ended.
+
+    :param has_ended: tells by its process, where that can be seen.
+    :raise StalledError: it has not.
+    """
+    with contextlib.suppress(MonitorError):
+        await vm.monitor.execute("quit")
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + vm.stall
+    while not vm.monitor.closed and not has_ended():
+        if loop.time() > deadline:
+            raise StalledError(f"the QEMU of {vm.monitor.address} was told to quit, and does not")
+        await asyncio.sleep(_POLL)
+    deadline = loop.time() + 2
+    while loop.time() < deadline:  # over TCP that is never seen
+        if has_ended():
+            return
+        await asyncio.sleep(_POLL)
+
+
+async def _until(
+    vm: Connection, reached: Callable[[str, str], bool], words: str, limit: float | None = None
+) -> None:
+    """Wait until run state and migration are as wanted.
+
+    :raise StalledError: they are not, within the stall limit.
+    """
+    loop, monitor = asyncio.get_running_loop(), vm.monitor
+    deadline = loop.time() + (vm.stall if limit is None else limit)
+    state = ""
+    while True:
+        with contextlib.suppress(TimeoutError, StalledError):
+            async with asyncio.timeout_at(deadline):
+                migration = str((await monitor.execute("query-migrate")).get("status", "none"))
+                run = str((await monitor.execute("query-status"))["status"])
+                state = f"{run}/{migration}"
+                if reached(run, migration):
+                    return
+        if loop.time() > deadline:
+            raise StalledError(f"{words}: it is {state or 'silent'}")
+        await asyncio.sleep(_POLL)

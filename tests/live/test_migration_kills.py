@@ -1,0 +1,105 @@
+"""`qmpblock.migrate`, killed in each phase, and recovered: no acknowledged write is lost."""
+
+import asyncio
+import signal
+import sys
+
+import pytest
+from disturbed import nothing_of_ours
+from migrating import machine, stressed
+
+import qmpblock
+from qmpblock.migration.journal import journals
+from qmpblock.migration.states import Phase
+from qmpblock.testing import Tools, build, parse_scenario
+
+pytestmark = pytest.mark.live
+
+CONTROLLER = """\
+import asyncio, os, signal, sys
+import qmpblock
+from qmpblock.migration import migrate as module
+
+source, destination, phase = sys.argv[1:4]
+enter = module._Passage._enter
+
+async def die(self, now):
+    await enter(self, now)
+    if now.value == phase:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+module._Passage._enter = die
+
+async def main():
+    async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
+        async with qmpblock.migrate(one, other, memory_only="--shared" in sys.argv) as job:
+            async for _ in job:
+                pass
+
+asyncio.run(main())
+"""
+PHASES = [phase.value for phase in Phase if phase is not Phase.CHECKED]
+
+
+@pytest.fixture
+def killed(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
+    """Start a pair whose controller is killed in a phase."""
+
+    async def start(phase, *, shared=False):
+        built = await build(
+            parse_scenario(machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
+        )
+        source = await stressed(await start_qemu(built, guest=True))
+        destination = await start_destination(source, shared=shared)
+        for vm in (source, destination):
+            vm.expect_exit()
+            invariant.forget(vm)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase),
+            *(["--shared"] if shared else []),
+        )
+        assert await process.wait() == -signal.SIGKILL
+        return source, destination
+
+    return start
+
+
+async def whole(vm, other):
+    """See that the guest goes on in that VM alone, and reads back all that it wrote."""
+    assert (await vm.execute("query-status"))["running"]
+    await asyncio.wait_for(other.wait(), 10)
+    await nothing_of_ours(vm)
+    assert await vm.execute("query-block-exports") == []
+    assert list(journals()) == []
+    guest = vm.guest or await vm.attach_guest()
+    before = (await guest.progress(0)).acked
+    await asyncio.sleep(0.2)
+    end = await guest.stop_stress(0)
+    assert end.acked > before
+    assert (end.bad, end.errors) == (0, 0), end
+    assert await guest.check(0) > 0
+
+
+@pytest.mark.parametrize("carry_on", [False, True], ids=["undo", "continue"])
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_controller_is_killed(killed, phase, carry_on):
+    source, destination = await killed(phase)
+    recovered = await qmpblock.recover_migration(destination.monitor_path, carry_on=carry_on)
+    if phase == "handed" or (phase == "landed" and carry_on):
+        assert recovered.done is True
+        await whole(destination, source)
+    else:
+        assert recovered.done is False
+        await whole(source, destination)
+
+
+@pytest.mark.parametrize("phase", ["memory", "held", "sent", "landed", "handed"])
+async def test_a_controller_is_killed_on_shared_storage(killed, phase):
+    source, destination = await killed(phase, shared=True)
+    recovered = await qmpblock.recover_migration(source.monitor_path)
+    if recovered.done:
+        await whole(destination, source)
+    else:
+        await whole(source, destination)
+    assert recovered.done is (phase == "handed")
