@@ -449,6 +449,8 @@ class _Passage:
                 standing=_HANDED,
                 remedy="end the source (quit), and never continue it",
             )
+        # First the one that must not run: where both have the same images, it has them locked.
+        await self.landing.give_up()
         await monitor.execute("cont")
         await until_running(monitor)
 
