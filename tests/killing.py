@@ -577,8 +577,10 @@ class _Point:
 
     async def die_under(self, request, number, moment):
         """Kill QEMU under a controller in this process; what it says must be right."""
+        struck = asyncio.Event()
 
         async def die():
+            struck.set()
             # A guest that is paused cannot answer; what it said before is a bound, too.
             if (await self.vm.execute("query-status"))["running"]:
                 await self._note_progress()
@@ -594,9 +596,14 @@ class _Point:
             try:
                 await run(self.vm.monitor_path, request, connect)
             except DisconnectedError as error:
-                assert not self.vm.running, error
                 self.standing = error.standing
-        died = not self.vm.running
+        died = struck.is_set()
+        if died:
+            # Of commands under way together another one may hear of it before it has died.
+            async with asyncio.timeout(_STALL):
+                while self.vm.running:
+                    await asyncio.sleep(0.001)
+        assert self.vm.running is not died, self.standing
         if died:
             self.trace = self.trace[:number]  # what it sent to a QEMU that lived
         return died

@@ -32,15 +32,14 @@ async def home_file(vm: Connection, active: Layer) -> str:
     :raise DisconnectedError: QEMU has gone meanwhile.
     """
     pid = vm.monitor.peer_pid
-    file = imagefiles.local_path(pid, active)
-    if file is None:
-        refusal = _no_overlay(active, imagefiles.why_not_local(pid, active))
-        await vm.monitor.execute("query-status")  # or QEMU has gone: that is why, then
-        raise refusal
-    file = imagefiles.home_of(file)
-    elsewhere = sees_directory(pid, posixpath.dirname(file))
-    if elsewhere is not None:
-        raise _no_overlay(active, f"is there, but its directory {elsewhere}")
+    async with vm.unless_gone():
+        file = imagefiles.local_path(pid, active)
+        if file is None:
+            raise _no_overlay(active, imagefiles.why_not_local(pid, active))
+        file = imagefiles.home_of(file)
+        elsewhere = sees_directory(pid, posixpath.dirname(file))
+        if elsewhere is not None:
+            raise _no_overlay(active, f"is there, but its directory {elsewhere}")
     return file
 
 

@@ -127,7 +127,8 @@ async def stream(
 
     See `Disk.stream`.
     """
-    plan = await look(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
+    async with disk.vm.unless_gone():
+        plan = await look(disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, StreamPlan)
     run = new_run()
     record = await record_of_stream(disk, plan, run)
@@ -151,7 +152,8 @@ async def commit(
 
     See `Disk.commit`.
     """
-    plan = await look(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
+    async with disk.vm.unless_gone():
+        plan = await look(disk, lambda *seen: plan_commit(seen[0], seen[1], top, base, seen[2]))
     assert isinstance(plan, CommitPlan)
     run = new_run()
     root = plan.device.chain.root.name

@@ -102,7 +102,8 @@ async def snapshot(
     await make_way(vm, lock_names([disk.device for disk in overlays]))
     run = new_run()
     plan = partial(_plan, vm, run, overlays, format, backing_name)
-    items = await plan()
+    async with vm.unless_gone():
+        items = await plan()
     for item in items:
         await by_qemu_img(vm, item.plan.key_secret, local=item.local)  # or refuse
     await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))

@@ -95,7 +95,8 @@ async def copy(
     credentials = None if options.tls_creds is None else credentials_in(options.tls_creds)
     if not targets:
         raise RequestError("a copy of no disk is none")
-    plans = await look(vm, targets, options)
+    async with vm.unless_gone():
+        plans = await look(vm, targets, options)
     check_servers(vm, plans, credentials)
     if verify:
         await check_provable(vm, plans, at)

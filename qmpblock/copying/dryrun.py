@@ -71,7 +71,8 @@ async def dry_run(
     options = CopyOptions(**words)
     if not targets:
         raise RequestError("a copy of no disk is none")
-    plans = await look(vm, targets, options, undo=False, restarts=restarts)
+    async with vm.unless_gone():
+        plans = await look(vm, targets, options, undo=False, restarts=restarts)
     reserved = await _check_targets(vm, list(targets), plans, options)
     if options.verify:
         await check_provable(vm, plans, options.point, tries=False)

@@ -218,7 +218,8 @@ async def planned(
     with contextlib.ExitStack() as stack:
         items = []
         for number, disk in enumerate(disks):
-            item = await _item(vm, run, number, disk.device, fleece, len(paths))
+            async with vm.unless_gone():
+                item = await _item(vm, run, number, disk.device, fleece, len(paths))
             items.append(replace(item, directory=stack.enter_context(_directory(item))))
         yield Plan(run, tuple(items))
 

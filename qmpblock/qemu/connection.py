@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from qmpblock.address import Address
-from qmpblock.errors import UNTOUCHED, CommandError, Error, GraphError, UnsupportedError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    CommandError,
+    DisconnectedError,
+    Error,
+    GraphError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.graph.builder import Replies, build
 from qmpblock.graph.model import BlockGraph
 from qmpblock.qemu.capabilities import Capabilities
@@ -85,6 +93,24 @@ class Connection:
     def capabilities(self) -> Capabilities:
         """What this QEMU can do."""
         return Capabilities(self.monitor.version)
+
+    @asynccontextmanager
+    async def unless_gone(self) -> AsyncIterator[None]:
+        """Have what the body refuses be that QEMU has gone, where it has: that is why, then.
+
+        Of a process that has ended nothing can be seen on the host, before its monitor is asked.
+
+        :raise DisconnectedError: it has, and the body refused.
+        """
+        try:
+            yield
+        except UnsupportedError as error:
+            try:
+                await self.monitor.execute("query-status")
+            except DisconnectedError as gone:
+                gone.standing = error.standing
+                raise gone from None
+            raise
 
     async def graph(self) -> BlockGraph:
         """Read the block graph as it is now.

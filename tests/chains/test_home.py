@@ -8,14 +8,16 @@ import pytest
 from qmpblock.chains.home import home_file, open_home, written
 from qmpblock.errors import UnsupportedError
 from qmpblock.graph.model import Layer, Node
+from qmpblock.qemu.connection import Connection, NBDAccess
 
 
-class Asked:
+class Asked(Connection):
     """A VM whose process is this one."""
 
     def __init__(self):
         self.commands = []
-        self.monitor = SimpleNamespace(peer_pid=os.getpid(), execute=self.execute)
+        monitor = SimpleNamespace(peer_pid=os.getpid(), execute=self.execute)
+        super().__init__(monitor, NBDAccess(), 60.0)
 
     async def execute(self, command):
         self.commands.append(command)
