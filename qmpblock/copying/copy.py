@@ -240,6 +240,9 @@ async def _of_disks(
             await keep_exports_away(vm, going, alone)
             if pivots:
                 await until_unused(vm, record)
+                for file in files:
+                    if isinstance(file, TargetFile):
+                        file.check_place()  # or the guest would go over to what has no name
             if paused in record.nodes:
                 await alone.enter_async_context(instant(vm, paused))
             yield paused in record.nodes
@@ -337,7 +340,11 @@ async def _of_layers(
             async with working(paced(vm, job, files, proving), job):
                 yield backups
         backups.held = layers.held_guest
-        await undisturbed(_finish_all(vm, files, job))
+        try:
+            await undisturbed(_finish_all(vm, files, job))
+        except Error as error:
+            error.standing = error.standing or _undone(files)
+            raise
     except BaseException:
         await undisturbed(give_up(files, job))
         raise

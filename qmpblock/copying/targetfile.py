@@ -240,9 +240,28 @@ class TargetFile(LocalTarget):
                 name = posixpath.basename(self.path)
                 if not self.keeps or self.keeps_name:
                     self.directory.remove(name, self.made)
-                elif self.directory.holds(name, self.made):
+                elif self.directory.holds(name, self.made) and self._is_there:
                     return self.path
         return None
+
+    def check_place(self) -> None:
+        """See that its path leads to it, by which it is said to be there, and started from.
+
+        :raise Error: somebody has moved, removed or replaced it, or its directory.
+        """
+        if not self._is_there:
+            raise Error(
+                f"{printable(self.path)} is the copy no more: somebody has moved, removed or "
+                "replaced it, or its directory, since it was made",
+                remedy="copy again, to where nobody does",
+            )
+
+    @property
+    def _is_there(self) -> bool:
+        try:
+            return self.made is not None and FileId.of(Path(self.path).stat()) == self.made
+        except OSError:
+            return False
 
     async def settle(self, vm: Connection) -> None:
         """Have it on stable storage, as it will stay.
@@ -304,6 +323,7 @@ class TargetFile(LocalTarget):
             ) from None
 
     def _settle(self) -> None:
+        self.check_place()
         assert self.made is not None  # make() went before
         name = posixpath.basename(self.path)
         fd = self.directory.open(name, self.made, os.O_RDWR)
@@ -331,6 +351,7 @@ class TargetFile(LocalTarget):
             self.warnings = (said,)
 
     def _finish(self) -> None:
+        self.check_place()
         if not self.keeps_name:
             self._name()
         self.directory.sync()

@@ -400,3 +400,29 @@ async def test_a_stream_that_qemu_refuses_keeps_a_filter(
     names = {one["id"]: one["name"] for one in graph["nodes"]}
     left = [names[one["parent"]] for one in graph["edges"] if names[one["child"]] == root]
     assert sorted(left) == ["", "/machine/peripheral/vd0/virtio-backend"]
+
+
+@ways
+@pytest.mark.parametrize("how", ["moved", "removed"])
+async def test_the_directory_of_the_target_goes(way, how, start_qemu, vm_dir, qemu_binary):
+    """It is not said to be where it is not, and no guest goes over to what has no name."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    place = vm_dir / "place"
+    place.mkdir()
+    disturbed = Disturbed(vm, vm_dir, way)
+    disturbed.target = place / "copy.raw"
+    async with disturbed.copying():
+        if how == "moved":
+            place.rename(vm_dir / "elsewhere")
+        else:
+            for one in place.iterdir():
+                one.unlink()
+            place.rmdir()
+    assert "is the copy no more" in str(disturbed.error)
+    assert "there is no copy" in disturbed.error.standing
+    assert disturbed.job.kept == ()
+    assert (disturbed.disk.device.chain.active.file or "").startswith(str(vm_dir / "images"))
+    left = list((vm_dir / "elsewhere").iterdir()) if how == "moved" else []
+    assert way == "pivot" or [one.name for one in left] in ([], ["copy.raw.partial"])
+    await disturbed.ended()
+    await nothing_of_ours(vm)

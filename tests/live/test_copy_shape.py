@@ -486,6 +486,38 @@ async def test_blocks_are_shared(kind, layers, start_qemu, vm_dir, qemu_binary, 
             assert content(target, fmt)[MIB : 97 * MIB] == b"\xaa" * (96 * MIB)
 
 
+@pytest.mark.parametrize("kind", LARGE)
+async def test_blocks_are_shared_of_what_was_missing(
+    kind, start_qemu, vm_dir, qemu_binary, invariant
+):
+    """Of a copy that was broken off, or was another's: what is there stays as it is."""
+    with xfs(vm_dir) as place:
+        scenario = parse_scenario(f"about: A disk.\nimages: {LARGE[kind]}\n", kind)
+        built = await build(scenario, place / "images", Tools.of(qemu_binary))
+        vm = await start_qemu(built, guest=True)
+        invariant.forget(vm)
+        await vm.guest.stress(replace(SPEC, offset=128 * MIB))
+        target, partial = place / "copy", place / "copy.partial"
+        first, _, _ = await copied(vm, target, reflink=True)
+        fmt = first.disks[0].format
+        target.rename(partial)
+        spoil = ("write -P 0xee 8M 8M", "write -z 30M 4M", "discard 40M 8M")
+        words = [word for one in spoil for word in ("-c", one)]
+        subprocess.run(["qemu-io", "-d", "unmap", "-f", fmt, *words, partial], check=True)
+        before = taken_of(place)
+        result, _, _ = await copied(vm, target, reflink=True, resume=True)
+        assert (result.verified, result.warnings) == (True, ())
+        assert 20 * MIB <= result.disks[0].missing < 40 * MIB
+        grown = taken_of(place) - before
+        print(f"{kind}: {grown / MIB:.1f} MiB taken")
+        assert grown < 8 * MIB  # of 20 that were copied
+        shared = shared_ranges(str(target), target.stat().st_size)
+        assert shared.total >= 96 * MIB
+        await unharmed(vm)
+        await vm.quit()
+        assert content(target, fmt)[MIB : 97 * MIB] == b"\xaa" * (96 * MIB)
+
+
 async def test_what_shares_no_blocks_is_refused(start_qemu, vm_dir, qemu_binary, invariant):
     with xfs(vm_dir) as place:
         vm = await running("chain", start_qemu, vm_dir, qemu_binary)
