@@ -109,3 +109,16 @@ def _starts():
 
 
 COPIES = (*_operations(), *_starts())
+#: Of frozen layers on every QEMU; wants a file system on which files can share blocks.
+SHARED = Copying(
+    "shared",
+    CHAIN.format(attach=""),
+    {
+        "do": "copy",
+        "at": "start",
+        "force": True,
+        "reflink": True,
+        "targets": {"vd0": "{}/../c0.qcow2"},
+    },
+    (("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw"),),
+)

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -12,7 +11,7 @@ from dataclasses import replace
 import pytest
 from chains import cli
 from disturbed import nothing_of_ours
-from loopdevices import loop
+from loopdevices import loop, xfs
 from nbdservers import serving
 
 import qmpblock
@@ -425,27 +424,6 @@ async def test_it_is_told_of(start_qemu, vm_dir, qemu_binary):
     assert code == 0, err
     assert "qcow2, 64M, compressed, as it was" in out
     await unharmed(vm)
-
-
-@contextlib.contextmanager
-def xfs(directory, size=1 << 30):
-    """Have a file system on which files can share blocks."""
-    if shutil.which("mkfs.xfs") is None:
-        pytest.skip("no mkfs.xfs here (Debian: xfsprogs)")
-    image, place = directory / "xfs.img", directory / "xfs"
-    with image.open("wb") as file:
-        file.truncate(size)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=1", image], check=True)
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-o", "loop", image, place], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no XFS can be mounted here: {made.stderr.strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 def taken_of(place):
