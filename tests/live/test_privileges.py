@@ -63,7 +63,8 @@ class Site:
         built = await build(parse_scenario(DISKS, "disks"), self.images, Tools.of(self.qemu))
         closed = self.images / "closed.qcow2"
         await asyncio.to_thread(shutil.copy, built.disks[0].active.chain()[1].path, closed)
-        await asyncio.to_thread(shutil.copy, closed, self.images / "copy.qcow2")
+        for name in ("copy.qcow2", "resumed.qcow2.partial"):
+            await asyncio.to_thread(shutil.copy, closed, self.images / name)
         for path in (self.images, *self.images.rglob("*")):
             os.chown(path, VM_USER, GROUP)
             path.chmod(0o2770 if path.is_dir() else 0o660)
@@ -108,6 +109,9 @@ class Site:
             "snapshot": ("snapshot", address, f"vd0={images}/new.qcow2"),
             "copy": ("copy", address, "vd0", images / "start.qcow2"),
             "copy --at end": ("copy", address, "vd0", images / "end.qcow2", "--at", "end"),
+            "copy --dry-run": ("copy", address, "vd0", images / "none.qcow2", "--dry-run"),
+            "copy --latency": ("copy", address, "vd0", images / "slow.qcow2", "--latency", "20ms"),
+            "copy --resume": ("copy", address, "vd0", images / "resumed.qcow2", "--resume"),
             "commit (middle layer)": ("commit", address, "vd0", "--top", "@1", "--base", "@2"),
             "commit (active layer)": ("commit", address, "vd0"),
             "snapshot (again)": ("snapshot", address, f"vd0={images}/newer.qcow2"),
