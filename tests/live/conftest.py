@@ -89,7 +89,7 @@ SHARES = {
     "test_migrate_back::test_the_destination_falls_silent": 0.13,
     "test_migrate_back::test_the_memory_alone_is_broken_off": 0.25,
     "test_migration_kills": 0.2,
-    "test_migration_recovery": 0.25,
+    "test_migration_recovery": 0.2,
     "test_ownership::test_qemu_migrates_nothing_while_we_change_it": 0.4,
     "test_ownership::test_where_qemu_cannot_be_held_the_migration_goes_first": 0.34,
     "test_point_kills": 0.34,

@@ -5,6 +5,8 @@ show, and what a move does.
 """
 
 import asyncio
+import signal
+import sys
 
 import pytest
 from brokenoff import PHASES, starting
@@ -216,3 +218,56 @@ async def test_a_vm_of_no_migration_of_ours_is_left_alone(broken):
     assert await pair.recover() is None
     assert await pair.runs() == SOURCE
     assert pair.destination.running
+
+
+KILLED = """\
+import asyncio, os, signal, sys
+import qmpblock
+from qmpblock.migration import recover as module
+
+moves, make = int(sys.argv[1]), module._Recovering._make
+
+async def die(self, move):
+    global moves
+    moves -= 1
+    if not moves and "before" in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    await make(self, move)
+    if not moves:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+module._Recovering._make = die
+asyncio.run(qmpblock.recover_migration(*sys.argv[4:], carry_on=sys.argv[2] == "True"))
+"""
+# The moves of a recovery from there, and where it ends.
+RECOVERIES = [
+    (Phase.HELD, False, 2, Side.SOURCE),
+    (Phase.LANDED, False, 4, Side.SOURCE),
+    (Phase.LANDED, True, 4, Side.DESTINATION),
+    (Phase.HANDED, False, 2, Side.DESTINATION),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("phase", "carry_on", "move", "end"),
+    [
+        (phase, carry_on, move, end)
+        for phase, carry_on, moves, end in RECOVERIES
+        for move in range(1, moves + 1)
+    ],
+)
+async def test_a_recovery_is_killed_at_a_move(broken, phase, carry_on, move, end, when):
+    """Then another one, which wishes for nothing else, comes to the same end."""
+    pair = await broken()
+    await pair.go(phase)
+    await pair.die()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", KILLED, str(move), str(carry_on), when),
+        *(pair.source.monitor_path, pair.destination.monitor_path),
+    )
+    assert await process.wait() == -signal.SIGKILL
+    side = pair.source if end is Side.SOURCE else pair.destination
+    await pair.recover(side, carry_on=carry_on)
+    await over(pair, end)
