@@ -13,6 +13,7 @@ import click
 from qmpblock.cli.app import WARNED, Options, Rate, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
+from qmpblock.cli.migration import migrated
 from qmpblock.cli.plannedmigration import document, said, said_finding
 from qmpblock.errors import printable
 
@@ -50,8 +51,12 @@ _REFUSED = 2
     "--memory-only", is_flag=True, help="The disks are not copied: both VMs have the same images."
 )
 @click.option(
-    "--speed", type=Rate(), default=0, help="What the wire carries, bytes a second (K, M, G)."
+    "--speed",
+    type=Rate(),
+    default=0,
+    help="Bytes a second at most, of all disks, and again of the memory (K, M, G).",
 )
+@click.option("--quit-source", is_flag=True, help="End the source's QEMU once the guest is gone.")
 @click.option(
     "--directory",
     metavar="DIR",
@@ -66,18 +71,21 @@ async def command(
     form: str | None,
     memory_only: bool,
     speed: int,
+    quit_source: bool,
     directory: str,
     qemu: str | None,
 ) -> int:
-    """Prepare the migration of a running VM, with its disks, into another QEMU.
+    """Have the guest of a running VM go on in another QEMU, with its disks, while it runs.
 
     SOURCE and DESTINATION are QMP monitors; the destination was started with -S -incoming defer,
-    as --command-line prints it for SOURCE, or by --spawn. --dry-run ends with 2 where a migration
-    would be refused, and with 4 where there is something to be warned of.
+    as --command-line prints it for SOURCE, or by --spawn, and its images are overwritten.
+    Interrupted or failed, the guest goes on at the source; a destination that was sent anything by
+    then is ended. --dry-run ends with 2 where a migration would be refused, and with 4 where there
+    is something to be warned of.
     """
-    if form is None or (form == "dry-run") != (destination is not None):
+    if (form in (None, "dry-run")) != (destination is not None):
         raise click.UsageError(
-            "SOURCE DESTINATION --dry-run, SOURCE --command-line or SOURCE --spawn"
+            "SOURCE DESTINATION [--dry-run], SOURCE --command-line or SOURCE --spawn"
         )
     place = str(Path(directory).absolute())
     async with options.connect(source) as here:
@@ -104,6 +112,9 @@ async def command(
 
         assert destination is not None  # see above
         async with options.connect(destination) as there:
+            if form is None:
+                how = {"memory_only": memory_only, "quit_source": quit_source}
+                return await migrated(options, here, there, speed=speed, **how)
             planned = await plan_migration(here, there, copies=not memory_only, speed=speed)
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")

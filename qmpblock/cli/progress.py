@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reporter", "reporting", "reporting_many", "text_line"]
 
+_MOVING = ("copying", "comparing", "moving the memory")
 _EVERY = 5.0  # seconds between plain lines while only the numbers change
 
 
@@ -57,7 +58,7 @@ def text_line(what: str, seen: Progress) -> str:
         parts.append(f"{human_size(seen.remaining)} behind the guest")
     elif seen.phase != "ended":
         parts.append(f"{human_size(seen.done)} of {human_size(seen.total)}")
-    if seen.phase in ("copying", "comparing") and seen.rate:
+    if seen.phase in _MOVING and seen.rate:
         parts.append(f"{human_size(int(seen.rate))}/s")
     if seen.limit and seen.phase == "copying":
         parts.append(f"kept to {human_size(seen.limit)}/s")

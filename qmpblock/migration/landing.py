@@ -2,7 +2,7 @@
 
 Its images are written to through exports of its own NBD server, which are gone before the guest is
 handed over: an NBD client that goes away after that, or that is in an iothread before, makes QEMU
-7.2 abort (K1, M5). So exports end by `block-export-del` with mode hard, before anything at the
+7.2 abort (K1). So exports end by `block-export-del` with mode hard, before anything at the
 source closes a connection; the server itself is stopped when the guest runs.
 
 Nothing else of ours looks into the destination meanwhile: its disks are locked like the source's.

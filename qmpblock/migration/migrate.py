@@ -19,7 +19,7 @@ back. The guest stands from `held` on, no longer than `STANDSTILL`.
 
 The way back is not interrupted::
 
-    a destination that does not answer: every wire is cut first (M6, M7)
+    a destination that does not answer: every wire is cut first (K32)
     memory ...   migrate_cancel, until the guest runs; of a source that says completed: the arbiter,
                  "source", then cont
     mirroring .. mirrors cancelled, the destination's exports ended (K1), nodes and locks removed
@@ -426,7 +426,7 @@ class _Passage:
     async def _within(
         self, command: Coroutine[Any, Any, tuple[str, str] | None]
     ) -> tuple[str, str] | None:
-        """Give a command some seconds, then cut every wire: QEMU may wait for one (M7)."""
+        """Give a command some seconds, then cut every wire: QEMU may wait for one (K32)."""
         try:
             async with asyncio.timeout(HOLD):
                 return await command

@@ -1,12 +1,12 @@
 """Storage: the source's disks, mirrored to the destination until the guest is handed over.
 
 Background mirrors, which are never in the guest's way, of a granularity of 4 KiB: at QEMU's own,
-64 KiB, a guest's small writes weigh sixteen times as much, and a slow wire never catches up (M10).
+64 KiB, a guest's small writes weigh sixteen times as much, and a slow wire never catches up (K33).
 One that has the guest's writes wait for the target (`write-blocking`) has QEMU's heap corrupted
-when it is broken off (M3).
+when it is broken off (K33).
 
 Each goes over a wire that this process holds (`qmpblock.copying.wire`), so that one which hangs is
-cut from outside of QEMU, whose monitor would wait for it (M6).
+cut from outside of QEMU, whose monitor would wait for it (K32).
 """
 
 from __future__ import annotations

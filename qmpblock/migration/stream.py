@@ -2,12 +2,12 @@
 
 With the capabilities that make it safe:
 
-- `return-path`: without it the source says `completed` of a destination that has died (M1);
+- `return-path`: without it the source says `completed` of a destination that has died (K31);
 - `pause-before-switchover`: the guest stands while the mirrors end;
 - `events`.
 
 What runs through is passed on by a relay of ours. QEMU's monitor hangs for ever where the
-destination falls silent at the wrong moment (M7); when the relay is cut, the source hears that its
+destination falls silent at the wrong moment (K32); when the relay is cut, the source hears that its
 peer is gone, and the guest goes on there by itself.
 """
 

@@ -13,7 +13,6 @@ from qmpblock.migration.launch import Image, Launch
     "words",
     [
         ["vm.qmp"],
-        ["vm.qmp", "other.qmp"],
         ["vm.qmp", "--dry-run"],
         ["vm.qmp", "other.qmp", "--spawn"],
         ["vm.qmp", "other.qmp", "--command-line"],

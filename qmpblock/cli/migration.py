@@ -1,0 +1,76 @@
+"""What `qmpblock migrate SOURCE DESTINATION` does, and says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.joboutput import warn
+from qmpblock.cli.progress import reporting
+from qmpblock.errors import printable
+from qmpblock.sizes import human_size
+
+if TYPE_CHECKING:
+    from qmpblock.migration.job import MigrationResult
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["migrated"]
+
+
+async def migrated(
+    options: Options,
+    source: Connection,
+    destination: Connection,
+    *,
+    memory_only: bool,
+    speed: int,
+    quit_source: bool,
+) -> int:
+    """Migrate, and say how; return the exit code."""
+    from qmpblock.migration.migrate import migrate
+
+    moving = migrate(
+        source, destination, memory_only=memory_only, speed=speed, quit_source=quit_source
+    )
+    job = None
+    try:
+        async with moving as job:
+            warn(job.warnings)
+            with reporting("migration") as show:
+                async for seen in job:
+                    show(seen)
+    except asyncio.CancelledError:
+        if job is not None and job.result is not None:
+            click.echo("too late: the guest had gone over, and runs at the destination", err=True)
+        raise
+    result = job.result
+    assert result is not None  # leaving without an error sets it
+    warn(result.warnings[len(job.warnings) :])
+    if options.json:
+        emit(json.dumps(asdict(result), indent=2) + "\n")
+    else:
+        _say(result)
+    return WARNED if result.warnings else 0
+
+
+def _say(result: MigrationResult) -> None:
+    click.echo(
+        f"the guest runs at the destination; it stood for {result.downtime * 1e3:.0f} ms, and all "
+        f"took {result.seconds:.1f} s"
+    )
+    for disk in result.disks:
+        click.echo(
+            f"  {printable(disk.disk)}: {human_size(disk.size)}, {human_size(disk.copied)} copied "
+            f"to {printable(disk.target)}"
+        )
+    click.echo(f"  memory: {human_size(result.transferred)} sent")
+    click.echo(
+        "  the source's QEMU was ended"
+        if result.source == "ended"
+        else "  the source stays, postmigrate: end it (quit), and never continue it"
+    )
