@@ -94,7 +94,7 @@ class Storage:
                     "copy-mode": "background",
                     "granularity": _GRANULARITY,
                     "on-source-error": "report",
-                    "on-target-error": "report",
+                    "on-target-error": "stop",  # or it would end when QEMU must not (K34)
                     "speed": -(-self._speed // len(self._pairs)),
                     "auto-dismiss": False,
                 },
@@ -120,6 +120,8 @@ class Storage:
     async def _follow(self, job: Job) -> None:
         async for seen in job.follow(converging=self._vm.stall):
             self._seen[job.id] = seen
+            if seen.errors:
+                raise JobError(job.id, job.type, "the destination, or an image, failed a request")
             if seen.status == "concluded":
                 raise JobError(job.id, job.type, seen.error or "somebody ended it")
             if len(self._seen) == len(self._jobs):
@@ -147,11 +149,14 @@ class Storage:
             await self._vm.monitor.execute("block-job-cancel", {"device": name, "force": False})
         left = set(self.jobs)
         while left:
-            for one in await self._vm.monitor.execute("query-jobs"):  # of all disks at once
-                if one["id"] in left and one["status"] == "concluded":
-                    left.remove(one["id"])
+            for one in await self._vm.monitor.execute("query-block-jobs"):  # of all at once
+                name = one["device"]
+                if name in left and one.get("io-status", "ok") != "ok":  # it never ends by itself
+                    raise JobError(name, "mirror", "the destination failed a request")
+                if name in left and one.get("status") == "concluded":
+                    left.remove(name)
                     if "error" in one:
-                        raise JobError(one["id"], "mirror", one["error"])
+                        raise JobError(name, "mirror", str(one["error"]))
             await asyncio.sleep(_LOOK if left else 0)
 
     async def break_off(self) -> None:
