@@ -142,6 +142,7 @@ class Landing:
             with theirs:
                 await monitor.pass_fd(name, theirs.fileno())
             self.spoilt = True
+            await monitor.execute("stop")  # as -S does, which nothing in QEMU tells (F28)
             await monitor.execute("migrate-incoming", {"uri": f"fd:{name}"})
             yield ours
         except BaseException:

@@ -10,6 +10,7 @@ import json
 import pytest
 from disturbed import until
 
+import qmpblock
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe
 from qmpblock.qemu.connection import Connection, NBDAccess
@@ -232,3 +233,24 @@ async def test_stop_has_a_destination_stay_paused(start_qemu, vm_dir, invariant)
 
 async def arrived(vm):
     return (await vm.execute("query-status"))["status"] != "inmigrate"
+
+
+async def test_without_s_it_stays_paused_all_the_same(
+    machine, start_qemu, invariant, monkeypatch, vm_dir, qemu_binary
+):
+    """Where nothing tells that a destination would run by itself, it is told not to."""
+    monkeypatch.setattr("qmpblock.migration.describe.command_line", lambda pid: ())
+    vms = {}
+    for side in ("source", "destination"):
+        vms[side], seen = await machine(side, stands=False)
+        assert seen.paused is None
+        invariant.forget(vms[side])
+    async with (
+        qmpblock.connect(vms["source"].monitor_path) as source,
+        qmpblock.connect(vms["destination"].monitor_path) as destination,
+        qmpblock.migrate(source, destination),
+    ):
+        pass
+    said = [line for line in vms["destination"].qmp_log() if '"cont"' in line or "RESUME" in line]
+    assert '"cont"' in said[0]
+    assert any("RESUME" in line for line in said)

@@ -68,12 +68,19 @@ def folder(vm_dir):
 
 @pytest.fixture
 def ending():
-    """Return a set of the processes that are ended at the end."""
-    pids = set()
-    yield pids
+    """Return what has a destination end at the end, and its directory go."""
+    pids, folders = set(), set()
+
+    def end(pid, log=None):
+        pids.add(pid)
+        folders.update([] if log is None else [Path(log).parent])
+
+    yield end
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    for folder in folders:
+        shutil.rmtree(folder)
 
 
 async def taken_over(source, destination, directory):
@@ -107,7 +114,7 @@ async def test_it_is_the_same_machine_and_takes_it_over(
     invariant.forget(vm)
     async with connected(vm.monitor_path) as source:
         started = await spawn(source, str(folder))
-        ending.add(started.pid)
+        ending(started.pid, started.log)
         async with connected(started.monitor) as destination:
             here, there = await describe(source), await describe(destination)
             assert compare(here, there) == ()
@@ -143,7 +150,7 @@ async def test_what_was_plugged_in_and_changed_later_is_there(
     async with connected(vm.monitor_path) as source:
         origin, here = await read_origin(source), await describe(source)
         started = await spawn(source, str(folder))
-        ending.add(started.pid)
+        ending(started.pid, started.log)
         async with connected(started.monitor) as destination:
             assert compare(here, await describe(destination)) == ()
             await destination.monitor.execute("quit")
@@ -152,7 +159,7 @@ async def test_what_was_plugged_in_and_changed_later_is_there(
         )
         assert "-nodefaults" in plan.words
         blind = subprocess.Popen(plan.words, preexec_fn=die_with_parent())
-        ending.add(blind.pid)
+        ending(blind.pid)
         await until(lambda: os.path.exists(plan.monitor), "its monitor")
         async with connected(plan.monitor) as destination:
             assert compare(here, await describe(destination)) == ()
@@ -192,13 +199,11 @@ async def test_the_command(start_qemu, invariant, build_images, vm_dir, folder, 
     code, out, err = await cli(*arguments, "--spawn", "--json")
     assert code == 0, err
     started = document("migration-spawn", out)
-    ending.add(started["pid"])
+    ending(started["pid"], started["log"])
     async with connected(vm.monitor_path) as source, connected(started["monitor"]) as destination:
         assert compare(await describe(source), await describe(destination)) == ()
         with pytest.raises(UnsupportedError, match="is there already"):
             await spawn(source, str(folder))
-    os.kill(started["pid"], signal.SIGKILL)
-    shutil.rmtree(os.path.dirname(started["log"]))
 
 
 @pytest.mark.scenarios("drive-ide.yaml", "no-id-virtio-scsi.yaml", "chain-3.yaml")
@@ -211,7 +216,7 @@ async def test_its_disks_come_along(
     invariant.forget(vm)
     async with qmpblock.connect(vm.monitor_path) as source:
         started = await spawn(source, str(folder))
-        ending.add(started.pid)
+        ending(started.pid, started.log)
         async with qmpblock.connect(started.monitor) as destination:
             async with qmpblock.migrate(source, destination):
                 pass
