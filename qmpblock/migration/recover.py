@@ -373,6 +373,7 @@ class _Recovering:
             if source.decided is None or destination.reach is Reach.GONE:
                 await arbiter.withdraw(vm.monitor, self._record.run)
             await lock.release(vm.monitor, MIGRATION_LOCK)
+            await wayback.cut(vm.monitor, self._record.run)  # a silent wire would keep its node
             await _clear(vm)
         self._end_journal()
 

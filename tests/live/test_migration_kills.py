@@ -1,6 +1,7 @@
 """`qmpblock.migrate`, killed in each phase, and recovered: no acknowledged write is lost."""
 
 import asyncio
+import os
 import signal
 import sys
 
@@ -103,3 +104,18 @@ async def test_a_controller_is_killed_on_shared_storage(killed, phase):
     else:
         await whole(source, destination)
     assert recovered.done is (phase == "handed")
+
+
+@pytest.mark.parametrize("phase", ["mirroring", "memory", "held"])
+async def test_the_destination_falls_silent_besides(killed, phase):
+    """The wires were the controller's, and ended with it: nothing waits for the destination."""
+    source, destination = await killed(phase)
+    os.kill(destination.pid, signal.SIGSTOP)
+    recovered = await qmpblock.recover_migration(source.monitor_path)
+    assert recovered.done is False
+    await nothing_of_ours(source)
+    before = (await source.guest.progress(0)).acked
+    await asyncio.sleep(0.5)
+    assert (await source.guest.progress(0)).acked > before
+    os.kill(destination.pid, signal.SIGCONT)
+    await destination.kill()
