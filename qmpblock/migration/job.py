@@ -6,23 +6,19 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from qmpblock.migration.course import Course, MemoryPass, MirrorCourse, PhaseTime
 from qmpblock.migration.states import Phase
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Progress
 
-__all__ = ["MigratedDisk", "MigrationJob", "MigrationResult", "PhaseTime"]
-
-
-@dataclass(frozen=True)
-class PhaseTime:
-    """How long one phase took.
-
-    :ivar phase: its name.
-    :ivar seconds: until the next one began, or until all was cleaned up.
-    """
-
-    phase: str
-    seconds: float
+__all__ = [
+    "MemoryPass",
+    "MigratedDisk",
+    "MigrationJob",
+    "MigrationResult",
+    "MirrorCourse",
+    "PhaseTime",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,7 @@ class MigratedDisk:
     :ivar file: of the active layer at the source; `target`: at the destination.
     :ivar size: in bytes.
     :ivar copied: bytes that the mirror went over, what the guest wrote meanwhile included.
+    :ivar course: how far it was, and when.
     """
 
     disk: str
@@ -40,6 +37,7 @@ class MigratedDisk:
     target: str
     size: int
     copied: int
+    course: MirrorCourse
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,16 @@ class MigrationResult:
 
     :ivar disks: that were copied; empty where they are shared.
     :ivar seconds: in all; `downtime`: for which the guest stood, from QEMU's word that it had
-        stopped at the source to that it went on at the destination; 0 where they did not say.
+        stopped at the source to that it went on at the destination, by their hosts' clocks; 0
+        where they did not say.
+    :ivar qemu_downtime: the same as the source's QEMU tells it, which knows nothing of what comes
+        after it has sent all; None where it did not say.
+    :ivar longest_stall: the same by this process's own clock, from when it heard the one word to
+        when it heard the other: what the guest felt is no longer; 0 where they did not say.
+    :ivar stopped: when it heard them, in seconds from the beginning; `resumed`.
     :ivar transferred: bytes of memory and devices' state, as QEMU counts them.
-    :ivar phases: how long each took, in their order.
+    :ivar phases: what each took, in their order.
+    :ivar passes: over the memory, as far as they were seen.
     :ivar source: what became of the source's QEMU: `postmigrate`, or `ended`.
     :ivar warnings: what is worth acting on.
     """
@@ -58,8 +63,13 @@ class MigrationResult:
     disks: tuple[MigratedDisk, ...]
     seconds: float
     downtime: float
+    qemu_downtime: float | None
+    longest_stall: float
+    stopped: float | None
+    resumed: float | None
     transferred: int
     phases: tuple[PhaseTime, ...]
+    passes: tuple[MemoryPass, ...]
     source: Literal["postmigrate", "ended"]
     warnings: tuple[str, ...]
 
@@ -83,7 +93,7 @@ class MigrationJob(Feed[Progress]):
         self.phase = Phase.CHECKED
         self.warnings = warnings
         self.result: MigrationResult | None = None
-        self._began = [(Phase.CHECKED, time.monotonic())]
+        self.course = Course(time.monotonic())  # for what runs the migration
 
     @property
     def gone_over(self) -> bool:
@@ -95,13 +105,5 @@ class MigrationJob(Feed[Progress]):
     def enter(self, phase: Phase) -> None:
         """Say that a phase begins."""
         self.phase = phase
-        self._began.append((phase, time.monotonic()))
+        self.course.enter(time.monotonic(), phase)
         self.wake()
-
-    def phases(self) -> tuple[PhaseTime, ...]:
-        """Return how long each phase took, the last one until now."""
-        ends = [began for _, began in self._began[1:]] + [time.monotonic()]
-        return tuple(
-            PhaseTime(phase.value, end - began)
-            for (phase, began), end in zip(self._began, ends, strict=True)
-        )

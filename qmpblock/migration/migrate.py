@@ -151,7 +151,7 @@ class _Passage:
         self.hold = hold
         self._settled = False  # whether nothing is left to recover
         self.storage = storage
-        self.stream = Stream(source, record.run, speed, self._show)
+        self.stream = Stream(source, record.run, speed, self._show, job.course)
         self.landing = Landing(destination, record.run, plan.arriving)
         self.downtime = 0.0
         self._warnings = list(plan.warnings)
@@ -173,7 +173,7 @@ class _Passage:
             if job.phase is Phase.MIRRORING:
                 job.show(replace(seen, status=job.phase.value))
 
-        storage = Storage(source, run, plan.copied, speed, show)
+        storage = Storage(source, run, plan.copied, speed, show, job.course)
         chains = [device.chain for device in plan.disks]
         record = Migration(
             run=run,
@@ -270,6 +270,7 @@ class _Passage:
         await self._enter(Phase.HANDED)
         await arbiter.mark(self.landing.vm.monitor, run)
         runs, stood = told_at(await self.landing.run()), self.stream.stopped
+        self.job.course.resumes(time.monotonic())
         if runs is not None and stood is not None:
             self.downtime = max(0.0, runs - stood)
 
@@ -312,6 +313,7 @@ class _Passage:
             await undisturbed(self.hold.let_go(settled=self._settled))
 
     def _say(self, began: float, *, ended: bool) -> None:
+        course = self.job.course
         self.job.result = MigrationResult(
             disks=tuple(
                 MigratedDisk(
@@ -320,13 +322,21 @@ class _Passage:
                     pair.destination.chain.active.file,
                     pair.source.chain.root.size,
                     copied,
+                    course.mirror(mirror),
                 )
-                for pair, copied in zip(self.plan.copied, self.storage.copied, strict=True)
+                for pair, copied, mirror in zip(
+                    self.plan.copied, self.storage.copied, self.storage.jobs, strict=True
+                )
             ),
             seconds=time.monotonic() - began,
             downtime=self.downtime,
+            qemu_downtime=self.stream.downtime,
+            longest_stall=course.longest_stall,
+            stopped=course.stopped,
+            resumed=course.resumed,
             transferred=self.stream.transferred,
-            phases=self.job.phases(),
+            phases=course.phases(time.monotonic()),
+            passes=course.passes(),
             source="ended" if ended else "postmigrate",
             warnings=tuple(self._warnings),
         )

@@ -12,8 +12,10 @@ cut from outside of QEMU, whose monitor would wait for it (K32).
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import task_group
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qmpblock.copying.target import NBDTarget
+    from qmpblock.migration.course import Course
     from qmpblock.migration.look import Pair
     from qmpblock.qemu.connection import Connection
 
@@ -50,6 +53,7 @@ class Storage:
         pairs: Sequence[Pair],
         speed: int,
         show: Callable[[Progress], None],
+        course: Course,
     ) -> None:
         self.jobs = tuple(migration_job(run, number) for number, _ in enumerate(pairs))
         self.wires = tuple(
@@ -60,6 +64,7 @@ class Storage:
         self._pairs = pairs
         self._speed = speed
         self._show = show
+        self._course = course
         self._laid: list[Wire] = []
         self._jobs: list[Job] = []
         self._seen: dict[str, Progress] = {}
@@ -119,7 +124,7 @@ class Storage:
 
     async def _follow(self, job: Job) -> None:
         async for seen in job.follow(converging=self._vm.stall):
-            self._seen[job.id] = seen
+            self._note(job.id, seen)
             if seen.errors:
                 raise JobError(job.id, job.type, "the destination, or an image, failed a request")
             if seen.status == "concluded":
@@ -129,6 +134,10 @@ class Storage:
                 if all(one.ready for one in every):
                     self._ready.set()
                 self._show(joined(every))
+
+    def _note(self, name: str, seen: Progress) -> None:
+        self._seen[name] = seen
+        self._course.mirrored(time.monotonic(), name, seen.done, ready=seen.ready)
 
     def hurry(self) -> None:
         """Give the destination no more than some seconds for an answer from now on.
@@ -157,6 +166,7 @@ class Storage:
                     left.remove(name)
                     if "error" in one:
                         raise JobError(name, "mirror", str(one["error"]))
+                    self._note(name, replace(self._seen[name], done=one["offset"]))
             await asyncio.sleep(_LOOK if left else 0)
 
     async def break_off(self) -> None:

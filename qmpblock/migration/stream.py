@@ -28,6 +28,7 @@ from qmpblock.qemu.refusals import not_found, tolerate
 from qmpblock.speed import Convergence, RateMeter
 
 if TYPE_CHECKING:
+    from qmpblock.migration.course import Course
     from qmpblock.migration.landing import Landing
     from qmpblock.qemu.connection import Connection
 
@@ -46,6 +47,8 @@ _OFF = (
     "x-colo",
     "zero-copy-send",
 )
+_PASSES = "dirty-sync-count"
+_TELLING = 2  # the pass from which on QEMU measures what it expects
 _LOOK = 0.1  # seconds between looks, where no event wakes us
 _SOON = 0.01  # likewise, while the guest stands
 
@@ -55,6 +58,8 @@ class Stream:
 
     :ivar begun: whether QEMU may have been told to migrate.
     :ivar transferred: bytes, as QEMU counts them.
+    :ivar downtime: seconds for which the guest stood until all was sent, as QEMU tells it; None
+        where it has not.
     """
 
     def __init__(
@@ -63,9 +68,12 @@ class Stream:
         run: str,
         speed: int,
         show: Callable[[Progress], None],
+        course: Course,
     ) -> None:
         self.begun = False
         self.transferred = 0
+        self.downtime: float | None = None
+        self._course = course
         self._vm = vm
         self._run = run
         self._speed = speed
@@ -76,7 +84,9 @@ class Stream:
         self._had: dict[str, object] = {}  # parameters
         self._stopped: float | None = None
         # Before the migration: what it says comes before a reply.
-        self._events = vm.monitor.subscribe("MIGRATION", "STOP")
+        self._events = vm.monitor.subscribe(
+            "MIGRATION", "MIGRATION_PASS", "STOP", match=self._hears
+        )
 
     # -- what QEMU is told before
 
@@ -139,21 +149,21 @@ class Stream:
         :raise Error: the migration has ended otherwise, in QEMU's words.
         :raise StalledError: it does not move, or does not converge, for the stall limit.
         """
-        course, stall = _Course(), self._vm.stall
+        moving, stall = _Moving(), self._vm.stall
         while True:
             migration = await self._look()
             status = str(migration.get("status"))
             if status == "pre-switchover":
                 return
             self._check(migration)
-            seen = course.add(time.monotonic(), migration.get("ram", {}))
+            seen = moving.add(time.monotonic(), migration)
             self._show(seen)
             if seen.idle > stall:
                 raise StalledError(
                     f"the migration is {printable(status)} and has not moved for {stall:g} s",
                     remedy="look whether the destination hangs, or give a longer --stall",
                 )
-            if course.hopeless(stall):
+            if moving.hopeless(stall):
                 raise StalledError(
                     "the migration does not converge: the guest writes to its memory faster than "
                     f"it is sent ({int(seen.rate)} bytes a second); {seen.remaining} bytes are "
@@ -184,14 +194,17 @@ class Stream:
     @property
     def stopped(self) -> float | None:
         """When the guest stopped, by the clock of QEMU's host; None where it did not say."""
-        self._take()
         return self._stopped
 
     async def _look(self) -> Mapping[str, Any]:
         migration: Mapping[str, Any] = await self._vm.monitor.execute("query-migrate")
-        moved = migration.get("ram", {}).get("transferred")
-        if isinstance(moved, int):
+        ram, downtime = migration.get("ram", {}), migration.get("downtime")
+        moved, left, number = (_count(ram, name) for name in ("transferred", "remaining", _PASSES))
+        if moved:
             self.transferred = moved
+            self._course.sent(time.monotonic(), moved, left, number)
+        if isinstance(downtime, int) and migration.get("status") == "completed":
+            self.downtime = downtime / 1e3
         return migration
 
     def _check(self, migration: Mapping[str, Any]) -> None:
@@ -206,16 +219,18 @@ class Stream:
 
     async def _nap(self, limit: float) -> None:
         with contextlib.suppress(StalledError):  # no event is no news
-            self._note(await self._events.get(limit))
-        self._take()
+            await self._events.get(limit)
+        self._events.pending()
 
-    def _take(self) -> None:
-        for event in self._events.pending():
-            self._note(event)
-
-    def _note(self, event: Mapping[str, Any]) -> None:
+    def _hears(self, event: Mapping[str, Any]) -> bool:
+        """Take down what comes, as it comes: for a while after STOP QEMU answers to nothing."""
+        now = time.monotonic()
         if event["event"] == "STOP":
             self._stopped = told_at(event)
+            self._course.stops(now)
+        elif event["event"] == "MIGRATION_PASS":
+            self._course.passes_on(now, _count(event.get("data", {}), "pass"))
+        return True
 
     # -- the way back
 
@@ -240,7 +255,7 @@ class Stream:
         self._stack.close()
 
 
-class _Course:
+class _Moving:
     """How far the memory is, by what query-migrate says of it."""
 
     def __init__(self) -> None:
@@ -248,12 +263,12 @@ class _Course:
         self._convergence = Convergence()
         self._moved = (-1, 0.0)
         self._now = 0.0
+        self._first: int | None = None
+        self._measured = False
 
-    def add(self, now: float, ram: Mapping[str, Any]) -> Progress:
-        sent, left, total = (
-            value if isinstance(value := ram.get(name), int) else 0
-            for name in ("transferred", "remaining", "total")
-        )
+    def add(self, now: float, migration: Mapping[str, Any]) -> Progress:
+        ram = migration.get("ram", {})
+        sent, left, total = (_count(ram, name) for name in ("transferred", "remaining", "total"))
         self._now = now
         if sent != self._moved[0]:
             self._moved = sent, now
@@ -269,7 +284,16 @@ class _Course:
             eta=left / rate if rate and left else None,
             idle=now - self._moved[1],
             lagging=self._convergence.passes,
+            downtime=self._expected(migration.get("expected-downtime"), _count(ram, _PASSES)),
         )
+
+    def _expected(self, said: object, number: int) -> float | None:
+        """Return how long QEMU expects it to stand; what it says at first is but the limit set."""
+        if not isinstance(said, int):
+            return None
+        self._first = said if self._first is None else self._first
+        self._measured = self._measured or (number >= _TELLING and said != self._first)
+        return said / 1e3 if self._measured else None
 
     def hopeless(self, limit: float) -> bool:
         return self._convergence.hopeless(self._now, limit)
@@ -286,6 +310,11 @@ def told_at(event: Mapping[str, Any]) -> float | None:
     )
     seconds, micro = told if len(told) == 2 else (None, None)
     return seconds + micro / 1e6 if isinstance(seconds, int) and isinstance(micro, int) else None
+
+
+def _count(said: Mapping[str, Any], name: str) -> int:
+    value = said.get(name)
+    return value if isinstance(value, int) else 0
 
 
 def _states(states: Mapping[str, bool]) -> list[dict[str, object]]:

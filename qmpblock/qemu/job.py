@@ -54,6 +54,8 @@ class Progress:
     :ivar latency: seconds that requests of the guest's took lately, where a copy holds that, by
         `measure`: on average (`mean`), or all but the slowest in a hundred (`p99`); `limit`: bytes
         a second that it keeps to therefore. Else None, and 0.
+    :ivar downtime: of a migration, seconds for which the guest will stand, as QEMU expects; None
+        while it cannot tell.
     """
 
     status: str
@@ -69,6 +71,7 @@ class Progress:
     latency: float | None = None
     limit: int = 0
     measure: str = "mean"
+    downtime: float | None = None
 
     @property
     def remaining(self) -> int:

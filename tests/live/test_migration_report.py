@@ -1,0 +1,60 @@
+"""What a migration says of itself: how long what took, for how long the guest stood."""
+
+import pytest
+from migrating import arrived, both, machine, stressed
+
+import qmpblock
+from qmpblock.migration.states import Phase
+from qmpblock.testing import Tools, build, parse_scenario
+
+pytestmark = pytest.mark.live
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def begin(start_qemu, vm_dir, qemu_binary):
+    async def start(text=None):
+        built = await build(
+            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
+        )
+        return await stressed(await start_qemu(built, guest=True))
+
+    return start
+
+
+async def test_the_report(begin, start_destination):
+    source = await begin(machine(2))
+    destination = await start_destination(source)
+    async with both(source, destination) as vms, qmpblock.migrate(*vms, speed=16 * MIB) as job:
+        async for _ in job:
+            pass
+    told = job.result
+    await arrived(source, destination, told)
+
+    phases = {one.phase: one for one in told.phases}
+    assert list(phases) == [one.value for one in Phase]
+    assert sum(one.seconds for one in told.phases) == pytest.approx(told.seconds, abs=0.05)
+    assert sum(one.bytes for one in told.phases) == told.transferred + sum(
+        one.copied for one in told.disks
+    )
+    mirroring = phases["mirroring"]
+    assert mirroring.bytes >= 2 * 8 * MIB
+    assert mirroring.rate == pytest.approx(mirroring.bytes / mirroring.seconds)
+    assert phases["memory"].bytes > 0
+    for disk in told.disks:
+        assert disk.course.began >= phases["checked"].seconds
+        assert disk.course.seconds <= mirroring.seconds
+        assert disk.course.rate * disk.course.seconds >= 8 * MIB
+        assert disk.course.moments[-1][1] == disk.copied
+    assert told.passes
+    assert sum(one.sent for one in told.passes) <= told.transferred
+
+    # QEMU's own count, the stamps of its events, and our clock are of one standstill.
+    print(told.qemu_downtime, told.downtime, told.longest_stall)
+    assert 0 < told.qemu_downtime < told.downtime + 0.002  # it is told in milliseconds
+    assert told.longest_stall == pytest.approx(told.downtime, abs=0.05)
+    assert told.longest_stall == pytest.approx(told.resumed - told.stopped)
+    before = sum(phases[name].seconds for name in ("checked", "mirroring", "ready"))
+    assert before < told.stopped < before + phases["memory"].seconds
+    assert told.seconds - phases["handed"].seconds < told.resumed < told.seconds
