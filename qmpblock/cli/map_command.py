@@ -13,7 +13,8 @@ import click
 
 from qmpblock.cli.app import Options, Size, emit
 from qmpblock.cli.app import command as make_command
-from qmpblock.errors import RequestError, printable
+from qmpblock.cli.picture import svg_option, write_svg
+from qmpblock.errors import printable
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
@@ -55,12 +56,7 @@ class _View:
 @click.option("--length", type=Size(), help="How many bytes to show; by default up to the end.")
 @click.option("--layers", is_flag=True, help="Show the extents that each layer itself holds.")
 @click.option("--totals", is_flag=True, help="Show only the sums for each layer.")
-@click.option(
-    "--svg",
-    type=click.Path(dir_okay=False, writable=True),
-    metavar="FILE",
-    help="Write a picture to FILE.",
-)
+@svg_option
 @click.option(
     "--format",
     "fmt",
@@ -282,11 +278,6 @@ def _named_layers(view: _View) -> list[tuple[str, AllocationMap]]:
 
 
 def _write_svg(view: _View, path: str) -> None:
-    from qmpblock.host.ourfiles import write_file
     from qmpblock.pictures.svg import svg_picture
 
-    text = svg_picture(_named_layers(view), view.map, title=view.title)
-    try:
-        write_file(path, text.encode(), (b"<?xml", b"<svg"))
-    except OSError as error:
-        raise RequestError(f"cannot write {printable(path)}: {error.strerror}") from None
+    write_svg(path, svg_picture(_named_layers(view), view.map, title=view.title))

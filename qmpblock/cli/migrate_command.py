@@ -14,6 +14,7 @@ from qmpblock.cli.app import WARNED, Options, Rate, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
 from qmpblock.cli.migration import migrated
+from qmpblock.cli.picture import check_svg, svg_option
 from qmpblock.cli.plannedmigration import document, said, said_finding
 from qmpblock.errors import printable
 
@@ -56,6 +57,7 @@ _REFUSED = 2
     default=0,
     help="Bytes a second at most, of all disks, and again of the memory (K, M, G).",
 )
+@svg_option
 @click.option("--quit-source", is_flag=True, help="End the source's QEMU once the guest is gone.")
 @click.option(
     "--directory",
@@ -71,6 +73,7 @@ async def command(
     form: str | None,
     memory_only: bool,
     speed: int,
+    svg: str | None,
     quit_source: bool,
     directory: str,
     qemu: str | None,
@@ -87,6 +90,10 @@ async def command(
         raise click.UsageError(
             "SOURCE DESTINATION [--dry-run], SOURCE --command-line or SOURCE --spawn"
         )
+    if svg is not None:
+        if form is not None:
+            raise click.UsageError("--svg is of a migration that is made")
+        check_svg(svg)
     place = str(Path(directory).absolute())
     async with options.connect(source) as here:
         if form == "spawn":
@@ -114,7 +121,7 @@ async def command(
         async with options.connect(destination) as there:
             if form is None:
                 how = {"memory_only": memory_only, "quit_source": quit_source}
-                return await migrated(options, here, there, speed=speed, **how)
+                return await migrated(options, here, there, speed=speed, svg=svg, **how)
             planned = await plan_migration(here, there, copies=not memory_only, speed=speed)
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")

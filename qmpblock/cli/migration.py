@@ -11,12 +11,13 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.joboutput import warn
+from qmpblock.cli.picture import write_svg
 from qmpblock.cli.progress import reporting
-from qmpblock.errors import printable
+from qmpblock.errors import RequestError, printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
-    from qmpblock.migration.job import MigrationResult
+    from qmpblock.migration.job import MigrationResult, PhaseTime
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["migrated"]
@@ -30,8 +31,12 @@ async def migrated(
     memory_only: bool,
     speed: int,
     quit_source: bool,
+    svg: str | None = None,
 ) -> int:
-    """Migrate, and say how; return the exit code."""
+    """Migrate, and say how; return the exit code.
+
+    :param svg: the file that gets the timeline; None: none is drawn.
+    """
     from qmpblock.migration.migrate import migrate
 
     moving = migrate(
@@ -51,11 +56,25 @@ async def migrated(
     result = job.result
     assert result is not None  # leaving without an error sets it
     warn(result.warnings[len(job.warnings) :])
+    drawn = svg is None or _draw(result, svg)
     if options.json:
         emit(json.dumps(asdict(result), indent=2) + "\n")
     else:
         _say(result)
-    return WARNED if result.warnings else 0
+    return 0 if drawn and not result.warnings else WARNED
+
+
+def _draw(result: MigrationResult, path: str) -> bool:
+    """Write the timeline; say so where it cannot be: the guest has gone over even so."""
+    from qmpblock.cli.migrationtimeline import timeline_of
+    from qmpblock.pictures.timeline import svg_timeline
+
+    try:
+        write_svg(path, svg_timeline(timeline_of(result)))
+    except RequestError as error:
+        warn((f"the guest has gone over, but there is no timeline: {error.message}",))
+        return False
+    return True
 
 
 def _say(result: MigrationResult) -> None:
@@ -69,8 +88,14 @@ def _say(result: MigrationResult) -> None:
             f"to {printable(disk.target)}"
         )
     click.echo(f"  memory: {human_size(result.transferred)} sent")
+    click.echo("  " + ", ".join(f"{one.phase} {_took(one)}" for one in result.phases))
     click.echo(
         "  the source's QEMU was ended"
         if result.source == "ended"
         else "  the source stays, postmigrate: end it (quit), and never continue it"
     )
+
+
+def _took(one: PhaseTime) -> str:
+    time = f"{one.seconds:.1f} s" if one.seconds >= 1 else f"{one.seconds * 1e3:.0f} ms"
+    return f"{time} ({human_size(round(one.rate))}/s)" if one.bytes else time

@@ -67,6 +67,8 @@ def text_line(what: str, seen: Progress) -> str:
             parts.append(f"{which} requests take {seen.latency * 1e3:.1f} ms")
     if seen.eta is not None:
         parts.append(f"{seen.eta:.0f} s to go")
+    if seen.downtime is not None:
+        parts.append(f"the guest will stand for about {seen.downtime:.2g} s")
     if seen.stalled:
         parts.append(f"has not moved for {seen.idle:.0f} s")
     if seen.phase == "waiting for room":

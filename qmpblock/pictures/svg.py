@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from xml.sax.saxutils import escape
 
 import numpy as np
 import numpy.typing as npt
 
 from qmpblock.errors import printable
 from qmpblock.extents.allocationmap import AllocationMap
+from qmpblock.pictures.page import COLOURS, GREY, STYLE, xml
 from qmpblock.pictures.strips import (
     DATA,
     RESERVED_ZERO,
@@ -37,13 +37,9 @@ __all__ = ["MOST_RECTS", "svg_document", "svg_picture"]
 #: How many marks a strip has at most.
 MOST_RECTS = 1600
 
-# Okabe and Ito's colours: told apart by colour-blind readers, on white and on black.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_GREY = "#808080"
 _ROW, _BAR, _LEFT, _TOP, _RIGHT = 22, 16, 220, 56, 16  # pixels
 _LABEL = 30  # characters
 _NARROWEST = 600  # pixels: room for the legend
-_STYLE = "text{font:12px sans-serif;fill:#767676}.h{font-size:15px}.v{text-anchor:middle}"
 _SHADES = ((1.0, 1.0), (0.5, 0.75), (0.125, 0.5), (0.0, 0.3))  # share of data, opacity
 
 _Edges = npt.NDArray[np.int64]
@@ -99,10 +95,10 @@ def svg_document(strips: Sequence[Strip], *, title: str, width: int = 1200) -> s
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',
         f'<svg xmlns="http://www.w3.org/2000/svg" version="1.1" {size}>',
-        f"<title>{_xml(title)}</title>",
-        f'<style type="text/css">{_STYLE}</style>',
+        f"<title>{xml(title)}</title>",
+        f'<style type="text/css">{STYLE}</style>',
         *_patterns(),
-        f'<text class="h" x="8" y="20">{_xml(title)}</text>',
+        f'<text class="h" x="8" y="20">{xml(title)}</text>',
         *_ruler(scale, height - 40),
     ]
     for i, strip in enumerate(strips):
@@ -127,10 +123,10 @@ def _row(strip: Strip, scale: _Scale, y: int) -> Iterator[str]:
     label = printable(strip.label)
     short = label if len(label) <= _LABEL else f"{label[: _LABEL // 2]}…{label[1 - _LABEL // 2 :]}"
     ground = max(0.0, scale.x(min(strip.end, scale.stop)) - _LEFT)
-    yield f'<g><text x="8" y="{y + 12}">{_xml(short)}<title>{_xml(label)}</title></text>'
+    yield f'<g><text x="8" y="{y + 12}">{xml(short)}<title>{xml(label)}</title></text>'
     yield (
         f'<rect x="{_LEFT}" y="{y}" width="{ground:.2f}" height="{_BAR}" '
-        f'fill="{_GREY}" fill-opacity="0.12"/>'
+        f'fill="{GREY}" fill-opacity="0.12"/>'
     )
     edges, kinds = strip.edges.tolist(), strip.kinds
     looks = list(map(_look, kinds.tolist(), strip.supplier.tolist()))
@@ -147,7 +143,7 @@ def _row(strip: Strip, scale: _Scale, y: int) -> Iterator[str]:
             x = min(x, _LEFT + scale.pixels - 1.0)
             mark = (
                 f'<rect x="{x:.2f}" y="{y}" width="{max(1.0, right - x):.2f}" '
-                f'height="{_BAR}" {look[0]}><title>{_xml(tip)}</title></rect>'
+                f'height="{_BAR}" {look[0]}><title>{xml(tip)}</title></rect>'
             )
             if hair:
                 hairs.append(mark)
@@ -160,11 +156,11 @@ def _row(strip: Strip, scale: _Scale, y: int) -> Iterator[str]:
 
 def _look(kinds: Sequence[int], owner: int) -> _Look | None:
     """Return how a cell is filled and whose it is, or None where nothing is held."""
-    name = str(owner % len(_COLOURS)) if owner >= 0 else "n"
+    name = str(owner % len(COLOURS)) if owner >= 0 else "n"
     if kinds[DATA]:
         share = kinds[DATA] / sum(kinds)
         opacity = next(opacity for least, opacity in _SHADES if share >= least)
-        return f'fill="{_COLOURS[owner % len(_COLOURS)]}" fill-opacity="{opacity}"', owner
+        return f'fill="{COLOURS[owner % len(COLOURS)]}" fill-opacity="{opacity}"', owner
     if kinds[RESERVED_ZERO]:
         return f'fill="url(#r{name})"', owner
     if kinds[ZEROS]:
@@ -186,7 +182,7 @@ def _tip(start: int, stop: int, held: Sequence[int], owner: int, role: str) -> s
 def _patterns() -> Iterator[str]:
     """Yield a hatch for zeros and a weave for reserved ones, of every colour."""
     yield "<defs>"
-    for name, colour in [*((str(i), c) for i, c in enumerate(_COLOURS)), ("n", _GREY)]:
+    for name, colour in [*((str(i), c) for i, c in enumerate(COLOURS)), ("n", GREY)]:
         ground = f'<rect width="6" height="6" fill="{colour}" fill-opacity="0.15"/>'
         up = f'<path d="M-1,1 l2,-2 M0,6 l6,-6 M5,7 l2,-2" stroke="{colour}"/>'
         down = f'<path d="M-1,5 l2,2 M0,0 l6,6 M5,-1 l2,2" stroke="{colour}"/>'
@@ -206,25 +202,20 @@ def _ruler(scale: _Scale, bottom: int) -> Iterator[str]:
         anchor = ' style="text-anchor:end"' if i == 4 else ' class="v"'
         yield f'<text x="{x:.2f}" y="{_TOP - 10}"{anchor}>{human_size(offset)}</text>'
         yield (
-            f'<path d="M{x:.2f},{_TOP - 6} V{bottom + 6}" stroke="{_GREY}" stroke-opacity="0.35"/>'
+            f'<path d="M{x:.2f},{_TOP - 6} V{bottom + 6}" stroke="{GREY}" stroke-opacity="0.35"/>'
         )
 
 
 def _legend(y: int) -> Iterator[str]:
     marks = (
-        (f'fill="{_GREY}"', "data"),
-        (f'fill="{_GREY}" fill-opacity="0.5"', "some data"),
+        (f'fill="{GREY}"', "data"),
+        (f'fill="{GREY}" fill-opacity="0.5"', "some data"),
         ('fill="url(#zn)"', "zeros held"),
         ('fill="url(#rn)"', "zeros with host space"),
-        (f'fill="{_GREY}" fill-opacity="0.12"', "not held here"),
+        (f'fill="{GREY}" fill-opacity="0.12"', "not held here"),
     )
     x = _LEFT
     for fill, words in marks:
         yield f'<rect x="{x}" y="{y - 11}" width="14" height="14" {fill}/>'
         yield f'<text x="{x + 20}" y="{y}">{words}</text>'
         x += 36 + 7 * len(words)
-
-
-def _xml(text: str) -> str:
-    """Escape for XML, in text and in attributes; what XML cannot hold is made visible."""
-    return escape(printable(text, 1000), {'"': "&quot;"})

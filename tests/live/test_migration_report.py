@@ -1,6 +1,13 @@
 """What a migration says of itself: how long what took, for how long the guest stood."""
 
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from chains import cli
+from jsonschema import Draft202012Validator
 from migrating import arrived, both, machine, stressed
 
 import qmpblock
@@ -10,6 +17,7 @@ from qmpblock.testing import Tools, build, parse_scenario
 pytestmark = pytest.mark.live
 
 MIB = 1 << 20
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
 
 
 @pytest.fixture
@@ -58,3 +66,24 @@ async def test_the_report(begin, start_destination):
     before = sum(phases[name].seconds for name in ("checked", "mirroring", "ready"))
     assert before < told.stopped < before + phases["memory"].seconds
     assert told.seconds - phases["handed"].seconds < told.resumed < told.seconds
+
+
+async def test_the_timeline_is_drawn_and_no_image_is_drawn_over(begin, start_destination, tmp_path):
+    source = await begin()
+    destination = await start_destination(source)
+    image = source.disks[0].active.path
+    words = (source.monitor_path, destination.monitor_path, "--json", "--svg")
+    code, out, err = await cli("migrate", *words, str(image))
+    assert (code, out) == (2, "")
+    assert "it exists, and holds something else" in err
+    assert (await destination.execute("query-status"))["status"] == "inmigrate"
+
+    file = tmp_path / "timeline.svg"
+    code, out, err = await cli("migrate", *words, str(file))
+    assert code == 0, err
+    told = json.loads(out)
+    Draft202012Validator(SCHEMA).validate(told)
+    said = {one.text for one in ET.fromstring(file.read_text()).iter() if one.text}
+    assert {"checked", "mirroring", "vd0", "memory", "held", "handed"} <= said
+    assert any(one.startswith("the guest stands: ") for one in said)
+    await arrived(source, destination, SimpleNamespace(**told | {"phases": [], "warnings": ()}))
