@@ -245,9 +245,9 @@ class _Passage:
             await self.stream.go_on()
             await self.stream.until_completed()
         except DisconnectedError:
-            if not await self._source_has_ended():
+            # Without a last word; whether it had sent all the destination knows.
+            if not await self._source_has_ended_standing():
                 raise
-            # It said no last word; whether it had sent all the destination knows.
         await self.landing.until_it_has_all()
         await self._enter(Phase.LANDED)
 
@@ -259,7 +259,7 @@ class _Passage:
         try:
             said = await arbiter.claim(monitor, run, Side.DESTINATION)
         except DisconnectedError:
-            if not await self._source_has_ended():
+            if not await self._source_has_ended_standing():
                 raise
             said = Side.DESTINATION  # who has ended cannot run
         if said is not Side.DESTINATION:
@@ -273,6 +273,10 @@ class _Passage:
         self.job.course.resumes(time.monotonic())
         if runs is not None and stood is not None:
             self.downtime = max(0.0, runs - stood)
+
+    async def _source_has_ended_standing(self) -> bool:
+        """Whether it is gone, and its guest had not gone on there: then that one's disks count."""
+        return await self._source_has_ended() and not self.stream.went_on
 
     async def _source_has_ended(self) -> bool:
         """Whether the source's very process is certainly gone."""

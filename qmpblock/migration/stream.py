@@ -57,6 +57,7 @@ class Stream:
     """One migration of QEMU's. `prepare`, `start`, `until_held`, `go_on`, `until_completed`.
 
     :ivar begun: whether QEMU may have been told to migrate.
+    :ivar went_on: whether the guest, since it stopped last, has gone on at the source.
     :ivar transferred: bytes, as QEMU counts them.
     :ivar downtime: seconds for which the guest stood until all was sent, as QEMU tells it; None
         where it has not.
@@ -71,6 +72,7 @@ class Stream:
         course: Course,
     ) -> None:
         self.begun = False
+        self.went_on = False
         self.transferred = 0
         self.downtime: float | None = None
         self._course = course
@@ -85,7 +87,7 @@ class Stream:
         self._stopped: float | None = None
         # Before the migration: what it says comes before a reply.
         self._events = vm.monitor.subscribe(
-            "MIGRATION", "MIGRATION_PASS", "STOP", match=self._hears
+            "MIGRATION", "MIGRATION_PASS", "RESUME", "STOP", match=self._hears
         )
 
     # -- what QEMU is told before
@@ -228,6 +230,9 @@ class Stream:
         if event["event"] == "STOP":
             self._stopped = told_at(event)
             self._course.stops(now)
+            self.went_on = False
+        elif event["event"] == "RESUME":
+            self.went_on = True
         elif event["event"] == "MIGRATION_PASS":
             self._course.passes_on(now, _count(event.get("data", {}), "pass"))
         return True

@@ -1,12 +1,15 @@
-"""What query-migrate says of the memory, as progress."""
+"""What query-migrate says of the memory, as progress; what its events say of the guest."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from drawing import RUN
 
-from qmpblock.migration.stream import _Moving
+from qmpblock.migration.course import Course
+from qmpblock.migration.stream import Stream, _Moving
 
 
 def said(number: int, sent: int, left: int, expected: object = 300) -> dict[str, Any]:
@@ -50,3 +53,20 @@ def test_what_is_no_number_is_no_prediction(expected: object) -> None:
 def test_nothing_is_known_before_it_has_begun() -> None:
     seen = _Moving().add(0.0, {"status": "setup"})
     assert (seen.done, seen.total, seen.eta, seen.downtime) == (0, 0, None, None)
+
+
+def test_whether_the_guest_has_gone_on_at_the_source_is_heard() -> None:
+    heard: list[Any] = []
+
+    def subscribe(*names: str, match: Any) -> None:
+        heard.extend([names, match])
+
+    vm = cast("Any", SimpleNamespace(monitor=SimpleNamespace(subscribe=subscribe)))
+    stream = Stream(vm, RUN, 0, lambda _: None, Course(0.0))
+    names, hears = heard
+    assert {"STOP", "RESUME"} <= set(names)
+    went_on = []
+    for name in ("RESUME", "STOP", "MIGRATION", "RESUME", "STOP"):
+        hears({"event": name, "data": {}})
+        went_on.append(stream.went_on)
+    assert went_on == [True, False, False, True, False]
