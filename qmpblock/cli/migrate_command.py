@@ -28,7 +28,7 @@ _REFUSED = 2
 
 
 @make_command
-@click.argument("source")
+@click.argument("source", required=False)
 @click.argument("destination", required=False)
 @click.option(
     "--dry-run",
@@ -57,6 +57,13 @@ _REFUSED = 2
     default=0,
     help="Bytes a second at most, of all disks, and again of the memory (K, M, G).",
 )
+@click.option(
+    "--list",
+    "list_file",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Migrate what FILE, a YAML file, lists, so many at once; what is there is left alone.",
+)
 @svg_option
 @click.option("--quit-source", is_flag=True, help="End the source's QEMU once the guest is gone.")
 @click.option(
@@ -68,11 +75,12 @@ _REFUSED = 2
 @click.option("--qemu", metavar="PATH", help="A destination's program; else the source's.")
 async def command(
     options: Options,
-    source: str,
+    source: str | None,
     destination: str | None,
     form: str | None,
     memory_only: bool,
     speed: int,
+    list_file: str | None,
     svg: str | None,
     quit_source: bool,
     directory: str,
@@ -86,9 +94,15 @@ async def command(
     then is ended. --dry-run ends with 2 where a migration would be refused, and with 4 where there
     is something to be warned of.
     """
-    if (form in (None, "dry-run")) != (destination is not None):
+    if list_file is not None:
+        if source or form or svg or memory_only or speed or quit_source:
+            raise click.UsageError("--list goes alone: FILE says the rest")
+        from qmpblock.cli.migratelist import migrated_list
+
+        return await migrated_list(options, list_file)
+    if source is None or (form in (None, "dry-run")) != (destination is not None):
         raise click.UsageError(
-            "SOURCE DESTINATION [--dry-run], SOURCE --command-line or SOURCE --spawn"
+            "SOURCE DESTINATION [--dry-run], SOURCE --command-line, SOURCE --spawn or --list FILE"
         )
     if svg is not None:
         if form is not None:

@@ -60,7 +60,7 @@ async def test_the_report(begin, start_destination):
 
     # QEMU's own count, the stamps of its events, and our clock are of one standstill.
     print(told.qemu_downtime, told.downtime, told.longest_stall)
-    assert 0 < told.qemu_downtime < told.downtime + 0.002  # it is told in milliseconds
+    assert 0 < told.qemu_downtime < told.downtime + 0.05  # QEMU begins to count before it stops
     assert told.longest_stall == pytest.approx(told.downtime, abs=0.05)
     assert told.longest_stall == pytest.approx(told.resumed - told.stopped)
     before = sum(phases[name].seconds for name in ("checked", "mirroring", "ready"))
@@ -68,7 +68,7 @@ async def test_the_report(begin, start_destination):
     assert told.seconds - phases["handed"].seconds < told.resumed < told.seconds
 
 
-async def test_the_timeline_is_drawn_and_no_image_is_drawn_over(begin, start_destination, tmp_path):
+async def test_the_timeline_is_drawn_and_no_image_is_drawn_over(begin, start_destination, vm_dir):
     source = await begin()
     destination = await start_destination(source)
     image = source.disks[0].active.path
@@ -78,7 +78,7 @@ async def test_the_timeline_is_drawn_and_no_image_is_drawn_over(begin, start_des
     assert "it exists, and holds something else" in err
     assert (await destination.execute("query-status"))["status"] == "inmigrate"
 
-    file = tmp_path / "timeline.svg"
+    file = vm_dir / "timeline.svg"
     code, out, err = await cli("migrate", *words, str(file))
     assert code == 0, err
     told = json.loads(out)

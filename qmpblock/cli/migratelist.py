@@ -1,0 +1,87 @@
+"""What `qmpblock migrate --list FILE` does, and says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.joboutput import warn
+from qmpblock.cli.progress import Reporter, reporting_many
+
+if TYPE_CHECKING:
+    from qmpblock.policy.migrating import ListedResult
+    from qmpblock.policy.migrations import ListedMigration
+    from qmpblock.qemu.job import Progress
+
+__all__ = ["migrated_list"]
+
+_WORDS = {"done": "gone over", "there": "there already", "failed": "failed"}
+
+
+async def migrated_list(options: Options, file: str) -> int:
+    """Migrate what a list says, and say how; return the exit code."""
+    from qmpblock.policy.migrating import migrate_all
+    from qmpblock.policy.migrations import load_migrations
+
+    wanted = load_migrations(file)
+    with reporting_many() as begin:
+        reporters: dict[ListedMigration, Reporter] = {}
+
+        def show(one: ListedMigration, seen: Progress) -> None:
+            if one not in reporters:
+                reporters[one] = begin(one.name)
+            reporters[one](seen)
+
+        results = await migrate_all(
+            wanted, connect=options.connect, progress=show, ended=_say_ended
+        )
+    if options.json:
+        emit(json.dumps({"migrations": [_document(one) for one in results]}, indent=2) + "\n")
+    else:
+        _sum_up(results)
+    if any(one.state == "failed" for one in results):
+        return 1
+    return WARNED if any(one.result and one.result.warnings for one in results) else 0
+
+
+def _document(one: ListedResult) -> dict[str, Any]:
+    """Return the entry of docs/schema/migrate-list.schema.json."""
+    return {
+        "source": one.migration.source,
+        "destination": one.migration.destination,
+        "state": one.state,
+        "seconds": one.seconds,
+        "result": None if one.result is None else asdict(one.result),
+        "error": None if one.error is None else str(one.error),
+    }
+
+
+def _say_ended(one: ListedResult) -> None:
+    name = one.migration.name
+    if one.error is not None:
+        first, *rest = str(one.error).splitlines()
+        click.echo(f"{name}: " + click.style("failed: ", fg="red", bold=True) + first, err=True)
+        for line in rest:
+            click.echo(f"  {line}", err=True)
+    if one.result is not None:
+        warn(tuple(f"{name}: {text}" for text in one.result.warnings))
+
+
+def _sum_up(results: tuple[ListedResult, ...]) -> None:
+    for one in results:
+        said = "failed; see above"
+        if one.state == "there":
+            said = "the guest had gone over before"
+        elif one.result is not None:
+            said = (
+                f"the guest runs at the destination; it stood for "
+                f"{one.result.downtime * 1e3:.0f} ms, and all took {one.seconds:.1f} s"
+            )
+        click.echo(f"{one.migration.name}: {said}")
+    counts = {state: sum(one.state == state for one in results) for state in _WORDS}
+    told = ", ".join(f"{number} {_WORDS[state]}" for state, number in counts.items() if number)
+    click.echo(f"{len(results)} migration{'s' if len(results) != 1 else ''}: {told}")

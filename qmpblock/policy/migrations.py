@@ -1,0 +1,115 @@
+"""Lists of migrations: one YAML file says which guests are to go where, and how many at once.
+
+Read as policies are: strictly, and before any VM is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qmpblock.address import parse_address
+from qmpblock.errors import RequestError, printable
+from qmpblock.policy.values import filled_in, number_in, speed_in
+from qmpblock.yamltext import MOST_BYTES, Mapping, read_mapping
+
+if TYPE_CHECKING:
+    from qmpblock.address import Address
+
+__all__ = ["ListedMigration", "MigrationList", "load_migrations", "parse_migrations"]
+
+
+@dataclass(frozen=True)
+class ListedMigration:
+    """One guest that is to go over.
+
+    :ivar source: the address of its monitor; `destination`: of the other VM's.
+    :ivar speed: bytes a second; 0 is no limit. Of the list's own limit it has its share.
+    :ivar place: file, line and column.
+    """
+
+    source: str
+    destination: str
+    memory_only: bool = False
+    quit_source: bool = False
+    speed: int = 0
+    place: str = ""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{printable(self.source)} to {printable(self.destination)}"
+
+
+@dataclass(frozen=True)
+class MigrationList:
+    """A list.
+
+    :ivar migrations: in the order in which they begin.
+    :ivar parallel: how many at once.
+    """
+
+    source: str
+    migrations: tuple[ListedMigration, ...]
+    parallel: int = 1
+
+
+def load_migrations(path: Path | str) -> MigrationList:
+    """Read a list from a file.
+
+    :raise RequestError: it cannot be read, or what it says is wrong.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"cannot read {printable(path)}: {printable(error)}") from None
+    return parse_migrations(text, source=printable(path))
+
+
+def parse_migrations(text: str, *, source: str = "<text>") -> MigrationList:
+    """Read a list from YAML text.
+
+    :param source: what errors call it.
+    :raise RequestError: what it says is wrong, with its place.
+    """
+    top = read_mapping(text, source)
+    parallel = number_in(top, "parallel", 1)
+    if parallel < 1:
+        top.refuse("parallel", "must be at least 1")
+    whole = speed_in(top, 0)
+    seen: set[Address] = set()
+    entries = top.mappings("vms")
+    at_once = min(parallel, len(entries))
+    migrations = tuple(_migration(one, whole // at_once, seen) for one in entries)
+    if 0 < whole < at_once:
+        top.refuse("speed", f"is not a byte a second for each of {at_once} at once")
+    top.finish()
+    return MigrationList(source, migrations, parallel)
+
+
+def _migration(entry: Mapping, share: int, seen: set[Address]) -> ListedMigration:
+    speed = speed_in(entry, 0)
+    one = ListedMigration(
+        source=_address(entry, "source", seen),
+        destination=_address(entry, "destination", seen),
+        memory_only=entry.flag("memory_only", False),
+        quit_source=entry.flag("quit_source", False),
+        speed=min(speed or share, share or speed),
+        place=entry.place,
+    )
+    entry.finish()
+    return one
+
+
+def _address(entry: Mapping, key: str, seen: set[Address]) -> str:
+    text = filled_in(entry, key)
+    try:
+        parsed = parse_address(text)
+    except RequestError as error:
+        entry.refuse(key, error.message)
+    if parsed in seen:
+        entry.refuse(key, f"{printable(text)} stands here twice: a VM takes part once")
+    seen.add(parsed)
+    return text

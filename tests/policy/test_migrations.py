@@ -1,0 +1,46 @@
+"""Lists of migrations are read strictly, and what each may use of the whole is told beforehand."""
+
+import pytest
+
+from qmpblock.errors import RequestError
+from qmpblock.policy.migrations import ListedMigration, parse_migrations
+
+ONE = "  - {source: a.qmp, destination: b.qmp}\n"
+TWO = "  - {source: c.qmp, destination: d.qmp, speed: 1M, memory_only: yes, quit_source: yes}\n"
+
+
+def test_a_list_is_read() -> None:
+    found = parse_migrations(f"parallel: 2\nspeed: 8M\nvms:\n{ONE}{TWO}", source="f")
+    assert found.parallel == 2
+    assert found.migrations == (
+        ListedMigration("a.qmp", "b.qmp", speed=4 << 20, place="f:4:5"),
+        ListedMigration("c.qmp", "d.qmp", True, True, 1 << 20, "f:5:5"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("parallel", "speed", "each"), [(1, "8M", 8 << 20), (2, "0", 0), (9, "8M", 4 << 20)]
+)
+def test_the_whole_is_shared_by_those_at_once(parallel: int, speed: str, each: int) -> None:
+    found = parse_migrations(f"parallel: {parallel}\nspeed: {speed}\nvms:\n{ONE}{TWO}")
+    assert found.migrations[0].speed == each
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("vms: []\n", "vms: is missing or empty"),
+        (f"parallel: 0\nvms:\n{ONE}", "parallel: must be at least 1"),
+        (f"speed: 1\nparallel: 2\nvms:\n{ONE}{TWO}", "speed: is not a byte a second"),
+        (f"vms:\n{ONE}{ONE}", "vms[1].source: a.qmp stands here twice"),
+        ("vms:\n  - {source: a.qmp, destination: unix:a.qmp}\n", "stands here twice"),
+        ("vms:\n  - {source: a.qmp}\n", "vms[0].destination: is missing"),
+        ("vms:\n  - {source: a, destination: b, pivot: yes}\n", "pivot: is not a key"),
+        ("vms:\n  - {source: a, destination: 'tcp:'}\n", "vms[0].destination: "),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(text: str, said: str) -> None:
+    with pytest.raises(RequestError) as failed:
+        parse_migrations(text, source="f.yaml")
+    assert str(failed.value).startswith("f.yaml:")
+    assert said in str(failed.value)
