@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -17,6 +18,7 @@ __all__ = [
     "boot_id",
     "command_line",
     "describe_process",
+    "end_child",
     "is_running",
     "pid_namespace",
     "shown_words",
@@ -29,6 +31,20 @@ _NAMES = "data|password|passwd|passphrase|token"
 _ASKS = re.compile(rf"--?({_NAMES})")
 _IN_OPTION = re.compile(rf"(?<![\w-])({_NAMES})=(?:[^,]|,,)*")  # QEMU doubles commas
 _IN_JSON = re.compile(rf'("(?:{_NAMES})"\s*:\s*)"(?:[^"\\]|\\.)*"')
+
+
+async def end_child(process: asyncio.subprocess.Process) -> None:
+    """Kill a program of ours, if it has not ended, and wait for that. Nobody reads it any more.
+
+    asyncio waits for the ends of its pipes, too, and does not look for that of one from which much
+    came that nobody read: where a program is left in the middle of its words, that is for ever.
+    """
+    if process.returncode is None:
+        process.kill()
+        for stream in (process.stdout, process.stderr):
+            while stream is not None and await stream.read(1 << 20):
+                pass
+    await process.wait()
 
 
 def boot_id() -> str:

@@ -36,6 +36,7 @@ from qmpblock.host.handed import (
     has_servers,
 )
 from qmpblock.host.imagechain import Image, ImageInfo, backing_of, blockdev
+from qmpblock.host.processes import end_child
 from qmpblock.host.toolwords import in_use_by_another, remedy
 
 if TYPE_CHECKING:
@@ -432,8 +433,8 @@ class QemuImg:
             resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # it may have keys
         assert process.stdout is not None
         assert process.stderr is not None
+        complaints = asyncio.ensure_future(process.stderr.read())
         try:
-            complaints = asyncio.ensure_future(process.stderr.read())
             if given is not None:
                 assert process.stdin is not None
                 process.stdin.write(given.encode())
@@ -453,9 +454,9 @@ class QemuImg:
         except ValueError:
             raise ToolError(command, 0, "it printed a line without an end") from None
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            complaints.cancel()
+            await asyncio.wait({complaints})
+            await end_child(process)
         if code:
             files.refuse(code, complaint)
             said = files.shown(complaint.decode(errors="replace"))

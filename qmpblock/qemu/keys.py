@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from qmpblock.address import TCPAddress
 from qmpblock.errors import CommandError, NotFoundError, UnsupportedError, printable
 from qmpblock.host.handed import HandedFiles, User
+from qmpblock.host.processes import end_child
 from qmpblock.host.qemuimg import Key
 
 if TYPE_CHECKING:
@@ -122,6 +123,4 @@ async def _output(files: HandedFiles, command: Sequence[str]) -> tuple[bytes, in
             text += piece
         return text, 0 if len(text) > _LIMIT else await process.wait()
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await end_child(process)

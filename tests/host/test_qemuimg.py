@@ -1,5 +1,6 @@
 """Closed images, by qemu-img, and never by probing."""
 
+import asyncio
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ from rounds import rounds
 from qmpblock.errors import Error, NotFoundError, RequestError, ToolError, UnsupportedError
 from qmpblock.host import confined
 from qmpblock.host.contents import Contents
+from qmpblock.host.handed import HandedFiles
 from qmpblock.host.imagechain import blockdev, format_of
 from qmpblock.host.qemuimg import Key, QemuImg
 from qmpblock.host.toolwords import in_use_by_another, lacks_key, lacks_space
@@ -387,6 +389,20 @@ async def test_a_map_that_is_none(tmp_path, said, why):
     with pytest.raises((ToolError, UnsupportedError), match=why) as caught:
         await mapping
     assert isinstance(caught.value, ToolError) or why == "present"
+
+
+async def test_one_that_talks_on_is_not_waited_for(tmp_path):
+    """Whoever leaves it does so before it has said all, and nobody reads that any more."""
+    program = tmp_path / "qemu-img"
+    program.write_text("#!/bin/sh\nwhile :; do printf '%065536d\\n' 0; done\n")
+    program.chmod(0o755)
+    with HandedFiles() as files:
+        run = QemuImg(str(program))._run(["map"], files)
+        async with asyncio.timeout(30):
+            async for _ in run:
+                await asyncio.sleep(0.5)  # it has said more than is kept for a reader
+                break
+            await run.aclose()
 
 
 async def test_a_script_that_starts_another_program_is_told(tmp_path, monkeypatch):
