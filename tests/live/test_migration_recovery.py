@@ -124,11 +124,32 @@ async def test_a_qemu_dies_and_then_the_controller(broken, phase, dies):
         assert await pair.runs() == []
         await pair.recover(pair.destination, force="destination")
         await over(pair, Side.DESTINATION)
+    elif dies is Side.SOURCE and phase is Phase.SENT:  # it had not, and the other one ended, too
+        await both_ended(pair)
     else:
         await pair.recover()  # where the source's images are what counts
         assert not await pair.runs()
         await asyncio.wait_for(pair.destination.wait(), 10)
         assert no_journal()
+
+
+async def both_ended(pair):
+    """See that a person decides, who alone can know whether the guest ran at the destination."""
+    with pytest.raises(Error, match="the destination has ended, too") as asked:
+        await pair.recover()
+    assert "whether the guest ever ran at the destination" in asked.value.remedy
+    await pair.recover(force="source")
+    assert not await pair.runs()
+    assert no_journal()
+
+
+async def test_both_die_while_the_last_of_it_is_sent(broken):
+    pair = await broken()
+    await pair.go(Phase.SENT)
+    await pair.source.kill()
+    await pair.destination.kill()
+    await pair.die()
+    await both_ended(pair)
 
 
 async def test_the_command(broken):
