@@ -197,7 +197,14 @@ class _Watcher:
         if imagefiles.local_path(pid, place.layer) != place.file:
             self._seen = ()  # moved, or another one has its name: look it up again
             return
-        await self._top_up(place)
+        try:
+            await self._top_up(place)
+        except UnsupportedError:
+            # An overlay of ours came on top meanwhile, below which the image is only read?
+            if await self._names() != names:
+                self._seen = ()
+                return
+            await self._top_up(place)  # or it came and went
         if not self._settled:
             await self._arm(place)
 

@@ -373,6 +373,33 @@ async def test_full_allocation_goes_on_meanwhile(
     await verified_closed(vm, spec, end)
 
 
+async def test_an_image_that_is_only_read_for_a_moment_is_looked_at_again(
+    start_qemu, vm_dir, qemu_binary, monkeypatch
+):
+    """An overlay may come on top between a look at the disk and what is reserved in its file."""
+    monkeypatch.setattr(ahead, "_LOOK", 0.05)
+    left = [1, 0, 2]  # how often it is refused: at the first attempt, at none, and then at both
+    fill = ahead.fill
+
+    async def refused(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise UnsupportedError("it is not open for writing")
+        return await fill(*arguments)
+
+    monkeypatch.setattr(ahead, "fill", refused)
+    vm = await start_qemu(await built(alone("qcow2"), vm_dir / "images", qemu_binary))
+    async with watching(vm, 4 * MIB) as watch:
+        await watch.begun()
+        assert left.pop(0) == 0
+    async with watching(vm, 8 * MIB) as watch:
+        await watch.until(lambda: watch.told and watch.told[-1].room >= 8 * MIB, "make room")
+        left.pop(0)
+    async with watching(vm, 16 * MIB) as watch:
+        await watch.fails(UnsupportedError, "not open for writing")
+    assert await locks(vm) == []
+
+
 async def test_two_disks_of_one_connection(start_qemu, invariant, vm_dir, qemu_binary):
     a = (await built(alone("qcow2"), vm_dir / "a", qemu_binary)).disks[0]
     b = (await built(alone("raw"), vm_dir / "b", qemu_binary)).disks[0]
