@@ -6,6 +6,7 @@ By plain QMP, so that these are facts about QEMU and not about us.
 import asyncio
 import contextlib
 import signal
+import socket
 
 import pytest
 from fleecing import (
@@ -121,22 +122,28 @@ async def test_what_is_kept_is_bounded(start_qemu, invariant):
     assert await vm.guest.check() > 0
 
 
+def is_listening(path):
+    """Whether somebody does: a socket has its name before that."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 async def test_a_storage_that_does_not_answer_holds_one_write(start_qemu, invariant):
     """For as long as `cbw-timeout` says; then the point has ended, and the guest goes on."""
     vm = await start_qemu(DISK, guest=True)
     await begin_writing(vm)
-    socket = vm.directory / "stalled"
+    path = vm.directory / "stalled"
     image = vm.directory / "stalled.raw"
     with image.open("wb") as file:
         file.truncate(16 * MIB)
     served = await asyncio.create_subprocess_exec(
-        "qemu-nbd", "-t", "-f", "raw", "-k", str(socket), str(image)
+        "qemu-nbd", "-t", "-f", "raw", "-k", str(path), str(image)
     )
     try:
         async with asyncio.timeout(20):
-            while not socket.exists():
+            while not is_listening(path):
                 await asyncio.sleep(0.01)
-        async with view(vm, stored={"type": "unix", "path": str(socket)}), server(vm) as path:
+        async with view(vm, stored={"type": "unix", "path": str(path)}), server(vm) as nbd:
             served.send_signal(signal.SIGSTOP)
             try:
                 await vm.guest.latency(0)
@@ -147,7 +154,7 @@ async def test_a_storage_that_does_not_answer_holds_one_write(start_qemu, invari
                 held = (await vm.guest.latency(0)).held_us / 1e6
             finally:
                 served.send_signal(signal.SIGCONT)  # what drains would wait for it
-            async with export(vm, path) as uri:
+            async with export(vm, nbd) as uri:
                 assert (await ran("nbdcopy", uri, "null:"))[0] != 0
         assert TIMEOUT - 0.5 < held < TIMEOUT + 3
     finally:
