@@ -109,13 +109,14 @@ async def copy(
     with contextlib.ExitStack() as stack:
         files: list[CopyTarget] = []
         pivots = at == "pivot"
-        for number, plan in enumerate(plans):
-            node = target_node(run, number)
-            name = backing_name(vm, plan)
-            how = {"force": force, "pivots": pivots, "resume": options.resume}
-            made = target_of(vm, plan, node, number, name, credentials, **how)
-            files.append(stack.enter_context(made))
-        await prepare(targets, files)
+        async with vm.unless_gone():
+            for number, plan in enumerate(plans):
+                node = target_node(run, number)
+                name = backing_name(vm, plan)
+                how = {"force": force, "pivots": pivots, "resume": options.resume}
+                made = target_of(vm, plan, node, number, name, credentials, **how)
+                files.append(stack.enter_context(made))
+            await prepare(targets, files)
         try:
             running: AbstractAsyncContextManager[Mirrors | Backups]
             if freezes_layers(vm, options):
@@ -130,7 +131,7 @@ async def copy(
                 yield job
         except Error as error:
             say_kept(error, job)
-            if job.whole and not pivots and error.standing is not None:
+            if isinstance(error, DisconnectedError) and job.whole and not pivots:
                 error.standing = f"{error.standing}; {_whole(files)}"
             raise
         finally:
@@ -253,7 +254,7 @@ async def _of_disks(
 
     mirrors = Mirrors(vm, record.run, files, job, pivots, mark, quiet)
     await change.begin()
-    async with change.or_undo(lambda: _undone(files, mirrors), lambda: _done(files)):
+    async with change.or_undo(lambda: _undone(files, job, mirrors), lambda: _done(files)):
         try:
             async with cut_on_error(vm, record.helpers, files):
                 await _unchanged(vm, files)
@@ -295,7 +296,7 @@ async def _of_views(
             await change.begin()
             backups = Backups(vm, change.record.helpers, files, job, stays=change.held)
             async with (
-                change.or_undo(lambda: _undone(files)),
+                change.or_undo(lambda: _undone(files, job)),
                 cut_on_error(vm, change.record.helpers, files),
             ):
                 for file, item in zip(files, plan.items, strict=True):
@@ -343,7 +344,7 @@ async def _of_layers(
         try:
             await undisturbed(_finish_all(vm, files, job))
         except Error as error:
-            error.standing = error.standing or _undone(files)
+            error.standing = error.standing or _undone(files, job)
             raise
     except BaseException:
         await undisturbed(give_up(files, job))
@@ -424,12 +425,14 @@ async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget], job:
     await give_up(files, job)
 
 
-def _undone(files: Sequence[CopyTarget], mirrors: Mirrors | None = None) -> str:
+def _undone(files: Sequence[CopyTarget], job: CopyJob, mirrors: Mirrors | None = None) -> str:
     if mirrors is not None and mirrors.over:
         names = ", ".join(mirrors.over)
         return (
             f"gone over to their copies: {names}, and no other disk; look: qmpblock disks ADDRESS"
         )
+    if job.whole:
+        return f"{_whole(files)}; nothing of ours is left in the VM"
     names = _names(files)
     stays = any(file.plan.server or file.plan.block_device for file in files)
     return (

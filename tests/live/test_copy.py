@@ -11,12 +11,21 @@ from allocating import at_command
 from chaincases import FIXTURES, is_encrypted
 from chains import convert, digest_without, nothing_left, subjects
 from chainwriters import DeviceWriter, StampWriter
+from disturbed import nothing_of_ours
 
 import qmpblock
+from qmpblock.changes import change
 from qmpblock.copying import mirrors
 from qmpblock.copying.copy import copy
 from qmpblock.copying.fleecing import Fleece, fleecing
-from qmpblock.errors import UNTOUCHED, InUseError, JobError, RequestError, UnsupportedError
+from qmpblock.errors import (
+    UNTOUCHED,
+    CommandError,
+    InUseError,
+    JobError,
+    RequestError,
+    UnsupportedError,
+)
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec, check_point_in_time
@@ -427,3 +436,34 @@ async def test_a_file_that_comes_to_bear_the_name_meanwhile(at, force, start_qem
     kept = [] if force else ["copy.partial"]
     assert sorted(path.name for path in vm_dir.glob("copy*")) == ["copy", *kept]
     await goes_on(vm)
+
+
+VIEWS = pytest.mark.needs_qemu(">= 10.0", reason="before, the guest comes home before it is whole")
+
+
+@pytest.mark.parametrize("at", [pytest.param("start", marks=VIEWS), "end"])
+async def test_one_that_is_whole_is_said_to_be_where_clearing_up_fails(
+    at, start_qemu, vm_dir, monkeypatch
+):
+    """It is there, under its name: whoever is told that there is none makes it again."""
+    vm = await start_qemu(
+        parse_scenario("about: A disk.\nimages: [{size: 8M, content: [write 0 1M 0xaa]}]\n", "one")
+    )
+    allow, refusals = change.allow_migration, [CommandError("blockdev-del", {}, "E", "not now")]
+
+    async def refused(*arguments):
+        if refusals:
+            raise refusals.pop()
+        await allow(*arguments)
+
+    monkeypatch.setattr(change, "allow_migration", refused)
+    target = vm_dir / "copy"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        with pytest.raises(CommandError, match="not now") as caught:
+            async with disk.copy(target, at=at):
+                pass
+    assert target.exists()
+    assert "whole, and on stable storage" in caught.value.standing
+    assert "no copy" not in caught.value.standing
+    await nothing_of_ours(vm)
