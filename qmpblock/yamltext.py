@@ -10,6 +10,7 @@ Python itself. Aliases count as what they stand for, so that a few lines are not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Never
 
 import yaml
@@ -17,11 +18,23 @@ import yaml
 from qmpblock.errors import RequestError, printable
 from qmpblock.sizes import parse_size
 
-__all__ = ["Mapping", "read_mapping"]
+__all__ = ["Mapping", "read_mapping", "read_text"]
 
-MOST_BYTES = 1 << 20  #: of a text
+_MOST_BYTES = 1 << 20  # of a text
 _MOST_LEVELS = 32  # a policy has seven
 _MOST_NODES = 100_000  # each alias counts as all that it stands for
+
+
+def read_text(path: Path | str, error: type[RequestError] = RequestError) -> str:
+    """Read a file that `read_mapping` is to parse: no more of it than is taken, and one beyond.
+
+    :raise RequestError: it cannot be read; of the class `error`.
+    """
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as failure:
+        raise error(f"cannot read {printable(path)}: {printable(failure)}") from None
 
 
 def read_mapping(text: str, source: str, error: type[RequestError] = RequestError) -> Mapping:
@@ -33,8 +46,8 @@ def read_mapping(text: str, source: str, error: type[RequestError] = RequestErro
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        if len(text) > MOST_BYTES:
-            raise error(f"{_place(source, None)}: has more than {MOST_BYTES} characters")
+        if len(text) > _MOST_BYTES:
+            raise error(f"{_place(source, None)}: has more than {_MOST_BYTES} characters")
         too_much = _beyond(yaml.parse(text, Loader=loader))
         if too_much is not None:
             what, mark = too_much

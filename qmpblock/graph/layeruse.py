@@ -136,8 +136,7 @@ def may_go(graph: BlockGraph, name: str, going: Collection[str] = ()) -> bool:
 
     :param going: nodes that go before it.
     """
-    users = {f"node {printable(one)}" for one in going}
-    return users.issuperset(graph.users(name)) and not _busy(graph, name)
+    return not graph.users(name, besides=going) and not _busy(graph, name)
 
 
 def _in_use(standing: str | None) -> type[BusyError]:

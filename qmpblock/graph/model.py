@@ -11,7 +11,7 @@ each guest device::
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -346,9 +346,13 @@ class BlockGraph:
                 parents.setdefault(edge.node, set()).add(node.name)
         return parents
 
-    def users(self, name: str) -> tuple[str, ...]:
-        """Say what uses a node, in words: nodes, devices, exports and jobs; sorted."""
-        users = [f"node {printable(parent)}" for parent in self.parents(name)]
+    def users(self, name: str, besides: Collection[str] = ()) -> tuple[str, ...]:
+        """Say what uses a node, in words: nodes, devices, exports and jobs; sorted.
+
+        :param besides: nodes that do not count.
+        """
+        parents = [parent for parent in self.parents(name) if parent not in besides]
+        users = [f"node {printable(parent)}" for parent in parents]
         users += [
             f"device {device.describe()}"
             for device in self.disks()

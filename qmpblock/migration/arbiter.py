@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 
-from qmpblock.errors import BusyError, CommandError, RecordError, printable
+from qmpblock.errors import BusyError, RecordError, printable
 from qmpblock.export.server import delete_object
 from qmpblock.migration.states import Side
 from qmpblock.names import handover_name
+from qmpblock.qemu.lock import data_of
 from qmpblock.qemu.monitor import Monitor
-from qmpblock.qemu.refusals import duplicate_object, no_object, tolerate
+from qmpblock.qemu.refusals import duplicate_object, tolerate
 from qmpblock.versioned import UnreadableError, stamped, unstamped
 
 __all__ = ["claim", "decided", "mark", "withdraw"]
@@ -56,12 +57,9 @@ async def decided(monitor: Monitor, run: str) -> Side | None:
     :raise RecordError: it cannot be read.
     """
     name = handover_name(run)
-    try:
-        text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
-    except CommandError as error:
-        if no_object(error):
-            return None
-        raise
+    text = await data_of(monitor, name)
+    if text is None:
+        return None
     try:
         return Side(unstamped(json.loads(text))[_SIDE])
     except (UnreadableError, KeyError, TypeError, ValueError) as error:

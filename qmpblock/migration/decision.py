@@ -25,25 +25,9 @@ from dataclasses import dataclass
 
 from qmpblock.changes.step import Choice
 from qmpblock.migration.states import ACTIVE, SETTLING, Move, Phase, Reach, Seen, Side
+from qmpblock.qemu.runstate import MIGRATION_OVER, OF_ITS_OWN
 
 __all__ = ["Decision", "decide"]
-
-# Run states of a QEMU that waits for nothing of a migration: what guest it has is its own.
-_OF_ITS_OWN = frozenset(
-    {
-        "debug",
-        "guest-panicked",
-        "internal-error",
-        "io-error",
-        "paused",
-        "prelaunch",
-        "running",
-        "shutdown",
-        "suspended",
-        "watchdog",
-    }
-)
-_OVER = frozenset({"none", "completed", "failed", "cancelled"})
 
 
 @dataclass(frozen=True)
@@ -80,7 +64,7 @@ def decide(
         be told, and never against what can be seen.
     """
     if source.answers:
-        if source.run in _OF_ITS_OWN:
+        if source.run in OF_ITS_OWN:
             return _at_home(source, destination)
         if source.run == "finish-migrate":
             return _held(source)
@@ -96,7 +80,7 @@ def _at_home(source: Seen, destination: Seen) -> Decision:
         return _call_back(source)
     if source.migration in SETTLING:
         return Decision(Side.SOURCE, Move.SETTLE, f"the source is {source.migration}")
-    if source.migration not in _OVER:
+    if source.migration not in MIGRATION_OVER:
         return _strange("source", source)
     if _has_run(destination):
         return _two(source, destination)
@@ -114,7 +98,7 @@ def _held(source: Seen) -> Decision:
     """Decide where the source holds the guest, and migrates."""
     if source.migration in ACTIVE:
         return _call_back(source)
-    if source.migration in SETTLING or source.migration in _OVER:  # a moment before it shows
+    if source.migration in SETTLING | MIGRATION_OVER:  # a moment before it shows
         return Decision(Side.SOURCE, Move.SETTLE, f"the source is {source.migration}")
     return _strange("source", source)
 
@@ -278,7 +262,7 @@ def _waits(destination: Seen) -> bool:
 
 def _has_run(destination: Seen) -> bool:
     """Whether the destination has the guest, and was continued."""
-    return destination.answers and destination.run in _OF_ITS_OWN and not _waits(destination)
+    return destination.answers and destination.run in OF_ITS_OWN and not _waits(destination)
 
 
 def _two(source: Seen, destination: Seen) -> Decision:

@@ -14,8 +14,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,10 @@ from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import OWN_REMEDY, undo_dead_change
 from qmpblock.copying.target import NBDTarget
-from qmpblock.errors import CommandError, DisconnectedError, Error, MonitorError, StalledError
+from qmpblock.errors import Error, MonitorError, StalledError
 from qmpblock.export.ownserver import OwnServer
 from qmpblock.export.server import delete_export, monitor_name, undo_dead_run
+from qmpblock.migration import wayback
 from qmpblock.names import NBD_LOCK, export_name, lock_names, stream_socket
 from qmpblock.qemu import lock
 from qmpblock.qemu.connection import NBDAccess
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
     from qmpblock.migration.look import Pair
     from qmpblock.qemu.connection import Connection
-    from qmpblock.qemu.monitor import Event, Monitor
+    from qmpblock.qemu.monitor import Event
 
-__all__ = ["Landing", "until_running"]
+__all__ = ["Landing"]
 
 _ANSWER = 2.0  # seconds for a word from a QEMU that is well
 _POLL = 0.02
@@ -50,14 +50,22 @@ _log = logging.getLogger(__name__)
 class Landing:
     """The destination of one migration. `lock`, `serve`, ..., then `leave`, or `give_up`.
 
+    :param has_ended: tells by its process, where that can be seen.
     :ivar spoilt: whether it was sent anything: it is of no use for another attempt then.
     """
 
-    def __init__(self, vm: Connection, run: str, disks: Sequence[DiskDevice]) -> None:
+    def __init__(
+        self,
+        vm: Connection,
+        run: str,
+        disks: Sequence[DiskDevice],
+        has_ended: Callable[[], bool],
+    ) -> None:
         self.vm = vm
         self.spoilt = False
         self._run = run
         self._disks = disks
+        self._has_ended = has_ended
         self._locks: list[str] = []
         self._server = OwnServer(vm.monitor, NBDAccess(), run, lasting=True)
         self._serves = False
@@ -215,7 +223,7 @@ class Landing:
                 )
             if self.spoilt:
                 await self.end_exports()
-                await self._quit()
+                await wayback.quit_vm(self.vm, self._has_ended)
                 return "the destination, of no use any more, was ended (quit)"
             await self.leave()
         except Error as error:
@@ -225,30 +233,6 @@ class Landing:
         finally:
             self._server.remove_folder()
         return "the destination waits as before"
-
-    async def _quit(self) -> None:
-        """End it, and see its monitor go.
-
-        :raise StalledError: it does not.
-        """
-        monitor = self.vm.monitor
-        with contextlib.suppress(MonitorError), contextlib.suppress(CommandError):
-            await monitor.execute("quit")
-        with monitor.subscribe() as events, contextlib.suppress(DisconnectedError):
-            while True:
-                await events.get(self.vm.stall)
-
-
-async def until_running(monitor: Monitor) -> None:
-    """Wait until a guest that was continued runs.
-
-    :raise StalledError: it does not.
-    """
-    late = time.monotonic() + monitor.stall
-    while not (await monitor.execute("query-status"))["running"]:
-        if time.monotonic() > late:
-            raise StalledError("the guest was continued, and does not run")
-        await asyncio.sleep(_POLL)
 
 
 async def _nobody(_: Address) -> None:

@@ -53,12 +53,12 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.host.imagefiles import images_of
-from qmpblock.host.processes import is_running
-from qmpblock.migration import arbiter
+from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.hold import Hold
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
-from qmpblock.migration.landing import Landing, until_running
+from qmpblock.migration.landing import Landing
 from qmpblock.migration.look import Plan, look
+from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase, Side
 from qmpblock.migration.storage import Storage
 from qmpblock.migration.stream import OVER, Stream, told_at
@@ -95,7 +95,7 @@ async def migrate(
 
     The destination is a QEMU with the same machine and devices, images of its own of the same
     sizes, and `-S -incoming defer`. Its images are overwritten. Never do both run, and the guest
-    stands for some ten milliseconds, ten seconds at most: then it goes on at the source.
+    stands for tens of milliseconds, ten seconds at most: then it goes on at the source.
 
     Cancelled or failed before the guest is there, it goes on at the source, where nothing is left.
     A destination that was sent anything by then is ended (`quit`); else it waits as before. Once
@@ -152,7 +152,12 @@ class _Passage:
         self._settled = False  # whether nothing is left to recover
         self.storage = storage
         self.stream = Stream(source, record.run, speed, self._show, job.course)
-        self.landing = Landing(destination, record.run, plan.arriving)
+        self.landing = Landing(
+            destination,
+            record.run,
+            plan.arriving,
+            lambda: has_ended(hold.record, hold.record.destination),
+        )
         self.downtime = 0.0
         self._warnings = list(plan.warnings)
 
@@ -280,13 +285,13 @@ class _Passage:
 
     async def _source_has_ended(self) -> bool:
         """Whether the source's very process is certainly gone."""
-        vm = self.record.vm
+        said = self.hold.record
         deadline = time.monotonic() + _ENDING
-        while vm.pid and is_running(vm.pid, vm.start, vm.boot):
+        while not has_ended(said, said.source):
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(_LOOK)
-        return bool(vm.pid)
+        return True
 
     # -- the way back
 
@@ -455,8 +460,8 @@ class _Passage:
 
         :raise Error: somebody has had it go on at the destination.
         """
-        monitor = self.source.monitor
-        if await arbiter.claim(monitor, self.record.run, Side.SOURCE) is not Side.SOURCE:
+        said = await arbiter.claim(self.source.monitor, self.record.run, Side.SOURCE)
+        if said is not Side.SOURCE:
             self.job.enter(Phase.HANDED)
             raise Error(
                 "another controller has had the guest go on at the destination meanwhile",
@@ -465,8 +470,7 @@ class _Passage:
             )
         # First the one that must not run: where both have the same images, it has them locked.
         await self.landing.give_up()
-        await monitor.execute("cont")
-        await until_running(monitor)
+        await wayback.cont(self.source)
 
     async def _lost(self, error: BaseException) -> None:
         """Say what stands where the source cannot be reached any more."""

@@ -1,7 +1,7 @@
 """What is done to the two QEMUs of a migration when it does not go on, or is to be finished.
 
-One function a move (`qmpblock.migration.states.Move`), each idempotent, for whoever has decided it:
-the engine when it fails, and recoveries.
+One function a move (`qmpblock.migration.states.Move`), each idempotent, for recoveries, whose wires
+are nobody's any more. The engine, which holds its own, cuts those; the last two are its own, too.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from qmpblock.errors import RequestError, printable
 from qmpblock.policy.copyentry import CopyPolicy, read_copies
 from qmpblock.policy.values import amount_in, filled_in, keep_free_in, number_in, speed_in
 from qmpblock.sizes import LARGEST, Amount
-from qmpblock.yamltext import MOST_BYTES, Mapping, read_mapping
+from qmpblock.yamltext import Mapping, read_mapping, read_text
 
 __all__ = [
     "DiskPolicy",
@@ -119,12 +119,7 @@ def load_policy(path: Path | str) -> Policy:
 
     :raise PolicyError: it cannot be read, or what it says is wrong.
     """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise PolicyError(f"cannot read {printable(path)}: {printable(error)}") from None
-    return parse_policy(text, source=printable(path))
+    return parse_policy(read_text(path, PolicyError), source=printable(path))
 
 
 def parse_policy(text: str, *, source: str = "<text>") -> Policy:

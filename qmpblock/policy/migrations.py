@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qmpblock.address import parse_address
 from qmpblock.errors import RequestError, printable
 from qmpblock.policy.values import filled_in, number_in, speed_in
-from qmpblock.yamltext import MOST_BYTES, Mapping, read_mapping
+from qmpblock.yamltext import Mapping, read_mapping, read_text
 
 if TYPE_CHECKING:
     from qmpblock.address import Address
@@ -60,12 +60,7 @@ def load_migrations(path: Path | str) -> MigrationList:
 
     :raise RequestError: it cannot be read, or what it says is wrong.
     """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"cannot read {printable(path)}: {printable(error)}") from None
-    return parse_migrations(text, source=printable(path))
+    return parse_migrations(read_text(path), source=printable(path))
 
 
 def parse_migrations(text: str, *, source: str = "<text>") -> MigrationList:

@@ -365,16 +365,24 @@ async def names(monitor: Monitor) -> list[str]:
     return ours
 
 
-async def read(monitor: Monitor, name: str) -> Holder | str | None:
-    """Return the holder, why it cannot be read, or None if the lock is free by now."""
+async def data_of(monitor: Monitor, name: str) -> str | None:
+    """Return what a `secret` object says; None where there is none of that name."""
     try:
         text = await monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "data"})
     except CommandError as error:
         if no_object(error):
             return None
         raise
+    return text if isinstance(text, str) else json.dumps(text)
+
+
+async def read(monitor: Monitor, name: str) -> Holder | str | None:
+    """Return the holder, why it cannot be read, or None if the lock is free by now."""
+    text = await data_of(monitor, name)
+    if text is None:
+        return None
     try:
-        return Holder.from_text(text if isinstance(text, str) else json.dumps(text))
+        return Holder.from_text(text)
     except UnreadableError as error:
         return str(error)
 

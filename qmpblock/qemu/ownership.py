@@ -23,30 +23,13 @@ from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.host.processes import command_line
 from qmpblock.managers import Traits, Work, recognise
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.runstate import MIGRATION_OVER, OF_ITS_OWN
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, Device
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Owner", "Situation", "ask", "ask_for_change", "inactive_devices", "look", "situation"]
-
-# Run states (qapi/run-state.json) in which the images are this QEMU's, unless it migrates.
-_OURS = frozenset(
-    {
-        "debug",
-        "guest-panicked",
-        "internal-error",
-        "io-error",
-        "paused",
-        "prelaunch",
-        "running",
-        "shutdown",
-        "suspended",
-        "watchdog",
-    }
-)
-# States of a migration (qapi/migration.json) that is none, or is over.
-_OVER = frozenset({"none", "completed", "failed", "cancelled"})
 
 
 class Owner(Enum):
@@ -100,7 +83,7 @@ def situation(status: str, migration: str, inactive: Iterable[str] = ()) -> Situ
             "work on the VM in which the guest goes on, and quit this one (never cont it, unless "
             "the other has certainly ended)",
         )
-    if status in ("finish-migrate", "colo") or migration not in _OVER:
+    if status in ("finish-migrate", "colo") or migration not in MIGRATION_OVER:
         what = f"query-status says {printable(status)}, query-migrate {printable(migration)}"
         return Situation(
             Owner.LEAVING,
@@ -114,7 +97,7 @@ def situation(status: str, migration: str, inactive: Iterable[str] = ()) -> Situ
             f"QEMU is at work on an internal snapshot of this VM (query-status says {status})",
             "wait for its end, then run this again",
         )
-    if status not in _OURS:
+    if status not in OF_ITS_OWN:
         return Situation(
             Owner.UNKNOWN,
             f"this VM is in a state that qmpblock does not know ({printable(status)}), so whether "

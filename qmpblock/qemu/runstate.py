@@ -1,0 +1,23 @@
+"""States of a VM and of its migration, as data: qapi/run-state.json, qapi/migration.json. Pure."""
+
+from __future__ import annotations
+
+__all__ = ["MIGRATION_OVER", "OF_ITS_OWN"]
+
+#: Run states in which guest and images are this QEMU's, unless it migrates.
+OF_ITS_OWN = frozenset(
+    {
+        "debug",
+        "guest-panicked",
+        "internal-error",
+        "io-error",
+        "paused",
+        "prelaunch",
+        "running",
+        "shutdown",
+        "suspended",
+        "watchdog",
+    }
+)
+#: States of a migration that is none, or is over.
+MIGRATION_OVER = frozenset({"none", "completed", "failed", "cancelled"})
