@@ -32,22 +32,28 @@ class DistrustedError(Exception):
 
 
 class JournalFile:
-    """A file that lies in a directory, both open.
+    """A file that lies in a directory, both open until it is removed, or nobody has this object.
 
     :ivar path: for people.
     :ivar writable: whether this user may write to it.
     """
 
     def __init__(self, directory: OpenDirectory, name: str, fd: int, *, writable: bool = True):
-        self._directory = directory
+        self._directory: OpenDirectory | None = directory  # None: it was removed
         self._name = name
         self._fd = fd
         self.path = directory.path / name
         self.writable = writable
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self._fd)
+        self._close()
+
+    def _close(self) -> None:
+        """Let go of both: who unmounts what a journal lay on need not wait for this object's end."""
+        self._directory, fd, self._fd = None, self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     @classmethod
     def create(cls, directory: OpenDirectory, name: str, text: bytes) -> JournalFile | None:
@@ -114,13 +120,18 @@ class JournalFile:
     def read(self) -> bytes:
         """Return what it holds, up to a limit and one byte.
 
-        :raise OSError: it cannot be read.
+        :raise OSError: it cannot be read; it was removed.
         """
+        self._check_there()
         content, position = b"", 0
         while chunk := os.pread(self._fd, LIMIT + 1 - position, position):
             content += chunk
             position += len(chunk)
         return content
+
+    def _check_there(self) -> None:
+        if self._directory is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
 
     def become(self, lines: bytes) -> None:
         """Have it hold these whole lines, on stable storage. Only what differs is written.
@@ -132,6 +143,7 @@ class JournalFile:
         """
         if not self.writable:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.path)
+        self._check_there()
         if not os.fstat(self._fd).st_nlink:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
         held = self.read()
@@ -151,14 +163,17 @@ class JournalFile:
             raise
 
     def remove(self) -> None:
-        """Remove it, if its name still leads to it. Idempotent.
+        """Remove it, if its name still leads to it, and close it. Idempotent.
 
         :raise OSError: it cannot be removed.
         """
+        if self._directory is None:
+            return
         mine = FileId.of(os.fstat(self._fd))
         assert mine is not None  # it is a plain file
         if self._directory.remove(self._name, mine):
             self._directory.sync()
+        self._close()
 
     def _reserve(self, size: int) -> None:
         """Give a journal of `size` bytes room for what it will need besides."""

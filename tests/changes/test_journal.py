@@ -63,6 +63,25 @@ def test_made_for_this_user_alone(state, image):
         assert Journal.load(path).record == journal.record
 
 
+def test_nothing_of_one_that_was_removed_stays_open(state, image):
+    """Who unmounts a file system after a copy need not wait for Python to collect its objects."""
+
+    def opened():
+        return {
+            path
+            for one in Path("/proc/self/fd").iterdir()
+            if (path := os.path.realpath(one)).startswith(str(state.parent))
+        }
+
+    journal = Journal.create(of_pivot(image), image)
+    assert len(opened()) == 4, "two files, and the directories they lie in"
+    journal.remove()
+    assert opened() == set()
+    journal.remove()
+    with pytest.raises(Error, match="No such file"):
+        journal.add(pivoted=True)
+
+
 def test_a_directory_that_cannot_be_made(state):
     state.write_text("a file")
     with pytest.raises(Error, match="cannot write the journal") as caught:

@@ -429,6 +429,16 @@ async def test_a_guest_whose_disk_has_stopped_its_vm_is_told_of_at_once(
     await vm.kill()
 
 
+async def test_one_that_is_ending_is_waited_for(start_qemu: Any) -> None:
+    """Its monitors are closed before its process can be waited for."""
+    for _ in range(5):
+        vm = await start_qemu(ONE_RAW)
+        vm.expect_exit()
+        os.kill(vm.pid, signal.SIGKILL)
+        await vm.quit()
+        assert not vm.running
+
+
 LONG = """
 import asyncio, os, subprocess, sys, tempfile
 from pathlib import Path
