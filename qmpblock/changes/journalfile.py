@@ -49,7 +49,7 @@ class JournalFile:
         self._close()
 
     def _close(self) -> None:
-        """Let go of both: who unmounts what a journal lay on need not wait for this object's end."""
+        """Let go of both: what a journal lay on may be unmounted, whoever still has this object."""
         self._directory, fd, self._fd = None, self._fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):

@@ -20,7 +20,8 @@ back. The guest stands from `held` on, no longer than `STANDSTILL`.
 The way back is not interrupted::
 
     a destination that does not answer: every wire is cut first (K32)
-    memory ...   migrate_cancel, until the guest runs; of a source that says completed: the arbiter,
+    memory ...   the stream is cut, and migrate_cancel where the guest is held for us (K35), until
+                 the guest runs; of a source that says completed: the arbiter,
                  "source", then cont
     mirroring .. mirrors cancelled, the destination's exports ended (K1), nodes and locks removed
     the destination is as it was; or is ended (quit), where it was sent anything
@@ -422,9 +423,12 @@ class _Passage:
         :raise Error: it does not, or must not.
         """
         began = time.monotonic()
-        await self._within(self.stream.cancel())
+        # One that is on its way cannot be called back now: the guest might stand for ever (K35).
+        self.stream.cut()
         while True:
             state = await self._within(self.stream.state())
+            if state is not None and state[1] == "pre-switchover":
+                await self._within(self.stream.cancel())
             if state == ("postmigrate", "completed"):
                 await self._reclaim()
                 return

@@ -61,6 +61,16 @@ async def call_back(source: Connection, run: str) -> None:
     :raise StalledError: it does not come back.
     """
     await cut(source.monitor, run)
+
+    # One that is on its way fails, or comes to where the guest is held: only there it can be
+    # called back, or the guest might stand for ever (K35).
+    with contextlib.suppress(StalledError):
+        await _until(
+            source,
+            lambda _, migration: migration not in ACTIVE - {"pre-switchover"},
+            "",
+            limit=_OWN_DECISION,
+        )
     with contextlib.suppress(CommandError):  # it has ended by itself
         await source.monitor.execute("migrate_cancel")
     await _until(
