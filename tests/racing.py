@@ -28,8 +28,6 @@ from otherusers import EVE, Eve
 from qmpblock.address import UnixAddress
 from qmpblock.changes.journalfile import DistrustedError, JournalFile
 from qmpblock.errors import Error
-from qmpblock.export.server import remove_socket
-from qmpblock.export.socketfolder import SocketFolder
 from qmpblock.graph.places import FileId
 from qmpblock.host.borrowed import open_as_it_has
 from qmpblock.host.fallocate import keep_size
@@ -37,6 +35,7 @@ from qmpblock.host.handed import HandedFiles
 from qmpblock.host.imagechain import blockdev
 from qmpblock.host.ourfiles import Directory, remove, write_file
 from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.socketfolder import SocketFolder, remove_socket
 from qmpblock.host.space import open_image
 from qmpblock.host.statedirectory import OpenDirectory
 from qmpblock.sockets import open_socket

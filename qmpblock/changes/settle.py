@@ -23,11 +23,12 @@ from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.throttle import restore_limits
 from qmpblock.changes.unfinished import steps
 from qmpblock.errors import BusyError, CommandError, Error
-from qmpblock.export.server import delete_export, delete_object, remove_socket
+from qmpblock.export.server import delete_export, delete_object
 from qmpblock.export.session import clear_dead
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles, ourfiles
+from qmpblock.host.socketfolder import remove_socket
 from qmpblock.names import is_ours, is_socket_of, wire_credentials
 from qmpblock.qemu.instant import resume
 from qmpblock.qemu.job import Job

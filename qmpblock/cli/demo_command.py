@@ -46,7 +46,7 @@ async def command(options: Options, qemu: str | None) -> None:
     of the closed images (to which the guest's writes were replayed), and `nbdinfo --map`
     of the running one. Needs QEMU, qemu-img, nbdinfo and qmpblock[testing]; leaves nothing.
     """
-    from qmpblock.export.socketfolder import temporary_directory
+    from qmpblock.host.socketfolder import temporary_directory
 
     try:
         from qmpblock.testing.images import Tools, build, find_qemu

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from qmpblock.address import Address
 from qmpblock.errors import UNTOUCHED, Error, NBDConnectError, printable
-from qmpblock.export.socketfolder import SocketFolder
+from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.sockets import open_socket
 
 __all__ = ["End", "Relay"]

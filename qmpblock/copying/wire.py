@@ -32,9 +32,9 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.export.ownserver import NOTHING_LEFT
-from qmpblock.export.server import delete_object, remove_socket
-from qmpblock.export.socketfolder import SocketFolder
+from qmpblock.export.server import delete_object
 from qmpblock.host.processes import users_of
+from qmpblock.host.socketfolder import SocketFolder, remove_socket
 from qmpblock.names import wire_credentials, wire_node
 from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.monitor import Monitor

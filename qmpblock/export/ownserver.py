@@ -19,7 +19,7 @@ from qmpblock.export.server import (
     handshakes_end,
     is_listening,
 )
-from qmpblock.export.socketfolder import SocketFolder
+from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.names import (
     credentials_name,
     listener_name,

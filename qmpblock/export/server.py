@@ -8,9 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import posixpath
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 
 from qmpblock.address import TCPAddress
 from qmpblock.errors import BusyError, CommandError, printable
-from qmpblock.host.ourfiles import Directory
+from qmpblock.host.socketfolder import remove_socket
 from qmpblock.names import credentials_name, export_name, is_of_run, is_socket, listener_name
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
@@ -36,7 +33,6 @@ __all__ = [
     "is_listening",
     "monitor_name",
     "notice_closed",
-    "remove_socket",
     "undo_dead_run",
 ]
 
@@ -276,29 +272,6 @@ def _counted(number: int, noun: str) -> list[str]:
 
 def _listed(removed: Sequence[str]) -> str:
     return ", ".join(removed) or "nothing"
-
-
-def remove_socket(path: str) -> None:
-    """Remove a socket of ours and its directory, and never anything else that is in it.
-
-    The directory may be one that QEMU's user has named: it is no link, and nobody but its owner may
-    write to it. So it is ours, or his own, where he could do this himself.
-    """
-    folder, name = posixpath.split(path)
-    above, last = posixpath.split(folder)
-    with contextlib.suppress(OSError, ValueError), Directory(above) as directory:
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(last, flags, dir_fd=directory.fd)
-        try:
-            if os.fstat(fd).st_mode & 0o022:
-                return
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                if stat.S_ISSOCK(status.st_mode):
-                    os.unlink(name, dir_fd=fd)
-        finally:
-            os.close(fd)
-        os.rmdir(last, dir_fd=directory.fd)
 
 
 async def answers(host: str, ports: Sequence[object]) -> bool:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmpblock.errors import UNTOUCHED, ConnectError, ToolError, UnsupportedError, printable
-from qmpblock.export.socketfolder import temporary_directory
 from qmpblock.host.contents import Contents
 from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.socketfolder import temporary_directory
 from qmpblock.migration.launch import Image, Launch, launch
 from qmpblock.migration.origin import read_origin
 from qmpblock.names import VM_FOLDER

@@ -8,18 +8,21 @@ they can make files, but rename or remove none of ours. Where TMPDIR is not so, 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import posixpath
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from qmpblock.address import UnixAddress
-from qmpblock.export.server import remove_socket
+from qmpblock.host.ourfiles import Directory
 from qmpblock.host.statedirectory import InsecureError, open_proven
 from qmpblock.names import SOCKET
 
-__all__ = ["SocketFolder", "temporary_directory"]
+__all__ = ["SocketFolder", "remove_socket", "temporary_directory"]
 
 _LONGEST = 100  # bytes of its path: a socket's has room for 107 (unix(7))
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -80,6 +83,29 @@ def temporary_directory(name: str, places: Sequence[str] = ()) -> str:
     places = places or (tempfile.gettempdir(), "/tmp")  # noqa: S108  # it is for us alone
     short = [one for one in places if len(os.fsencode(Path(one, name))) < _LONGEST]
     return next(filter(_is_safe, short), places[-1])
+
+
+def remove_socket(path: str) -> None:
+    """Remove a socket of ours and its directory, and never anything else that is in it.
+
+    The directory may be one that QEMU's user has named: it is no link, and nobody but its owner may
+    write to it. So it is ours, or his own, where he could do this himself.
+    """
+    folder, name = posixpath.split(path)
+    above, last = posixpath.split(folder)
+    with contextlib.suppress(OSError, ValueError), Directory(above) as directory:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(last, flags, dir_fd=directory.fd)
+        try:
+            if os.fstat(fd).st_mode & 0o022:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                if stat.S_ISSOCK(status.st_mode):
+                    os.unlink(name, dir_fd=fd)
+        finally:
+            os.close(fd)
+        os.rmdir(last, dir_fd=directory.fd)
 
 
 def _open(place: Path) -> int:
