@@ -165,27 +165,29 @@ class Move(Enum):
 class Planned:
     """One move of a migration in which nothing fails.
 
-    :ivar enters: what the journal says, on stable storage, before the move is made; None where
-        the two sides tell as much.
+    :ivar enters: the phase that begins with it: the journal says so, on stable storage, before
+        the move is made.
+    :ivar reaches: the phase that begins once it is made; of that the two sides tell themselves.
     """
 
     move: Move
     enters: Phase | None = None
+    reaches: Phase | None = None
 
 
 #: What the engine does when all goes well.
 ORDER: tuple[Planned, ...] = (
     Planned(Move.CHECK),
-    Planned(Move.MIRROR, Phase.MIRRORING),
-    Planned(Move.AWAIT_READY),
-    Planned(Move.MIGRATE, Phase.MEMORY),
-    Planned(Move.AWAIT_HELD),
-    Planned(Move.END_MIRRORS),
+    Planned(Move.MIRROR, enters=Phase.MIRRORING),
+    Planned(Move.AWAIT_READY, reaches=Phase.READY),
+    Planned(Move.MIGRATE, enters=Phase.MEMORY),
+    Planned(Move.AWAIT_HELD, reaches=Phase.HELD),
+    Planned(Move.END_MIRRORS, reaches=Phase.ENDED),
     Planned(Move.UNEXPORT),
-    Planned(Move.CONTINUE, Phase.SENT),
-    Planned(Move.AWAIT_LANDED),
+    Planned(Move.CONTINUE, enters=Phase.SENT),
+    Planned(Move.AWAIT_LANDED, reaches=Phase.LANDED),
     Planned(Move.CLAIM_DESTINATION),
-    Planned(Move.MARK, Phase.HANDED),
+    Planned(Move.MARK, enters=Phase.HANDED),
     Planned(Move.CONT_DESTINATION),
     Planned(Move.FINISH_DESTINATION),
 )

@@ -10,7 +10,9 @@ from disturbed import locks, nothing_of_ours
 from migrating import arrived, both, machine, migrated, stressed
 
 import qmpblock
-from qmpblock.migration import migrate as module
+from qmpblock.migration import homeward, outward
+from qmpblock.migration.passage import Passage
+from qmpblock.migration.stream import Stream
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -39,7 +41,7 @@ def begin(start_qemu, vm_dir, qemu_binary):
 def at(monkeypatch, phase, do):
     """Do something as soon as that phase has begun, once."""
     with monkeypatch.context() as patch:
-        before = module._Passage._enter
+        before = Passage.enter
         todo = [do]
 
         async def enter(self, now):
@@ -47,15 +49,15 @@ def at(monkeypatch, phase, do):
             if now.value == phase and todo:
                 await todo.pop()()
 
-        until_held = module.Stream.until_held
+        until_held = Stream.until_held
 
         async def until(self):
             if phase == "active":
                 await todo.pop()()
             await until_held(self)
 
-        patch.setattr(module._Passage, "_enter", enter)
-        patch.setattr(module.Stream, "until_held", until)
+        patch.setattr(Passage, "enter", enter)
+        patch.setattr(Stream, "until_held", until)
         yield
         assert not todo, f"the phase {phase} never came"
 
@@ -137,8 +139,8 @@ async def test_the_destination_dies(
 async def test_the_destination_falls_silent(
     phase, begin, start_destination, invariant, monkeypatch
 ):
-    monkeypatch.setattr(module, "STANDSTILL", 3.0)
-    monkeypatch.setattr(module, "HOLD", 2.0)
+    monkeypatch.setattr(outward, "STANDSTILL", 3.0)
+    monkeypatch.setattr(homeward, "HOLD", 2.0)
     source = await begin(machine(2))
     destination = await start_destination(source)
     destination.expect_exit()

@@ -19,17 +19,17 @@ pytestmark = pytest.mark.live
 CONTROLLER = """\
 import asyncio, os, signal, sys
 import qmpblock
-from qmpblock.migration import migrate as module
+from qmpblock.migration.passage import Passage
 
 source, destination, phase = sys.argv[1:4]
-enter = module._Passage._enter
+enter = Passage.enter
 
 async def die(self, now):
     await enter(self, now)
     if now.value == phase:
         os.kill(os.getpid(), signal.SIGKILL)
 
-module._Passage._enter = die
+Passage.enter = die
 
 async def main():
     async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:

@@ -45,6 +45,11 @@ def test_the_journal_is_ahead_of_what_cannot_be_taken_back():
     assert phases == [phase for phase in Phase if phase in phases]
 
 
+def test_the_order_comes_to_every_phase_in_turn():
+    begin = [phase for one in ORDER for phase in (one.enters, one.reaches) if phase is not None]
+    assert [Phase.CHECKED, *begin] == list(Phase)
+
+
 @pytest.mark.parametrize("choice", Choice)
 def test_who_owns_in_a_state_is_who_the_table_says(choice):
     for state, source, destination in shown():

@@ -1,0 +1,156 @@
+"""The way home: the guest goes on at the source, from whatever phase. It is not interrupted.
+
+::
+
+    a destination that does not answer: every wire is cut first (K32)
+    memory ...   the stream is cut, and migrate_cancel where the guest is held for us (K35), until
+                 the guest runs; of a source that says completed: the arbiter,
+                 "source", then cont
+    mirroring .. mirrors cancelled, the destination's exports ended (K1), nodes and locks removed
+    the destination is as it was; or is ended (quit), where it was sent anything
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.copying.wire import HOLD
+from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError
+from qmpblock.migration import arbiter, wayback
+from qmpblock.migration.passage import HANDED
+from qmpblock.migration.states import Phase, Side
+from qmpblock.migration.stream import OVER
+from qmpblock.names import handover_name
+
+if TYPE_CHECKING:
+    from qmpblock.migration.passage import Passage
+
+__all__ = ["Homeward"]
+
+_LOOK = 0.02
+
+_log = logging.getLogger(__name__)
+
+
+class Homeward:
+    """What is done to have the guest stay. `go`."""
+
+    def __init__(self, passage: Passage) -> None:
+        self._passage = passage
+
+    async def go(self, error: BaseException) -> None:
+        """Have the guest go on at the source, and leave nothing; say so in the error.
+
+        :param error: why.
+        :raise Error: it does not, or something is left: the error says what.
+        """
+        passage = self._passage
+        answers = await passage.landing.answers()
+        if not answers or passage.source.monitor.closed:
+            self._cut()
+        if passage.source.monitor.closed:
+            await self._lost(error)
+            return
+        if passage.stream.begun:
+            await self._bring_back()
+        await passage.storage.break_off()
+        if answers:
+            with contextlib.suppress(Error):  # it has just ended, say
+                await passage.landing.end_exports()
+        await passage.stream.restore()
+        await passage.change.undo()
+        stands = await passage.landing.give_up()
+        if passage.landing.vm.monitor.closed:
+            # If it was needed: nobody else can run any more.
+            await arbiter.withdraw(passage.source.monitor, passage.record.run)
+        passage.settled = True
+        if isinstance(error, Error):  # whatever was said, before it was undone
+            error.standing = (
+                f"the guest runs at the source, where nothing of ours is left; {stands}"
+            )
+
+    def _cut(self) -> None:
+        self._passage.stream.cut()
+        self._passage.storage.cut()
+
+    async def _bring_back(self) -> None:
+        """Wait until the guest goes on at the source, which is told to give up the migration.
+
+        :raise Error: it does not, or must not.
+        """
+        passage = self._passage
+        began = time.monotonic()
+        # One that is on its way cannot be called back now: the guest might stand for ever (K35).
+        passage.stream.cut()
+        while True:
+            state = await self._within(passage.stream.state())
+            if state is not None and state[1] == "pre-switchover":
+                await self._within(passage.stream.cancel())
+            if state == ("postmigrate", "completed"):
+                await self._reclaim()
+                return
+            if state is not None and state[0] == "running" and state[1] in OVER:
+                return
+            late = time.monotonic() - began
+            if late > HOLD:
+                self._cut()
+            if late > HOLD + passage.source.stall:
+                raise StalledError(
+                    f"the guest does not go on at the source: {state or 'its monitor is silent'}",
+                    standing="the migration was given up; the destination was not continued",
+                    remedy="continue the source (cont), unless the object "
+                    f"{handover_name(passage.record.run)} in it says destination (qom-get)",
+                )
+            await asyncio.sleep(_LOOK)
+
+    async def _within(
+        self, command: Coroutine[Any, Any, tuple[str, str] | None]
+    ) -> tuple[str, str] | None:
+        """Give a command some seconds, then cut every wire: QEMU may wait for one (K32)."""
+        try:
+            async with asyncio.timeout(HOLD):
+                return await command
+        except TimeoutError:
+            self._cut()
+        except CommandError as error:
+            _log.debug("while the guest is brought back: %s", error)
+        return None
+
+    async def _reclaim(self) -> None:
+        """Have the guest go on at a source that had sent it away; nobody else may, by the arbiter.
+
+        :raise Error: somebody has had it go on at the destination.
+        """
+        passage = self._passage
+        said = await arbiter.claim(passage.source.monitor, passage.record.run, Side.SOURCE)
+        if said is not Side.SOURCE:
+            passage.job.enter(Phase.HANDED)
+            raise Error(
+                "another controller has had the guest go on at the destination meanwhile",
+                standing=HANDED,
+                remedy="end the source (quit), and never continue it",
+            )
+        # First the one that must not run: where both have the same images, it has them locked.
+        await passage.landing.give_up()
+        await wayback.cont(passage.source)
+
+    async def _lost(self, error: BaseException) -> None:
+        """Say what stands where the source cannot be reached any more."""
+        passage = self._passage
+        said = error if isinstance(error, DisconnectedError) else DisconnectedError("lost")
+        if passage.job.phase is Phase.LANDED:
+            await passage.change.after_disconnect(said)
+            said.standing = "all of the guest is at the destination, which stands (paused)"
+            said.remedy = (
+                "if the source's QEMU has certainly ended, continue the destination (cont); else "
+                "reach the source, and see whether it runs"
+            )
+            return
+        stands = await passage.landing.give_up()
+        await passage.change.after_disconnect(said)
+        said.standing = f"{said.standing}; {stands}"

@@ -1,0 +1,170 @@
+"""The way there: each move of `ORDER`, until the guest runs at the destination."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from qmpblock.cancellation import undisturbed
+from qmpblock.chains.plan import check_unchanged
+from qmpblock.changes.nomigration import allow_migration
+from qmpblock.errors import DisconnectedError, Error, StalledError, printable
+from qmpblock.migration import arbiter
+from qmpblock.migration.states import ORDER, Move, Side
+from qmpblock.migration.stream import told_at
+
+if TYPE_CHECKING:
+    from qmpblock.migration.passage import Passage
+
+__all__ = ["STANDSTILL", "Outward"]
+
+STANDSTILL = 10.0
+"""Seconds for which the guest may stand; then it goes on at the source."""
+
+_OF_DISKS = frozenset({Move.MIRROR, Move.AWAIT_READY})  # there is nothing in them without any
+
+
+class Outward:
+    """What is done, one move after the other. `go`, then `finish`."""
+
+    def __init__(self, passage: Passage) -> None:
+        self._passage = passage
+        self._left = iter(ORDER)
+        self._moves = {
+            Move.CHECK: self._check,
+            Move.MIRROR: self._mirror,
+            Move.AWAIT_READY: passage.storage.until_ready,
+            Move.MIGRATE: self._migrate,
+            Move.AWAIT_HELD: passage.stream.until_held,
+            Move.END_MIRRORS: passage.storage.end,
+            Move.UNEXPORT: passage.landing.end_exports,
+            Move.CONTINUE: passage.stream.go_on,
+            Move.AWAIT_LANDED: self._await_landed,
+            Move.CLAIM_DESTINATION: self._claim,
+            Move.MARK: self._mark,
+            Move.CONT_DESTINATION: self._cont,
+        }
+
+    async def go(self) -> None:
+        """Bring the guest there.
+
+        Cancelling leaves it in the phase in which it is; whoever brings it home goes on from there.
+
+        :raise Error: see `qmpblock.migrate`.
+        """
+        await self._through(Move.MIRROR)
+        async with self._passage.storage.watched():
+            await self._through(Move.AWAIT_HELD)
+        try:
+            async with asyncio.timeout(STANDSTILL):
+                await self._through(Move.AWAIT_LANDED)
+        except TimeoutError:
+            raise StalledError(
+                f"the guest stood for {STANDSTILL:g} s (phase {self._passage.job.phase.value}): "
+                "too long",
+                remedy="look what the destination, its storage or the network waits for",
+            ) from None
+        await undisturbed(self._through(Move.CONT_DESTINATION))
+
+    async def _through(self, last: Move) -> None:
+        """Make the moves that are left, up to one of them."""
+        copies = bool(self._passage.plan.copied)
+        for planned in self._left:
+            if copies or planned.move not in _OF_DISKS:
+                if planned.enters is not None:
+                    await self._passage.enter(planned.enters)
+                await self._moves[planned.move]()
+                if planned.reaches is not None:
+                    await self._passage.enter(planned.reaches)
+            if planned.move is last:
+                return
+
+    async def _check(self) -> None:
+        passage = self._passage
+        graph = await passage.source.graph()
+        for device in passage.plan.disks:
+            check_unchanged(graph, device)
+        await passage.hold.begin()
+        await passage.landing.lock(serving=len(passage.plan.copied))
+
+    async def _mirror(self) -> None:
+        passage = self._passage
+        targets = await undisturbed(passage.landing.serve(passage.plan.copied))
+        await passage.storage.start(targets)
+
+    async def _migrate(self) -> None:
+        passage = self._passage
+        await passage.stream.prepare()
+        passage.storage.hurry()
+        await allow_migration(passage.source.monitor, passage.record.run)
+        await passage.stream.start(passage.landing)
+
+    async def _await_landed(self) -> None:
+        try:
+            await self._passage.stream.until_completed()
+        except DisconnectedError:
+            # Without a last word; whether it had sent all the destination knows.
+            if not await self._passage.source_has_ended_standing():
+                raise
+        await self._passage.landing.until_it_has_all()
+
+    async def _claim(self) -> None:
+        """Have the arbiter say where the guest runs."""
+        passage = self._passage
+        if not await passage.landing.answers():
+            raise Error("the destination had all of the guest, and does not answer any more")
+        try:
+            said = await arbiter.claim(passage.source.monitor, passage.record.run, Side.DESTINATION)
+        except DisconnectedError:
+            if not await passage.source_has_ended_standing():
+                raise
+            said = Side.DESTINATION  # who has ended cannot run
+        if said is not Side.DESTINATION:
+            raise Error(
+                "another controller has had the guest go on at the source meanwhile",
+                remedy="see which one: it recovers what it took for the leftovers of a dead one",
+            )
+
+    async def _mark(self) -> None:
+        await arbiter.mark(self._passage.landing.vm.monitor, self._passage.record.run)
+
+    async def _cont(self) -> None:
+        passage = self._passage
+        runs, stood = told_at(await passage.landing.run()), passage.stream.stopped
+        passage.job.course.resumes(time.monotonic())
+        if runs is not None and stood is not None:
+            passage.downtime = max(0.0, runs - stood)
+
+    # -- FINISH_DESTINATION
+
+    async def finish(self, *, quit_source: bool) -> None:
+        """Take away what is ours at both sides, and say what it came to; warns, and never fails.
+
+        :param quit_source: whether the source's QEMU is to end.
+        """
+        known = len(self._passage.warnings)
+        ended = await self._clear_both(quit_source=quit_source)
+        self._passage.settled = len(self._passage.warnings) == known
+        self._passage.say(ended=ended)
+
+    async def _clear_both(self, *, quit_source: bool) -> bool:
+        passage = self._passage
+        try:
+            await passage.landing.leave()
+            await arbiter.withdraw(passage.landing.vm.monitor, passage.record.run)  # the mark
+        except Error as error:
+            self._warn("at the destination", error)
+        try:
+            await passage.change.undo()
+            await passage.stream.restore()
+            if quit_source:
+                await passage.source.monitor.execute("quit")
+        except DisconnectedError:
+            return await passage.source_has_ended()
+        except Error as error:
+            self._warn("at the source", error)
+        return quit_source and await passage.source_has_ended()
+
+    def _warn(self, where: str, error: Error) -> None:
+        self._passage.warnings.append(f"the guest has gone over, but {where}: {printable(error)}")

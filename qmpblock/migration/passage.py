@@ -1,0 +1,178 @@
+"""Passage: all that one migration makes, in which phase it is, and what it came to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qmpblock.changes.change import Change
+from qmpblock.changes.copies import Migration
+from qmpblock.changes.identity import identify
+from qmpblock.errors import Error
+from qmpblock.host.imagefiles import images_of
+from qmpblock.migration.hold import Hold
+from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
+from qmpblock.migration.landing import Landing
+from qmpblock.migration.sights import has_ended
+from qmpblock.migration.states import Phase
+from qmpblock.migration.storage import Storage
+from qmpblock.migration.stream import Stream
+from qmpblock.names import lock_names, new_run
+
+if TYPE_CHECKING:
+    from qmpblock.migration.look import Plan
+    from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.job import Progress
+
+__all__ = ["HANDED", "Passage"]
+
+HANDED = "the guest belongs to the destination now; never continue the source"
+"""What stands once it does."""
+
+_ENDING = 2.0  # seconds from QEMU's last word to the end of its process
+_LOOK = 0.02
+
+_log = logging.getLogger(__name__)
+
+
+class Passage:
+    """One migration: what there is of it. What is done with it is told elsewhere.
+
+    `qmpblock.migration.outward` has the guest go over, `qmpblock.migration.homeward` has it stay.
+
+    :ivar settled: whether nothing is left to recover.
+    :ivar downtime: seconds for which the guest stood; 0: not known.
+    :ivar warnings: what is worth acting on.
+    """
+
+    def __init__(
+        self,
+        source: Connection,
+        destination: Connection,
+        plan: Plan,
+        job: MigrationJob,
+        record: Migration,
+        storage: Storage,
+        hold: Hold,
+        speed: int,
+    ) -> None:
+        self.source = source
+        self.plan = plan
+        self.job = job
+        self.record = record
+        self.change = Change(source, record, journaled=False)
+        self.hold = hold
+        self.settled = False
+        self.storage = storage
+        self.stream = Stream(source, record.run, speed, self._show, job.course)
+        self.landing = Landing(
+            destination,
+            record.run,
+            plan.arriving,
+            lambda: has_ended(hold.record, hold.record.destination),
+        )
+        self.downtime = 0.0
+        self.warnings = list(plan.warnings)
+        self._began = time.monotonic()
+
+    @classmethod
+    async def of(
+        cls,
+        source: Connection,
+        destination: Connection,
+        plan: Plan,
+        job: MigrationJob,
+        *,
+        speed: int,
+    ) -> Passage:
+        """Say what it will make; make nothing."""
+        run = new_run()
+
+        def show(seen: Progress) -> None:
+            if job.phase is Phase.MIRRORING:
+                job.show(replace(seen, status=job.phase.value))
+
+        storage = Storage(source, run, plan.copied, speed, show, job.course)
+        chains = [device.chain for device in plan.disks]
+        record = Migration(
+            run=run,
+            vm=await identify(source),
+            devices=tuple(device.qom_path for device in plan.disks),
+            names=tuple(device.name for device in plan.disks),
+            locks=lock_names(plan.disks),
+            helpers=storage.jobs,
+            nodes=tuple(node for node, _ in storage.wires),
+            wires=storage.wires,
+            images=images_of(source.monitor.peer_pid, chains),
+        )
+        hold = await Hold.of(source, destination, run)
+        return cls(source, destination, plan, job, record, storage, hold, speed)
+
+    async def enter(self, phase: Phase) -> None:
+        """Say that a phase begins, before what it stands for is done."""
+        self.hold.enter(phase)
+        self.job.enter(phase)
+
+    def _show(self, seen: Progress) -> None:
+        self.job.show(replace(seen, status=self.job.phase.value))
+
+    async def source_has_ended_standing(self) -> bool:
+        """Whether it is gone, and its guest had not gone on there: then that one's disks count."""
+        return await self.source_has_ended() and not self.stream.went_on
+
+    async def source_has_ended(self) -> bool:
+        """Whether the source's very process is certainly gone."""
+        said = self.hold.record
+        deadline = time.monotonic() + _ENDING
+        while not has_ended(said, said.source):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(_LOOK)
+        return True
+
+    # -- at last
+
+    def say(self, *, ended: bool) -> None:
+        """Tell in the job's result what it came to, now that the guest has gone over.
+
+        :param ended: whether the source's QEMU has.
+        """
+        course = self.job.course
+        self.job.result = MigrationResult(
+            disks=tuple(
+                MigratedDisk(
+                    pair.source.name,
+                    pair.source.chain.active.file,
+                    pair.destination.chain.active.file,
+                    pair.source.chain.root.size,
+                    copied,
+                    course.mirror(mirror),
+                )
+                for pair, copied, mirror in zip(
+                    self.plan.copied, self.storage.copied, self.storage.jobs, strict=True
+                )
+            ),
+            seconds=time.monotonic() - self._began,
+            downtime=self.downtime,
+            qemu_downtime=self.stream.downtime,
+            longest_stall=course.longest_stall,
+            stopped=course.stopped,
+            resumed=course.resumed,
+            transferred=self.stream.transferred,
+            phases=course.phases(time.monotonic()),
+            passes=course.passes(),
+            source="ended" if ended else "postmigrate",
+            warnings=tuple(self.warnings),
+        )
+
+    async def close(self) -> None:
+        """Let go of all that this process holds; what is left to be recovered stays so."""
+        self.stream.close()
+        try:
+            await self.storage.close()
+        except Error as error:
+            _log.debug("a wire did not end well: %s", error)  # what that means was said by then
+        await self.hold.let_go(settled=self.settled)
