@@ -95,6 +95,8 @@ class Outward:
 
     async def _migrate(self) -> None:
         passage = self._passage
+        for notice in passage.means.notices():
+            passage.job.say(notice)
         await passage.stream.prepare()
         passage.storage.hurry()
         await allow_migration(passage.source.monitor, passage.record.run)
