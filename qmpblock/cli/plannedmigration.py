@@ -24,6 +24,8 @@ def said(planned: PlannedMigration) -> Iterator[str]:
             f"{printable(disk.disk)}: {human_size(disk.size)}, would be copied to "
             f"{printable(disk.target)}: {much}; the guest writes {_rate(disk.written)} to it"
         )
+    for one in planned.bitmaps:
+        yield f"{printable(one.disk)}: its dirty bitmap {printable(one.name)} would go along"
     expected = planned.prediction
     if expected is None:
         return

@@ -251,6 +251,7 @@ def _disk(here: GuestDisk, there: GuestDisk, destination: Machine, *, copies: bo
     if bool(here.iothread) != bool(there.iothread):
         at = "source" if here.iothread else "destination"
         yield "disk-iothread", f"{name} runs in an iothread at the {at} only"
+    yield from _bitmaps(here, there, copies=copies)
     known = here.identity is not None and there.identity is not None
     if not copies:
         if known and here.identity != there.identity:
@@ -265,23 +266,30 @@ def _disk(here: GuestDisk, there: GuestDisk, destination: Machine, *, copies: bo
     if here.jobs:
         jobs = ", ".join(map(printable, here.jobs))
         yield "source-job", f"on {name} of the source runs {jobs}"
-    yield from _bitmaps(here, there)
 
 
-def _bitmaps(here: GuestDisk, there: GuestDisk) -> _Found:
-    taken = there.stored.union(bitmap.name for bitmap in there.bitmaps)
-    for bitmap in here.bitmaps:
+def _bitmaps(here: GuestDisk, there: GuestDisk, *, copies: bool) -> _Found:
+    """Compare dirty bitmaps; a persistent one in an image that both have is there by itself."""
+    mine = () if here.read_only else here.bitmaps
+    same = here.read_only or not copies
+    left = (*here.lower, *(here.bitmaps if here.read_only else ()))
+    for bitmap in left:
+        if not (bitmap.persistent and same):
+            what = f"the dirty bitmap {printable(bitmap.name)} of {here.describe()} is of a layer"
+            yield "bitmap-left", f"{what} that is not written to"
+    taken = {bitmap.name for bitmap in there.bitmaps}
+    for bitmap in mine:
         named = f"the dirty bitmap {printable(bitmap.name)} of {here.describe()}"
         if bitmap.inconsistent or bitmap.busy:
             yield "bitmap-unusable", f"{named} is {'in use' if bitmap.busy else 'inconsistent'}"
-        if bitmap.name in taken:
+        if bitmap.name in taken or (copies and bitmap.name in there.stored):
             yield "bitmap-exists", f"{named} is there already, in {printable(there.file)}"
         if bitmap.persistent and not there.keeps_bitmaps:
             yield "bitmap-lost", f"{named} is persistent, and {printable(there.format)} stores none"
 
 
 def _capabilities(source: Machine, destination: Machine) -> _Found:
-    bitmaps = any(disk.bitmaps for disk in source.disks)
+    bitmaps = any(disk.bitmaps for disk in source.disks if not disk.read_only)
     needs = (*_SOURCE_NEEDS, *(("dirty-bitmaps",) if bitmaps else ()))
     for side, machine, needed in (
         ("source", source, needs),

@@ -18,7 +18,7 @@ from qmpblock.graph.places import Place
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import command_line
 from qmpblock.migration.devicetree import GuestDevice, read_tree
-from qmpblock.migration.machine import Block, GuestDisk, Machine
+from qmpblock.migration.machine import WITH_BITMAPS, Block, GuestDisk, Machine
 from qmpblock.migration.properties import CPU, MACHINE_OPTIONS, TOPOLOGY
 from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.iothread import iothread_of
@@ -29,7 +29,6 @@ __all__ = ["describe", "machine_options", "place_of", "read_blocks"]
 
 _BLOCK = re.compile(r"\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)(?:\s.*)?")
 _LONGEST = 400  # characters of a line of it; a name has 255 at most
-_WITH_BITMAPS = ("qcow2",)  # formats that store dirty bitmaps
 
 
 async def describe(vm: Connection) -> Machine:
@@ -199,8 +198,13 @@ async def _disks(
                 identity=(at.file.device, at.file.inode) if isinstance(at, Place) else None,
                 encrypted=active.node.encrypted,
                 bitmaps=active.node.bitmaps,
+                lower=tuple(
+                    bitmap
+                    for name in sorted(device.chain.node_names() - {active.node.name})
+                    for bitmap in graph.nodes[name].bitmaps
+                ),
                 stored=stored.get(active.node.name, frozenset()),
-                keeps_bitmaps=active.format in _WITH_BITMAPS,
+                keeps_bitmaps=active.format in WITH_BITMAPS,
                 holes=None if discard is None else discard == "unmap",
                 iothread=await iothread_of(vm.monitor, device, threads),
                 jobs=tuple(job.id for job in device.jobs),

@@ -63,6 +63,7 @@ class Homeward:
             with contextlib.suppress(Error):  # it has just ended, say
                 await passage.landing.end_exports()
         await passage.stream.restore()
+        await passage.bitmaps.restore(passage.source)
         await passage.change.undo()
         stands = await passage.landing.give_up()
         if passage.landing.vm.monitor.closed:

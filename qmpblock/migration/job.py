@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from qmpblock.migration.course import Course, MemoryPass, MirrorCourse, PhaseTime
@@ -13,25 +13,13 @@ from qmpblock.qemu.job import Progress
 
 __all__ = [
     "MemoryPass",
+    "MigratedBitmap",
     "MigratedDisk",
     "MigrationJob",
     "MigrationResult",
     "MirrorCourse",
-    "Notice",
     "PhaseTime",
 ]
-
-
-@dataclass(frozen=True)
-class Notice:
-    """What was said before it took effect.
-
-    :ivar at: seconds from the beginning of the migration.
-    :ivar text: for people.
-    """
-
-    at: float
-    text: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +42,23 @@ class MigratedDisk:
 
 
 @dataclass(frozen=True)
+class MigratedBitmap:
+    """One dirty bitmap that went along.
+
+    :ivar disk: what people call its disk at the source.
+    :ivar node: of the disk's, that it is of at the destination.
+    :ivar persistent: whether the image keeps it.
+    :ivar count: bytes that it marked when the guest stood.
+    """
+
+    disk: str
+    name: str
+    node: str
+    persistent: bool
+    count: int
+
+
+@dataclass(frozen=True)
 class MigrationResult:
     """What a migration came to: the guest runs at the destination.
 
@@ -67,11 +72,11 @@ class MigrationResult:
         when it heard the other: what the guest felt is no longer; 0 where they did not say.
     :ivar stopped: when it heard them, in seconds from the beginning; `resumed`.
     :ivar transferred: bytes of memory and devices' state, as QEMU counts them.
+    :ivar bitmaps: dirty bitmaps that went along.
     :ivar phases: what each took, in their order.
     :ivar passes: over the memory, as far as they were seen.
     :ivar source: what became of the source's QEMU: `postmigrate`, or `ended`.
     :ivar warnings: what is worth acting on.
-    :ivar notices: what was done on request for it to end, and when that was said.
     """
 
     disks: tuple[MigratedDisk, ...]
@@ -82,11 +87,11 @@ class MigrationResult:
     stopped: float | None
     resumed: float | None
     transferred: int
+    bitmaps: tuple[MigratedBitmap, ...]
     phases: tuple[PhaseTime, ...]
     passes: tuple[MemoryPass, ...]
     source: Literal["postmigrate", "ended"]
     warnings: tuple[str, ...]
-    notices: tuple[Notice, ...] = ()
 
 
 class MigrationJob(Feed[Progress]):
@@ -98,7 +103,6 @@ class MigrationJob(Feed[Progress]):
     :ivar progress: as yielded last; None at first.
     :ivar phase: in which it is.
     :ivar warnings: known by now.
-    :ivar notices: what was done by now, on request, for it to end; each before it takes effect.
     :ivar result: what it came to; None before the guest runs at the destination and all is
         cleaned up.
     :ivar over: whether it has ended.
@@ -108,7 +112,6 @@ class MigrationJob(Feed[Progress]):
         super().__init__()
         self.phase = Phase.CHECKED
         self.warnings = warnings
-        self.notices: tuple[Notice, ...] = ()
         self.result: MigrationResult | None = None
         self.course = Course(time.monotonic())  # for what runs the migration
 
@@ -124,11 +127,3 @@ class MigrationJob(Feed[Progress]):
         self.phase = phase
         self.course.enter(time.monotonic(), phase)
         self.wake()
-
-    def say(self, text: str) -> None:
-        """Say what is about to be done on request."""
-        self.notices = (*self.notices, Notice(self.course.since(time.monotonic()), text))
-        if self.progress is None:
-            self.wake()
-        else:
-            self.show(replace(self.progress))  # for whoever iterates to look

@@ -33,12 +33,14 @@ class Pair:
 class Plan:
     """What a migration is to do.
 
-    :ivar disks: every disk of the source; `copied`: those that are copied.
+    :ivar disks: every disk of the source; `pairs`: those that are written to, with what they are
+        there; `copied`: those of them that are copied.
     :ivar arriving: every disk of the destination.
     """
 
     disks: tuple[DiskDevice, ...]
     arriving: tuple[DiskDevice, ...]
+    pairs: tuple[Pair, ...]
     copied: tuple[Pair, ...]
     warnings: tuple[str, ...]
 
@@ -59,12 +61,13 @@ async def look(source: Connection, destination: Connection, *, memory_only: bool
     await make_way(source, lock_names(disks))
     graph, arriving = await source.graph(), await destination.graph()
     pairing = await check_pairing(source, destination, copies=not memory_only)
-    copied = _pairs(pairing.disks, graph, arriving)
+    pairs = _pairs(pairing.disks, graph, arriving)
     for device in graph.disks():
         check_idle(device)
     first = disks[0].chain.active.file if disks else ""
     await ownership.ask_for_change(source, Work("migrate", first))
-    return Plan(graph.disks(), arriving.disks(), copied, pairing.warnings)
+    copied = () if memory_only else pairs
+    return Plan(graph.disks(), arriving.disks(), pairs, copied, pairing.warnings)
 
 
 def _pairs(

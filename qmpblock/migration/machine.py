@@ -12,7 +12,10 @@ from qmpblock.errors import printable
 from qmpblock.graph.model import Bitmap
 from qmpblock.migration.devicetree import GuestDevice
 
-__all__ = ["Block", "GuestDisk", "Machine"]
+__all__ = ["WITH_BITMAPS", "Block", "GuestDisk", "Machine"]
+
+WITH_BITMAPS = ("qcow2",)
+"""Formats that store dirty bitmaps."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class GuestDisk:
     :ivar file: of its active layer.
     :ivar here: a name that leads to it on this host; empty where there is none.
     :ivar identity: what that file is on this host; None where that cannot be told.
-    :ivar bitmaps: of its active layer, those with a name.
+    :ivar bitmaps: dirty bitmaps of its active layer, those with a name; `lower`: of what else it
+        is made of.
     :ivar stored: names of those that the image itself has.
     :ivar keeps_bitmaps: whether the active layer's format can store them.
     :ivar holes: whether what is discarded in it is given back; None where nothing tells.
@@ -57,6 +61,7 @@ class GuestDisk:
     identity: tuple[int, int | None] | None = None
     encrypted: bool = False
     bitmaps: tuple[Bitmap, ...] = ()
+    lower: tuple[Bitmap, ...] = ()
     stored: frozenset[str] = frozenset()
     keeps_bitmaps: bool = False
     holes: bool | None = None

@@ -209,6 +209,13 @@ KINDS: Mapping[str, Kind] = {
         "the source refuses to migrate its bitmaps",
         "wait for what uses it; remove one that is inconsistent",
     ),
+    "bitmap-left": Kind(
+        "a dirty bitmap of a lower layer, or of an image that can only be read",
+        _NEVER,
+        "it stays behind: the destination has no such layer, or the image itself has it",
+        "copy what it tells of before, if that is needed",
+        refused=False,
+    ),
     "capability-unknown": Kind(
         "a capability that is needed and not known",
         _AT_ONCE,

@@ -37,7 +37,7 @@ class Outward:
             Move.AWAIT_READY: passage.storage.until_ready,
             Move.MIGRATE: self._migrate,
             Move.AWAIT_HELD: passage.stream.until_held,
-            Move.END_MIRRORS: passage.storage.end,
+            Move.END_MIRRORS: self._end_mirrors,
             Move.UNEXPORT: passage.landing.end_exports,
             Move.CONTINUE: passage.stream.go_on,
             Move.AWAIT_LANDED: self._await_landed,
@@ -95,12 +95,14 @@ class Outward:
 
     async def _migrate(self) -> None:
         passage = self._passage
-        for notice in passage.means.notices():
-            passage.job.say(notice)
-        await passage.stream.prepare()
+        await passage.stream.prepare(await passage.bitmaps.prepare())
         passage.storage.hurry()
         await allow_migration(passage.source.monitor, passage.record.run)
         await passage.stream.start(passage.landing)
+
+    async def _end_mirrors(self) -> None:
+        await self._passage.storage.end()
+        await self._passage.bitmaps.count()
 
     async def _await_landed(self) -> None:
         try:
@@ -110,6 +112,7 @@ class Outward:
             if not await self._passage.source_has_ended_standing():
                 raise
         await self._passage.landing.until_it_has_all()
+        await self._passage.bitmaps.check()
 
     async def _claim(self) -> None:
         """Have the arbiter say where the guest runs."""
@@ -155,11 +158,13 @@ class Outward:
         try:
             await passage.landing.leave()
             await arbiter.withdraw(passage.landing.vm.monitor, passage.record.run)  # the mark
+            await passage.bitmaps.restore(passage.landing.vm)
         except Error as error:
             self._warn("at the destination", error)
         try:
             await passage.change.undo()
             await passage.stream.restore()
+            await passage.bitmaps.restore(passage.source)
             if quit_source:
                 await passage.source.monitor.execute("quit")
         except DisconnectedError:

@@ -13,10 +13,10 @@ from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
 from qmpblock.errors import Error
 from qmpblock.host.imagefiles import images_of
+from qmpblock.migration.bitmaps import Bitmaps
 from qmpblock.migration.hold import Hold
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing
-from qmpblock.migration.settings import Preset, wanted_at_source
 from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
 from qmpblock.migration.storage import Storage
@@ -25,7 +25,6 @@ from qmpblock.names import lock_names, new_run
 
 if TYPE_CHECKING:
     from qmpblock.migration.look import Plan
-    from qmpblock.migration.means import MigrationMeans
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
 
@@ -59,8 +58,7 @@ class Passage:
         record: Migration,
         storage: Storage,
         hold: Hold,
-        means: MigrationMeans,
-        preset: Preset,
+        speed: int,
     ) -> None:
         self.source = source
         self.plan = plan
@@ -70,14 +68,14 @@ class Passage:
         self.hold = hold
         self.settled = False
         self.storage = storage
-        self.means = means
-        self.stream = Stream(source, record.run, preset, self._show, job.course)
+        self.stream = Stream(source, record.run, speed, self._show, job.course)
         self.landing = Landing(
             destination,
             record.run,
             plan.arriving,
             lambda: has_ended(hold.record, hold.record.destination),
         )
+        self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
         self.downtime = 0.0
         self.warnings = list(plan.warnings)
         self._began = time.monotonic()
@@ -89,13 +87,11 @@ class Passage:
         destination: Connection,
         plan: Plan,
         job: MigrationJob,
-        means: MigrationMeans,
         *,
         speed: int,
     ) -> Passage:
         """Say what it will make; make nothing."""
         run = new_run()
-        preset = await Preset.of(source.monitor, wanted_at_source(means, speed))
 
         def show(seen: Progress) -> None:
             if job.phase is Phase.MIRRORING:
@@ -114,8 +110,8 @@ class Passage:
             wires=storage.wires,
             images=images_of(source.monitor.peer_pid, chains),
         )
-        hold = await Hold.of(source, destination, run, preset.had)
-        return cls(source, destination, plan, job, record, storage, hold, means, preset)
+        hold = await Hold.of(source, destination, run)
+        return cls(source, destination, plan, job, record, storage, hold, speed)
 
     async def enter(self, phase: Phase) -> None:
         """Say that a phase begins, before what it stands for is done."""
@@ -168,11 +164,11 @@ class Passage:
             stopped=course.stopped,
             resumed=course.resumed,
             transferred=self.stream.transferred,
+            bitmaps=self.bitmaps.moved,
             phases=course.phases(time.monotonic()),
             passes=course.passes(),
             source="ended" if ended else "postmigrate",
             warnings=tuple(self.warnings),
-            notices=self.job.notices,
         )
 
     async def close(self) -> None:

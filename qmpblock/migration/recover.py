@@ -33,7 +33,6 @@ from qmpblock.migration.decision import Decision, decide
 from qmpblock.migration.hold import holder_of, record_of
 from qmpblock.migration.journal import MigrationJournal, journals
 from qmpblock.migration.record import MigrationRecord
-from qmpblock.migration.settings import put_back
 from qmpblock.migration.sights import has_ended, look_at_both
 from qmpblock.migration.states import Move, Phase, Reach, Seen, Side
 from qmpblock.names import MIGRATION_LOCK, new_run
@@ -370,7 +369,6 @@ class _Recovering:
         vm = self._migration.source
         if source.answers:
             assert vm is not None
-            await put_back(vm.monitor, self._record.source_had)
             # Where the destination may be there, the arbiter goes on keeping it from the guest.
             if source.decided is None or destination.reach is Reach.GONE:
                 await arbiter.withdraw(vm.monitor, self._record.run)

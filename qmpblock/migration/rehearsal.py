@@ -17,7 +17,6 @@ from qmpblock.host.space import HostSpace
 from qmpblock.mapping import MappedDisk
 from qmpblock.migration.compare import Finding, compare, pairs
 from qmpblock.migration.describe import describe
-from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
 from qmpblock.migration.predict import Load, Prediction, Room, lacking, predict
 
@@ -26,7 +25,14 @@ if TYPE_CHECKING:
     from qmpblock.migration.machine import GuestDisk, Machine
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Pairing", "PlannedDisk", "PlannedMigration", "check_pairing", "plan_migration"]
+__all__ = [
+    "Pairing",
+    "PlannedBitmap",
+    "PlannedDisk",
+    "PlannedMigration",
+    "check_pairing",
+    "plan_migration",
+]
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,25 @@ class PlannedDisk:
 
 
 @dataclass(frozen=True)
+class PlannedBitmap:
+    """One dirty bitmap that would go along.
+
+    :ivar disk: what people call its disk at the source.
+    :ivar persistent: whether the image keeps it.
+    """
+
+    disk: str
+    name: str
+    persistent: bool
+
+
+@dataclass(frozen=True)
 class PlannedMigration:
     """What a migration would be. Get it from `plan_migration`.
 
     :ivar findings: what speaks against it, refusals first.
     :ivar disks: that would be copied; empty where the images are shared.
+    :ivar bitmaps: that would go along.
     :ivar memory: bytes of it; `dirtied`: that the guest writes to a second, None where that is not
         measured.
     :ivar speed: of the wire, bytes a second; 0: not known.
@@ -62,6 +82,7 @@ class PlannedMigration:
 
     findings: tuple[Finding, ...]
     disks: tuple[PlannedDisk, ...] = ()
+    bitmaps: tuple[PlannedBitmap, ...] = ()
     memory: int = 0
     dirtied: float | None = None
     speed: int = 0
@@ -77,7 +98,7 @@ class PlannedMigration:
 class Pairing:
     """Two VMs that fit.
 
-    :ivar disks: what is written to and is to be copied where, by the devices' paths in QEMU's
+    :ivar disks: which of those that are written to is which, by the devices' paths in QEMU's
         object tree: those of one disk need not be the same at both ends.
     :ivar warnings: what is worth acting on.
     """
@@ -105,7 +126,7 @@ async def check_pairing(
             remedy="; ".join(dict.fromkeys(one.kind.remedy for one in refused)),
         )
     return Pairing(
-        tuple((one.path, other.path) for one, other in _written(here, there) if copies),
+        tuple((one.path, other.path) for one, other in _written(here, there)),
         tuple(f"{one.what}: {one.kind.otherwise}" for one in found),
     )
 
@@ -116,12 +137,7 @@ def _written(here: Machine, there: Machine) -> list[tuple[GuestDisk, GuestDisk]]
 
 
 async def plan_migration(
-    source: Connection,
-    destination: Connection,
-    *,
-    copies: bool = True,
-    speed: int = 0,
-    means: MigrationMeans | None = None,
+    source: Connection, destination: Connection, *, copies: bool = True, speed: int = 0
 ) -> PlannedMigration:
     """Say what a migration would be: what speaks against it, what it takes, whether it would end.
 
@@ -130,11 +146,7 @@ async def plan_migration(
 
     :param copies: whether the disks are copied, too; else both ends have the same images.
     :param speed: of the wire, bytes a second; 0: not known.
-    :param means: what it may do to come to its end.
-    :raise RequestError: `means` cannot be.
     """
-    means = MigrationMeans() if means is None else means
-    means.check()
     here, there = await asyncio.gather(describe(source), describe(destination))
     found = compare(here, there, copies=copies)
     plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed)
@@ -148,16 +160,20 @@ async def plan_migration(
         plan,
         findings=(*(Finding("room", text) for text in lacking(list(_rooms(wanted, data)))), *found),
         disks=tuple(_disk(one, other, data[one.name], load) for one, other in wanted),
+        bitmaps=tuple(
+            PlannedBitmap(one.name, bitmap.name, bitmap.persistent)
+            for one, _ in _written(here, there)
+            for bitmap in one.bitmaps
+        ),
         dirtied=load.memory,
     )
     parameters = await source.monitor.execute("query-migrate-parameters")
-    limit = means.downtime_limit or parameters.get("downtime-limit", 300) / 1000
     expected = predict(
         load,
         data=sum(disk.size if disk.data is None else disk.data for disk in plan.disks),
         memory=plan.memory,
         speed=speed,
-        limit=limit,
+        limit=parameters.get("downtime-limit", 300) / 1000,
     )
     return replace(plan, prediction=expected)
 

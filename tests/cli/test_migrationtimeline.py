@@ -24,6 +24,7 @@ RESULT = MigrationResult(
     stopped=6.99,
     resumed=7.021,
     transferred=4 * MIB,
+    bitmaps=(),
     phases=(
         PhaseTime("checked", 1.0),
         PhaseTime("mirroring", 5.0, 8 * MIB, 1.6 * MIB),

@@ -125,6 +125,7 @@ CASES = {
         DESTINATION,
         "p0",
     ),
+    "bitmap-left": (with_disk(SOURCE, lower=(BITMAP,)), DESTINATION, "not written to"),
     "capability-unknown": (replace(SOURCE, capabilities=WITHOUT), DESTINATION, "dirty-bitmaps"),
     "capability-differs": (
         SOURCE,
@@ -158,6 +159,19 @@ def test_each_mismatch_is_found_and_no_other(name):
 def test_each_mismatch_of_shared_images(name):
     source, destination, words = SHARED[name]
     assert words in found(source, destination, copies=False)[name]
+
+
+def test_of_an_image_that_both_have_persistent_bitmaps_are_there_by_themselves():
+    mine = with_disk(SOURCE, bitmaps=(BITMAP,), read_only=True)
+    there = with_disk(DESTINATION, stored=frozenset({"p0"}), read_only=True)
+    assert compare(mine, there) == ()
+    lower = with_disk(SOURCE, lower=(BITMAP, replace(BITMAP, name="t", persistent=False)))
+    shared = with_disk(DESTINATION, stored=frozenset({"p0"}))
+    [one] = compare(lower, shared, copies=False)
+    assert one.name == "bitmap-left"
+    assert "bitmap t of" in one.what
+    busy = with_disk(SOURCE, bitmaps=(replace(BITMAP, busy=True),))
+    assert list(found(busy, shared, copies=False)) == ["bitmap-unusable"]
 
 
 def test_every_kind_is_found_by_a_case():
