@@ -141,7 +141,7 @@ async def reserve_by_staging(
         slice_size = min(slice_size, max(speed.rate, _SMALLEST))
     cluster = active.node.cluster_size or 65536
     slice_size = max(cluster, slice_size - slice_size % cluster)
-    with open_home(vm, active, file) as directory:
+    with await open_home(vm, active, file) as directory:
         await change.begin()
         async with change.or_undo(
             lambda: (

@@ -60,18 +60,20 @@ def written(vm: Connection, active: Layer, file: str) -> tuple[tuple[str, int], 
     return tuple(names)
 
 
-def open_home(vm: Connection, active: Layer, file: str) -> Directory:
+async def open_home(vm: Connection, active: Layer, file: str) -> Directory:
     """Open the directory of the active image: the one in which it is, not only by its name.
 
     :raise Error: it is another one by now.
+    :raise DisconnectedError: QEMU has gone meanwhile.
     """
-    directory = open_directory(file)
-    assert active.storage is not None  # home_file found its file
-    place = OpenFiles(vm.monitor.peer_pid).place(active.storage)
-    if isinstance(place, Place) and directory.holds(posixpath.basename(file), place.file):
-        return directory
-    directory.close()
-    raise _no_overlay(active, "was moved just now")
+    async with vm.unless_gone():
+        directory = open_directory(file)
+        assert active.storage is not None  # home_file found its file
+        place = OpenFiles(vm.monitor.peer_pid).place(active.storage)
+        if isinstance(place, Place) and directory.holds(posixpath.basename(file), place.file):
+            return directory
+        directory.close()
+        raise _no_overlay(active, "was moved just now")
 
 
 def _no_overlay(active: Layer, reason: str) -> UnsupportedError:

@@ -158,7 +158,7 @@ async def _kept(
     for plan in plans:
         active = plan.device.chain.active
         home = await home_file(vm, active)
-        open_home(vm, active, home).close()
+        (await open_home(vm, active, home)).close()
         rooms.append(_room_in(posixpath.dirname(home), room_wanted([(plan.size, 0)])))
     return rooms
 

@@ -266,7 +266,7 @@ async def _planned(vm: Connection, target: CopyTarget, stack: AsyncExitStack) ->
         posixpath.basename(home),
         # What the guest writes comes home in its clusters: no larger ones than the image's.
         min(active.node.cluster_size or _CLUSTER, _CLUSTER),
-        directory=stack.enter_context(open_home(vm, active, home)),
+        directory=stack.enter_context(await open_home(vm, active, home)),
     )
     return Frozen(Change(vm, record, beside=Path(home)), item)
 

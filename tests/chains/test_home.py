@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from qmpblock.chains.home import home_file, open_home, written
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import DisconnectedError, UnsupportedError
 from qmpblock.graph.model import Layer, Node
 from qmpblock.qemu.connection import Connection, NBDAccess
 
@@ -14,13 +14,16 @@ from qmpblock.qemu.connection import Connection, NBDAccess
 class Asked(Connection):
     """A VM whose process is this one."""
 
-    def __init__(self):
+    def __init__(self, *, gone=False):
+        self.gone = gone
         self.commands = []
         monitor = SimpleNamespace(peer_pid=os.getpid(), execute=self.execute)
         super().__init__(monitor, NBDAccess(), 60.0)
 
     async def execute(self, command):
         self.commands.append(command)
+        if self.gone:
+            raise DisconnectedError("it is gone")
 
 
 def layer(path):
@@ -48,10 +51,25 @@ async def test_an_image_that_is_not(tmp_path):
     assert vm.commands == ["query-status"]
 
 
-def test_a_directory_that_is_another_one_by_now(image, tmp_path):
-    with open_home(Asked(), layer(image), str(image)) as directory:
+async def test_a_directory_that_is_another_one_by_now(image, tmp_path):
+    with await open_home(Asked(), layer(image), str(image)) as directory:
         assert directory.status("image").st_ino == image.stat().st_ino
     moved = image.rename(tmp_path / "moved")
     image.write_bytes(b"another")
     with pytest.raises(UnsupportedError, match="was moved just now"):
-        open_home(Asked(), layer(moved), str(image))
+        await open_home(Asked(), layer(moved), str(image))
+
+
+@pytest.mark.parametrize("look", ["home_file", "open_home"])
+async def test_a_qemu_that_has_gone_moved_no_image(image, tmp_path, look):
+    """Of a process that has ended no open file can be seen: it is said that it has ended."""
+    closed = tmp_path / "closed"
+    closed.touch()
+    vm = Asked(gone=True)
+    with pytest.raises(DisconnectedError) as caught:
+        await (
+            home_file(vm, layer(closed))
+            if look == "home_file"
+            else open_home(vm, layer(closed), str(closed))
+        )
+    assert caught.value.standing == "nothing was touched"
