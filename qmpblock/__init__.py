@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qmpblock.host.closedimage import ClosedImage, ImageLayer, closed_image
     from qmpblock.mapping import LayerMap
     from qmpblock.migration.job import MigrationJob, MigrationResult
+    from qmpblock.migration.means import MigrationMeans
     from qmpblock.migration.migrate import migrate
     from qmpblock.migration.recover import recover_migration
     from qmpblock.qemu.job import Job, Progress
@@ -41,6 +42,7 @@ __all__ = [
     "Job",
     "LayerMap",
     "MigrationJob",
+    "MigrationMeans",
     "MigrationResult",
     "Monitor",
     "Progress",
@@ -67,6 +69,7 @@ _HOMES = {
     "Job": "qemu.job",
     "LayerMap": "mapping",
     "MigrationJob": "migration.job",
+    "MigrationMeans": "migration.means",
     "MigrationResult": "migration.job",
     "Monitor": "qemu.monitor",
     "Progress": "qemu.job",

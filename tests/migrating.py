@@ -44,8 +44,11 @@ async def both(source, destination, **options):
         yield one, other
 
 
-async def migrated(source, destination, **options):
-    async with both(source, destination) as vms, qmpblock.migrate(*vms, **options) as job:
+async def migrated(source, destination, stall=60, **options):
+    async with (
+        both(source, destination, stall=stall) as vms,
+        qmpblock.migrate(*vms, **options) as job,
+    ):
         async for _ in job:
             pass
     return job.result

@@ -14,12 +14,14 @@ from qmpblock.cli.app import WARNED, Options, Rate, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
 from qmpblock.cli.migration import migrated
+from qmpblock.cli.migrationmeans import means_options
 from qmpblock.cli.picture import check_svg, svg_option
 from qmpblock.cli.plannedmigration import document, said, said_finding
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
     from qmpblock.migration.launch import Launch
+    from qmpblock.migration.means import MigrationMeans
     from qmpblock.migration.rehearsal import PlannedMigration
 
 __all__ = ["command"]
@@ -57,6 +59,7 @@ _REFUSED = 2
     default=0,
     help="Bytes a second at most, of all disks, and again of the memory (K, M, G).",
 )
+@means_options
 @click.option(
     "--list",
     "list_file",
@@ -85,6 +88,7 @@ async def command(
     quit_source: bool,
     directory: str,
     qemu: str | None,
+    means: MigrationMeans,
 ) -> int:
     """Have the guest of a running VM go on in another QEMU, with its disks, while it runs.
 
@@ -95,7 +99,7 @@ async def command(
     is something to be warned of.
     """
     if list_file is not None:
-        if source or form or svg or memory_only or speed or quit_source:
+        if source or form or svg or memory_only or speed or quit_source or means.any:
             raise click.UsageError("--list goes alone: FILE says the rest")
         from qmpblock.cli.migratelist import migrated_list
 
@@ -135,8 +139,12 @@ async def command(
         async with options.connect(destination) as there:
             if form is None:
                 how = {"memory_only": memory_only, "quit_source": quit_source}
-                return await migrated(options, here, there, speed=speed, svg=svg, **how)
-            planned = await plan_migration(here, there, copies=not memory_only, speed=speed)
+                return await migrated(
+                    options, here, there, speed=speed, means=means, svg=svg, **how
+                )
+            planned = await plan_migration(
+                here, there, copies=not memory_only, speed=speed, means=means
+            )
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")
     else:

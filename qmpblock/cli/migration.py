@@ -18,6 +18,7 @@ from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
     from qmpblock.migration.job import MigrationResult, PhaseTime
+    from qmpblock.migration.means import MigrationMeans
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["migrated"]
@@ -31,6 +32,7 @@ async def migrated(
     memory_only: bool,
     speed: int,
     quit_source: bool,
+    means: MigrationMeans,
     svg: str | None = None,
 ) -> int:
     """Migrate, and say how; return the exit code.
@@ -40,14 +42,23 @@ async def migrated(
     from qmpblock.migration.migrate import migrate
 
     moving = migrate(
-        source, destination, memory_only=memory_only, speed=speed, quit_source=quit_source
+        source,
+        destination,
+        memory_only=memory_only,
+        speed=speed,
+        quit_source=quit_source,
+        means=means,
     )
     job = None
     try:
         async with moving as job:
             warn(job.warnings)
             with reporting("migration") as show:
+                said = 0
                 async for seen in job:
+                    for notice in job.notices[said:]:
+                        click.echo(f"migration: {notice.text}", err=True)
+                    said = len(job.notices)
                     show(seen)
     except asyncio.CancelledError:
         if job is not None and job.result is not None:
@@ -93,6 +104,8 @@ def _say(result: MigrationResult) -> None:
             f"{human_size(one.count)} marked"
         )
     click.echo(f"  memory: {human_size(result.transferred)} sent")
+    for notice in result.notices:
+        click.echo(f"  after {notice.at:.1f} s: {notice.text}")
     click.echo("  " + ", ".join(f"{one.phase} {_took(one)}" for one in result.phases))
     click.echo(
         "  the source's QEMU was ended"

@@ -2,11 +2,11 @@
 
 QEMU sends them itself (capability `dirty-bitmaps`, which the source needs alone), the last of it
 when the guest stands and no mirror writes any more. What is mirrored marks nothing at the
-destination: until the guest runs there they do not record (F32).
+destination: until the guest runs there they do not record (F33).
 
 It names them by the source's nodes. Where the destination's are called otherwise, or where
 there are some that are to stay, both are told which are which (`block-bitmap-mapping`); that QEMU
-cannot be made to forget again, so afterwards it is told what means the same (F32).
+cannot be made to forget again, so afterwards it is told what means the same (F33).
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 from qmpblock.errors import BusyError, Error, printable
 from qmpblock.migration.job import MigratedBitmap
 from qmpblock.migration.machine import WITH_BITMAPS
-from qmpblock.names import export_name
+from qmpblock.names import export_name, is_of_run
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
     from qmpblock.migration.look import Pair
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Bitmaps"]
+__all__ = ["Bitmaps", "put_back"]
 
-_CAPABILITY = "dirty-bitmaps"
 _MAPPING = "block-bitmap-mapping"
 #: What is the same at both ends once the guest has arrived.
 _ALIKE = ("count", "granularity", "persistent", "recording")
@@ -50,8 +49,8 @@ class Bitmaps:
         self._counted: dict[tuple[str, str], dict[str, Any]] = {}
         self._told: dict[Connection, list[dict[str, Any]] | None] = {}  # what each had before
 
-    async def prepare(self) -> dict[str, bool]:
-        """Say which go along, and where; return the capabilities that this takes, or must not have.
+    async def prepare(self) -> None:
+        """Say which go along, and where.
 
         They are those of now: somebody may have added some while the disks were copied.
 
@@ -72,9 +71,9 @@ class Bitmaps:
                     )
                     raise Error(f"{named}, which was added meanwhile, is {why}", remedy="remove it")
             self._names[node] = tuple(one.name for one in graph.nodes[node].bitmaps)
-        if any(self._names.values()):
-            await self._tell({name for name, node in graph.nodes.items() if node.bitmaps})
-        return {_CAPABILITY: any(self._names.values())}
+        every = {name for name, node in graph.nodes.items() if node.bitmaps}
+        if every:
+            await self._tell(every)
 
     async def _tell(self, every: set[str]) -> None:
         """Say which are which, where QEMU would not find it by itself, or was told another thing.
@@ -140,18 +139,28 @@ class Bitmaps:
 
     async def restore(self, vm: Connection) -> None:
         """Take back what a side was told. Idempotent."""
-        if vm not in self._told:
-            return
-        mapping = self._told[vm]
-        if mapping is None:  # it cannot be unset: now it says what an unset one means
-            mapping = [
-                _mapped(device.chain.active.node.name, name, names)
-                for device in (await vm.graph()).disks()
-                if (name := _known_as(device))
-                and (names := [one.name for one in device.chain.active.node.bitmaps])
-            ]
-        await vm.monitor.execute("migrate-set-parameters", {_MAPPING: mapping})
-        del self._told[vm]
+        if vm in self._told:
+            await _set(vm, self._told[vm])
+            del self._told[vm]
+
+
+async def put_back(vm: Connection, run: str) -> None:
+    """Have a VM know no aliases of a migration's any more, of whoever made that. Idempotent."""
+    mapping = (await vm.monitor.execute("query-migrate-parameters")).get(_MAPPING, ())
+    if any(is_of_run(one["alias"], run) for one in mapping):
+        await _set(vm, None)
+
+
+async def _set(vm: Connection, mapping: list[dict[str, Any]] | None) -> None:
+    """Set the mapping: None cannot be, but one can that says what none means."""
+    if mapping is None:
+        mapping = [
+            _mapped(device.chain.active.node.name, name, names)
+            for device in (await vm.graph()).disks()
+            if (name := _known_as(device))
+            and (names := [one.name for one in device.chain.active.node.bitmaps])
+        ]
+    await vm.monitor.execute("migrate-set-parameters", {_MAPPING: mapping})
 
 
 def _known_as(device: DiskDevice) -> str:

@@ -41,7 +41,7 @@ class Finding:
 
 
 #: Of the source and of both: without these nothing is begun.
-_SOURCE_NEEDS = ("events", "pause-before-switchover", "return-path")
+_SOURCE_NEEDS = ("dirty-bitmaps", "events", "pause-before-switchover", "return-path")
 _BOTH_NEED = ("events",)
 #: A stream is in another form with these.
 _ALIKE = ("compress", "mapped-ram", "multifd", "postcopy-preempt", "x-colo", "x-ignore-shared")
@@ -289,10 +289,8 @@ def _bitmaps(here: GuestDisk, there: GuestDisk, *, copies: bool) -> _Found:
 
 
 def _capabilities(source: Machine, destination: Machine) -> _Found:
-    bitmaps = any(disk.bitmaps for disk in source.disks if not disk.read_only)
-    needs = (*_SOURCE_NEEDS, *(("dirty-bitmaps",) if bitmaps else ()))
     for side, machine, needed in (
-        ("source", source, needs),
+        ("source", source, _SOURCE_NEEDS),
         ("destination", destination, _BOTH_NEED),
     ):
         for name in needed:

@@ -120,6 +120,10 @@ class Course:
 
     # -- what it came to
 
+    def since(self, now: float) -> float:
+        """Return how many seconds after the beginning that is."""
+        return now - self._began
+
     @property
     def _moved(self) -> int:
         return self._sent + sum(one.done for one in self._mirrors.values())

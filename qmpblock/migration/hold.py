@@ -22,7 +22,7 @@ from qmpblock.errors import (
 )
 from qmpblock.host.processes import pid_namespace
 from qmpblock.migration.journal import MigrationJournal
-from qmpblock.migration.record import MigrationRecord, read_record
+from qmpblock.migration.record import MigrationRecord, Settings, read_record
 from qmpblock.migration.states import ORDER, Phase
 from qmpblock.names import MIGRATION_LOCK
 from qmpblock.qemu import lock
@@ -55,10 +55,12 @@ class Hold:
         self._held: list[Connection] = []
 
     @classmethod
-    async def of(cls, source: Connection, destination: Connection, run: str) -> Hold:
-        """Say which VMs; touch nothing."""
+    async def of(
+        cls, source: Connection, destination: Connection, run: str, source_had: Settings
+    ) -> Hold:
+        """Say which VMs, and what is changed of their settings; touch nothing."""
         record = MigrationRecord(
-            run, await identify(source), await identify(destination), pid_namespace()
+            run, await identify(source), await identify(destination), pid_namespace(), source_had
         )
         return cls(source, destination, record)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmpblock.migration.course import Course, MemoryPass, MirrorCourse, PhaseTime
@@ -18,8 +18,21 @@ __all__ = [
     "MigrationJob",
     "MigrationResult",
     "MirrorCourse",
+    "Notice",
     "PhaseTime",
 ]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What was said before it took effect.
+
+    :ivar at: seconds from the beginning of the migration.
+    :ivar text: for people.
+    """
+
+    at: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class MigrationResult:
     :ivar passes: over the memory, as far as they were seen.
     :ivar source: what became of the source's QEMU: `postmigrate`, or `ended`.
     :ivar warnings: what is worth acting on.
+    :ivar notices: what was done on request for it to end, and when that was said.
     """
 
     disks: tuple[MigratedDisk, ...]
@@ -92,6 +106,7 @@ class MigrationResult:
     passes: tuple[MemoryPass, ...]
     source: Literal["postmigrate", "ended"]
     warnings: tuple[str, ...]
+    notices: tuple[Notice, ...] = ()
 
 
 class MigrationJob(Feed[Progress]):
@@ -103,6 +118,7 @@ class MigrationJob(Feed[Progress]):
     :ivar progress: as yielded last; None at first.
     :ivar phase: in which it is.
     :ivar warnings: known by now.
+    :ivar notices: what was done by now, on request, for it to end; each before it takes effect.
     :ivar result: what it came to; None before the guest runs at the destination and all is
         cleaned up.
     :ivar over: whether it has ended.
@@ -112,6 +128,7 @@ class MigrationJob(Feed[Progress]):
         super().__init__()
         self.phase = Phase.CHECKED
         self.warnings = warnings
+        self.notices: tuple[Notice, ...] = ()
         self.result: MigrationResult | None = None
         self.course = Course(time.monotonic())  # for what runs the migration
 
@@ -127,3 +144,11 @@ class MigrationJob(Feed[Progress]):
         self.phase = phase
         self.course.enter(time.monotonic(), phase)
         self.wake()
+
+    def say(self, text: str) -> None:
+        """Say what is about to be done on request."""
+        self.notices = (*self.notices, Notice(self.course.since(time.monotonic()), text))
+        if self.progress is None:
+            self.wake()
+        else:
+            self.show(replace(self.progress))  # for whoever iterates to look

@@ -30,6 +30,7 @@ from qmpblock.errors import Error
 from qmpblock.migration.homeward import Homeward
 from qmpblock.migration.job import MigrationJob
 from qmpblock.migration.look import look
+from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.outward import Outward
 from qmpblock.migration.passage import HANDED, Passage
 
@@ -47,6 +48,7 @@ async def migrate(
     memory_only: bool = False,
     speed: int = 0,
     quit_source: bool = False,
+    means: MigrationMeans | None = None,
 ) -> AsyncIterator[MigrationJob]:
     """Have the guest of `source` go on in `destination`, with its disks, while it runs.
 
@@ -67,6 +69,8 @@ async def migrate(
         limit, of the memory what the VM's migration parameters say.
     :param quit_source: end the source's QEMU when the guest is gone; else it stays, `postmigrate`,
         with an object that says so (`qmpblock-RUN-handover`).
+    :param means: what may be done to a busy guest for it to end; None: nothing. Each is said in
+        `job.notices` before it takes effect.
     :raise RequestError: the VMs are no such pair; nothing was touched.
     :raise BusyError: a job, or another controller, is at work on a disk.
     :raise JobError: a disk could not be mirrored; the guest is at the source.
@@ -74,9 +78,11 @@ async def migrate(
     :raise Error: the migration failed, in QEMU's words; the guest is at the source, or the error
         says where.
     """
+    means = MigrationMeans() if means is None else means
+    means.check()
     plan = await look(source, destination, memory_only=memory_only)
     job = MigrationJob(plan.warnings)
-    passage = await Passage.of(source, destination, plan, job, speed=speed)
+    passage = await Passage.of(source, destination, plan, job, means, speed=speed)
     outward = Outward(passage)
     try:
         await passage.change.begin()

@@ -95,7 +95,10 @@ class Outward:
 
     async def _migrate(self) -> None:
         passage = self._passage
-        await passage.stream.prepare(await passage.bitmaps.prepare())
+        for notice in passage.means.notices():
+            passage.job.say(notice)
+        await passage.bitmaps.prepare()
+        await passage.stream.prepare()
         passage.storage.hurry()
         await allow_migration(passage.source.monitor, passage.record.run)
         await passage.stream.start(passage.landing)

@@ -17,6 +17,7 @@ from qmpblock.migration.bitmaps import Bitmaps
 from qmpblock.migration.hold import Hold
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing
+from qmpblock.migration.settings import Preset, wanted_at_source
 from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
 from qmpblock.migration.storage import Storage
@@ -25,6 +26,7 @@ from qmpblock.names import lock_names, new_run
 
 if TYPE_CHECKING:
     from qmpblock.migration.look import Plan
+    from qmpblock.migration.means import MigrationMeans
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
 
@@ -58,7 +60,8 @@ class Passage:
         record: Migration,
         storage: Storage,
         hold: Hold,
-        speed: int,
+        means: MigrationMeans,
+        preset: Preset,
     ) -> None:
         self.source = source
         self.plan = plan
@@ -68,7 +71,8 @@ class Passage:
         self.hold = hold
         self.settled = False
         self.storage = storage
-        self.stream = Stream(source, record.run, speed, self._show, job.course)
+        self.means = means
+        self.stream = Stream(source, record.run, preset, self._show, job.course)
         self.landing = Landing(
             destination,
             record.run,
@@ -87,11 +91,13 @@ class Passage:
         destination: Connection,
         plan: Plan,
         job: MigrationJob,
+        means: MigrationMeans,
         *,
         speed: int,
     ) -> Passage:
         """Say what it will make; make nothing."""
         run = new_run()
+        preset = await Preset.of(source.monitor, wanted_at_source(means, speed))
 
         def show(seen: Progress) -> None:
             if job.phase is Phase.MIRRORING:
@@ -110,8 +116,8 @@ class Passage:
             wires=storage.wires,
             images=images_of(source.monitor.peer_pid, chains),
         )
-        hold = await Hold.of(source, destination, run)
-        return cls(source, destination, plan, job, record, storage, hold, speed)
+        hold = await Hold.of(source, destination, run, preset.had)
+        return cls(source, destination, plan, job, record, storage, hold, means, preset)
 
     async def enter(self, phase: Phase) -> None:
         """Say that a phase begins, before what it stands for is done."""
@@ -169,6 +175,7 @@ class Passage:
             passes=course.passes(),
             source="ended" if ended else "postmigrate",
             warnings=tuple(self.warnings),
+            notices=self.job.notices,
         )
 
     async def close(self) -> None:

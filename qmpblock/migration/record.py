@@ -14,7 +14,15 @@ from qmpblock.errors import printable
 from qmpblock.names import is_run
 from qmpblock.versioned import UnreadableError, plain, read
 
-__all__ = ["MigrationRecord", "read_record"]
+__all__ = ["MigrationRecord", "Settings", "read_record"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Capabilities and parameters that a VM's migrations have, each with its value."""
+
+    capabilities: tuple[tuple[str, bool], ...] = ()
+    parameters: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,7 @@ class MigrationRecord:
 
     :ivar run: in the names of all that it makes.
     :ivar pids: the namespace in which the processes' ids count.
+    :ivar source_had: what of the source's migration settings is changed, as it was before.
     :ivar more: what another version wrote that this one does not know.
     """
 
@@ -30,6 +39,7 @@ class MigrationRecord:
     source: VMIdentity
     destination: VMIdentity
     pids: str
+    source_had: Settings = Settings()
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def as_json(self) -> dict[str, Any]:

@@ -28,11 +28,12 @@ from qmpblock.errors import (
     StalledError,
     UndecidedError,
 )
-from qmpblock.migration import arbiter, wayback
+from qmpblock.migration import arbiter, bitmaps, wayback
 from qmpblock.migration.decision import Decision, decide
 from qmpblock.migration.hold import holder_of, record_of
 from qmpblock.migration.journal import MigrationJournal, journals
 from qmpblock.migration.record import MigrationRecord
+from qmpblock.migration.settings import put_back
 from qmpblock.migration.sights import has_ended, look_at_both
 from qmpblock.migration.states import Move, Phase, Reach, Seen, Side
 from qmpblock.names import MIGRATION_LOCK, new_run
@@ -369,6 +370,8 @@ class _Recovering:
         vm = self._migration.source
         if source.answers:
             assert vm is not None
+            await put_back(vm.monitor, self._record.source_had)
+            await bitmaps.put_back(vm, self._record.run)
             # Where the destination may be there, the arbiter goes on keeping it from the guest.
             if source.decided is None or destination.reach is Reach.GONE:
                 await arbiter.withdraw(vm.monitor, self._record.run)
@@ -386,6 +389,7 @@ class _Recovering:
             await wayback.quit_vm(here, lambda: has_ended(self._record, self._record.source))
         if destination.answers:
             assert there is not None
+            await bitmaps.put_back(there, self._record.run)
             await arbiter.withdraw(there.monitor, self._record.run)
             await lock.release(there.monitor, MIGRATION_LOCK)
             await _clear(there)

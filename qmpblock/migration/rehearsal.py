@@ -17,6 +17,7 @@ from qmpblock.host.space import HostSpace
 from qmpblock.mapping import MappedDisk
 from qmpblock.migration.compare import Finding, compare, pairs
 from qmpblock.migration.describe import describe
+from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
 from qmpblock.migration.predict import Load, Prediction, Room, lacking, predict
 
@@ -137,7 +138,12 @@ def _written(here: Machine, there: Machine) -> list[tuple[GuestDisk, GuestDisk]]
 
 
 async def plan_migration(
-    source: Connection, destination: Connection, *, copies: bool = True, speed: int = 0
+    source: Connection,
+    destination: Connection,
+    *,
+    copies: bool = True,
+    speed: int = 0,
+    means: MigrationMeans | None = None,
 ) -> PlannedMigration:
     """Say what a migration would be: what speaks against it, what it takes, whether it would end.
 
@@ -146,7 +152,11 @@ async def plan_migration(
 
     :param copies: whether the disks are copied, too; else both ends have the same images.
     :param speed: of the wire, bytes a second; 0: not known.
+    :param means: what it may do to come to its end.
+    :raise RequestError: `means` cannot be.
     """
+    means = MigrationMeans() if means is None else means
+    means.check()
     here, there = await asyncio.gather(describe(source), describe(destination))
     found = compare(here, there, copies=copies)
     plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed)
@@ -168,12 +178,13 @@ async def plan_migration(
         dirtied=load.memory,
     )
     parameters = await source.monitor.execute("query-migrate-parameters")
+    limit = means.downtime_limit or parameters.get("downtime-limit", 300) / 1000
     expected = predict(
         load,
         data=sum(disk.size if disk.data is None else disk.data for disk in plan.disks),
         memory=plan.memory,
         speed=speed,
-        limit=parameters.get("downtime-limit", 300) / 1000,
+        limit=limit,
     )
     return replace(plan, prediction=expected)
 

@@ -1,6 +1,6 @@
 """Stream: QEMU's own migration, from its start until the guest stands, and from there to its end.
 
-With the capabilities that make it safe:
+With the capabilities that make it safe (`qmpblock.migration.settings`):
 
 - `return-path`: without it the source says `completed` of a destination that has died (K31);
 - `pause-before-switchover`: the guest stands while the mirrors end;
@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.copying.relay import Relay
-from qmpblock.errors import Error, StalledError, UnsupportedError, printable
+from qmpblock.errors import Error, StalledError, printable
 from qmpblock.names import stream_socket
 from qmpblock.qemu.job import Progress
 from qmpblock.qemu.refusals import not_found, tolerate
@@ -30,23 +30,13 @@ from qmpblock.speed import Convergence, RateMeter
 if TYPE_CHECKING:
     from qmpblock.migration.course import Course
     from qmpblock.migration.landing import Landing
+    from qmpblock.migration.settings import Preset
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["OVER", "Stream", "told_at"]
 
 #: States of a migration that is none, or that has ended with the guest still here.
 OVER = frozenset({"none", "failed", "cancelled"})
-_ON = ("events", "pause-before-switchover", "return-path")
-#: What needs another connection than the one that there is, or takes the way back.
-_OFF = (
-    "background-snapshot",
-    "mapped-ram",
-    "multifd",
-    "postcopy-ram",
-    "rdma-pin-all",
-    "x-colo",
-    "zero-copy-send",
-)
 _PASSES = "dirty-sync-count"
 _TELLING = 2  # the pass from which on QEMU measures what it expects
 _LOOK = 0.1  # seconds between looks, where no event wakes us
@@ -67,7 +57,7 @@ class Stream:
         self,
         vm: Connection,
         run: str,
-        speed: int,
+        preset: Preset,
         show: Callable[[Progress], None],
         course: Course,
     ) -> None:
@@ -78,12 +68,10 @@ class Stream:
         self._course = course
         self._vm = vm
         self._run = run
-        self._speed = speed
+        self._preset = preset
         self._show = show
         self._stack = ExitStack()
         self._relay: Relay | None = None
-        self._were: list[dict[str, object]] = []  # capabilities
-        self._had: dict[str, object] = {}  # parameters
         self._stopped: float | None = None
         # Before the migration: what it says comes before a reply.
         self._events = vm.monitor.subscribe(
@@ -92,41 +80,16 @@ class Stream:
 
     # -- what QEMU is told before
 
-    async def prepare(self, also: Mapping[str, bool]) -> None:
+    async def prepare(self) -> None:
         """Switch on what makes it safe, and off what does not go with it; `restore` takes it back.
 
-        :param also: what else is to be on, or off where QEMU knows it.
-        :raise UnsupportedError: this QEMU has not what is needed.
+        :raise CommandError: QEMU refused.
         """
-        monitor = self._vm.monitor
-        now = {
-            one["capability"]: one["state"]
-            for one in await monitor.execute("query-migrate-capabilities")
-        }
-        on = [*_ON, *(name for name, state in also.items() if state)]
-        off = [*_OFF, *(name for name, state in also.items() if not state)]
-        missing = [name for name in on if name not in now]
-        if missing:
-            raise UnsupportedError(f"this QEMU cannot migrate with {', '.join(missing)}")
-        wanted = {**dict.fromkeys(on, True), **{name: False for name in off if name in now}}
-        changed = {name: state for name, state in wanted.items() if now[name] is not state}
-        if changed:
-            self._were = _states({name: now[name] for name in changed})
-            await monitor.execute("migrate-set-capabilities", {"capabilities": _states(changed)})
-        if self._speed:
-            parameters = await monitor.execute("query-migrate-parameters")
-            self._had = {"max-bandwidth": parameters["max-bandwidth"]}
-            await monitor.execute("migrate-set-parameters", {"max-bandwidth": self._speed})
+        await self._preset.apply()
 
     async def restore(self) -> None:
         """Take back what `prepare` changed. Idempotent."""
-        monitor = self._vm.monitor
-        if self._had:
-            await monitor.execute("migrate-set-parameters", self._had)
-            self._had = {}
-        if self._were:
-            await monitor.execute("migrate-set-capabilities", {"capabilities": self._were})
-            self._were = []
+        await self._preset.restore()
 
     # -- its course
 
@@ -323,7 +286,3 @@ def told_at(event: Mapping[str, Any]) -> float | None:
 def _count(said: Mapping[str, Any], name: str) -> int:
     value = said.get(name)
     return value if isinstance(value, int) else 0
-
-
-def _states(states: Mapping[str, bool]) -> list[dict[str, object]]:
-    return [{"capability": name, "state": state} for name, state in states.items()]

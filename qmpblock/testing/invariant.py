@@ -7,9 +7,9 @@ A state is lines of text in categories, so that a difference reads as a sentence
 
 What is compared: run state, nodes (driver, file, recorded backing, options, write threshold),
 edges with their permissions, the devices' attachments, jobs, exports, bitmaps, objects, how long
-iothreads poll, QEMU's open files and sockets, and files on the host. What a guest or QEMU
-changes by itself is left out: dirty counts, sizes, event and timer descriptors, which monitor
-has a client is only waited for (see `check`).
+iothreads poll, settings of migrations, QEMU's open files and sockets, and files on the host. What
+a guest or QEMU changes by itself is left out: dirty counts, sizes, event and timer descriptors,
+which monitor has a client is only waited for (see `check`).
 
 QEMU makes up names (`#block123`) for nodes that nobody named and counts on whenever it
 opens one; so the number says when, not what, and is dropped. A leaked node is still seen:
@@ -86,6 +86,10 @@ async def snapshot(monitor: Monitor, pid: int, directories: Iterable[Path] = ())
         closing = ", shutting down" if export["shutting-down"] else ""
         node = _implicit(export["node-name"])
         lines[f"export: {export['id']} {export['type']} of {node}{closing}"] += 1
+    for one in await monitor.execute("query-migrate-capabilities"):
+        lines[f"migration: {one['capability']} is {'on' if one['state'] else 'off'}"] += 1
+    for name, value in (await monitor.execute("query-migrate-parameters")).items():
+        lines[f"migration: {name} is {value}"] += 1
     for thread in await monitor.execute("query-iothreads"):
         lines[f"iothread: {thread['id']} polls for {thread['poll-max-ns']} ns"] += 1
     for child in await monitor.execute("qom-list", {"path": "/objects"}):

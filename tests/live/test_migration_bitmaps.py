@@ -256,8 +256,9 @@ async def test_one_of_a_lower_layer_stays_behind(begin, start_destination):
     source.expect_exit()
 
 
-async def test_a_mapping_is_not_unset(begin):
+async def test_a_mapping_is_not_unset(begin, invariant):
     """What is relied on when the source's is taken back."""
+    invariant.expect(r"migration: block-bitmap-mapping is \[\]")
     source = await begin()
     name = "block-bitmap-mapping"
     assert name not in await source.execute("query-migrate-parameters")

@@ -62,7 +62,7 @@ def test_whether_the_guest_has_gone_on_at_the_source_is_heard() -> None:
         heard.extend([names, match])
 
     vm = cast("Any", SimpleNamespace(monitor=SimpleNamespace(subscribe=subscribe)))
-    stream = Stream(vm, RUN, 0, lambda _: None, Course(0.0))
+    stream = Stream(vm, RUN, cast("Any", None), lambda _: None, Course(0.0))
     names, hears = heard
     assert {"STOP", "RESUME"} <= set(names)
     went_on = []

@@ -1,0 +1,44 @@
+"""Options of `qmpblock migrate` that have the migration of a busy guest come to its end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import click
+
+__all__ = ["means_options"]
+
+_OPTIONS = (
+    click.option(
+        "--downtime-limit",
+        type=click.IntRange(min=1),
+        metavar="MS",
+        help="How long the guest may stand for the last of its memory; else as the VM says (300).",
+    ),
+    click.option(
+        "--auto-converge",
+        is_flag=True,
+        help="Slow the guest's CPUs down while it writes to its memory faster than it is sent.",
+    ),
+)
+
+_Work = Callable[..., Coroutine[Any, Any, int | None]]
+
+
+def means_options(work: _Work) -> _Work:
+    """Give a command these options; it gets them as one `means`, a `MigrationMeans`."""
+
+    @functools.wraps(work)
+    async def call(
+        *args: Any, downtime_limit: int | None, auto_converge: bool, **rest: Any
+    ) -> int | None:
+        from qmpblock.migration.means import MigrationMeans
+
+        means = MigrationMeans((downtime_limit or 0) / 1e3, auto_converge)
+        return await work(*args, means=means, **rest)
+
+    for option in reversed(_OPTIONS):
+        call = option(call)
+    return call

@@ -1,0 +1,62 @@
+"""Means: what is done on request, so that a migration of a busy guest ends. Pure.
+
+None of it is done unasked, for the guest feels all of it; and each is said before it takes effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qmpblock.errors import UNTOUCHED, RequestError
+
+__all__ = ["LONGEST_LIMIT", "MigrationMeans"]
+
+LONGEST_LIMIT = 5.0
+"""Seconds that may be allowed for the last of the memory: half of what the guest ever stands."""
+
+
+@dataclass(frozen=True)
+class MigrationMeans:
+    """What a migration may do to come to its end.
+
+    :ivar downtime_limit: seconds for which the guest may stand for the last of its memory, 5 at
+        most; 0: as the VM's own migration parameters say.
+    :ivar auto_converge: have QEMU slow the guest's CPUs down, step by step, while it writes to its
+        memory faster than that is sent.
+    """
+
+    downtime_limit: float = 0.0
+    auto_converge: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is to be done."""
+        return self != MigrationMeans()
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        :raise RequestError: it says which; nothing was touched.
+        """
+        limit = self.downtime_limit
+        if limit and not 0.001 <= limit <= LONGEST_LIMIT:
+            raise RequestError(
+                f"a guest cannot be let stand for {limit:g} s for the last of its memory",
+                standing=UNTOUCHED,
+                remedy=f"allow 1 ms at least, and {LONGEST_LIMIT:g} s at most: after twice as long "
+                "in all it goes on at the source",
+            )
+
+    def notices(self) -> Iterator[str]:
+        """Say what is done as the memory begins to be sent."""
+        if self.downtime_limit:
+            yield (
+                f"the guest may stand for {self.downtime_limit * 1e3:.0f} ms for the last of its "
+                "memory (downtime-limit)"
+            )
+        if self.auto_converge:
+            yield (
+                "the guest's CPUs are slowed down while it writes to its memory faster than that "
+                "is sent (auto-converge)"
+            )

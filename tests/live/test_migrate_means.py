@@ -1,0 +1,151 @@
+"""What is done on request for a migration to end: it takes effect, is said, and is put back."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from chains import cli
+from jsonschema import Draft202012Validator
+from migrating import arrived, both, machine, migrated, stressed
+
+import qmpblock
+from qmpblock import MigrationMeans
+from qmpblock.testing import Tools, build, parse_scenario
+
+pytestmark = pytest.mark.live
+
+MIB = 1 << 20
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
+CONTROLLER = """\
+import asyncio, os, signal, sys
+import qmpblock
+from qmpblock.migration.passage import Passage
+
+source, destination, phase = sys.argv[1:]
+enter = Passage.enter
+
+async def die(self, now):
+    await enter(self, now)
+    if now.value == phase:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Passage.enter = die
+means = qmpblock.MigrationMeans(0.5, auto_converge=True)
+
+async def main():
+    async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
+        async with qmpblock.migrate(one, other, speed=200 << 20, means=means):
+            pass
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def begin(start_qemu, vm_dir, qemu_binary):
+    async def start(**options):
+        built = await build(
+            parse_scenario(machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
+        )
+        return await stressed(await start_qemu(built, guest=True, **options))
+
+    return start
+
+
+async def settings(vm):
+    """Return the capabilities and the parameters of a VM's migrations."""
+    listed = await vm.execute("query-migrate-capabilities")
+    states = {one["capability"]: one["state"] for one in listed}
+    return states, await vm.execute("query-migrate-parameters")
+
+
+@contextlib.asynccontextmanager
+async def writing(vm, mib):
+    """Have the guest write to so much of its memory, again and again."""
+
+    async def write():
+        while True:
+            await vm.guest.dirty(mib)
+
+    task = asyncio.create_task(write())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_they_take_effect_are_said_and_are_put_back(begin, start_destination):
+    source = await begin()
+    before = await settings(source)
+    destination = await start_destination(source)
+    words = ("--downtime-limit", "450", "--auto-converge", "--speed", "100M", "--json")
+    code, out, err = await cli("migrate", source.monitor_path, destination.monitor_path, *words)
+    assert code == 0, err
+    told = json.loads(out)
+    Draft202012Validator(SCHEMA).validate(told)
+    limit, slower = told["notices"]
+    assert "450 ms" in limit["text"]
+    assert "CPUs are slowed down" in slower["text"]
+    assert 0 < limit["at"] < told["stopped"]
+    for one in (limit, slower):
+        assert f"migration: {one['text']}" in err
+    set_ = [line for line in source.qmp_log() if "migrate-set-parameters" in line]
+    assert '"downtime-limit": 450' in set_[0]
+    assert await settings(source) == before
+    guest = await destination.attach_guest()
+    await guest.stop_stress(0)
+
+
+@pytest.mark.parametrize("phase", ["mirroring", "held", "sent", "landed"])
+async def test_they_are_put_back_after_kill_9(phase, begin, start_destination):
+    source = await begin()
+    before = await settings(source)
+    destination = await start_destination(source)
+    destination.expect_exit()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase)
+    )
+    assert await process.wait() == -signal.SIGKILL
+    if phase != "mirroring":
+        assert await settings(source) != before
+    recovered = await qmpblock.recover_migration(source.monitor_path)
+    assert recovered.done is False
+    assert await settings(source) == before
+    destination = await start_destination(source)
+    async with both(source, destination) as vms, qmpblock.migrate(*vms) as job:
+        pass
+    await arrived(source, destination, job.result)
+
+
+async def test_a_longer_standstill_lets_a_busy_guest_over(begin, start_destination):
+    """At 16 MiB/s what it writes all the time needs a second; it is not let stand for that long."""
+    source = await begin(extra=["-m", "64"])
+    before = await settings(source)
+    async with writing(source, 16):
+        destination = await start_destination(source, extra=["-m", "64"])
+        destination.expect_exit()
+        with pytest.raises(qmpblock.Error, match="does not converge"):
+            await migrated(source, destination, stall=4, speed=16 * MIB)
+        assert await settings(source) == before
+        destination = await start_destination(source, extra=["-m", "64"])
+        async with both(source, destination) as vms:
+            means = MigrationMeans(downtime_limit=3.0)
+            async with qmpblock.migrate(*vms, speed=16 * MIB, means=means) as job:
+                pass
+    print(job.result.downtime, job.result.passes)
+    assert job.result.downtime < 4
+    assert await settings(source) == before
+
+
+@pytest.mark.parametrize("words", [["--downtime-limit", "6000"], ["--downtime-limit", "0"]])
+async def test_what_cannot_be_is_refused(words, begin, start_destination):
+    source = await begin()
+    destination = await start_destination(source)
+    code, _, err = await cli("migrate", source.monitor_path, destination.monitor_path, *words)
+    assert code == 2, err
+    assert not any("object-add" in line for line in source.qmp_log())

@@ -1,0 +1,117 @@
+"""What a migration may do on request: what it says of that, what QEMU is told, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+
+from qmpblock.errors import RequestError, UnsupportedError
+from qmpblock.migration.means import MigrationMeans
+from qmpblock.migration.record import MigrationRecord, Settings, read_record
+from qmpblock.migration.settings import Preset, wanted_at_source
+
+SAFE = dict.fromkeys(("dirty-bitmaps", "events", "pause-before-switchover", "return-path"), True)
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0.0001, 5.001, 3000.0])
+def test_a_guest_that_would_stand_for_too_long_is_refused(limit: float) -> None:
+    with pytest.raises(RequestError, match="nothing was touched"):
+        MigrationMeans(limit).check()
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.001, 0.3, 5.0])
+def test_what_can_be_is_not_refused(limit: float) -> None:
+    MigrationMeans(limit).check()
+
+
+def test_nothing_is_done_or_said_unasked() -> None:
+    means = MigrationMeans()
+    assert not means.any
+    assert list(means.notices()) == []
+    wanted = wanted_at_source(means, 0)
+    assert wanted.parameters == ()
+    assert {name for name, state in wanted.capabilities if state} == set(SAFE)
+    assert ("auto-converge", False) in wanted.capabilities
+
+
+def test_what_is_done_is_said() -> None:
+    means = MigrationMeans(0.25, auto_converge=True)
+    assert means.any
+    limit, slower = means.notices()
+    assert "stand for 250 ms" in limit
+    assert "CPUs are slowed down" in slower
+    wanted = wanted_at_source(means, 7)
+    assert dict(wanted.parameters) == {"max-bandwidth": 7, "downtime-limit": 250}
+    assert ("auto-converge", True) in wanted.capabilities
+    assert ("auto-converge", False) not in wanted.capabilities
+
+
+class Recorder:
+    """Says what a QEMU's settings are, and takes down what it is told."""
+
+    def __init__(self, capabilities: Mapping[str, bool], parameters: Mapping[str, int]) -> None:
+        self.capabilities = dict(capabilities)
+        self.parameters = dict(parameters)
+        self.told: list[str] = []
+
+    async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        if command == "query-migrate-parameters":
+            return dict(self.parameters)
+        if command == "query-migrate-capabilities":
+            return [{"capability": k, "state": v} for k, v in self.capabilities.items()]
+        self.told.append(command)
+        assert arguments is not None
+        if command == "migrate-set-parameters":
+            self.parameters |= arguments
+        else:
+            assert command == "migrate-set-capabilities"
+            listed = arguments["capabilities"]
+            self.capabilities |= {one["capability"]: one["state"] for one in listed}
+        return {}
+
+
+async def test_what_was_set_is_put_back() -> None:
+    states = {**dict.fromkeys(SAFE, False), "events": True, "auto-converge": False, "x-colo": True}
+    vm = Recorder(states, {"downtime-limit": 300, "max-bandwidth": 5})
+    wanted = wanted_at_source(MigrationMeans(1.0, auto_converge=True), 5)
+    preset = await Preset.of(cast("Any", vm), wanted)
+    assert vm.told == []
+    assert preset.had == Settings(
+        (
+            ("dirty-bitmaps", False),
+            ("pause-before-switchover", False),
+            ("return-path", False),
+            ("auto-converge", False),
+            ("x-colo", True),
+        ),
+        (("downtime-limit", 300),),
+    )
+    await preset.restore()
+    assert vm.told == []  # nothing was set
+    await preset.apply()
+    assert vm.capabilities == {**SAFE, "auto-converge": True, "x-colo": False}
+    assert vm.parameters == {"downtime-limit": 1000, "max-bandwidth": 5}
+    vm.parameters["max-bandwidth"] = 9  # by somebody else meanwhile: none of ours
+    await preset.restore()
+    await preset.restore()
+    assert vm.capabilities == states
+    assert vm.parameters == {"downtime-limit": 300, "max-bandwidth": 9}
+    assert len(vm.told) == 4
+
+
+async def test_a_qemu_that_has_it_not_is_refused() -> None:
+    vm = Recorder(SAFE, {"downtime-limit": 300})
+    with pytest.raises(UnsupportedError, match="cannot migrate with auto-converge"):
+        await Preset.of(cast("Any", vm), wanted_at_source(MigrationMeans(0, auto_converge=True), 0))
+
+
+def test_a_record_tells_what_it_was() -> None:
+    who = {"pid": 1, "start": 2, "boot": "", "uuid": "", "monitor": "", "name": ""}
+    old = {"run": "ab12cd34", "source": who, "destination": who, "pids": ""}
+    read = read_record(old)
+    assert read.source_had == Settings()
+    had = Settings((("events", False),), (("downtime-limit", 300),))
+    record = MigrationRecord(read.run, read.source, read.destination, "", had)
+    assert read_record(record.as_json()) == record
