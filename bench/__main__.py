@@ -15,7 +15,7 @@ import tracemalloc
 from pathlib import Path
 
 import qmpblock
-from bench import allocate, copy, verify
+from bench import allocate, copy, migrate, verify
 from bench.live import CLUSTER, fragmented, running, served, wall
 from qmpblock.testing.images import Tools
 
@@ -147,6 +147,7 @@ async def main() -> None:
         verify.verify(Path(folder), tools, given.rounds)
         await allocate.all_of_it(Path(folder), tools, given.rounds)
         await copy.all_of_it(Path(folder), tools, 1024, max(5, given.rounds), 8)
+        await migrate.all_of_it(Path(folder), tools, migrate.DISKS, 256, given.rounds)
 
 
 asyncio.run(main())

@@ -1,4 +1,4 @@
-"""The measurements of copies run, and say what they say, at a small scale."""
+"""The measurements of copies and migrations run, and say what they say, at a small scale."""
 
 import asyncio
 import json
@@ -22,17 +22,42 @@ WAYS = {
 FELT = {"idle", *(name + slow for name in WAYS for slow in ("", ", slow target"))}
 
 
-async def test_copies_are_measured(vm_dir):
-    words = ["--mib", "4", "--rounds", "1", "--seconds", "1", "--folder", str(vm_dir), "--json"]
+PHASES = {"checked", "mirroring", "ready", "memory", "held", "ended", "sent", "landed", "handed"}
+MIGRATIONS = {
+    "migrate": PHASES | {"compared"},
+    "migrate --memory-only": PHASES - {"mirroring", "ready"} | {"compared"},
+    "bare QMP": PHASES,
+    "bare QMP, memory alone": PHASES - {"held", "ended", "sent"},
+}
+
+
+async def measured(module, vm_dir, *words):
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.copy", *words),
+        *(sys.executable, "-m", module, *words, "--folder", str(vm_dir), "--json"),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err
-    told = json.loads(out)
+    assert not list(vm_dir.glob("qmpblock-bench-*"))
+    return json.loads(out)
+
+
+async def test_migrations_are_measured(vm_dir):
+    words = ["--disks", "2", "--mib", "4", "--rounds", "1"]
+    told = await measured("bench.migrate", vm_dir, *words)
+    taken = told["disks"]["2"]
+    assert taken.keys() == MIGRATIONS.keys()
+    for name, [one] in taken.items():
+        assert one["phases"].keys() == MIGRATIONS[name]
+        assert one["stood"].keys() >= {"completed", "RESUME"}
+        assert 0 < one["downtime"] < one["seconds"]
+        assert sum(one["phases"].values()) == pytest.approx(one["seconds"], abs=0.5)
+
+
+async def test_copies_are_measured(vm_dir):
+    told = await measured("bench.copy", vm_dir, "--mib", "4", "--rounds", "1", "--seconds", "1")
     assert told["mib"] == 4
     for kind in ("in one piece", "scattered"):
         for fmt in ("raw", "qcow2"):
@@ -44,4 +69,3 @@ async def test_copies_are_measured(vm_dir):
     for one in told["latency"].values():
         assert one["errors"] == 0
         assert 0 < one["median"] <= one["p99"] <= one["longest"]
-    assert not list(vm_dir.glob("qmpblock-bench-*"))
