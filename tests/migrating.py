@@ -2,13 +2,18 @@
 
 import asyncio
 import contextlib
+from pathlib import Path
 
+import pytest
 from disturbed import nothing_of_ours
 
 import qmpblock
 from qmpblock.testing import StressSpec, Tools, check_acknowledged
 
 MIB = 1 << 20
+NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
+OLD_MACHINE = "pc-i440fx-7.2"
+ALIKE = ("-smp", "1,maxcpus=2,sockets=2,cores=1")  # of several cores 11.1 says more by CPUID
 DISK = "{{name: {name}, images: [{{size: 64M, format: {format}, content: [write 0 8M 0xaa]}}]"
 ATTACH = ", attach: {{device: {device}, id: v{name}, iothread: {iothread}}}}}"
 
@@ -33,6 +38,14 @@ def spec(number, *, rate=300):
         flush_every=20,
         rate=rate,
     )
+
+
+def to_newer():
+    """Return the options of a source and of a destination of a newer QEMU, for what takes both."""
+    if not NEWER.exists():
+        pytest.skip("tools/fetch_qemu.py has not fetched QEMU 11.1.2")
+    here = {"machine": OLD_MACHINE, "extra": ALIKE}
+    return {"here": here, "there": {"qemu": str(NEWER), "extra": ALIKE}}
 
 
 @contextlib.asynccontextmanager

@@ -10,16 +10,13 @@ from types import SimpleNamespace
 import pytest
 from chains import cli
 from jsonschema import Draft202012Validator
-from migrating import arrived, machine, migrated, stressed
+from migrating import arrived, machine, migrated, stressed, to_newer
 
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
-NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
-OLD_MACHINE = "pc-i440fx-7.2"
-ALIKE = ("-smp", "1,maxcpus=2,sockets=2,cores=1")  # of several cores 11.1 says more by CPUID
 
 
 @pytest.fixture
@@ -63,11 +60,9 @@ async def test_every_kind_of_disk(device, iothread, image, number, begin, start_
 @pytest.mark.needs_qemu("< 8", reason="the machine type of 7.2 is what both know")
 @pytest.mark.parametrize("number", [1, 2])
 async def test_to_a_newer_qemu(number, begin, start_destination):
-    if not NEWER.exists():
-        pytest.skip("tools/fetch_qemu.py has not fetched QEMU 11.1.2")
-    text = machine(number, device="virtio-scsi")
-    source = await begin(text, machine=OLD_MACHINE, extra=ALIKE)
-    destination = await start_destination(source, qemu=str(NEWER), extra=ALIKE)
+    options = to_newer()
+    source = await begin(machine(number, device="virtio-scsi"), **options["here"])
+    destination = await start_destination(source, **options["there"])
     await arrived(source, destination, await migrated(source, destination))
 
 

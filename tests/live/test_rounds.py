@@ -2,6 +2,7 @@
 
 import pytest
 from copyrounds import KINDS, copies_under_stress
+from migrationrounds import migrations_under_stress
 from rounds import dying, kill_matrix, maps_under_stress, rounds, sample
 
 import qmpblock
@@ -69,3 +70,11 @@ async def test_copies_while_the_guest_writes(start_qemu, vm_dir, qemu_binary, qe
             start_qemu, vm_dir, qemu_binary, qemu_version, chance, count, kinds=KINDS
         )
     )
+
+
+async def test_migrations_while_the_guest_writes(
+    start_qemu, start_destination, vm_dir, qemu_binary, qemu_version
+):
+    count, chance = 2, rounds(2)[1]
+    where = (start_qemu, start_destination, vm_dir, qemu_binary, qemu_version)
+    print(await migrations_under_stress(*where, chance, count))

@@ -1,14 +1,30 @@
-"""Migrations that are broken off by chance, again and again, on one guest; then one that is not."""
+"""Migrations of disks drawn by chance, and broken off again and again: `make soak`."""
 
 import asyncio
 
 import pytest
-from migrating import arrived, machine, migrated, stressed
+from migrating import arrived, machine, migrated, stressed, to_newer
+from migrationrounds import migrations_under_stress
 from rounds import rounds
 
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
+
+
+async def test_any_disks_go_over(start_qemu, start_destination, vm_dir, qemu_binary, qemu_version):
+    count, chance = rounds(100)
+    where = (start_qemu, start_destination, vm_dir, qemu_binary, qemu_version)
+    print(await migrations_under_stress(*where, chance, count))
+
+
+@pytest.mark.needs_qemu("< 8", reason="the machine type of 7.2 is what both know")
+async def test_any_disks_go_over_to_a_newer_qemu(
+    start_qemu, start_destination, vm_dir, qemu_binary, qemu_version
+):
+    count, chance = rounds(50)
+    where = (start_qemu, start_destination, vm_dir, qemu_binary, qemu_version)
+    print(await migrations_under_stress(*where, chance, count, **to_newer()))
 
 
 async def test_broken_off_at_any_moment_then_made(
