@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Reporter", "reporting", "reporting_many", "text_line"]
 
 _MOVING = ("copying", "comparing", "moving the memory")
+_WORTH = 1024  # bytes a second of a guest that are worth a word
 _EVERY = 5.0  # seconds between plain lines while only the numbers change
 
 
@@ -65,6 +66,10 @@ def text_line(what: str, seen: Progress) -> str:
         if seen.latency is not None:
             which = "99% of the guest's" if seen.measure == "p99" else "the guest's"
             parts.append(f"{which} requests take {seen.latency * 1e3:.1f} ms")
+    if seen.written >= _WORTH and seen.phase in _MOVING:
+        parts.append(f"{human_size(int(seen.written))}/s are written meanwhile")
+    if seen.throttle:
+        parts.append(f"the guest's CPUs are slowed down by {seen.throttle}%")
     if seen.eta is not None:
         parts.append(f"{seen.eta:.0f} s to go")
     if seen.downtime is not None:

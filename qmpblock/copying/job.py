@@ -247,4 +247,5 @@ def joined(every: tuple[Progress, ...]) -> Progress:
         lagging=max(one.lagging for one in working),
         errors=sum(one.errors for one in every),
         error=next((one.error for one in every if one.error is not None), None),
+        written=sum(one.written for one in every),
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from qmpblock.errors import printable
 from qmpblock.sizes import human_size
 
-__all__ = ["Load", "Prediction", "Room", "lacking", "predict"]
+__all__ = ["Load", "Prediction", "Room", "lacking", "predict", "until_fits"]
 
 #: Seconds that the hand-over itself takes, beside what is sent in it: flushing all disks, ending
 #: the mirrors. Measured with one disk on a busy host; with eight it was four times as much.
@@ -94,13 +94,7 @@ def predict(
             False, f"{guest}, and the wire carries {_rate(speed)}: it does not end", needed
         )
     free = speed - load.written
-    left, sent = float(memory), 0.0
-    for _ in range(_PASSES):
-        if left <= free * limit:
-            break
-        took = left / free
-        sent += took
-        left = min(float(memory), dirtied * took)
+    sent, left = _passes(float(memory), free, dirtied, limit)
     return Prediction(
         True,
         f"{guest}, and the wire carries {_rate(speed)}: it ends",
@@ -109,6 +103,29 @@ def predict(
         sent,
         left / free + HAND_OVER + _ROUND_TRIPS * latency,
     )
+
+
+def until_fits(left: float, speed: float, dirtied: float, limit: float) -> float | None:
+    """Return in how many seconds what is left can be sent while the guest stands; None if never.
+
+    :param left: bytes; `speed`: at which they are sent, `dirtied`: at which they become more.
+    :param limit: seconds that it may stand for them.
+    """
+    if left > speed * limit and dirtied >= speed:
+        return None
+    return _passes(left, speed, dirtied, limit)[0]
+
+
+def _passes(left: float, speed: float, dirtied: float, limit: float) -> tuple[float, float]:
+    """Return after how many seconds of passes the last one fits, and how large that is."""
+    whole, sent = left, 0.0
+    for _ in range(_PASSES):
+        if left <= speed * limit:
+            break
+        took = left / speed
+        sent += took
+        left = min(whole, dirtied * took)
+    return sent, left
 
 
 def _fits(memory: int, speed: float, limit: float) -> bool:

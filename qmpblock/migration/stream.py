@@ -22,23 +22,21 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.copying.relay import Relay
 from qmpblock.errors import Error, StalledError, printable
+from qmpblock.migration.moving import PASSES, Moving, count
 from qmpblock.names import stream_socket
-from qmpblock.qemu.job import Progress
 from qmpblock.qemu.refusals import not_found, tolerate
-from qmpblock.speed import Convergence, RateMeter
 
 if TYPE_CHECKING:
     from qmpblock.migration.course import Course
     from qmpblock.migration.landing import Landing
     from qmpblock.migration.settings import Preset
     from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.job import Progress
 
 __all__ = ["OVER", "Stream", "told_at"]
 
 #: States of a migration that is none, or that has ended with the guest still here.
 OVER = frozenset({"none", "failed", "cancelled"})
-_PASSES = "dirty-sync-count"
-_TELLING = 2  # the pass from which on QEMU measures what it expects
 _LOOK = 0.1  # seconds between looks, where no event wakes us
 _SOON = 0.01  # likewise, while the guest stands
 
@@ -117,7 +115,7 @@ class Stream:
         :raise Error: the migration has ended otherwise, in QEMU's words.
         :raise StalledError: it does not move, or does not converge, for the stall limit.
         """
-        moving, stall = _Moving(), self._vm.stall
+        moving, stall = Moving(await self._limit()), self._vm.stall
         while True:
             migration = await self._look()
             status = str(migration.get("status"))
@@ -132,14 +130,13 @@ class Stream:
                     remedy="look whether the destination hangs, or give a longer --stall",
                 )
             if moving.hopeless(stall):
-                raise StalledError(
-                    "the migration does not converge: the guest writes to its memory faster than "
-                    f"it is sent ({int(seen.rate)} bytes a second); {seen.remaining} bytes are "
-                    f"left, and have not become less for {stall:g} s",
-                    remedy="let the guest do less, raise --speed, or let it stand longer "
-                    "(migrate-set-parameters downtime-limit)",
-                )
+                raise moving.diverging(stall)
             await self._nap(_LOOK)
+
+    async def _limit(self) -> float:
+        """Return for how many seconds the guest may stand for the last of its memory."""
+        parameters = await self._vm.monitor.execute("query-migrate-parameters")
+        return int(parameters.get("downtime-limit", 0)) / 1e3
 
     async def go_on(self) -> None:
         """Have QEMU send the rest, while the guest stands."""
@@ -167,7 +164,7 @@ class Stream:
     async def _look(self) -> Mapping[str, Any]:
         migration: Mapping[str, Any] = await self._vm.monitor.execute("query-migrate")
         ram, downtime = migration.get("ram", {}), migration.get("downtime")
-        moved, left, number = (_count(ram, name) for name in ("transferred", "remaining", _PASSES))
+        moved, left, number = (count(ram, name) for name in ("transferred", "remaining", PASSES))
         if moved:
             self.transferred = moved
             self._course.sent(time.monotonic(), moved, left, number)
@@ -200,7 +197,7 @@ class Stream:
         elif event["event"] == "RESUME":
             self.went_on = True
         elif event["event"] == "MIGRATION_PASS":
-            self._course.passes_on(now, _count(event.get("data", {}), "pass"))
+            self._course.passes_on(now, count(event.get("data", {}), "pass"))
         return True
 
     # -- the way back
@@ -226,50 +223,6 @@ class Stream:
         self._stack.close()
 
 
-class _Moving:
-    """How far the memory is, by what query-migrate says of it."""
-
-    def __init__(self) -> None:
-        self._meter = RateMeter()
-        self._convergence = Convergence()
-        self._moved = (-1, 0.0)
-        self._now = 0.0
-        self._first: int | None = None
-        self._measured = False
-
-    def add(self, now: float, migration: Mapping[str, Any]) -> Progress:
-        ram = migration.get("ram", {})
-        sent, left, total = (_count(ram, name) for name in ("transferred", "remaining", "total"))
-        self._now = now
-        if sent != self._moved[0]:
-            self._moved = sent, now
-        self._meter.add(now, sent)
-        self._convergence.add(now, left)
-        rate = self._meter.rate
-        return Progress(
-            status="running",
-            phase="moving the memory",
-            done=max(0, total - left),
-            total=total,
-            rate=rate,
-            eta=left / rate if rate and left else None,
-            idle=now - self._moved[1],
-            lagging=self._convergence.passes,
-            downtime=self._expected(migration.get("expected-downtime"), _count(ram, _PASSES)),
-        )
-
-    def _expected(self, said: object, number: int) -> float | None:
-        """Return how long QEMU expects it to stand; what it says at first is but the limit set."""
-        if not isinstance(said, int):
-            return None
-        self._first = said if self._first is None else self._first
-        self._measured = self._measured or (number >= _TELLING and said != self._first)
-        return said / 1e3 if self._measured else None
-
-    def hopeless(self, limit: float) -> bool:
-        return self._convergence.hopeless(self._now, limit)
-
-
 def told_at(event: Mapping[str, Any]) -> float | None:
     """Return when QEMU sent an event, in seconds of its host's clock; None where that is not said.
 
@@ -281,8 +234,3 @@ def told_at(event: Mapping[str, Any]) -> float | None:
     )
     seconds, micro = told if len(told) == 2 else (None, None)
     return seconds + micro / 1e6 if isinstance(seconds, int) and isinstance(micro, int) else None
-
-
-def _count(said: Mapping[str, Any], name: str) -> int:
-    value = said.get(name)
-    return value if isinstance(value, int) else 0

@@ -23,6 +23,7 @@ from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.jobstate import ENDED, GONE, Verb, allows
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.sizes import human_size
 from qmpblock.speed import WINDOW, Convergence, RateMeter
 
 __all__ = ["Job", "Progress"]
@@ -54,8 +55,10 @@ class Progress:
     :ivar latency: seconds that requests of the guest's took lately, where a copy holds that, by
         `measure`: on average (`mean`), or all but the slowest in a hundred (`p99`); `limit`: bytes
         a second that it keeps to therefore. Else None, and 0.
+    :ivar written: bytes a second that the guest writes meanwhile, which are to be copied, too; 0
+        where that is not known.
     :ivar downtime: of a migration, seconds for which the guest will stand, as QEMU expects; None
-        while it cannot tell.
+        while it cannot tell. `throttle`: percent of their time that its CPUs are held.
     """
 
     status: str
@@ -72,6 +75,8 @@ class Progress:
     limit: int = 0
     measure: str = "mean"
     downtime: float | None = None
+    written: float = 0.0
+    throttle: int = 0
 
     @property
     def remaining(self) -> int:
@@ -242,7 +247,7 @@ class Job(Feed[Progress]):
             wanted = self.completion_asked or progress.status == "running"
             if wanted and course.hopeless(now, converging):
                 distance = max(progress.remaining, course.distance)
-                raise self._diverging(distance, converging)
+                raise self._diverging(progress, distance, converging)
             if course.full and now - retried > _RETRY:
                 retried = now
                 with contextlib.suppress(CommandError):  # it was resumed, or ended, meanwhile
@@ -271,18 +276,26 @@ class Job(Feed[Progress]):
                 remedy="look whether its storage hangs, or give a longer --stall",
             )
 
-    def _diverging(self, distance: int, converging: float) -> StalledError:
+    def _diverging(self, seen: Progress, distance: int, converging: float) -> StalledError:
+        written, copied = human_size(int(seen.written)), human_size(int(seen.rate))
         return StalledError(
             f"the job {self.id} does not converge: the guest writes faster than it "
-            f"copies; the distance is {distance} bytes and has not become "
-            f"smaller for {converging:g} s",
+            f"copies (to be copied anew: {written}/s; copied: {copied}/s); the distance is "
+            f"{distance} bytes and has not become smaller for {converging:g} s",
             # QEMU lets the requests that it holds back through before it pivots (F21).
-            remedy=self.to_catch_up
-            or "the guest was slowed down, and that did not suffice: let it write less, "
-            "raise --speed, or pause the VM while this runs again: a paused guest writes nothing"
-            if self.guest_slowed
-            else "let the guest write less, raise --speed, or slow the guest down "
-            "until the pivot with --throttle-guest RATE",
+            remedy=self.to_catch_up or self._slower(),
+        )
+
+    def _slower(self) -> str:
+        """Say what helps a commit to catch up."""
+        if self.guest_slowed:
+            return (
+                "the guest was slowed down, and that did not suffice: let it write less, raise "
+                "--speed, or pause the VM while this runs again: a paused guest writes nothing"
+            )
+        return (
+            "let the guest write less, raise --speed, or slow the guest down until the pivot with "
+            "--throttle-guest RATE"
         )
 
     def _take(self, event: Mapping[str, Any]) -> None:
@@ -390,6 +403,7 @@ class _Course:
     def __init__(self, now: float) -> None:
         self.full = False
         self._meter = RateMeter()
+        self._growing = RateMeter()  # a total grows by what the guest writes
         self._pace = Convergence()
         self._stage = (False, False)  # whether it has been ready, and whether it is to pivot
         self._last: tuple[str, int, int] | None = None
@@ -418,6 +432,7 @@ class _Course:
         if step != self._last or not (working or ending):
             self._last, self._moved = step, now
         self._meter.add(now, done)
+        self._growing.add(now, total)
         # How the guest did before it was to pivot says nothing. Once ready it stays so: a drain,
         # of a map of ours say, has it stand by for a moment.
         stage = status == "ready" or self._stage[0], completion_asked
@@ -425,18 +440,21 @@ class _Course:
             self._stage, self._pace = stage, Convergence()
         if status in ("running", "ready"):
             self._pace.add(now, max(0, total - done), total)
-        rate = self._meter.rate
+        rate, written = self._meter.rate, self._growing.rate
         return Progress(
             status=status,
             phase=_phase(status, full=self.full, asked=completion_asked),
             done=done,
             total=total,
             rate=rate,
-            eta=(total - done) / rate if rate > 0 and status == "running" else None,
+            eta=(total - done) / (rate - written)
+            if rate > written and status == "running"
+            else None,
             idle=max(0.0, now - self._moved - _rest(info)),
             lagging=self._pace.passes,
             errors=errors,
             error=None if info.get("error") is None else str(info["error"]),
+            written=written,
         )
 
     @property

@@ -14,6 +14,7 @@ from migrating import arrived, both, machine, migrated, stressed
 
 import qmpblock
 from qmpblock import MigrationMeans
+from qmpblock.errors import StalledError
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -129,8 +130,11 @@ async def test_a_longer_standstill_lets_a_busy_guest_over(begin, start_destinati
     async with writing(source, 16):
         destination = await start_destination(source, extra=["-m", "64"])
         destination.expect_exit()
-        with pytest.raises(qmpblock.Error, match="does not converge"):
+        with pytest.raises(StalledError, match="does not converge") as failed:
             await migrated(source, destination, stall=4, speed=16 * MIB)
+        assert "written: " in failed.value.message
+        assert "not measured" not in failed.value.message
+        assert "--auto-converge" in failed.value.remedy
         assert await settings(source) == before
         destination = await start_destination(source, extra=["-m", "64"])
         async with both(source, destination) as vms:
@@ -149,3 +153,21 @@ async def test_what_cannot_be_is_refused(words, begin, start_destination):
     code, _, err = await cli("migrate", source.monitor_path, destination.monitor_path, *words)
     assert code == 2, err
     assert not any("object-add" in line for line in source.qmp_log())
+
+
+async def test_a_guest_that_outruns_the_mirrors(begin, start_destination, invariant):
+    """It ends within a bound, with the figures, and leaves nothing."""
+    source = await begin()
+    await invariant.begin(source)
+    destination = await start_destination(source)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(StalledError, match="does not converge") as failed:
+        await migrated(source, destination, stall=4, speed=512 << 10)
+    print(failed.value)
+    assert asyncio.get_running_loop().time() - began < 60
+    assert "to be copied anew: " in failed.value.message
+    assert failed.value.remedy == "let the guest write less, or raise --speed"
+    assert "the guest runs at the source, where nothing of ours is left" in failed.value.standing
+    await invariant.verify(source)
+    assert (await destination.execute("query-status"))["status"] == "inmigrate"
+    assert (await source.guest.stop_stress(0)).bad == 0

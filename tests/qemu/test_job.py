@@ -324,6 +324,21 @@ async def test_a_guest_that_outruns_the_job_is_told_of(tmp_path):
     assert job.progress.lagging >= 3
 
 
+def test_what_the_guest_writes_meanwhile_counts():
+    """A total grows by it; so does the time that is left."""
+    course = module._Course(0.0)
+    seen = None
+    for now in range(5):
+        said, _ = look("running", 100 * now, 1000 + 50 * now)
+        seen = course.add(said, now, completion_asked=False, ending=False, errors=0)
+    assert (seen.rate, seen.written) == (100, 50)
+    assert seen.eta == (1200 - 400) / 50
+    said, _ = look("running", 500, 2000)
+    seen = course.add(said, 5, completion_asked=False, ending=False, errors=0)
+    assert seen.written > seen.rate
+    assert seen.eta is None
+
+
 def test_how_it_was_before_a_pivot_was_asked_for_does_not_count():
     """It may be ready for hours, as far behind as ever, until somebody asks it to pivot."""
     course = module._Course(0.0)
