@@ -42,10 +42,13 @@ def counterpart(source: QemuProcess, *, image: Format | None = None) -> Scenario
     disks = []
     for disk in source.disks:
         active = disk.active.spec
+        form = image or active.format
+        # Of a raw one that ends within a sector QEMU shows whole sectors; others have only these.
+        size = active.size if form == "raw" else -(-active.size // 512) * 512
         made = Image(
             file=f"{disk.spec.name}-destination",
-            format=image or active.format,
-            size=active.size,
+            format=form,
+            size=size,
             secret=active.secret,
             options=active.options if active.secret else (),
         )
