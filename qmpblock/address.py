@@ -4,6 +4,7 @@
 
     /run/vm.qmp   unix:/run/vm.qmp   ./vm.qmp   vm.qmp     a UNIX socket
     host:4444     tcp:host:4444      [::1]:4444            TCP
+    ssh://[user@]host[:port]/run/vm.qmp                    a UNIX socket on another host: monitors
 
 Without a prefix, a text with a slash, or without a `:PORT` at its end, is a path.
 """
@@ -13,13 +14,32 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from qmpblock.errors import RequestError, printable
 
-__all__ = ["Address", "TCPAddress", "UnixAddress", "parse_address"]
+__all__ = [
+    "LONGEST_PATH",
+    "Address",
+    "MonitorAddress",
+    "SSHAddress",
+    "TCPAddress",
+    "UnixAddress",
+    "parse_address",
+    "parse_monitor",
+]
 
 _HOST_PORT = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^:/\[\]]+)):(?P<port>\d+)")
-_SUN_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1, unix(7)
+LONGEST_PATH = 107
+"""Bytes of a UNIX socket's path: sizeof(sockaddr_un.sun_path) - 1, unix(7)."""
+
+_SSH = "ssh://"
+_BY_SSH = re.compile(
+    r"(?:(?P<user>\w[\w.-]*)@)?(?:\[(?P<v6>[0-9A-Fa-f:.%\w]+)\]|(?P<host>\w[\w.-]*))"
+    r"(?::(?P<port>\d{1,5}))?(?P<path>/.*)",
+    re.ASCII | re.DOTALL,
+)
+_FOR_SSH = re.compile(r"[\w./+=@,~-]+", re.ASCII)  # of a path: what ssh takes as it is
 
 
 @dataclass(frozen=True)
@@ -53,7 +73,30 @@ class TCPAddress:
             return self.host == "localhost"
 
 
+@dataclass(frozen=True)
+class SSHAddress:
+    """A UNIX socket on another host, to which ssh brings us.
+
+    :ivar host: by a name of the network's, or of ssh's configuration.
+    :ivar path: of the socket there.
+    :ivar user: None: as ssh's configuration says; likewise `port`.
+    """
+
+    host: str
+    path: str
+    user: str | None = None
+    port: int | None = None
+    loopback: ClassVar[bool] = False  # it is for another host
+
+    def __str__(self) -> str:
+        user = "" if self.user is None else f"{self.user}@"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port is None else f":{self.port}"
+        return f"{_SSH}{user}{host}{port}{self.path}"
+
+
 Address = UnixAddress | TCPAddress
+MonitorAddress = Address | SSHAddress
 
 
 def parse_address(text: str) -> Address:
@@ -76,12 +119,38 @@ def parse_address(text: str) -> Address:
     return _unix(text, text)
 
 
+def parse_monitor(text: str) -> MonitorAddress:
+    """Read the address of a monitor: one of `parse_address`, or ssh://.
+
+    :raise RequestError: as of `parse_address`; or ssh would take it for another one.
+    """
+    if not text.startswith(_SSH):
+        return parse_address(text)
+    match = _BY_SSH.fullmatch(text[len(_SSH) :])
+    if match is None:
+        raise RequestError(
+            f"the address {printable(text)} is not ssh://[USER@]HOST[:PORT]/PATH/OF/MONITOR"
+        )
+    port = None if match["port"] is None else int(match["port"])
+    if port is not None and not 1 <= port <= 65535:
+        raise RequestError(f"the port in the address {printable(text)} is not in 1..65535")
+    path = match["path"]
+    if not _FOR_SSH.fullmatch(path):
+        raise RequestError(
+            f"the path in {printable(text)} has a character that ssh does not take as it is",
+            remedy="name the monitor by another path: a symbolic link to its directory",
+        )
+    if len(path) > LONGEST_PATH:
+        raise RequestError(f"the path in {printable(text)} is longer than {LONGEST_PATH} bytes")
+    return SSHAddress(match["v6"] or match["host"], path, match["user"], port)
+
+
 def _unix(text: str, path: str) -> UnixAddress:
     if not path or "\0" in path:
         raise RequestError(f"the address {printable(text)!r} names no socket")
-    if len(path.encode()) > _SUN_PATH:
+    if len(path.encode()) > LONGEST_PATH:
         raise RequestError(
-            f"the socket path in {printable(text)} is longer than {_SUN_PATH} bytes",
+            f"the socket path in {printable(text)} is longer than {LONGEST_PATH} bytes",
             remedy="use a relative path from a directory nearer to it, or a symbolic link",
         )
     return UnixAddress(path)

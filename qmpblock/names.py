@@ -64,6 +64,11 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
     sockets               TMPDIR/qmpblock-RUN/nbd    of an NBD server of ours
                           TMPDIR/qmpblock-RUN-N-wire/nbd
                                                      of the relay on that wire
+                          TMPDIR/qmpblock-RUN-WHAT/nbd
+                                                     of an ssh to another host's socket, WHAT being
+                                                     monitor, nbd or stream; gone once it listens
+                          DIRECTORY/qmpblock-RUN-nbd, -stream
+                                                     on that host, beside the monitor: of QEMU
                           TMPDIR/qmpblock-read-.../nbd
                                                      of a server through which a closed image is
                                                      read; gone before that begins
@@ -105,6 +110,8 @@ __all__ = [
     "filling_nodes",
     "fleecing_file",
     "fleecing_nodes",
+    "forward_folder",
+    "forwarded_socket",
     "guard_name",
     "handover_name",
     "helper_bitmap",
@@ -113,6 +120,7 @@ __all__ = [
     "is_beside",
     "is_create_job",
     "is_elsewhere",
+    "is_forwarded",
     "is_holders_run",
     "is_migration",
     "is_of_run",
@@ -622,6 +630,25 @@ def is_socket_of(path: str, wire: str) -> bool:
     """
     folder, _, name = path.rpartition("/")
     return name == SOCKET and PurePath(folder).name == wire
+
+
+def forward_folder(run: str, what: str) -> str:
+    """Return the directory of the socket at which an ssh of ours listens.
+
+    :param run: of the ssh; `what`: is reached by it: `monitor`, `nbd` or `stream`.
+    """
+    return _named(run, what)
+
+
+def forwarded_socket(monitor: str, run: str, what: str) -> str:
+    """Return the socket that a QEMU on another host is to make, beside its monitor."""
+    return f"{monitor.rpartition('/')[0]}/{_named(run, what)}"
+
+
+def is_forwarded(path: str) -> bool:
+    """Whether a path, of anybody's writing, is by its form that of an NBD server's such socket."""
+    run = run_of(path.rpartition("/")[2])
+    return bool(run) and path.endswith(f"/{_named(run, 'nbd')}")
 
 
 def _of_process(process: Process) -> str:

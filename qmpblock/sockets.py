@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from qmpblock.address import Address, UnixAddress
+from qmpblock.address import Address, MonitorAddress, UnixAddress
 from qmpblock.links import walk
 
 __all__ = ["absolute", "open_socket"]
@@ -17,7 +17,7 @@ __all__ = ["absolute", "open_socket"]
 _FULL = 0.02  # seconds between attempts to get into the queue of a listening socket
 
 
-def absolute(address: Address) -> str:
+def absolute(address: MonitorAddress) -> str:
     """Name an address so that another process can tell whether it is the same."""
     if isinstance(address, UnixAddress):
         return f"unix:{os.path.realpath(address.path)}"

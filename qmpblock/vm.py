@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Literal, TypeVar, Unpack
 
-from qmpblock.address import Address
+from qmpblock.address import MonitorAddress
 from qmpblock.copying.options import names_copy_options
 from qmpblock.errors import MonitorHeldError, NotFoundError
 from qmpblock.graph.model import JobInfo
@@ -40,7 +40,7 @@ DiskT = TypeVar("DiskT", bound=MappedDisk)
 
 @asynccontextmanager
 async def connect(
-    address: str | Address,
+    address: str | MonitorAddress,
     *,
     nbd: str | None = None,
     tls_creds: str | None = None,
@@ -51,7 +51,8 @@ async def connect(
 ) -> AsyncIterator[VM]:
     """Connect to a running QEMU; leaving disconnects, and changes nothing in it.
 
-    :param address: of its QMP monitor: a UNIX socket path or HOST:PORT.
+    :param address: of its QMP monitor: a UNIX socket path, HOST:PORT, or, on another host,
+        ssh://[USER@]HOST[:PORT]/PATH.
     :param nbd: address of a foreign NBD server that already listens in this VM.
     :param tls_creds: directory of TLS credentials for NBD over TCP (QEMU's x509 layout).
     :param insecure: allow NBD over TCP without TLS.

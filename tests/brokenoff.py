@@ -13,7 +13,7 @@ from disturbed import until
 import qmpblock
 from qmpblock.errors import MonitorError
 from qmpblock.migration import arbiter
-from qmpblock.migration.hold import Hold
+from qmpblock.migration.hold import Hold, holder_of
 from qmpblock.migration.states import Phase, Side
 from qmpblock.names import MIGRATION_LOCK, copy_job, export_name, new_run, wire_node
 from qmpblock.qemu import lock
@@ -166,8 +166,9 @@ class Broken:
 
     async def die(self):
         """Be a controller that died: its locks are those of a process that is gone."""
-        dead = replace(self.hold.holder(), pid=NO_PROCESS, start=1)
-        for vm in (self.source, self.destination):
+        for side, vm in ((Side.SOURCE, self.source), (Side.DESTINATION, self.destination)):
+            me = holder_of(self.hold.record, self.run, side)
+            dead = replace(me, pid=NO_PROCESS, start=1)
             with suppress(MonitorError):  # it has ended
                 await lock.update(vm.control, MIGRATION_LOCK, dead)
         await self.let_go()

@@ -8,6 +8,8 @@ import pytest
 from disturbed import nothing_of_ours
 
 import qmpblock
+from qmpblock.migration.passage import Passage
+from qmpblock.migration.stream import Stream
 from qmpblock.testing import StressSpec, Tools, check_acknowledged
 
 MIB = 1 << 20
@@ -115,3 +117,40 @@ async def stressed(vm, rate=300):
     for number, _ in enumerate(vm.disks):
         await vm.guest.stress(spec(number, rate=rate))
     return vm
+
+
+@contextlib.contextmanager
+def at(monkeypatch, phase, do):
+    """Do something as soon as that phase has begun, once."""
+    with monkeypatch.context() as patch:
+        before = Passage.enter
+        todo = [do]
+
+        async def enter(self, now):
+            await before(self, now)
+            if now.value == phase and todo:
+                await todo.pop()()
+
+        until_held = Stream.until_held
+
+        async def until(self):
+            if phase == "active":
+                await todo.pop()()
+            await until_held(self)
+
+        patch.setattr(Passage, "enter", enter)
+        patch.setattr(Stream, "until_held", until)
+        yield
+        assert not todo, f"the phase {phase} never came"
+
+
+async def stays(source, invariant):
+    """See that the guest runs at the source, unharmed, and that all there is as it was."""
+    assert (await source.execute("query-status"))["status"] == "running"
+    before = (await source.guest.progress()).acked
+    await asyncio.sleep(0.1)
+    now = await source.guest.progress()
+    assert now.acked > before
+    assert (now.bad, now.errors) == (0, 0)
+    await nothing_of_ours(source)
+    await invariant.verify(source)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpblock.address import TCPAddress, UnixAddress, parse_address
+from qmpblock.address import SSHAddress, TCPAddress, UnixAddress, parse_address, parse_monitor
 from qmpblock.errors import RequestError
 from qmpblock.sockets import open_socket
 
@@ -48,10 +48,40 @@ def test_text_form_reads_back(address):
     assert parse_address(str(address)) == address
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("ssh://h/run/vm.qmp", SSHAddress("h", "/run/vm.qmp")),
+        ("ssh://me@h.example:22/q", SSHAddress("h.example", "/q", "me", 22)),
+        ("ssh://[fe80::1%eth0]:22/q", SSHAddress("fe80::1%eth0", "/q", None, 22)),
+        ("/run/vm.qmp", UnixAddress("/run/vm.qmp")),
+        ("ssh:/h/q", UnixAddress("ssh:/h/q")),
+    ],
+)
+def test_monitors(text, address):
+    assert parse_monitor(text) == address
+    assert parse_monitor(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("ssh://", "ssh://h", "ssh:///q", "ssh://h:0/q", "ssh://h:65536/q", "ssh://a@b@h/q"),
+        *("ssh://-oProxyCommand=x/q", "ssh://-l@h/q", "ssh://h/a:b", "ssh://h/%h", "ssh://h/$HOME"),
+        *("ssh://h/a b", "ssh://h/a\\b", "ssh://h/\n", "ssh://h/" + "x" * 107, "ssh://h/ü"),
+    ],
+)
+def test_what_ssh_would_take_for_something_else_is_refused(text):
+    with pytest.raises(RequestError):
+        parse_monitor(text)
+
+
 @given(st.text(max_size=150))
 def test_any_text_is_an_address_or_a_request_error(text):
     with contextlib.suppress(RequestError):
         parse_address(text)
+    with contextlib.suppress(RequestError):
+        parse_monitor(f"ssh://{text}")
 
 
 @pytest.mark.parametrize(

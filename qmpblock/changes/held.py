@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmpblock.address import Address, parse_address
+from qmpblock.address import MonitorAddress, parse_monitor
 from qmpblock.changes.survey import journals
 from qmpblock.errors import MonitorHeldError
 from qmpblock.host.processes import command_line
@@ -17,12 +17,12 @@ from qmpblock.sockets import absolute
 __all__ = ["tell_of_our_own"]
 
 
-def tell_of_our_own(error: MonitorHeldError, address: str | Address) -> None:
+def tell_of_our_own(error: MonitorHeldError, address: str | MonitorAddress) -> None:
     """Have an error say what a run of ours that holds the monitor is about, and how to end it.
 
     It is left as it is where no run of ours can be seen.
     """
-    where = absolute(parse_address(address) if isinstance(address, str) else address)
+    where = absolute(parse_monitor(address) if isinstance(address, str) else address)
     begun = sorted(
         {found.record.describe() for found in journals() if found.record.vm.monitor == where}
     )

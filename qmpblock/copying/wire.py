@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qmpblock.address import TCPAddress
+from qmpblock.address import UnixAddress
 from qmpblock.cancellation import undisturbed
 from qmpblock.copying.relay import End, Relay
 from qmpblock.copying.target import Credentials, NBDTarget, credentials_object, nbd_node
@@ -169,7 +169,7 @@ def check_target(vm: Connection, target: NBDTarget, credentials: Credentials | N
             remedy="add &tls-hostname=NAME to the target",
         )
     address = vm.monitor.address
-    if isinstance(address, TCPAddress) and not address.loopback:
+    if not isinstance(address, UnixAddress) and not address.loopback:
         raise UnsupportedError(
             f"the monitor {address} is on another host, and QEMU has to reach the target by a "
             "socket of this process",

@@ -3,10 +3,12 @@
 A VM has one NBD server. Ours listens on a socket that we made and handed over, so that QEMU needs
 no path that it could not reach; where no descriptor can be passed, on a path or a TCP port. When it
 is started and stopped, among all else that exports take, is said in `qmpblock.export.session`.
+On another host it listens beside its VM's monitor, where the ssh to that leads (`host.forward`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
@@ -19,6 +21,7 @@ from qmpblock.export.server import (
     handshakes_end,
     is_listening,
 )
+from qmpblock.host.forward import Forward
 from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.names import (
     credentials_name,
@@ -37,6 +40,7 @@ NOTHING_LEFT = "nothing of ours is left in the VM"
 
 _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16  # ports
+_TRAVEL = 0.5  # seconds for the end of a connection to come to another host
 
 
 class OwnServer:
@@ -76,6 +80,10 @@ class OwnServer:
         Named here, for the lock's record, and made under the lock: a controller that is killed
         leaves nothing that the record does not name.
         """
+        forward = self._monitor.forward
+        if forward is not None:
+            self.path = forward.nbd.there
+            return
         self._folder = SocketFolder(socket_folder(self._run))
         self.path = self._folder.socket
         if self.over_tcp:
@@ -92,6 +100,10 @@ class OwnServer:
         :raise CommandError: QEMU refused.
         :raise Error: there is no directory for a socket.
         """
+        forward = self._monitor.forward
+        if forward is not None:
+            await self._listen_there(forward)
+            return
         assert self._folder is not None  # choose_place() went before
         try:
             self._folder.make()
@@ -137,6 +149,17 @@ class OwnServer:
                 raise
         if not self._lasting:
             folder.remove()
+
+    async def _listen_there(self, forward: Forward) -> None:
+        try:
+            await self._start_server({"type": "unix", "data": {"path": self.path}})
+        except CommandError as error:
+            error.remedy = (
+                "QEMU has to make a socket beside its monitor, and the user that ssh logs in as "
+                "to connect to it: see what that directory allows both"
+            )
+            raise
+        self.where = forward.nbd.here
 
     async def _listen_on_tcp(self) -> None:
         assert isinstance(self._monitor.address, TCPAddress)  # over_tcp
@@ -205,6 +228,11 @@ class OwnServer:
         :raise BusyError: a client does not end its handshake (K14).
         """
         if self._runs:
+            if (
+                self._monitor.forward is not None
+                and Capabilities(self._monitor.version).nbd_server_stop_hangs_in_handshake
+            ):
+                await asyncio.sleep(_TRAVEL)  # who is connected there cannot be seen from here
             await handshakes_end(self._monitor, self.path)
             await tolerate(not_running, self._monitor.execute("nbd-server-stop"))
         if self._tls_object:

@@ -16,7 +16,14 @@ from typing import Any
 from qmpblock.address import TCPAddress
 from qmpblock.errors import BusyError, CommandError, printable
 from qmpblock.host.socketfolder import remove_socket
-from qmpblock.names import credentials_name, export_name, is_of_run, is_socket, listener_name
+from qmpblock.names import (
+    credentials_name,
+    export_name,
+    is_forwarded,
+    is_of_run,
+    is_socket,
+    listener_name,
+)
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.monitor import Monitor
@@ -176,6 +183,8 @@ class _DeadRun:
         self._run = dead.run
         self._names = [export_name(dead.run, i) for i in range(len(use.exports[:64]))]
         self._path = use.path if is_socket(use.path, dead.run) else ""  # as on a foreign server
+        # Of one on another host, or made from there, only its exports tell that it is ours.
+        self._forwarded = is_forwarded(use.path)
         # Named descriptors belong to a monitor. On the one that the dead controller came by, a
         # name that is not there was never passed, or was closed by an earlier, interrupted undoing.
         self._elsewhere = use.monitor != monitor_name(monitor)
@@ -214,6 +223,10 @@ class _DeadRun:
             not end its handshake (K14).
         """
         await self._close(listener_name(self._run))
+        if self._exported and self._forwarded:
+            await notice_closed(self._monitor)
+            if await tolerate(not_running, self._monitor.execute("nbd-server-stop")):
+                self._removed.append("the NBD server")
         if self._path and (self._exported or await self._is_listening()):
             if self._elsewhere and self._endangers():
                 raise BusyError(

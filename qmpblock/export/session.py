@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.address import Address, TCPAddress, UnixAddress, parse_address
+from qmpblock.address import Address, SSHAddress, TCPAddress, UnixAddress, parse_address
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import (
     UNTOUCHED,
@@ -301,6 +301,8 @@ class _Session:
                 remedy="use a UNIX socket monitor (-qmp unix:PATH,server=on,wait=off) on the "
                 "VM's host, or QEMU 10.0 or newer",
             )
+        if isinstance(address, SSHAddress):
+            return  # what goes by ssh is encrypted, and its peer proven
         if not self.access.address and not self.server.over_tcp and not address.loopback:
             raise UnsupportedError(
                 f"the monitor {address} is on another host, and this needs an NBD connection "

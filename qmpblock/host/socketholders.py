@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmpblock.address import Address, UnixAddress
+from qmpblock.address import MonitorAddress, SSHAddress, UnixAddress
 
 __all__ = ["holders"]
 
@@ -33,11 +33,13 @@ _ESTABLISHED = 1
 _ALL = 0xFFFFFFFF
 
 
-def holders(address: Address) -> tuple[int, ...]:
+def holders(address: MonitorAddress) -> tuple[int, ...]:
     """Return the processes whose connections to a listening socket were accepted; sorted.
 
     None where there is none, and where that cannot be seen from here.
     """
+    if isinstance(address, SSHAddress):
+        return ()
     try:
         ends = _unix_ends(address) if isinstance(address, UnixAddress) else _tcp_ends(address.port)
     except (OSError, ValueError, struct.error):

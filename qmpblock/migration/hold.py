@@ -11,7 +11,6 @@ import logging
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.changes.identity import identify
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,
@@ -23,7 +22,8 @@ from qmpblock.errors import (
 from qmpblock.host.processes import pid_namespace
 from qmpblock.migration.journal import MigrationJournal
 from qmpblock.migration.record import MigrationRecord, Settings, read_record
-from qmpblock.migration.states import ORDER, Phase
+from qmpblock.migration.sights import process_of
+from qmpblock.migration.states import ORDER, Phase, Side
 from qmpblock.names import MIGRATION_LOCK
 from qmpblock.qemu import lock
 from qmpblock.qemu.lock import Holder
@@ -32,9 +32,10 @@ from qmpblock.versioned import UnreadableError
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Hold", "holder_of", "record_of"]
+__all__ = ["Hold", "holder_of", "record_of", "side_of"]
 
 _RECORD = "migration"
+_SIDE = "side"
 _ANSWER = 2.0  # seconds for a word from a QEMU that is well
 _WRITTEN = frozenset(one.enters for one in ORDER if one.enters is not None)
 
@@ -60,7 +61,11 @@ class Hold:
     ) -> Hold:
         """Say which VMs, and what is changed of their settings; touch nothing."""
         record = MigrationRecord(
-            run, await identify(source), await identify(destination), pid_namespace(), source_had
+            run,
+            await process_of(source),
+            await process_of(destination),
+            pid_namespace(),
+            source_had,
         )
         return cls(source, destination, record)
 
@@ -71,17 +76,14 @@ class Hold:
         :raise Error: the journal cannot be written.
         """
         try:
-            for vm in (self._source, self._destination):
-                await lock.acquire(vm.monitor, MIGRATION_LOCK, self.holder(), _refuse, stall=0)
+            for vm, side in ((self._source, Side.SOURCE), (self._destination, Side.DESTINATION)):
+                me = holder_of(self.record, self.record.run, side)
+                await lock.acquire(vm.monitor, MIGRATION_LOCK, me, _refuse, stall=0)
                 self._held.append(vm)
             self._journal = MigrationJournal.create(self.record)
         except BaseException:
             await undisturbed(self.end())
             raise
-
-    def holder(self) -> Holder:
-        """Return what the locks say."""
-        return holder_of(self.record, self.record.run)
 
     def enter(self, phase: Phase) -> None:
         """Write that a phase is entered, before what it stands for is done.
@@ -138,12 +140,19 @@ class Hold:
             _log.warning("%s", error)
 
 
-def holder_of(record: MigrationRecord, run: str) -> Holder:
+def holder_of(record: MigrationRecord, run: str, side: Side) -> Holder:
     """Describe this process, as the one that has a migration in hand.
 
     :param run: of the migration; a recovery has one of its own.
+    :param side: whose lock is to say it.
     """
-    return Holder.me(run, **{_RECORD: record.as_json()})
+    return Holder.me(run, **{_RECORD: record.as_json(), _SIDE: side.value})
+
+
+def side_of(holder: Holder) -> Side | None:
+    """Return whose lock it is; None where an older version did not say."""
+    said = holder.details.get(_SIDE)
+    return next((side for side in Side if side.value == said), None)
 
 
 def record_of(holder: Holder) -> MigrationRecord:

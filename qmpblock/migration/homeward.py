@@ -66,7 +66,7 @@ class Homeward:
         await passage.bitmaps.restore(passage.source)
         await passage.change.undo()
         stands = await passage.landing.give_up()
-        if passage.landing.vm.monitor.closed:
+        if passage.landing.gone:
             # If it was needed: nobody else can run any more.
             await arbiter.withdraw(passage.source.monitor, passage.record.run)
         passage.settled = True

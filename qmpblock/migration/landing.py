@@ -5,6 +5,9 @@ handed over: an NBD client that goes away after that, or that is in an iothread 
 7.2 abort (K1). So exports end by `block-export-del` with mode hard, before anything at the
 source closes a connection; the server itself is stopped when the guest runs.
 
+One on another host is reached by ssh (`qmpblock.host.forward`), and so are its exports and where it
+waits for the guest: sockets that its QEMU makes beside its monitor.
+
 Nothing else of ours looks into the destination meanwhile: its disks are locked like the source's.
 """
 
@@ -23,7 +26,7 @@ from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import OWN_REMEDY, undo_dead_change
 from qmpblock.copying.target import NBDTarget
-from qmpblock.errors import Error, MonitorError, StalledError
+from qmpblock.errors import CommandError, Error, MonitorError, StalledError
 from qmpblock.export.ownserver import OwnServer
 from qmpblock.export.server import delete_export, monitor_name, undo_dead_run
 from qmpblock.migration import wayback
@@ -32,9 +35,11 @@ from qmpblock.qemu import lock
 from qmpblock.qemu.connection import NBDAccess
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.refusals import not_found, tolerate
+from qmpblock.sockets import open_socket
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
+    from qmpblock.host.forward import Forward
     from qmpblock.migration.look import Pair
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Event
@@ -63,6 +68,7 @@ class Landing:
     ) -> None:
         self.vm = vm
         self.spoilt = False
+        self._ended = False
         self._run = run
         self._disks = disks
         self._has_ended = has_ended
@@ -133,7 +139,8 @@ class Landing:
                 },
             )
             self._exports.append(name)
-            targets.append(NBDTarget(UnixAddress(self._server.path), name))
+            where = self._server.where or UnixAddress(self._server.path)
+            targets.append(NBDTarget(where, name))
         return targets
 
     # -- the guest comes
@@ -145,13 +152,14 @@ class Landing:
         :raise CommandError: QEMU refused.
         """
         monitor, name = self.vm.monitor, stream_socket(self._run)
+        if monitor.forward is not None:
+            yield await self._listening_there(monitor.forward)
+            return
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 await monitor.pass_fd(name, theirs.fileno())
-            self.spoilt = True
-            await monitor.execute("stop")  # as -S does, which nothing in QEMU tells (F28)
-            await monitor.execute("migrate-incoming", {"uri": f"fd:{name}"})
+            await self._expect(f"fd:{name}")
             yield ours
         except BaseException:
             ours.close()
@@ -159,6 +167,19 @@ class Landing:
         finally:
             with contextlib.suppress(MonitorError, StalledError):
                 await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
+
+    async def _listening_there(self, forward: Forward) -> socket.socket:
+        try:
+            await self._expect(f"unix:{forward.stream.there}")
+        except CommandError as error:
+            error.remedy = "QEMU has to make a socket beside its monitor: see what it may do there"
+            raise
+        return await open_socket(forward.stream.here)
+
+    async def _expect(self, uri: str) -> None:
+        self.spoilt = True
+        await self.vm.monitor.execute("stop")  # as -S does, which nothing in QEMU tells (F28)
+        await self.vm.monitor.execute("migrate-incoming", {"uri": uri})
 
     async def end_exports(self) -> None:
         """Have nobody write to its disks from outside any more. Idempotent."""
@@ -186,6 +207,12 @@ class Landing:
             return await resumed.get(self.vm.stall)
 
     # -- after
+
+    @property
+    def gone(self) -> bool:
+        """Whether its QEMU has certainly ended: by ssh a monitor may be lost without that."""
+        lost = self.vm.monitor.closed and self.vm.monitor.forward is None
+        return lost or self._ended or self._has_ended()
 
     async def answers(self) -> bool:
         """Whether its monitor answers at once."""
@@ -215,15 +242,12 @@ class Landing:
         try:
             if not await self.answers():
                 lock.abandon(self._run)
-                return (
-                    "the destination's QEMU does not answer: see that it is ended, and never "
-                    "continue it (cont)"
-                    if self.spoilt and not self.vm.monitor.closed
-                    else "the destination's QEMU has ended"
-                )
+                return self._of_silent()
             if self.spoilt:
                 await self.end_exports()
-                await wayback.quit_vm(self.vm, self._has_ended)
+                self._ended = await wayback.quit_vm(self.vm, self._has_ended)
+                if not self._ended:
+                    return self._of_silent()
                 return "the destination, of no use any more, was ended (quit)"
             await self.leave()
         except Error as error:
@@ -233,6 +257,19 @@ class Landing:
         finally:
             self._server.remove_folder()
         return "the destination waits as before"
+
+    def _of_silent(self) -> str:
+        if self.gone:
+            return "the destination's QEMU has ended"
+        if self.spoilt:
+            return (
+                "the destination's QEMU does not answer: see that it is ended, and never continue "
+                "it (cont)"
+            )
+        return (
+            "the destination's QEMU does not answer, and has things of ours left: end it, and "
+            "start it anew"
+        )
 
 
 async def _nobody(_: Address) -> None:

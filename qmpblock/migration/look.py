@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock.chains.plan import check_idle
 from qmpblock.changes.leftovers import make_way
-from qmpblock.errors import UNTOUCHED, BusyError, RequestError, UnsupportedError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    BusyError,
+    CommandError,
+    RequestError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.host.openfiles import OpenFiles
+from qmpblock.host.processes import describe_process
 from qmpblock.managers import Work
 from qmpblock.migration.rehearsal import check_pairing
-from qmpblock.names import lock_names
+from qmpblock.names import lock_names, new_run, stream_socket
 from qmpblock.qemu import ownership
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, DiskDevice
     from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.monitor import Monitor
 
 __all__ = ["Pair", "Plan", "look"]
 
@@ -51,8 +62,7 @@ async def look(source: Connection, destination: Connection, *, memory_only: bool
     :raise RequestError: it cannot be done; nothing was touched.
     :raise BusyError: a job, or another controller, is at work on a disk.
     """
-    _check_reach(source, "source")
-    _check_reach(destination, "destination")
+    await _check_reach(source, destination)
     if _is_same(source, destination):
         raise RequestError("source and destination are the same VM", standing=UNTOUCHED)
     graph = await source.graph()
@@ -82,14 +92,42 @@ def _pairs(
         raise BusyError("a disk was plugged in or out meanwhile", standing=UNTOUCHED) from None
 
 
-def _check_reach(vm: Connection, side: str) -> None:
-    if not vm.monitor.can_pass_fds:
+async def _check_reach(source: Connection, destination: Connection) -> None:
+    for side, vm in (("source", source), ("destination", destination)):
+        monitor = vm.monitor
+        if monitor.can_pass_fds:
+            await _check_is_its_own(monitor, side)
+        elif side == "source" or monitor.forward is None:
+            raise UnsupportedError(
+                f"the monitor of the {side}, {monitor.address}, is no UNIX socket, and a QEMU gets "
+                "its end of the connection between both by its monitor",
+                standing=UNTOUCHED,
+                remedy="run qmpblock on the source's host, and give UNIX monitors; of a "
+                "destination on another host: ssh://[USER@]HOST[:PORT]/PATH/OF/MONITOR",
+            )
+
+
+async def _check_is_its_own(monitor: Monitor, side: str) -> None:
+    """Refuse a socket of a program that passes it on: what is seen of that is not the VM's.
+
+    A manager may have made it, too, and handed it to its QEMU: that one takes a descriptor.
+    """
+    pid = monitor.peer_pid
+    if pid is None or OpenFiles(pid).is_qemu:
+        return
+    name = stream_socket(new_run())
+    try:
+        with open(os.devnull, "rb") as nothing:  # noqa: PTH123, ASYNC230 - its descriptor is wanted
+            await monitor.pass_fd(name, nothing.fileno())
+        await monitor.execute("closefd", {"fdname": name})
+    except CommandError as error:
         raise UnsupportedError(
-            f"the monitor of the {side}, {vm.monitor.address}, is no UNIX socket, and both QEMUs "
-            "get their ends of the connection between them by their monitors",
+            f"the monitor of the {side}, {monitor.address}, is passed on by "
+            f"{describe_process(pid)}: QEMU itself is elsewhere ({printable(error.description)})",
             standing=UNTOUCHED,
-            remedy="run qmpblock on the host of both VMs, and give their UNIX monitors",
-        )
+            remedy="give the address of its own monitor; of a destination on another host: "
+            "ssh://[USER@]HOST[:PORT]/PATH/OF/MONITOR",
+        ) from None
 
 
 def _is_same(source: Connection, destination: Connection) -> bool:

@@ -63,7 +63,8 @@ async def migrate(
     A destination that was sent anything by then is ended (`quit`); else it waits as before. Once
     the guest is there a cancellation is raised when all is cleaned up, and `job.result` is set.
 
-    :param source: a `VM`; `destination`: another. Both by UNIX monitors, on this host.
+    :param source: a `VM` by its UNIX monitor, on this host; `destination`: another, likewise, or on
+        another host (`ssh://...`).
     :param memory_only: the disks are shared storage: both sides' images are the same files.
     :param speed: bytes a second at most, of all disks, and again of the memory; 0: of the disks no
         limit, of the memory what the VM's migration parameters say.

@@ -11,6 +11,7 @@ from typing import Any
 
 from qmpblock.changes.record import VMIdentity
 from qmpblock.errors import printable
+from qmpblock.migration.states import Side
 from qmpblock.names import is_run
 from qmpblock.versioned import UnreadableError, plain, read
 
@@ -41,6 +42,10 @@ class MigrationRecord:
     pids: str
     source_had: Settings = Settings()
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def of(self, side: Side) -> VMIdentity:
+        """Return the process of one side."""
+        return self.source if side is Side.SOURCE else self.destination
 
     def as_json(self) -> dict[str, Any]:
         """Return what `read_record` reads."""

@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Literal
 
-from qmpblock.address import Address, parse_address
+from qmpblock.address import MonitorAddress, parse_monitor
 from qmpblock.cancellation import undisturbed
-from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import Recovery, clear
-from qmpblock.changes.record import VMIdentity
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.survey import is_same_process
 from qmpblock.errors import (
@@ -30,11 +28,11 @@ from qmpblock.errors import (
 )
 from qmpblock.migration import arbiter, bitmaps, wayback
 from qmpblock.migration.decision import Decision, decide
-from qmpblock.migration.hold import holder_of, record_of
+from qmpblock.migration.hold import holder_of, record_of, side_of
 from qmpblock.migration.journal import MigrationJournal, journals
 from qmpblock.migration.record import MigrationRecord
 from qmpblock.migration.settings import put_back
-from qmpblock.migration.sights import has_ended, look_at_both
+from qmpblock.migration.sights import has_ended, look_at_both, process_of
 from qmpblock.migration.states import Move, Phase, Reach, Seen, Side
 from qmpblock.names import MIGRATION_LOCK, new_run
 from qmpblock.qemu import lock
@@ -51,7 +49,7 @@ Tell = Callable[[str, Step], None]
 
 
 async def recover_migration(
-    *addresses: str | Address,
+    *addresses: str | MonitorAddress,
     carry_on: bool = False,
     force: Literal["source", "destination"] | None = None,
     dry_run: bool = False,
@@ -104,11 +102,10 @@ class _Migration:
         self.destination: Connection | None = None
 
     @property
-    def sides(self) -> list[Connection]:
+    def sides(self) -> list[tuple[Side, Connection]]:
         """Those that can be reached, the source first."""
-        return [
-            vm for vm in (self.source, self.destination) if vm is not None and not vm.monitor.closed
-        ]
+        both = (Side.SOURCE, self.source), (Side.DESTINATION, self.destination)
+        return [(side, vm) for side, vm in both if vm is not None and not vm.monitor.closed]
 
 
 class _Found:
@@ -120,8 +117,8 @@ class _Found:
         self._open: dict[str, Connection] = {}
         self._failed: dict[str, MonitorError] = {}
 
-    async def find(self, addresses: Sequence[str | Address]) -> _Migration | None:
-        names = [absolute(parse_address(one) if isinstance(one, str) else one) for one in addresses]
+    async def find(self, addresses: Sequence[str | MonitorAddress]) -> _Migration | None:
+        names = [absolute(parse_monitor(one) if isinstance(one, str) else one) for one in addresses]
         for name in names:
             await self._connect(name)
         migration = await self._by_locks(names) or await self._by_journals(names)
@@ -130,8 +127,8 @@ class _Found:
                 raise self._failed[names[0]]
             return None
         record = migration.record
-        migration.source = await self._side(record.source, names)
-        migration.destination = await self._side(record.destination, names)
+        migration.source = await self._side(record, Side.SOURCE, names)
+        migration.destination = await self._side(record, Side.DESTINATION, names)
         return migration
 
     async def _connect(self, name: str) -> Connection | None:
@@ -174,22 +171,43 @@ class _Found:
     async def _by_journals(self, names: Sequence[str]) -> _Migration | None:
         for journal in journals():
             record = journal.record
-            for who in (record.source, record.destination):
+            for side in Side:
+                who = record.of(side)
                 if who.monitor not in names:
                     continue
                 vm = self._open.get(who.monitor)
                 # Another QEMU may be at that address by now.
-                if vm is None or is_same_process(who, await identify(vm)):
+                if vm is None or await _is_side(vm, record, side):
                     return _Migration(record, journal)
         return None
 
-    async def _side(self, who: VMIdentity, names: Sequence[str]) -> Connection | None:
+    async def _side(
+        self, record: MigrationRecord, side: Side, names: Sequence[str]
+    ) -> Connection | None:
         """Return the connection to one side: by its own address, or by one that was given."""
-        for name in dict.fromkeys([who.monitor, *names]):
+        for name in dict.fromkeys([record.of(side).monitor, *names]):
             vm = await self._connect(name)
-            if vm is not None and is_same_process(who, await identify(vm)):
+            if vm is not None and await _is_side(vm, record, side):
                 return vm
         return None
+
+
+async def _is_side(vm: Connection, record: MigrationRecord, side: Side) -> bool:
+    """Whether this is the very process that was one side of a migration.
+
+    Where it cannot be seen, now or then, as by ssh, what lies in it says so: our lock, or the
+    arbiter, which end with it. Another one may have been started at its address.
+    """
+    who, said = record.of(side), await process_of(vm)
+    if who.pid and said.pid:
+        return is_same_process(who, said)
+    if who.uuid != said.uuid:
+        return False
+    holder = await lock.read(vm.monitor, MIGRATION_LOCK)
+    if isinstance(holder, Holder):
+        same = record_of(holder).run == record.run
+        return same and side_of(holder) in (side, None)
+    return who.monitor == said.monitor and await arbiter.decided(vm.monitor, record.run) is not None
 
 
 class _Recovering:
@@ -203,7 +221,7 @@ class _Recovering:
         self._force = force
         self._tell = tell
         self._record = migration.record
-        self._me = holder_of(self._record, new_run())
+        self._run = new_run()
         self._seen = Seen(Reach.UNREACHABLE), Seen(Reach.UNREACHABLE)
         self._steps: list[Step] = []
         self._more: list[Recovery] = []
@@ -215,7 +233,7 @@ class _Recovering:
 
     async def foresee(self) -> Recovery:
         """Say what is to be done first. Changes nothing."""
-        for vm in self._migration.sides:
+        for _, vm in self._migration.sides:
             await self._check_free(vm)
         decision = await self._decide()
         return self._told(decision, (self._step(decision),))
@@ -223,11 +241,11 @@ class _Recovering:
     async def recover(self) -> Recovery:
         """Make one move after the other."""
         try:
-            for vm in self._migration.sides:
-                await self._take(vm)
+            for side, vm in self._migration.sides:
+                await self._take(side, vm)
             return await self._go_on()
         except BaseException:
-            lock.abandon(self._me.run)  # for the next one, of this process, too
+            lock.abandon(self._run)  # for the next one, of this process, too
             raise
 
     async def _go_on(self) -> Recovery:
@@ -312,12 +330,13 @@ class _Recovering:
             )
         return holder
 
-    async def _take(self, vm: Connection) -> None:
+    async def _take(self, side: Side, vm: Connection) -> None:
         """Take the migration in hand at one side."""
+        me = holder_of(self._record, self._run, side)
         dead = await self._check_free(vm)
         if dead is None:
-            await lock.acquire(vm.monitor, MIGRATION_LOCK, self._me, _nothing, stall=0)
-        elif not await lock.adopt(vm.monitor, MIGRATION_LOCK, dead, self._me, _nothing):
+            await lock.acquire(vm.monitor, MIGRATION_LOCK, me, _nothing, stall=0)
+        elif not await lock.adopt(vm.monitor, MIGRATION_LOCK, dead, me, _nothing):
             raise BusyError(
                 f"another recovery of the {self._record.describe()} was faster",
                 standing=UNTOUCHED,

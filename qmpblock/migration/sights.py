@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qmpblock.changes.identity import identify
 from qmpblock.errors import Error, GraphError, MonitorError, RecordError, StalledError
+from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import boot_id, pid_namespace, start_time
 from qmpblock.migration.arbiter import decided
 from qmpblock.migration.states import Reach, Seen
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from qmpblock.migration.record import MigrationRecord
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["has_ended", "look", "look_at_both"]
+__all__ = ["has_ended", "look", "look_at_both", "process_of"]
 
 _ANSWER = 5.0  # seconds for a word from a QEMU that is well
 _LOOKS = 20
@@ -79,6 +82,15 @@ async def _gone_soon(record: MigrationRecord, who: VMIdentity) -> Seen:
 
 def _lost(record: MigrationRecord, who: VMIdentity) -> Seen:
     return Seen(Reach.GONE if has_ended(record, who) else Reach.UNREACHABLE)
+
+
+async def process_of(vm: Connection) -> VMIdentity:
+    """Say which QEMU process this is; of one that cannot be seen, with no process.
+
+    Whatever made the monitor's socket, ssh or a manager: its end is not QEMU's.
+    """
+    said = await identify(vm)
+    return said if OpenFiles(vm.monitor.peer_pid).is_qemu else replace(said, pid=0, start=0)
 
 
 def has_ended(record: MigrationRecord, who: VMIdentity) -> bool:

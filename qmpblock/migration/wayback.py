@@ -109,25 +109,30 @@ async def cont(vm: Connection) -> None:
     await _until(vm, lambda state, _: state == "running", "the guest was continued, and stands")
 
 
-async def quit_vm(vm: Connection, has_ended: Callable[[], bool]) -> None:
-    """End a QEMU, and wait until it has ended.
+async def quit_vm(vm: Connection, has_ended: Callable[[], bool]) -> bool:
+    """End a QEMU, and wait until it has ended; return whether it certainly has.
 
     :param has_ended: tells by its process, where that can be seen.
-    :raise StalledError: it has not.
+    :raise StalledError: it was told, and has not.
     """
+    heard = False
     with contextlib.suppress(MonitorError):
         await vm.monitor.execute("quit")
+        heard = True
     loop = asyncio.get_running_loop()
     deadline = loop.time() + vm.stall
     while not vm.monitor.closed and not has_ended():
         if loop.time() > deadline:
             raise StalledError(f"the QEMU of {vm.monitor.address} was told to quit, and does not")
         await asyncio.sleep(_POLL)
+    if vm.monitor.forward is not None:  # no process can be seen; but it had the word
+        return heard
     deadline = loop.time() + 2
     while loop.time() < deadline:  # over TCP that is never seen
         if has_ended():
-            return
+            return True
         await asyncio.sleep(_POLL)
+    return heard
 
 
 async def _until(

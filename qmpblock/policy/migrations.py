@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.address import parse_address
+from qmpblock.address import parse_monitor
 from qmpblock.errors import RequestError, printable
 from qmpblock.policy.values import filled_in, number_in, speed_in
 from qmpblock.yamltext import Mapping, read_mapping, read_text
 
 if TYPE_CHECKING:
-    from qmpblock.address import Address
+    from qmpblock.address import MonitorAddress
 
 __all__ = ["ListedMigration", "MigrationList", "load_migrations", "parse_migrations"]
 
@@ -74,7 +74,7 @@ def parse_migrations(text: str, *, source: str = "<text>") -> MigrationList:
     if parallel < 1:
         top.refuse("parallel", "must be at least 1")
     whole = speed_in(top, 0)
-    seen: set[Address] = set()
+    seen: set[MonitorAddress] = set()
     entries = top.mappings("vms")
     at_once = min(parallel, len(entries))
     migrations = tuple(_migration(one, whole // at_once, seen) for one in entries)
@@ -84,7 +84,7 @@ def parse_migrations(text: str, *, source: str = "<text>") -> MigrationList:
     return MigrationList(source, migrations, parallel)
 
 
-def _migration(entry: Mapping, share: int, seen: set[Address]) -> ListedMigration:
+def _migration(entry: Mapping, share: int, seen: set[MonitorAddress]) -> ListedMigration:
     speed = speed_in(entry, 0)
     one = ListedMigration(
         source=_address(entry, "source", seen),
@@ -98,10 +98,10 @@ def _migration(entry: Mapping, share: int, seen: set[Address]) -> ListedMigratio
     return one
 
 
-def _address(entry: Mapping, key: str, seen: set[Address]) -> str:
+def _address(entry: Mapping, key: str, seen: set[MonitorAddress]) -> str:
     text = filled_in(entry, key)
     try:
-        parsed = parse_address(text)
+        parsed = parse_monitor(text)
     except RequestError as error:
         entry.refuse(key, error.message)
     if parsed in seen:

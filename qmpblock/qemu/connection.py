@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
-from qmpblock.address import Address
+from qmpblock.address import MonitorAddress
 from qmpblock.errors import (
     UNTOUCHED,
     CommandError,
@@ -75,7 +75,7 @@ class Connection:
     @asynccontextmanager
     async def open(
         cls,
-        address: str | Address,
+        address: str | MonitorAddress,
         nbd: NBDAccess,
         *,
         unmanaged: bool = False,

@@ -28,7 +28,8 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import ConnectError as _QMPConnectError
 from qemu.qmp.protocol import StateError
 
-from qmpblock.address import Address, UnixAddress, parse_address
+from qmpblock.address import MonitorAddress, SSHAddress, UnixAddress, parse_monitor
+from qmpblock.cancellation import undisturbed
 from qmpblock.errors import (
     CommandError,
     ConnectError,
@@ -40,6 +41,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
+from qmpblock.host.forward import Forward
 from qmpblock.host.processes import Peer, describe_process
 from qmpblock.host.socketholders import holders
 from qmpblock.peerjson import MOST_BYTES, MOST_VALUES, RefusedError, read_json
@@ -284,10 +286,13 @@ class Monitor:
     """A QMP connection. Make one with `connect`; `async with` closes it.
 
     Commands run one after the other, as they do inside QEMU.
+
+    :ivar forward: the ssh by which it goes to another host; None where it does not.
     """
 
-    def __init__(self, address: Address, stall: float) -> None:
+    def __init__(self, address: MonitorAddress, stall: float) -> None:
         self.address = address
+        self.forward: Forward | None = None
         self.stall = stall
         self._peer: Peer | None = None
         self.version: tuple[int, int, int] = (0, 0, 0)
@@ -304,7 +309,7 @@ class Monitor:
 
     @classmethod
     async def connect(
-        cls, address: str | Address, *, greeting_timeout: float = 5.0, stall: float = 60.0
+        cls, address: str | MonitorAddress, *, greeting_timeout: float = 5.0, stall: float = 60.0
     ) -> Self:
         """Connect, wait for the greeting, negotiate.
 
@@ -316,15 +321,31 @@ class Monitor:
         :raise GreetingError: no greeting came, or it was not QMP.
         :raise MonitorHeldError: another client holds it; says which process, if it can.
         """
-        where = parse_address(address) if isinstance(address, str) else address
+        where = parse_monitor(address) if isinstance(address, str) else address
         monitor = cls(where, stall)
-        sock = await _connect_socket(where, greeting_timeout)
+        if isinstance(where, SSHAddress):
+            monitor.forward = await Forward.open(where)
+        try:
+            await monitor._begin(greeting_timeout)
+        except BaseException as error:
+            if monitor._client.greeting is not None:
+                await monitor.close()
+            if monitor.forward is not None:
+                await undisturbed(monitor.forward.close())
+                if monitor.forward.said and isinstance(error, GreetingError):
+                    error.remedy = f"ssh says: {monitor.forward.said}"
+            raise
+        return monitor
+
+    async def _begin(self, greeting_timeout: float) -> None:
+        where = self.address
+        sock = await _connect_socket(where, self.forward, greeting_timeout)
         try:
             await _await_greeting(sock, where, greeting_timeout)
             if isinstance(where, UnixAddress):
-                monitor._peer = Peer.of(sock)
+                self._peer = Peer.of(sock)
             async with asyncio.timeout(greeting_timeout):
-                await monitor._client.connect(sock)
+                await self._client.connect(sock)
         except TimeoutError:
             raise GreetingError(
                 f"{where} began a greeting but did not complete it within {greeting_timeout:g} s"
@@ -332,19 +353,14 @@ class Monitor:
         except _QMPConnectError as error:
             raise GreetingError(
                 f"what answers at {where} is not a QMP monitor: "
-                f"{monitor._client.broken or printable(error)}",
+                f"{self._client.broken or printable(error)}",
                 remedy="give the address of a QMP monitor (-qmp, or -mon mode=control), "
                 "not of a human monitor, a serial console or an agent",
             ) from error
         finally:
-            if monitor._client.greeting is None:
+            if self._client.greeting is None:
                 sock.close()
-        try:
-            monitor._read_greeting()
-        except GreetingError:
-            await monitor.close()
-            raise
-        return monitor
+        self._read_greeting()
 
     def _read_greeting(self) -> None:
         greeting = self._client.greeting
@@ -381,9 +397,13 @@ class Monitor:
         self.closed = True
         # disconnect() raises what ended the reader (EOF, a reset): the caller has seen it, or
         # no longer wants to know.
-        with contextlib.suppress(EOFError, OSError, QMPError):  # TimeoutError is an OSError
-            async with asyncio.timeout(self.stall):
-                await self._client.disconnect()
+        try:
+            with contextlib.suppress(EOFError, OSError, QMPError):  # TimeoutError is an OSError
+                async with asyncio.timeout(self.stall):
+                    await self._client.disconnect()
+        finally:
+            if self.forward is not None:
+                await undisturbed(self.forward.close())
 
     @property
     def can_pass_fds(self) -> bool:
@@ -513,6 +533,8 @@ class Monitor:
             subscription._wake.set()
 
     def _lost(self, command: str | None, *, why: str = "", sent: bool = True) -> Error:
+        if self.forward is not None and self.forward.ended:
+            why = f"ssh has ended: {self.forward.said or 'it does not say why'}"
         because = f" ({why})" if why else ""
         if command is None or not sent:
             return DisconnectedError(f"the connection to {self.address} is closed{because}")
@@ -524,9 +546,14 @@ class Monitor:
         )
 
 
-async def _connect_socket(address: Address, timeout: float) -> socket.socket:
+async def _connect_socket(
+    address: MonitorAddress, forward: Forward | None, timeout: float
+) -> socket.socket:
     try:
         async with asyncio.timeout(timeout):
+            if isinstance(address, SSHAddress):
+                assert forward is not None  # it was opened for that
+                return await open_socket(forward.monitor.here)
             return await open_socket(address)
     except TimeoutError:
         if isinstance(address, UnixAddress):  # which connects at once, or has no room in its queue
@@ -544,7 +571,7 @@ async def _connect_socket(address: Address, timeout: float) -> socket.socket:
         ) from None
 
 
-async def _await_greeting(sock: socket.socket, address: Address, timeout: float) -> None:
+async def _await_greeting(sock: socket.socket, address: MonitorAddress, timeout: float) -> None:
     """Wait until the peer speaks, and look at its first byte without consuming it."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
@@ -573,7 +600,7 @@ async def _await_greeting(sock: socket.socket, address: Address, timeout: float)
         )
 
 
-def _held(address: Address, what: str) -> MonitorHeldError:
+def _held(address: MonitorAddress, what: str) -> MonitorHeldError:
     """Say which processes hold a monitor, where that can be seen."""
     pids = holders(address)
     if not pids:

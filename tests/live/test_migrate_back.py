@@ -1,18 +1,15 @@
 """Migrations that are broken off in any phase: the guest stays, and the next one works."""
 
 import asyncio
-import contextlib
 import os
 import signal
 
 import pytest
 from disturbed import locks, nothing_of_ours
-from migrating import arrived, both, machine, migrated, stressed
+from migrating import arrived, at, both, machine, migrated, stays, stressed
 
 import qmpblock
 from qmpblock.migration import homeward, outward
-from qmpblock.migration.passage import Passage
-from qmpblock.migration.stream import Stream
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -35,43 +32,6 @@ def begin(start_qemu, vm_dir, qemu_binary):
         return await stressed(await start_qemu(built, guest=True, **options))
 
     return start
-
-
-@contextlib.contextmanager
-def at(monkeypatch, phase, do):
-    """Do something as soon as that phase has begun, once."""
-    with monkeypatch.context() as patch:
-        before = Passage.enter
-        todo = [do]
-
-        async def enter(self, now):
-            await before(self, now)
-            if now.value == phase and todo:
-                await todo.pop()()
-
-        until_held = Stream.until_held
-
-        async def until(self):
-            if phase == "active":
-                await todo.pop()()
-            await until_held(self)
-
-        patch.setattr(Passage, "enter", enter)
-        patch.setattr(Stream, "until_held", until)
-        yield
-        assert not todo, f"the phase {phase} never came"
-
-
-async def stays(source, invariant):
-    """See that the guest runs at the source, unharmed, and that all there is as it was."""
-    assert (await source.execute("query-status"))["status"] == "running"
-    before = (await source.guest.progress()).acked
-    await asyncio.sleep(0.1)
-    now = await source.guest.progress()
-    assert now.acked > before
-    assert (now.bad, now.errors) == (0, 0)
-    await nothing_of_ours(source)
-    await invariant.verify(source)
 
 
 async def ended(vm):

@@ -1,0 +1,149 @@
+"""Another host for tests: a network of its own, a wire to it, and an sshd there, by root alone.
+
+What runs there has this host's files and processes, but no way here except that wire.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from nbdservers import CutOffError, set_wire, until
+
+from qmpblock.testing.qemu import die_with_parent
+
+SSHD = "/usr/sbin/sshd"
+
+SSHD_CONFIG = """\
+ListenAddress {there}
+Port {port}
+HostKey {place}/host
+AuthorizedKeysFile {place}/user.pub
+PidFile none
+UsePAM no
+StrictModes no
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+"""
+SSH_CONFIG = """\
+IdentityFile {place}/user
+IdentitiesOnly yes
+IdentityAgent none
+UserKnownHostsFile {place}/known
+GlobalKnownHostsFile /dev/null
+StrictHostKeyChecking yes
+"""
+PORT = 2222
+
+
+class OtherHost:
+    """A network of its own. `here` and `there` are the addresses of the wire's two ends."""
+
+    def __init__(self, number, place):
+        self.here, self.there = f"10.232.{number}.1", f"10.232.{number}.2"
+        self.wire = f"qmpbhost{number}"
+        self.place = place
+        self.keeper = None
+        self.sshd = None
+
+    @property
+    def enter(self):
+        """What a command is preceded by that is to run there."""
+        return ("nsenter", f"--target={self.keeper.pid}", "--net", "--")
+
+    def program(self, path):
+        """Return a program that runs another one there."""
+        script = self.place / f"there-{Path(path).name}"
+        script.write_text(f'#!/bin/sh\nexec {" ".join(self.enter)} {path} "$@"\n')
+        script.chmod(0o755)
+        return str(script)
+
+    def set_wire(self, *, up):
+        set_wire(self.wire, up=up)
+
+    async def serve_ssh(self):
+        """Run an sshd there, and have `ssh` here, of the directory returned, know it."""
+        if not Path(SSHD).exists():
+            raise CutOffError(f"there is no {SSHD} (Debian: openssh-server)")
+        for name in ("host", "user"):
+            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.place / name))
+        host_key = (self.place / "host.pub").read_text()
+        (self.place / "known").write_text(f"[{self.there}]:{PORT} {host_key}")
+        words = {"there": self.there, "port": PORT, "place": self.place}
+        (self.place / "sshd_config").write_text(SSHD_CONFIG.format(**words))
+        (self.place / "ssh_config").write_text(SSH_CONFIG.format(**words))
+        programs = self.place / "bin"
+        programs.mkdir()
+        script = programs / "ssh"
+        real = shutil.which("ssh")
+        script.write_text(f'#!/bin/sh\nexec {real} -F {self.place}/ssh_config "$@"\n')
+        script.chmod(0o755)
+        Path("/run/sshd").mkdir(exist_ok=True)  # as its package's service does
+        with (self.place / "sshd.log").open("wb") as log:
+            self.sshd = subprocess.Popen(
+                [*self.enter, SSHD, "-D", "-e", "-f", str(self.place / "sshd_config")],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                preexec_fn=die_with_parent(),
+            )
+        await until(self._listens, "an sshd")
+        return programs
+
+    def _listens(self):
+        assert self.sshd.poll() is None, (self.place / "sshd.log").read_text()
+        probe = subprocess.run(
+            ["ssh-keyscan", "-T", "1", "-p", str(PORT), self.there],
+            capture_output=True,
+            check=False,
+        )
+        return bool(probe.stdout)
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CutOffError(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
+@contextlib.asynccontextmanager
+async def another_host(place):
+    """Make one; `place` is a directory for its keys.
+
+    :raise CutOffError: this user may not, or something is missing here.
+    """
+    if os.geteuid():
+        raise CutOffError("only root can make a network of its own")
+    place.mkdir(mode=0o700)
+    host = OtherHost(os.getpid() % 250, place)
+    host.keeper = subprocess.Popen(
+        ["unshare", "--net", "sleep", "infinity"],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent(),
+    )
+
+    def apart():
+        if host.keeper.poll() is not None:
+            raise CutOffError("unshare --net: not permitted")
+        there = os.readlink(f"/proc/{host.keeper.pid}/ns/net")
+        return there != os.readlink("/proc/self/ns/net")
+
+    try:
+        await until(apart, "a network of its own")
+        peer = ("peer", "name", "wire", "netns", str(host.keeper.pid))
+        run("ip", "link", "add", host.wire, "type", "veth", *peer)
+        run("ip", "address", "add", f"{host.here}/30", "dev", host.wire)
+        run("ip", "link", "set", host.wire, "up")
+        run(*host.enter, "ip", "address", "add", f"{host.there}/30", "dev", "wire")
+        run(*host.enter, "ip", "link", "set", "wire", "up")
+        run(*host.enter, "ip", "link", "set", "lo", "up")
+        yield host
+    finally:
+        for process in (host.sshd, host.keeper):
+            if process is not None:
+                process.kill()
+                await asyncio.to_thread(process.wait)
+        # Its network would take the wire with it, but only once all that was sent is given up.
+        subprocess.run(["ip", "link", "delete", host.wire], capture_output=True, check=False)

@@ -1,0 +1,309 @@
+"""Migrations to another host by ssh: a network namespace, its own sshd, and a wire that is cut."""
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from chains import cli
+from disturbed import locks, until
+from hosts import PORT, CutOffError, another_host
+from migrating import arrived, at, machine, stays, stressed
+from test_docs import ROOT, blocks, console, same
+
+import qmpblock
+from qmpblock.errors import ConnectError, DisconnectedError, MonitorError
+from qmpblock.host.processes import command_line
+from qmpblock.migration import homeward, outward
+from qmpblock.migration.stream import told_at
+from qmpblock.testing import Tools, build, parse_scenario
+
+pytestmark = pytest.mark.live
+
+PAGE = ROOT / "docs/migration.md"
+
+PHASES = ("mirroring", "ready", "memory", "active", "held", "ended", "sent", "landed")
+
+
+@pytest.fixture
+async def host(vm_dir, monkeypatch):
+    """Give another host, which `ssh` reaches."""
+    try:
+        async with another_host(vm_dir / "host") as host:
+            programs = await host.serve_ssh()
+            monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+            yield host
+    except CutOffError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def begin(start_qemu, vm_dir, qemu_binary):
+    async def start(text=None, **options):
+        built = await build(
+            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
+        )
+        return await stressed(await start_qemu(built, guest=True, **options))
+
+    return start
+
+
+@pytest.fixture
+def land(host, start_destination, qemu_binary):
+    """Give what starts a destination on the other host."""
+
+    async def start(source, **options):
+        return await start_destination(source, qemu=host.program(qemu_binary), **options)
+
+    return start
+
+
+def url(host, vm):
+    return f"ssh://root@{host.there}:{PORT}{vm.monitor_path}"
+
+
+def no_socket_beside(vm):
+    return [path.name for path in vm.directory.iterdir() if path.name.startswith("qmpblock")] == []
+
+
+async def migrated(host, source, destination, *, stall=60.0, **options):
+    async with (
+        qmpblock.connect(source.monitor_path, stall=stall) as one,
+        qmpblock.connect(url(host, destination), stall=stall) as other,
+        qmpblock.migrate(one, other, **options) as job,
+    ):
+        async for _ in job:
+            pass
+    return job.result
+
+
+@pytest.mark.parametrize("device", ["virtio-blk", "virtio-scsi"])
+async def test_two_disks_and_the_memory(device, host, begin, land):
+    source = await begin(machine(2, device=device))
+    destination = await land(source)
+    result = await migrated(host, source, destination)
+    assert no_socket_beside(destination)
+    await arrived(source, destination, result)
+
+
+async def test_the_command(host, begin, land):
+    source = await begin()
+    destination = await land(source)
+    code, out, err = await cli("migrate", source.monitor_path, url(host, destination), "--dry-run")
+    assert code in (0, 4), err
+    code, out, err = await cli("migrate", source.monitor_path, url(host, destination))
+    assert code == 0, err
+    assert "the guest runs at the destination" in out
+    assert (await destination.execute("query-status"))["running"]
+
+
+def children():
+    """Return the processes that this one started."""
+    return children_of(os.getpid())
+
+
+def children_of(pid):
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def broken_off(host, phase, breaking, source, destination, monkeypatch):
+    monkeypatch.setattr(outward, "STANDSTILL", 3.0)
+    monkeypatch.setattr(homeward, "HOLD", 2.0)
+    with source.control.subscribe("STOP", "RESUME") as events:
+        with at(monkeypatch, phase, breaking), pytest.raises(qmpblock.Error) as failed:
+            await migrated(host, source, destination, stall=4)
+        assert stood(events.pending()) < 10
+    said = str(failed.value)
+    print(said)
+    assert "the guest runs at the source" in said
+    if phase in PHASES[3:]:
+        assert "see that it is ended, and never continue it" in said
+    if phase == "landed":  # it may be there still, and has all of the guest
+        [left] = await locks(source)
+        assert left.endswith("-handover")
+        await source.execute("object-del", id=left)
+    if destination.running:
+        with contextlib.suppress(DisconnectedError):  # it has just ended by itself
+            assert not (await destination.execute("query-status"))["running"]
+
+
+def stood(events):
+    """Return the longest time that a guest stood, in seconds of its host's clock."""
+    longest, since = 0.0, None
+    for event in events:
+        now = told_at(event)
+        if event["event"] == "STOP":
+            since = now
+        elif since is not None:
+            longest, since = max(longest, now - since), None
+    assert since is None
+    print(f"it stood for {longest:.2f} s")
+    return longest
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_ssh_is_killed(phase, host, begin, land, invariant, monkeypatch):
+    source = await begin(machine(2))
+    destination = await land(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+
+    async def killing():
+        [ssh] = [one for one in children() if "-L" in command_line(one)]
+        os.kill(ssh, signal.SIGKILL)
+
+    await broken_off(host, phase, killing, source, destination, monkeypatch)
+    await stays(source, invariant)
+    await destination.kill()
+    destination = await land(source)
+    await arrived(source, destination, await migrated(host, source, destination))
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_the_wire_is_cut(phase, host, begin, land, invariant, monkeypatch):
+    source = await begin(machine(2))
+    destination = await land(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+
+    async def cutting():
+        host.set_wire(up=False)
+
+    await broken_off(host, phase, cutting, source, destination, monkeypatch)
+    await stays(source, invariant)
+    await destination.kill()
+    host.set_wire(up=True)
+    destination = await land(source)
+    await arrived(source, destination, await migrated(host, source, destination))
+
+
+@pytest.mark.parametrize("said", ["both", "source", "destination"])
+async def test_the_controller_dies_and_is_recovered(said, host, begin, land, invariant):
+    source = await begin(machine(2))
+    destination = await land(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+    words = ("migrate", source.monitor_path, url(host, destination), "--speed", "1M")
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "qmpblock", *words)
+    await until(lambda: mirrors(source), "mirrors")
+    [ssh] = children_of(process.pid)
+    process.kill()
+    await process.wait()
+    await until(lambda: not Path(f"/proc/{ssh}/cmdline").exists(), "the end of ssh")
+    sides = {"source": [source.monitor_path], "destination": [url(host, destination)]}
+    given = sides.get(said, [*sides["destination"], *sides["source"]])
+    code, out, err = await cli("recover", *given)
+    print(out, err)
+    assert code == 0, err
+    await until(lambda: not destination.running, "the end of the destination")
+    await stays(source, invariant)
+    destination = await land(source)
+    await arrived(source, destination, await migrated(host, source, destination))
+
+
+async def mirrors(vm):
+    return len(await vm.execute("query-jobs")) == 2
+
+
+async def test_another_qemu_at_its_address_is_left_alone(host, begin, land, vm_dir, invariant):
+    source = await begin()
+    place = vm_dir / "place"
+    place.mkdir(mode=0o700)
+    destination = await land(source, directory=place)
+    destination.expect_exit()
+    await invariant.begin(source)
+    words = ("migrate", source.monitor_path, url(host, destination), "--speed", "1M")
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "qmpblock", *words)
+    await until(lambda: source.execute("query-jobs"), "a mirror")
+    process.kill()
+    await process.wait()
+    await destination.kill()
+    shutil.rmtree(place)
+    place.mkdir(mode=0o700)
+    other = await land(source, directory=place)
+    code, out, err = await cli("recover", source.monitor_path, url(host, other))
+    print(out, err)
+    assert code == 0, err
+    assert (await other.execute("query-status"))["status"] == "inmigrate"
+    await stays(source, invariant)
+
+
+async def test_no_file_and_no_process_is_left(host, begin, land, vm_dir, monkeypatch):
+    source = await begin()
+    destination = await land(source)
+    private = vm_dir / "tmp"
+    private.mkdir(mode=0o700)
+    monkeypatch.setenv("TMPDIR", str(private))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    async with qmpblock.connect(url(host, destination)) as vm:
+        assert list(private.iterdir()) == []  # nor would a killed one leave any
+        pid = vm.monitor.forward.pid
+        assert pid in children()
+        assert vm.monitor.peer_pid is None  # that is ssh's, not QEMU's
+    assert pid not in children()
+    code, _, err = await cli("disks", url(host, destination))
+    assert code == 0, err
+
+
+async def test_a_monitor_that_is_not_there(host, vm_dir):
+    with pytest.raises(MonitorError) as failed:
+        async with qmpblock.connect(f"ssh://root@{host.there}:{PORT}{vm_dir}/nothing"):
+            pass
+    print(failed.value)
+    assert "ssh says: channel" in str(failed.value)
+
+
+async def test_who_may_not_log_in(host, begin):
+    (host.place / "user.pub").write_text("")
+    with pytest.raises(ConnectError) as failed:
+        async with qmpblock.connect(f"ssh://root@{host.there}:{PORT}/run/vm.qmp"):
+            pass
+    print(failed.value)
+    assert "Permission denied" in str(failed.value)
+    assert f"ssh -o BatchMode=yes -p {PORT} root@{host.there} true" in str(failed.value)
+
+
+async def test_a_forward_of_somebody_elses_is_not_taken_for_qemu(
+    host, begin, land, vm_dir, invariant
+):
+    source = await begin()
+    destination = await land(source)
+    passed_on = str(vm_dir / "forwarded")
+    words = ("-N", "-p", str(PORT), "-L", f"{passed_on}:{destination.monitor_path}")
+    ssh = subprocess.Popen(["ssh", *words, f"root@{host.there}"])
+    try:
+        await until(lambda: Path(passed_on).exists(), "a forward")
+        code, _, err = await cli("migrate", source.monitor_path, passed_on)
+        print(err)
+        assert code == 2
+        assert "is passed on by process" in err
+        assert "ssh://[USER@]HOST[:PORT]/PATH" in err
+        code, _, err = await cli("migrate", url(host, destination), source.monitor_path)
+        assert code == 2
+        assert "run qmpblock on the source's host" in err
+    finally:
+        ssh.kill()
+        ssh.wait()
+
+
+async def test_the_worked_example(host, begin, land, monkeypatch):
+    """The commands of docs/migration.md, as they stand there but for the paths."""
+    source = await begin()
+    destination = await land(source)
+    [walk] = [block for block in blocks(PAGE) if " ssh://other/" in block.body and block.words]
+    config = (host.place / "ssh_config").read_text()
+    named = f"Host other\n  HostName {host.there}\n  Port {PORT}\n  User root\nHost *\n"
+    (host.place / "ssh_config").write_text(named + config)
+    for command, output in console(walk.body):
+        said = command.replace("/run/vm/vm.qmp", source.monitor_path)
+        said = said.replace("/run/vm/new.qmp", destination.monitor_path)
+        code, out, err = await cli(*shlex.split(said)[1:])
+        assert code in (0, 4), err
+        assert same(output, out), out
