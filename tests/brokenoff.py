@@ -14,6 +14,7 @@ import qmpblock
 from qmpblock.errors import MonitorError
 from qmpblock.migration import arbiter
 from qmpblock.migration.hold import Hold, holder_of
+from qmpblock.migration.record import Settings
 from qmpblock.migration.states import Phase, Side
 from qmpblock.names import MIGRATION_LOCK, copy_job, export_name, new_run, wire_node
 from qmpblock.qemu import lock
@@ -68,7 +69,7 @@ class Broken:
             await self._stack.enter_async_context(Connection.open(vm.monitor_path, NBDAccess()))
             for vm in (self.source, self.destination)
         ]
-        self.hold = await Hold.of(*self.connections, self.run)
+        self.hold = await Hold.of(*self.connections, self.run, Settings())
         await self.hold.begin()
 
     async def _mirror(self):
