@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = ["migrated_list"]
 
-_WORDS = {"done": "gone over", "there": "there already", "failed": "failed"}
+_WORDS = {
+    "done": "gone over",
+    "there": "there already",
+    "presumed": "presumably there already",
+    "failed": "failed",
+}
+_PRESUMED = (
+    "the source cannot be reached, and a guest that came by a migration runs at the destination; "
+    "see that it is this one"
+)
 
 
 async def migrated_list(options: Options, file: str) -> int:
@@ -45,7 +54,8 @@ async def migrated_list(options: Options, file: str) -> int:
         _sum_up(results)
     if any(one.state == "failed" for one in results):
         return 1
-    return WARNED if any(one.result and one.result.warnings for one in results) else 0
+    warned = any(one.state == "presumed" or (one.result and one.result.warnings) for one in results)
+    return WARNED if warned else 0
 
 
 def _document(one: ListedResult) -> dict[str, Any]:
@@ -67,6 +77,8 @@ def _say_ended(one: ListedResult) -> None:
         click.echo(f"{name}: " + click.style("failed: ", fg="red", bold=True) + first, err=True)
         for line in rest:
             click.echo(f"  {line}", err=True)
+    if one.state == "presumed":
+        warn((f"{name}: {_PRESUMED}",))
     if one.result is not None:
         warn(tuple(f"{name}: {text}" for text in one.result.warnings))
 
@@ -76,6 +88,8 @@ def _sum_up(results: tuple[ListedResult, ...]) -> None:
         said = "failed; see above"
         if one.state == "there":
             said = "the guest had gone over before"
+        elif one.state == "presumed":
+            said = "presumably the guest had gone over before"
         elif one.result is not None:
             said = (
                 f"the guest runs at the destination; it stood for "

@@ -10,7 +10,10 @@ told where the source is gone.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
+from qmpblock.changes.record import VMIdentity
 from qmpblock.errors import BusyError, RecordError, printable
 from qmpblock.export.server import delete_object
 from qmpblock.migration.states import Side
@@ -18,22 +21,23 @@ from qmpblock.names import handover_name
 from qmpblock.qemu.lock import data_of
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.refusals import duplicate_object, tolerate
-from qmpblock.versioned import UnreadableError, stamped, unstamped
+from qmpblock.versioned import UnreadableError, plain, read, stamped, unstamped
 
-__all__ = ["claim", "decided", "mark", "withdraw"]
+__all__ = ["claim", "decided", "mark", "went_to", "withdraw"]
 
-_SIDE = "side"
+_SIDE, _TO = "side", "to"
 
 
-async def claim(source: Monitor, run: str, side: Side) -> Side:
+async def claim(source: Monitor, run: str, side: Side, *, to: VMIdentity | None = None) -> Side:
     """Have the arbiter say where the guest goes on; return what it says.
 
     :param side: what it is to say, if nobody was faster.
+    :param to: the destination, for who asks later where the guest has gone.
     :raise RecordError: somebody was, and what he said cannot be read.
     :raise BusyError: somebody was, and has taken it away again: he is done with it.
     :raise DisconnectedError: whether it was said is unknown.
     """
-    if await _add(source, run, side):
+    if await _add(source, run, side, {} if to is None else {_TO: plain(to)}):
         return side
     said = await decided(source, run)
     if said is None:  # and no word for us: that it is free now says nothing of what was done by it
@@ -72,13 +76,26 @@ async def decided(monitor: Monitor, run: str) -> Side | None:
         ) from None
 
 
+async def went_to(source: Monitor, run: str) -> VMIdentity | None:
+    """Return the process to which the arbiter says that the guest has gone; None: it says none."""
+    if await decided(source, run) is not Side.DESTINATION:
+        return None
+    said = unstamped(json.loads(await data_of(source, handover_name(run)) or "{}")).get(_TO)
+    try:
+        return None if said is None else read(VMIdentity, said)
+    except UnreadableError:
+        return None  # of a version that says it otherwise
+
+
 async def withdraw(monitor: Monitor, run: str) -> None:
     """Remove it, where there is no other side any more. Idempotent."""
     await delete_object(monitor, handover_name(run))
 
 
-async def _add(monitor: Monitor, run: str, side: Side) -> bool:
+async def _add(
+    monitor: Monitor, run: str, side: Side, more: Mapping[str, Any] | None = None
+) -> bool:
     """Add it; False if it is there."""
-    data = json.dumps(stamped({_SIDE: side.value}))
+    data = json.dumps(stamped({_SIDE: side.value, **(more or {})}))
     arguments = {"qom-type": "secret", "id": handover_name(run), "data": data}
     return await tolerate(duplicate_object, monitor.execute("object-add", arguments))

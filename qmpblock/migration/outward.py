@@ -123,7 +123,12 @@ class Outward:
         if not await passage.landing.answers():
             raise Error("the destination had all of the guest, and does not answer any more")
         try:
-            said = await arbiter.claim(passage.source.monitor, passage.record.run, Side.DESTINATION)
+            said = await arbiter.claim(
+                passage.source.monitor,
+                passage.record.run,
+                Side.DESTINATION,
+                to=passage.hold.record.destination,
+            )
         except DisconnectedError:
             if not await passage.source_has_ended_standing():
                 raise

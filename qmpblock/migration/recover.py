@@ -375,7 +375,9 @@ class _Recovering:
             Move.CANCEL: lambda: wayback.call_back(source, run),
             Move.SETTLE: lambda: wayback.settle(source, run),
             Move.CLAIM_SOURCE: lambda: arbiter.claim(source.monitor, run, Side.SOURCE),
-            Move.CLAIM_DESTINATION: lambda: arbiter.claim(source.monitor, run, Side.DESTINATION),
+            Move.CLAIM_DESTINATION: lambda: arbiter.claim(
+                source.monitor, run, Side.DESTINATION, to=self._record.destination
+            ),
             Move.CONT_SOURCE: lambda: wayback.cont(source),
         }
         await moves[move]()

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qmpblock.cancellation import task_group
+from qmpblock.changes.identity import identify
 from qmpblock.errors import ConnectError, Error
-from qmpblock.migration.arbiter import decided
+from qmpblock.migration.arbiter import went_to
 from qmpblock.migration.migrate import migrate
-from qmpblock.migration.states import Side
 from qmpblock.names import handover_name, run_of
 from qmpblock.policy.run import Connect, as_error, connect_to
 
@@ -30,13 +30,14 @@ __all__ = ["ListedResult", "migrate_all"]
 class ListedResult:
     """What became of one migration of a list.
 
-    :ivar state: `done`; `there`: the guest had gone over before; `failed`: see `error`, which says
-        where the guest is.
+    :ivar state: `done`; `there`: the guest had gone over before, as its source says; `presumed`:
+        the source cannot be reached any more, and a guest that came by a migration runs at the
+        destination, this one or another; `failed`: see `error`, which says where the guest is.
     :ivar seconds: that it took.
     """
 
     migration: ListedMigration
-    state: Literal["done", "there", "failed"]
+    state: Literal["done", "there", "presumed", "failed"]
     seconds: float = 0.0
     result: MigrationResult | None = None
     error: Error | None = None
@@ -52,7 +53,8 @@ async def migrate_all(
     """Migrate what a list says; return what became of each, in its order.
 
     One that fails does not keep the others from going. One whose guest has gone over before, as
-    both sides tell, is left alone: so a list can be run again. Cancelled, the guests of those under
+    both sides tell, is left alone: so a list can be run again. So is one of which only the
+    destination can be asked, and has taken a guest. Cancelled, the guests of those under
     way go on at their sources, and no other begins; what has gone over stays there.
 
     :param connect: makes a VM of an address; by default `qmpblock.connect`.
@@ -87,8 +89,8 @@ async def _tried(
             try:
                 source = await stack.enter_async_context(connect(wanted.source))
             except ConnectError:
-                if await _runs_what_came(destination):  # so the source was ended, as was wanted
-                    return ListedResult(wanted, "there")
+                if await _runs_what_came(destination):  # whose guest it is nothing tells any more
+                    return ListedResult(wanted, "presumed")
                 raise
             if await _gone_over(source, destination):
                 return ListedResult(wanted, "there")
@@ -108,15 +110,17 @@ async def _tried(
 
 
 async def _gone_over(source: VM, destination: VM) -> bool:
-    """Whether the source has sent its guest away, by its arbiter, and the destination runs it."""
+    """Whether the source has sent its guest there, by its arbiter, and the destination runs it."""
     status = (await source.monitor.execute("query-status"))["status"]
     if status != "postmigrate":
         return False
     objects = await source.monitor.execute("qom-list", {"path": "/objects"})
     names = [str(one["name"]) for one in objects]
     runs = [run_of(name) for name in names if name == handover_name(run_of(name))]
-    said = {await decided(source.monitor, run) for run in runs}
-    return said == {Side.DESTINATION} and await _runs_what_came(destination)
+    [place, *others] = [await went_to(source.monitor, run) for run in runs] or [None]
+    if place is None or others or not place.is_same_process(await identify(destination)):
+        return False
+    return await _runs_what_came(destination)
 
 
 async def _runs_what_came(destination: VM) -> bool:

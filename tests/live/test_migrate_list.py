@@ -64,9 +64,29 @@ async def test_one_of_three_fails_and_is_made_up_for(pairs, start_destination, v
     await made[0][0].quit()  # one that was sent away, and has been ended since
     file.write_text(file.read_text().replace(destination.monitor_path, another.monitor_path))
     code, out, err = await cli("migrate", "--list", str(file))
-    assert code == 0, err
-    assert "3 migrations: 1 gone over, 2 there already" in out
+    assert code == 4, err
+    assert "see that it is this one" in err
+    assert "3 migrations: 1 gone over, 1 there already, 1 presumably there already" in out
     assert [await status(vm) for vm in (made[0][1], another, made[2][1])] == ["running"] * 3
+
+
+async def test_a_guest_that_went_elsewhere_is_not_said_to_be_there(pairs, vm_dir):
+    made, lines = await pairs(2)
+    file = vm_dir / "list.yaml"
+    file.write_text("vms:\n" + "".join(lines))
+    code, _, err = await cli("migrate", "--list", str(file))
+    assert code == 0, err
+    (one, at), (other, there) = made
+    crossed = [(one, there), (other, at)]
+    file.write_text(
+        "vms:\n"
+        + "".join(
+            f"  - {{source: {a.monitor_path}, destination: {b.monitor_path}}}\n" for a, b in crossed
+        )
+    )
+    code, out, _ = await cli("migrate", "--list", str(file))
+    assert code == 1
+    assert "2 migrations: 2 failed" in out
 
 
 async def test_interrupted_all_guests_stay(pairs, vm_dir):

@@ -1,11 +1,13 @@
 """Who decides where the guest goes on, against a fake QEMU that keeps objects."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from drawing import RUN, chain
 from fake_objects import fake_vm
 
+from qmpblock.changes.record import VMIdentity
 from qmpblock.errors import BusyError, RecordError
 from qmpblock.migration import arbiter
 from qmpblock.migration.states import Side
@@ -21,6 +23,18 @@ async def test_of_two_one_decides(tmp_path):
         said = await asyncio.gather(*(arbiter.claim(monitor, RUN, one) for one in Side))
         assert said == [source, source]
         assert await arbiter.decided(monitor, RUN) is source
+
+
+async def test_it_says_where_the_guest_went(tmp_path):
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        to = VMIdentity("new", "unknown", 7, 70, "boot", "/new")
+        assert await arbiter.went_to(vm.monitor, RUN) is None
+        await arbiter.claim(vm.monitor, RUN, Side.DESTINATION, to=to)
+        assert await arbiter.went_to(vm.monitor, RUN) == to
+        assert to.is_same_process(replace(to, monitor="/second", uuid="", name=""))
+        assert not to.is_same_process(replace(to, start=71))
+        assert not to.is_same_process(replace(to, pid=0, monitor="/other"))
+        assert to.is_same_process(replace(to, pid=0))
 
 
 async def test_what_was_decided_and_taken_away_again_is_not_free(tmp_path):
