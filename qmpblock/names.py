@@ -47,6 +47,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-no-migration  image of that node, also its memfd
     dirty bitmaps         qmpblock-RUN-BITMAP        becomes BITMAP once its node is writable
                           qmpblock-RUN-to-N-left     what of disk N is left to copy
+                          qmpblock-RUN-to-N-even, -to-N-odd
+                                                     what the guest writes to disk N meanwhile
 
     on a host, files      IMAGE.qmpblock-RUN         temporary overlay of an allocation
                           OVERLAY-z, OVERLAY-k       beside it: zeros; what the filter keeps
@@ -161,6 +163,7 @@ __all__ = [
     "turn_name",
     "wire_credentials",
     "wire_node",
+    "written_bitmaps",
     "zeros_file",
 ]
 
@@ -416,6 +419,14 @@ def left_bitmap(target: str) -> str:
     Also the node on which it is drawn. See `qmpblock.copying.resuming`.
     """
     return f"{target}-left"
+
+
+def written_bitmaps(target: str) -> tuple[str, str]:
+    """Return the dirty bitmaps that take note in turn of what is written to a target's disk.
+
+    See `qmpblock.copying.catchup`.
+    """
+    return f"{target}-even", f"{target}-odd"
 
 
 def image_node(target: str) -> str:

@@ -227,7 +227,8 @@ class VM(Connection):
             second; 0 is no limit. `job.progress` has what it is.
         :param resume: go on from TARGET.partial where there is one, or from whatever a block device
             or a server holds: it is compared with the disk as it is now, and what it has not, or
-            has otherwise, is copied. Only of the start: of the instant in which this is entered.
+            has otherwise, is copied. Of the end, and with `pivot`, the VM is paused for the last
+            of that, for two seconds at most, before what the guest writes is followed.
         :raise RequestError: a file is there already, or it is not possible; nothing was touched.
         :raise UnsupportedError: this QEMU cannot do it safely, or the target cannot be so, or has
             not the room for what is to be reserved; nothing was touched.

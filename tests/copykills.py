@@ -36,7 +36,7 @@ class Resuming(Copying):
 
     async def prepare(self, tools, directory):
         for target in self.request(directory)["targets"].values():
-            image = directory / self.chains[0][0]
+            image = directory / "d0-3.qcow2"
             partial = f"{target}.partial"
             convert = ("convert", "-f", "qcow2", "-O", "qcow2", str(image), partial)
             await tools.run(tools.img, *convert)
@@ -65,6 +65,10 @@ def _operations():
     over = {"do": "copy", "at": "pivot", "format": "qcow2"}
     there = {"vd0": "{}/c0.qcow2", "vd1": "{}/c1.qcow2"}
     only = {"vd0": there["vd0"]}
+    yield Resuming("copy-end-resumed", plain, end | {"resume": True, "targets": one}, (chain,))
+    again = over | {"resume": True, "targets": only}
+    yield Resuming("copy-pivot-resumed", plain, again, (("c0.qcow2",),), scars=True)
+    yield Resuming("copy-pivot-resumed-iothread", iothread, again, (("c0.qcow2",),), scars=True)
     yield Copying("copy-pivot", plain, over | {"targets": only}, (("c0.qcow2",),), scars=True)
     yield Copying(
         "copy-pivot-iothread", iothread, over | {"targets": only}, (("c0.qcow2",),), scars=True

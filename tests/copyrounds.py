@@ -7,6 +7,7 @@ byte what was there beside the guest's area; nothing that it wrote may be lost w
 """
 
 import asyncio
+import contextlib
 import random
 import shutil
 from contextlib import AsyncExitStack
@@ -32,6 +33,7 @@ from qmpblock.testing.stamps import (
 _SMALLEST, _LARGEST = 3 << 20, 9 << 20  # bytes of a disk
 _AREA = 19  # of these many bits is the longest area that the guest writes to
 _HUGE = 2 << 40
+_SLOW = 3 << 20  # bytes a second of a disk, so that it is broken off
 _STALL = 60.0  # seconds without a write of the guest's that count as a hang
 KINDS = ("raw", "qcow2", "overlay", "over-raw", "luks", "overlay-luks", "data-file")
 HUGE = "huge"
@@ -62,16 +64,17 @@ class Outcome:
 
 
 async def copies_under_stress(
-    start_qemu, directory, qemu, version, chance, count, kinds=(*KINDS * 4, HUGE)
+    start_qemu, directory, qemu, version, chance, count, kinds=(*KINDS * 4, HUGE), *, broken=False
 ):
     """Do so many rounds, each with a VM of its own; return what came of them.
 
     :param version: of the QEMU, as `QemuProcess.version` is.
     :param kinds: of disks, to choose from.
+    :param broken: whether each copy is cancelled some times, and goes on from what that left.
     """
     outcome = Outcome()
     for number in range(count):
-        one = Round(chance.getrandbits(32), version, kinds)
+        one = Round(chance.getrandbits(32), version, kinds, broken=broken)
         room = directory / f"round{number}"
         room.mkdir()
         try:
@@ -112,9 +115,10 @@ class Round:
     :param seed: of everything that is left to chance.
     :param version: of the QEMU: what it does not survive, and is refused, is not drawn.
     :param kinds: of disks, to choose from; huge and encrypted ones once each at the most.
+    :param broken: whether the copy is cancelled some times, and goes on from what that left.
     """
 
-    def __init__(self, seed, version, kinds):
+    def __init__(self, seed, version, kinds, *, broken=False):
         self.seed = seed
         chance = random.Random(seed)
         self.at = chance.choice(["start", "end", "pivot"])
@@ -132,6 +136,8 @@ class Round:
         no_raw = secret or (self.at == "start" and HUGE in kinds)
         self.fmt = chance.choice(["qcow2", None] if no_raw else ["qcow2", "raw", None])
         self.verify = self.at == "start" and not no_raw and chance.random() < 0.3
+        #: Seconds after which each attempt is cancelled.
+        self.breaks = [chance.uniform(0.1, 3) for _ in range(chance.randint(1, 3) if broken else 0)]
         self.scenario = parse_scenario(
             "about: Drawn by chance.\ndisks:\n" + "".join(disk.text for disk in self.disks), "drawn"
         )
@@ -139,6 +145,7 @@ class Round:
     def __str__(self):
         kinds = ", ".join(f"{one.kind} ({one.how})" for one in self.disks)
         proven = ", verified" if self.verify else ""
+        proven += f", {len(self.breaks)} times broken off" if self.breaks else ""
         return f"seed {self.seed}: {self.at}{proven}, {self.fmt}, of {kinds}"
 
     def _disk(self, chance, number, depth, rate):
@@ -231,13 +238,11 @@ class Round:
         async with qmpblock.connect(vm.monitor_path) as controller:
             disks = [await controller.disk(await vm.io.qom_path(disk)) for disk in self.built]
             self.targets = [self.room / "copies" / disk.spec.name for disk in self.built]
-            copying = copy(
-                controller,
-                dict(zip(disks, self.targets, strict=True)),
-                at=self.at,
-                format=self.fmt,
-                verify=self.verify,
-            )
+            targets = dict(zip(disks, self.targets, strict=True))
+            words = {"at": self.at, "format": self.fmt, "resume": bool(self.breaks)}
+            for seconds in self.breaks:
+                await _broken_off(controller, targets, seconds, **words)
+            copying = copy(controller, targets, verify=self.verify, **words)
             async with AsyncExitStack() as stack:
                 if self.at == "start":
                     async with vm.guest.bounds(*numbers) as self.bounds:
@@ -358,3 +363,19 @@ def _content(chance, spec, end, byte):
             continue
         lines.append(f"{chance.choice(['write', 'write', 'zero'])} {offset} {length} {byte:#x}")
     return [line.rsplit(" ", 1)[0] if line.startswith("zero") else line for line in lines]
+
+
+async def _broken_off(controller, targets, seconds, **words):
+    """Begin a copy, or go on with it, and cancel that after so long; it may be over before."""
+
+    async def copying():
+        async with copy(controller, targets, speed=_SLOW * len(targets), **words) as job:
+            async for _ in job:
+                pass
+            await asyncio.Event().wait()  # what is whole is not to be taken for unfinished
+
+    task = asyncio.ensure_future(copying())
+    await asyncio.wait({task}, timeout=seconds)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

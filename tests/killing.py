@@ -655,6 +655,8 @@ class _Point:
         files = {path.name for path in self.images.iterdir()}
         known = {path.name for path in self.matrix.built.directory.iterdir()}
         used = {Path(file).name for file in start}
+        if self.operation.moves:  # what another copy can go on from
+            used |= {path.name for path in self.images.glob("*.partial")}
         assert files - known <= used, files
         await self._recover_images(chain, again=True)
 

@@ -44,6 +44,8 @@ TABLE = [
     (names.target_node(RUN, 2), "qmpblock-0123abcd-to-2"),
     (names.storage_node(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-file"),
     (names.left_bitmap(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-left"),
+    (names.written_bitmaps(names.target_node(RUN, 2))[0], "qmpblock-0123abcd-to-2-even"),
+    (names.written_bitmaps(names.target_node(RUN, 2))[1], "qmpblock-0123abcd-to-2-odd"),
     (names.image_node(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-image"),
     (names.partial_file("/v/d.img"), "/v/d.img.partial"),
     (names.overlay_node(RUN, 10), "qmpblock-0123abcd-10"),

@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qmpblock.changes.record import Record, pivoted
+from qmpblock.changes.record import Record, pivoted, without_bitmaps, worth_keeping
 from qmpblock.changes.settings import check_settings, discard_and_zeroes_of
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
 from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.names import is_of_run
+from qmpblock.versioned import UnreadableError
 
 __all__ = ["Copy", "Migration", "Move"]
 
@@ -30,12 +32,24 @@ class Copy(Record):
     not whole, until it is.
 
     :ivar wires: see `Record.wires`.
+    :ivar noted: dirty bitmaps, as (node, name), of what the guest writes while targets catch up.
     """
 
     operation: ClassVar[str] = "copy"
     needed: ClassVar[tuple[str, ...]] = ("images", "pivot")  # it has no journal
 
     wires: tuple[tuple[str, str], ...] = ()
+    noted: tuple[tuple[str, str], ...] = ()
+
+    def check(self) -> None:
+        """Look at what is removed from nodes that are not ours, too."""
+        super().check()
+        if not all(is_of_run(name, self.run) for _, name in self.noted):
+            raise UnreadableError("it names dirty bitmaps that are not of its run")
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Have the disks be without what took note of writes to them."""
+        return without_bitmaps(graph, self.noted)
 
     def of_job(
         self, job: JobInfo, choice: Choice, graph: BlockGraph, *, stale: bool | None
@@ -98,6 +112,7 @@ class Move(Copy):
 
     def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
         """Have the copies be what the guest's disks were, once it is there."""
+        yield from super().gives_back(graph, done=done)
         why = "the guest's disk had it before it went over"
         for node, discard, zeroes in self.settings if done else ():
             yield from discard_and_zeroes_of(graph, node, discard, zeroes, why)
@@ -145,7 +160,9 @@ class Move(Copy):
         """Name the copies, once they were declared the images to trust."""
         if not pivoted(entries):
             why = "the guest had not gone over to the copies, which are not whole"
-            return ImageVerdict(self.active_files, (), tuple(empty), why, uncertain=True)
+            kept = tuple(file for file in empty if file in worth_keeping(entries))
+            unused = tuple(file for file in empty if file not in kept)
+            return ImageVerdict(self.active_files, (), unused, why, uncertain=True, kept=kept)
         why = "the copies were whole, and the guest had gone over to them: they may hold newer data"
         return ImageVerdict(self.files, self.active_files, (), why)
 

@@ -37,12 +37,12 @@ from qmpblock.host.imagechain import blockdev
 from qmpblock.host.processes import is_running
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.toolwords import in_use_by_another, lacks_key, lacks_space
-from qmpblock.names import journal_beside
+from qmpblock.names import journal_beside, partial_file
 
 if TYPE_CHECKING:
     pass
 
-__all__ = ["ImageRecovery", "is_about", "recover_images", "recover_journal"]
+__all__ = ["ImageRecovery", "is_about", "keep_file", "recover_images", "recover_journal"]
 
 _log = logging.getLogger(__name__)
 _INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
@@ -75,6 +75,11 @@ class ImageRecovery:
             text += f" {printable(overlay)} is committed into {printable(base)} and removed."
         if self.removed:
             text += f" Removed: {_list(self.removed)}."
+        if self.verdict.kept:
+            kept = _list([partial_file(file) for file in self.verdict.kept])
+            text += (
+                f" What was copied is kept in {kept}: the same copy with --resume goes on from it."
+            )
         return text
 
 
@@ -212,8 +217,21 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             ourfiles.remove(overlay, FileId(*made[overlay]))
         for file in verdict.unused:
             ourfiles.remove(file, FileId(*made[file]))
+        for file in verdict.kept:
+            keep_file(file, FileId(*made[file]))
         journal.remove()
     return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, verdict.opened)
+
+
+def keep_file(file: str, made: FileId) -> None:
+    """Give a file that we made, and that is not whole, the name that says so.
+
+    Where something bears that already, it is removed: no file bears its own that is not whole.
+    """
+    try:
+        ourfiles.rename(file, made, partial_file(file))
+    except FileExistsError:
+        ourfiles.remove(file, made)
 
 
 def _check_same_files(record: StagedCommit) -> None:

@@ -39,7 +39,7 @@ from typing import Any
 from qmpblock.changes.journalfile import FULL, LIMIT, DistrustedError, JournalFile
 from qmpblock.changes.linechain import lines_of, proving, sealed
 from qmpblock.changes.operations import read_record
-from qmpblock.changes.record import Record, VMIdentity, pivoted
+from qmpblock.changes.record import Record, VMIdentity, pivoted, worth_keeping
 from qmpblock.errors import UNTOUCHED, Error, NoRoomError, RecordError, printable
 from qmpblock.graph.places import FileId
 from qmpblock.host.statedirectory import (
@@ -273,6 +273,10 @@ class Journal:
                 with contextlib.suppress(KeyError, TypeError, ValueError):
                     files[made] = (int(entry["dev"]), int(entry["ino"]))
         return files
+
+    def kept(self) -> set[str]:
+        """Return those of them that another copy can go on from."""
+        return worth_keeping(self.entries) & set(self.made())
 
     def remove(self) -> None:
         """Remove it: the change has ended. Idempotent."""

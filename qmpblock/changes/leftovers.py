@@ -355,7 +355,8 @@ def _says_pivoted(record: Record) -> bool:
 def _foresee(record: Record, graph: BlockGraph, choice: Choice, me: VMIdentity) -> Recovery:
     journal = find(record, me)
     made = list(journal.made()) if journal is not None else []
-    planned = list(steps(record, graph, choice, made))
+    kept = journal.kept() if journal is not None else ()
+    planned = list(steps(record, graph, choice, made, kept=kept))
     planned += [Step("remove", name, "the lock of a controller that died") for name in record.locks]
     return Recovery(record.describe(), record.run, tuple(planned), record.took_effect(graph))
 

@@ -22,16 +22,20 @@ from qmpblock.versioned import UnreadableError, plain
 
 __all__ = [
     "PIVOTED",
+    "WORTH",
     "Link",
     "Record",
     "VMIdentity",
     "lies_on_something",
     "pivoted",
     "without_bitmaps",
+    "worth_keeping",
 ]
 
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
+#: That of the entry that says whether a file that was made is worth to be gone on from.
+WORTH = "worth"
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,12 @@ def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the last word of these entries is that the base is the image to trust."""
     words = [entry[PIVOTED] for entry in entries if PIVOTED in entry]
     return bool(words) and words[-1] is True
+
+
+def worth_keeping(entries: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return the files of which the last word of these entries is that another copy can go on."""
+    words = {e["file"]: e[WORTH] for e in entries if WORTH in e and isinstance(e.get("file"), str)}
+    return {file for file, word in words.items() if word is True}
 
 
 def without_bitmaps(graph: BlockGraph, added: Iterable[tuple[str, str]]) -> list[Step]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from qmpblock.changes.bitmaps import delete_bitmap
 from qmpblock.changes.filters import take_out
 from qmpblock.changes.finalize import before_finalize, bring_home, pivot
+from qmpblock.changes.imagerecovery import keep_file
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.nodes import relink, restore_discard, restore_zeroes
 from qmpblock.changes.record import Record
@@ -42,7 +43,7 @@ __all__ = ["device_of", "settle"]
 _LOOK = 0.05  # seconds between looks at a node that is being mapped
 _DYING = 10.0  # seconds in which a device that was unplugged has let go of its node
 _ROUNDS = 500  # of plan and perform
-_OUTSIDE = ("delete-file", "clear-wire")  # what they change is not in the graph
+_OUTSIDE = ("delete-file", "keep-file", "clear-wire")  # what they change is not in the graph
 
 
 async def settle(
@@ -70,7 +71,8 @@ async def settle(
         graph = await vm.graph() if graph is None else graph
         made = _made(journal)
         stale = None if journal is None else journal.pivoted
-        left = steps(record, graph, choice, made, stale=stale)
+        kept = () if journal is None else journal.kept()
+        left = steps(record, graph, choice, made, kept=kept, stale=stale)
         todo = [step for step in left if step not in done]
         # What nothing uses was refused to go: the device that had it is gone, but not quite yet.
         refused = clock() < dying and any(step.verb == "delete-node" for step in left)
@@ -190,7 +192,10 @@ async def _delete_file(its: _Settling, step: Step) -> None:
     pid = its.vm.monitor.peer_pid
     if pid is not None and identity in imagefiles.open_inodes(pid):
         return  # QEMU has it open: it is in use, under whatever name
-    ourfiles.remove(step.what, FileId(*identity))
+    if step.verb == "keep-file":
+        keep_file(step.what, FileId(*identity))
+    else:
+        ourfiles.remove(step.what, FileId(*identity))
 
 
 #: How each verb of a step is performed.
@@ -206,7 +211,7 @@ _PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[None]]] = {
     "take-out": _take_out,
     "delete-bitmap": _delete_bitmap,
     "delete-node": _delete_node,
-    "delete-file": _delete_file,
+    **dict.fromkeys(("delete-file", "keep-file"), _delete_file),
     "clear-wire": _clear_wire,
 }
 

@@ -21,13 +21,13 @@ not happen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from qmpblock.changes.record import Record, without_bitmaps
 from qmpblock.changes.step import Choice, Step
 from qmpblock.graph.layeruse import may_go
 from qmpblock.graph.model import BlockGraph
-from qmpblock.names import paused_node
+from qmpblock.names import partial_file, paused_node
 
 __all__ = ["steps"]
 
@@ -38,11 +38,13 @@ def steps(
     choice: Choice,
     made: Iterable[str] = (),
     *,
+    kept: Collection[str] = (),
     stale: bool | None = None,
 ) -> tuple[Step, ...]:
     """Return what is to be done next; nothing where nothing is left.
 
     :param made: image files that the journal says the change made itself.
+    :param kept: those of them that another copy can go on from.
     :param stale: whether the journal says that the overlay of a pivot is stale; None: there
         is no journal.
     """
@@ -59,11 +61,16 @@ def steps(
     if paused in graph.nodes:
         return (Step("resume", paused, "the VM was paused for a moment, and is to go on"),)
     home = record.way_home(graph, stale=stale)
-    return home or tuple(_leftovers(record, graph, made, stale=stale))
+    return home or tuple(_leftovers(record, graph, made, kept, stale=stale))
 
 
 def _leftovers(
-    record: Record, graph: BlockGraph, made: Iterable[str], *, stale: bool | None
+    record: Record,
+    graph: BlockGraph,
+    made: Iterable[str],
+    kept: Collection[str],
+    *,
+    stale: bool | None,
 ) -> Iterable[Step]:
     done = record.took_effect(graph)
     going: set[str] = set()  # each goes before what it lies on
@@ -95,7 +102,11 @@ def _leftovers(
     used = {node.filename for node in graph.nodes.values()}
     ours = set(record.nodes) & set(graph.nodes)
     for file in made:
-        if file not in used and not ours:
+        if file in used or ours:
+            continue
+        if file in kept:
+            yield Step("keep-file", file, "another copy can go on from it", partial_file(file))
+        else:
             yield Step("delete-file", file, "we made it, and it was never used")
     if not ours:
         for wire, socket in record.wires:

@@ -14,6 +14,8 @@ class ImageVerdict:
     :ivar start: the image to start the VM from.
     :ivar stale: images that must not be used: newer data is elsewhere.
     :ivar unused: images that were made and hold nothing: they can be removed.
+    :ivar kept: images that were made and are not whole, from which another copy can go on: they
+        get the name that says so.
     :ivar why: in a sentence.
     :ivar commit: overlays that must be committed into an image before it is started, each
         with that image.
@@ -29,3 +31,4 @@ class ImageVerdict:
     commit: tuple[tuple[str, str], ...] = ()
     opened: str = ""
     uncertain: bool = False
+    kept: tuple[str, ...] = ()

@@ -112,7 +112,7 @@ class Latency(click.ParamType[float]):
     "--resume",
     is_flag=True,
     help="Go on from TARGET.partial, if there is one: compare it with the disk as it is now, and "
-    "copy what it has not, or has otherwise (--at start).",
+    "copy what it has not, or has otherwise.",
 )
 @click.option(
     "--dry-run",
@@ -213,12 +213,13 @@ _OF = {
 }
 
 
-def _went_on(one: DiskCopy) -> str:
+def _went_on(one: DiskCopy, point: str) -> str:
     if one.missing is None or one.compared is None:
         return ""
     return (
-        f" this time; of {human_size(one.compared)} that were compared {human_size(one.missing)} "
-        "were missing or had changed, and were copied"
+        f"{' this time' if point == 'start' else ''}; of {human_size(one.compared)} that were "
+        f"compared {human_size(one.missing)} were missing or had changed, and were copied"
+        + ("" if point == "start" else f": {human_size(one.copied)} with what was written since")
     )
 
 
@@ -227,7 +228,7 @@ def _say(result: CopyResult) -> None:
         click.echo(
             f"{printable(one.disk)}: copied to {printable(one.target)}, {one.format}, "
             f"{human_size(one.size)}{_shape(one)}, {_OF[result.point]}"
-            + _went_on(one)
+            + _went_on(one, result.point)
             + ("; compared with it: the same" if result.verified else "")
         )
         if result.point == "pivot":

@@ -30,7 +30,7 @@ from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.finalize import keep_exports_away, until_unused
 from qmpblock.changes.identity import identify
 from qmpblock.changes.operations import PointInTime
-from qmpblock.changes.record import PIVOTED
+from qmpblock.changes.record import PIVOTED, WORTH
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
 from qmpblock.copying.backups import Backups
@@ -45,7 +45,7 @@ from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.pacing import paced
 from qmpblock.copying.proof import check_provable, check_served, work
 from qmpblock.copying.reservation import prepare
-from qmpblock.copying.resuming import give_up, say_kept
+from qmpblock.copying.resuming import give_up, note_kept, say_kept
 from qmpblock.copying.targetfile import TargetFile
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
@@ -68,6 +68,7 @@ from qmpblock.names import (
     new_run,
     paused_node,
     target_node,
+    written_bitmaps,
 )
 from qmpblock.qemu import ownership
 from qmpblock.qemu.instant import instant
@@ -125,12 +126,17 @@ async def copy(
                 views = list(targets), Fleece(options.fleece, options.fleece_limit)
                 running = _of_views(vm, *views, files, job, verify=verify)
             else:
-                record = await _record(vm, run, files, pivot=at == "pivot")
-                running = _of_disks(vm, record, files, job)
+                pauses = pivots and await _must_pause(vm, files)
+                record = await _record(vm, run, files, pivot=pivots, pauses=pauses)
+                running = _of_disks(vm, record, files, job, pauses=pauses)
             async with running as jobs:
                 yield job
-        except Error as error:
-            say_kept(error, job)
+        except BaseException as error:
+            if pivots:
+                note_kept(files, job)
+            gone = isinstance(error, DisconnectedError)
+            if isinstance(error, Error) and not (pivots and gone):  # its journal has said so
+                say_kept(error, job)
             if isinstance(error, DisconnectedError) and job.whole and not pivots:
                 error.standing = f"{error.standing}; {_whole(files)}"
             raise
@@ -174,9 +180,9 @@ async def _look_again(disks: Iterable[DiskT], files: Sequence[CopyTarget], *, pi
 
 def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
     plan = file.plan
-    done = jobs.last[plan.device.name].done
     source = plan.device.chain.active.file
     left, shape = file.left, plan.shape
+    done = jobs.last[plan.device.name].done + (0 if left is None else left.copied)
     return DiskCopy(
         plan.device.name,
         source,
@@ -191,7 +197,15 @@ def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
     )
 
 
-async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivot: bool) -> Copy:
+async def _must_pause(vm: Connection, files: Sequence[CopyTarget]) -> bool:
+    """Whether the VM has to be paused for the guest to go over to its copies."""
+    plans = [file.plan for file in files]
+    return any([await must_pause(vm, plan.device, plan.format) for plan in plans])
+
+
+async def _record(
+    vm: Connection, run: str, files: Sequence[CopyTarget], *, pivot: bool, pauses: bool
+) -> Copy:
     """Return what the locks, and a journal, are to say."""
     plans = [file.plan for file in files]
     devices = [plan.device for plan in plans]
@@ -205,13 +219,18 @@ async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivo
         "nodes": tuple(name for file in files for name in file.nodes),
         "wires": tuple(wire for file in files for wire in file.wires),
         "images": images_of(vm.monitor.peer_pid, [device.chain for device in devices]),
+        "noted": tuple(
+            (file.plan.device.chain.active.node.name, name)
+            for file in files
+            if file.resumed
+            for name in written_bitmaps(file.node)
+        ),
     }
+    if pauses or common["noted"]:
+        common["nodes"] += (paused_node(run),)
     if not pivot:
         return Copy(**common)
     left = [node for plan in plans for layer in plan.layers for node in layer.nodes]
-    pauses = [await must_pause(vm, plan.device, plan.format) for plan in plans]
-    if any(pauses):
-        common["nodes"] += (paused_node(run),)
     return Move(
         **common,
         files=tuple(plan.file for plan in plans),
@@ -226,16 +245,18 @@ async def _record(vm: Connection, run: str, files: Sequence[CopyTarget], *, pivo
 
 @asynccontextmanager
 async def _of_disks(
-    vm: Connection, record: Copy, files: Sequence[CopyTarget], job: CopyJob
+    vm: Connection, record: Copy, files: Sequence[CopyTarget], job: CopyJob, *, pauses: bool
 ) -> AsyncIterator[Mirrors]:
-    """Copy while the body runs, and come to the end on leaving it; or leave all as it was."""
+    """Copy while the body runs, and come to the end on leaving it; or leave all as it was.
+
+    :param pauses: whether the VM is paused where the guest goes over.
+    """
     pivots = isinstance(record, Move)
     change = Change(vm, record, beside=_beside(vm, record), journaled=pivots)
     going = [file.plan.device.chain.active.node.name for file in files]
 
     @asynccontextmanager
     async def quiet() -> AsyncIterator[bool]:
-        paused = paused_node(record.run)
         async with AsyncExitStack() as alone:
             alone.enter_context(bounded(files))
             await keep_exports_away(vm, going, alone)
@@ -244,16 +265,22 @@ async def _of_disks(
                 for file in files:
                     if isinstance(file, TargetFile):
                         file.check_place()  # or the guest would go over to what has no name
-            if paused in record.nodes:
-                await alone.enter_async_context(instant(vm, paused))
-            yield paused in record.nodes
+            if pauses:
+                await alone.enter_async_context(instant(vm, paused_node(record.run)))
+            yield pauses
 
     async def mark(*, over: bool) -> None:
         if change.journal is not None:
             change.journal.mark(**{PIVOTED: over})
 
-    mirrors = Mirrors(vm, record.run, files, job, pivots, mark, quiet)
+    async def note(file: CopyTarget) -> None:
+        journal = change.journal
+        if pivots and journal is not None and file.keeps and file.path not in journal.kept():
+            journal.add(**{"file": file.path, WORTH: True})
+
+    mirrors = Mirrors(vm, record.run, files, job, pivots, mark, quiet, note)
     await change.begin()
+    mirrors.migrates_not = change.held
     async with change.or_undo(lambda: _undone(files, job, mirrors), lambda: _done(files)):
         try:
             async with cut_on_error(vm, record.helpers, files):
@@ -378,8 +405,10 @@ def _beside(vm: Connection, record: Copy) -> Path | None:
 
 
 def _note(change: Change[Copy], file: CopyTarget, made: FileId) -> None:
-    """Have the journal, where there is one, say which file is ours."""
+    """Have the journal, where there is one, say which file is ours, and whether it is kept."""
     if change.journal is not None:
+        if file.resumed:
+            change.journal.add(**{"file": file.path, WORTH: True})
         change.journal.add(made=file.path, dev=made.device, ino=made.inode)
 
 
@@ -419,7 +448,12 @@ async def _finish_all(vm: Connection, files: Sequence[CopyTarget], job: CopyJob)
 async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget], job: CopyJob) -> None:
     """Leave of targets that are not whole what `give_up` does: QEMU closes them first."""
     if isinstance(change.record, Move):
-        return  # its journal tells which are ours, and whether the guest is there
+        # Its journal tells which are ours, which are kept, and whether the guest is there.
+        for file in files:
+            if change.journal is not None and not file.keeps and file.path in change.journal.kept():
+                with contextlib.suppress(Error):
+                    change.journal.add(**{"file": file.path, WORTH: False})
+        return
     with contextlib.suppress(Error):  # whoever undoes it says why
         await settle(change.vm, change.record, change.journal, Choice.UNDO)
     await give_up(files, job)

@@ -34,10 +34,13 @@ class Left:
 
     :ivar missing: how much it is, in whole clusters of 64 KiB.
     :ivar compared: how much was compared to find it.
+    :ivar copied: how much was written to it before a job took over, what the guest wrote meanwhile
+        included.
     """
 
     missing: int
     compared: int
+    copied: int = 0
 
 
 class CopyTarget(Protocol):

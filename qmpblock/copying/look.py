@@ -16,8 +16,8 @@ from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.frozen import check_frozen
 from qmpblock.copying.options import CopyOptions
 from qmpblock.copying.plan import CopyPlan, plan_copy
-from qmpblock.copying.resuming import check_resumes, check_target
-from qmpblock.copying.targetfile import check_file
+from qmpblock.copying.resuming import check_target
+from qmpblock.copying.targetname import check_file
 from qmpblock.copying.targets import place_of
 from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
 from qmpblock.graph.backingname import name_of_frozen
@@ -53,8 +53,6 @@ async def look(
     :raise Error: it cannot be done; nothing was touched.
     """
     at, force = options.point, options.force
-    if options.resume:
-        check_resumes(at)
     devices = [disk.device for disk in targets]
     pivot, freezes = at == "pivot", freezes_layers(vm, options)
     await ownership.ask(vm.monitor, devices)

@@ -10,6 +10,9 @@ end is wanted, all are asked to end::
     all are pending:            the instant, of all disks. Finalized, each at once
     one is not, within a bound: all are cancelled, which gives the guest back; and it is done again
 
+What goes on from what is there is brought up to date first (`qmpblock.copying.catchup`); its mirror
+copies nothing but what the guest writes from then on.
+
 A mirror flushes its target before it is pending, so that whatever dies then, the target is whole
 (measured: 8 of 8 kills of QEMU, 7.2.22 and 11.1.2).
 """
@@ -21,9 +24,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group, undisturbed
+from qmpblock.copying.catchup import ATTEMPTS, HOLD, CatchUp
 from qmpblock.copying.job import CopyJob, is_worth
 from qmpblock.errors import Error, JobError
 from qmpblock.names import copy_job
@@ -33,13 +38,7 @@ if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["HOLD", "Mirrors"]
-
-HOLD = 2.0
-"""Seconds for which the guest's I/O may be held, while disks are brought to one instant."""
-
-ATTEMPTS = 3
-"""At bringing them there."""
+__all__ = ["Mirrors"]
 
 _BUFFER = 1 << 20  # bytes that are under way at once, where the guest's latency is held
 _LOOK = 0.005  # seconds between looks at jobs that are to be pending
@@ -62,6 +61,8 @@ class Mirrors:
         with `over=True`; with False where nothing became final after all.
     :ivar quiet: keeps away what must not meet that instant; yields whether the VM is paused for it.
     :ivar held: seconds for which the guest's I/O was held at most.
+    :ivar note: is awaited with a target once it is known whether another copy could go on from it.
+    :ivar migrates_not: whether QEMU refuses to migrate meanwhile.
     :ivar over: the disks that went over to their targets.
     :ivar attempts: how often the disks were brought, or nearly brought, to one instant.
     """
@@ -73,8 +74,10 @@ class Mirrors:
     pivot: bool
     mark: Callable[..., Awaitable[None]]
     quiet: Callable[[], AbstractAsyncContextManager[bool]]
+    note: Callable[[CopyTarget], Awaitable[None]]
     held: float = 0.0
     attempts: int = 0
+    migrates_not: bool = False
     over: list[str] = field(default_factory=list)
     last: dict[str, Progress] = field(default_factory=dict)
     _ready: asyncio.Event = field(default_factory=asyncio.Event)  # all jobs have been
@@ -111,8 +114,7 @@ class Mirrors:
         self._ready.clear()
         self.last.clear()
         try:
-            for job, target in zip(jobs, self.targets, strict=True):
-                await job.start("blockdev-mirror", self._arguments(target))
+            await self._start(jobs)
             async with task_group() as group:
                 for job, target in zip(jobs, self.targets, strict=True):
                     group.create_task(self._follow(job, target))
@@ -122,12 +124,27 @@ class Mirrors:
             for job in jobs:
                 job.end()
 
+    async def _start(self, jobs: Sequence[Job]) -> None:
+        every = list(zip(jobs, self.targets, strict=True))
+
+        async def start(*, resumed: bool) -> None:
+            for job, target in every:
+                if target.resumed is resumed:
+                    await job.start("blockdev-mirror", self._arguments(target))
+
+        left = [target for target in self.targets if target.resumed]
+        if left:
+            coming = CatchUp(self.vm, self.run, left, self.job, self.migrates_not)
+            await coming.hand_over(partial(start, resumed=True))
+            self.held = max(self.held, coming.held)
+        await start(resumed=False)
+
     def _arguments(self, target: CopyTarget) -> dict[str, Any]:
         chain = target.plan.device.chain
         arguments: dict[str, Any] = {
             "device": chain.root.name,
             "target": target.node,
-            "sync": target.plan.sync_of_disk,
+            "sync": "none" if target.resumed else target.plan.sync_of_disk,
             "copy-mode": "background",
             "on-source-error": "report",
             "on-target-error": "enospc",
@@ -148,7 +165,8 @@ class Mirrors:
         async for seen in job.follow(converging=self.vm.stall):
             self.job.publish(name, seen)
             self.last[name] = seen
-            target.keeps = is_worth(seen)
+            target.keeps = target.resumed or is_worth(seen)
+            await self.note(target)
             if seen.status in ("waiting", "pending") and not job.completion_asked:
                 await undisturbed(job.cancel())  # somebody else asked it to end: the guest is held
             if all(one.ready for one in self.last.values()) and len(self.last) == len(self.targets):

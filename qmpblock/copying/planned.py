@@ -256,6 +256,11 @@ def felt(
         )
     else:
         yield "its I/O is held for the instant at the end: milliseconds, 2 seconds at the most"
+        if options.resume:
+            yield (
+                "where something is gone on from, the VM is paused once before, while the last of "
+                "what that lacks is copied: some 100 ms, 2 seconds at the most"
+            )
     if pauses:
         yield "the VM is paused for milliseconds at the end, for requests must not wait then (K26)"
     if options.latency:

@@ -25,6 +25,7 @@ from qmpblock.extents.allocationmap import AllocationMap
 from qmpblock.host.imagefiles import local_path
 from qmpblock.host.space import HostSpace
 from qmpblock.host.tryout import clones, direct_unit, reserves
+from qmpblock.names import partial_file
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
@@ -52,7 +53,8 @@ async def prepare(disks: Iterable[MappedDisk], targets: Iterable[CopyTarget]) ->
         await asyncio.to_thread(_check_file_system, target)
         if target.plan.shape.reflink:
             await asyncio.to_thread(_check_shares, disk, target)
-        there = Path(target.path).stat().st_blocks * 512 if target.resumed else 0
+        partial = Path(partial_file(target.plan.file))
+        there = partial.stat().st_blocks * 512 if target.resumed else 0
         wanted[target.plan.file] = max(0, room_for(target.plan, target.model) - there)
     await asyncio.to_thread(_check_room, wanted)
 

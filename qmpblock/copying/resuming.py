@@ -23,6 +23,7 @@ from qmpblock.copying.comparing import find_unequal
 from qmpblock.copying.copytarget import Left
 from qmpblock.copying.drawn import draw
 from qmpblock.copying.meter import DiskMeters
+from qmpblock.copying.targetfile import TargetFile
 from qmpblock.copying.windows import CONTEXT
 from qmpblock.copying.wiretarget import bounded
 from qmpblock.errors import (
@@ -37,32 +38,15 @@ from qmpblock.export.session import Request, exports
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.copying.job import CopyJob
-    from qmpblock.copying.plan import CopyPlan, Point
+    from qmpblock.copying.plan import CopyPlan
     from qmpblock.nbd import Client
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
     from qmpblock.ranges import Ranges
 
-__all__ = ["check_resumes", "check_target", "find_left", "give_up", "say_kept"]
+__all__ = ["check_target", "find_left", "give_up", "note_kept", "say_kept"]
 
 _PHASE = "comparing"
-
-
-def check_resumes(at: Point) -> None:
-    """Refuse to go on with a copy of another moment than the start.
-
-    :raise UnsupportedError: it is to be one.
-    """
-    if at == "start":
-        return
-    raise UnsupportedError(
-        "only a copy of the start goes on from what another has left: QEMU's mirror job, which "
-        "makes one of the end, cannot be told to leave out what is there already",
-        standing=UNTOUCHED,
-        remedy="go on with --at start; or remove TARGET.partial, and copy the end anew"
-        if at == "end"
-        else "copy anew: what the guest goes over to is made for that",
-    )
 
 
 def check_target(plan: CopyPlan) -> None:
@@ -160,6 +144,12 @@ async def give_up(targets: Sequence[CopyTarget], job: CopyJob) -> None:
     :param job: has it as `kept`.
     """
     job.kept = tuple([left for target in targets if (left := await target.remove()) is not None])
+
+
+def note_kept(targets: Sequence[CopyTarget], job: CopyJob) -> None:
+    """Have a job say what was kept of a copy that failed, by whoever undid it."""
+    kept = [file.left_over for file in targets if isinstance(file, TargetFile)]
+    job.kept = tuple(path for path in kept if path is not None)
 
 
 def say_kept(error: Error, job: CopyJob) -> None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import posixpath
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,9 @@ from qmpblock.copying.copytarget import Left, LocalTarget
 from qmpblock.copying.hostspace import space_of
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.shape import Settings
+from qmpblock.copying.targetname import check_unopened
 from qmpblock.errors import (
-    UNTOUCHED,
     Error,
-    InUseError,
-    RequestError,
-    UnsupportedError,
     printable,
 )
 from qmpblock.graph.options import aio_of, cache_options, overlay_options
@@ -37,11 +32,9 @@ from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles
 from qmpblock.host.contents import Contents
 from qmpblock.host.fallocate import UNSUPPORTED, keep_size, punch_hole
-from qmpblock.host.filelocks import is_used
 from qmpblock.host.imagechain import blockdev
-from qmpblock.host.openfiles import NOWHERE, openers, sees_directory
 from qmpblock.host.ourfiles import Directory
-from qmpblock.host.processes import command_line, describe_process
+from qmpblock.host.processes import command_line
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuio import QemuIo
@@ -53,11 +46,10 @@ if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["TargetFile", "absolute", "check_file", "check_name", "drop_unfinished"]
+__all__ = ["TargetFile"]
 
 _STORED = "unmap"  # of an image's file, whose image knows better what may be discarded
 _ALONE = 1 << 20  # bytes that an image has by itself: its tables
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
 
 
 @dataclass
@@ -105,7 +97,7 @@ class TargetFile(LocalTarget):
         :raise InUseError: somebody has what it was to replace.
         """
         if self.resumed:
-            await self._take_over(vm)
+            await self._take_over(vm, record)
             return
         contents = Contents(self.plan.size, ())
         if self.plan.format != "raw":
@@ -124,20 +116,35 @@ class TargetFile(LocalTarget):
         name = posixpath.basename(self.path)
         try:
             if self.replaces and (left := self.directory.status(name)) is not None:
-                _check_unused(self.path, left)
+                check_unopened(self.path, left)
                 os.unlink(name, dir_fd=self.directory.fd)
             os.close(self.directory.make(name, note, fill, like=like))
             self.directory.sync()
         except OSError as error:
             raise Error(f"cannot make {printable(self.path)}: {error.strerror}") from None
 
-    async def _take_over(self, vm: Connection) -> None:
+    async def _take_over(self, vm: Connection, record: Callable[[FileId], None]) -> None:
         """Look once more at what is resumed; a QEMU that was killed may have leaked clusters."""
         assert self.made is not None  # it was found
-        if not self.directory.holds(posixpath.basename(self.path), self.made):
-            raise Error(f"somebody has replaced {printable(self.path)} since it was looked at")
+        path = partial_file(self.plan.file)
+        name = posixpath.basename(path)
+        if not self.directory.holds(name, self.made):
+            raise Error(f"somebody has replaced {printable(path)} since it was looked at")
         if self.plan.format != "raw" and self.plan.secret is None:  # only QEMU has the key
-            await QemuImgCheck(stall=vm.stall).free_leaks(self.path, self.plan.format, self.made)
+            await QemuImgCheck(stall=vm.stall).free_leaks(path, self.plan.format, self.made)
+        if not self.keeps_name:
+            return
+        record(self.made)
+        try:
+            self.directory.rename(name, self.made, posixpath.basename(self.plan.file))
+            self.directory.sync()
+        except OSError as error:
+            raise Error(
+                f"cannot give {printable(path)} its name: {error.strerror}",
+                standing=f"{printable(path)} is as it was",
+            ) from None
+        if self.plan.shape.allocation == "full" and self.plan.format != "raw":
+            await self._store(vm, await self._lacking(vm, self._wanted))  # no guest is there yet
 
     def _header(self) -> Header:
         backing = self.plan.backing
@@ -243,6 +250,13 @@ class TargetFile(LocalTarget):
                 elif self.directory.holds(name, self.made) and self._is_there:
                     return self.path
         return None
+
+    @property
+    def left_over(self) -> str | None:
+        """By which name there is what another copy can go on from, once it was given up."""
+        path = partial_file(self.plan.file)
+        there = self.made is not None and self.directory.holds(posixpath.basename(path), self.made)
+        return path if there else None
 
     def check_place(self) -> None:
         """See that its path leads to it, by which it is said to be there, and started from.
@@ -361,18 +375,11 @@ class TargetFile(LocalTarget):
         name, final = posixpath.basename(self.path), posixpath.basename(self.plan.file)
         fd = self.directory.fd
         if not self.replaces:
-            try:
-                os.link(name, final, src_dir_fd=fd, dst_dir_fd=fd)
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                if self.directory.status(final) is not None:
-                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), final) from None
-            else:
-                os.unlink(name, dir_fd=fd)
-                return
-        elif (there := self.directory.status(final)) is not None:
-            _check_unused(self.plan.file, there, standing=None)
+            assert self.made is not None  # make() went before
+            self.directory.rename(name, self.made, final)
+            return
+        if (there := self.directory.status(final)) is not None:
+            check_unopened(self.plan.file, there, standing=None)
         os.rename(name, final, src_dir_fd=fd, dst_dir_fd=fd)
 
 
@@ -388,126 +395,3 @@ def _give_zeros_back(fd: int, size: int) -> None:
             if error.errno not in UNSUPPORTED:
                 raise
             return
-
-
-def absolute(file: str | os.PathLike[str]) -> str:
-    """Return the absolute path of a file that a person has named.
-
-    :raise RequestError: it is no path.
-    """
-    name = os.fspath(file)
-    if not name or "\0" in name or "://" in name or name.startswith("json:"):
-        raise RequestError(f"{printable(repr(name))} is not the path of a file")
-    if name.endswith("/"):
-        raise RequestError(f"{printable(repr(name))} is the path of a directory, and not of a file")
-    return os.path.normpath(Path.cwd() / name)  # without resolving links: the name is the user's
-
-
-def check_file(
-    pid: int | None,
-    file: str,
-    *,
-    force: bool,
-    keeps_name: bool,
-    resume: bool = False,
-    restarts: bool = False,
-) -> None:
-    """Refuse to make a target that would destroy something, or that QEMU would not find.
-
-    :param pid: of QEMU.
-    :param force: whether a file of that name may be replaced, once the copy is whole.
-    :param resume: whether what another copy left unfinished is gone on from.
-    :param restarts: whether what a copy left that was ended goes (`drop_unfinished`).
-    :raise RequestError: there is something of that name, or no such directory.
-    :raise InUseError: somebody has open what may be replaced.
-    :raise UnsupportedError: QEMU does not see that directory.
-    """
-    folder = posixpath.dirname(file)
-    elsewhere = sees_directory(pid, folder)
-    if elsewhere == NOWHERE:
-        raise RequestError(f"there is no directory {printable(folder)}", standing=UNTOUCHED)
-    if elsewhere is not None:
-        raise UnsupportedError(
-            f"a target is made here and written by the VM, and {printable(folder)} {elsewhere}",
-            standing=UNTOUCHED,
-            remedy="name a target in a directory that the VM has, too, and run qmpblock on its "
-            "host, by a UNIX monitor, as the VM's user or root",
-        )
-    check_name(folder, file if keeps_name else partial_file(file))
-    for name in {file} if keeps_name or resume else {file, partial_file(file)}:
-        if os.path.lexists(name):
-            partial = name != file
-            goes = (force and not keeps_name) or (restarts and partial)
-            _check_replaceable(name, force=goes, partial=partial)
-
-
-def check_name(folder: str, file: str) -> None:
-    """Refuse a name that is longer than its file system takes.
-
-    :raise RequestError: it is.
-    """
-    length = len(os.fsencode(posixpath.basename(file)))
-    try:
-        most = os.pathconf(folder, "PC_NAME_MAX")
-    except OSError:
-        return  # whoever makes it is told
-    if length > most:
-        raise RequestError(
-            f"the name {printable(file)}, by which it is made, is of {length} bytes, and "
-            f"{printable(folder)} takes {most}",
-            standing=UNTOUCHED,
-            remedy="name another target",
-        )
-
-
-def drop_unfinished(file: str) -> None:
-    """Remove what a copy to a file left that was ended, if anything; never one that is made now.
-
-    :raise InUseError: somebody has it open.
-    :raise RequestError: it is no plain file.
-    :raise Error: it cannot be removed.
-    """
-    name = partial_file(file)
-    if not os.path.lexists(name):
-        return
-    _check_replaceable(name, force=True, partial=True)
-    try:
-        Path(name).unlink()
-    except OSError as error:
-        raise Error(f"cannot remove {printable(name)}: {error.strerror}") from None
-
-
-def _check_replaceable(name: str, *, force: bool, partial: bool) -> None:
-    status = os.lstat(name)
-    if force and stat.S_ISREG(status.st_mode):
-        _check_unused(name, status)
-        return
-    raise RequestError(
-        f"{printable(name)} exists already"
-        + (": a copy that is not whole, or is being made" if partial else ""),
-        standing=UNTOUCHED,
-        remedy=("go on from it with --resume; or " if partial else "")
-        + "name another target, or remove that file; --force replaces a plain file, once the copy "
-        "is whole, but none to which the guest goes over",
-    )
-
-
-def _check_unused(name: str, status: os.stat_result, *, standing: str | None = UNTOUCHED) -> None:
-    """Refuse to take a name from a file that somebody has open: an image of this VM, of another.
-
-    Whoever opens it again, as a VM does when it is started again, would find the copy there.
-
-    :raise InUseError: somebody has.
-    """
-    file = FileId.of(status)
-    if file is None:
-        return
-    users = [describe_process(pid) for pid in openers(file)]
-    if not users and is_used(file):
-        users = ["a QEMU, by its locks"]
-    if users:
-        raise InUseError(
-            f"{printable(name)} is open in {', '.join(users)}: it is not replaced",
-            standing=standing,
-            remedy="name another target, or end what uses it",
-        )

@@ -12,7 +12,8 @@ from qmpblock.copying.devicetarget import DeviceTarget, claimed
 from qmpblock.copying.partialfile import find_partial
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.target import Credentials, NBDTarget, parse_target
-from qmpblock.copying.targetfile import TargetFile, absolute
+from qmpblock.copying.targetfile import TargetFile
+from qmpblock.copying.targetname import absolute
 from qmpblock.copying.wire import check_target
 from qmpblock.copying.wiretarget import WireTarget
 from qmpblock.errors import UNTOUCHED, RequestError

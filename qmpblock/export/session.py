@@ -107,6 +107,8 @@ class Request:
         ours then holds the write permission.
     :ivar in_flight: requests that the client may have in flight.
     :ivar writable: whether the client may write; only to a node of ours that nothing uses yet.
+    :ivar bitmap: a dirty bitmap of the node's that does not record now: its context is asked for,
+        too, as the last one.
     """
 
     node: str
@@ -114,6 +116,13 @@ class Request:
     hold_writer: bool = False
     in_flight: int = 16
     writable: bool = False
+    bitmap: str = ""
+
+    @property
+    def every_context(self) -> tuple[str, ...]:
+        """Return what the client asks for."""
+        dirty = (f"qemu:dirty-bitmap:{self.bitmap}",) if self.bitmap else ()
+        return (*self.contexts, *dirty)
 
 
 async def check_access(monitor: Monitor, access: NBDAccess, device: Device | None = None) -> None:
@@ -394,6 +403,8 @@ class _Session:
             "writable": slot.request.writable,
             "allocation-depth": True,
         }
+        if slot.request.bitmap:
+            options["bitmaps"] = [slot.request.bitmap]
         slot.exported = True
         try:
             if self.iothread is None:
@@ -448,7 +459,7 @@ class _Session:
             slot.client = await Client.connect(
                 target,
                 export=slot.name,
-                contexts=slot.request.contexts,
+                contexts=slot.request.every_context,
                 in_flight=slot.request.in_flight,
                 tls=tls,
                 tls_hostname=host,

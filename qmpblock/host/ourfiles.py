@@ -30,9 +30,10 @@ from typing import Self
 from qmpblock.graph.places import FileId
 from qmpblock.links import walk
 
-__all__ = ["Directory", "look", "open_plain", "remove", "write_file"]
+__all__ = ["Directory", "look", "open_plain", "remove", "rename", "write_file"]
 
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
 
 
 class Directory:
@@ -178,6 +179,27 @@ class Directory:
             return False
         return True
 
+    def rename(self, name: str, file: FileId, to: str) -> None:
+        """Give a file another name, which nothing bears.
+
+        :raise FileExistsError: something does.
+        :raise FileNotFoundError: that name is not that file any more.
+        :raise OSError: it cannot be renamed.
+        """
+        if not self.holds(name, file):
+            raise _another(self.path / name)
+        old, new, fd = _entry(name), _entry(to), self.fd
+        try:
+            os.link(old, new, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if self.status(new) is not None:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new) from None
+            os.rename(old, new, src_dir_fd=fd, dst_dir_fd=fd)
+        else:
+            os.unlink(old, dir_fd=fd)
+
     def sync(self) -> None:
         """Have what its names are on stable storage.
 
@@ -282,6 +304,17 @@ def remove(path: str | os.PathLike[str], file: FileId) -> bool:
         return False
     with directory:
         return directory.remove(name, file)
+
+
+def rename(path: str | os.PathLike[str], file: FileId, to: str) -> None:
+    """Give a file another path, in the same directory, which nothing bears.
+
+    See `Directory.rename`.
+    """
+    folder, name = posixpath.split(os.fspath(path))
+    with Directory(folder or ".") as directory:
+        directory.rename(name, file, posixpath.basename(to))
+        directory.sync()
 
 
 def _entry(name: str) -> str:

@@ -20,7 +20,7 @@ from qmpblock.changes.leftovers import make_way
 from qmpblock.copying.devicetarget import is_block_device
 from qmpblock.copying.dryrun import dry_run
 from qmpblock.copying.plan import plan_copy
-from qmpblock.copying.targetfile import absolute, drop_unfinished
+from qmpblock.copying.targetname import absolute, drop_unfinished
 from qmpblock.errors import UNTOUCHED, Error, RequestError, printable
 from qmpblock.graph.places import FileId
 from qmpblock.host.closedimage import closed_image

@@ -20,8 +20,10 @@ __all__ = ["instant", "resume"]
 
 
 @asynccontextmanager
-async def instant(vm: Connection, node: str) -> AsyncIterator[None]:
+async def instant(vm: Connection, node: str) -> AsyncIterator[bool]:
     """Pause the VM for the body, unless it is paused; then go on, if the body went well.
+
+    Yields whether it was we who paused it.
 
     If not, going on is for whoever undoes the change: `resume`, first of all. So is it where this
     is cancelled. The guest is paused for as long as requests in flight take to end, and the body.
@@ -29,13 +31,13 @@ async def instant(vm: Connection, node: str) -> AsyncIterator[None]:
     :param node: its name, of a node of ours.
     """
     if not (await vm.monitor.execute("query-status"))["running"]:
-        yield
+        yield False
         return
     mark = {"driver": "null-co", "node-name": node, "size": 0, "read-zeroes": True}
     # It is there where a change is carried on whose controller died just before `stop`.
     await tolerate(duplicate_node, vm.monitor.execute("blockdev-add", mark))
     await vm.monitor.execute("stop")
-    yield
+    yield True
     await resume(vm, node)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from drawing import RUN, chain, record
+from drawing import RUN, bitmap, chain, record
 
 from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.step import Choice
@@ -66,6 +66,16 @@ def test_jobs_that_hold_the_guest_are_dealt_with_first():
     assert [(one.verb, one.what) for one in its.holding(found, stale=None)] == [("cancel", JOBS[0])]
 
 
+def test_what_takes_note_of_writes_goes():
+    name = f"{PREFIX}to-0-even"
+    its = of(Copy, noted=(("d0", name), ("d0", f"{PREFIX}to-0-odd"), ("d9", name)))
+    drawn = chain("d0").device("d0")
+    drawn.nodes["d0"]["dirty-bitmaps"] = [bitmap(name)]
+    assert plan(its, graph(drawn)) == [("delete-bitmap", f"d0/{name}")]
+    with pytest.raises(UnreadableError):
+        replace(its, noted=(("d0", "theirs"),)).check()
+
+
 class TestMove:
     """All disks go over, or none."""
 
@@ -110,6 +120,15 @@ class TestMove:
         assert plan(self.its(), self.found()) == [("delete-node", TO[0]), ("delete-node", TO[1])]
         assert plan(self.its(), self.found((0, 1))) == []
 
+    def test_what_another_copy_can_go_on_from_is_kept(self):
+        drawn = chain("d0").device("d0")
+        its = replace(self.its(), devices=tuple(one.qom_path for one in drawn.graph().devices))
+        found = steps(its, graph(drawn), Choice.UNDO, ["/i/t0", "/i/t1"], kept={"/i/t1"})
+        assert [(one.verb, one.what, one.to) for one in found] == [
+            ("delete-file", "/i/t0", None),
+            ("keep-file", "/i/t1", "/i/t1.partial"),
+        ]
+
     def test_copies_get_what_the_disks_had_once_the_guests_are_there(self):
         its = replace(self.its(), settings=((TO[0], "unmap", "on"), (TO[1], "", "off")))
         assert plan(its, self.found((0, 1))) == [
@@ -134,5 +153,7 @@ class TestMove:
         its = self.its()
         before = its.verdict([], {"/i/t0": False})
         assert (before.start, before.stale, before.unused) == (its.images, (), ("/i/t0",))
+        left = its.verdict([{"file": "/i/t0", "worth": True}], {"/i/t0": False, "/i/t1": False})
+        assert (left.kept, left.unused) == (("/i/t0",), ("/i/t1",))
         after = its.verdict([{"pivoted": True}], {})
         assert (after.start, after.stale, after.unused) == (its.files, its.images, ())

@@ -71,6 +71,7 @@ FIELDS = {
     "images": some(words),
     "wires": some(st.tuples(ours, words)),
     "drawn": some(st.tuples(words, words)),
+    "noted": some(st.tuples(words, ours)),
     "sources": some(words),
     "targets": some(words),
     "more": unknown,

@@ -5,10 +5,10 @@ import pytest
 from qmpblock.address import UnixAddress
 from qmpblock.copying.job import CopyJob
 from qmpblock.copying.plan import CopyPlan
-from qmpblock.copying.resuming import check_resumes, give_up, say_kept
+from qmpblock.copying.resuming import give_up, say_kept
 from qmpblock.copying.target import NBDTarget
 from qmpblock.copying.wiretarget import WireTarget
-from qmpblock.errors import Error, UnsupportedError
+from qmpblock.errors import Error
 
 
 class Target:
@@ -21,15 +21,6 @@ class Target:
     async def remove(self):
         self.removed = True
         return self.left
-
-
-@pytest.mark.parametrize("at", ["end", "pivot"])
-def test_a_mirror_does_not_go_on(at):
-    with pytest.raises(UnsupportedError, match="mirror") as caught:
-        check_resumes(at)
-    assert caught.value.exit_code == 2
-    assert caught.value.remedy
-    assert check_resumes("start") is None
 
 
 async def test_a_failure_says_what_is_kept():

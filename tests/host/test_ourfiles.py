@@ -10,7 +10,7 @@ from headers_of_eve import open_to_all
 from otherusers import EVE
 
 from qmpblock.graph.places import FileId
-from qmpblock.host.ourfiles import Directory, look, open_plain, remove, write_file
+from qmpblock.host.ourfiles import Directory, look, open_plain, remove, rename, write_file
 
 
 @pytest.fixture
@@ -286,3 +286,23 @@ def test_a_plain_file_is_looked_at_before_it_is_opened(tmp_path):
     for path in (tmp_path / "fifo", tmp_path, "/dev/null"):
         with pytest.raises(OSError, match="no regular file"):
             open_plain(path)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_a_file_gets_a_name_that_nothing_bears(links, directory, tmp_path, monkeypatch):
+    file = made(directory)
+    if not links:
+
+        def link(*_args, **_words):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", link)
+    (tmp_path / "b").touch()
+    with pytest.raises(FileExistsError):
+        directory.rename("a", file, "b")
+    rename(tmp_path / "a", file, str(tmp_path / "c"))
+    assert directory.holds("c", file)
+    assert directory.status("a") is None
+    with pytest.raises(FileNotFoundError):
+        directory.rename("b", file, "d")
+    assert (tmp_path / "b").exists()

@@ -70,11 +70,22 @@ async def test_the_guest_goes_over(scenario, start_qemu, invariant, vm_dir):
     assert str(target) in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupted_one_is_gone_on_from(number, scenario, start_qemu, vm_dir):
+@pytest.mark.parametrize(
+    ("number", "moment", "said"),
+    [
+        (signal.SIGINT, ("--at", "start"), "as it was when the copy began this time; of 16M that"),
+        (signal.SIGTERM, ("--at", "end"), "as it was when the copy ended; of 16M that"),
+        (signal.SIGINT, ("--pivot",), "to which the guest has gone over; of 16M that"),
+    ],
+)
+async def test_an_interrupted_one_is_gone_on_from(
+    number, moment, said, scenario, start_qemu, vm_dir, invariant
+):
     vm = await started(start_qemu, scenario)
+    if moment == ("--pivot",):
+        invariant.forget(vm)
     target = vm_dir / "copy.qcow2"
-    words = ("copy", vm.monitor_path, "vd0", str(target))
+    words = ("copy", vm.monitor_path, "vd0", str(target), *moment)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "qmpblock", *words, "--speed", "1M"), stderr=asyncio.subprocess.PIPE
     )
@@ -94,13 +105,10 @@ async def test_an_interrupted_one_is_gone_on_from(number, scenario, start_qemu, 
     assert code == 2
     assert "copy.qcow2.partial exists already: a copy that is not whole" in err
     assert "go on from it with --resume" in err
-    code, _, err = await cli(*words, "--resume", "--at", "end")
-    assert code == 2
-    assert "mirror" in err
     code, out, err = await cli(*words, "--resume")
     assert code == 0, err
-    assert "as it was when the copy began this time; of 16M that were compared " in out
-    assert " were missing or had changed, and were copied\n" in out
+    assert f"{said} were compared " in out
+    assert " were missing or had changed, and were copied" in out
     assert [path.name for path in vm_dir.glob("copy.qcow2*")] == ["copy.qcow2"]
     await goes_on(vm)
 

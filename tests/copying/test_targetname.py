@@ -1,10 +1,11 @@
-"""Targets that are files: what a word may mean."""
+"""Targets that are files: what a word may mean, and which names can be had."""
 
 import os
 
 import pytest
 
-from qmpblock.copying.targetfile import absolute, check_name
+from qmpblock.copying import targetname
+from qmpblock.copying.targetname import absolute, check_file, check_name
 from qmpblock.errors import RequestError
 
 
@@ -35,3 +36,21 @@ def test_no_name_that_is_too_long(tmp_path):
         check_name(str(tmp_path), str(tmp_path / (128 * "\N{COPYRIGHT SIGN}")))
     assert caught.value.standing == "nothing was touched"
     check_name(str(tmp_path / "gone"), str(tmp_path / (256 * "a")))  # which is said elsewhere
+
+
+@pytest.mark.parametrize("pivots", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+def test_what_another_copy_left_is_not_lost(pivots, force, tmp_path, monkeypatch):
+    monkeypatch.setattr(targetname, "sees_directory", lambda _pid, _folder: None)
+    target = tmp_path / "t"
+    (tmp_path / "t.partial").touch()
+    words = {"force": force, "keeps_name": pivots}
+    if force and not pivots:
+        check_file(None, str(target), **words)
+    else:
+        with pytest.raises(
+            RequestError, match="exists already: a copy that is not whole"
+        ) as caught:
+            check_file(None, str(target), **words)
+        assert "--resume" in caught.value.remedy
+    check_file(None, str(target), resume=True, **words)
