@@ -8,7 +8,9 @@ import pytest
 from disturbed import nothing_of_ours
 
 import qmpblock
+from qmpblock.host.processes import command_line
 from qmpblock.migration.passage import Passage
+from qmpblock.migration.storage import Storage
 from qmpblock.migration.stream import Stream
 from qmpblock.testing import StressSpec, Tools, check_acknowledged
 
@@ -121,7 +123,7 @@ async def stressed(vm, rate=300):
 
 @contextlib.contextmanager
 def at(monkeypatch, phase, do):
-    """Do something as soon as that phase has begun, once."""
+    """Do something as soon as that phase has begun, once; `copying`: once the mirrors run."""
     with monkeypatch.context() as patch:
         before = Passage.enter
         todo = [do]
@@ -138,6 +140,14 @@ def at(monkeypatch, phase, do):
                 await todo.pop()()
             await until_held(self)
 
+        until_ready = Storage.until_ready
+
+        async def ready(self):
+            if phase == "copying":
+                await todo.pop()()
+            await until_ready(self)
+
+        patch.setattr(Storage, "until_ready", ready)
         patch.setattr(Passage, "enter", enter)
         patch.setattr(Stream, "until_held", until)
         yield
@@ -154,3 +164,13 @@ async def stays(source, invariant):
     assert (now.bad, now.errors) == (0, 0)
     await nothing_of_ours(source)
     await invariant.verify(source)
+
+
+def storage_daemons(directory):
+    """Return the processes of those that serve images in that directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        words = command_line(int(entry.name)) if entry.name.isdigit() else ()
+        if "--export" in words and any(str(directory) in word for word in words):
+            found.append(int(entry.name))
+    return found

@@ -68,6 +68,11 @@ _REFUSED = 2
     help="Migrate what FILE, a YAML file, lists, so many at once; what is there is left alone.",
 )
 @svg_option
+@click.option(
+    "--storage-daemon",
+    is_flag=True,
+    help="Have a qemu-storage-daemon on this host hold the destination's images meanwhile.",
+)
 @click.option("--quit-source", is_flag=True, help="End the source's QEMU once the guest is gone.")
 @click.option(
     "--directory",
@@ -85,6 +90,7 @@ async def command(
     speed: int,
     list_file: str | None,
     svg: str | None,
+    storage_daemon: bool,
     quit_source: bool,
     directory: str,
     qemu: str | None,
@@ -99,7 +105,8 @@ async def command(
     is something to be warned of.
     """
     if list_file is not None:
-        if source or form or svg or memory_only or speed or quit_source or means.any:
+        given = (source, form, svg, memory_only, speed, storage_daemon, quit_source, means.any)
+        if any(given):
             raise click.UsageError("--list goes alone: FILE says the rest")
         from qmpblock.cli.migratelist import migrated_list
 
@@ -108,6 +115,8 @@ async def command(
         raise click.UsageError(
             "SOURCE DESTINATION [--dry-run], SOURCE --command-line, SOURCE --spawn or --list FILE"
         )
+    if storage_daemon and (form is not None or memory_only):
+        raise click.UsageError("--storage-daemon is of a migration that is made, with its disks")
     if svg is not None:
         if form is not None:
             raise click.UsageError("--svg is of a migration that is made")
@@ -138,7 +147,11 @@ async def command(
         assert destination is not None  # see above
         async with options.connect(destination) as there:
             if form is None:
-                how = {"memory_only": memory_only, "quit_source": quit_source}
+                how = {
+                    "memory_only": memory_only,
+                    "storage_daemon": storage_daemon,
+                    "quit_source": quit_source,
+                }
                 return await migrated(
                     options, here, there, speed=speed, means=means, svg=svg, **how
                 )

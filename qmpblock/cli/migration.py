@@ -32,6 +32,7 @@ async def migrated(
     memory_only: bool,
     speed: int,
     quit_source: bool,
+    storage_daemon: bool,
     means: MigrationMeans,
     svg: str | None = None,
 ) -> int:
@@ -47,6 +48,7 @@ async def migrated(
         memory_only=memory_only,
         speed=speed,
         quit_source=quit_source,
+        storage_daemon=storage_daemon,
         means=means,
     )
     job = None

@@ -3,6 +3,7 @@
 ::
 
     a destination that does not answer: every wire is cut first (K32)
+    a storage daemon is ended: what it holds is of no use any more
     memory ...   the stream is cut, and migrate_cancel where the guest is held for us (K35), until
                  the guest runs; of a source that says completed: the arbiter,
                  "source", then cont
@@ -53,6 +54,7 @@ class Homeward:
         answers = await passage.landing.answers()
         if not answers or passage.source.monitor.closed:
             self._cut()
+        fate = await self._end_images()
         if passage.source.monitor.closed:
             await self._lost(error)
             return
@@ -72,8 +74,17 @@ class Homeward:
         passage.settled = True
         if isinstance(error, Error):  # whatever was said, before it was undone
             error.standing = (
-                f"the guest runs at the source, where nothing of ours is left; {stands}"
+                f"the guest runs at the source, where nothing of ours is left; {stands}{fate}"
             )
+
+    async def _end_images(self) -> str:
+        """End the storage daemon; return what there is to be said of it."""
+        try:
+            fate = await self._passage.landing.end_images()
+        except StalledError as error:
+            self._cut()
+            return f"; {error.message}"
+        return fate and f"; {fate}"
 
     def _cut(self) -> None:
         self._passage.stream.cut()

@@ -3,7 +3,8 @@
 Its images are written to through exports of its own NBD server, which are gone before the guest is
 handed over: an NBD client that goes away after that, or that is in an iothread before, makes QEMU
 7.2 abort (K1). So exports end by `block-export-del` with mode hard, before anything at the
-source closes a connection; the server itself is stopped when the guest runs.
+source closes a connection; the server itself is stopped when the guest runs. Or a storage daemon
+serves them (`qmpblock.migration.imageserver`), which has ended by then.
 
 One on another host is reached by ssh (`qmpblock.host.forward`), and so are its exports and where it
 waits for the guest: sockets that its QEMU makes beside its monitor.
@@ -30,6 +31,7 @@ from qmpblock.errors import CommandError, Error, MonitorError, StalledError
 from qmpblock.export.ownserver import OwnServer
 from qmpblock.export.server import delete_export, monitor_name, undo_dead_run
 from qmpblock.migration import wayback
+from qmpblock.migration.imageserver import ImageServer
 from qmpblock.names import NBD_LOCK, export_name, lock_names, stream_socket
 from qmpblock.qemu import lock
 from qmpblock.qemu.connection import NBDAccess
@@ -56,6 +58,7 @@ class Landing:
     """The destination of one migration. `lock`, `serve`, ..., then `leave`, or `give_up`.
 
     :param has_ended: tells by its process, where that can be seen.
+    :param images: what serves its disks; None: it does so itself.
     :ivar spoilt: whether it was sent anything: it is of no use for another attempt then.
     """
 
@@ -65,6 +68,7 @@ class Landing:
         run: str,
         disks: Sequence[DiskDevice],
         has_ended: Callable[[], bool],
+        images: ImageServer | None = None,
     ) -> None:
         self.vm = vm
         self.spoilt = False
@@ -72,6 +76,7 @@ class Landing:
         self._run = run
         self._disks = disks
         self._has_ended = has_ended
+        self._images = images
         self._locks: list[str] = []
         self._server = OwnServer(vm.monitor, NBDAccess(), run, lasting=True)
         self._serves = False
@@ -104,7 +109,7 @@ class Landing:
         for name in record.locks:
             await lock.acquire(monitor, name, me, undo, stall=0, remedy=OWN_REMEDY)
             self._locks.append(name)
-        if serving:
+        if serving and self._images is None:
             self._server.choose_place()
             user = Holder.me(
                 self._run,
@@ -122,7 +127,11 @@ class Landing:
 
         :raise BusyError: another NBD server runs there.
         :raise CommandError: QEMU refused.
+        :raise ToolError: the storage daemon did not start: its words.
         """
+        if self._images is not None:
+            await self._images.start()
+            return self._images.targets
         self._serves = True
         await self._server.start(_nobody, len(pairs))
         targets = []
@@ -186,6 +195,8 @@ class Landing:
         while self._exports:
             await delete_export(self.vm.monitor, self._exports[-1], self.vm.stall)
             self._exports.pop()
+        if self._images is not None:
+            await self._images.end()
 
     async def until_it_has_all(self) -> None:
         """Wait until all of the guest is there, and it stands still; for ever, if need be."""
@@ -222,6 +233,17 @@ class Landing:
         except (TimeoutError, Error):
             return False
         return True
+
+    async def end_images(self) -> str:
+        """End the storage daemon, if there is one; say how it had ended by itself, if it had.
+
+        :raise StalledError: it does not end.
+        """
+        if self._images is None:
+            return ""
+        fate = self._images.fate()
+        await self._images.end()
+        return fate
 
     async def leave(self) -> None:
         """Take away all that is ours there. Idempotent.

@@ -49,6 +49,7 @@ async def migrate(
     speed: int = 0,
     quit_source: bool = False,
     means: MigrationMeans | None = None,
+    storage_daemon: bool = False,
 ) -> AsyncIterator[MigrationJob]:
     """Have the guest of `source` go on in `destination`, with its disks, while it runs.
 
@@ -72,7 +73,10 @@ async def migrate(
         with an object that says so (`qmpblock-RUN-handover`).
     :param means: what may be done to a busy guest for it to end; None: nothing. Each is said in
         `job.notices` before it takes effect.
+    :param storage_daemon: have a `qemu-storage-daemon` on this host hold the destination's images
+        while they are mirrored, not the destination itself.
     :raise RequestError: the VMs are no such pair; nothing was touched.
+    :raise UnsupportedError: likewise; or a storage daemon is not here, or cannot have an image.
     :raise BusyError: a job, or another controller, is at work on a disk.
     :raise JobError: a disk could not be mirrored; the guest is at the source.
     :raise StalledError: nothing moved, or the guest outran it; the guest is at the source.
@@ -83,7 +87,9 @@ async def migrate(
     means.check()
     plan = await look(source, destination, memory_only=memory_only)
     job = MigrationJob(plan.warnings)
-    passage = await Passage.of(source, destination, plan, job, means, speed=speed)
+    passage = await Passage.of(
+        source, destination, plan, job, means, speed=speed, storage_daemon=storage_daemon
+    )
     outward = Outward(passage)
     try:
         await passage.change.begin()

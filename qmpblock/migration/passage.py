@@ -15,6 +15,7 @@ from qmpblock.errors import Error
 from qmpblock.host.imagefiles import images_of
 from qmpblock.migration.bitmaps import Bitmaps
 from qmpblock.migration.hold import Hold
+from qmpblock.migration.imageserver import ImageServer, image_server
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing
 from qmpblock.migration.settings import Preset, wanted_at_source
@@ -62,6 +63,7 @@ class Passage:
         hold: Hold,
         means: MigrationMeans,
         preset: Preset,
+        images: ImageServer | None,
     ) -> None:
         self.source = source
         self.plan = plan
@@ -78,10 +80,11 @@ class Passage:
             record.run,
             plan.arriving,
             lambda: has_ended(hold.record, hold.record.destination),
+            images,
         )
         self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
         self.downtime = 0.0
-        self.warnings = list(plan.warnings)
+        self.warnings = list(job.warnings)
         self._began = time.monotonic()
 
     @classmethod
@@ -94,8 +97,13 @@ class Passage:
         means: MigrationMeans,
         *,
         speed: int,
+        storage_daemon: bool,
     ) -> Passage:
-        """Say what it will make; make nothing."""
+        """Say what it will make; make nothing.
+
+        :param storage_daemon: whether one is to have the destination's images; it may without.
+        :raise UnsupportedError: it cannot have the destination's images.
+        """
         run = new_run()
         preset = await Preset.of(source.monitor, wanted_at_source(means, speed))
 
@@ -117,7 +125,11 @@ class Passage:
             images=images_of(source.monitor.peer_pid, chains),
         )
         hold = await Hold.of(source, destination, run, preset.had)
-        return cls(source, destination, plan, job, record, storage, hold, means, preset)
+        arriving = [pair.destination for pair in plan.copied]
+        images, why = await image_server(destination, run, arriving, wanted=storage_daemon)
+        if why:
+            job.warnings = (*job.warnings, why)
+        return cls(source, destination, plan, job, record, storage, hold, means, preset, images)
 
     async def enter(self, phase: Phase) -> None:
         """Say that a phase begins, before what it stands for is done."""

@@ -29,6 +29,7 @@ from qmpblock.errors import (
 from qmpblock.migration import arbiter, bitmaps, wayback
 from qmpblock.migration.decision import Decision, decide
 from qmpblock.migration.hold import holder_of, record_of, side_of
+from qmpblock.migration.imageserver import end_image_server
 from qmpblock.migration.journal import MigrationJournal, journals
 from qmpblock.migration.record import MigrationRecord
 from qmpblock.migration.settings import put_back
@@ -243,6 +244,8 @@ class _Recovering:
         try:
             for side, vm in self._migration.sides:
                 await self._take(side, vm)
+            # What it holds is of no use: before the rest was sent it had ended (K36).
+            await undisturbed(end_image_server(self._record.run))
             return await self._go_on()
         except BaseException:
             lock.abandon(self._run)  # for the next one, of this process, too

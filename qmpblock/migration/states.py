@@ -145,7 +145,7 @@ class Move(Enum):
     MIGRATE = "migrate, with return-path and pause-before-switchover"
     AWAIT_HELD = "wait until the source holds the guest"
     END_MIRRORS = "end every mirror, without an error"
-    UNEXPORT = "remove the exports at the destination"
+    UNEXPORT = "remove the exports at the destination, or end its storage daemon"
     CONTINUE = "let the source send the rest (migrate-continue)"
     AWAIT_LANDED = "wait until the source has completed and the destination has it all"
     CLAIM_DESTINATION = "take the arbiter at the source, for the destination"

@@ -100,6 +100,7 @@ async def _tried(
                 memory_only=wanted.memory_only,
                 speed=wanted.speed,
                 quit_source=wanted.quit_source,
+                storage_daemon=wanted.storage_daemon,
             ) as job:
                 async for seen in job:
                     if progress is not None:

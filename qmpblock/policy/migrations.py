@@ -33,6 +33,7 @@ class ListedMigration:
     destination: str
     memory_only: bool = False
     quit_source: bool = False
+    storage_daemon: bool = False
     speed: int = 0
     place: str = ""
 
@@ -91,6 +92,7 @@ def _migration(entry: Mapping, share: int, seen: set[MonitorAddress]) -> ListedM
         destination=_address(entry, "destination", seen),
         memory_only=entry.flag("memory_only", False),
         quit_source=entry.flag("quit_source", False),
+        storage_daemon=entry.flag("storage_daemon", False),
         speed=min(speed or share, share or speed),
         place=entry.place,
     )

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from disturbed import nothing_of_ours
-from migrating import machine, stressed
+from migrating import machine, migrated, storage_daemons, stressed
 
 import qmpblock
 from qmpblock.migration.journal import journals
@@ -22,6 +22,7 @@ import qmpblock
 from qmpblock.migration.passage import Passage
 
 source, destination, phase = sys.argv[1:4]
+options = {word: True for word in sys.argv[4:]}
 enter = Passage.enter
 
 async def die(self, now):
@@ -33,7 +34,7 @@ Passage.enter = die
 
 async def main():
     async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
-        async with qmpblock.migrate(one, other, memory_only="--shared" in sys.argv) as job:
+        async with qmpblock.migrate(one, other, **options) as job:
             async for _ in job:
                 pass
 
@@ -46,7 +47,7 @@ PHASES = [phase.value for phase in Phase if phase is not Phase.CHECKED]
 def killed(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
     """Start a pair whose controller is killed in a phase."""
 
-    async def start(phase, *, shared=False):
+    async def start(phase, *, shared=False, daemon=False):
         built = await build(
             parse_scenario(machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
         )
@@ -58,7 +59,7 @@ def killed(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase),
-            *(["--shared"] if shared else []),
+            *(["memory_only"] if shared else ["storage_daemon"] if daemon else []),
         )
         assert await process.wait() == -signal.SIGKILL
         return source, destination
@@ -104,6 +105,41 @@ async def test_a_controller_is_killed_on_shared_storage(killed, phase):
     else:
         await whole(source, destination)
     assert recovered.done is (phase == "handed")
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["lives", "dies"])
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_controller_with_a_storage_daemon_is_killed(
+    killed, phase, dies, vm_dir, start_destination
+):
+    source, destination = await killed(phase, daemon=True)
+    left = storage_daemons(vm_dir)
+    assert len(left) == (phase in ("ready", "memory", "held", "ended"))
+    for pid in left if dies else ():
+        os.kill(pid, signal.SIGKILL)
+    recovered = await qmpblock.recover_migration(source.monitor_path)
+    assert storage_daemons(vm_dir) == []
+    assert recovered.done is (phase == "handed")
+    if recovered.done:
+        await whole(destination, source)
+        return
+    await whole(source, destination)
+    destination = await start_destination(source)
+    await migrated(source, destination, storage_daemon=True)
+    guest = await destination.attach_guest()
+    assert await guest.check(0) > 0
+
+
+async def test_a_storage_daemon_is_all_that_is_left(killed, vm_dir):
+    source, destination = await killed("held", daemon=True)
+    [left] = storage_daemons(vm_dir)
+    os.kill(left, signal.SIGSTOP)
+    await source.kill()
+    await destination.kill()
+    recovered = await qmpblock.recover_migration(source.monitor_path)
+    assert recovered.done is False
+    assert storage_daemons(vm_dir) == []
+    assert list(journals()) == []
 
 
 @pytest.mark.parametrize("phase", ["mirroring", "memory", "held"])

@@ -1,0 +1,383 @@
+"""ImageServer: a storage daemon that has a destination's images while they are mirrored.
+
+A `qemu-storage-daemon` on this host: a third process, beside source and destination. A destination
+that waits takes no lock on its images, and reads them again once the guest is there (F32); so
+another process can write to them until then, and has to have ended before the source sends the rest
+(K36). An NBD client that goes away does no harm to it, as it does to a destination of QEMU 7.2
+(K1).
+
+It runs as the destination's user, opens the files that the destination has open, and serves them
+on a socket of ours, which it inherits. It has no monitor: SIGTERM has it write all that it holds,
+and end. It outlives us; the run in its command line tells whoever recovers which one it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from qmpblock.address import UnixAddress
+from qmpblock.copying.target import NBDTarget
+from qmpblock.errors import (
+    UNTOUCHED,
+    Error,
+    NBDError,
+    StalledError,
+    ToolError,
+    UnsupportedError,
+    printable,
+)
+from qmpblock.export.server import is_listening
+from qmpblock.graph.jsonname import said_by
+from qmpblock.graph.options import cache_options, discard_of
+from qmpblock.graph.places import Place
+from qmpblock.host.handed import User
+from qmpblock.host.openfiles import OpenFiles
+from qmpblock.host.processes import command_line, describe_process
+from qmpblock.host.socketfolder import SocketFolder, remove_socket
+from qmpblock.migration.options import program
+from qmpblock.names import export_name, socket_folder
+from qmpblock.nbd.client import Client
+from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.iothread import iothread_of
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import DiskDevice, Layer
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["ImageServer", "end_image_server", "image_server"]
+
+_NAME = "qemu-storage-daemon"
+_QEMU = re.compile(r"qemu-(?:system-[\w-]+|kvm)$")
+_MISSING = (
+    f"{_NAME} is not here, neither beside the destination's QEMU nor in the path: install it "
+    "(Debian: qemu-system-common)"
+)
+_ENDING = 2.0  # seconds for it to end by itself; then for the kernel to end it
+_POLL = 0.005
+#: Left to themselves: nobody waits for the end of one that outlives its migration.
+_left: list[subprocess.Popen[bytes]] = []
+
+
+class ImageServer:
+    """The storage daemon of one migration: `start`, then `end`. Made by `of`.
+
+    :ivar targets: where each image is found, once it serves.
+    """
+
+    def __init__(self, run: str, words: Sequence[str], user: User | None, stall: float) -> None:
+        self._words = list(words)
+        self._user = user
+        self._stall = stall
+        self._folder = SocketFolder(socket_folder(run))
+        where = UnixAddress(self._folder.socket)
+        self.targets = [
+            NBDTarget(where, export_name(run, number))
+            for number in range(sum(word == "--export" for word in words))
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = -1
+
+    @classmethod
+    def of(cls, vm: Connection, run: str, disks: Sequence[DiskDevice]) -> ImageServer:
+        """Say how the disks of a destination are served. Changes nothing.
+
+        :raise UnsupportedError: they cannot be: says why.
+        """
+        pid = vm.monitor.peer_pid
+        if pid is None or vm.monitor.forward is not None:
+            where = "is on another host" if vm.monitor.forward else "cannot be seen from here"
+            raise UnsupportedError(
+                f"the destination's process {where}, and a storage daemon, which would be on this "
+                "one, cannot have its images",
+                standing=UNTOUCHED,
+                remedy="do without the storage daemon",
+            )
+        files, options = OpenFiles(pid), command_line(pid)
+        words = _program(options)
+        for number, disk in enumerate(disks):
+            name = export_name(run, number)
+            node = _image(disk.chain.active, len(disk.chain.layers), files, options)
+            words += ["--blockdev", json.dumps({**node, "node-name": name})]
+            export = {"type": "nbd", "id": name, "name": name, "node-name": name, "writable": True}
+            words += ["--export", json.dumps(export)]
+        user = User.of_process(pid)
+        theirs = os.geteuid() == 0 and user.uid != 0
+        return cls(run, words, user if theirs else None, vm.stall)
+
+    async def start(self) -> None:
+        """Start it, and wait until it serves. Not to be cancelled half-way.
+
+        :raise ToolError: it did not start: its words. Nothing is left.
+        :raise StalledError: it says nothing; NBDError: likewise. Nothing is left.
+        :raise Error: there is no directory for its socket.
+        """
+        try:
+            self._folder.make()
+        except OSError as error:
+            raise Error(
+                f"cannot make the directory {self._folder.path} for a socket: {error.strerror}",
+                remedy="set TMPDIR to a directory that this user may write to, and nobody else, "
+                "unless it is sticky as /tmp is (mode 1777)",
+            ) from None
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+                listener.bind(self._folder.socket)
+                listener.listen()
+                self._start(listener.fileno())
+            await self._until_it_serves()
+        except BaseException:
+            await self.end()
+            raise
+
+    def _start(self, listening: int) -> None:
+        address = {"addr": {"type": "fd", "str": str(listening)}}
+        # Before the exports, which need it.
+        at = self._words.index("--blockdev")
+        words = [*self._words[:at], "--nbd-server", json.dumps(address), *self._words[at:]]
+        rights: dict[str, Any] = {}
+        if self._user is not None:
+            rights = {
+                "user": self._user.uid,
+                "group": self._user.gid,
+                "extra_groups": self._user.groups,
+            }
+        self._log = os.memfd_create(_NAME)
+        self._process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[listening],
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for us
+            **rights,
+        )
+        _left.append(self._process)
+
+    async def _until_it_serves(self) -> None:
+        """Wait until its last export is there: it greets before that (11.1)."""
+        assert self._process is not None  # it was started
+        loop, last = asyncio.get_running_loop(), self.targets[-1]
+        deadline = loop.time() + self._stall
+        while self._process.poll() is None:
+            try:
+                client = await Client.connect(last.server, export=last.export, stall=self._stall)
+            except NBDError:
+                if loop.time() > deadline:
+                    raise
+                await asyncio.sleep(_POLL)
+            else:
+                await client.close()
+                return
+        raise ToolError(self._words[:1], self._process.returncode, self.said())
+
+    def said(self) -> str:
+        """Return what it has printed."""
+        if self._log < 0:
+            return ""
+        return os.pread(self._log, 1 << 16, 0).decode(errors="replace").strip()
+
+    def fate(self) -> str:
+        """Say how it has ended by itself, for people; empty where it has not."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return ""
+        words = f": {printable(self.said(), 400)}" if self.said() else ""
+        return f"the storage daemon has ended (exit code {code}){words}"
+
+    async def end(self) -> None:
+        """Have it write all that it holds, and end: its images are nobody's then. Idempotent.
+
+        One that does not is killed: what a mirror that has ended wrote was on stable storage
+        by then.
+
+        :raise StalledError: it is not even ended by that.
+        """
+        process = self._process
+        if process is not None:
+            if process.poll() is None:
+                await _end(process.pid)
+            process.poll()  # it is a child, which somebody has to hear of
+            _left.remove(process)
+            self._process = None
+        self._folder.remove()
+        log, self._log = self._log, -1
+        if log >= 0:
+            os.close(log)
+
+
+async def image_server(
+    vm: Connection, run: str, disks: Sequence[DiskDevice], *, wanted: bool
+) -> tuple[ImageServer | None, str]:
+    """Return what serves a destination's disks; None: it does so itself. Changes nothing.
+
+    Also where it is not wanted: a destination that would die of its own exports (K1) has one, if
+    it can.
+
+    :return: also what is to be warned of; empty where nothing is.
+    :raise UnsupportedError: it is wanted, and cannot be.
+    """
+    if wanted and disks:
+        return ImageServer.of(vm, run, disks), ""
+    if not await _dies_of_exports(vm, disks):
+        return None, ""
+    try:
+        return ImageServer.of(vm, run, disks), ""
+    except UnsupportedError as error:
+        return None, (
+            f"the destination's QEMU {Capabilities(vm.monitor.version)} aborts where its "
+            f"connection to the source breaks, for a disk is in an iothread; {error.message}"
+        )
+
+
+async def _dies_of_exports(vm: Connection, disks: Sequence[DiskDevice]) -> bool:
+    if not Capabilities(vm.monitor.version).nbd_clients_endanger_iothreads:
+        return False
+    threads = await vm.monitor.execute("query-iothreads")
+    try:
+        return any([await iothread_of(vm.monitor, disk, threads) for disk in disks])
+    except UnsupportedError:
+        return True  # it cannot be told
+
+
+def _program(options: Sequence[str]) -> list[str]:
+    """Return what starts it: beside the QEMU that was started so, else in the path.
+
+    :raise UnsupportedError: it is not here.
+    """
+    started, _ = program(options)
+    beside = [_QEMU.sub(_NAME, word) for word in started]
+    if beside and beside[-1] != started[-1] and os.access(beside[-1], os.X_OK):
+        return beside
+    found = shutil.which(_NAME)
+    if found is None:
+        raise UnsupportedError(_MISSING, standing=UNTOUCHED, remedy="install it, or do without it")
+    return [found]
+
+
+def _image(image: Layer, layers: int, files: OpenFiles, options: Sequence[str]) -> dict[str, Any]:
+    """Return the node of an image, as the destination has it open.
+
+    :raise UnsupportedError: it is of a kind that is not served so.
+    """
+    why = ""
+    if image.node.encrypted or image.format == "luks":
+        why = "is encrypted, and its key is the destination's alone"
+    elif layers > 1:
+        why = "has a backing image"
+    elif image.format not in ("qcow2", "raw") or image.storage is None or image.between:
+        why = "is no plain raw or qcow2 image"
+    elif image.format == "raw" and {"offset", "size"} & set(said_by(image.node.filename)):
+        why = "is a part of a file"
+    if why:
+        _refuse(image, why)
+    assert image.storage is not None  # see above
+    discard = discard_of(options, image.node) or "unmap"
+    cache = cache_options(image.node)
+
+    def leaf(node: Any) -> dict[str, Any]:
+        place = files.place(node)
+        if not isinstance(place, Place):
+            _refuse(image, place.reason)
+        driver = "host_device" if place.file.is_device else "file"
+        return {"driver": driver, "filename": place.here, "discard": discard, "cache": cache}
+
+    made: dict[str, Any] = {
+        "driver": image.format,
+        "file": leaf(image.storage),
+        "discard": discard,
+        "cache": cache,
+    }
+    if image.node.detect_zeroes != "off":
+        made["detect-zeroes"] = image.node.detect_zeroes
+    if image.format == "qcow2":
+        made["backing"] = None  # a header may name one; this one has none
+    if image.data_file is not None:
+        made["data-file"] = leaf(image.data_file)
+    return made
+
+
+def _refuse(image: Layer, why: str) -> NoReturn:
+    raise UnsupportedError(
+        f"a storage daemon cannot have the destination's image {printable(image.file)}: it {why}",
+        standing=UNTOUCHED,
+        remedy="give the destination a raw or qcow2 image of its own without a backing image, or "
+        "do without the storage daemon",
+    )
+
+
+# -- one whose migration's controller is gone
+
+
+async def end_image_server(run: str) -> None:
+    """End the storage daemon of a migration, if there is one, and remove its socket. Idempotent.
+
+    :raise StalledError: it does not end.
+    """
+    for pid in list(_of_run(run)):
+        await _end(pid, run)
+    path = SocketFolder(socket_folder(run)).socket
+    if not is_listening(path):
+        remove_socket(path)
+
+
+def _of_run(run: str) -> Iterator[int]:
+    """Yield the processes that are a storage daemon of that run, by their command lines."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _is_of_run(int(entry.name), run):
+            yield int(entry.name)
+
+
+def _is_of_run(pid: int, run: str) -> bool:
+    words = command_line(pid)
+    name = json.dumps({"name": export_name(run, 0)})[1:-1]
+    return any(word == "--export" and name in after for word, after in pairwise(words))
+
+
+async def _end(pid: int, run: str | None = None) -> None:
+    """End a process: by SIGTERM, else by SIGKILL.
+
+    :param run: whose storage daemon it has to be; None: it is a child of ours.
+    :raise StalledError: it does not end.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        held = os.pidfd_open(pid)  # from here on the number is no other's for it
+        try:
+            if run is not None and not _is_of_run(pid, run):
+                return
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                signal.pidfd_send_signal(held, number)
+                if await _has_ended(held):
+                    return
+        finally:
+            os.close(held)
+        raise StalledError(
+            f"the storage daemon, {describe_process(pid)}, has the destination's images open, and "
+            "does not end: an image's storage hangs",
+            remedy="mend the storage; the daemon ends with it",
+        )
+
+
+async def _has_ended(process: int) -> bool:
+    """Wait until all threads of a process have ended: one that is left may have files open."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(process, ended.set)
+    try:
+        async with asyncio.timeout(_ENDING):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(process)
+    return True
