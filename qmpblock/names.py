@@ -23,6 +23,7 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-create-N      has QEMU make an image
                           qmpblock-RUN-copy-N        copies disk N of a copy
                           qmpblock-RUN-migrate-N     mirrors disk N of a VM that is migrated
+                          qmpblock-RUN-measure       sends nothing, to measure a migration's wire
                           qmpblock-RUN-z             has zeros stored as data
     nodes                 qmpblock-RUN-N             overlay N
                           qmpblock-RUN-N-file        its storage
@@ -39,6 +40,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-N-wire        the wire to target N of a copy, by NBD
                           qmpblock-RUN-N-view, -filter, -kept
                                                      disk N as it was (`copying.fleecing`)
+                          qmpblock-RUN-null          what measuring a migration's wire reads, and
+                                                     what it writes to: nothing
                           qmpblock-RUN-paused        meanwhile the VM is paused by us
     exports               qmpblock-RUN-N             export N, and its export name
     named descriptors     qmpblock-RUN-N             our end of its connection
@@ -144,9 +147,11 @@ __all__ = [
     "lock_name",
     "lock_names",
     "lock_of_turn",
+    "measuring_job",
     "migration_in_state",
     "migration_job",
     "new_run",
+    "null_node",
     "overlay_file",
     "overlay_node",
     "partial_file",
@@ -393,6 +398,16 @@ def copy_job(run: str, number: int) -> str:
 def migration_job(run: str, number: int) -> str:
     """Return the job that mirrors a disk to a migration's destination; `number`: of its disks."""
     return _named(run, f"migrate-{number}")
+
+
+def measuring_job(run: str) -> str:
+    """Return the job that sends nothing, to measure the wire between a migration's two VMs."""
+    return _named(run, "measure")
+
+
+def null_node(run: str) -> str:
+    """Return the node that it reads, at the source, and the one that it ends in, at the other."""
+    return _named(run, "null")
 
 
 def filling_job(run: str) -> str:

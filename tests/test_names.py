@@ -40,6 +40,8 @@ TABLE = [
     (names.filling_job(RUN), "qmpblock-0123abcd-z"),
     (names.copy_job(RUN, 2), "qmpblock-0123abcd-copy-2"),
     (names.migration_job(RUN, 2), "qmpblock-0123abcd-migrate-2"),
+    (names.measuring_job(RUN), "qmpblock-0123abcd-measure"),
+    (names.null_node(RUN), "qmpblock-0123abcd-null"),
     (names.stream_socket(RUN), "qmpblock-0123abcd-stream"),
     (names.target_node(RUN, 2), "qmpblock-0123abcd-to-2"),
     (names.storage_node(names.target_node(RUN, 2)), "qmpblock-0123abcd-to-2-file"),

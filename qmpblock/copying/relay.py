@@ -56,6 +56,7 @@ class Relay:
 
     :ivar path: of the socket to which QEMU is to connect, once; empty where it is connected.
     :ivar sent: bytes from QEMU so far; `received`: those from the server.
+    :ivar quickest: seconds that the quickest answer of the server's took; None: there was none.
     :ivar patience: seconds for which the server may owe an answer; then the relay cuts itself,
         whatever this process does meanwhile. None: for ever.
     """
@@ -72,6 +73,7 @@ class Relay:
         self.path = "" if self._folder is None else self._folder.socket
         self.sent = 0
         self.received = 0
+        self.quickest: float | None = None
         self.patience = patience
         self._server = server
         self._heard = time.monotonic()  # when the server last said something
@@ -247,6 +249,9 @@ class Relay:
                 if heard:
                     self.received += heard
                     self._heard = time.monotonic()
+                    if self._asked is not None:
+                        took = self._heard - self._asked
+                        self.quickest = took if self.quickest is None else min(took, self.quickest)
                     # What it does not take yet it owes an answer to, and QEMU may send no more.
                     self._asked = self._heard if there.held else None
                 if said is None:

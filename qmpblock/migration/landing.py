@@ -84,10 +84,11 @@ class Landing:
 
     # -- before
 
-    async def lock(self, *, serving: int) -> None:
+    async def lock(self, *, serving: int, nodes: Sequence[str] = ()) -> None:
         """Keep all else of ours away. Cancelling leaves the locks to `leave`.
 
         :param serving: how many exports there will be.
+        :param nodes: that are made there meanwhile, and go when it is left.
         :raise BusyError: another controller is at work there.
         """
         monitor = self.vm.monitor
@@ -97,6 +98,7 @@ class Landing:
             devices=tuple(disk.qom_path for disk in self._disks),
             names=tuple(disk.name for disk in self._disks),
             locks=lock_names(self._disks),
+            nodes=tuple(nodes),
         )
         me = Holder.me(self._run, record=record.as_json())
 
@@ -106,10 +108,7 @@ class Landing:
         async def undo_server(dead: Holder) -> None:
             await undo_dead_run(monitor, dead, self.vm.stall, NBD_LOCK)
 
-        for name in record.locks:
-            await lock.acquire(monitor, name, me, undo, stall=0, remedy=OWN_REMEDY)
-            self._locks.append(name)
-        if serving and self._images is None:
+        if serving and self._images is None:  # first: a dead one's exports go before its nodes
             self._server.choose_place()
             user = Holder.me(
                 self._run,
@@ -121,6 +120,9 @@ class Landing:
             )
             await lock.acquire(monitor, NBD_LOCK, user, undo_server, stall=self.vm.stall)
             self._locks.append(NBD_LOCK)
+        for name in record.locks:
+            await lock.acquire(monitor, name, me, undo, stall=0, remedy=OWN_REMEDY)
+            self._locks.append(name)
 
     async def serve(self, pairs: Sequence[Pair]) -> list[NBDTarget]:
         """Export the disks for writing; return where each is found. Not to be cancelled half-way.
@@ -132,10 +134,14 @@ class Landing:
         if self._images is not None:
             await self._images.start()
             return self._images.targets
+        return await self.serve_nodes([pair.destination.chain.active.node.name for pair in pairs])
+
+    async def serve_nodes(self, nodes: Sequence[str]) -> list[NBDTarget]:
+        """Export nodes for writing, likewise; by its own server."""
         self._serves = True
-        await self._server.start(_nobody, len(pairs))
+        await self._server.start(_nobody, len(nodes))
         targets = []
-        for number, pair in enumerate(pairs):
+        for number, node in enumerate(nodes):
             name = export_name(self._run, number)
             await self.vm.monitor.execute(
                 "block-export-add",
@@ -143,7 +149,7 @@ class Landing:
                     "type": "nbd",
                     "id": name,
                     "name": name,
-                    "node-name": pair.destination.chain.active.node.name,
+                    "node-name": node,
                     "writable": True,
                 },
             )

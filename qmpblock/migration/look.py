@@ -20,7 +20,7 @@ from qmpblock.errors import (
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import describe_process
 from qmpblock.managers import Work
-from qmpblock.migration.rehearsal import check_pairing
+from qmpblock.migration.pairing import check_pairing
 from qmpblock.names import lock_names, new_run, stream_socket
 from qmpblock.qemu import ownership
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from qmpblock.errors import printable
 from qmpblock.sizes import human_size
 
-__all__ = ["Load", "Prediction", "Room", "lacking", "predict", "until_fits"]
+__all__ = ["Load", "Prediction", "Room", "WireSpeed", "lacking", "predict", "until_fits"]
 
 #: Seconds that the hand-over itself takes, beside what is sent in it: flushing all disks, ending
 #: the mirrors. Measured with one disk on a busy host; with eight it was four times as much.
@@ -41,6 +41,17 @@ class Load:
     def written(self) -> float:
         """To all disks."""
         return sum(self.disks.values())
+
+
+@dataclass(frozen=True)
+class WireSpeed:
+    """What the wire between the two VMs carries, as measured.
+
+    :ivar rate: bytes a second; `latency`: seconds that a message takes there and back.
+    """
+
+    rate: float
+    latency: float
 
 
 @dataclass(frozen=True)

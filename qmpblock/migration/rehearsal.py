@@ -1,8 +1,8 @@
 """A migration that is not made: what speaks against it, what it takes, whether it would end.
 
 Both VMs are asked, and the source's disks are mapped, which takes an export for a moment, as
-`MappedDisk.map` does; of the destination nothing is touched. What differs is found first, and costs
-nobody a second; only a pair that fits is measured.
+`MappedDisk.map` does; what the wire carries is measured past all images. What differs is found
+first, and costs nobody a second; only a pair that fits is measured.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qmpblock.errors import UNTOUCHED, BusyError, NBDError, UnsupportedError
+from qmpblock.errors import BusyError, Error, NBDError, UnsupportedError, printable
 from qmpblock.host.space import HostSpace
 from qmpblock.mapping import MappedDisk
-from qmpblock.migration.compare import Finding, compare, pairs
+from qmpblock.migration.compare import Finding, compare
 from qmpblock.migration.describe import describe
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
-from qmpblock.migration.predict import Load, Prediction, Room, lacking, predict
+from qmpblock.migration.pairing import written_disks
+from qmpblock.migration.predict import Load, Prediction, Room, WireSpeed, lacking, predict
+from qmpblock.migration.wirespeed import measure_wire
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
-    from qmpblock.migration.machine import GuestDisk, Machine
+    from qmpblock.migration.machine import GuestDisk
     from qmpblock.qemu.connection import Connection
 
 __all__ = [
-    "Pairing",
     "PlannedBitmap",
     "PlannedDisk",
     "PlannedMigration",
-    "check_pairing",
     "plan_migration",
 ]
 
@@ -77,7 +77,8 @@ class PlannedMigration:
     :ivar bitmaps: that would go along.
     :ivar memory: bytes of it; `dirtied`: that the guest writes to a second, None where that is not
         measured.
-    :ivar speed: of the wire, bytes a second; 0: not known.
+    :ivar speed: bytes a second that it is limited to; 0: to none.
+    :ivar wire: what was measured of the wire; None where it was not, and `unmeasured` says why.
     :ivar prediction: None where it is refused: nothing is measured then.
     """
 
@@ -87,54 +88,14 @@ class PlannedMigration:
     memory: int = 0
     dirtied: float | None = None
     speed: int = 0
+    wire: WireSpeed | None = None
+    unmeasured: str = ""
     prediction: Prediction | None = None
 
     @property
     def refused(self) -> bool:
         """Whether it would be refused."""
         return any(one.refused for one in self.findings)
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """Two VMs that fit.
-
-    :ivar disks: which of those that are written to is which, by the devices' paths in QEMU's
-        object tree: those of one disk need not be the same at both ends.
-    :ivar warnings: what is worth acting on.
-    """
-
-    disks: tuple[tuple[str, str], ...]
-    warnings: tuple[str, ...]
-
-
-async def check_pairing(
-    source: Connection, destination: Connection, *, copies: bool = True
-) -> Pairing:
-    """Refuse a migration of which something would come to light only later; nothing is touched.
-
-    :param copies: whether the disks are copied, too; else both ends have the same images.
-    :raise UnsupportedError: the two ends do not fit; says all that does not.
-    """
-    here, there = await asyncio.gather(describe(source), describe(destination))
-    found = compare(here, there, copies=copies)
-    refused = [one for one in found if one.refused]
-    if refused:
-        raise UnsupportedError(
-            "the destination does not fit the source:\n"
-            + "\n".join(f"  {one.what} ({one.kind.noticed} QEMU would notice)" for one in refused),
-            standing=UNTOUCHED,
-            remedy="; ".join(dict.fromkeys(one.kind.remedy for one in refused)),
-        )
-    return Pairing(
-        tuple((one.path, other.path) for one, other in _written(here, there)),
-        tuple(f"{one.what}: {one.kind.otherwise}" for one in found),
-    )
-
-
-def _written(here: Machine, there: Machine) -> list[tuple[GuestDisk, GuestDisk]]:
-    """Return the disks that are written to."""
-    return [both for both in pairs(here, there) if not both[0].read_only]
 
 
 async def plan_migration(
@@ -151,7 +112,7 @@ async def plan_migration(
     once; nothing is left in either VM.
 
     :param copies: whether the disks are copied, too; else both ends have the same images.
-    :param speed: of the wire, bytes a second; 0: not known.
+    :param speed: bytes a second that it is limited to; 0: to none.
     :param means: what it may do to come to its end.
     :raise RequestError: `means` cannot be.
     """
@@ -164,15 +125,18 @@ async def plan_migration(
         return plan
     devices = {device.name: device for device in (await source.graph()).disks()}
     load = await measure(source, devices.values())
-    wanted = _written(here, there) if copies else []
+    wanted = written_disks(here, there) if copies else []
     data = {one.name: await _data(source, devices[one.name]) for one, _ in wanted}
+    wire, why = await _wire(source, destination)
     plan = replace(
         plan,
+        wire=wire,
+        unmeasured=why,
         findings=(*(Finding("room", text) for text in lacking(list(_rooms(wanted, data)))), *found),
         disks=tuple(_disk(one, other, data[one.name], load) for one, other in wanted),
         bitmaps=tuple(
             PlannedBitmap(one.name, bitmap.name, bitmap.persistent)
-            for one, _ in _written(here, there)
+            for one, _ in written_disks(here, there)
             for bitmap in one.bitmaps
         ),
         dirtied=load.memory,
@@ -183,10 +147,19 @@ async def plan_migration(
         load,
         data=sum(disk.size if disk.data is None else disk.data for disk in plan.disks),
         memory=plan.memory,
-        speed=speed,
+        speed=min(speed or wire.rate, wire.rate) if wire else speed,
         limit=limit,
+        latency=wire.latency if wire else 0.0,
     )
     return replace(plan, prediction=expected)
+
+
+async def _wire(source: Connection, destination: Connection) -> tuple[WireSpeed | None, str]:
+    """Measure the wire; where that cannot be, say why: a migration might go all the same."""
+    try:
+        return await measure_wire(source, destination), ""
+    except Error as error:
+        return None, printable(error)
 
 
 async def _data(source: Connection, device: DiskDevice) -> int | None:

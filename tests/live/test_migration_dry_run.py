@@ -27,6 +27,8 @@ OF_A_MAP = {
     *("object-add", "getfd", "nbd-server-start", "block-export-add"),
     *("block-export-del", "closefd", "nbd-server-stop", "object-del"),
 }
+#: What measuring the wire takes, past all images.
+OF_THE_WIRE = {"blockdev-add", "blockdev-del", "blockdev-backup", "job-dismiss", "job-cancel"}
 
 
 @pytest.fixture
@@ -79,8 +81,10 @@ async def test_a_pair_that_fits(pair):
     assert expected["converges"] is True
     assert (expected["disks"], expected["memory"]) == (0.5, 10)
     assert expected["seconds"] == pytest.approx(10.5 + expected["downtime"])
-    assert asked(source) <= OF_A_MAP
-    assert asked(destination) == set()
+    assert plan["wire"]["rate"] > 16 * MIB
+    assert 0 < plan["wire"]["latency"] < 0.1
+    assert asked(source) <= OF_A_MAP | OF_THE_WIRE
+    assert asked(destination) <= OF_A_MAP | OF_THE_WIRE
 
     code, plan, _ = await dry_run(source, destination, "--memory-only")
     assert (code, plan["refused"]) == (2, True)  # both have an image of their own
@@ -116,5 +120,5 @@ async def test_a_guest_that_outruns_the_wire(pair):
     assert "does not end" in plan["prediction"]["why"]
     assert plan["prediction"]["seconds"] is None
     _, out, _ = await cli("migrate", source.monitor_path, destination.monitor_path, "--dry-run")
-    assert "how long it takes depends on the wire" in out
+    assert "there and back (measured)" in out
     await source.guest.stop_stress(0)

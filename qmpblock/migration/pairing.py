@@ -1,0 +1,59 @@
+"""Whether two VMs fit for a migration, and which disk of the one is which of the other's."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qmpblock.errors import UNTOUCHED, UnsupportedError
+from qmpblock.migration.compare import compare, pairs
+from qmpblock.migration.describe import describe
+
+if TYPE_CHECKING:
+    from qmpblock.migration.machine import GuestDisk, Machine
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["Pairing", "check_pairing", "written_disks"]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Two VMs that fit.
+
+    :ivar disks: which of those that are written to is which, by the devices' paths in QEMU's
+        object tree: those of one disk need not be the same at both ends.
+    :ivar warnings: what is worth acting on.
+    """
+
+    disks: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+
+async def check_pairing(
+    source: Connection, destination: Connection, *, copies: bool = True
+) -> Pairing:
+    """Refuse a migration of which something would come to light only later; nothing is touched.
+
+    :param copies: whether the disks are copied, too; else both ends have the same images.
+    :raise UnsupportedError: the two ends do not fit; says all that does not.
+    """
+    here, there = await asyncio.gather(describe(source), describe(destination))
+    found = compare(here, there, copies=copies)
+    refused = [one for one in found if one.refused]
+    if refused:
+        raise UnsupportedError(
+            "the destination does not fit the source:\n"
+            + "\n".join(f"  {one.what} ({one.kind.noticed} QEMU would notice)" for one in refused),
+            standing=UNTOUCHED,
+            remedy="; ".join(dict.fromkeys(one.kind.remedy for one in refused)),
+        )
+    return Pairing(
+        tuple((one.path, other.path) for one, other in written_disks(here, there)),
+        tuple(f"{one.what}: {one.kind.otherwise}" for one in found),
+    )
+
+
+def written_disks(here: Machine, there: Machine) -> list[tuple[GuestDisk, GuestDisk]]:
+    """Return the disks that are written to."""
+    return [both for both in pairs(here, there) if not both[0].read_only]
