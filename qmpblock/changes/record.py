@@ -56,12 +56,6 @@ class VMIdentity:
     monitor: str
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def is_same_process(self, other: VMIdentity) -> bool:
-        """Whether it is that process; the monitor tells where nothing else does."""
-        if not (self.pid and other.pid):
-            return (self.uuid, self.monitor) == (other.uuid, other.monitor)
-        return (self.boot, self.pid, self.start) == (other.boot, other.pid, other.start)
-
 
 @dataclass(frozen=True)
 class Link:

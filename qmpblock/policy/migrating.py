@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qmpblock.cancellation import task_group
 from qmpblock.changes.identity import identify
+from qmpblock.changes.survey import is_same_process
 from qmpblock.errors import ConnectError, Error
 from qmpblock.migration.arbiter import went_to
 from qmpblock.migration.migrate import migrate
@@ -119,7 +120,7 @@ async def _gone_over(source: VM, destination: VM) -> bool:
     names = [str(one["name"]) for one in objects]
     runs = [run_of(name) for name in names if name == handover_name(run_of(name))]
     [place, *others] = [await went_to(source.monitor, run) for run in runs] or [None]
-    if place is None or others or not place.is_same_process(await identify(destination)):
+    if place is None or others or not is_same_process(place, await identify(destination)):
         return False
     return await _runs_what_came(destination)
 

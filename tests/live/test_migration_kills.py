@@ -1,6 +1,7 @@
 """`qmpblock.migrate`, killed in each phase, and recovered: no acknowledged write is lost."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -8,9 +9,12 @@ import sys
 import pytest
 from disturbed import nothing_of_ours
 from migrating import machine, migrated, storage_daemons, stressed
+from migrationoutcomes import ASKED, DESTINATION, HERE, OUTCOMES, SOURCE, THERE
 
 import qmpblock
+from qmpblock.errors import UndecidedError
 from qmpblock.migration.journal import journals
+from qmpblock.migration.passage import Passage
 from qmpblock.migration.states import Phase
 from qmpblock.testing import Tools, build, parse_scenario
 
@@ -41,13 +45,29 @@ async def main():
 asyncio.run(main())
 """
 PHASES = [phase.value for phase in Phase if phase is not Phase.CHECKED]
+CELLS = [(struck, phase) for struck in OUTCOMES for phase in Phase if phase is not Phase.CHECKED]
+
+
+@contextlib.contextmanager
+def killing(monkeypatch, wanted, vm):
+    """Have a QEMU killed as soon as a migration of this process enters a phase."""
+    enter = Passage.enter
+
+    async def kill(self, phase):
+        await enter(self, phase)
+        if phase is wanted:
+            await vm.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Passage, "enter", kill)
+        yield
 
 
 @pytest.fixture
-def killed(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
-    """Start a pair whose controller is killed in a phase."""
+def begun(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
+    """Start a pair of which any may end."""
 
-    async def start(phase, *, shared=False, daemon=False):
+    async def start(*, shared=False):
         built = await build(
             parse_scenario(machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
         )
@@ -56,6 +76,17 @@ def killed(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
         for vm in (source, destination):
             vm.expect_exit()
             invariant.forget(vm)
+        return source, destination
+
+    return start
+
+
+@pytest.fixture
+def killed(begun):
+    """Start a pair whose controller is killed in a phase."""
+
+    async def start(phase, *, shared=False, daemon=False):
+        source, destination = await begun(shared=shared)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase),
@@ -155,3 +186,45 @@ async def test_the_destination_falls_silent_besides(killed, phase):
     assert (await source.guest.progress(0)).acked > before
     os.kill(destination.pid, signal.SIGCONT)
     await destination.kill()
+
+
+async def runs(vm):
+    """Whether a guest runs in it."""
+    return vm.running and (await vm.execute("query-status"))["running"]
+
+
+@pytest.mark.parametrize(("struck", "phase"), CELLS, ids=str)
+async def test_who_has_the_guest(struck, phase, killed, begun, monkeypatch):
+    """What the table in docs/migration.md says of it."""
+    if struck == "source":
+        source, destination = await begun()
+        with contextlib.suppress(qmpblock.Error), killing(monkeypatch, phase, source):
+            await migrated(source, destination)
+    else:
+        source, destination = await killed(phase.value)
+        hangs = "hangs" in struck
+        for side, vm in (("source", source), ("destination", destination)):
+            if (side in struck and not hangs) or struck == "all":
+                await vm.kill()
+        if hangs:
+            os.kill(destination.pid, signal.SIGSTOP)
+        addresses = source.monitor_path, destination.monitor_path
+        outcome = ""
+        try:
+            recovered = await qmpblock.recover_migration(*addresses, stall=10)
+        except UndecidedError as error:
+            print(error)
+            outcome = ASKED
+        if hangs:
+            os.kill(destination.pid, signal.SIGCONT)
+    if struck == "source":
+        assert not source.running
+        outcome = DESTINATION if await runs(destination) else HERE
+    elif not outcome:
+        vm, held = (destination, THERE) if recovered.done else (source, HERE)
+        alive = DESTINATION if recovered.done else SOURCE
+        outcome = alive if await runs(vm) else held
+        if not hangs:
+            other = source if recovered.done else destination
+            assert not await runs(other)
+    assert outcome == OUTCOMES[struck][phase]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import migrationoutcomes
 import pytest
 
 from qmpblock.changes.step import Choice
@@ -184,7 +185,7 @@ def table_of_questions():
     return head + "".join(rows)
 
 
-@pytest.mark.parametrize("table", [table_of_states, table_of_questions])
+@pytest.mark.parametrize("table", [table_of_states, table_of_questions, migrationoutcomes.table])
 def test_the_page_has_what_the_code_has(table):
     """Prints what belongs into the page where it does not stand there."""
     assert table() in PAGE.read_text(encoding="utf-8"), table()
