@@ -1,11 +1,14 @@
 """Copies of a running disk, against the other ways to make one: how long, and what the guest feels.
 
-    python -m bench.copy [--mib N] [--rounds N] [--seconds N] [--folder DIR] [--json]
+    python -m bench.copy [ROW ...] [--mib N] [--rounds N] [--seconds N] [--folder DIR] [--json]
 
 The disk has N MiB of data in twice as much: once in one piece, once scattered. All ways are taken
 in turn, within each round, on one VM; a ratio is to the fastest of the others in that very round,
 whichever that was. All end with the copy on stable storage. Where the machine is busy with
 something else, the processor's time says more than the seconds.
+
+On XFS, in a file of this file system's (for root, with mkfs.xfs), copies that share the disk's
+blocks are measured against `cp --reflink` of its image.
 
 The guest's latency is that of random writes of 4 KiB, few enough a second not to be the load: as
 its device saw it in QEMU (histograms), and the longest as the guest itself saw it. It is taken
@@ -22,14 +25,20 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.copying import OURS, Ways, disk_of, running
+from bench.copying import MIB, OURS, Way, disk_of, running
 from bench.feeling import feelings
+from bench.live import XFS_LEAST, xfs
 from qmpblock.testing.images import Tools
+from qmpblock.testing.qemu import QemuProcess
 
 FORMATS = ("raw", "qcow2")
+KINDS = {"piece": "in one piece", "scattered": "scattered"}
+LATENCY, REFLINK = "latency", "reflink"
+ROWS = (*(f"{kind}/{fmt}" for kind in KINDS for fmt in FORMATS), LATENCY, REFLINK)
 _TICKS = os.sysconf("SC_CLK_TCK")  # in a second
 
 
@@ -40,23 +49,23 @@ class Taken(NamedTuple):
     processor: float
 
 
-async def speeds(ways: Ways, fmt: str, rounds: int) -> dict[str, list[Taken]]:
+async def speeds(ways: Mapping[str, Way], vm: QemuProcess, rounds: int) -> dict[str, list[Taken]]:
     """Return what each way took, round by round."""
     loop = asyncio.get_running_loop()
     taken: dict[str, list[Taken]] = {}
     for number in range(rounds):
-        every = list(ways.all().items())
+        every = list(ways.items())
         # Who comes first changes from round to round.
         turn = number % len(every)
-        for name, copy in every[turn:] + every[:turn]:
+        for name, way in every[turn:] + every[:turn]:
             os.sync()  # nobody waits for what was written before
-            begin, used = loop.time(), processor(ways.vm.pid)
-            await copy(fmt)
-            seconds, used = loop.time() - begin, processor(ways.vm.pid) - used
+            begin, used = loop.time(), processor(vm.pid)
+            made = await way()
+            seconds, used = loop.time() - begin, processor(vm.pid) - used
             one = Taken(seconds, max(used, 1 / _TICKS))  # it is counted in these
             taken.setdefault(name, []).append(one)
-            ways.target.unlink()
-    return {name: taken[name] for name in ways.all()}
+            made.unlink()
+    return {name: taken[name] for name in ways}
 
 
 def processor(pid: int) -> float:
@@ -94,7 +103,7 @@ def show_speeds(what: str, taken: dict[str, list[Taken]]) -> None:
             f"  {name:<20} {statistics.median(seconds):>7.2f} s (best {min(seconds):>6.2f})   "
             f"ratio {by_wall:>5.2f} (best {min(seconds) / best:>5.2f})   "
             f"processor {used:>6.2f} s   ratio {by_processor:>5.2f}"
-            + ("   at most 1.1" if name in OURS[:2] else ""),
+            + ("   at most 1.1" if name in OURS[:3] else ""),
             flush=True,
         )
 
@@ -111,25 +120,44 @@ def show_feelings(felt: dict[str, dict[str, float]]) -> None:
 
 
 async def all_of_it(
-    folder: Path, tools: Tools, mib: int, rounds: int, seconds: float, *, quiet: bool = False
+    folder: Path,
+    tools: Tools,
+    mib: int,
+    rounds: int,
+    seconds: float,
+    rows: Collection[str] = ROWS,
+    *,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    """Measure, and print; return it all."""
+    """Measure, and print; return it all.
+
+    :param rows: what is measured, of ROWS.
+    """
     version = (await tools.run(tools.img, "--version")).splitlines()[0]
-    told: dict[str, Any] = {"qemu": version, "mib": mib, "load": [os.getloadavg()]}
+    told: dict[str, Any] = {"qemu": version, "mib": mib, "load": [os.getloadavg()], "seconds": {}}
+
+    def speeds_are(kind: str, fmt: str, taken: dict[str, list[Taken]]) -> None:
+        told["seconds"].setdefault(kind, {})[fmt] = taken
+        if not quiet:
+            show_speeds(f"{mib} MiB of data in {2 * mib} MiB, {kind}, to {fmt}", taken)
+
     path = folder / "source.qcow2"
-    for kind in ("in one piece", "scattered"):
-        disk_of(path, mib, tools, scattered=kind == "scattered")
+    for word, kind in KINDS.items():
+        formats = [fmt for fmt in FORMATS if f"{word}/{fmt}" in rows]
+        feels = word == "piece" and LATENCY in rows
+        if not formats and not feels:
+            continue
+        disk_of(path, mib, tools, scattered=word == "scattered")
         async with running(path, mib, tools) as ways:
-            for fmt in FORMATS:
-                taken = await speeds(ways, fmt, rounds)
-                told.setdefault("seconds", {}).setdefault(kind, {})[fmt] = taken
-                if not quiet:
-                    show_speeds(f"{mib} MiB of data in {2 * mib} MiB, {kind}, to {fmt}", taken)
-            if kind == "in one piece":
+            for fmt in formats:
+                speeds_are(kind, fmt, await speeds(ways.all(fmt), ways.vm, rounds))
+            if feels:
                 told["latency"] = await feelings(ways, seconds)
                 if not quiet:
                     show_feelings(told["latency"])
         path.unlink()
+    if REFLINK in rows:
+        await _sharing(folder, tools, mib, rounds, speeds_are)
     told["load"].append(os.getloadavg())
     if not quiet:
         loads = " and ".join(f"{load[0]:.1f}" for load in told["load"])
@@ -137,20 +165,42 @@ async def all_of_it(
     return told
 
 
+async def _sharing(
+    folder: Path,
+    tools: Tools,
+    mib: int,
+    rounds: int,
+    speeds_are: Callable[[str, str, dict[str, list[Taken]]], None],
+) -> None:
+    """Measure copies that share blocks, where an XFS can be had."""
+    with xfs(folder, 4 * mib * MIB + XFS_LEAST) as place:
+        if place is None:
+            print("no XFS could be had (for root, with mkfs.xfs): no reflinks", file=sys.stderr)
+            return
+        for fmt in FORMATS:
+            path = place / f"source.{fmt}"
+            disk_of(path, mib, tools, scattered=False, fmt=fmt)
+            async with running(path, mib, tools, fmt) as ways:
+                speeds_are("reflink", fmt, await speeds(ways.sharing(fmt), ways.vm, rounds))
+            path.unlink()
+
+
 async def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.copy", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; else all")
     parser.add_argument("--mib", type=int, default=1024, help="of data")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8, help="of a copy to a slow target")
     parser.add_argument("--folder", type=Path, help="on whose file system disk and copies lie")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    if unknown := set(given.rows).difference(ROWS):
+        parser.error(f"{', '.join(sorted(unknown))}: the rows are {', '.join(ROWS)}")
     tools = Tools.of()
     with tempfile.TemporaryDirectory(prefix="qmpblock-bench-", dir=given.folder) as folder:
-        told = await all_of_it(
-            Path(folder), tools, given.mib, given.rounds, given.seconds, quiet=given.json
-        )
+        words = given.mib, given.rounds, given.seconds, given.rows or ROWS
+        told = await all_of_it(Path(folder), tools, *words, quiet=given.json)
     if given.json:
         json.dump(told, sys.stdout, indent=1)
 

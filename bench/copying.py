@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,20 @@ from qmpblock.vm import Disk
 MIB = 1 << 20
 CLUSTER = 64 << 10
 QMPBLOCK = [sys.executable, "-m", "qmpblock"]
-OURS = ("copy --at start", "copy --at end", "the command")
+OURS = ("copy --at start", "copy --at end", "copy --reflink", "the command")
+
+Way = Callable[[], Awaitable[Path]]
+"""Makes a copy, and returns where it is."""
 
 
-def disk_of(path: Path, mib: int, tools: Tools, *, scattered: bool) -> None:
-    """Make a qcow2 with `mib` MiB of data in twice as much.
+def disk_of(path: Path, mib: int, tools: Tools, *, scattered: bool, fmt: str = "qcow2") -> None:
+    """Make an image with `mib` MiB of data in twice as much.
 
     :param scattered: every other cluster has data, and where one lies in the file is left to
         chance; else all is in one piece.
     """
     size, data = 2 * mib * MIB, mib * MIB
-    create = [tools.img, "create", "-q", "-f", "qcow2", str(path), str(size)]
+    create = [tools.img, "create", "-q", "-f", fmt, str(path), str(size)]
     subprocess.run(create, check=True)
     places = list(range(0, data, MIB))
     length = MIB
@@ -46,7 +50,7 @@ def disk_of(path: Path, mib: int, tools: Tools, *, scattered: bool) -> None:
         random.Random(1).shuffle(places)
     script = "".join(f"write -q -P {1 + n % 255} {at} {length}\n" for n, at in enumerate(places))
     subprocess.run(
-        [tools.io, "-t", "unsafe", "-f", "qcow2", str(path)],
+        [tools.io, "-t", "unsafe", "-f", fmt, str(path)],
         input=script + "quit\n",
         text=True,
         check=True,
@@ -67,22 +71,45 @@ class Ways:
     tools: Tools
     target: Path
 
-    def all(self) -> dict[str, Callable[[str], Awaitable[None]]]:
-        """Return them by what they are called; each takes a format."""
-        return {
-            OURS[0]: lambda fmt: self.ours("start", fmt),
-            OURS[1]: lambda fmt: self.ours("end", fmt),
-            OURS[2]: self.command,
-            "nbdcopy": self.nbdcopy,
-            "qemu-img convert -W": self.convert,
-            "blockdev-backup": lambda fmt: self.job("blockdev-backup", fmt),
-            "blockdev-mirror": lambda fmt: self.job("blockdev-mirror", fmt),
-        }
+    def all(self, fmt: str) -> dict[str, Way]:
+        """Return them by what they are called, for a format."""
+        return self._made(
+            {
+                OURS[0]: lambda: self.ours("start", fmt),
+                OURS[1]: lambda: self.ours("end", fmt),
+                OURS[3]: lambda: self.command(fmt),
+                "nbdcopy": lambda: self.nbdcopy(fmt),
+                "qemu-img convert -W": lambda: self.convert(fmt),
+                "blockdev-backup": lambda: self.job("blockdev-backup", fmt),
+                "blockdev-mirror": lambda: self.job("blockdev-mirror", fmt),
+            }
+        )
 
-    async def ours(self, at: Any, fmt: str) -> None:
+    def sharing(self, fmt: str) -> dict[str, Way]:
+        """Return those to share the blocks of the disk's image, which is of that format."""
+        return self._made(
+            {
+                OURS[2]: lambda: self.ours("start", fmt, reflink=True),
+                "cp --reflink": self.clone,
+            }
+        )
+
+    def _made(self, ways: dict[str, Callable[[], Awaitable[None]]]) -> dict[str, Way]:
+        async def make(way: Callable[[], Awaitable[None]]) -> Path:
+            await way()
+            return self.target
+
+        return {name: partial(make, way) for name, way in ways.items()}
+
+    async def ours(self, at: Any, fmt: str, *, reflink: bool = False) -> None:
         """By the library."""
-        async with self.disk.copy(self.target, at=at, format=fmt):
+        async with self.disk.copy(self.target, at=at, format=fmt, reflink=reflink):
             pass
+
+    async def clone(self) -> None:
+        """By cp of the image as it lies there: of no moment, were the guest to write meanwhile."""
+        await wall("cp", "--reflink=always", self.disk.chain.active.file, str(self.target))
+        self._sync()
 
     async def command(self, fmt: str) -> None:
         """By the command, its start included."""
@@ -162,10 +189,10 @@ async def run_job(vm: QemuProcess, command: str, source: str, target: str) -> No
 
 
 @asynccontextmanager
-async def running(path: Path, mib: int, tools: Tools) -> AsyncIterator[Ways]:
+async def running(path: Path, mib: int, tools: Tools, fmt: str = "qcow2") -> AsyncIterator[Ways]:
     """Run a tiny guest on the disk, and hold a controller of it."""
     async with (
-        on_disk(path, 2 * mib * MIB) as vm,
+        on_disk(path, 2 * mib * MIB, fmt) as vm,
         qmpblock.connect(vm.monitor_path) as controller,
     ):
         [disk] = await controller.disks()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from qmpblock.testing.images import BuiltDisk, BuiltImage, Tools
@@ -13,6 +15,7 @@ from qmpblock.testing.qemu import QemuProcess
 from qmpblock.testing.scenario import parse_scenario
 
 CLUSTER = 4096
+XFS_LEAST = 512 << 20  # bytes; mkfs.xfs makes no smaller one than 300 MiB
 
 
 def fragmented(path: Path, extents: int, tools: Tools) -> None:
@@ -32,9 +35,10 @@ def fragmented(path: Path, extents: int, tools: Tools) -> None:
 
 
 @asynccontextmanager
-async def running(path: Path, size: int) -> AsyncIterator[QemuProcess]:
+async def running(path: Path, size: int, fmt: str = "qcow2") -> AsyncIterator[QemuProcess]:
     """Run a tiny guest on the image, as a virtio-blk disk."""
-    text = f"about: A fragmented disk.\nimages:\n  - {{file: {path.name}, size: {size}}}\n"
+    image = f"{{file: {path.name}, format: {fmt}, size: {size}}}"
+    text = f"about: A disk to be measured.\nimages:\n  - {image}\n"
     [disk] = parse_scenario(text, "bench").disks
     built = BuiltDisk(disk, BuiltImage(disk.images[0], path))
     async with QemuProcess([built], guest=True) as vm:
@@ -78,3 +82,25 @@ async def wall(*command: str, quiet: bool = False) -> float:
         said = f": {told.decode(errors='replace')}" if told else ""
         raise RuntimeError(f"{command} ended with exit code {process.returncode}{said}")
     return loop.time() - begin
+
+
+@contextmanager
+def xfs(folder: Path, size: int) -> Iterator[Path | None]:
+    """Have an XFS of so many bytes, on which files can share blocks; None where it cannot be."""
+    image, place = folder / "xfs.img", folder / "xfs"
+    make = ["mkfs.xfs", "-q", "-m", "reflink=1", str(image)]
+    with image.open("wb") as file:
+        file.truncate(size)
+    try:
+        if os.geteuid() or shutil.which(make[0]) is None:
+            yield None
+            return
+        subprocess.run(make, check=True)
+        place.mkdir()
+        subprocess.run(["mount", "-o", "loop", str(image), str(place)], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+    finally:
+        image.unlink()

@@ -56,8 +56,13 @@ async def test_migrations_are_measured(vm_dir):
         assert sum(one["phases"].values()) == pytest.approx(one["seconds"], abs=0.5)
 
 
+async def copies(vm_dir, *rows):
+    words = [*rows, "--mib", "4", "--rounds", "1", "--seconds", "1"]
+    return await measured("bench.copy", vm_dir, *words)
+
+
 async def test_copies_are_measured(vm_dir):
-    told = await measured("bench.copy", vm_dir, "--mib", "4", "--rounds", "1", "--seconds", "1")
+    told = await copies(vm_dir)
     assert told["mib"] == 4
     for kind in ("in one piece", "scattered"):
         for fmt in ("raw", "qcow2"):
@@ -69,3 +74,19 @@ async def test_copies_are_measured(vm_dir):
     for one in told["latency"].values():
         assert one["errors"] == 0
         assert 0 < one["median"] <= one["p99"] <= one["longest"]
+
+
+async def test_one_row_alone(vm_dir):
+    told = await copies(vm_dir, "scattered/raw")
+    assert {kind: set(formats) for kind, formats in told["seconds"].items()} == {
+        "scattered": {"raw"}
+    }
+    assert "latency" not in told
+
+
+async def test_copies_that_share_blocks(vm_dir):
+    told = await copies(vm_dir, "reflink")
+    if not told["seconds"]:
+        pytest.skip("no XFS could be had")
+    for fmt in ("raw", "qcow2"):
+        assert set(told["seconds"]["reflink"][fmt]) == {"copy --reflink", "cp --reflink"}
