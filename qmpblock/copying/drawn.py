@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-_AT_ONCE = 16  # requests
+_AT_ONCE = 64  # requests: of QEMU's 16 none waits for us
 _BLOCK = 4096  # bytes, at most
 _COARSE = 1 << 30  # bytes
 

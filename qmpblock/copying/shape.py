@@ -20,6 +20,7 @@ from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
 
 __all__ = [
     "ALLOCATIONS",
+    "LARGEST_CLUSTER",
     "Allocation",
     "Kind",
     "Settings",
@@ -35,7 +36,10 @@ Kind = Literal["file", "device", "server"]
 ALLOCATIONS: tuple[Allocation, ...] = ("thin", "full", "like")
 
 _CLUSTER = 64 << 10  # bytes; QEMU's default of qcow2
-_SMALLEST, _LARGEST = 512, 2 << 20  # bytes of a cluster, of QEMU's qcow2
+_SMALLEST = 512  # bytes of a cluster, of QEMU's qcow2
+LARGEST_CLUSTER = 2 << 20
+"""Likewise."""
+
 _L1 = 32 << 20  # bytes of a qcow2 image's first table, at most, so far as QEMU opens it
 
 
@@ -203,7 +207,7 @@ def _cluster(cluster: int, use: Use) -> None:
             standing=UNTOUCHED,
             remedy="leave it out, or make the copy qcow2 (--format qcow2)",
         )
-    if not _SMALLEST <= cluster <= _LARGEST or cluster & (cluster - 1):
+    if not _SMALLEST <= cluster <= LARGEST_CLUSTER or cluster & (cluster - 1):
         raise RequestError(
             f"a cluster of {cluster} bytes is none of qcow2: it is a power of two from 512 to 2M",
             standing=UNTOUCHED,

@@ -143,7 +143,7 @@ async def test_the_top_alone(built, start_qemu, vm_dir):
     await at_ease(vm, SPEC)
 
 
-@pytest.mark.parametrize("shape", [{"compress": True}, {"cluster_size": MIB}], ids=str)
+@pytest.mark.parametrize("shape", [{"compress": True}, {"cluster_size": 2 * MIB}], ids=str)
 async def test_an_image_of_another_shape(shape, built, start_qemu, vm_dir):
     """Also over clusters that are compressed, and in whole clusters, of whatever size."""
     vm = await started(start_qemu, built)
