@@ -46,6 +46,7 @@ from qmpblock.copying.pacing import paced
 from qmpblock.copying.proof import check_provable, check_served, work
 from qmpblock.copying.reservation import prepare
 from qmpblock.copying.resuming import give_up, note_kept, say_kept
+from qmpblock.copying.storing import storing
 from qmpblock.copying.targetfile import TargetFile
 from qmpblock.copying.targets import check_servers, target_of
 from qmpblock.copying.wire import credentials_in
@@ -290,7 +291,7 @@ async def _of_disks(
                     await file.open(vm)
                 devices = [file.plan.device for file in files]
                 await ownership.ask(vm.monitor, devices, standing=None)
-                async with working(paced(vm, job, files, mirrors.work), job):
+                async with storing(files), working(paced(vm, job, files, mirrors.work), job):
                     yield mirrors
                     job.completion.set()
                 await undisturbed(_finish(change, files, job))
@@ -333,7 +334,7 @@ async def _of_views(
                     await take(vm, change, plan)
                 proving = partial(work, backups, proven=verify)
                 try:
-                    async with working(paced(vm, job, files, proving), job):
+                    async with storing(files), working(paced(vm, job, files, proving), job):
                         yield backups
                 except JobError as error:
                     if (full := plan.without_room()) is not None:
@@ -365,7 +366,7 @@ async def _of_layers(
             backups = FrozenBackups(vm, layers.jobs, files, job, frozen=layers.disks)
             backups.stays = layers.held_here
             proving = partial(work, backups, proven=verify)
-            async with working(paced(vm, job, files, proving), job):
+            async with storing(files), working(paced(vm, job, files, proving), job):
                 yield backups
         backups.held = layers.held_guest
         try:

@@ -240,6 +240,14 @@ class TargetFile(LocalTarget):
         full = self.plan.shape.allocation == "full"
         return full and self.plan.format != "raw" and not self.source
 
+    def look_into(self) -> int:
+        """Return a descriptor of the file, to read it.
+
+        :raise OSError: it cannot be opened; or it is not there any more.
+        """
+        assert self.made is not None  # make() went before
+        return self.directory.open(posixpath.basename(self.path), self.made)
+
     async def remove(self) -> str | None:
         """Remove it, if it was made and is not worth to be gone on from; it never got its name."""
         if self.made is not None:

@@ -15,7 +15,7 @@ from disturbed import nothing_of_ours
 
 import qmpblock
 from qmpblock.changes import change
-from qmpblock.copying import mirrors
+from qmpblock.copying import mirrors, storing
 from qmpblock.copying.copy import copy
 from qmpblock.copying.fleecing import Fleece, fleecing
 from qmpblock.errors import (
@@ -467,3 +467,29 @@ async def test_one_that_is_whole_is_said_to_be_where_clearing_up_fails(
     assert "whole, and on stable storage" in caught.value.standing
     assert "no copy" not in caught.value.standing
     await nothing_of_ours(vm)
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.scenarios("chain-2.yaml")
+async def test_what_is_copied_goes_to_storage_meanwhile(
+    scenario, at, start_qemu, vm_dir, qemu_binary, monkeypatch
+):
+    """And not all of it at the end."""
+    files = []
+    begin = storing.begin_writeback
+
+    def noted(fd):
+        files.append(os.readlink(f"/proc/self/fd/{fd}"))
+        begin(fd)
+
+    monkeypatch.setattr(storing, "begin_writeback", noted)
+    built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
+    vm = await start_qemu(built, guest=True)
+    target = vm_dir / "copy"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk, *_] = await controller.disks()
+        async with disk.copy(target, at=at, speed=1 << 20) as job:
+            while not files:
+                await asyncio.sleep(0.01)
+            await job.set_speed(0)
+    assert set(files) == {f"{target}.partial"}
