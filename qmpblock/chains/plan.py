@@ -313,9 +313,11 @@ def check_idle(device: DiskDevice) -> None:
             f"the job {printable(job.id)} ({printable(job.type)}, {printable(job.status)}) runs "
             f"on {device.name}",
             standing=UNTOUCHED,
-            remedy="wait for its end, or have whoever started it end it"
-            if not job.ours
-            else "wait for its end; if its controller died: qmpblock recover ADDRESS",
+            remedy="wait for its end; if its controller died: qmpblock recover ADDRESS"
+            if job.ours
+            else "it does not end by itself: have whoever started it go on with it, or end it"
+            if job.status == "paused"
+            else "wait for its end, or have whoever started it end it",
         )
 
 

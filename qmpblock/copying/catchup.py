@@ -154,7 +154,7 @@ class CatchUp:
         began = time.monotonic()
         end = asyncio.get_running_loop().time() + HOLD
         try:
-            with bounded(self.targets):
+            with bounded(self.targets, HOLD):
                 async with instant(self.vm, paused_node(self.run)) as self._stands:
                     try:
                         async with asyncio.timeout_at(end):
@@ -185,6 +185,11 @@ class CatchUp:
                     f"somebody writes to {disk.target.plan.device.name} while its VM is paused",
                     remedy="end whoever does (a writable export of the disk, say), and copy again",
                 )
+
+    @property
+    def _patience(self) -> float | None:
+        """Seconds for which a server is waited for: the VM must not stand for longer."""
+        return HOLD if self._stands else None
 
     async def _go_on(self) -> None:
         """Have the VM go on, where it stands by our doing. Idempotent."""
@@ -285,7 +290,7 @@ class CatchUp:
     ) -> AsyncIterator[list[Client]]:
         """Yield clients; no server is waited for at either end, and no guest is meanwhile."""
         async with AsyncExitStack() as stack:
-            with bounded([disk.target]):
+            with bounded([disk.target], self._patience):
                 clients = await stack.enter_async_context(
                     exports(
                         *(self.vm.monitor, disk.target.plan.device, requests),
@@ -302,7 +307,7 @@ class CatchUp:
                     disk.target.cut()
                 raise
             finally:
-                with bounded([disk.target]):
+                with bounded([disk.target], self._patience):
                     await stack.aclose()
 
 

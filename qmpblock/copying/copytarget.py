@@ -95,7 +95,7 @@ class CopyTarget(Protocol):
             whoever undoes the copy.
         """
 
-    def bounded(self) -> AbstractContextManager[object]:
+    def bounded(self, patience: float | None = None) -> AbstractContextManager[object]:
         """Have what waits for a server wait for some seconds only, while this lasts."""
 
     async def flush(self, vm: Connection) -> None:
@@ -143,7 +143,7 @@ class LocalTarget:
         """No server, no reason."""
         return None
 
-    def bounded(self) -> nullcontext[None]:
+    def bounded(self, patience: float | None = None) -> nullcontext[None]:
         """Do nothing: a file is waited for as the guest's own are."""
         return nullcontext()
 

@@ -156,9 +156,11 @@ class WireTarget:
             with self.bounded():
                 await stack.aclose()
 
-    def bounded(self) -> AbstractContextManager[object]:
-        """Give the server `HOLD` seconds for each answer, while this lasts."""
-        return contextlib.nullcontext() if self._wire is None else self._wire.relay.within(HOLD)
+    def bounded(self, patience: float | None = None) -> AbstractContextManager[object]:
+        """Give the server so many seconds for each answer, while this lasts; None: `HOLD`."""
+        if self._wire is None:
+            return contextlib.nullcontext()
+        return self._wire.relay.within(HOLD if patience is None else patience)
 
     async def flush(self, vm: Connection) -> None:
         """Have the server flush: when QEMU closes a node, nobody hears that that failed.
@@ -195,11 +197,14 @@ class WireTarget:
 
 
 @contextlib.contextmanager
-def bounded(targets: Sequence[CopyTarget]) -> Iterator[None]:
-    """Have nothing wait long for any target's server, while this lasts."""
+def bounded(targets: Sequence[CopyTarget], patience: float | None = None) -> Iterator[None]:
+    """Have nothing wait long for any target's server, while this lasts.
+
+    :param patience: seconds; None: `wire.HOLD`.
+    """
     with contextlib.ExitStack() as stack:
         for target in targets:
-            stack.enter_context(target.bounded())
+            stack.enter_context(target.bounded(patience))
         yield
 
 

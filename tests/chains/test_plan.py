@@ -259,6 +259,12 @@ def test_a_job_on_the_disk_is_in_the_way(plan):
     assert "whoever started it" in caught.value.remedy
 
 
+def test_a_job_that_is_paused_is_not_to_be_waited_for():
+    with pytest.raises(BusyError, match=r"backup0 \(backup, paused\) runs on vd0") as caught:
+        stream(chain("d0", "d1").job("backup0", "backup", "paused", "d0"))
+    assert "does not end by itself" in caught.value.remedy
+
+
 def test_a_job_of_ours_may_be_recovered():
     drawing = chain("d0", "d1").job("qmpblock-deadbeef-stream", "stream", "running", "d1")
     with pytest.raises(BusyError) as caught:

@@ -5,6 +5,7 @@ table.
 """
 
 import asyncio
+import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
@@ -235,17 +236,81 @@ async def test_somebody_commands_the_chain(
         invariant.forget(vm)  # test_copy.py has what it is then
 
 
-@pytest.mark.needs_qemu("< 10.0", reason="from there on no overlay has to come home")
-async def test_somebodys_job_keeps_an_overlay_from_coming_home(
+async def paused_by_them(vm, *, paused=True):
+    """Have somebody's job be on the disk, which is paused, or does not end in a test's time."""
+    backup = {"device": "d0", "target": "theirs", "sync": "full", "speed": 1}
+    await vm.execute("blockdev-backup", job_id="theirs", **backup)
+    if paused:
+        await vm.execute("job-pause", id="theirs")
+
+        async def stands():
+            return [one["status"] for one in await vm.execute("query-jobs")] == ["paused"]
+
+        await until(stands, "a job that is paused")
+
+
+@ways
+async def test_a_job_that_somebody_has_paused_is_not_waited_for(
+    way, start_qemu, vm_dir, qemu_binary, invariant
+):
+    """It would be for ever."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    await add_theirs(vm, vm_dir, qemu_binary)
+    await paused_by_them(vm)
+    await invariant.begin(vm)
+    began = time.monotonic()
+    with pytest.raises(BusyError, match=r"the job theirs \(backup, paused\) runs on vd0") as caught:
+        async with Disturbed(vm, vm_dir, way).copying():
+            pass
+    assert time.monotonic() - began < 10
+    assert caught.value.standing == "nothing was touched"
+    assert "does not end by itself" in caught.value.remedy
+    assert not list(vm_dir.glob("copy*"))
+    await invariant.verify(vm)
+    await vm.execute("job-cancel", id="theirs")
+    await over(vm)
+    await vm.execute("blockdev-del", node_name="theirs")
+    invariant.forget(vm)
+    its = Disturbed(vm, vm_dir, way)
+    async with its.copying():
+        pass
+    await its.ended()
+    assert its.error is None
+    its.check()
+
+
+@pytest.mark.needs_qemu(">= 10.0", reason="before, it keeps an overlay from coming home")
+async def test_a_job_that_somebody_has_paused_keeps_nothing_there(
     start_qemu, vm_dir, qemu_binary, invariant
+):
+    """Neither a view, nor the filter in the guest's way: the copy is whole."""
+    vm = await started(start_qemu, vm_dir, qemu_binary)
+    its = Disturbed(vm, vm_dir, "start")
+    async with its.copying():
+        await add_theirs(vm, vm_dir, qemu_binary)
+        await paused_by_them(vm)
+    assert its.error is None
+    its.check()
+    await vm.execute("job-cancel", id="theirs")
+    await over(vm)
+    await its.ended()
+    await vm.execute("blockdev-del", node_name="theirs")
+    await nothing_of_ours(vm)
+
+
+@pytest.mark.needs_qemu("< 10.0", reason="from there on no overlay has to come home")
+@pytest.mark.parametrize("paused", [False, True])
+async def test_somebodys_job_keeps_an_overlay_from_coming_home(
+    paused, start_qemu, vm_dir, qemu_binary, invariant
 ):
     """The guest goes on in it, until that job has ended."""
     vm = await started(start_qemu, vm_dir, qemu_binary)
     its = Disturbed(vm, vm_dir, "start")
     async with its.copying(stall=3):
         await add_theirs(vm, vm_dir, qemu_binary)
-        backup = {"device": "d0", "target": "theirs", "sync": "full", "speed": 1}
-        await vm.execute("blockdev-backup", job_id="theirs", **backup)
+        await paused_by_them(vm, paused=paused)
+        began = time.monotonic()
+    print(f"it was waited for {time.monotonic() - began:.1f} s")
     assert isinstance(its.error, BusyError)
     assert "somebody else's job is at work" in str(its.error)
     assert "qmpblock recover" in its.error.remedy

@@ -23,6 +23,7 @@ from nbdservers import (
 
 import qmpblock
 from qmpblock.changes.leftovers import clear
+from qmpblock.copying import catchup
 from qmpblock.copying.copy import copy
 from qmpblock.errors import (
     NBDConnectError,
@@ -306,6 +307,60 @@ async def test_a_wire_that_is_cut(vm, elsewhere, invariant, at):
     print(f"{at}: {took:.1f} s after the wire was cut: {caught.value}")
     assert took < 15
     await unharmed(vm, invariant)
+
+
+async def test_a_wire_that_is_cut_while_what_is_there_is_compared(vm, elsewhere, invariant):
+    """Of a copy of the end, which an export of ours reads there and writes to."""
+    uri, wire, _ = elsewhere
+    async with qmpblock.connect(vm.monitor_path, stall=4) as controller:
+        [disk] = await controller.disks()
+        copying = copy(controller, {disk: uri}, at="end", resume=True, speed=8 * MIB)
+        with pytest.raises((StalledError, NBDDisconnectedError)) as caught:  # noqa: PT012
+            async with copying as job:
+                async for seen in job:
+                    if seen.done > 4 * MIB:
+                        break
+                assert seen.phase == "comparing"
+                set_wire(wire, up=False)
+                began = time.monotonic()
+    print(f"{time.monotonic() - began:.1f} s after the wire was cut: {caught.value}")
+    assert time.monotonic() - began < 15
+    await unharmed(vm, invariant)
+
+
+async def test_a_server_that_stops_answering_while_the_vm_is_paused(
+    vm, vm_dir, qemu_binary, invariant, monkeypatch
+):
+    """For the last of what is resumed: the guest goes on at once, in time."""
+    real, goes = catchup.CatchUp._take_note, catchup.CatchUp._go_on
+    paused, stands = [], []
+
+    async with daemon(vm_dir, qemu_binary) as server:
+
+        async def take_note(self, disk):
+            await real(self, disk)
+            if self._stands:
+                paused.append(time.monotonic())
+                server.pause()
+
+        async def go_on(self):
+            stood = self._stands
+            await goes(self)
+            if stood:
+                stands.append(time.monotonic() - paused[-1])
+
+        monkeypatch.setattr(catchup.CatchUp, "_take_note", take_note)
+        monkeypatch.setattr(catchup.CatchUp, "_go_on", go_on)
+        async with qmpblock.connect(vm.monitor_path, stall=20) as controller:
+            [disk] = await controller.disks()
+            with pytest.raises((StalledError, NBDDisconnectedError)) as caught:  # noqa: PT012
+                async with copy(controller, {disk: server.uri("t")}, at="end", resume=True) as job:
+                    async for _ in job:
+                        pass
+        print(f"{time.monotonic() - paused[0]:.1f} s after it stopped: {caught.value}")
+        print(f"the VM stood for {max(stands):.3f} s after that")
+        assert max(stands) < catchup.HOLD + 1
+        await unharmed(vm, invariant)
 
 
 @both
