@@ -33,9 +33,9 @@ class ListedMigration:
     destination: str
     memory_only: bool = False
     quit_source: bool = False
-    storage_daemon: bool = False
     speed: int = 0
     place: str = ""
+    storage_daemon: bool = False
 
     @property
     def name(self) -> str:

@@ -2,16 +2,29 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
+from chains import cli
+from disturbed import nothing_of_ours
 from migrating import arrived, at, both, machine, migrated, stays, storage_daemons, stressed
+from otherusers import EVE
 
 import qmpblock
-from qmpblock.migration import homeward
-from qmpblock.testing import Tools, build, parse_scenario
+from qmpblock.errors import ToolError, UnsupportedError
+from qmpblock.host.processes import users_of
+from qmpblock.migration import homeward, imageserver
+from qmpblock.names import new_run
+from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.testing import Tools, build, parse_scenario, read_area
 
 pytestmark = pytest.mark.live
 PHASES = ("copying", "ready", "memory", "active", "held", "ended", "sent", "landed")
+NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
+
+
+class BrokenOffError(Exception):
+    """What a test raises in the middle."""
 
 
 @pytest.fixture
@@ -129,3 +142,123 @@ async def test_the_destination_dies(
     assert "the guest runs at the source" in str(failed.value)
     await stays(source, invariant)
     await again(source, start_destination)
+
+
+@pytest.mark.needs_qemu("< 8", reason="the machine type of 7.2 is what both know")
+async def test_to_a_newer_qemu(begin, start_destination, daemons):
+    if not NEWER.exists():
+        pytest.skip("tools/fetch_qemu.py has not fetched QEMU 11.1.2")
+    extra = ("-smp", "1,maxcpus=2,sockets=2,cores=1")  # of several cores 11.1 says more by CPUID
+    source = await begin(machine(2), machine="pc-i440fx-7.2", extra=extra)
+    destination = await start_destination(source, qemu=str(NEWER), extra=extra)
+    await arrived(source, destination, await migrated(source, destination, storage_daemon=True))
+
+
+async def test_an_image_with_a_data_file(begin, start_qemu, vm_dir, qemu_binary, daemons):
+    source = await begin()
+    text = "about: A disk.\ndisks: [{name: d0, images: [{size: 64M, data_file: there.data}]}]\n"
+    built = await build(parse_scenario(text, "there"), vm_dir / "there", Tools.of(qemu_binary))
+    waiting = {"incoming": "defer", "extra": ["-S"]}
+    destination = await start_qemu(built, guest=True, **waiting)
+    await arrived(source, destination, await migrated(source, destination, storage_daemon=True))
+
+
+@pytest.mark.parametrize("device", ["virtio-blk", "virtio-scsi"])
+async def test_where_an_export_would_kill_it_there_is_one(
+    device, begin, start_destination, invariant, monkeypatch, daemons
+):
+    """Broken off, such a destination lives, and can be migrated to."""
+    source = await begin(machine(device=device, iothread="one"))
+    destination = await start_destination(source)
+    await invariant.begin(source)
+    seen = []
+
+    async def breaking():
+        seen.append(len(daemons()))
+        raise BrokenOffError
+
+    with at(monkeypatch, "ready", breaking), pytest.raises(BrokenOffError):
+        await migrated(source, destination)
+    async with qmpblock.connect(source.monitor_path) as vm:
+        old = Capabilities(vm.monitor.version).nbd_clients_endanger_iothreads
+    assert seen == [int(old)]
+    await stays(source, invariant)
+    await nothing_of_ours(destination)
+    await arrived(source, destination, await migrated(source, destination))
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        ("{size: 64M}, {size: 64M}", "has a backing image"),
+        ("{size: 64M, format: luks, secret: geheim}", "is encrypted"),
+    ],
+)
+async def test_what_a_daemon_cannot_have_is_refused(
+    image, why, begin, start_qemu, vm_dir, qemu_binary, invariant, daemons
+):
+    source = await begin()
+    text = f"about: A disk.\ndisks: [{{name: d0, images: [{image}]}}]\n"
+    built = await build(parse_scenario(text, "there"), vm_dir / "there", Tools.of(qemu_binary))
+    destination = await start_qemu(built, guest=True, incoming="defer", extra=["-S"])
+    await invariant.begin(source)
+    with pytest.raises(UnsupportedError, match=why):
+        await migrated(source, destination, storage_daemon=True)
+    await stays(source, invariant)
+    await nothing_of_ours(destination)
+
+
+async def test_one_that_is_not_here_is_named(begin, start_destination, monkeypatch, daemons):
+    source = await begin()
+    destination = await start_destination(source)
+    monkeypatch.setattr(imageserver, "_NAME", "qemu-storage-daemon-that-is-not-here")
+    with pytest.raises(UnsupportedError, match="Debian: qemu-system-common"):
+        await migrated(source, destination, storage_daemon=True)
+    await nothing_of_ours(destination)
+
+
+async def test_one_that_does_not_start_says_why(
+    begin, start_destination, invariant, monkeypatch, daemons
+):
+    source = await begin()
+    destination = await start_destination(source)
+    await invariant.begin(source)
+
+    async def removing():
+        destination.disks[0].active.path.rename(
+            destination.disks[0].active.path.with_name("elsewhere")
+        )
+
+    with at(monkeypatch, "mirroring", removing), pytest.raises(ToolError, match="No such file"):
+        await migrated(source, destination, storage_daemon=True)
+    await stays(source, invariant)
+    await nothing_of_ours(destination)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run as another user")
+async def test_it_runs_as_the_destinations_user(eve):
+    """And opens what that may, at a socket that only we can reach."""
+    built = await eve.build(parse_scenario(machine(), "there"))
+    vm = await eve.start(built, incoming="defer", extra=["-S"])
+    async with qmpblock.connect(vm.monitor_path) as there:
+        server = imageserver.ImageServer.of(there, new_run(), (await there.graph()).disks())
+        await server.start()
+        try:
+            [pid] = storage_daemons(built.disks[0].active.path.parent)
+            assert users_of(pid) == (EVE,)
+            [target] = server.targets
+            assert await read_area(str(target), 0, 512) == b"\xaa" * 512
+        finally:
+            await server.end()
+    assert storage_daemons(built.disks[0].active.path.parent) == []
+
+
+async def test_the_command(begin, start_destination, daemons):
+    source = await begin()
+    destination = await start_destination(source)
+    words = ("migrate", source.monitor_path, destination.monitor_path, "--storage-daemon")
+    code, _, err = await cli(*words, "--memory-only")
+    assert code == 2, err
+    code, out, err = await cli(*words)
+    assert code == 0, err
+    assert "the guest runs at the destination" in out

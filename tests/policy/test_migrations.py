@@ -7,6 +7,7 @@ from qmpblock.policy.migrations import ListedMigration, parse_migrations
 
 ONE = "  - {source: a.qmp, destination: b.qmp}\n"
 TWO = "  - {source: c.qmp, destination: d.qmp, speed: 1M, memory_only: yes, quit_source: yes}\n"
+DAEMON = "  - {source: c.qmp, destination: d.qmp, storage_daemon: yes}\n"
 
 
 def test_a_list_is_read() -> None:
@@ -16,6 +17,11 @@ def test_a_list_is_read() -> None:
         ListedMigration("a.qmp", "b.qmp", speed=4 << 20, place="f:4:5"),
         ListedMigration("c.qmp", "d.qmp", True, True, 1 << 20, "f:5:5"),
     )
+
+
+def test_a_storage_daemon_is_asked_for_by_vm() -> None:
+    found = parse_migrations(f"vms:\n{ONE}{DAEMON}").migrations
+    assert [one.storage_daemon for one in found] == [False, True]
 
 
 @pytest.mark.parametrize(
