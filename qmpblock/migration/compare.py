@@ -13,7 +13,7 @@ from qmpblock.errors import printable
 from qmpblock.migration.devicetree import GuestDevice
 from qmpblock.migration.machine import Block, GuestDisk, Machine
 from qmpblock.migration.mismatch import KINDS, Kind
-from qmpblock.migration.properties import FEATURES, HOSTS_OWN, QUEUES
+from qmpblock.migration.properties import FEATURES, GUESTS_OWN, HOSTS_OWN, QUEUES
 
 __all__ = ["Finding", "compare", "pairs"]
 
@@ -220,7 +220,8 @@ def _device(here: GuestDevice, there: GuestDevice) -> _Found:
     if here.id != there.id:
         yield "device-id", f"{here.describe()} is called {_or_none(there.id)} at the destination"
     differ = _differing(here.properties, there.properties)
-    counted = {name: both for name, both in differ.items() if name not in HOSTS_OWN}
+    not_told = HOSTS_OWN | GUESTS_OWN
+    counted = {name: both for name, both in differ.items() if name not in not_told}
     of_kind: dict[str, dict[str, tuple[str, str]]] = {}
     for name, both in counted.items():
         kind = (
