@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from qmpblock.copying.shape import Settings
 from qmpblock.copying.targetname import check_unopened
 from qmpblock.errors import (
     Error,
+    UnsupportedError,
     printable,
 )
 from qmpblock.graph.options import aio_of, cache_options, overlay_options
@@ -35,11 +36,12 @@ from qmpblock.host.fallocate import UNSUPPORTED, keep_size, punch_hole
 from qmpblock.host.imagechain import blockdev
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.processes import command_line
-from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.qemuimg import Key, QemuImg
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuio import QemuIo
 from qmpblock.host.space import reserved_ranges, shared_ranges
 from qmpblock.names import image_node, partial_file, storage_node
+from qmpblock.qemu.keys import read_keys
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -130,8 +132,8 @@ class TargetFile(LocalTarget):
         name = posixpath.basename(path)
         if not self.directory.holds(name, self.made):
             raise Error(f"somebody has replaced {printable(path)} since it was looked at")
-        if self.plan.format != "raw" and self.plan.secret is None:  # only QEMU has the key
-            await QemuImgCheck(stall=vm.stall).free_leaks(path, self.plan.format, self.made)
+        if self.plan.format != "raw":
+            await self._free_leaks(vm, path, self.made)
         if not self.keeps_name:
             return
         record(self.made)
@@ -145,6 +147,17 @@ class TargetFile(LocalTarget):
             ) from None
         if self.plan.shape.allocation == "full" and self.plan.format != "raw":
             await self._store(vm, await self._lacking(vm, self._wanted))  # no guest is there yet
+
+    async def _free_leaks(self, vm: Connection, path: str, made: FileId) -> None:
+        keys: Sequence[Key] = ()
+        if self.plan.secret is not None:
+            try:
+                keys = await read_keys(vm.monitor, self.plan.secret)
+            except UnsupportedError as error:
+                said = f"{printable(path)} may hold clusters that nothing uses: {error.message}"
+                self.warnings = (*self.warnings, said)
+                return
+        await QemuImgCheck(stall=vm.stall).free_leaks(path, self.plan.format, made, keys)
 
     def _header(self) -> Header:
         backing = self.plan.backing
@@ -370,7 +383,7 @@ class TargetFile(LocalTarget):
             name = printable(self.plan.file)
             words = "are shared with the disk's files"
             said = f"of the {taken} bytes of the copy {name}, {shared} {words}"
-            self.warnings = (said,)
+            self.warnings = (*self.warnings, said)
 
     def _finish(self) -> None:
         self.check_place()

@@ -42,7 +42,7 @@ from qmpblock.host.toolwords import in_use_by_another, remedy
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
 
-__all__ = ["Key", "QemuImg"]
+__all__ = ["Key", "QemuImg", "handed_keys"]
 
 _T = TypeVar("_T")
 
@@ -64,6 +64,18 @@ class Key:
     text: bytes = field(repr=False)
     format: str = "raw"
     iv: str = ""
+
+
+def handed_keys(files: HandedFiles, keys: Sequence[Key]) -> list[str]:
+    """Return the words by which one of QEMU's programs has keys as `key<N>`, N counted from 0."""
+    words = []
+    for number, key in enumerate(keys):
+        fd = files.memory(key.text)
+        described = f"secret,id=key{number},file=/proc/self/fd/{fd},format={key.format}"
+        if key.iv:
+            described += f",keyid=key{number - 1},iv={key.iv}"
+        words += ["--object", described]
+    return words
 
 
 class QemuImg:
@@ -293,12 +305,7 @@ class QemuImg:
         command = ["create", "-q", "-f", fmt]
         with HandedFiles() as files:
             made = files.memory()
-            for number, key in enumerate(keys):
-                fd = files.memory(key.text)
-                described = f"secret,id=key{number},file=/proc/self/fd/{fd},format={key.format}"
-                if key.iv:
-                    described += f",keyid=key{number - 1},iv={key.iv}"
-                command += ["--object", described]
+            command += handed_keys(files, keys)
             if data_elsewhere:  # qemu-img insists on a file
                 options = {**options, "data_file": f"/proc/self/fd/{files.memory()}"}
             if options:

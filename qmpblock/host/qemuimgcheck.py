@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qmpblock import luks
 from qmpblock.errors import ToolError, printable
 from qmpblock.graph.jsonname import as_name
 from qmpblock.host.handed import HandedFiles
 from qmpblock.host.imagechain import blockdev
+from qmpblock.host.qemuimg import Key, handed_keys
 from qmpblock.host.qemuimgcompare import QuietQemuImg
 from qmpblock.host.toolwords import in_use_by_another
 from qmpblock.host.writers import in_use
@@ -22,26 +24,33 @@ __all__ = ["QemuImgCheck"]
 class QemuImgCheck(QuietQemuImg):
     """The qemu-img program, checking."""
 
-    async def free_leaks(self, path: str, fmt: str, file: FileId) -> None:
+    async def free_leaks(self, path: str, fmt: str, file: FileId, keys: Sequence[Key] = ()) -> None:
         """Give back the clusters that nothing uses, and see that the image is sound otherwise.
 
         With the rights of its owner; what lies below it is not opened. Cancelling ends the
         program, and harms nothing.
 
         :param file: that it must be.
+        :param keys: the one that encrypts it (LUKS in qcow2), after those that encrypt it in turn.
         :raise ToolError: the image is damaged: nothing is written to it; or qemu-img failed.
         :raise UnsupportedError: it is another file, or its owner may not open it.
         :raise InUseError: somebody has it open.
         :raise StalledError: it did nothing for the stall limit.
         """
+        options = dict(blockdev(fmt, path))
+        if keys:
+            options["encrypt"] = {"format": "luks", "key-secret": f"key{len(keys) - 1}"}
 
         def command(files: HandedFiles) -> Sequence[str]:
-            name = as_name(files.image(blockdev(fmt, path), writable=1))
-            return ("check", "-q", "-r", "leaks", name)
+            name = as_name(files.image(options, writable=1))
+            return ("check", "-q", "-r", "leaks", *handed_keys(files, keys), name)
 
-        try:
+        async def attempt() -> None:
             async for _ in self._lines(command, known={(file.device, file.inode)}):
                 pass
+
+        try:
+            await luks.retried(attempt)
         except ToolError as error:
             if in_use_by_another(error.stderr):
                 raise in_use(path, error.stderr) from None

@@ -9,6 +9,7 @@ import pytest
 
 from qmpblock.errors import InUseError, ToolError, UnsupportedError
 from qmpblock.graph.places import FileId
+from qmpblock.host.qemuimg import Key
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 
 CLUSTER = 64 << 10
@@ -53,6 +54,25 @@ async def test_what_nothing_uses_is_given_back(image):
     assert checked(image) == 3
     await free(image)
     assert checked(image) == 0
+
+
+async def test_what_nothing_uses_of_an_encrypted_one_is_given_back(tmp_path):
+    path = tmp_path / "i.qcow2"
+    key = ("--object", "secret,id=k,data=sesame")
+    luks = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10"
+    options = f"{luks},cluster_size={CLUSTER}"
+    make = ["qemu-img", "create", *key, "-q", "-f", "qcow2", "-o", options, str(path), "4M"]
+    subprocess.run(make, check=True)
+    refcounts(path, 3)
+    name = f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=k,file.filename={path}"
+    look = ["qemu-img", "check", *key, "-q", "--image-opts", name]
+    assert subprocess.run(look, check=False).returncode == 3
+    file = FileId.of(os.stat(path))
+    with pytest.raises(ToolError):
+        await QemuImgCheck().free_leaks(str(path), "qcow2", file, [Key(b"wrong")])
+    assert subprocess.run(look, check=False).returncode == 3
+    await QemuImgCheck().free_leaks(str(path), "qcow2", file, [Key(b"sesame")])
+    assert subprocess.run(look, check=False).returncode == 0
 
 
 async def test_a_damaged_one_is_not_touched(image):
