@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import socket
 from pathlib import Path
 
 import pytest
 from disturbed import nothing_of_ours
 
 import qmpblock
+from qmpblock.copying import relay as relay_module
 from qmpblock.host.processes import command_line
 from qmpblock.migration.passage import Passage
 from qmpblock.migration.storage import Storage
@@ -174,3 +176,40 @@ def storage_daemons(directory):
         if "--export" in words and any(str(directory) in word for word in words):
             found.append(int(entry.name))
     return found
+
+
+@contextlib.asynccontextmanager
+async def slow_wire(monkeypatch, rate, delay=0.0):
+    """Have what the relay connects to be so far away, and carry so many bytes a second."""
+    passing = set()
+
+    async def carry(reader, writer, rate):
+        now, free = asyncio.get_running_loop().time, 0.0
+        with contextlib.suppress(OSError):
+            while data := await reader.read(16 << 10):
+                free = max(free, now() - 0.05) + len(data) / rate
+                await asyncio.sleep(delay + max(0.0, free - now()))
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def pass_on(sock, server):
+        here = await asyncio.open_unix_connection(sock=sock)
+        there = await asyncio.open_unix_connection(server.path)
+        try:
+            await asyncio.gather(carry(here[0], there[1], rate), carry(there[0], here[1], 1 << 40))
+        finally:
+            for _, writer in (here, there):
+                writer.transport.abort()
+
+    async def open_socket(server):
+        ours, theirs = socket.socketpair()
+        passing.add(asyncio.create_task(pass_on(theirs, server)))
+        ours.setblocking(False)
+        return ours
+
+    monkeypatch.setattr(relay_module, "open_socket", open_socket)
+    yield
+    for task in passing:
+        task.cancel()
+    await asyncio.gather(*passing, return_exceptions=True)

@@ -22,6 +22,13 @@ _OPTIONS = (
         is_flag=True,
         help="Slow the guest's CPUs down while it writes to its memory faster than it is sent.",
     ),
+    click.option(
+        "--write-blocking-after",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="Have the guest's writes wait for the destination, where disks have not caught up by "
+        "then. QEMU 8.2 and newer.",
+    ),
 )
 
 _Work = Callable[..., Coroutine[Any, Any, int | None]]
@@ -32,11 +39,17 @@ def means_options(work: _Work) -> _Work:
 
     @functools.wraps(work)
     async def call(
-        *args: Any, downtime_limit: int | None, auto_converge: bool, **rest: Any
+        *args: Any,
+        downtime_limit: int | None,
+        auto_converge: bool,
+        write_blocking_after: float | None,
+        **rest: Any,
     ) -> int | None:
         from qmpblock.migration.means import MigrationMeans
 
-        means = MigrationMeans((downtime_limit or 0) / 1e3, auto_converge)
+        means = MigrationMeans(
+            (downtime_limit or 0) / 1e3, auto_converge, write_blocking_after or 0.0
+        )
         return await work(*args, means=means, **rest)
 
     for option in reversed(_OPTIONS):

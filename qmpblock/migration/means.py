@@ -24,10 +24,13 @@ class MigrationMeans:
         most; 0: as the VM's own migration parameters say.
     :ivar auto_converge: have QEMU slow the guest's CPUs down, step by step, while it writes to its
         memory faster than that is sent.
+    :ivar write_blocking_after: seconds after which, where a disk is not yet as far as the guest,
+        the guest's writes wait until they are at the destination, too; 0: never. Not on every QEMU.
     """
 
     downtime_limit: float = 0.0
     auto_converge: bool = False
+    write_blocking_after: float = 0.0
 
     @property
     def any(self) -> bool:
@@ -46,6 +49,11 @@ class MigrationMeans:
                 standing=UNTOUCHED,
                 remedy=f"allow 1 ms at least, and {LONGEST_LIMIT:g} s at most: after twice as long "
                 "in all it goes on at the source",
+            )
+
+        if self.write_blocking_after < 0:
+            raise RequestError(
+                "the guest's writes cannot be had wait before there is a copy", standing=UNTOUCHED
             )
 
     def notices(self) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ class Outward:
         self._moves = {
             Move.CHECK: self._check,
             Move.MIRROR: self._mirror,
-            Move.AWAIT_READY: passage.storage.until_ready,
+            Move.AWAIT_READY: self._await_ready,
             Move.MIGRATE: self._migrate,
             Move.AWAIT_HELD: passage.stream.until_held,
             Move.END_MIRRORS: self._end_mirrors,
@@ -92,6 +93,20 @@ class Outward:
         passage = self._passage
         targets = await undisturbed(passage.landing.serve(passage.plan.copied))
         await passage.storage.start(targets)
+
+    async def _await_ready(self) -> None:
+        passage, after = self._passage, self._passage.means.write_blocking_after
+        if after:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(after):
+                    await passage.storage.until_ready()
+                return
+            passage.job.say(
+                "the guest's writes wait from now on until they are at the destination, too "
+                f"(write-blocking): after {after:g} s the disks have not caught up with it"
+            )
+            await passage.storage.have_writes_wait()
+        await passage.storage.until_ready()
 
     async def _migrate(self) -> None:
         passage = self._passage

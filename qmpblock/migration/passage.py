@@ -112,6 +112,9 @@ class Passage:
                 job.show(replace(seen, status=job.phase.value))
 
         storage = Storage(source, run, plan.copied, speed, show, job.course)
+        if means.write_blocking_after and plan.copied:
+            await storage.check_can_block()
+            storage.patience = means.write_blocking_after
         chains = [device.chain for device in plan.disks]
         record = Migration(
             run=run,

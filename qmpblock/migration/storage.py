@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from qmpblock.cancellation import task_group
 from qmpblock.copying.job import joined
 from qmpblock.copying.wire import HOLD, Wire, wire_socket
-from qmpblock.errors import JobError
+from qmpblock.errors import UNTOUCHED, JobError, UnsupportedError
 from qmpblock.names import migration_job, wire_node
 from qmpblock.qemu.job import Job, Progress
 
@@ -37,13 +37,16 @@ __all__ = ["Storage"]
 
 _GRANULARITY = 4096
 _LOOK = 0.002  # seconds between looks at mirrors that end, while the guest stands
-_TO_CATCH_UP = "let the guest write less, or raise --speed"
+_TO_CATCH_UP = (
+    "let the guest write less, raise --speed, or have its writes wait (--write-blocking-after)"
+)
 
 
 class Storage:
     """The mirrors of one migration. `start`, `until_ready`, `watched`, `end`; `close` at last.
 
     :ivar jobs: their ids; `wires`: their nodes, each with the socket of its relay.
+    :ivar patience: seconds that they may take, beside the stall limit, to catch up with the guest.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Storage:
         self._stack = AsyncExitStack()
         self._patience = ExitStack()
         self._ready = asyncio.Event()
+        self.patience = 0.0
 
     @property
     def copied(self) -> tuple[int, ...]:
@@ -122,8 +126,34 @@ class Storage:
         """Wait until every disk is as far as the guest; inside `watched`."""
         await self._ready.wait()
 
+    async def check_can_block(self) -> None:
+        """See that `have_writes_wait` can be.
+
+        :raise UnsupportedError: this QEMU has no command for it; nothing was touched.
+        """
+        commands = {one["name"] for one in await self._vm.monitor.execute("query-commands")}
+        if "block-job-change" not in commands:
+            raise UnsupportedError(
+                "this QEMU cannot have a mirror make the guest's writes wait once it runs (it has "
+                "no block-job-change), and one that does so from the beginning can end it (K33)",
+                standing=UNTOUCHED,
+                remedy="leave --write-blocking-after out; let the guest write less meanwhile",
+            )
+
+    async def have_writes_wait(self) -> None:
+        """From now on the guest's writes wait until they are at the destination, too (K33).
+
+        So the destination gets no more than some seconds for an answer: the guest waits for it.
+
+        :raise CommandError: QEMU refused.
+        """
+        self.hurry()
+        for name in self.jobs:
+            change = {"id": name, "type": "mirror", "copy-mode": "write-blocking"}
+            await self._vm.monitor.execute("block-job-change", change)
+
     async def _follow(self, job: Job) -> None:
-        async for seen in job.follow(converging=self._vm.stall):
+        async for seen in job.follow(converging=self._vm.stall + self.patience):
             self._note(job.id, seen)
             if seen.errors:
                 raise JobError(job.id, job.type, "the destination, or an image, failed a request")

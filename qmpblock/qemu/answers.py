@@ -27,6 +27,7 @@ _SHAPES: Mapping[str, Any] = {
     "query-block-jobs": [{"device": str}],
     "query-blockstats": [{}],
     "query-chardev": [{"label": str, "filename": str}],
+    "query-commands": [{"name": str}],
     "query-hotpluggable-cpus": [{"type": str, "props": {}, "qom-path?": str}],
     "query-dirty-rate": {"status": str, "dirty-rate?": int},
     "query-iothreads": [{"id": str, "thread-id": int, "poll-max-ns": int}],

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 from chains import cli
 from jsonschema import Draft202012Validator
-from migrating import arrived, both, machine, migrated, stressed
+from migrating import arrived, both, machine, migrated, slow_wire, stressed
 
 import qmpblock
 from qmpblock import MigrationMeans
 from qmpblock.errors import StalledError
+from qmpblock.migration.storage import Storage
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -48,11 +50,11 @@ asyncio.run(main())
 
 @pytest.fixture
 def begin(start_qemu, vm_dir, qemu_binary):
-    async def start(**options):
+    async def start(rate=300, **options):
         built = await build(
             parse_scenario(machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
         )
-        return await stressed(await start_qemu(built, guest=True, **options))
+        return await stressed(await start_qemu(built, guest=True, **options), rate)
 
     return start
 
@@ -166,8 +168,78 @@ async def test_a_guest_that_outruns_the_mirrors(begin, start_destination, invari
     print(failed.value)
     assert asyncio.get_running_loop().time() - began < 60
     assert "to be copied anew: " in failed.value.message
-    assert failed.value.remedy == "let the guest write less, or raise --speed"
+    assert failed.value.remedy.startswith("let the guest write less, raise --speed, or have its")
     assert "the guest runs at the source, where nothing of ours is left" in failed.value.standing
     await invariant.verify(source)
     assert (await destination.execute("query-status"))["status"] == "inmigrate"
     assert (await source.guest.stop_stress(0)).bad == 0
+
+
+@pytest.mark.needs_qemu(">= 8.2", reason="block-job-change")
+async def test_writes_that_wait_let_the_disks_catch_up(begin, start_destination, monkeypatch):
+    source = await begin(rate=900)
+    destination = await start_destination(source)
+    async with slow_wire(monkeypatch, 2 * MIB):
+        means = MigrationMeans(write_blocking_after=5.0)
+        result = await migrated(source, destination, means=means)
+    [notice] = result.notices
+    assert "writes wait from now on" in notice.text
+    assert 5.0 < notice.at < result.stopped
+    changes = [line for line in source.qmp_log() if '"execute": "block-job-change"' in line]
+    assert '"write-blocking"' in changes[0]
+    await arrived(source, destination, result)
+
+
+@pytest.mark.needs_qemu(">= 8.2", reason="block-job-change")
+@pytest.mark.parametrize("how", ["dies", "falls silent"])
+async def test_writes_that_wait_for_a_lost_destination_go_on(
+    how, begin, start_destination, invariant, monkeypatch
+):
+    """Within seconds, though the guest waits for each of its writes to be there."""
+    source = await begin(rate=900)
+    await invariant.begin(source)
+    destination = await start_destination(source)
+    destination.expect_exit()
+    have_writes_wait = Storage.have_writes_wait
+
+    async def then(self):
+        await have_writes_wait(self)
+        os.kill(destination.pid, signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+
+    monkeypatch.setattr(Storage, "have_writes_wait", then)
+    began = asyncio.get_running_loop().time()
+    async with slow_wire(monkeypatch, 2 * MIB):
+        with pytest.raises(qmpblock.Error) as failed:
+            await migrated(source, destination, means=MigrationMeans(write_blocking_after=2.0))
+    print(failed.value)
+    assert asyncio.get_running_loop().time() - began < 40
+    assert "the guest runs at the source" in failed.value.standing
+    before = (await source.guest.progress()).acked
+    await asyncio.sleep(0.3)
+    assert (await source.guest.progress()).acked > before
+    if how != "dies":
+        os.kill(destination.pid, signal.SIGCONT)
+        await destination.kill()
+    await invariant.verify(source)
+    assert (await source.guest.stop_stress()).errors == 0
+
+
+@pytest.mark.needs_qemu(">= 8.2", reason="block-job-change")
+async def test_writes_need_not_wait_where_the_disks_are_there(begin, start_destination):
+    source = await begin()
+    destination = await start_destination(source)
+    result = await migrated(source, destination, means=MigrationMeans(write_blocking_after=30.0))
+    assert result.notices == ()
+    await arrived(source, destination, result)
+
+
+@pytest.mark.needs_qemu("< 8", reason="it has no block-job-change")
+async def test_where_writes_cannot_be_had_wait_it_is_refused(begin, start_destination, invariant):
+    source = await begin()
+    await invariant.begin(source)
+    destination = await start_destination(source)
+    words = ("--write-blocking-after", "5")
+    code, _, err = await cli("migrate", source.monitor_path, destination.monitor_path, *words)
+    assert code == 2
+    assert "it has no block-job-change" in err
+    await invariant.verify(source)

@@ -1,18 +1,15 @@
 """The wire between two VMs, measured before anything is copied: how fast, how far, nothing left."""
 
 import asyncio
-import contextlib
 import os
 import signal
-import socket
 import sys
 
 import pytest
 from chains import cli
 from disturbed import nothing_of_ours
-from migrating import both, machine, stressed
+from migrating import both, machine, slow_wire, stressed
 
-from qmpblock.copying import relay as relay_module
 from qmpblock.errors import BusyError, Error
 from qmpblock.migration.wirespeed import measure_wire
 from qmpblock.testing import Tools, build, parse_scenario
@@ -55,39 +52,6 @@ def pair(start_qemu, vm_dir, qemu_binary, start_destination, invariant):
         return source, destination
 
     return start
-
-
-@contextlib.asynccontextmanager
-async def slow_wire(monkeypatch, rate, delay=0.0):
-    """Have what the relay connects to be so far away, and carry so many bytes a second."""
-    passing = set()
-
-    async def carry(reader, writer, rate):
-        now, free = asyncio.get_running_loop().time, 0.0
-        with contextlib.suppress(OSError):
-            while data := await reader.read(16 << 10):
-                free = max(free, now() - 0.05) + len(data) / rate
-                await asyncio.sleep(delay + max(0.0, free - now()))
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def pass_on(sock, server):
-        here = await asyncio.open_unix_connection(sock=sock)
-        there = await asyncio.open_unix_connection(server.path)
-        await asyncio.gather(carry(here[0], there[1], rate), carry(there[0], here[1], 1 << 40))
-
-    async def open_socket(server):
-        ours, theirs = socket.socketpair()
-        passing.add(asyncio.create_task(pass_on(theirs, server)))
-        ours.setblocking(False)
-        return ours
-
-    monkeypatch.setattr(relay_module, "open_socket", open_socket)
-    yield
-    for task in passing:
-        task.cancel()
-    await asyncio.gather(*passing, return_exceptions=True)
 
 
 async def as_before(vm, invariant):

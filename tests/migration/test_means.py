@@ -21,6 +21,11 @@ def test_a_guest_that_would_stand_for_too_long_is_refused(limit: float) -> None:
         MigrationMeans(limit).check()
 
 
+def test_writes_cannot_wait_before_there_is_a_copy() -> None:
+    with pytest.raises(RequestError, match="before there is a copy"):
+        MigrationMeans(write_blocking_after=-1.0).check()
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.001, 0.3, 5.0])
 def test_what_can_be_is_not_refused(limit: float) -> None:
     MigrationMeans(limit).check()
