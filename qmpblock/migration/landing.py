@@ -33,6 +33,7 @@ from qmpblock.export.server import delete_export, monitor_name, undo_dead_run
 from qmpblock.migration import wayback
 from qmpblock.migration.imageserver import ImageServer
 from qmpblock.names import NBD_LOCK, export_name, lock_names, stream_socket
+from qmpblock.nbd import Client
 from qmpblock.qemu import lock
 from qmpblock.qemu.connection import NBDAccess
 from qmpblock.qemu.lock import Holder
@@ -50,6 +51,7 @@ __all__ = ["Landing"]
 
 _ANSWER = 2.0  # seconds for a word from a QEMU that is well
 _POLL = 0.02
+_ALLOCATION, _ZERO = "base:allocation", 2  # the context, and its flag of what reads as zeros
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ class Landing:
         self._server = OwnServer(vm.monitor, NBDAccess(), run, lasting=True)
         self._serves = False
         self._exports: list[str] = []
+        self._readers: list[Client] = []
 
     # -- before
 
@@ -158,6 +161,30 @@ class Landing:
             targets.append(NBDTarget(where, name))
         return targets
 
+    async def blank(self, targets: Sequence[NBDTarget]) -> list[bool]:
+        """Say of each export whether all of it reads as zeros. Not to be cancelled half-way.
+
+        It is asked through connections which stay until the exports end (K1).
+
+        :raise NBDError: the server does not answer as it should.
+        """
+        found = []
+        for target in targets:
+            client = await Client.connect(
+                target.server,
+                export=target.export,
+                contexts=[_ALLOCATION],
+                polite=False,
+                stall=self.vm.stall,
+            )
+            self._readers.append(client)
+            found.append(await _is_blank(client))
+        return found
+
+    async def _close_readers(self) -> None:
+        while self._readers:
+            await self._readers.pop().close()
+
     # -- the guest comes
 
     @asynccontextmanager
@@ -201,6 +228,7 @@ class Landing:
         while self._exports:
             await delete_export(self.vm.monitor, self._exports[-1], self.vm.stall)
             self._exports.pop()
+        await self._close_readers()
         if self._images is not None:
             await self._images.end()
 
@@ -283,6 +311,7 @@ class Landing:
             _log.warning("what is left at the destination: %s", error)
             return "the destination may have things of ours left: end it, and start it anew"
         finally:
+            await self._close_readers()
             self._server.remove_folder()
         return "the destination waits as before"
 
@@ -298,6 +327,17 @@ class Landing:
             "the destination's QEMU does not answer, and has things of ours left: end it, and "
             "start it anew"
         )
+
+
+async def _is_blank(client: Client) -> bool:
+    offset = 0
+    while offset < client.size:
+        asked = min(client.max_status_length, client.size - offset)
+        for length, flags in (await client.block_status(offset, asked))[_ALLOCATION].tolist():
+            if not flags & _ZERO:
+                return False
+            offset += length
+    return True
 
 
 async def _nobody(_: Address) -> None:

@@ -92,7 +92,8 @@ class Outward:
     async def _mirror(self) -> None:
         passage = self._passage
         targets = await undisturbed(passage.landing.serve(passage.plan.copied))
-        await passage.storage.start(targets)
+        blank = await undisturbed(passage.landing.blank(targets))
+        await passage.storage.start(targets, blank)
 
     async def _await_ready(self) -> None:
         passage, after = self._passage, self._passage.means.write_blocking_after

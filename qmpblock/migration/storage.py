@@ -81,15 +81,16 @@ class Storage:
         """Bytes that each mirror went over."""
         return tuple(self._seen[name].done if name in self._seen else 0 for name in self.jobs)
 
-    async def start(self, targets: Sequence[NBDTarget]) -> None:
+    async def start(self, targets: Sequence[NBDTarget], blank: Sequence[bool]) -> None:
         """Lay the wires, and begin.
 
+        :param blank: whether a target reads as zeros, all of it: then none is zeroed first (F36).
         :raise Error: it cannot be; what was begun is left to whoever undoes it.
         """
         for number, target in enumerate(targets):
             laying = Wire.open(self._vm, target, run=self._run, number=number)
             self._laid.append(await self._stack.enter_async_context(laying))
-        for name, pair, wire in zip(self.jobs, self._pairs, self._laid, strict=True):
+        for name, pair, wire, zeros in zip(self.jobs, self._pairs, self._laid, blank, strict=True):
             job = Job(self._vm.monitor, name, "mirror")
             job.to_catch_up = _TO_CATCH_UP
             self._jobs.append(job)
@@ -99,7 +100,7 @@ class Storage:
                     "job-id": name,
                     "device": pair.source.chain.root.name,
                     "target": wire.node,
-                    "sync": "full",
+                    **self._sync(pair, blank=zeros),
                     "copy-mode": "background",
                     "granularity": _GRANULARITY,
                     "on-source-error": "report",
@@ -108,6 +109,13 @@ class Storage:
                     "auto-dismiss": False,
                 },
             )
+
+    def _sync(self, pair: Pair, *, blank: bool) -> dict[str, object]:
+        """Return how a mirror is told what is to be copied: all that the disk holds."""
+        if blank and self._vm.capabilities.mirrors_take_word_of_zeros:
+            return {"sync": "full", "target-is-zero": True}
+        # Of one layer the uppermost is all.
+        return {"sync": "top" if blank and len(pair.source.chain.layers) == 1 else "full"}
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
