@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qmpblock.copying.options import CopyWords
     from qmpblock.copying.planned import PlannedCopy
 
-__all__ = ["Latency", "command", "felt", "telling_kept"]
+__all__ = ["Latency", "command", "copied", "felt", "telling_kept"]
 
 
 class Latency(click.ParamType[float]):
@@ -137,14 +137,27 @@ async def command(
     TARGET, too. Interrupted, there is no copy, and the guest is where it was; what was copied
     is kept as TARGET.partial, from which --resume goes on.
     """
-    pairs = _pairs(targets)
     if words["pivot"] and moment is not None:
         raise click.UsageError("--pivot is of the end: it goes without --at")
+    words["at"] = moment or "start"
+    return await copied(options, address, targets, dry_run=dry_run, unmanaged=unmanaged, **words)
+
+
+async def copied(
+    options: Options,
+    address: str,
+    targets: tuple[str, ...],
+    *,
+    dry_run: bool,
+    unmanaged: bool,
+    **words: Unpack[CopyWords],
+) -> int:
+    """Copy disks of the VM at an address, and say how; return the exit code."""
+    pairs = _pairs(targets)
     async with options.connect(address, unmanaged=unmanaged) as vm:
         wanted = {await vm.disk(disk): file for disk, file in pairs}
         if len(wanted) < len(pairs):
             raise click.UsageError("a disk is named twice")
-        words["at"] = moment or "start"
         if any(_has_tls(file) for _, file in pairs):
             words["tls_creds"] = options.tls_creds
         if dry_run:

@@ -6,7 +6,7 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -31,7 +31,7 @@ _REFUSED = 2
 
 @make_command
 @click.argument("source", required=False)
-@click.argument("destination", required=False)
+@click.argument("targets", nargs=-1, metavar="[DESTINATION | DISK=FILE...]")
 @click.option(
     "--dry-run",
     "form",
@@ -49,6 +49,11 @@ _REFUSED = 2
     "form",
     flag_value="spawn",
     help="Start a destination on this host, its images made, and print its monitor's address.",
+)
+@click.option(
+    "--storage-only",
+    is_flag=True,
+    help="The guest stays in its QEMU: its disks go over to new files, all at one instant.",
 )
 @click.option(
     "--memory-only", is_flag=True, help="The disks are not copied: both VMs have the same images."
@@ -81,11 +86,30 @@ _REFUSED = 2
     help="Where a destination's images are (--command-line, --spawn); else the working directory.",
 )
 @click.option("--qemu", metavar="PATH", help="A destination's program; else the source's.")
+@click.option(
+    "--format",
+    "fmt",
+    type=click.Choice(["qcow2", "raw"]),
+    help="Of the images that are made (--command-line, --spawn, --storage-only); else each disk's.",
+)
+@click.option(
+    "--layers",
+    type=click.Choice(["all", "top"]),
+    help="What goes over (--storage-only): the whole chain, or the active layer, over the same "
+    "backing image. [default: all]",
+)
+@click.option(
+    "--allocation",
+    type=click.Choice(["thin", "full", "like"]),
+    help="What of the new files has host space (--storage-only): what they hold, but no zeros; "
+    "every byte; or what the disk has it for. [default: thin]",
+)
 async def command(
     options: Options,
     source: str | None,
-    destination: str | None,
+    targets: tuple[str, ...],
     form: str | None,
+    storage_only: bool,
     memory_only: bool,
     speed: int,
     list_file: str | None,
@@ -94,6 +118,9 @@ async def command(
     quit_source: bool,
     directory: str,
     qemu: str | None,
+    fmt: str | None,
+    layers: Literal["all", "top"] | None,
+    allocation: Literal["thin", "full", "like"] | None,
     means: MigrationMeans,
 ) -> int:
     """Have the guest of a running VM go on in another QEMU, with its disks, while it runs.
@@ -101,19 +128,51 @@ async def command(
     SOURCE and DESTINATION are QMP monitors; the destination was started with -S -incoming defer,
     as --command-line prints it for SOURCE, or by --spawn, and its images are overwritten.
     Interrupted or failed, the guest goes on at the source; a destination that was sent anything by
-    then is ended. --dry-run ends with 2 where a migration would be refused, and with 4 where there
-    is something to be warned of.
+    then is ended. With --storage-only there is no DESTINATION: the disks named go over to new
+    files, as by qmpblock copy --pivot. --dry-run ends with 2 where a migration would be refused,
+    and with 4 where there is something to be warned of.
     """
     if list_file is not None:
         given = (source, form, svg, memory_only, speed, storage_daemon, quit_source, means.any)
-        if any(given):
+        if any((*given, storage_only, fmt, layers, allocation)):
             raise click.UsageError("--list goes alone: FILE says the rest")
         from qmpblock.cli.migratelist import migrated_list
 
         return await migrated_list(options, list_file)
-    if source is None or (form in (None, "dry-run")) != (destination is not None):
+    if storage_only:
+        if source is None or not targets or form not in (None, "dry-run"):
+            raise click.UsageError("SOURCE --storage-only DISK=FILE... [--dry-run]")
+        if memory_only or storage_daemon or svg or quit_source or means.any:
+            raise click.UsageError("--storage-only: no guest goes, and no memory")
+        from qmpblock.cli.copy_command import copied
+
+        return await copied(
+            options,
+            source,
+            targets,
+            dry_run=form is not None,
+            unmanaged=False,
+            at="start",
+            pivot=True,
+            format=fmt,
+            layers=layers or "all",
+            allocation=allocation or "thin",
+            speed=speed,
+        )
+    if layers or allocation or (fmt and form not in ("command-line", "spawn")):
         raise click.UsageError(
-            "SOURCE DESTINATION [--dry-run], SOURCE --command-line, SOURCE --spawn or --list FILE"
+            "--layers and --allocation go with --storage-only, --format with --command-line and "
+            "--spawn, too"
+        )
+    destination = targets[0] if len(targets) == 1 else None
+    if (
+        len(targets) > 1
+        or source is None
+        or (form in (None, "dry-run")) != (destination is not None)
+    ):
+        raise click.UsageError(
+            "SOURCE DESTINATION [--dry-run], SOURCE --storage-only DISK=FILE..., SOURCE "
+            "--command-line, SOURCE --spawn or --list FILE"
         )
     if storage_daemon and (form is not None or memory_only):
         raise click.UsageError("--storage-daemon is of a migration that is made, with its disks")
@@ -126,7 +185,7 @@ async def command(
         if form == "spawn":
             from qmpblock.migration.spawn import spawn
 
-            started = await spawn(here, place, qemu=qemu)
+            started = await spawn(here, place, qemu=qemu, format=fmt)
             warn(started.notes)
             emit(
                 json.dumps(asdict(started), indent=2) + "\n"
@@ -138,7 +197,8 @@ async def command(
             from qmpblock.migration.launch import launch
             from qmpblock.migration.origin import read_origin
 
-            plan = launch(await read_origin(here), directory=place, sockets=place, qemu=qemu)
+            origin = await read_origin(here)
+            plan = launch(origin, directory=place, sockets=place, qemu=qemu, format=fmt)
             emit(json.dumps(asdict(plan), indent=2) + "\n" if options.json else _written(plan))
             warn((*(f"to be added: {one}" for one in plan.missing), *plan.notes))
             return WARNED if plan.missing or plan.notes else 0

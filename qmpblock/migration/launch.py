@@ -110,11 +110,20 @@ _OTHER_DRIVES = ("floppy", "sd-card")
 _STEM = re.compile(r"[^\w.-]")
 
 
-def launch(origin: Origin, *, directory: str, sockets: str, qemu: str | None = None) -> Launch:
+def launch(
+    origin: Origin,
+    *,
+    directory: str,
+    sockets: str,
+    qemu: str | None = None,
+    format: str | None = None,  # noqa: A002 - the word of `copy`, and of the command
+) -> Launch:
     """Return a destination's command line.
 
     :param directory: of its images; `sockets`: of its sockets.
     :param qemu: its program; None: the source's.
+    :param format: of its images: qcow2 or raw; None: each disk's own, where that can be made. What
+        is encrypted keeps its own.
     :raise UnsupportedError: a disk is of a kind that cannot be written anew.
     """
     started, words = program(origin.words)
@@ -135,7 +144,7 @@ def launch(origin: Origin, *, directory: str, sockets: str, qemu: str | None = N
     images = []
     nodes: dict[str, str] = {}
     for disk, device in _disks(origin):
-        node, image = _blockdev(disk, device, directory, origin, notes)
+        node, image = _blockdev(disk, device, directory, origin, notes, format)
         nodes[disk.place] = node["node-name"]
         images += [image] if image is not None else []
         line += ["-blockdev", json.dumps(node)]
@@ -211,7 +220,12 @@ def _disks(origin: Origin) -> Iterator[tuple[GuestDisk, DiskDevice]]:
 
 
 def _blockdev(
-    disk: GuestDisk, device: DiskDevice, directory: str, origin: Origin, notes: list[str]
+    disk: GuestDisk,
+    device: DiskDevice,
+    directory: str,
+    origin: Origin,
+    notes: list[str],
+    wanted: str | None,
 ) -> tuple[dict[str, Any], Image | None]:
     """Return the node of a disk, and the image to be made: none of a disk that is for reading."""
     active = device.chain.active
@@ -222,6 +236,10 @@ def _blockdev(
         fmt, file, image = active.format, active.file, None
     else:
         fmt = active.format if active.format in ("raw", "luks") else "qcow2"
+        if wanted is not None and not active.node.encrypted:
+            fmt = wanted
+        elif wanted not in (None, fmt):
+            notes.append(f"{printable(disk.name)} is encrypted: its image stays {fmt}")
         file = posixpath.join(directory, f"{stem}.{fmt}")
         secret = key_secret(active) if active.node.encrypted else None
         image = Image(file, fmt, disk.size or 0, secret)

@@ -45,7 +45,13 @@ class Spawned:
     notes: tuple[str, ...]
 
 
-async def spawn(source: Connection, directory: str, *, qemu: str | None = None) -> Spawned:
+async def spawn(
+    source: Connection,
+    directory: str,
+    *,
+    qemu: str | None = None,
+    format: str | None = None,  # noqa: A002 - the word of `copy`, and of the command
+) -> Spawned:
     """Start a destination for a source on this host.
 
     It waits for a migration with `-S -incoming defer`, and goes on when this process ends.
@@ -53,6 +59,7 @@ async def spawn(source: Connection, directory: str, *, qemu: str | None = None) 
 
     :param directory: in which its images are made.
     :param qemu: its program; None: the source's.
+    :param format: of its images: qcow2 or raw; None: each disk's own, where that can be made.
     :raise UnsupportedError: something is missing that only a person can add; nothing was touched.
     :raise ToolError: an image could not be made, or QEMU ended: its words; nothing is left.
     """
@@ -67,7 +74,7 @@ async def spawn(source: Connection, directory: str, *, qemu: str | None = None) 
     made: list[str] = []
     started = None
     try:
-        plan = launch(origin, directory=directory, sockets=folder, qemu=qemu)
+        plan = launch(origin, directory=directory, sockets=folder, qemu=qemu, format=format)
         _check(plan)
         for image in plan.images:
             await _make(image, source.stall)

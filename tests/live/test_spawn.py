@@ -206,6 +206,23 @@ async def test_the_command(start_qemu, invariant, build_images, vm_dir, folder, 
             await spawn(source, str(folder))
 
 
+async def test_in_the_format_that_is_asked_for(start_qemu, invariant, build_images, folder, ending):
+    vm = await start_qemu(await build_images())
+    invariant.forget(vm)
+    words = ("migrate", vm.monitor_path, "--directory", str(folder), "--format", "raw")
+    code, out, err = await cli(*words, "--spawn", "--json")
+    assert code == 0, err
+    started = document("migration-spawn", out)
+    ending(started["pid"], started["log"])
+    code, _, err = await cli("migrate", vm.monitor_path, started["monitor"])
+    assert code == 0, err
+    async with qmpblock.connect(started["monitor"]) as destination:
+        layers = [disk.device.chain.active for disk in await destination.disks()]
+        assert {layer.format for layer in layers} == {"raw"}
+        assert {layer.file for layer in layers} == set(started["images"])
+        await destination.monitor.execute("quit")
+
+
 @pytest.mark.scenarios("drive-ide.yaml", "no-id-virtio-scsi.yaml", "chain-3.yaml")
 async def test_its_disks_come_along(
     scenario, start_qemu, invariant, vm_dir, folder, ending, qemu_binary

@@ -107,6 +107,22 @@ def test_an_encrypted_image_stays_encrypted():
         made(replaced(disks=(device("vd0", encrypted=True), *disks)))
 
 
+def test_a_format_that_is_asked_for_is_that_of_all_but_what_is_encrypted():
+    file = 'json:{"driver": "luks", "key-secret": "k"}'
+    node = Node("n", "luks", file, 8 << 20, read_only=False, encrypted=True)
+    chain = Chain((), (Layer(0, node, None),), (0,), (node.size,))
+    secret = DiskDevice("sd0", None, "/machine/peripheral/sd0", False, False, chain)
+    disks = (device("vd0"), secret, device("vd1", "raw"))
+    plan = launch(replaced(disks=disks), directory="/new", sockets="/run/new", format="raw")
+    assert sorted((image.file, image.format) for image in plan.images) == [
+        ("/new/sd0.luks", "luks"), ("/new/vd0.raw", "raw"), ("/new/vd1.raw", "raw")
+    ]  # fmt: skip
+    assert any("sd0 is encrypted: its image stays luks" in note for note in plan.notes)
+    plan = launch(ORIGIN, directory="/new", sockets="/run/new", format="qcow2")
+    nodes = [json.loads(value) for value in values(plan.words, "-blockdev")]
+    assert [node["driver"] for node in nodes] == ["qcow2"] * 3
+
+
 def test_what_the_monitor_alone_tells():
     plan = made(replaced(words=(), kvm=True, name="a,b", firmware="/bios"))
     assert values(plan.words, "-accel") == ["kvm"]
