@@ -27,9 +27,9 @@ HOSTS_OWN = names(
     " iothread-vq-mapping lcyls lheads lsecs memdev netdev pcap rerror rng rombar romfile secs"
     " share-rw tpmdev werror"
 )
-#: Those that the guest has set itself, as a register; they go along. Where its firmware has put the
-#: PCI Express configuration space: of a q35 that has booted something else than of one that waits.
-GUESTS_OWN = names("MCFG")
+#: Those that the guest has set itself, as registers, which go along: where its firmware has put the
+#: PCI Express configuration space, and the numbers that it gave to buses.
+GUESTS_OWN = names("MCFG busnr")
 #: How many queues it has: without them the stream of a device's state does not fit.
 QUEUES = names("max_ports num-queues num-request-queues num_queues ports queues vectors")
 #: Features of virtio that a guest may have accepted, which a destination then has to have.

@@ -242,6 +242,18 @@ class LinuxImage:
             await vm.execute("cont")
             yield LinuxGuest(vm, shell)
 
+    @asynccontextmanager
+    async def waiting(self, extra: Sequence[str] = ()) -> AsyncIterator[LinuxGuest]:
+        """Start a QEMU to which a guest that was restored can be migrated: -S -incoming defer.
+
+        What is yielded answers once that guest has come, and runs.
+
+        :param extra: more QEMU options: each disk, at the port where the guest has it.
+        :raise QemuFailure: QEMU did not start, or did not end cleanly.
+        """
+        async with self._start(["-S", "-incoming", "defer", *extra]) as (vm, shell):
+            yield LinuxGuest(vm, shell)
+
     async def _restored(self, vm: QemuProcess) -> None:
         deadline = time.monotonic() + _SAVE_LIMIT
         while True:
