@@ -95,7 +95,8 @@ class Passing(Round):
             await self._some_writes(source, spec.disk)
         async with asyncio.timeout(300):
             result = await _migrated(source, destination)
-        assert result.warnings == ()
+        # Of QEMU 7.2 an encrypted image beside a disk in an iothread, for which there is no daemon.
+        assert all("it is encrypted" in one for one in result.warnings), result.warnings
         await destination.attach_guest()
         self.ends = []
         for spec in self.specs:
