@@ -189,32 +189,29 @@ class ImageServer:
             return ""
         return os.pread(self._log, 1 << 16, 0).decode(errors="replace").strip()
 
-    def fate(self) -> str:
-        """Say how it has ended by itself, for people; empty where it has not."""
-        if self._process is None or (code := self._process.poll()) is None:
-            return ""
-        words = f": {printable(self.said(), 400)}" if self.said() else ""
-        return f"the storage daemon has ended (exit code {code}){words}"
-
-    async def end(self) -> None:
+    async def end(self) -> str:
         """Have it write all that it holds, and end: its images are nobody's then. Idempotent.
 
         One that does not is killed: what a mirror that has ended wrote was on stable storage
         by then.
 
+        :return: how it had ended by itself, for people; empty where it had not.
         :raise StalledError: it is not even ended by that.
         """
-        process = self._process
+        process, fate = self._process, ""
         if process is not None:
-            if process.poll() is None:
-                await _end(process.pid)
-            process.poll()  # it is a child, which somebody has to hear of
+            killed = await _end(process.pid)
+            code = process.wait()  # it is a child, which somebody has to hear of
+            if code and not killed:
+                fate = f"the storage daemon has ended (exit code {code})"
+                fate += f": {printable(self.said(), 400)}" if self.said() else ""
             _left.remove(process)
             self._process = None
         self._folder.remove()
         log, self._log = self._log, -1
         if log >= 0:
             os.close(log)
+        return fate
 
 
 async def image_server(
@@ -345,21 +342,22 @@ def _is_of_run(pid: int, run: str) -> bool:
     return any(word == "--export" and name in after for word, after in pairwise(words))
 
 
-async def _end(pid: int, run: str | None = None) -> None:
+async def _end(pid: int, run: str | None = None) -> bool:
     """End a process: by SIGTERM, else by SIGKILL.
 
     :param run: whose storage daemon it has to be; None: it is a child of ours.
+    :return: whether SIGKILL was needed.
     :raise StalledError: it does not end.
     """
     with contextlib.suppress(ProcessLookupError):
         held = os.pidfd_open(pid)  # from here on the number is no other's for it
         try:
             if run is not None and not _is_of_run(pid, run):
-                return
+                return False
             for number in (signal.SIGTERM, signal.SIGKILL):
                 signal.pidfd_send_signal(held, number)
                 if await _has_ended(held):
-                    return
+                    return number == signal.SIGKILL
         finally:
             os.close(held)
         raise StalledError(
@@ -367,6 +365,7 @@ async def _end(pid: int, run: str | None = None) -> None:
             "does not end: an image's storage hangs",
             remedy="mend the storage; the daemon ends with it",
         )
+    return False
 
 
 async def _has_ended(process: int) -> bool:

@@ -273,11 +273,7 @@ class Landing:
 
         :raise StalledError: it does not end.
         """
-        if self._images is None:
-            return ""
-        fate = self._images.fate()
-        await self._images.end()
-        return fate
+        return "" if self._images is None else await self._images.end()
 
     async def leave(self) -> None:
         """Take away all that is ours there. Idempotent.
