@@ -53,7 +53,9 @@ HOLD = 2.0
 ATTEMPTS = 3
 """At either."""
 
-_SHARE = 0.125  # of HOLD, in which what is left is to be copied at the rate of the last passes
+#: Of HOLD, in which what is left is to be copied at the rate of the last passes. Of many disks that
+#: is low, for each pass of each takes some exports: no less is left than is written meanwhile.
+_SHARE = 0.5
 _LITTLE = 1 << 20  # bytes, with which it is not waited for less
 _LONG = 8 << 20  # bytes of a range, in which it is asked first what reads as zeros
 _MOST = 1 << 20  # ranges that are kept apart
