@@ -17,6 +17,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                                                      died, left of that lock
                           qmpblock-RUN-tls           credentials of an NBD server of ours
                           qmpblock-RUN-N-wire-tls    credentials for the wire to target N
+                          qmpblock-RUN-memory-wire-tls
+                                                     for disks and memory of a VM that migrates
     jobs                  qmpblock-RUN-stream        a stream
                           qmpblock-RUN-commit        a commit of frozen layers
                           qmpblock-RUN-pivot         a commit of the active layer
@@ -164,6 +166,7 @@ __all__ = [
     "storage_node",
     "stream_job",
     "stream_socket",
+    "stream_wire",
     "target_node",
     "turn_name",
     "wire_credentials",
@@ -520,6 +523,14 @@ def wire_node(run: str, number: int) -> str:
     :param number: of the targets that the run reaches by NBD.
     """
     return _named(run, f"{number}-wire")
+
+
+def stream_wire(run: str) -> str:
+    """Return what goes for a wire where a VM's memory goes with TLS: its credentials' name has it.
+
+    There is never a node of that name.
+    """
+    return _named(run, "memory-wire")
 
 
 def wire_credentials(wire: str) -> str:

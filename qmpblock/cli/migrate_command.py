@@ -66,6 +66,12 @@ _REFUSED = 2
 )
 @means_options
 @click.option(
+    "--over",
+    metavar="nbds://HOST[:PORT]",
+    help="Disks and memory go by TCP with TLS to HOST, where the destination's QEMU is to listen, "
+    "with --tls-creds; PORT is the disks', the next one the memory's. nbd:// with --insecure.",
+)
+@click.option(
     "--list",
     "list_file",
     type=click.Path(dir_okay=False),
@@ -112,6 +118,7 @@ async def command(
     storage_only: bool,
     memory_only: bool,
     speed: int,
+    over: str | None,
     list_file: str | None,
     svg: str | None,
     storage_daemon: bool,
@@ -134,7 +141,7 @@ async def command(
     """
     if list_file is not None:
         given = (source, form, svg, memory_only, speed, storage_daemon, quit_source, means.any)
-        if any((*given, storage_only, fmt, layers, allocation)):
+        if any((*given, storage_only, fmt, layers, allocation, over)):
             raise click.UsageError("--list goes alone: FILE says the rest")
         from qmpblock.cli.migratelist import migrated_list
 
@@ -142,7 +149,7 @@ async def command(
     if storage_only:
         if source is None or not targets or form not in (None, "dry-run"):
             raise click.UsageError("SOURCE --storage-only DISK=FILE... [--dry-run]")
-        if memory_only or storage_daemon or svg or quit_source or means.any:
+        if memory_only or storage_daemon or svg or quit_source or over or means.any:
             raise click.UsageError("--storage-only: no guest goes, and no memory")
         from qmpblock.cli.copy_command import copied
 
@@ -176,6 +183,8 @@ async def command(
         )
     if storage_daemon and (form is not None or memory_only):
         raise click.UsageError("--storage-daemon is of a migration that is made, with its disks")
+    if over is not None and (form is not None or storage_daemon):
+        raise click.UsageError("--over is of a migration that is made, without --storage-daemon")
     if svg is not None:
         if form is not None:
             raise click.UsageError("--svg is of a migration that is made")
@@ -213,7 +222,7 @@ async def command(
                     "quit_source": quit_source,
                 }
                 return await migrated(
-                    options, here, there, speed=speed, means=means, svg=svg, **how
+                    options, here, there, speed=speed, means=means, over=over, svg=svg, **how
                 )
             planned = await plan_migration(
                 here, there, copies=not memory_only, speed=speed, means=means

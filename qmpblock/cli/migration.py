@@ -34,6 +34,7 @@ async def migrated(
     quit_source: bool,
     storage_daemon: bool,
     means: MigrationMeans,
+    over: str | None,
     svg: str | None = None,
 ) -> int:
     """Migrate, and say how; return the exit code.
@@ -50,6 +51,7 @@ async def migrated(
         quit_source=quit_source,
         storage_daemon=storage_daemon,
         means=means,
+        over=over,
     )
     job = None
     try:

@@ -9,6 +9,7 @@ On another host it listens beside its VM's monitor, where the ssh to that leads 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
@@ -38,8 +39,13 @@ __all__ = ["NOTHING_LEFT", "OwnServer"]
 #: What stands where all that was added to QEMU is removed again.
 NOTHING_LEFT = "nothing of ours is left in the VM"
 
+_LISTENS = (
+    "the NBD server at %s is left in its QEMU, which might hang if it were stopped: it has no "
+    "exports any more (nbd-server-stop, once nobody is connected)"
+)
 _PORTS = range(49152, 65536)  # RFC 6335, dynamic ports
 _TRIES = 16  # ports
+_log = logging.getLogger(__name__)
 _TRAVEL = 0.5  # seconds for the end of a connection to come to another host
 
 
@@ -49,12 +55,23 @@ class OwnServer:
     :ivar path: of its socket, once it is chosen; also the `ports` on which it may listen.
     :ivar where: to connect to, where that is not handed over.
 
+    :param at: where it listens; None: at a place of its own choice.
+    :param credentials: the object with those for TLS, where it listens there.
     :param lasting: whether its socket stays where it is, for clients of others, until it stops.
     """
 
     def __init__(
-        self, monitor: Monitor, access: NBDAccess, run: str, *, lasting: bool = False
+        self,
+        monitor: Monitor,
+        access: NBDAccess,
+        run: str,
+        *,
+        lasting: bool = False,
+        at: TCPAddress | None = None,
+        credentials: str | None = None,
     ) -> None:
+        self._at = at
+        self._credentials = credentials
         self._lasting = lasting
         self.path = ""
         self.ports: list[int] = []
@@ -81,7 +98,7 @@ class OwnServer:
         leaves nothing that the record does not name.
         """
         forward = self._monitor.forward
-        if forward is not None:
+        if forward is not None and self._at is None:
             self.path = forward.nbd.there
             return
         self._folder = SocketFolder(socket_folder(self._run))
@@ -101,6 +118,9 @@ class OwnServer:
         :raise Error: there is no directory for a socket.
         """
         forward = self._monitor.forward
+        if self._at is not None:
+            await self._listen_at(self._at)
+            return
         if forward is not None:
             await self._listen_there(forward)
             return
@@ -149,6 +169,19 @@ class OwnServer:
                 raise
         if not self._lasting:
             folder.remove()
+
+    async def _listen_at(self, at: TCPAddress) -> None:
+        tls = {} if self._credentials is None else {"tls-creds": self._credentials}
+        address: dict[str, object] = {
+            "type": "inet",
+            "data": {"host": at.host, "port": str(at.port)},
+        }
+        try:
+            await self._start_server(address, **tls)
+        except CommandError as error:
+            error.remedy = f"QEMU has to listen at {at}: name another port, or its own address"
+            raise
+        self.where = at
 
     async def _listen_there(self, forward: Forward) -> None:
         try:
@@ -222,16 +255,20 @@ class OwnServer:
             await tolerate(not_found, self._monitor.execute("closefd", listener))
             self._runs = await self._is_ours()
 
-    async def stop(self) -> None:
+    async def stop(self, *, spare: bool = False) -> None:
         """Stop it, if it runs, and remove what it was started with. Idempotent.
+
+        :param spare: whether its QEMU must not hang: one that anybody may connect to, and so be in
+            a handshake with, is left, where to stop it then would hang that (K14).
 
         :raise BusyError: a client does not end its handshake (K14).
         """
         if self._runs:
-            if (
-                self._monitor.forward is not None
-                and Capabilities(self._monitor.version).nbd_server_stop_hangs_in_handshake
-            ):
+            hangs = Capabilities(self._monitor.version).nbd_server_stop_hangs_in_handshake
+            if hangs and self._at is not None and spare:
+                _log.warning(_LISTENS, self._at)
+                return
+            if hangs and (self._at is not None or self._monitor.forward is not None):
                 await asyncio.sleep(_TRAVEL)  # who is connected there cannot be seen from here
             await handshakes_end(self._monitor, self.path)
             await tolerate(not_running, self._monitor.execute("nbd-server-stop"))

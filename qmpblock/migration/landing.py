@@ -26,13 +26,20 @@ from qmpblock.address import Address, UnixAddress
 from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import OWN_REMEDY, undo_dead_change
-from qmpblock.copying.target import NBDTarget
-from qmpblock.errors import CommandError, Error, MonitorError, StalledError
+from qmpblock.copying.target import NBDTarget, credentials_object
+from qmpblock.errors import CommandError, Error, MonitorError, StalledError, printable
 from qmpblock.export.ownserver import OwnServer
-from qmpblock.export.server import delete_export, monitor_name, undo_dead_run
+from qmpblock.export.server import delete_export, delete_object, monitor_name, undo_dead_run
 from qmpblock.migration import wayback
 from qmpblock.migration.imageserver import ImageServer
-from qmpblock.names import NBD_LOCK, export_name, lock_names, stream_socket
+from qmpblock.names import (
+    NBD_LOCK,
+    export_name,
+    lock_names,
+    stream_socket,
+    stream_wire,
+    wire_credentials,
+)
 from qmpblock.nbd import Client
 from qmpblock.qemu import lock
 from qmpblock.qemu.connection import NBDAccess
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
     from qmpblock.host.forward import Forward
     from qmpblock.migration.look import Pair
+    from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Event
 
@@ -71,6 +79,7 @@ class Landing:
         disks: Sequence[DiskDevice],
         has_ended: Callable[[], bool],
         images: ImageServer | None = None,
+        over: Over | None = None,
     ) -> None:
         self.vm = vm
         self.spoilt = False
@@ -80,7 +89,18 @@ class Landing:
         self._has_ended = has_ended
         self._images = images
         self._locks: list[str] = []
-        self._server = OwnServer(vm.monitor, NBDAccess(), run, lasting=True)
+        self._over = over
+        self._credentials = wire_credentials(stream_wire(run))
+        self._had: str | None = None  # its parameter tls-creds, once it has ours
+        self._armed = False
+        self._server = OwnServer(
+            vm.monitor,
+            NBDAccess(),
+            run,
+            lasting=True,
+            at=None if over is None else over.disks,
+            credentials=None if over is None or over.there is None else self._credentials,
+        )
         self._serves = False
         self._exports: list[str] = []
         self._readers: list[Client] = []
@@ -102,6 +122,7 @@ class Landing:
             names=tuple(disk.name for disk in self._disks),
             locks=lock_names(self._disks),
             nodes=tuple(nodes),
+            wires=((stream_wire(self._run), ""),) if self._secured else (),
         )
         me = Holder.me(self._run, record=record.as_json())
 
@@ -141,6 +162,7 @@ class Landing:
 
     async def serve_nodes(self, nodes: Sequence[str]) -> list[NBDTarget]:
         """Export nodes for writing, likewise; by its own server."""
+        await self._arm()
         self._serves = True
         await self._server.start(_nobody, len(nodes))
         targets = []
@@ -158,7 +180,8 @@ class Landing:
             )
             self._exports.append(name)
             where = self._server.where or UnixAddress(self._server.path)
-            targets.append(NBDTarget(where, name))
+            over = self._over
+            targets.append(NBDTarget(where, name) if over is None else over.target(name))
         return targets
 
     async def blank(self, targets: Sequence[NBDTarget]) -> list[bool]:
@@ -168,6 +191,8 @@ class Landing:
 
         :raise NBDError: the server does not answer as it should.
         """
+        if self._secured:  # what they are told by is QEMU's own TLS
+            return [False for _ in targets]
         found = []
         for target in targets:
             client = await Client.connect(
@@ -194,6 +219,9 @@ class Landing:
         :raise CommandError: QEMU refused.
         """
         monitor, name = self.vm.monitor, stream_socket(self._run)
+        if self._over is not None:
+            yield await self._listening_over(self._over)
+            return
         if monitor.forward is not None:
             yield await self._listening_there(monitor.forward)
             return
@@ -209,6 +237,49 @@ class Landing:
         finally:
             with contextlib.suppress(MonitorError, StalledError):
                 await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
+
+    @property
+    def _secured(self) -> bool:
+        return self._over is not None and self._over.there is not None
+
+    async def _arm(self) -> None:
+        """Give it its credentials for TLS, if there is to be any. Idempotent."""
+        if self._over is None or self._over.there is None or self._armed:
+            return
+        self._armed = True
+        options = credentials_object(self._over.there, self._credentials) | {"endpoint": "server"}
+        try:
+            await self.vm.monitor.execute("object-add", options)
+        except CommandError as error:
+            error.remedy = (
+                f"on the destination's host QEMU needs {printable(self._over.there.directory)}, "
+                "laid out for a server: ca-cert.pem, server-cert.pem and server-key.pem, or "
+                "keys.psk, and the right to read them"
+            )
+            raise
+
+    async def _disarm(self) -> None:
+        if self._had is not None:
+            await self.vm.monitor.execute("migrate-set-parameters", {"tls-creds": self._had})
+            self._had = None
+        if self._armed:
+            await delete_object(self.vm.monitor, self._credentials)
+            self._armed = False
+
+    async def _listening_over(self, over: Over) -> socket.socket:
+        await self._arm()
+        parameters = await self.vm.monitor.execute("query-migrate-parameters")
+        self._had = str(parameters.get("tls-creds", ""))
+        wanted = self._credentials if over.there is not None else ""
+        await self.vm.monitor.execute("migrate-set-parameters", {"tls-creds": wanted})
+        try:
+            await self._expect(str(over.memory))
+            return await open_socket(over.memory)
+        except CommandError as error:
+            error.remedy = f"QEMU has to listen at {over.memory}: name another port, or host"
+            raise
+        except OSError as error:
+            raise Error(f"cannot connect to {over.memory}: {error.strerror or error}") from None
 
     async def _listening_there(self, forward: Forward) -> socket.socket:
         try:
@@ -256,7 +327,7 @@ class Landing:
     @property
     def gone(self) -> bool:
         """Whether its QEMU has certainly ended: by ssh a monitor may be lost without that."""
-        lost = self.vm.monitor.closed and self.vm.monitor.forward is None
+        lost = self.vm.monitor.closed and self.vm.monitor.can_pass_fds
         return lost or self._ended or self._has_ended()
 
     async def answers(self) -> bool:
@@ -282,8 +353,9 @@ class Landing:
         """
         await self.end_exports()
         if self._serves:
-            await self._server.stop()
+            await self._server.stop(spare=self.spoilt)  # the guest is there, then
             self._serves = False
+        await self._disarm()
         self._server.remove_folder()
         while self._locks:
             await lock.release(self.vm.monitor, self._locks[-1])

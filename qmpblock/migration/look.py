@@ -26,6 +26,7 @@ from qmpblock.qemu import ownership
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, DiskDevice
+    from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Monitor
 
@@ -56,13 +57,15 @@ class Plan:
     warnings: tuple[str, ...]
 
 
-async def look(source: Connection, destination: Connection, *, memory_only: bool) -> Plan:
+async def look(
+    source: Connection, destination: Connection, *, memory_only: bool, over: Over | None = None
+) -> Plan:
     """Say what is to be done, or refuse; only what a dead controller left at the source is undone.
 
     :raise RequestError: it cannot be done; nothing was touched.
     :raise BusyError: a job, or another controller, is at work on a disk.
     """
-    await _check_reach(source, destination)
+    await _check_reach(source, destination, over)
     if _is_same(source, destination):
         raise RequestError("source and destination are the same VM", standing=UNTOUCHED)
     graph = await source.graph()
@@ -92,12 +95,12 @@ def _pairs(
         raise BusyError("a disk was plugged in or out meanwhile", standing=UNTOUCHED) from None
 
 
-async def _check_reach(source: Connection, destination: Connection) -> None:
+async def _check_reach(source: Connection, destination: Connection, over: Over | None) -> None:
     for side, vm in (("source", source), ("destination", destination)):
         monitor = vm.monitor
         if monitor.can_pass_fds:
             await _check_is_its_own(monitor, side)
-        elif side == "source" or monitor.forward is None:
+        elif side == "source" or (monitor.forward is None and over is None):
             raise UnsupportedError(
                 f"the monitor of the {side}, {monitor.address}, is no UNIX socket, and a QEMU gets "
                 "its end of the connection between both by its monitor",

@@ -22,16 +22,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.copying.job import working
-from qmpblock.errors import Error
+from qmpblock.copying.target import Credentials
+from qmpblock.copying.wire import credentials_in
+from qmpblock.errors import UNTOUCHED, Error, RequestError
 from qmpblock.migration.homeward import Homeward
 from qmpblock.migration.job import MigrationJob
 from qmpblock.migration.look import look
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.outward import Outward
+from qmpblock.migration.over import Over, read_over
 from qmpblock.migration.passage import HANDED, Passage
 
 if TYPE_CHECKING:
@@ -50,6 +54,7 @@ async def migrate(
     quit_source: bool = False,
     means: MigrationMeans | None = None,
     storage_daemon: bool = False,
+    over: str | None = None,
 ) -> AsyncIterator[MigrationJob]:
     """Have the guest of `source` go on in `destination`, with its disks, while it runs.
 
@@ -75,6 +80,9 @@ async def migrate(
         `job.notices` before it takes effect.
     :param storage_daemon: have a `qemu-storage-daemon` on this host hold the destination's images
         while they are mirrored, not the destination itself.
+    :param over: how disks and memory go: `nbds://HOST[:PORT]` by TCP with TLS, to where the
+        destination's QEMU is to listen, each VM with the `tls_creds` that it was connected with;
+        `nbd://` without TLS, where both are `insecure`. None: as the monitors do.
     :raise RequestError: the VMs are no such pair; nothing was touched.
     :raise UnsupportedError: likewise; or a storage daemon is not here, or cannot have an image.
     :raise BusyError: a job, or another controller, is at work on a disk.
@@ -85,10 +93,13 @@ async def migrate(
     """
     means = MigrationMeans() if means is None else means
     means.check()
-    plan = await look(source, destination, memory_only=memory_only)
+    if over is not None and storage_daemon:
+        raise RequestError("a storage daemon serves by no TCP", standing=UNTOUCHED)
+    way = None if over is None else _way(over, source, destination)
+    plan = await look(source, destination, memory_only=memory_only, over=way)
     job = MigrationJob(plan.warnings)
     passage = await Passage.of(
-        source, destination, plan, job, means, speed=speed, storage_daemon=storage_daemon
+        source, destination, plan, job, means, speed=speed, storage_daemon=storage_daemon, over=way
     )
     outward = Outward(passage)
     try:
@@ -100,6 +111,16 @@ async def migrate(
             yield job
     finally:
         job.end()
+
+
+def _way(over: str, source: Connection, destination: Connection) -> Over:
+    """Return it, with what each VM was connected with."""
+    here, there = source.nbd, destination.nbd
+    mine = None if here.tls_creds is None else credentials_in(here.tls_creds)
+    theirs = None if there.tls_creds is None else Credentials(there.tls_creds)
+    if mine is not None and theirs is not None:
+        theirs = replace(theirs, kind=mine.kind)  # of what lies there nothing can be seen
+    return read_over(over, mine, theirs, insecure=here.insecure and there.insecure)
 
 
 @asynccontextmanager

@@ -23,11 +23,12 @@ from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
 from qmpblock.migration.storage import Storage
 from qmpblock.migration.stream import Stream
-from qmpblock.names import lock_names, new_run
+from qmpblock.names import lock_names, new_run, stream_wire, wire_credentials
 
 if TYPE_CHECKING:
     from qmpblock.migration.look import Plan
     from qmpblock.migration.means import MigrationMeans
+    from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
 
@@ -64,6 +65,7 @@ class Passage:
         means: MigrationMeans,
         preset: Preset,
         images: ImageServer | None,
+        over: Over | None,
     ) -> None:
         self.source = source
         self.plan = plan
@@ -74,13 +76,14 @@ class Passage:
         self.settled = False
         self.storage = storage
         self.means = means
-        self.stream = Stream(source, record.run, preset, self._show, job.course)
+        self.stream = Stream(source, record.run, preset, self._show, job.course, over)
         self.landing = Landing(
             destination,
             record.run,
             plan.arriving,
             lambda: has_ended(hold.record, hold.record.destination),
             images,
+            over,
         )
         self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
         self.downtime = 0.0
@@ -98,6 +101,7 @@ class Passage:
         *,
         speed: int,
         storage_daemon: bool,
+        over: Over | None,
     ) -> Passage:
         """Say what it will make; make nothing.
 
@@ -105,13 +109,19 @@ class Passage:
         :raise UnsupportedError: it cannot have the destination's images.
         """
         run = new_run()
-        preset = await Preset.of(source.monitor, wanted_at_source(means, speed))
+        secured = over is not None and over.here is not None
+        tls = None
+        if over is not None:
+            credentials = wire_credentials(stream_wire(run)) if secured else ""
+            tls = {"tls-creds": credentials, "tls-hostname": over.hostname or ""}
+        wanted = wanted_at_source(means, speed, tls)
+        preset = await Preset.of(source.monitor, wanted)
 
         def show(seen: Progress) -> None:
             if job.phase is Phase.MIRRORING:
                 job.show(replace(seen, status=job.phase.value))
 
-        storage = Storage(source, run, plan.copied, speed, show, job.course)
+        storage = Storage(source, run, plan.copied, speed, show, job.course, over)
         if means.write_blocking_after and plan.copied:
             await storage.check_can_block()
             storage.patience = means.write_blocking_after
@@ -124,15 +134,19 @@ class Passage:
             locks=lock_names(plan.disks),
             helpers=storage.jobs,
             nodes=tuple(node for node, _ in storage.wires),
-            wires=storage.wires,
+            wires=(*storage.wires, *(((stream_wire(run), ""),) if secured else ())),
             images=images_of(source.monitor.peer_pid, chains),
         )
         hold = await Hold.of(source, destination, run, preset.had)
         arriving = [pair.destination for pair in plan.copied]
-        images, why = await image_server(destination, run, arriving, wanted=storage_daemon)
+        images, why = None, ""
+        if over is None:  # which is to the destination itself
+            images, why = await image_server(destination, run, arriving, wanted=storage_daemon)
         if why:
             job.warnings = (*job.warnings, why)
-        return cls(source, destination, plan, job, record, storage, hold, means, preset, images)
+        return cls(
+            source, destination, plan, job, record, storage, hold, means, preset, images, over
+        )
 
     async def enter(self, phase: Phase) -> None:
         """Say that a phase begins, before what it stands for is done."""

@@ -23,7 +23,7 @@ class Settings:
     """Capabilities and parameters that a VM's migrations have, each with its value."""
 
     capabilities: tuple[tuple[str, bool], ...] = ()
-    parameters: tuple[tuple[str, int], ...] = ()
+    parameters: tuple[tuple[str, int | str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from qmpblock.migration.record import MigrationRecord
 from qmpblock.migration.settings import put_back
 from qmpblock.migration.sights import has_ended, look_at_both, process_of
 from qmpblock.migration.states import Move, Phase, Reach, Seen, Side
-from qmpblock.names import MIGRATION_LOCK, new_run
+from qmpblock.names import MIGRATION_LOCK, is_of_run, new_run
 from qmpblock.qemu import lock
 from qmpblock.qemu.connection import Connection, NBDAccess
 from qmpblock.qemu.lock import Holder
@@ -415,6 +415,7 @@ class _Recovering:
             assert there is not None
             await bitmaps.put_back(there, self._record.run)
             await arbiter.withdraw(there.monitor, self._record.run)
+            await _drop_credentials(there, self._record.run)
             await lock.release(there.monitor, MIGRATION_LOCK)
             await _clear(there)
         self._end_journal()
@@ -430,6 +431,13 @@ async def _clear(vm: Connection) -> None:
         left = await clear(vm)
         if all(step.verb == "leave" for one in left for step in one.steps):
             return
+
+
+async def _drop_credentials(destination: Connection, run: str) -> None:
+    """Have its next migration not look for credentials of this one's."""
+    parameters = await destination.monitor.execute("query-migrate-parameters")
+    if is_of_run(str(parameters.get("tls-creds", "")), run):
+        await destination.monitor.execute("migrate-set-parameters", {"tls-creds": ""})
 
 
 async def _nothing(_: Holder) -> None:

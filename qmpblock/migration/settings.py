@@ -35,13 +35,16 @@ _OFF = (
 )
 
 
-def wanted_at_source(means: MigrationMeans, speed: int) -> Settings:
+def wanted_at_source(
+    means: MigrationMeans, speed: int, tls: Mapping[str, str] | None = None
+) -> Settings:
     """Return what a source is told for a migration.
 
     :param speed: bytes a second of the memory; 0: as it is.
+    :param tls: parameters of TLS; None: as they are.
     """
     on = [*_ON, *(["auto-converge"] if means.auto_converge else [])]
-    parameters = {}
+    parameters: dict[str, int | str] = dict(tls or {})
     if speed:
         parameters["max-bandwidth"] = speed
     if means.downtime_limit:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qmpblock.copying.target import NBDTarget
     from qmpblock.migration.course import Course
     from qmpblock.migration.look import Pair
+    from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Storage"]
@@ -57,6 +58,7 @@ class Storage:
         speed: int,
         show: Callable[[Progress], None],
         course: Course,
+        over: Over | None,
     ) -> None:
         self.jobs = tuple(migration_job(run, number) for number, _ in enumerate(pairs))
         self.wires = tuple(
@@ -64,6 +66,7 @@ class Storage:
         )
         self._vm = vm
         self._run = run
+        self._credentials = None if over is None else over.here
         self._pairs = pairs
         self._speed = speed
         self._show = show
@@ -88,7 +91,9 @@ class Storage:
         :raise Error: it cannot be; what was begun is left to whoever undoes it.
         """
         for number, target in enumerate(targets):
-            laying = Wire.open(self._vm, target, run=self._run, number=number)
+            laying = Wire.open(
+                self._vm, target, run=self._run, number=number, credentials=self._credentials
+            )
             self._laid.append(await self._stack.enter_async_context(laying))
         for name, pair, wire, zeros in zip(self.jobs, self._pairs, self._laid, blank, strict=True):
             job = Job(self._vm.monitor, name, "mirror")

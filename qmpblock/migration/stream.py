@@ -21,14 +21,16 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.copying.relay import Relay
+from qmpblock.copying.target import credentials_object
 from qmpblock.errors import Error, StalledError, printable
 from qmpblock.migration.moving import PASSES, Moving, count
-from qmpblock.names import stream_socket
+from qmpblock.names import stream_socket, stream_wire, wire_credentials
 from qmpblock.qemu.refusals import not_found, tolerate
 
 if TYPE_CHECKING:
     from qmpblock.migration.course import Course
     from qmpblock.migration.landing import Landing
+    from qmpblock.migration.over import Over
     from qmpblock.migration.settings import Preset
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
@@ -58,6 +60,7 @@ class Stream:
         preset: Preset,
         show: Callable[[Progress], None],
         course: Course,
+        over: Over | None = None,
     ) -> None:
         self.begun = False
         self.went_on = False
@@ -66,6 +69,7 @@ class Stream:
         self._course = course
         self._vm = vm
         self._run = run
+        self._credentials = None if over is None else over.here
         self._preset = preset
         self._show = show
         self._stack = ExitStack()
@@ -83,6 +87,11 @@ class Stream:
 
         :raise CommandError: QEMU refused.
         """
+        if self._credentials is not None:
+            name = wire_credentials(stream_wire(self._run))
+            await self._vm.monitor.execute(
+                "object-add", credentials_object(self._credentials, name)
+            )
         await self._preset.apply()
 
     async def restore(self) -> None:

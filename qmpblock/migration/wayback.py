@@ -125,7 +125,7 @@ async def quit_vm(vm: Connection, has_ended: Callable[[], bool]) -> bool:
         if loop.time() > deadline:
             raise StalledError(f"the QEMU of {vm.monitor.address} was told to quit, and does not")
         await asyncio.sleep(_POLL)
-    if vm.monitor.forward is not None:  # no process can be seen; but it had the word
+    if not vm.monitor.can_pass_fds:  # no process can be seen; but it had the word
         return heard
     deadline = loop.time() + 2
     while loop.time() < deadline:  # over TCP that is never seen

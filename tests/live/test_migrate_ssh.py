@@ -297,7 +297,8 @@ async def test_the_worked_example(host, begin, land, monkeypatch):
     """The commands of docs/migration.md, as they stand there but for the paths."""
     source = await begin()
     destination = await land(source)
-    [walk] = [block for block in blocks(PAGE) if " ssh://other/" in block.body and block.words]
+    consoles = [block for block in blocks(PAGE) if block.words[:1] == ("console",)]
+    [walk] = [block for block in consoles if " ssh://other/" in block.body]
     config = (host.place / "ssh_config").read_text()
     named = f"Host other\n  HostName {host.there}\n  Port {PORT}\n  User root\nHost *\n"
     (host.place / "ssh_config").write_text(named + config)
