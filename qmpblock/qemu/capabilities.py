@@ -145,6 +145,15 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def views_misstate_zeros(self) -> bool:
+        """Whether the block status of a snapshot-access node is that of the disk as it is now.
+
+        So its NBD clients are told zeros where the guest has zeroed or trimmed what was kept (K37):
+        always on 7.2.22, never on 10.0.13 and 11.1.2. What lies between counts as affected.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def mirrors_give_zeros_back(self) -> bool:
         """Whether a mirror has a qcow2 target free what it writes zeros to (F27).
 

@@ -35,6 +35,7 @@ def test_defects_are_gated(version, affected):
     assert capabilities.pivots_abort_under_queued_writes is affected
     assert capabilities.moves_below_filters_hang_iothreads is affected
     assert capabilities.mirrors_give_zeros_back is affected
+    assert capabilities.views_misstate_zeros is affected
     assert capabilities.nbd_handshake_limit_can_be_lifted is not affected
 
 
@@ -64,6 +65,12 @@ def test_mirrors_leave_out_zeros_on_newer_ones():
     assert Capabilities((11, 1, 2)).mirrors_leave_out_zeros
 
 
+def test_mirrors_are_told_of_zeros_on_newer_ones():
+    assert not Capabilities((10, 0, 13)).mirrors_take_word_of_zeros
+    assert Capabilities((10, 1, 0)).mirrors_take_word_of_zeros
+    assert Capabilities((11, 1, 2)).mirrors_take_word_of_zeros
+
+
 def test_every_gate_is_tested_above():
     """A new one must not be forgotten there."""
     gates = {name for name, what in vars(Capabilities).items() if isinstance(what, property)}
@@ -71,6 +78,7 @@ def test_every_gate_is_tested_above():
         test_defects_are_gated,
         test_a_defect_that_was_cured_in_old_branches_too,
         test_mirrors_leave_out_zeros_on_newer_ones,
+        test_mirrors_are_told_of_zeros_on_newer_ones,
     )
     assert gates == {name for test in tests for name in test.__code__.co_names} & gates
 
