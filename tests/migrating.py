@@ -14,7 +14,7 @@ from qmpblock.host.processes import command_line
 from qmpblock.migration.passage import Passage
 from qmpblock.migration.storage import Storage
 from qmpblock.migration.stream import Stream
-from qmpblock.testing import StressSpec, Tools, check_acknowledged
+from qmpblock.testing import StressSpec, Tools, build, check_acknowledged, parse_scenario
 
 MIB = 1 << 20
 NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
@@ -52,6 +52,19 @@ def to_newer():
         pytest.skip("tools/fetch_qemu.py has not fetched QEMU 11.1.2")
     here = {"machine": OLD_MACHINE, "extra": ALIKE}
     return {"here": here, "there": {"qemu": str(NEWER), "extra": ALIKE}}
+
+
+@pytest.fixture
+def begin(start_qemu, vm_dir, qemu_binary):
+    """Give what starts a source whose guest writes to all of its disks."""
+
+    async def start(text=None, *, rate=300, **options):
+        built = await build(
+            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
+        )
+        return await stressed(await start_qemu(built, guest=True, **options), rate)
+
+    return start
 
 
 @contextlib.asynccontextmanager

@@ -106,9 +106,9 @@ _REFUSED = 2
 )
 @click.option(
     "--allocation",
-    type=click.Choice(["thin", "full", "like"]),
+    type=click.Choice(["thin", "full", "same"]),
     help="What of the new files has host space (--storage-only): what they hold, but no zeros; "
-    "every byte; or what the disk has it for. [default: thin]",
+    "every byte; or the same as of the disk (--allocation like of a copy). [default: thin]",
 )
 async def command(
     options: Options,
@@ -127,7 +127,7 @@ async def command(
     qemu: str | None,
     fmt: str | None,
     layers: Literal["all", "top"] | None,
-    allocation: Literal["thin", "full", "like"] | None,
+    allocation: Literal["thin", "full", "same"] | None,
     means: MigrationMeans,
 ) -> int:
     """Have the guest of a running VM go on in another QEMU, with its disks, while it runs.
@@ -163,7 +163,7 @@ async def command(
             pivot=True,
             format=fmt,
             layers=layers or "all",
-            allocation=allocation or "thin",
+            allocation="like" if allocation == "same" else allocation or "thin",
             speed=speed,
         )
     if layers or allocation or (fmt and form not in ("command-line", "spawn")):

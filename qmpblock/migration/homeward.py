@@ -51,6 +51,8 @@ class Homeward:
         :raise Error: it does not, or something is left: the error says what.
         """
         passage = self._passage
+        if not passage.job.phase.before(Phase.HELD):
+            self._cut()  # the guest stands: whether the destination answers is not waited for
         answers = await passage.landing.answers()
         if not answers or passage.source.monitor.closed:
             self._cut()

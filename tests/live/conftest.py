@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from migrating import begin  # noqa: F401  # a fixture
 from otherusers import eve  # noqa: F401  # a fixture
 
 from qmpblock.chains import headers

@@ -10,26 +10,13 @@ from types import SimpleNamespace
 import pytest
 from chains import cli
 from jsonschema import Draft202012Validator
-from migrating import arrived, machine, migrated, stressed, to_newer
+from migrating import arrived, machine, migrated, to_newer
 
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
-
-
-@pytest.fixture
-def begin(start_qemu, vm_dir, qemu_binary):
-    """Give what starts a source whose guest writes to all of its disks."""
-
-    async def start(text=None, *, rate=300, **options):
-        built = await build(
-            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
-        )
-        return await stressed(await start_qemu(built, guest=True, **options), rate)
-
-    return start
 
 
 async def test_the_memory_alone(begin, start_destination):

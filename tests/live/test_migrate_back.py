@@ -6,11 +6,10 @@ import signal
 
 import pytest
 from disturbed import locks, nothing_of_ours
-from migrating import arrived, at, both, machine, migrated, stays, stressed
+from migrating import arrived, at, both, machine, migrated, stays
 
 import qmpblock
 from qmpblock.migration import homeward, outward
-from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
@@ -21,17 +20,6 @@ SPOILT = PHASES[3:]  # from here on a destination that lives is ended
 
 class BrokenOffError(Exception):
     """What a test raises in the middle."""
-
-
-@pytest.fixture
-def begin(start_qemu, vm_dir, qemu_binary):
-    async def start(text=None, **options):
-        built = await build(
-            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
-        )
-        return await stressed(await start_qemu(built, guest=True, **options))
-
-    return start
 
 
 async def ended(vm):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from chains import cli
 from disturbed import nothing_of_ours
-from migrating import arrived, at, both, machine, migrated, stays, storage_daemons, stressed
+from migrating import arrived, at, both, machine, migrated, stays, storage_daemons
 from otherusers import EVE
 
 import qmpblock
@@ -25,17 +25,6 @@ NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser(
 
 class BrokenOffError(Exception):
     """What a test raises in the middle."""
-
-
-@pytest.fixture
-def begin(start_qemu, vm_dir, qemu_binary):
-    async def start(text=None, **options):
-        built = await build(
-            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
-        )
-        return await stressed(await start_qemu(built, guest=True, **options))
-
-    return start
 
 
 async def again(source, start_destination):

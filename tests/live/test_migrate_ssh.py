@@ -15,7 +15,7 @@ import pytest
 from chains import cli
 from disturbed import locks, until
 from hosts import PORT, CutOffError, another_host
-from migrating import arrived, at, machine, stays, stressed
+from migrating import arrived, at, machine, stays
 from test_docs import ROOT, blocks, console, same
 
 import qmpblock
@@ -23,7 +23,6 @@ from qmpblock.errors import ConnectError, DisconnectedError, MonitorError
 from qmpblock.host.processes import command_line
 from qmpblock.migration import homeward, outward
 from qmpblock.migration.stream import told_at
-from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
@@ -42,17 +41,6 @@ async def host(vm_dir, monkeypatch):
             yield host
     except CutOffError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def begin(start_qemu, vm_dir, qemu_binary):
-    async def start(text=None, **options):
-        built = await build(
-            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
-        )
-        return await stressed(await start_qemu(built, guest=True, **options))
-
-    return start
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ import pytest
 from chains import cli
 from disturbed import nothing_of_ours
 from hosts import CutOffError, another_host
-from migrating import arrived, at, machine, stays, stressed
+from migrating import arrived, at, machine, stays
 from nbdservers import HOST, make_credentials
 from test_docs import ROOT, blocks
 
 import qmpblock
 from qmpblock.migration import homeward, outward
-from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
@@ -28,17 +27,6 @@ async def host(vm_dir):
             yield host
     except CutOffError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def begin(start_qemu, vm_dir, qemu_binary):
-    async def start(text=None, **options):
-        built = await build(
-            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
-        )
-        return await stressed(await start_qemu(built, guest=True, **options))
-
-    return start
 
 
 @pytest.fixture

@@ -8,27 +8,15 @@ from types import SimpleNamespace
 import pytest
 from chains import cli
 from jsonschema import Draft202012Validator
-from migrating import arrived, both, machine, stressed
+from migrating import arrived, both, machine
 
 import qmpblock
 from qmpblock.migration.states import Phase
-from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
 MIB = 1 << 20
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
-
-
-@pytest.fixture
-def begin(start_qemu, vm_dir, qemu_binary):
-    async def start(text=None):
-        built = await build(
-            parse_scenario(text or machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
-        )
-        return await stressed(await start_qemu(built, guest=True))
-
-    return start
 
 
 async def test_the_report(begin, start_destination):
