@@ -58,8 +58,13 @@ class Broken:
         return await self.shown(self.source), await self.shown(self.destination)
 
     async def shown(self, vm):
-        migration = await vm.execute("query-migrate")
-        return (await vm.execute("query-status"))["status"], migration.get("status", "none")
+        """Return what a side shows at one moment, which takes it more than one word to say."""
+        while True:
+            before = await vm.execute("query-migrate")
+            status = (await vm.execute("query-status"))["status"]
+            after = await vm.execute("query-migrate")
+            if before.get("status") == after.get("status"):
+                return status, after.get("status", "none")
 
     async def is_(self, vm, *wanted):
         return await self.shown(vm) in wanted
