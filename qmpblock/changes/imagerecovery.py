@@ -42,7 +42,7 @@ from qmpblock.names import journal_beside, partial_file
 if TYPE_CHECKING:
     pass
 
-__all__ = ["ImageRecovery", "is_about", "keep_file", "recover_images", "recover_journal"]
+__all__ = ["ImageRecovery", "is_about", "recover_images", "recover_journal"]
 
 _log = logging.getLogger(__name__)
 _INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
@@ -218,20 +218,9 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
         for file in verdict.unused:
             ourfiles.remove(file, FileId(*made[file]))
         for file in verdict.kept:
-            keep_file(file, FileId(*made[file]))
+            ourfiles.keep(file, FileId(*made[file]), partial_file(file))
         journal.remove()
     return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, verdict.opened)
-
-
-def keep_file(file: str, made: FileId) -> None:
-    """Give a file that we made, and that is not whole, the name that says so.
-
-    Where something bears that already, it is removed: no file bears its own that is not whole.
-    """
-    try:
-        ourfiles.rename(file, made, partial_file(file))
-    except FileExistsError:
-        ourfiles.remove(file, made)
 
 
 def _check_same_files(record: StagedCommit) -> None:

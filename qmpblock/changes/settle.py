@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from qmpblock.changes.bitmaps import delete_bitmap
 from qmpblock.changes.filters import take_out
 from qmpblock.changes.finalize import before_finalize, bring_home, pivot
-from qmpblock.changes.imagerecovery import keep_file
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.nodes import relink, restore_discard, restore_zeroes
 from qmpblock.changes.record import Record
@@ -193,7 +192,7 @@ async def _delete_file(its: _Settling, step: Step) -> None:
     if pid is not None and identity in imagefiles.open_inodes(pid):
         return  # QEMU has it open: it is in use, under whatever name
     if step.verb == "keep-file":
-        keep_file(step.what, FileId(*identity))
+        ourfiles.keep(step.what, FileId(*identity), str(step.to))
     else:
         ourfiles.remove(step.what, FileId(*identity))
 

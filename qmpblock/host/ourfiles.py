@@ -30,7 +30,7 @@ from typing import Self
 from qmpblock.graph.places import FileId
 from qmpblock.links import walk
 
-__all__ = ["Directory", "look", "open_plain", "remove", "rename", "write_file"]
+__all__ = ["Directory", "keep", "look", "open_plain", "remove", "rename", "write_file"]
 
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
@@ -315,6 +315,21 @@ def rename(path: str | os.PathLike[str], file: FileId, to: str) -> None:
     with Directory(folder or ".") as directory:
         directory.rename(name, file, posixpath.basename(to))
         directory.sync()
+
+
+def keep(path: str | os.PathLike[str], file: FileId, to: str) -> None:
+    """Give a file that is not whole the path that says so, in the same directory. Idempotent.
+
+    Where something bears that already, the file is removed: none bears its own that is not whole.
+
+    :raise OSError: it can be neither renamed nor removed.
+    """
+    try:
+        rename(path, file, to)
+    except FileExistsError:
+        remove(path, file)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever did it was killed before he could say so
 
 
 def _entry(name: str) -> str:

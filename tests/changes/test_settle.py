@@ -49,6 +49,25 @@ async def test_an_unused_file_of_ours_is_removed(tmp_path, overlay):
         assert wanted.took_effect(graph) is False  # idempotent
 
 
+async def test_one_that_another_copy_can_go_on_from_gets_its_name(tmp_path, overlay):
+    """Also where whoever recovers was killed when it had it already, or half."""
+    path, wanted, journal = overlay
+    partial = tmp_path / "new.partial"
+    journal.add(file=str(path), worth=True)
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        for _ in range(2):
+            await settle(vm, wanted, journal, Choice.UNDO)
+            assert partial.read_bytes() == b"overlay"
+            assert not path.exists()
+        path.hardlink_to(partial)  # linked, and not unlinked yet
+        await settle(vm, wanted, journal, Choice.UNDO)
+        assert partial.read_bytes() == b"overlay"
+        assert not path.exists()
+        path.write_text("precious")
+        await settle(vm, wanted, journal, Choice.UNDO)
+        assert path.read_text() == "precious"
+
+
 async def test_without_its_journal_no_file_is_removed(tmp_path, overlay):
     """The lock names files, too; but only the journal says that we made them."""
     path, wanted, _ = overlay

@@ -10,7 +10,7 @@ from headers_of_eve import open_to_all
 from otherusers import EVE
 
 from qmpblock.graph.places import FileId
-from qmpblock.host.ourfiles import Directory, look, open_plain, remove, rename, write_file
+from qmpblock.host.ourfiles import Directory, keep, look, open_plain, remove, rename, write_file
 
 
 @pytest.fixture
@@ -306,3 +306,17 @@ def test_a_file_gets_a_name_that_nothing_bears(links, directory, tmp_path, monke
     with pytest.raises(FileNotFoundError):
         directory.rename("b", file, "d")
     assert (tmp_path / "b").exists()
+
+
+def test_what_is_not_whole_gets_the_name_that_says_so_or_goes(directory, tmp_path):
+    file, path, partial = made(directory), tmp_path / "a", tmp_path / "a.partial"
+    for _ in range(2):  # again, where whoever did it could not say so
+        keep(path, file, str(partial))
+        assert list(tmp_path.iterdir()) == [partial]
+    path.write_text("precious")
+    keep(path, file, str(partial))
+    assert path.read_text() == "precious"
+    path.unlink()
+    keep(path, made(directory, content=b"another"), str(partial))
+    assert list(tmp_path.iterdir()) == [partial]
+    assert partial.read_bytes() == b"ours"
