@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nbdservers import CutOffError, set_wire, until
 
-from qmpblock.testing.qemu import die_with_parent
+from qmpblock.host.processes import die_with_parent
 
 SSHD = "/usr/sbin/sshd"
 

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
-import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from qmpblock.address import LONGEST_PATH, SSHAddress, UnixAddress
 from qmpblock.errors import UNTOUCHED, ConnectError, RequestError, printable
+from qmpblock.host.processes import die_with_parent
 from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.names import forward_folder, forwarded_socket, new_run
 
@@ -31,7 +29,6 @@ _UP = 30.0  # seconds until ssh has logged in and listens
 _POLL = 0.02
 _END = 2.0  # seconds for ssh to end when it is told to
 _LONGEST = 4096  # bytes of its last words that are kept
-_SET_PDEATHSIG = 1  # linux/prctl.h
 #: What holds whatever the user's configuration says. Of a peer that is silent for half a minute
 #: the connection ends; a monitor, a mirror or a stream that may not wait so long is cut before.
 _OPTIONS = (
@@ -162,7 +159,7 @@ class Forward:
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.PIPE,
                 start_new_session=True,  # Ctrl-C is ours: its wire is needed for the way back
-                preexec_fn=_die_with_us(),
+                preexec_fn=die_with_parent(),
             )
         except FileNotFoundError as error:
             what = "there is no ssh in PATH" if error.filename == "ssh" else str(error)
@@ -215,16 +212,3 @@ class Forward:
             folder.remove()
         while self._here:
             os.close(self._here.pop())
-
-
-def _die_with_us() -> Callable[[], None]:
-    """Make what ssh's process does first: have the kernel end it when we are no more."""
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: the child may not allocate
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it died before prctl
-            os._exit(1)
-
-    return ask

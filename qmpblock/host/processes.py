@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import re
+import signal
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ __all__ = [
     "boot_id",
     "command_line",
     "describe_process",
+    "die_with_parent",
     "end_child",
     "is_running",
     "pid_namespace",
@@ -27,6 +30,7 @@ __all__ = [
     "users_of",
 ]
 
+_SET_PDEATHSIG = 1  # linux/prctl.h
 _NAMES = "data|password|passwd|passphrase|token"
 _ASKS = re.compile(rf"--?({_NAMES})")
 _IN_OPTION = re.compile(rf"(?<![\w-])({_NAMES})=(?:[^,]|,,)*")  # QEMU doubles commas
@@ -45,6 +49,22 @@ async def end_child(process: asyncio.subprocess.Process) -> None:
             while stream is not None and await stream.read(1 << 20):
                 pass
     await process.wait()
+
+
+def die_with_parent() -> Callable[[], None]:
+    """Make what a child runs first (`preexec_fn`): have the kernel kill it when we are no more.
+
+    That is when the thread ends that started it, prctl(2).
+    """
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: the child may not allocate
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:  # it died before prctl
+            os._exit(1)
+
+    return ask
 
 
 def boot_id() -> str:

@@ -23,11 +23,11 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from qmpblock.errors import ConnectError, GreetingError, RequestError, StalledError, ToolError
+from qmpblock.host.processes import die_with_parent
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing.commandline import served_arguments
 from qmpblock.testing.images import BuiltDisk, find_qemu
 from qmpblock.testing.loops import check_loop, running_loop
-from qmpblock.testing.qemu import die_with_parent
 from qmpblock.testing.scratch import private_directory, remove
 
 __all__ = ["StorageDaemon"]

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from qmpblock.errors import RequestError, StalledError, ToolError, UnsupportedError
+from qmpblock.host.processes import die_with_parent
 from qmpblock.testing.images import BuiltDisk
-from qmpblock.testing.qemu import QemuProcess, die_with_parent
+from qmpblock.testing.qemu import QemuProcess
 
 __all__ = ["Controller", "fill_up", "inject", "slow", "small_file_system", "unplug"]
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import ctypes
 import difflib
 import inspect
 import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
@@ -32,6 +31,7 @@ from qmpblock.errors import (
     ToolError,
     printable,
 )
+from qmpblock.host.processes import die_with_parent
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing.commandline import disk_arguments
 from qmpblock.testing.diskio import DiskIO
@@ -55,7 +55,6 @@ MONITORS = ("control", "qmp", "qmp2", "report")
 """The QMP monitors: the harness's, two that are free, and one for telling of a failure."""
 
 _KNOWN = 20  # QEMUs of which a failure may tell
-_PR_SET_PDEATHSIG = 1
 
 _running: set[subprocess.Popen[bytes]] = set()
 _known: list[QemuProcess] = []
@@ -630,19 +629,6 @@ def _read_end(path: Path) -> str:
             return file.read().decode(errors="replace")
     except FileNotFoundError:  # not started, or its directory is gone
         return ""
-
-
-def die_with_parent() -> Callable[[], None]:
-    """Make what the child runs before QEMU: be killed when the parent dies."""
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork: the child may not allocate
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it died before prctl
-            os._exit(1)
-
-    return ask
 
 
 def write_idle_rom(path: Path) -> None:

@@ -16,6 +16,7 @@ from jsonschema import Draft202012Validator
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
+from qmpblock.host.processes import die_with_parent
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe
 from qmpblock.migration.launch import launch
@@ -23,7 +24,6 @@ from qmpblock.migration.origin import read_origin
 from qmpblock.migration.spawn import spawn
 from qmpblock.qemu.connection import Connection, NBDAccess
 from qmpblock.testing.images import Tools, build
-from qmpblock.testing.qemu import die_with_parent
 
 SCHEMAS = Path(__file__).parents[2] / "docs/schema"
 
