@@ -11,6 +11,8 @@ from qmpblock.errors import InUseError, ToolError, UnsupportedError
 from qmpblock.graph.places import FileId
 from qmpblock.host.qemuimg import Key
 from qmpblock.host.qemuimgcheck import QemuImgCheck
+from qmpblock.luks import retried
+from qmpblock.testing.images import Tools, find_qemu
 
 CLUSTER = 64 << 10
 
@@ -62,7 +64,7 @@ async def test_what_nothing_uses_of_an_encrypted_one_is_given_back(tmp_path):
     luks = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10"
     options = f"{luks},cluster_size={CLUSTER}"
     make = ["qemu-img", "create", *key, "-q", "-f", "qcow2", "-o", options, str(path), "4M"]
-    subprocess.run(make, check=True)
+    await retried(lambda: Tools.of(find_qemu()).run(*make))
     refcounts(path, 3)
     name = f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=k,file.filename={path}"
     look = ["qemu-img", "check", *key, "-q", "--image-opts", name]
