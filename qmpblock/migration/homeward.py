@@ -51,9 +51,9 @@ class Homeward:
         :raise Error: it does not, or something is left: the error says what.
         """
         passage = self._passage
-        if not passage.job.phase.before(Phase.HELD):
-            self._cut()  # the guest stands: whether the destination answers is not waited for
-        answers = await passage.landing.answers()
+        # Where the guest stands, whether the destination answers is not waited for.
+        stood = not passage.job.phase.before(Phase.HELD)
+        answers = not stood and await passage.landing.answers()
         if not answers or passage.source.monitor.closed:
             self._cut()
         fate = await self._end_images()
@@ -63,7 +63,7 @@ class Homeward:
         if passage.stream.begun:
             await self._bring_back()
         await passage.storage.break_off()
-        if answers:
+        if answers or (stood and await passage.landing.answers()):
             with contextlib.suppress(Error):  # it has just ended, say
                 await passage.landing.end_exports()
         await passage.stream.restore()

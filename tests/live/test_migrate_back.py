@@ -10,6 +10,7 @@ from migrating import arrived, at, both, machine, migrated, stays
 
 import qmpblock
 from qmpblock.migration import homeward, outward
+from qmpblock.migration.landing import Landing
 
 pytestmark = pytest.mark.live
 
@@ -97,11 +98,20 @@ async def test_the_destination_falls_silent(
     async def stopping():
         os.kill(destination.pid, signal.SIGSTOP)
 
+    asked, answers = [], Landing.answers
+
+    async def seen(landing):
+        asked.append((await source.execute("query-status"))["status"])
+        return await answers(landing)
+
+    monkeypatch.setattr(Landing, "answers", seen)
     with at(monkeypatch, phase, stopping), pytest.raises(qmpblock.Error) as failed:
         async with both(source, destination, stall=4) as vms, qmpblock.migrate(*vms):
             pass
     print(failed.value)
     assert "the guest runs at the source" in str(failed.value)
+    if phase in ("held", "ended", "sent"):
+        assert set(asked) == {"running"}, "the guest stood while the destination was asked"
     if phase == "landed":
         assert "see that it is ended, and never continue it" in str(failed.value)
         [left] = await locks(source)  # as long as that is not known to have ended

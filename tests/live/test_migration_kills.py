@@ -12,7 +12,7 @@ from migrating import machine, migrated, storage_daemons, stressed
 from migrationoutcomes import ASKED, DESTINATION, HERE, OUTCOMES, SOURCE, THERE
 
 import qmpblock
-from qmpblock.errors import UndecidedError
+from qmpblock.errors import DisconnectedError, UndecidedError
 from qmpblock.migration.journal import journals
 from qmpblock.migration.passage import Passage
 from qmpblock.migration.states import Phase
@@ -190,7 +190,11 @@ async def test_the_destination_falls_silent_besides(killed, phase):
 
 async def runs(vm):
     """Whether a guest runs in it."""
-    return vm.running and (await vm.execute("query-status"))["running"]
+    try:
+        return vm.running and (await vm.execute("query-status"))["running"]
+    except DisconnectedError:  # it is ending, and its process is not gone yet
+        await vm.wait(30)
+        return False
 
 
 @pytest.mark.parametrize(("struck", "phase"), CELLS, ids=str)
