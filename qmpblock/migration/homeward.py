@@ -66,6 +66,8 @@ class Homeward:
         if answers or (stood and await passage.landing.answers()):
             with contextlib.suppress(Error):  # it has just ended, say
                 await passage.landing.end_exports()
+                if not passage.landing.spoilt:
+                    await passage.bitmaps.restore(passage.landing.vm)
         await passage.stream.restore()
         await passage.bitmaps.restore(passage.source)
         await passage.change.undo()

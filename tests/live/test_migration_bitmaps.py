@@ -12,6 +12,7 @@ from migrating import arrived, both, machine, migrated, stressed
 import qmpblock
 from qmpblock.errors import RequestError
 from qmpblock.migration.landing import Landing
+from qmpblock.migration.stream import Stream
 from qmpblock.testing import Tools, build, counterpart, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -150,6 +151,27 @@ async def test_to_nodes_that_are_called_otherwise(style, begin, otherwise):
         mapping = (await vm.execute("query-migrate-parameters"))["block-bitmap-mapping"]
         [one] = [one for one in mapping if one["alias"] == alias]
         assert {"name": "kept", "alias": "kept"} in one["bitmaps"]
+    await arrived(source, destination, result)
+
+
+async def test_a_destination_that_was_sent_nothing_knows_no_names_of_ours(
+    begin, otherwise, monkeypatch
+):
+    async def refuse(_stream):
+        raise qmpblock.Error("not today")
+
+    monkeypatch.setattr(Stream, "prepare", refuse)
+    source = await begin()
+    destination = await otherwise(source, "blockdev")
+    await add(source, "d0", "passing")
+    with pytest.raises(qmpblock.Error, match="the destination waits as before"):
+        await migrated(source, destination)
+    for vm in (source, destination):
+        said = await vm.execute("query-migrate-parameters")
+        assert "qmpblock" not in json.dumps(said)
+    monkeypatch.undo()
+    result = await migrated(source, destination)
+    assert [one.name for one in result.bitmaps] == ["passing"]
     await arrived(source, destination, result)
 
 
