@@ -160,16 +160,16 @@ async def test_a_destination_that_was_sent_nothing_knows_no_names_of_ours(
     async def refuse(_stream):
         raise qmpblock.Error("not today")
 
-    monkeypatch.setattr(Stream, "prepare", refuse)
     source = await begin()
     destination = await otherwise(source, "blockdev")
     await add(source, "d0", "passing")
-    with pytest.raises(qmpblock.Error, match="the destination waits as before"):
-        await migrated(source, destination)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stream, "prepare", refuse)
+        with pytest.raises(qmpblock.Error, match="the destination waits as before"):
+            await migrated(source, destination)
     for vm in (source, destination):
         said = await vm.execute("query-migrate-parameters")
         assert "qmpblock" not in json.dumps(said)
-    monkeypatch.undo()
     result = await migrated(source, destination)
     assert [one.name for one in result.bitmaps] == ["passing"]
     await arrived(source, destination, result)
