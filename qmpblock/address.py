@@ -47,6 +47,7 @@ class UnixAddress:
     """A UNIX socket, by path."""
 
     path: str
+    loopback: ClassVar[bool] = True  # it is of this host
 
     def __str__(self) -> str:
         return f"unix:{self.path}"

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.address import UnixAddress
 from qmpblock.errors import Error, printable
 from qmpblock.graph.places import Place
 from qmpblock.host.openfiles import NOWHERE, OpenFiles, sees_directory
@@ -93,8 +92,7 @@ async def examine_vm(vm: VM) -> list[Finding]:
     said = ".".join(str(numbers.get(part)) for part in ("major", "minor", "micro"))
     findings = [Finding("monitor", False, f"QEMU {printable(said)} answers", "every command")]
     pid = monitor.peer_pid
-    local = isinstance(monitor.address, UnixAddress)
-    findings.append(_process(pid, local=local))
+    findings.append(_process(pid, local=monitor.can_pass_fds))
     files = OpenFiles(pid)
     findings.append(_open_files(files))
     if files.blind is None and files.is_qemu:

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.address import Address, SSHAddress, TCPAddress, UnixAddress, parse_address
+from qmpblock.address import Address, SSHAddress, TCPAddress, parse_address
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import (
     UNTOUCHED,
@@ -298,7 +298,7 @@ class _Session:
         if device is not None and capabilities.nbd_clients_endanger_iothreads:
             self.iothreads = await self.monitor.execute("query-iothreads")
             self.iothread = await iothread_of(self.monitor, device, self.iothreads)
-        if isinstance(address, UnixAddress):
+        if self.monitor.can_pass_fds:
             # On a foreign server custody is a danger of its own; see above.
             self.custody = self.access.address is None or self.iothread is not None
             return

@@ -566,7 +566,8 @@ async def test_another_host_needs_tls_or_consent(scenario, start_qemu, invariant
     vm = await start_qemu(scenario)
     async with qmpblock.connect(vm.monitor_path) as controller:
         device = (await controller.disks())[0].device
-        controller.monitor.address = TCPAddress("vm-host.example", 4444)  # the check is by name
+        elsewhere = TCPAddress("vm-host.example", 4444)  # the check is by name
+        controller.monitor.address = controller.monitor._transport._address = elsewhere
         with pytest.raises(UnsupportedError, match="another host") as caught:
             async with exports(controller.monitor, device, [Request("d0")]):
                 pass

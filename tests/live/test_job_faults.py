@@ -269,7 +269,7 @@ async def test_an_unplugged_disk_ends_its_job_in_order(
 
 def cut(controller):
     """Break the connection under everybody's feet."""
-    sock = controller.monitor._client._writer.get_extra_info("socket")
+    sock = controller.monitor._transport._client._writer.get_extra_info("socket")
     sock.shutdown(socket.SHUT_RDWR)
 
 

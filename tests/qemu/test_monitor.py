@@ -56,7 +56,7 @@ async def test_silence_means_another_client(tmp_path):
 
 
 async def test_silence_of_a_client_that_cannot_be_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr("qmpblock.qemu.monitor.holders", lambda address: ())
+    monkeypatch.setattr("qmpblock.qemu.qmpsocket.holders", lambda address: ())
     async with fake_qmp(tmp_path / "q", greeting=None):
         with pytest.raises(MonitorHeldError, match="Most likely another client") as caught:
             await Monitor.connect(str(tmp_path / "q"), greeting_timeout=0.1)
@@ -80,7 +80,7 @@ async def test_pretty_messages_are_whole_and_bounded(tmp_path, monkeypatch):
             await asyncio.sleep(0.01)
         fake.writer.write(nested.replace(b"ID", fake.seen[-1]["id"].encode()))
         assert await asked == {"a": {}}
-        monkeypatch.setattr("qmpblock.qemu.monitor._READ_LIMIT", 1000)
+        monkeypatch.setattr("qmpblock.qemu.qmpsocket._READ_LIMIT", 1000)
         asked = asyncio.create_task(monitor.execute("query-name"))
         while len(fake.seen) < 4:
             await asyncio.sleep(0.01)

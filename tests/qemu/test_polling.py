@@ -48,7 +48,7 @@ async def test_a_cancel_ends_also_where_another_dead_one_has_the_lock_each_time(
     """A command slept on past SIGTERM: what puts polling back is not disturbed by it."""
     lies = _Lies()
     async with fake_vm(tmp_path / "q", Drawing()) as (vm, objects):
-        vm.monitor.version = (7, 2, 0)
+        vm.monitor._transport.version = (7, 2, 0)
         threads = [{"id": "io0", "thread-id": 1 << 30, "poll-max-ns": 32768}]
         objects["query-iothreads"] = {"return": threads}
         real = objects.get
