@@ -139,7 +139,7 @@ async def main() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     tools = Tools.of()
     print(f"QEMU: {(await tools.run(tools.img, '--version')).splitlines()[0]}")
-    with tempfile.TemporaryDirectory(prefix="qmpblock-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for extents in given.extents:
             await map_against_nbdinfo(Path(folder), tools, extents, given.rounds)
         await growth(Path(folder), tools, given.largest, given.rounds)

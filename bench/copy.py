@@ -217,7 +217,7 @@ async def main() -> None:
     if unknown := set(given.rows).difference(ROWS):
         parser.error(f"{', '.join(sorted(unknown))}: the rows are {', '.join(ROWS)}")
     tools = Tools.of()
-    with tempfile.TemporaryDirectory(prefix="qmpblock-bench-", dir=given.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=given.folder) as folder:
         words = given.mib, given.rounds, given.seconds, given.rows or ROWS
         told = await all_of_it(Path(folder), tools, *words, quiet=given.json)
     if given.json:

@@ -110,7 +110,7 @@ async def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     tools = Tools.of()
-    with tempfile.TemporaryDirectory(prefix="qmpblock-bench-", dir=given.folder) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=given.folder) as folder:
         told = await all_of_it(
             Path(folder), tools, given.disks, given.mib, given.rounds, quiet=given.json
         )

@@ -109,7 +109,7 @@ async def read_small(address: str, count: int) -> None:
 
 async def main() -> None:
     """Measure everything."""
-    with tempfile.TemporaryDirectory(prefix="qmpblock-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         image, socket = folder / "crumbs", folder / "q"
         make_crumbs(image)

@@ -40,7 +40,7 @@ async def measured(module, vm_dir, *words):
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err
-    assert not list(vm_dir.glob("qmpblock-bench-*"))
+    assert not list(vm_dir.glob("bench-*"))
     return json.loads(out)
 
 
