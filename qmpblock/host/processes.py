@@ -112,7 +112,8 @@ def pid_namespace() -> str:
 def start_time(pid: int) -> int | None:
     """Return a process's start time in clock ticks since boot (proc(5)), or None if it is gone.
 
-    A zombie counts as gone: it holds nothing any more.
+    A zombie counts as gone: it holds nothing any more. One whose first thread alone has ended shows
+    as a zombie, too, and is none: its other threads hold all that it has.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
@@ -120,7 +121,8 @@ def start_time(pid: int) -> int | None:
         return None
     # The second field is the command in parentheses and may hold spaces and parentheses.
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
+    state, threads, start = fields[0], int(fields[17]), int(fields[19])
+    return None if state in "ZX" and threads < 2 else start
 
 
 def users_of(pid: int) -> tuple[int, ...]:

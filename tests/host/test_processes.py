@@ -78,6 +78,26 @@ def test_a_zombie_is_gone(sleeper):
     assert not is_running(sleeper.pid, start, boot_id())
 
 
+def test_a_process_whose_first_thread_has_ended_is_not_gone():
+    """The kernel calls it a zombie, as one of which nothing is left."""
+    code = (
+        "import ctypes, os, sys, threading; "
+        "threading.Thread(target=lambda: os._exit(len(sys.stdin.read(1)))).start(); "
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        began = start_time(process.pid)
+        stat = Path(f"/proc/{process.pid}/stat")
+        while ") Z" not in stat.read_text():
+            time.sleep(0.005)
+        assert start_time(process.pid) == began
+        assert is_running(process.pid, began, boot_id())
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert start_time(process.pid) is None
+
+
 def test_a_pid_used_again_is_another_process():
     start = start_time(os.getpid())
     assert not is_running(os.getpid(), start - 1, boot_id())
