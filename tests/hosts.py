@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 from nbdservers import CutOffError, set_wire, until
 
 from qmpblock.host.processes import die_with_parent
@@ -147,3 +148,23 @@ async def another_host(place):
                 await asyncio.to_thread(process.wait)
         # Its network would take the wire with it, but only once all that was sent is given up.
         subprocess.run(["ip", "link", "delete", host.wire], capture_output=True, check=False)
+
+
+@pytest.fixture
+async def host(vm_dir):
+    """Give another host."""
+    try:
+        async with another_host(vm_dir / "host") as made:
+            yield made
+    except CutOffError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def land(host, start_destination, qemu_binary):
+    """Give what starts a destination on the other host."""
+
+    async def start(source, **options):
+        return await start_destination(source, qemu=host.program(qemu_binary), **options)
+
+    return start

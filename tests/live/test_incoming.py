@@ -4,12 +4,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from migrating import NEWER, OLD_MACHINE
 
 from qmpblock.errors import CommandError
 from qmpblock.testing import StorageDaemon, Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
-NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
 IMAGES = {
     "qcow2": "{size: 64M}",
     "raw": "{size: 64M, format: raw}",
@@ -30,7 +30,7 @@ def destination_of(request, start_qemu, vm_dir, qemu_binary, invariant):
             if not NEWER.exists() or Path(qemu_binary).resolve() == NEWER.resolve():
                 pytest.skip("another QEMU, newer than this one, is needed")
             program = str(NEWER)
-            options["machine"] = "pc-i440fx-7.2"
+            options["machine"] = OLD_MACHINE
         text = TEXT.format(image=IMAGES[kind])
         here = await build(parse_scenario(text, "here"), vm_dir / "here", Tools.of(qemu_binary))
         there = await build(parse_scenario(text, "there"), vm_dir / "there", Tools.of(program))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from chains import cli
 from disturbed import locks, until
-from hosts import PORT, CutOffError, another_host
+from hosts import PORT, CutOffError
 from migrating import arrived, at, machine, stays
 from test_docs import ROOT, blocks, console, same
 
@@ -32,25 +32,14 @@ PHASES = ("mirroring", "ready", "memory", "active", "held", "ended", "sent", "la
 
 
 @pytest.fixture
-async def host(vm_dir, monkeypatch):
+async def host(host, monkeypatch):
     """Give another host, which `ssh` reaches."""
     try:
-        async with another_host(vm_dir / "host") as host:
-            programs = await host.serve_ssh()
-            monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-            yield host
+        programs = await host.serve_ssh()
     except CutOffError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def land(host, start_destination, qemu_binary):
-    """Give what starts a destination on the other host."""
-
-    async def start(source, **options):
-        return await start_destination(source, qemu=host.program(qemu_binary), **options)
-
-    return start
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return host
 
 
 def url(host, vm):

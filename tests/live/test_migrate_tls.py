@@ -7,7 +7,6 @@ import pki
 import pytest
 from chains import cli
 from disturbed import nothing_of_ours
-from hosts import CutOffError, another_host
 from migrating import arrived, at, machine, stays
 from nbdservers import HOST, make_credentials
 from test_docs import ROOT, blocks
@@ -18,23 +17,6 @@ from qmpblock.migration import homeward, outward
 pytestmark = pytest.mark.live
 
 PAGE = ROOT / "docs/migration.md"
-
-
-@pytest.fixture
-async def host(vm_dir):
-    try:
-        async with another_host(vm_dir / "host") as host:
-            yield host
-    except CutOffError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def land(host, start_destination, qemu_binary):
-    async def start(source, **options):
-        return await start_destination(source, qemu=host.program(qemu_binary), **options)
-
-    return start
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 import asyncio
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from chains import cli
-from migrating import arrived, both, machine, migrated, stressed
+from migrating import arrived, both, machine, migrated, stressed, to_newer
 
 import qmpblock
 from qmpblock.errors import RequestError
@@ -17,9 +16,6 @@ from qmpblock.testing import Tools, build, counterpart, parse_scenario
 
 pytestmark = pytest.mark.live
 
-NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
-OLD_MACHINE = "pc-i440fx-7.2"
-ALIKE = ("-smp", "1,maxcpus=2,sockets=2,cores=1")
 MIB = 1 << 20
 
 
@@ -128,10 +124,9 @@ async def test_each_arrives_with_its_disk(begin, start_destination):
 
 @pytest.mark.needs_qemu("< 8", reason="the machine type of 7.2 is what both know")
 async def test_to_a_newer_qemu(begin, start_destination):
-    if not NEWER.exists():
-        pytest.skip("tools/fetch_qemu.py has not fetched QEMU 11.1.2")
-    source = await begin(machine(2), machine=OLD_MACHINE, extra=ALIKE)
-    destination = await start_destination(source, qemu=str(NEWER), extra=ALIKE)
+    options = to_newer()
+    source = await begin(machine(2), **options["here"])
+    destination = await start_destination(source, **options["there"])
     await four(source)
     result = await migrated(source, destination)
     await see_four(source, destination, result)
