@@ -33,10 +33,16 @@ _PRESUMED = (
 
 async def migrated_list(options: Options, file: str) -> int:
     """Migrate what a list says, and say how; return the exit code."""
+    from qmpblock.migration.migrate import way_over
     from qmpblock.policy.migrating import migrate_all
     from qmpblock.policy.migrations import load_migrations
+    from qmpblock.qemu.connection import NBDAccess
 
     wanted = load_migrations(file)
+    access = NBDAccess(tls_creds=options.tls_creds, insecure=options.insecure)
+    for one in wanted.migrations:
+        if one.over is not None:
+            way_over(one.over, access, access)  # refused before any is touched
     with reporting_many() as begin:
         reporters: dict[ListedMigration, Reporter] = {}
 

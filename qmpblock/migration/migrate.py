@@ -39,9 +39,9 @@ from qmpblock.migration.over import Over, read_over
 from qmpblock.migration.passage import HANDED, Passage
 
 if TYPE_CHECKING:
-    from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.connection import Connection, NBDAccess
 
-__all__ = ["migrate"]
+__all__ = ["migrate", "way_over"]
 
 
 @asynccontextmanager
@@ -95,7 +95,9 @@ async def migrate(
     means.check()
     if over is not None and storage_daemon:
         raise RequestError("a storage daemon serves by no TCP", standing=UNTOUCHED)
-    way = None if over is None else _way(over, source, destination)
+    if memory_only and means.write_blocking_after:
+        raise RequestError("no disk is copied whose writes could wait", standing=UNTOUCHED)
+    way = None if over is None else way_over(over, source.nbd, destination.nbd)
     plan = await look(source, destination, memory_only=memory_only, over=way)
     job = MigrationJob(plan.warnings)
     passage = await Passage.of(
@@ -113,9 +115,11 @@ async def migrate(
         job.end()
 
 
-def _way(over: str, source: Connection, destination: Connection) -> Over:
-    """Return it, with what each VM was connected with."""
-    here, there = source.nbd, destination.nbd
+def way_over(over: str, here: NBDAccess, there: NBDAccess) -> Over:
+    """Return the way that is named so, with what either VM is connected with.
+
+    :raise RequestError: it cannot be; nothing was touched.
+    """
     mine = None if here.tls_creds is None else credentials_in(here.tls_creds)
     theirs = None if there.tls_creds is None else Credentials(there.tls_creds)
     if mine is not None and theirs is not None:

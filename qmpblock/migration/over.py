@@ -19,7 +19,7 @@ from qmpblock.address import TCPAddress
 from qmpblock.copying.target import Credentials, NBDTarget, parse_target
 from qmpblock.errors import UNTOUCHED, RequestError, printable
 
-__all__ = ["Over", "read_over"]
+__all__ = ["Over", "parse_over", "read_over"]
 
 _LAST_PORT = 65535
 
@@ -48,14 +48,10 @@ class Over:
         return NBDTarget(self.disks, export, self.here is not None, self.hostname)
 
 
-def read_over(
-    text: str, here: Credentials | None, there: Credentials | None, *, insecure: bool
-) -> Over:
-    """Read the word that names the way.
+def parse_over(text: str) -> tuple[NBDTarget, TCPAddress]:
+    """Read the word that names the way, whatever there is for TLS; return its server, too.
 
-    :param here: the source's credentials; `there`: the destination's.
-    :param insecure: whether it may be without TLS.
-    :raise RequestError: it names none, or TLS and credentials do not go together.
+    :raise RequestError: it names none.
     """
     target = parse_target(text)
     server = target.server if isinstance(target, NBDTarget) else None
@@ -67,6 +63,19 @@ def read_over(
         )
     if server.port >= _LAST_PORT:
         raise RequestError(f"after the port {server.port} there is none for the memory")
+    return target, server
+
+
+def read_over(
+    text: str, here: Credentials | None, there: Credentials | None, *, insecure: bool
+) -> Over:
+    """Read the word that names the way, with what there is for TLS.
+
+    :param here: the source's credentials; `there`: the destination's.
+    :param insecure: whether it may be without TLS.
+    :raise RequestError: it names none, or TLS and credentials do not go together.
+    """
+    target, server = parse_over(text)
     if not target.tls:
         if here is not None or there is not None or not insecure:
             raise RequestError(

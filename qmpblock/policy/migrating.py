@@ -102,6 +102,8 @@ async def _tried(
                 speed=wanted.speed,
                 quit_source=wanted.quit_source,
                 storage_daemon=wanted.storage_daemon,
+                means=wanted.means,
+                over=wanted.over,
             ) as job:
                 async for seen in job:
                     if progress is not None:

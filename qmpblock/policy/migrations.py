@@ -5,13 +5,15 @@ Read as policies are: strictly, and before any VM is touched.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.address import parse_monitor
+from qmpblock.address import TCPAddress, parse_monitor
 from qmpblock.errors import RequestError, printable
-from qmpblock.policy.values import filled_in, number_in, speed_in
+from qmpblock.migration.means import MigrationMeans
+from qmpblock.migration.over import parse_over
+from qmpblock.policy.values import filled_in, number_in, seconds_in, speed_in
 from qmpblock.yamltext import Mapping, read_mapping, read_text
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class ListedMigration:
     :ivar source: the address of its monitor; `destination`: of the other VM's.
     :ivar speed: bytes a second; 0 is no limit. Of the list's own limit it has its share.
     :ivar place: file, line and column.
+    :ivar means, over: as of `qmpblock.migrate`.
     """
 
     source: str
@@ -36,6 +39,8 @@ class ListedMigration:
     speed: int = 0
     place: str = ""
     storage_daemon: bool = False
+    means: MigrationMeans = field(default_factory=MigrationMeans)
+    over: str | None = None
 
     @property
     def name(self) -> str:
@@ -78,14 +83,43 @@ def parse_migrations(text: str, *, source: str = "<text>") -> MigrationList:
     seen: set[MonitorAddress] = set()
     entries = top.mappings("vms")
     at_once = min(parallel, len(entries))
-    migrations = tuple(_migration(one, whole // at_once, seen) for one in entries)
+    ports = _Ports(apart=at_once > 1)
+    migrations = tuple(_migration(one, whole // at_once, seen, ports) for one in entries)
     if 0 < whole < at_once:
         top.refuse("speed", f"is not a byte a second for each of {at_once} at once")
     top.finish()
     return MigrationList(source, migrations, parallel)
 
 
-def _migration(entry: Mapping, share: int, seen: set[MonitorAddress]) -> ListedMigration:
+class _Ports:
+    """The ports at which destinations are to listen.
+
+    :param apart: whether each needs its own: several migrations may be under way at once.
+    """
+
+    def __init__(self, *, apart: bool) -> None:
+        self._apart = apart
+        self._taken: set[TCPAddress] = set()
+
+    def take(self, entry: Mapping) -> str | None:
+        """Return the way of one migration, if it has one of its own."""
+        if "over" not in entry:
+            return None
+        text = filled_in(entry, "over")
+        try:
+            _, server = parse_over(text)
+        except RequestError as error:
+            entry.refuse("over", error.message)
+        both = {server, TCPAddress(server.host, server.port + 1)}
+        if self._apart and both & self._taken:
+            entry.refuse("over", "has a port that another one has: two at once need their own")
+        self._taken |= both
+        return text
+
+
+def _migration(
+    entry: Mapping, share: int, seen: set[MonitorAddress], ports: _Ports
+) -> ListedMigration:
     speed = speed_in(entry, 0)
     one = ListedMigration(
         source=_address(entry, "source", seen),
@@ -95,9 +129,32 @@ def _migration(entry: Mapping, share: int, seen: set[MonitorAddress]) -> ListedM
         storage_daemon=entry.flag("storage_daemon", False),
         speed=min(speed or share, share or speed),
         place=entry.place,
+        means=_means(entry),
+        over=ports.take(entry),
     )
     entry.finish()
+    if one.memory_only and (one.storage_daemon or one.means.write_blocking_after):
+        key = "storage_daemon" if one.storage_daemon else "write_blocking_after"
+        entry.refuse(key, "does not go with memory_only: no disk is copied")
+    if one.storage_daemon and one.over is not None:
+        entry.refuse("over", "does not go with storage_daemon, which serves by no TCP")
     return one
+
+
+def _means(entry: Mapping) -> MigrationMeans:
+    limit = number_in(entry, "downtime_limit", 0)
+    if "downtime_limit" in entry and limit < 1:
+        entry.refuse("downtime_limit", "must be at least 1, in milliseconds")
+    means = MigrationMeans(
+        downtime_limit=limit / 1e3,
+        auto_converge=entry.flag("auto_converge", False),
+        write_blocking_after=seconds_in(entry, "write_blocking_after"),
+    )
+    try:
+        means.check()
+    except RequestError as error:
+        entry.refuse("downtime_limit", error.message)
+    return means
 
 
 def _address(entry: Mapping, key: str, seen: set[MonitorAddress]) -> str:

@@ -12,9 +12,10 @@ from qmpblock.sizes import LARGEST, Amount, parse_size
 if TYPE_CHECKING:
     from qmpblock.yamltext import Mapping
 
-__all__ = ["amount_in", "filled_in", "keep_free_in", "number_in", "speed_in"]
+__all__ = ["amount_in", "filled_in", "keep_free_in", "number_in", "seconds_in", "speed_in"]
 
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s?%")
+_SECONDS = re.compile(r"\d{1,9}(?:\.\d{1,6})?")
 _WHOLE = re.compile(r"-?\d{1,9}")
 
 
@@ -32,6 +33,16 @@ def number_in(entry: Mapping, key: str, default: int) -> int:
     if not _WHOLE.fullmatch(text):
         entry.refuse(key, f"{printable(text)!r} is not a whole number")
     return int(text)
+
+
+def seconds_in(entry: Mapping, key: str) -> float:
+    """Return seconds, more than none; 0 where nothing is said."""
+    if key not in entry:
+        return 0.0
+    text = entry.text(key)
+    if not _SECONDS.fullmatch(text) or not float(text):
+        entry.refuse(key, f"{printable(text)!r} is no number of seconds, more than 0")
+    return float(text)
 
 
 def speed_in(entry: Mapping, default: int) -> int:

@@ -31,3 +31,18 @@ def test_what_is_printed_can_be_run_by_a_shell():
         "# /i/c: luks, 512 bytes, encrypted with the secret key\n"
         "qemu \\\n  -m 1G \\\n  -S\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("way", "words", "why"),
+    [
+        ("nbds://there", [], "both ends need credentials"),
+        ("nbd://there", [], "is without TLS"),
+        ("nbd://there", ["--insecure", "--tls-creds", "/etc/pki/qemu"], "is without TLS"),
+    ],
+)
+def test_the_way_of_a_list_is_refused_before_any_vm_is_touched(way, words, why, tmp_path, capsys):
+    file = tmp_path / "list.yaml"
+    file.write_text(f"vms:\n  - {{source: a, destination: b, over: '{way}'}}\n")
+    assert run(["migrate", "--list", str(file), *words]) == 2
+    assert why in capsys.readouterr().err

@@ -3,10 +3,12 @@
 import pytest
 
 from qmpblock.errors import RequestError
+from qmpblock.migration.means import MigrationMeans
 from qmpblock.policy.migrations import ListedMigration, parse_migrations
 
 ONE = "  - {source: a.qmp, destination: b.qmp}\n"
 TWO = "  - {source: c.qmp, destination: d.qmp, speed: 1M, memory_only: yes, quit_source: yes}\n"
+BUT = "  - {{source: a, destination: b, {}}}\n".format
 DAEMON = "  - {source: c.qmp, destination: d.qmp, storage_daemon: yes}\n"
 
 
@@ -22,6 +24,30 @@ def test_a_list_is_read() -> None:
 def test_a_storage_daemon_is_asked_for_by_vm() -> None:
     found = parse_migrations(f"vms:\n{ONE}{DAEMON}").migrations
     assert [one.storage_daemon for one in found] == [False, True]
+
+
+def test_a_vm_can_have_what_a_single_migration_can() -> None:
+    words = "downtime_limit: 500, auto_converge: yes, write_blocking_after: 2.5"
+    way = "nbds://there:10809/?tls-hostname=there.example"
+    text = f"vms:\n  - {{source: a, destination: b, {words}, over: '{way}'}}\n"
+    [one] = parse_migrations(text).migrations
+    assert one.means == MigrationMeans(0.5, auto_converge=True, write_blocking_after=2.5)
+    assert one.over == way
+
+
+@pytest.mark.parametrize(("parallel", "refused"), [(1, False), (2, True)])
+@pytest.mark.parametrize("port", [10808, 10809, 10810])
+def test_two_at_once_have_ports_of_their_own(port: int, parallel: int, refused: bool) -> None:
+    lines = [
+        f"  - {{source: a{n}, destination: b{n}, over: 'nbds://there:{one}'}}\n"
+        for n, one in enumerate((10809, port))
+    ]
+    text = f"parallel: {parallel}\nvms:\n" + "".join(lines)
+    if refused:
+        with pytest.raises(RequestError, match="two at once need their own"):
+            parse_migrations(text)
+    else:
+        assert len(parse_migrations(text).migrations) == 2
 
 
 @pytest.mark.parametrize(
@@ -43,6 +69,24 @@ def test_the_whole_is_shared_by_those_at_once(parallel: int, speed: str, each: i
         ("vms:\n  - {source: a.qmp}\n", "vms[0].destination: is missing"),
         ("vms:\n  - {source: a, destination: b, pivot: yes}\n", "pivot: is not a key"),
         ("vms:\n  - {source: a, destination: 'tcp:'}\n", "vms[0].destination: "),
+        (f"vms:\n{BUT('downtime_limit: 0')}", "downtime_limit: must be at least 1"),
+        (f"vms:\n{BUT('downtime_limit: 5001')}", "downtime_limit: a guest cannot be let stand"),
+        (f"vms:\n{BUT('write_blocking_after: 0')}", "write_blocking_after: '0' is no number"),
+        (f"vms:\n{BUT('write_blocking_after: 1e3')}", "write_blocking_after: '1e3' is no number"),
+        (f"vms:\n{BUT('over: disk.qcow2')}", "over: disk.qcow2 is no way for a migration"),
+        (f"vms:\n{BUT('over: ')}", "over: is empty"),
+        (
+            f"vms:\n{BUT('over: nbds://x, storage_daemon: yes')}",
+            "over: does not go with storage_daemon",
+        ),
+        (
+            f"vms:\n{BUT('memory_only: yes, storage_daemon: yes')}",
+            "storage_daemon: does not go with memory_only",
+        ),
+        (
+            f"vms:\n{BUT('memory_only: yes, write_blocking_after: 1')}",
+            "write_blocking_after: does not go with memory_only",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(text: str, said: str) -> None:
