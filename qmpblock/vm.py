@@ -144,6 +144,7 @@ class VM(Connection):
         export of the disk as it was when this was entered, at a UNIX socket to which only this user
         can connect. Of several disks it is one instant, for which the VM is paused: milliseconds,
         or as long as requests of the guest's that are in flight take to end. For one it is not.
+        Before QEMU 10.0 the export tells no block status: all is data.
 
         What the guest overwrites meanwhile is kept in a file for each disk, which goes at the end.
         Where it cannot be kept (the file is full, its storage fails or does not answer for five

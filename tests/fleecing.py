@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 
+from qmpblock.nbd import wire
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec
 
@@ -123,6 +124,29 @@ async def read_out(copy, uri, program="qemu-img"):
     convert = ("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, copy)
     code, out = await ran(*convert if program == "qemu-img" else (program, uri, copy))
     assert code == 0, out
+
+
+async def read_plainly(path, name, offset, length):
+    """Read by one request of a client that asks for no structured replies, nor any status."""
+    reader, writer = await asyncio.open_unix_connection(path)
+    try:
+        await reader.readexactly(18)
+        writer.write(wire.encode_client_flags(wire.HandshakeFlag.FIXED_NEWSTYLE))
+        writer.write(wire.encode_option(wire.Option.GO, wire.encode_go(name.encode(), [])))
+        kind = None
+        while kind != wire.OptionReply.ACK:
+            head = await reader.readexactly(wire.OPTION_REPLY_SIZE)
+            _, kind, size = wire.decode_option_reply(head)
+            assert not kind & wire.REPLY_ERROR_BIT
+            await reader.readexactly(size)
+        simple = wire.HeaderStyle.SIMPLE
+        writer.write(wire.encode_request(simple, 0, wire.Command.READ, 1, offset, length))
+        reply = wire.decode_simple_reply(await reader.readexactly(wire.SIMPLE_REPLY_SIZE))
+        assert reply.error == 0
+        return await reader.readexactly(length)
+    finally:
+        writer.close()
+        await writer.wait_closed()
 
 
 async def copied_by_job(vm, copy, command):

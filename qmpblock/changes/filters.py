@@ -80,15 +80,26 @@ async def take_out(vm: Connection, node: str, graph: BlockGraph) -> None:
         known = graph.nodes[parent]
         edge = next(edge.name for edge in known.children if edge.node == node)
         if known.driver == "snapshot-access":
-            users = ", ".join(graph.users(parent))
+            shown = _root(graph, parent)
+            users = ", ".join(graph.users(shown))
             raise InUseError(
-                f"{printable(parent)} is used by {users or 'somebody'}, so the filter below it "
+                f"{printable(shown)} is used by {users or 'somebody'}, so the filter below it "
                 f"stays in the way of the guest's writes"
             )
         await _set_child(vm, parent, edge, below)
     for device in graph.disks():
         if device.chain.root.name == node:
             await _set_drive(vm, device.qom_path, below)
+
+
+def _root(graph: BlockGraph, node: str) -> str:
+    """Return what it is seen by: a node with a name, where it has none that we gave it."""
+    for _ in graph.nodes:
+        above = graph.parents(node)
+        if not node.startswith("#") or not above:
+            break
+        node = above[0]
+    return node
 
 
 async def _set_drive(vm: Connection, device: str, node: str) -> None:

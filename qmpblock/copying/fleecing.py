@@ -43,6 +43,7 @@ from qmpblock.changes.operations import PointInTime
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
+from qmpblock.copying.viewnode import UNIT, add_view
 from qmpblock.errors import (
     UNTOUCHED,
     CommandError,
@@ -78,7 +79,6 @@ PATIENCE = 5
 is given up. Never 0, by which QEMU means for ever."""
 
 _FULL = 256 << 10  # bytes that are left of room in which no more than some clusters fit
-_CLUSTER = 64 << 10  # bytes that the filter keeps at once
 _LEAST = 4 << 20  # bytes beside the header; less than some clusters make no sense
 _LONGEST = 180  # bytes of an image's name in that of the file; a name has room for 255
 
@@ -100,8 +100,7 @@ class Fleece:
 class View:
     """One disk as it was.
 
-    :ivar node: by which QEMU reads it: of a job (where `Capabilities.jobs_misread_views` does not
-        speak against it), or an export.
+    :ivar node: by which QEMU reads it: of a job, or an export (`qmpblock.copying.viewnode`).
     :ivar size: of the disk, in bytes.
     :ivar kept: the file of what is kept.
     """
@@ -346,7 +345,7 @@ def _limit(kept: str, size: int, contents: Contents, given: int | None, disks: i
                 f"{human_size(given)} is too little to keep what a disk held: at least "
                 f"{human_size(least)} for each"
             )
-        return min(given - given % _CLUSTER, whole + -whole % _CLUSTER)
+        return min(given - given % UNIT, whole + -whole % UNIT)
     place = posixpath.dirname(kept)
     found = os.statvfs(place)
     share = found.f_bavail * found.f_frsize // 2 // disks
@@ -357,7 +356,7 @@ def _limit(kept: str, size: int, contents: Contents, given: int | None, disks: i
             standing=UNTOUCHED,
             remedy="make room there, or name another directory: fleece=DIRECTORY (--fleece)",
         )
-    return min(share - share % _CLUSTER, whole + -whole % _CLUSTER)
+    return min(share - share % UNIT, whole + -whole % UNIT)
 
 
 # -- making it
@@ -462,10 +461,8 @@ async def _have_filters(vm: Connection, plan: Plan) -> None:
     else:
         await put_filter(vm, items[0].spot, items[0].nodes[1])
     for item in items:
-        view, filter_, _ = item.nodes
         # Only now: before, the guest's right to write was one that it does not share.
-        options = {"driver": "snapshot-access", "node-name": view, "file": filter_}
-        await vm.monitor.execute("blockdev-add", options)
+        await add_view(vm, *item.nodes[:2], item.device.chain.active.size)
     graph = await vm.graph()
     for item in items:
         now = graph.device(item.device.qom_path)

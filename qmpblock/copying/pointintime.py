@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["PointInTime", "point_in_time"]
 
 DiskT = TypeVar("DiskT", bound="MappedDisk")
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,13 +44,6 @@ async def point_in_time(
     """Export disks as they are at one instant. See `VM.point_in_time`."""
     devices = [disk.device for disk in disks]
     await ownership.ask(vm.monitor, devices)
-    if vm.capabilities.views_misstate_zeros:
-        _log.warning(
-            "QEMU %s gives zeros to who reads a point in time where the guest zeroes or trims what "
-            "it held while it is read, though it keeps it: let the guest do neither (no fstrim, no "
-            "blkdiscard, no mkfs) as long as this lasts",
-            vm.capabilities,
-        )
     await check_served(vm.monitor, devices)
     # The server first: whoever has it is not waited for in the guest's way. And last, for the
     # guest does not wait either until a client has ended its handshake.

@@ -139,17 +139,18 @@ class Capabilities:
         """Whether a job that reads a snapshot-access node may get what was written later.
 
         Measured (K23): of mirrors of such a node, under a guest's writes, 4 of 80 held a write from
-        after the point on 7.2.22, without an error; none on 10.0.13 and 11.1.2, nor what an NBD
-        client reads, on any. What lies between 7.2 and 10.0 was not run and counts as affected.
+        after the point on 7.2.22, without an error; none on 10.0.13 and 11.1.2. It is the same
+        defect.
         """
-        return self.version < (10, 0, 0)
+        return self.views_misread
 
     @property
-    def views_misstate_zeros(self) -> bool:
-        """Whether the block status of a snapshot-access node is that of the disk as it is now.
+    def views_misread(self) -> bool:
+        """Whether a snapshot-access node shows the disk as it is now, where it should not (K37).
 
-        So its NBD clients are told zeros where the guest has zeroed or trimmed what was kept (K37):
-        always on 7.2.22, never on 10.0.13 and 11.1.2. What lies between counts as affected.
+        To whoever reads from what was kept beyond it, at once, and in block status: always on
+        7.2.22, never on 10.0.13 and 11.1.2. hbitmap_status() said that what it had found dirty was
+        not, unless all was; cured upstream for 8.0. What lies between counts as affected.
         """
         return self.version < (10, 0, 0)
 

@@ -109,3 +109,11 @@ async def test_what_somebody_reads_through_it_keeps_it(tmp_path):
     drawn = stack((FILTER, "copy-before-write")).filter(VIEW, "snapshot-access", FILTER)
     with pytest.raises(InUseError, match="export theirs"):
         await gone(tmp_path, drawn.export("theirs", VIEW))
+
+
+async def test_it_is_named_by_what_we_gave_a_name(tmp_path):
+    """Of a view that hangs in a tree (K37) only the root has one."""
+    drawn = stack((FILTER, "copy-before-write")).filter("#block7", "snapshot-access", FILTER)
+    drawn.filter("#block8", "blkdebug", "#block7").filter(VIEW, "blkdebug", "#block8")
+    with pytest.raises(InUseError, match=f"{VIEW} is used by export theirs"):
+        await gone(tmp_path, drawn.export("theirs", VIEW))

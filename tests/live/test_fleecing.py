@@ -19,11 +19,13 @@ from fleecing import (
     export,
     ran,
     read_out,
+    read_plainly,
     server,
     view,
 )
 from rounds import rounds
 
+from qmpblock.copying.viewnode import UNIT
 from qmpblock.errors import DisconnectedError
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.testing.stamps import check_point_in_time
@@ -61,6 +63,28 @@ async def test_what_an_nbd_client_reads_of_a_view(start_qemu, invariant):
             await read_out(copy, uri)
 
     assert await wrong_copies(vm, count, copying) == []
+
+
+async def test_a_read_beyond_what_is_kept(start_qemu, invariant):
+    """Before 10.0 it shows what the guest has written since; of one unit it is right (K37)."""
+    vm = await start_qemu(DISK, guest=True)
+    await begin_writing(vm)
+    await vm.guest.stop_stress()
+    await vm.guest.fill(0, 0, 16 * MIB, 0x33)
+    await vm.guest.fill(0, MIB, MIB, 0xAA)
+    async with view(vm), server(vm) as path, export(vm, path):
+        await vm.guest.fill(0, MIB, MIB, 0x11)
+        for offset, length in (
+            (0, 2 * MIB),
+            (MIB, MIB),
+            *((MIB + n * UNIT, UNIT) for n in range(16)),
+        ):
+            data = await read_plainly(path, "view", offset, length)
+            assert set(data[-UNIT:]) == {0xAA}
+        data = await read_plainly(path, "view", MIB, MIB + UNIT)
+    misread = Capabilities(vm.version).views_misread
+    assert set(data[:MIB]) == ({0x11} if misread else {0xAA})
+    assert set(data[MIB:]) == {0x33}
 
 
 @pytest.mark.parametrize("command", ["blockdev-backup", "blockdev-mirror"])
