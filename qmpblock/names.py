@@ -49,7 +49,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
     named descriptors     qmpblock-RUN-N             our end of its connection
                           qmpblock-RUN-listen        listening socket
                           qmpblock-RUN-stream        an end of the connection by which a VM migrates
-                          qmpblock-RUN-no-migration  image of that node, also its memfd
+                          qmpblock-RUN-no-migration  image of that node, also its memfd; after it
+                                                     that of -to-N-left, whose memfd is called so
     dirty bitmaps         qmpblock-RUN-BITMAP        becomes BITMAP once its node is writable
                           qmpblock-RUN-to-N-left     what of disk N is left to copy
                           qmpblock-RUN-to-N-even, -to-N-odd

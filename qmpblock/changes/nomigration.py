@@ -10,20 +10,20 @@ lasts; to add it is atomic against migration both ways (measured, 7.2.22 and 11.
     migration       blockdev-add:     "disallowing migration blocker (migration/snapshot in
                                        progress)"
 
-The image is an anonymous file of ours (memfd) that QEMU gets by getfd and opens by its own
-/proc/self/fd: no path that it could not reach, and nothing left by whoever is killed but names of
-ours. Where that cannot be had (a TCP monitor, -only-migratable, a confined QEMU), the change looks
-again and again instead (`qmpblock.qemu.ownership`).
+The image is in memory (`qmpblock.qemu.memorynode`), so that nothing is left by whoever is killed
+but names of ours. Where that cannot be had (a TCP monitor, -only-migratable, a confined QEMU), the
+change looks again and again instead (`qmpblock.qemu.ownership`).
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from pathlib import Path
 
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError
+from qmpblock.host.contents import Contents
 from qmpblock.names import blocker_name
+from qmpblock.qemu.memorynode import add_memory_node
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.refusals import (
     duplicate_node,
@@ -43,28 +43,10 @@ async def forbid_migration(monitor: Monitor, run: str) -> bool:
 
     :raise UnsupportedError: one is under way; nothing was touched.
     """
-    pid, name = monitor.peer_pid, blocker_name(run)
-    if not monitor.can_pass_fds or pid is None:
-        return False
-    fd = os.memfd_create(name)
+    image, name = _empty_vdi(), blocker_name(run)
     try:
-        os.write(fd, _empty_vdi())
-        await monitor.pass_fd(name, fd)
-        there = _descriptor(pid, name)
-        if there is None:
-            return False
-        await monitor.execute(
-            "blockdev-add",
-            {
-                "driver": "vdi",
-                "node-name": name,
-                "read-only": True,
-                "file": {
-                    "driver": "file",
-                    "filename": f"/proc/self/fd/{there}",
-                    "locking": "off",
-                },
-            },
+        return await add_memory_node(
+            monitor, name, "vdi", Contents(len(image), ((0, image),)), descriptor=name
         )
     except CommandError as error:
         if migration_in_progress(error):
@@ -76,10 +58,6 @@ async def forbid_migration(monitor: Monitor, run: str) -> bool:
                 "the VM in which the guest goes on",
             ) from None
         return duplicate_node(error)  # it is there: that of a run that is carried on
-    finally:
-        os.close(fd)
-        await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
-    return True
 
 
 async def allow_migration(monitor: Monitor, run: str) -> None:
@@ -87,20 +65,6 @@ async def allow_migration(monitor: Monitor, run: str) -> None:
     name = blocker_name(run)
     await tolerate(no_node, monitor.execute("blockdev-del", {"node-name": name}))
     await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
-
-
-def _descriptor(pid: int, name: str) -> str | None:
-    """Return the number under which a process has an anonymous file of that name open."""
-    try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                if str(entry.readlink()).startswith(f"/memfd:{name} "):
-                    return entry.name
-            except FileNotFoundError:
-                continue  # closed since it was listed
-    except OSError:
-        pass  # of another user, or in a namespace that we do not see
-    return None
 
 
 def _empty_vdi() -> bytes:
