@@ -23,6 +23,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
+from qmpblock.copying.devicetarget import DeviceTarget
 from qmpblock.copying.targetfile import TargetFile
 from qmpblock.host.writeback import begin_writeback
 
@@ -38,16 +39,16 @@ _LOOK = 0.002  # seconds
 
 @asynccontextmanager
 async def storing(targets: Iterable[CopyTarget]) -> AsyncIterator[None]:
-    """Have what is written to files go to storage, as far as it is there, while this lasts.
+    """Have what is written to files and devices go to storage, as far as it is there.
 
-    Cancelling ends that, too.
+    While this lasts; cancelling ends that, too.
     """
     stop = threading.Event()
     threads = [
         # Of its own, and a daemon: what hangs in the kernel keeps nobody else.
         threading.Thread(target=_store, args=(target, stop), name="storing", daemon=True)
         for target in targets
-        if isinstance(target, TargetFile)
+        if isinstance(target, TargetFile | DeviceTarget)
     ]
     for thread in threads:
         thread.start()
@@ -58,7 +59,7 @@ async def storing(targets: Iterable[CopyTarget]) -> AsyncIterator[None]:
         await undisturbed(_ended(threads))
 
 
-def _store(target: TargetFile, stop: threading.Event) -> None:
+def _store(target: TargetFile | DeviceTarget, stop: threading.Event) -> None:
     with contextlib.suppress(OSError):  # it is gone, or no kernel's file system: see above
         fd = target.look_into()
         try:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from qmpblock.copying import storing
+from qmpblock.copying.devicetarget import DeviceTarget
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.targetfile import TargetFile
 from qmpblock.graph.places import FileId
@@ -52,6 +53,21 @@ async def test_again_and_again_while_it_lasts(target, seen):
     [(fd, times)] = seen.items()
     assert set(times) == {target.path}
     assert not threads()
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+
+
+async def test_a_device_by_a_descriptor_that_claims_nothing(tmp_path, seen):
+    path = tmp_path / "device"
+    path.write_bytes(b"x")
+    with path.open("r+b") as claimed:
+        target = DeviceTarget(CopyPlan(None, str(path), "raw"), "node", claimed.fileno())
+        async with storing.storing([target]):
+            await until(lambda: seen)
+        [(fd, times)] = seen.items()
+        assert set(times) == {str(path)}
+        assert fd != claimed.fileno()
+        os.fstat(claimed.fileno())  # which stays
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(fd)
 
