@@ -6,7 +6,7 @@ import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -18,9 +18,10 @@ from qmpblock.cli.migrationmeans import means_options
 from qmpblock.cli.picture import check_svg, svg_option
 from qmpblock.cli.plannedmigration import document, said, said_finding
 from qmpblock.errors import printable
+from qmpblock.migration.diskterms import DiskTerms
 
 if TYPE_CHECKING:
-    from qmpblock.migration.launch import Launch
+    from qmpblock.migration.launch import Image, Launch
     from qmpblock.migration.means import MigrationMeans
     from qmpblock.migration.rehearsal import PlannedMigration
 
@@ -101,8 +102,14 @@ _REFUSED = 2
 @click.option(
     "--layers",
     type=click.Choice(["all", "top"]),
-    help="What goes over (--storage-only): the whole chain, or the active layer, over the same "
-    "backing image. [default: all]",
+    help="What goes over of a disk: the whole chain, or the active layer, onto an image over the "
+    "same backing image. [default: all]",
+)
+@click.option(
+    "--same-backing",
+    is_flag=True,
+    help="With --layers top: what the destination's images lie on are copies, or files that cannot "
+    "be seen from here, that hold what the disks' backing images hold.",
 )
 @click.option(
     "--allocation",
@@ -127,6 +134,7 @@ async def command(
     qemu: str | None,
     fmt: str | None,
     layers: Literal["all", "top"] | None,
+    same_backing: bool,
     allocation: Literal["thin", "full", "same"] | None,
     means: MigrationMeans,
 ) -> int:
@@ -141,7 +149,7 @@ async def command(
     """
     if list_file is not None:
         given = (source, form, svg, memory_only, speed, storage_daemon, quit_source, means.any)
-        if any((*given, storage_only, fmt, layers, allocation, over)):
+        if any((*given, storage_only, fmt, layers, same_backing, allocation, over)):
             raise click.UsageError("--list goes alone: FILE says the rest")
         from qmpblock.cli.migratelist import migrated_list
 
@@ -149,7 +157,7 @@ async def command(
     if storage_only:
         if source is None or not targets or form not in (None, "dry-run"):
             raise click.UsageError("SOURCE --storage-only DISK=FILE... [--dry-run]")
-        if memory_only or storage_daemon or svg or quit_source or over or means.any:
+        if any((memory_only, storage_daemon, svg, quit_source, over, means.any, same_backing)):
             raise click.UsageError("--storage-only: no guest goes, and no memory")
         from qmpblock.cli.copy_command import copied
 
@@ -166,11 +174,12 @@ async def command(
             allocation="like" if allocation == "same" else allocation or "thin",
             speed=speed,
         )
-    if layers or allocation or (fmt and form not in ("command-line", "spawn")):
+    if allocation or (fmt and form not in ("command-line", "spawn")):
         raise click.UsageError(
-            "--layers and --allocation go with --storage-only, --format with --command-line and "
-            "--spawn, too"
+            "--allocation goes with --storage-only, --format with --command-line and --spawn, too"
         )
+    terms = DiskTerms(not memory_only, layers or "all", same_backing)
+    terms.check()
     destination = targets[0] if len(targets) == 1 else None
     if (
         len(targets) > 1
@@ -190,11 +199,12 @@ async def command(
             raise click.UsageError("--svg is of a migration that is made")
         check_svg(svg)
     place = str(Path(directory).absolute())
+    how: dict[str, Any]
     async with options.connect(source) as here:
         if form == "spawn":
             from qmpblock.migration.spawn import spawn
 
-            started = await spawn(here, place, qemu=qemu, format=fmt)
+            started = await spawn(here, place, qemu=qemu, format=fmt, layers=terms.layers)
             warn(started.notes)
             emit(
                 json.dumps(asdict(started), indent=2) + "\n"
@@ -207,7 +217,8 @@ async def command(
             from qmpblock.migration.origin import read_origin
 
             origin = await read_origin(here)
-            plan = launch(origin, directory=place, sockets=place, qemu=qemu, format=fmt)
+            how = {"qemu": qemu, "format": fmt, "layers": terms.layers}
+            plan = launch(origin, directory=place, sockets=place, **how)
             emit(json.dumps(asdict(plan), indent=2) + "\n" if options.json else _written(plan))
             warn((*(f"to be added: {one}" for one in plan.missing), *plan.notes))
             return WARNED if plan.missing or plan.notes else 0
@@ -220,13 +231,13 @@ async def command(
                     "memory_only": memory_only,
                     "storage_daemon": storage_daemon,
                     "quit_source": quit_source,
+                    "layers": terms.layers,
+                    "same_backing": same_backing,
                 }
                 return await migrated(
                     options, here, there, speed=speed, means=means, over=over, svg=svg, **how
                 )
-            planned = await plan_migration(
-                here, there, copies=not memory_only, speed=speed, means=means
-            )
+            planned = await plan_migration(here, there, terms=terms, speed=speed, means=means)
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")
     else:
@@ -241,12 +252,18 @@ def _written(plan: Launch) -> str:
     from qmpblock.migration.options import joined
 
     made = [
-        shlex.join(["qemu-img", "create", "-f", one.format, one.file, str(one.size)])
+        shlex.join(["qemu-img", "create", "-f", one.format, *_on(one), one.file, str(one.size)])
         if one.secret is None
         else f"# {one.file}: {one.format}, {one.size} bytes, encrypted with the secret {one.secret}"
         for one in plan.images
     ]
     return "".join(f"{printable(line, 4000)}\n" for line in made) + joined(plan.words) + "\n"
+
+
+def _on(image: Image) -> list[str]:
+    if image.backing is None or image.backing_format is None:
+        return []
+    return ["-b", image.backing, "-F", image.backing_format]
 
 
 def _say(planned: PlannedMigration) -> None:

@@ -17,6 +17,7 @@ from qmpblock.errors import RequestError, printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
+    from qmpblock.migration.diskterms import Layers
     from qmpblock.migration.job import MigrationResult, PhaseTime
     from qmpblock.migration.means import MigrationMeans
     from qmpblock.qemu.connection import Connection
@@ -33,6 +34,8 @@ async def migrated(
     speed: int,
     quit_source: bool,
     storage_daemon: bool,
+    layers: Layers,
+    same_backing: bool,
     means: MigrationMeans,
     over: str | None,
     svg: str | None = None,
@@ -52,6 +55,8 @@ async def migrated(
         storage_daemon=storage_daemon,
         means=means,
         over=over,
+        layers=layers,
+        same_backing=same_backing,
     )
     job = None
     try:
@@ -100,7 +105,7 @@ def _say(result: MigrationResult) -> None:
     for disk in result.disks:
         click.echo(
             f"  {printable(disk.disk)}: {human_size(disk.size)}, {human_size(disk.copied)} copied "
-            f"to {printable(disk.target)}"
+            f"to {printable(disk.target)}" + (", the active layer alone" * (disk.layers == "top"))
         )
     for one in result.bitmaps:
         click.echo(

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 
 __all__ = ["document", "said", "said_finding"]
 
+_OF_LAYERS = {"all": "", "top": ", the active layer alone"}
+
 
 def said(planned: PlannedMigration) -> Iterator[str]:
     """Yield the lines, but for the findings."""
     for disk in planned.disks:
+        which = _OF_LAYERS[disk.layers]
         much = "how much cannot be told" if disk.data is None else human_size(disk.data)
         yield (
             f"{printable(disk.disk)}: {human_size(disk.size)}, would be copied to "
-            f"{printable(disk.target)}: {much}; the guest writes {_rate(disk.written)} to it"
+            f"{printable(disk.target)}{which}: {much}; the guest writes {_rate(disk.written)} to it"
         )
     for one in planned.bitmaps:
         yield f"{printable(one.disk)}: its dirty bitmap {printable(one.name)} would go along"

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qmpblock.errors import printable
+from qmpblock.migration.backing import backing_differs, own_images
 from qmpblock.migration.devicetree import GuestDevice
-from qmpblock.migration.machine import Block, GuestDisk, Machine
+from qmpblock.migration.diskterms import DiskTerms
+from qmpblock.migration.machine import Block, FileIdentity, GuestDisk, Machine
 from qmpblock.migration.mismatch import KINDS, Kind
 from qmpblock.migration.properties import FEATURES, GUESTS_OWN, HOSTS_OWN, QUEUES
 
@@ -47,12 +49,15 @@ _BOTH_NEED = ("events",)
 _ALIKE = ("compress", "mapped-ram", "multifd", "postcopy-preempt", "x-colo", "x-ignore-shared")
 
 
-def compare(source: Machine, destination: Machine, *, copies: bool = True) -> tuple[Finding, ...]:
+def compare(
+    source: Machine, destination: Machine, terms: DiskTerms | None = None
+) -> tuple[Finding, ...]:
     """Say what speaks against migrating one into the other; refusals first.
 
-    :param copies: whether the disks are copied, too; else both ends have the same images.
+    :param terms: what is done with the disks; None: they are copied, with all their layers.
     """
-    found = [Finding(name, what) for name, what in _all(source, destination, copies=copies)]
+    terms = DiskTerms() if terms is None else terms
+    found = [Finding(name, what) for name, what in _all(source, destination, terms)]
     return tuple(sorted(found, key=lambda one: not one.refused))
 
 
@@ -69,7 +74,7 @@ def pairs(source: Machine, destination: Machine) -> tuple[tuple[GuestDisk, Guest
 _Found = Iterator[tuple[str, str]]
 
 
-def _all(source: Machine, destination: Machine, *, copies: bool) -> _Found:
+def _all(source: Machine, destination: Machine, terms: DiskTerms) -> _Found:
     yield from _states(source, destination)
     yield from _machines(source, destination)
     yield from _cpus(source, destination)
@@ -80,10 +85,11 @@ def _all(source: Machine, destination: Machine, *, copies: bool) -> _Found:
         for disk in machine.disks:
             if not disk.place:
                 yield "disk-place", f"where {disk.describe()} of the {side} is cannot be told"
+    own = own_images(source)
     for here in source.disks:
         for there in destination.disks:
             if here.place and here.place == there.place:
-                yield from _disk(here, there, destination, copies=copies)
+                yield from _disk(here, there, destination, terms, own)
     yield from _capabilities(source, destination)
 
 
@@ -236,7 +242,13 @@ def _device(here: GuestDevice, there: GuestDevice) -> _Found:
         yield kind, f"{here.describe()} differs: " + _listed(some)
 
 
-def _disk(here: GuestDisk, there: GuestDisk, destination: Machine, *, copies: bool) -> _Found:
+def _disk(
+    here: GuestDisk,
+    there: GuestDisk,
+    destination: Machine,
+    terms: DiskTerms,
+    own: Mapping[FileIdentity, str],
+) -> _Found:
     name = here.describe()
     if (here.size is None) != (there.size is None):
         at = "source" if there.size is None else "destination"
@@ -252,14 +264,23 @@ def _disk(here: GuestDisk, there: GuestDisk, destination: Machine, *, copies: bo
     if bool(here.iothread) != bool(there.iothread):
         at = "source" if here.iothread else "destination"
         yield "disk-iothread", f"{name} runs in an iothread at the {at} only"
-    yield from _bitmaps(here, there, copies=copies)
+    yield from _bitmaps(here, there, copies=terms.copies)
     known = here.identity is not None and there.identity is not None
-    if not copies:
+    if not terms.copies:
         if known and here.identity != there.identity:
             yield "disk-apart", f"{name} is {printable(there.file)} at the destination"
         return
+    if here.read_only:
+        return  # it is not copied: both may well have the same
     if known and here.identity == there.identity:
         yield "disk-same", f"{name} is the very same file at both ends"
+    elif there.identity is not None and there.identity in own:
+        theirs = printable(own[there.identity])
+        yield "disk-same", f"{name} would be copied to {theirs}, which a disk of the source is in"
+    if known and any(here.identity in (one.files or ()) for one in there.below):
+        yield "disk-same", f"{printable(there.file)} lies on {name} itself"
+    if terms.layers == "top":
+        yield from backing_differs(here, there, trusted=terms.same_backing)
     if here.encrypted and not there.encrypted:
         yield "disk-plaintext", f"{name} is encrypted, {printable(there.file)} is not"
     if there.format == "raw" and there.holes is False and destination.version < (10, 0, 0):

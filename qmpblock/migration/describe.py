@@ -11,14 +11,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qmpblock.errors import CommandError, GraphError
-from qmpblock.graph.model import Device
+from qmpblock.errors import CommandError, GraphError, UnsupportedError
+from qmpblock.graph.model import Device, Layer
+from qmpblock.graph.openings import part_of
 from qmpblock.graph.options import discard_of
 from qmpblock.graph.places import Place
+from qmpblock.graph.sharedfiles import files_of
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import command_line
 from qmpblock.migration.devicetree import GuestDevice, read_tree
-from qmpblock.migration.machine import WITH_BITMAPS, Block, GuestDisk, Machine
+from qmpblock.migration.machine import WITH_BITMAPS, Block, GuestDisk, LowerLayer, Machine
 from qmpblock.migration.properties import CPU, MACHINE_OPTIONS, TOPOLOGY
 from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.iothread import iothread_of
@@ -208,6 +210,22 @@ async def _disks(
                 holes=None if discard is None else discard == "unmap",
                 iothread=await iothread_of(vm.monitor, device, threads),
                 jobs=tuple(job.id for job in device.jobs),
+                below=tuple(_lower(layer, files) for layer in device.chain.layers[1:]),
+                names_backing=active.node.backing_filename is not None,
             )
         )
     return tuple(found)
+
+
+def _lower(layer: Layer, files: OpenFiles) -> LowerLayer:
+    """Say what a lower layer is, and by which files; by none where one cannot be told."""
+    places = [files.place(node) for node in files_of(layer)]
+    found = [(one.file.device, one.file.inode) for one in places if isinstance(one, Place)]
+    whole, part = len(found) == len(places), None
+    try:
+        within = part_of(layer)
+        part = None if within is None else (within.offset, within.size)
+    except UnsupportedError:
+        whole = False
+    known = tuple(found) if whole else None
+    return LowerLayer(layer.file, layer.format, layer.size, known, part)

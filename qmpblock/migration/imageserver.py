@@ -108,9 +108,10 @@ class ImageServer:
         words = _program(options)
         for number, disk in enumerate(disks):
             name = export_name(run, number)
-            node = _image(disk.chain.active, len(disk.chain.layers), files, options)
+            node = _images(disk.chain.layers, files, options)
             words += ["--blockdev", json.dumps({**node, "node-name": name})]
             export = {"type": "nbd", "id": name, "name": name, "node-name": name, "writable": True}
+            export["allocation-depth"] = True
             words += ["--export", json.dumps(export)]
         user = User.of_process(pid)
         theirs = os.geteuid() == 0 and user.uid != 0
@@ -263,16 +264,26 @@ def _program(options: Sequence[str]) -> list[str]:
     return [found]
 
 
-def _image(image: Layer, layers: int, files: OpenFiles, options: Sequence[str]) -> dict[str, Any]:
+def _images(layers: Sequence[Layer], files: OpenFiles, options: Sequence[str]) -> dict[str, Any]:
+    """Return the node of a chain, the active layer's; what that lies on is only read."""
+    node = None
+    for layer in reversed(layers):
+        node = _image(layer, node, files, options)
+    assert node is not None  # a chain has at least one layer
+    return node
+
+
+def _image(
+    image: Layer, backing: dict[str, Any] | None, files: OpenFiles, options: Sequence[str]
+) -> dict[str, Any]:
     """Return the node of an image, as the destination has it open.
 
+    :param backing: the node of what it lies on.
     :raise UnsupportedError: it is of a kind that is not served so.
     """
     why = ""
     if image.node.encrypted or image.format == "luks":
         why = "is encrypted, and its key is the destination's alone"
-    elif layers > 1:
-        why = "has a backing image"
     elif image.format not in ("qcow2", "raw") or image.storage is None or image.between:
         why = "is no plain raw or qcow2 image"
     elif image.format == "raw" and {"offset", "size"} & set(said_by(image.node.filename)):
@@ -283,23 +294,27 @@ def _image(image: Layer, layers: int, files: OpenFiles, options: Sequence[str]) 
     discard = discard_of(options, image.node) or "unmap"
     cache = cache_options(image.node)
 
+    reads = image.depth > 0
+
     def leaf(node: Any) -> dict[str, Any]:
         place = files.place(node)
         if not isinstance(place, Place):
             _refuse(image, place.reason)
         driver = "host_device" if place.file.is_device else "file"
-        return {"driver": driver, "filename": place.here, "discard": discard, "cache": cache}
+        named = {"driver": driver, "filename": place.here}
+        return {**named, "discard": discard, "cache": cache, "read-only": reads}
 
     made: dict[str, Any] = {
         "driver": image.format,
         "file": leaf(image.storage),
         "discard": discard,
         "cache": cache,
+        "read-only": reads,
     }
     if image.node.detect_zeroes != "off":
         made["detect-zeroes"] = image.node.detect_zeroes
     if image.format == "qcow2":
-        made["backing"] = None  # a header may name one; this one has none
+        made["backing"] = backing  # a header may name one that this one has not
     if image.data_file is not None:
         made["data-file"] = leaf(image.data_file)
     return made
@@ -309,7 +324,7 @@ def _refuse(image: Layer, why: str) -> NoReturn:
     raise UnsupportedError(
         f"a storage daemon cannot have the destination's image {printable(image.file)}: it {why}",
         standing=UNTOUCHED,
-        remedy="give the destination a raw or qcow2 image of its own without a backing image, or "
+        remedy="give the destination a raw or qcow2 image of its own, or "
         "do without the storage daemon",
     )
 

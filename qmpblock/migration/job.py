@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmpblock.migration.course import Course, MemoryPass, MirrorCourse, PhaseTime
+from qmpblock.migration.diskterms import Layers
 from qmpblock.migration.states import Phase
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Progress
@@ -44,6 +45,7 @@ class MigratedDisk:
     :ivar size: in bytes.
     :ivar copied: bytes that the mirror went over, what the guest wrote meanwhile included.
     :ivar course: how far it was, and when.
+    :ivar layers: which of its layers were copied: all, or the active one alone.
     """
 
     disk: str
@@ -52,6 +54,7 @@ class MigratedDisk:
     size: int
     copied: int
     course: MirrorCourse
+    layers: Layers = "all"
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,18 @@ from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import OWN_REMEDY, undo_dead_change
 from qmpblock.copying.target import NBDTarget, credentials_object
-from qmpblock.errors import CommandError, Error, MonitorError, StalledError, printable
+from qmpblock.errors import (
+    CommandError,
+    Error,
+    MonitorError,
+    StalledError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.export.ownserver import OwnServer
 from qmpblock.export.server import delete_export, delete_object, monitor_name, undo_dead_run
 from qmpblock.migration import wayback
+from qmpblock.migration.contents import ALLOCATION, DEPTH, holds_nothing, is_blank
 from qmpblock.migration.imageserver import ImageServer
 from qmpblock.names import (
     NBD_LOCK,
@@ -59,7 +67,6 @@ __all__ = ["Landing"]
 
 _ANSWER = 2.0  # seconds for a word from a QEMU that is well
 _POLL = 0.02
-_ALLOCATION, _ZERO = "base:allocation", 2  # the context, and its flag of what reads as zeros
 
 _log = logging.getLogger(__name__)
 
@@ -176,6 +183,7 @@ class Landing:
                     "name": name,
                     "node-name": node,
                     "writable": True,
+                    "allocation-depth": True,
                 },
             )
             self._exports.append(name)
@@ -184,26 +192,30 @@ class Landing:
             targets.append(NBDTarget(where, name) if over is None else over.target(name))
         return targets
 
-    async def blank(self, targets: Sequence[NBDTarget]) -> list[bool]:
+    async def blank(self, targets: Sequence[NBDTarget], pairs: Sequence[Pair]) -> list[bool]:
         """Say of each export whether all of it reads as zeros. Not to be cancelled half-way.
 
         It is asked through connections which stay until the exports end (K1).
 
+        :raise UnsupportedError: one of which only the top is copied holds anything: that would
+            stay, where the top holds nothing.
         :raise NBDError: the server does not answer as it should.
         """
         if self._secured:  # what they are told by is QEMU's own TLS
             return [False for _ in targets]
         found = []
-        for target in targets:
+        for target, pair in zip(targets, pairs, strict=True):
             client = await Client.connect(
                 target.server,
                 export=target.export,
-                contexts=[_ALLOCATION],
+                contexts=[DEPTH if pair.top else ALLOCATION],
                 polite=False,
                 stall=self.vm.stall,
             )
             self._readers.append(client)
-            found.append(await _is_blank(client))
+            if pair.top and not await holds_nothing(client):
+                raise _not_empty(pair)
+            found.append(not pair.top and await is_blank(client))
         return found
 
     async def _close_readers(self) -> None:
@@ -397,15 +409,14 @@ class Landing:
         )
 
 
-async def _is_blank(client: Client) -> bool:
-    offset = 0
-    while offset < client.size:
-        asked = min(client.max_status_length, client.size - offset)
-        for length, flags in (await client.block_status(offset, asked))[_ALLOCATION].tolist():
-            if not flags & _ZERO:
-                return False
-            offset += length
-    return True
+def _not_empty(pair: Pair) -> UnsupportedError:
+    file = pair.destination.chain.active.file
+    return UnsupportedError(
+        f"{printable(file)} holds something itself, which would stay where the active layer of "
+        f"{printable(pair.source.name)} holds nothing; nothing was copied",
+        remedy="make it anew (qemu-img create -f qcow2 -b BACKING -F FORMAT FILE), with the "
+        "destination's QEMU started after that; or copy all layers",
+    )
 
 
 async def _nobody(_: Address) -> None:

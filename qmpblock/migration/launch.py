@@ -13,14 +13,16 @@ import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmpblock.errors import UNTOUCHED, GraphError, UnsupportedError, printable
 from qmpblock.graph.jsonname import said_by
-from qmpblock.graph.model import DiskDevice
+from qmpblock.graph.model import DiskDevice, Layer
+from qmpblock.graph.openings import in_part
 from qmpblock.graph.options import cache_options, key_secret, options_of
 from qmpblock.migration.devicetree import GuestDevice
+from qmpblock.migration.diskterms import Layers
 from qmpblock.migration.machine import GuestDisk, Machine
 from qmpblock.migration.options import has_key, objects_of, program, sort_out
 from qmpblock.migration.properties import names
@@ -70,12 +72,15 @@ class Image:
     """An image that the destination is to have, of the disk's own size in bytes.
 
     :ivar secret: the id of the secret object that encrypts it.
+    :ivar backing: the file that it lies on, of the format `backing_format`; None: on none.
     """
 
     file: str
     format: str
     size: int
     secret: str | None = None
+    backing: str | None = None
+    backing_format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ def launch(
     sockets: str,
     qemu: str | None = None,
     format: str | None = None,  # noqa: A002 - the word of `copy`, and of the command
+    layers: Layers = "all",
 ) -> Launch:
     """Return a destination's command line.
 
@@ -124,6 +130,8 @@ def launch(
     :param qemu: its program; None: the source's.
     :param format: of its images: qcow2 or raw; None: each disk's own, where that can be made. What
         is encrypted keeps its own.
+    :param layers: what is to be copied to them: where it is the active layer alone (`top`), the
+        image of a chain is qcow2, and lies on the disk's own backing image.
     :raise UnsupportedError: a disk is of a kind that cannot be written anew.
     """
     started, words = program(origin.words)
@@ -144,7 +152,8 @@ def launch(
     images = []
     nodes: dict[str, str] = {}
     for disk, device in _disks(origin):
-        node, image = _blockdev(disk, device, directory, origin, notes, format)
+        on = device.chain.layers[1] if layers == "top" and len(device.chain.layers) > 1 else None
+        node, image = _blockdev(disk, device, directory, origin, notes, format, on)
         nodes[disk.place] = node["node-name"]
         images += [image] if image is not None else []
         line += ["-blockdev", json.dumps(node)]
@@ -226,8 +235,12 @@ def _blockdev(
     origin: Origin,
     notes: list[str],
     wanted: str | None,
+    on: Layer | None,
 ) -> tuple[dict[str, Any], Image | None]:
-    """Return the node of a disk, and the image to be made: none of a disk that is for reading."""
+    """Return the node of a disk, and the image to be made: none of a disk that is for reading.
+
+    :param on: what the image is to lie on, which its header says; None: on none.
+    """
     active = device.chain.active
     stem = _STEM.sub("_", device.id or device.drive or f"disk-{len(notes)}-{active.node.name}")
     name = active.node.name if not active.node.name.startswith("#") else f"{stem}-image"
@@ -235,7 +248,7 @@ def _blockdev(
         notes.append(f"{printable(disk.name)} is for reading: its image has to be there")
         fmt, file, image = active.format, active.file, None
     else:
-        fmt = active.format if active.format in ("raw", "luks") else "qcow2"
+        fmt = active.format if active.format in ("raw", "luks") and on is None else "qcow2"
         if wanted is not None and not active.node.encrypted:
             fmt = wanted
         elif wanted not in (None, fmt):
@@ -243,6 +256,8 @@ def _blockdev(
         file = posixpath.join(directory, f"{stem}.{fmt}")
         secret = key_secret(active) if active.node.encrypted else None
         image = Image(file, fmt, disk.size or 0, secret)
+        if on is not None:
+            image = _over(image, on)
     file_node: dict[str, Any] = {"driver": "file", "filename": file, "discard": "unmap"}
     node: dict[str, Any] = {"driver": fmt, "node-name": name, "discard": "unmap", "file": file_node}
     if disk.read_only:
@@ -268,6 +283,25 @@ def _blockdev(
         kind = {"driver": "throttle", "node-name": named, "throttle-group": group}
         node = {**kind, "discard": "unmap", "file": node}
     return node, image
+
+
+def _over(image: Image, on: Layer) -> Image:
+    """Return the image over what it is to lie on.
+
+    :raise UnsupportedError: no header can say it.
+    """
+    why = ""
+    if image.format != "qcow2":
+        why = f"a {image.format} image lies on none"
+    elif not on.file.startswith("/") or in_part(on):
+        why = f"{printable(on.file)} is no absolute name of a whole file"
+    if why:
+        raise UnsupportedError(
+            f"{printable(image.file)} cannot lie on {on.describe()}: {why}",
+            standing=UNTOUCHED,
+            remedy="copy all layers; or write the command line, and make the image, by hand",
+        )
+    return replace(image, backing=on.file, backing_format=on.format)
 
 
 def _devices(origin: Origin, nodes: Mapping[str, str]) -> Iterator[dict[str, Any]]:

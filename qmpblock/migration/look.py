@@ -20,6 +20,7 @@ from qmpblock.errors import (
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import describe_process
 from qmpblock.managers import Work
+from qmpblock.migration.diskterms import DiskTerms
 from qmpblock.migration.pairing import check_pairing
 from qmpblock.names import lock_names, new_run, stream_socket
 from qmpblock.qemu import ownership
@@ -35,10 +36,14 @@ __all__ = ["Pair", "Plan", "look"]
 
 @dataclass(frozen=True)
 class Pair:
-    """One disk of the guest's, as it is at both sides."""
+    """One disk of the guest's, as it is at both sides.
+
+    :ivar top: whether its active layer alone is copied, onto one that lies on the same image.
+    """
 
     source: DiskDevice
     destination: DiskDevice
+    top: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Plan:
 
 
 async def look(
-    source: Connection, destination: Connection, *, memory_only: bool, over: Over | None = None
+    source: Connection, destination: Connection, terms: DiskTerms, *, over: Over | None = None
 ) -> Plan:
     """Say what is to be done, or refuse; only what a dead controller left at the source is undone.
 
@@ -73,26 +78,31 @@ async def look(
     await _check_source(source, disks)
     await make_way(source, lock_names(disks))
     graph, arriving = await source.graph(), await destination.graph()
-    pairing = await check_pairing(source, destination, copies=not memory_only)
-    pairs = _pairs(pairing.disks, graph, arriving)
+    pairing = await check_pairing(source, destination, terms)
+    pairs = _pairs(pairing.disks, graph, arriving, terms)
     for device in graph.disks():
         check_idle(device)
     first = disks[0].chain.active.file if disks else ""
     await ownership.ask_for_change(source, Work("migrate", first))
-    copied = () if memory_only else pairs
+    copied = pairs if terms.copies else ()
     return Plan(graph.disks(), arriving.disks(), pairs, copied, pairing.warnings)
 
 
 def _pairs(
-    wanted: Iterable[tuple[str, str]], source: BlockGraph, destination: BlockGraph
+    wanted: Iterable[tuple[str, str]],
+    source: BlockGraph,
+    destination: BlockGraph,
+    terms: DiskTerms,
 ) -> tuple[Pair, ...]:
     """Return which disk goes where: to that which the guest finds at the same place."""
     here = {device.qom_path: device for device in source.disks()}
     there = {device.qom_path: device for device in destination.disks()}
     try:
-        return tuple(Pair(here[one], there[other]) for one, other in wanted)
+        found = [(here[one], there[other]) for one, other in wanted]
     except KeyError:
         raise BusyError("a disk was plugged in or out meanwhile", standing=UNTOUCHED) from None
+    top = terms.layers == "top"
+    return tuple(Pair(one, other, top and len(one.chain.layers) > 1) for one, other in found)
 
 
 async def _check_reach(source: Connection, destination: Connection, over: Over | None) -> None:

@@ -12,7 +12,7 @@ from qmpblock.errors import printable
 from qmpblock.graph.model import Bitmap
 from qmpblock.migration.devicetree import GuestDevice
 
-__all__ = ["WITH_BITMAPS", "Block", "GuestDisk", "Machine"]
+__all__ = ["WITH_BITMAPS", "Block", "FileIdentity", "GuestDisk", "LowerLayer", "Machine"]
 
 WITH_BITMAPS = ("qcow2",)
 """Formats that store dirty bitmaps."""
@@ -28,6 +28,26 @@ class Block:
 
     used: int
     largest: int
+
+
+FileIdentity = tuple[int, int | None]
+"""Device and inode of a file on this host; of a block device its number, and None."""
+
+
+@dataclass(frozen=True)
+class LowerLayer:
+    """An image that a disk's active layer lies on.
+
+    :ivar size: its virtual size, in bytes.
+    :ivar files: that it is in, its data file included; None where one cannot be told.
+    :ivar part: which part of its file it is (offset and size, in bytes); None where it is all.
+    """
+
+    file: str
+    format: str
+    size: int
+    files: tuple[FileIdentity, ...] | None = None
+    part: tuple[int, int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,8 @@ class GuestDisk:
     :ivar holes: whether what is discarded in it is given back; None where nothing tells.
     :ivar iothread: in which it runs; None: in none.
     :ivar jobs: that run on it.
+    :ivar below: what the active layer lies on, from the top.
+    :ivar names_backing: whether the active layer's header says on which image it lies.
     """
 
     place: str
@@ -58,7 +80,7 @@ class GuestDisk:
     format: str = ""
     file: str = ""
     here: str = ""
-    identity: tuple[int, int | None] | None = None
+    identity: FileIdentity | None = None
     encrypted: bool = False
     bitmaps: tuple[Bitmap, ...] = ()
     lower: tuple[Bitmap, ...] = ()
@@ -67,6 +89,8 @@ class GuestDisk:
     holes: bool | None = None
     iothread: str | None = None
     jobs: tuple[str, ...] = ()
+    below: tuple[LowerLayer, ...] = ()
+    names_backing: bool = False
 
     def describe(self) -> str:
         """Say which it is, for people."""

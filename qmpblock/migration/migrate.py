@@ -29,7 +29,8 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.copying.job import working
 from qmpblock.copying.target import Credentials
 from qmpblock.copying.wire import credentials_in
-from qmpblock.errors import UNTOUCHED, Error, RequestError
+from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError
+from qmpblock.migration.diskterms import DiskTerms, Layers
 from qmpblock.migration.homeward import Homeward
 from qmpblock.migration.job import MigrationJob
 from qmpblock.migration.look import look
@@ -55,6 +56,8 @@ async def migrate(
     means: MigrationMeans | None = None,
     storage_daemon: bool = False,
     over: str | None = None,
+    layers: Layers = "all",
+    same_backing: bool = False,
 ) -> AsyncIterator[MigrationJob]:
     """Have the guest of `source` go on in `destination`, with its disks, while it runs.
 
@@ -83,6 +86,10 @@ async def migrate(
     :param over: how disks and memory go: `nbds://HOST[:PORT]` by TCP with TLS, to where the
         destination's QEMU is to listen, each VM with the `tls_creds` that it was connected with;
         `nbd://` without TLS, where both are `insecure`. None: as the monitors do.
+    :param layers: what is copied of a disk: `all` that it holds; or of a chain the active layer
+        alone (`top`), onto an empty image that lies on the very same backing image.
+    :param same_backing: the caller's word that what those images lie on holds what the disks lie
+        on, where other files do, or files that cannot be seen from here.
     :raise RequestError: the VMs are no such pair; nothing was touched.
     :raise UnsupportedError: likewise; or a storage daemon is not here, or cannot have an image.
     :raise BusyError: a job, or another controller, is at work on a disk.
@@ -93,12 +100,21 @@ async def migrate(
     """
     means = MigrationMeans() if means is None else means
     means.check()
+    terms = DiskTerms(not memory_only, layers, same_backing)
+    terms.check()
     if over is not None and storage_daemon:
         raise RequestError("a storage daemon serves by no TCP", standing=UNTOUCHED)
     if memory_only and means.write_blocking_after:
         raise RequestError("no disk is copied whose writes could wait", standing=UNTOUCHED)
     way = None if over is None else way_over(over, source.nbd, destination.nbd)
-    plan = await look(source, destination, memory_only=memory_only, over=way)
+    if layers == "top" and way is not None and way.here is not None:
+        raise UnsupportedError(
+            "whether the destination's images are empty, as they have to be where active layers "
+            "alone are copied onto them, is not seen through TLS (--over nbds://)",
+            standing=UNTOUCHED,
+            remedy="leave --over out, to have disks and memory go by ssh; or copy all layers",
+        )
+    plan = await look(source, destination, terms, over=way)
     job = MigrationJob(plan.warnings)
     passage = await Passage.of(
         source, destination, plan, job, means, speed=speed, storage_daemon=storage_daemon, over=way

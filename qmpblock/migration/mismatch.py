@@ -172,6 +172,33 @@ KINDS: Mapping[str, Kind] = {
         "the disk is copied onto itself under the guest, and destroyed",
         "give the destination an image of its own; or migrate the memory alone",
     ),
+    "backing-missing": Kind(
+        "an image that lies on none, where only the active layer is copied onto it",
+        _NEVER,
+        "the guest reads zeros where the layers below the active one hold data",
+        "give the destination a qcow2 image that lies on the disk's own backing image "
+        "(qmpblock migrate --command-line SOURCE --layers top prints how); or copy all layers",
+    ),
+    "backing-size": Kind(
+        "the size of what an image lies on, where only the active layer is copied onto it",
+        _NEVER,
+        "the guest reads what is not there, or what the shorter one hides",
+        "have it lie on the very same image, or on a copy of that; or copy all layers",
+    ),
+    "backing-unproven": Kind(
+        "what an image lies on, where only the active layer is copied onto it",
+        _NEVER,
+        "where it holds anything else the guest reads that, from its first moment there on",
+        "have it lie on the very same files; or see that it lies on a copy of them (qmpblock "
+        "verify), and say so (--same-backing); or copy all layers",
+    ),
+    "backing-unnamed": Kind(
+        "an image whose header does not say what it lies on",
+        _NEVER,
+        "whoever opens it by its name alone finds nothing of what lies below",
+        "write it there, when the VM has ended: qemu-img rebase -u -b BACKING -F FORMAT IMAGE",
+        refused=False,
+    ),
     "disk-apart": Kind(
         "different images, where none is copied",
         _NEVER,

@@ -92,7 +92,7 @@ class Outward:
     async def _mirror(self) -> None:
         passage = self._passage
         targets = await undisturbed(passage.landing.serve(passage.plan.copied))
-        blank = await undisturbed(passage.landing.blank(targets))
+        blank = await undisturbed(passage.landing.blank(targets, passage.plan.copied))
         await passage.storage.start(targets, blank)
 
     async def _await_ready(self) -> None:

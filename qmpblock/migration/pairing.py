@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qmpblock.errors import UNTOUCHED, UnsupportedError
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe
+from qmpblock.migration.diskterms import DiskTerms
 
 if TYPE_CHECKING:
     from qmpblock.migration.machine import GuestDisk, Machine
@@ -31,15 +32,15 @@ class Pairing:
 
 
 async def check_pairing(
-    source: Connection, destination: Connection, *, copies: bool = True
+    source: Connection, destination: Connection, terms: DiskTerms | None = None
 ) -> Pairing:
     """Refuse a migration of which something would come to light only later; nothing is touched.
 
-    :param copies: whether the disks are copied, too; else both ends have the same images.
+    :param terms: what is done with the disks; None: they are copied, with all their layers.
     :raise UnsupportedError: the two ends do not fit; says all that does not.
     """
     here, there = await asyncio.gather(describe(source), describe(destination))
-    found = compare(here, there, copies=copies)
+    found = compare(here, there, terms)
     refused = [one for one in found if one.refused]
     if refused:
         raise UnsupportedError(

@@ -187,6 +187,7 @@ class Passage:
                     pair.source.chain.root.size,
                     copied,
                     course.mirror(mirror),
+                    "top" if pair.top else "all",
                 )
                 for pair, copied, mirror in zip(
                     self.plan.copied, self.storage.copied, self.storage.jobs, strict=True

@@ -17,6 +17,7 @@ from qmpblock.host.space import HostSpace
 from qmpblock.mapping import MappedDisk
 from qmpblock.migration.compare import Finding, compare
 from qmpblock.migration.describe import describe
+from qmpblock.migration.diskterms import DiskTerms, Layers
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
 from qmpblock.migration.pairing import written_disks
@@ -43,6 +44,7 @@ class PlannedDisk:
     :ivar disk: what people call it at the source.
     :ivar source: the file of its active layer there; `target`: at the destination.
     :ivar size: of the disk, in bytes.
+    :ivar layers: all, or the active one alone.
     :ivar data: bytes of it that are to be copied; None where no map can be had: the size counts.
     :ivar written: bytes a second that the guest writes to it.
     """
@@ -53,6 +55,7 @@ class PlannedDisk:
     size: int
     data: int | None
     written: float
+    layers: Layers = "all"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ async def plan_migration(
     source: Connection,
     destination: Connection,
     *,
-    copies: bool = True,
+    terms: DiskTerms | None = None,
     speed: int = 0,
     means: MigrationMeans | None = None,
 ) -> PlannedMigration:
@@ -111,29 +114,40 @@ async def plan_migration(
     What the guest writes is measured for a second, if nothing is refused. Cancelling ends it at
     once; nothing is left in either VM.
 
-    :param copies: whether the disks are copied, too; else both ends have the same images.
+    :param terms: what is done with the disks; None: they are copied, with all their layers.
     :param speed: bytes a second that it is limited to; 0: to none.
     :param means: what it may do to come to its end.
-    :raise RequestError: `means` cannot be.
+    :raise RequestError: `means` or `terms` cannot be.
     """
     means = MigrationMeans() if means is None else means
     means.check()
+    terms = DiskTerms() if terms is None else terms
+    terms.check()
     here, there = await asyncio.gather(describe(source), describe(destination))
-    found = compare(here, there, copies=copies)
+    found = compare(here, there, terms)
     plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed)
     if plan.refused:
         return plan
     devices = {device.name: device for device in (await source.graph()).disks()}
     load = await measure(source, devices.values())
-    wanted = written_disks(here, there) if copies else []
-    data = {one.name: await _data(source, devices[one.name]) for one, _ in wanted}
+    wanted = written_disks(here, there) if terms.copies else []
+    top = {one.name for one, _ in wanted if one.below and terms.layers == "top"}
+    data = {
+        one.name: await _data(source, devices[one.name], top=one.name in top) for one, _ in wanted
+    }
     wire, why = await _wire(source, destination)
     plan = replace(
         plan,
         wire=wire,
         unmeasured=why,
         findings=(*(Finding("room", text) for text in lacking(list(_rooms(wanted, data)))), *found),
-        disks=tuple(_disk(one, other, data[one.name], load) for one, other in wanted),
+        disks=tuple(
+            replace(
+                _disk(one, other, data[one.name], load),
+                layers="top" if one.name in top else "all",
+            )
+            for one, other in wanted
+        ),
         bitmaps=tuple(
             PlannedBitmap(one.name, bitmap.name, bitmap.persistent)
             for one, _ in written_disks(here, there)
@@ -162,9 +176,11 @@ async def _wire(source: Connection, destination: Connection) -> tuple[WireSpeed 
         return None, printable(error)
 
 
-async def _data(source: Connection, device: DiskDevice) -> int | None:
+async def _data(source: Connection, device: DiskDevice, *, top: bool) -> int | None:
+    """Return how much of a disk is data; `top`: of its active layer alone."""
     try:
-        return (await MappedDisk(source, device).map()).data().total
+        seen = await MappedDisk(source, device).map()
+        return seen.where(present=True, zero=False, depth=0 if top else None).total
     except (BusyError, NBDError, UnsupportedError):
         return None
 

@@ -15,6 +15,7 @@ from qmpblock.errors import UNTOUCHED, ConnectError, ToolError, UnsupportedError
 from qmpblock.host.contents import Contents
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.socketfolder import temporary_directory
+from qmpblock.migration.diskterms import Layers
 from qmpblock.migration.launch import Image, Launch, launch
 from qmpblock.migration.origin import read_origin
 from qmpblock.names import VM_FOLDER
@@ -51,6 +52,7 @@ async def spawn(
     *,
     qemu: str | None = None,
     format: str | None = None,  # noqa: A002 - the word of `copy`, and of the command
+    layers: Layers = "all",
 ) -> Spawned:
     """Start a destination for a source on this host.
 
@@ -60,6 +62,7 @@ async def spawn(
     :param directory: in which its images are made.
     :param qemu: its program; None: the source's.
     :param format: of its images: qcow2 or raw; None: each disk's own, where that can be made.
+    :param layers: what is to be copied to them (see `launch`).
     :raise UnsupportedError: something is missing that only a person can add; nothing was touched.
     :raise ToolError: an image could not be made, or QEMU ended: its words; nothing is left.
     """
@@ -74,7 +77,9 @@ async def spawn(
     made: list[str] = []
     started = None
     try:
-        plan = launch(origin, directory=directory, sockets=folder, qemu=qemu, format=format)
+        plan = launch(
+            origin, directory=directory, sockets=folder, qemu=qemu, format=format, layers=layers
+        )
         _check(plan)
         for image in plan.images:
             await _make(image, source.stall)
@@ -116,7 +121,10 @@ async def _make(image: Image, stall: float) -> None:
     """Make an empty image of a disk's size, for its user alone."""
     contents = Contents(image.size, ())
     if image.format != "raw":
-        contents = await QemuImg(stall=stall).create(image.format, image.size, {})
+        on = None
+        if image.backing is not None and image.backing_format is not None:
+            on = image.backing, image.backing_format
+        contents = await QemuImg(stall=stall).create(image.format, image.size, {}, backing=on)
     fd = os.open(image.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         contents.write_to(fd)

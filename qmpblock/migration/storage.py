@@ -116,7 +116,12 @@ class Storage:
             )
 
     def _sync(self, pair: Pair, *, blank: bool) -> dict[str, object]:
-        """Return how a mirror is told what is to be copied: all that the disk holds."""
+        """Return how a mirror is told what is to be copied: all that the disk holds, or its top.
+
+        Of that nothing is taken for zero at the target: what it lies on shows through (K2).
+        """
+        if pair.top:
+            return {"sync": "top"}
         if blank and self._vm.capabilities.mirrors_take_word_of_zeros:
             return {"sync": "full", "target-is-zero": True}
         # Of one layer the uppermost is all.

@@ -104,6 +104,8 @@ async def _tried(
                 storage_daemon=wanted.storage_daemon,
                 means=wanted.means,
                 over=wanted.over,
+                layers=wanted.layers,
+                same_backing=wanted.same_backing,
             ) as job:
                 async for seen in job:
                     if progress is not None:

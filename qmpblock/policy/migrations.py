@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.address import TCPAddress, parse_monitor
 from qmpblock.errors import RequestError, printable
+from qmpblock.migration.diskterms import DiskTerms, Layers
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.over import parse_over
 from qmpblock.policy.values import filled_in, number_in, seconds_in, speed_in
@@ -41,6 +42,8 @@ class ListedMigration:
     storage_daemon: bool = False
     means: MigrationMeans = field(default_factory=MigrationMeans)
     over: str | None = None
+    layers: Layers = "all"
+    same_backing: bool = False
 
     @property
     def name(self) -> str:
@@ -121,6 +124,7 @@ def _migration(
     entry: Mapping, share: int, seen: set[MonitorAddress], ports: _Ports
 ) -> ListedMigration:
     speed = speed_in(entry, 0)
+    layers: Layers = "top" if entry.choice("layers", ("all", "top"), "all") == "top" else "all"
     one = ListedMigration(
         source=_address(entry, "source", seen),
         destination=_address(entry, "destination", seen),
@@ -131,6 +135,8 @@ def _migration(
         place=entry.place,
         means=_means(entry),
         over=ports.take(entry),
+        layers=layers,
+        same_backing=entry.flag("same_backing", False),
     )
     entry.finish()
     if one.memory_only and (one.storage_daemon or one.means.write_blocking_after):
@@ -138,6 +144,10 @@ def _migration(
         entry.refuse(key, "does not go with memory_only: no disk is copied")
     if one.storage_daemon and one.over is not None:
         entry.refuse("over", "does not go with storage_daemon, which serves by no TCP")
+    try:
+        DiskTerms(not one.memory_only, layers, one.same_backing).check()
+    except RequestError as error:
+        entry.refuse("layers" if layers == "top" else "same_backing", error.message)
     return one
 
 

@@ -179,8 +179,8 @@ async def test_where_an_export_would_kill_it_there_is_one(
 @pytest.mark.parametrize(
     ("image", "why"),
     [
-        ("{size: 64M}, {size: 64M}", "has a backing image"),
         ("{size: 64M, format: luks, secret: geheim}", "is encrypted"),
+        ("{size: 64M, format: luks, secret: geheim}, {size: 64M}", "is encrypted"),
     ],
 )
 async def test_what_a_daemon_cannot_have_is_refused(

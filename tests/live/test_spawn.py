@@ -19,6 +19,7 @@ from qmpblock.errors import UnsupportedError
 from qmpblock.host.processes import die_with_parent
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe
+from qmpblock.migration.diskterms import DiskTerms
 from qmpblock.migration.launch import launch
 from qmpblock.migration.origin import read_origin
 from qmpblock.migration.spawn import spawn
@@ -126,6 +127,20 @@ async def test_it_is_the_same_machine_and_takes_it_over(
             await destination.monitor.execute("quit")
     assert len(started.images) == len(vm.disks)
     assert all(os.stat(file).st_mode & 0o777 == 0o600 for file in started.images)
+
+
+@pytest.mark.scenarios("chain-3.yaml", "two-disks-one-base.yaml")
+async def test_of_a_chain_whose_active_layer_goes_the_image_lies_on_the_same(
+    scenario, start_qemu, vm_dir, folder, ending, qemu_binary
+):
+    vm = await start_qemu(await build(scenario, vm_dir / "images", Tools.of(qemu_binary)))
+    async with connected(vm.monitor_path) as source:
+        started = await spawn(source, str(folder), layers="top")
+        ending(started.pid, started.log)
+        async with connected(started.monitor) as destination:
+            here, there = await describe(source), await describe(destination)
+            assert compare(here, there, DiskTerms(layers="top")) == ()
+            assert all(one.below for one in there.disks)
 
 
 async def test_what_was_plugged_in_and_changed_later_is_there(

@@ -10,8 +10,12 @@ from machines import QEMUS, recorded, waiting
 from qmpblock.graph.model import Bitmap
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.devicetree import GuestDevice
-from qmpblock.migration.machine import Block, Machine
+from qmpblock.migration.diskterms import DiskTerms
+from qmpblock.migration.machine import Block, LowerLayer, Machine
 from qmpblock.migration.mismatch import KINDS
+
+SAME = DiskTerms(copies=False)
+TOP = DiskTerms(layers="top")
 
 
 def found(source: Machine, destination: Machine, **options) -> dict[str, str]:
@@ -133,6 +137,16 @@ CASES = {
         "multifd is on at the destination only",
     ),
 }
+BASE = LowerLayer("base", "raw", 8 << 20, ((1, 2),))
+OVER = with_disk(SOURCE, below=(BASE,))
+LIES = with_disk(DESTINATION, below=(BASE,), names_backing=True)
+#: Where active layers alone are copied: the destination, and a word of what is said.
+TOPS = {
+    "backing-missing": (with_disk(LIES, below=()), "lies on none"),
+    "backing-size": (with_disk(LIES, below=(replace(BASE, size=1),)), "and 1 what"),
+    "backing-unproven": (with_disk(LIES, below=(replace(BASE, files=None),)), "which files"),
+    "backing-unnamed": (with_disk(LIES, names_backing=False), "does not say"),
+}
 SHARED = {
     "disk-apart": (
         with_disk(SOURCE, identity=(1, 2)),
@@ -158,7 +172,35 @@ def test_each_mismatch_is_found_and_no_other(name):
 @pytest.mark.parametrize("name", SHARED)
 def test_each_mismatch_of_shared_images(name):
     source, destination, words = SHARED[name]
-    assert words in found(source, destination, copies=False)[name]
+    assert words in found(source, destination, terms=SAME)[name]
+
+
+@pytest.mark.parametrize("name", TOPS)
+def test_each_mismatch_of_what_images_lie_on(name):
+    destination, words = TOPS[name]
+    seen = found(OVER, destination, terms=TOP)
+    assert list(seen) == [name]
+    assert words in seen[name]
+    assert found(OVER, destination) == {}
+    assert found(OVER, destination, terms=SAME) == {}
+
+
+@pytest.mark.parametrize("terms", [DiskTerms(), TOP])
+def test_no_image_of_the_source_is_copied_to(terms):
+    """Neither one that a disk lies on, nor another disk's; nor one that lies on a disk's own."""
+    below = (LowerLayer("below", "qcow2", 8 << 20, ((1, 2),)),)
+    mine = with_disk(with_disk(SOURCE, identity=(1, 3), below=below), 1, identity=(1, 4))
+    for identity in ((1, 2), (1, 4)):
+        there = with_disk(DESTINATION, identity=identity, below=below, names_backing=True)
+        assert "which a disk of the source is in" in found(mine, there, terms=terms)["disk-same"]
+    on = (LowerLayer("on", "qcow2", 8 << 20, ((1, 3),)),)
+    there = with_disk(DESTINATION, identity=(1, 9), below=on, names_backing=True)
+    assert "lies on" in found(mine, there, terms=terms)["disk-same"]
+
+
+def test_what_can_only_be_read_may_be_the_same():
+    mine = with_disk(SOURCE, identity=(1, 3), read_only=True)
+    assert found(mine, with_disk(DESTINATION, identity=(1, 3), read_only=True)) == {}
 
 
 def test_what_the_guest_has_set_itself_does_not_speak_against_it():
@@ -175,15 +217,15 @@ def test_of_an_image_that_both_have_persistent_bitmaps_are_there_by_themselves()
     assert compare(mine, there) == ()
     lower = with_disk(SOURCE, lower=(BITMAP, replace(BITMAP, name="t", persistent=False)))
     shared = with_disk(DESTINATION, stored=frozenset({"p0"}))
-    [one] = compare(lower, shared, copies=False)
+    [one] = compare(lower, shared, terms=SAME)
     assert one.name == "bitmap-left"
     assert "bitmap t of" in one.what
     busy = with_disk(SOURCE, bitmaps=(replace(BITMAP, busy=True),))
-    assert list(found(busy, shared, copies=False)) == ["bitmap-unusable"]
+    assert list(found(busy, shared, terms=SAME)) == ["bitmap-unusable"]
 
 
 def test_every_kind_is_found_by_a_case():
-    assert {*CASES, *SHARED, *LATER} == set(KINDS)
+    assert {*CASES, *SHARED, *TOPS, *LATER} == set(KINDS)
 
 
 def test_disks_of_unknown_places_are_no_pair():

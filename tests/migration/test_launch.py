@@ -45,8 +45,15 @@ ORIGIN = Origin(
 )
 
 
-def made(origin: Origin = ORIGIN):
-    return launch(origin, directory="/new", sockets="/run/new")
+def made(origin: Origin = ORIGIN, **options):
+    return launch(origin, directory="/new", sockets="/run/new", **options)
+
+
+def over(one: DiskDevice, **more) -> DiskDevice:
+    """Return a disk whose image lies on another one."""
+    base = Layer(1, Node("base", "raw", "/images/base", 8 << 20, read_only=True), None)
+    base = replace(base, node=replace(base.node, **more))
+    return replace(one, chain=replace(one.chain, layers=(*one.chain.layers, base)))
 
 
 def values(words, option: str) -> list[str]:
@@ -141,3 +148,26 @@ def test_a_disk_that_went_meanwhile():
 
 def replaced(**more) -> Origin:
     return replace(ORIGIN, **more)
+
+
+def test_of_a_chain_whose_active_layer_goes_the_image_lies_on_the_same():
+    chains = (over(ORIGIN.disks[0]), *ORIGIN.disks[1:])
+    plan = made(replaced(disks=chains), layers="top")
+    [first, *others] = plan.images
+    assert (first.format, first.backing, first.backing_format) == ("qcow2", "/images/base", "raw")
+    assert {one.backing for one in others} == {None}
+    assert {one.backing for one in made(replaced(disks=chains)).images} == {None}
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "word"),
+    [
+        ({"filename": "base"}, {}, "base is no absolute name"),
+        ({"filename": 'json:{"driver": "raw", "offset": 512}'}, {}, "is no absolute name"),
+        ({}, {"format": "raw"}, "a raw image lies on none"),
+    ],
+)
+def test_what_no_header_can_say_is_refused(base, options, word):
+    disks = (over(ORIGIN.disks[0], **base), *ORIGIN.disks[1:])
+    with pytest.raises(UnsupportedError, match=word):
+        made(replaced(disks=disks), layers="top", **options)

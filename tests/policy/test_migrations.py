@@ -50,6 +50,12 @@ def test_two_at_once_have_ports_of_their_own(port: int, parallel: int, refused: 
         assert len(parse_migrations(text).migrations) == 2
 
 
+def test_the_active_layer_alone_is_asked_for_by_vm() -> None:
+    top = "  - {source: c.qmp, destination: d.qmp, layers: top, same_backing: yes}\n"
+    found = parse_migrations(f"vms:\n{ONE}{top}").migrations
+    assert [(one.layers, one.same_backing) for one in found] == [("all", False), ("top", True)]
+
+
 @pytest.mark.parametrize(
     ("parallel", "speed", "each"), [(1, "8M", 8 << 20), (2, "0", 0), (9, "8M", 4 << 20)]
 )
@@ -87,6 +93,9 @@ def test_the_whole_is_shared_by_those_at_once(parallel: int, speed: str, each: i
             f"vms:\n{BUT('memory_only: yes, write_blocking_after: 1')}",
             "write_blocking_after: does not go with memory_only",
         ),
+        ("vms:\n  - {source: a, destination: b, layers: one}\n", "is not one of all, top"),
+        ("vms:\n  - {source: a, destination: b, memory_only: yes, layers: top}\n", "].layers: "),
+        ("vms:\n  - {source: a, destination: b, same_backing: yes}\n", "].same_backing: "),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(text: str, said: str) -> None:
