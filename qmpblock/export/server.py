@@ -34,6 +34,7 @@ __all__ = [
     "ServerUse",
     "answers",
     "delete_export",
+    "delete_exports",
     "delete_object",
     "handshakes_end",
     "is_connected",
@@ -67,6 +68,25 @@ async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "
                 raise
         await deleted.get(stall)
     return True
+
+
+async def delete_exports(monitor: Monitor, names: Sequence[str], stall: float) -> None:
+    """Delete exports, all at once, as `delete_export` does one; those that are not there are gone.
+
+    :raise CommandError: QEMU refused one; the first. The others are gone, or going.
+    """
+    left = set(names)
+    with monitor.subscribe(
+        "BLOCK_EXPORT_DELETED", match=lambda event: event["data"].get("id") in names
+    ) as deleted:
+        asked = (("block-export-del", {"id": name, "mode": "hard"}) for name in names)
+        for name, said in zip(names, await monitor.each(*asked), strict=True):
+            if isinstance(said, CommandError):
+                if not not_found(said) and not already_shutting_down(said):
+                    raise said
+                left -= {name} if not_found(said) else set()
+        while left:
+            left.discard((await deleted.get(stall))["data"]["id"])
 
 
 async def delete_object(monitor: Monitor, name: str) -> None:

@@ -36,7 +36,7 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.export.ownserver import OwnServer
-from qmpblock.export.server import delete_export, delete_object, monitor_name, undo_dead_run
+from qmpblock.export.server import delete_exports, delete_object, monitor_name, undo_dead_run
 from qmpblock.migration import wayback
 from qmpblock.migration.contents import ALLOCATION, DEPTH, holds_nothing, is_blank
 from qmpblock.migration.imageserver import ImageServer
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 __all__ = ["Landing"]
 
 _ANSWER = 2.0  # seconds for a word from a QEMU that is well
-_POLL = 0.02
+_POLL = 0.002  # seconds between looks, while the guest stands
 
 _log = logging.getLogger(__name__)
 
@@ -172,10 +172,9 @@ class Landing:
         await self._arm()
         self._serves = True
         await self._server.start(_nobody, len(nodes))
-        targets = []
-        for number, node in enumerate(nodes):
-            name = export_name(self._run, number)
-            await self.vm.monitor.execute(
+        self._exports = [export_name(self._run, number) for number, _ in enumerate(nodes)]
+        added = (
+            (
                 "block-export-add",
                 {
                     "type": "nbd",
@@ -186,11 +185,15 @@ class Landing:
                     "allocation-depth": True,
                 },
             )
-            self._exports.append(name)
-            where = self._server.where or UnixAddress(self._server.path)
-            over = self._over
-            targets.append(NBDTarget(where, name) if over is None else over.target(name))
-        return targets
+            for name, node in zip(self._exports, nodes, strict=True)
+        )
+        for said in await self.vm.monitor.each(*added):
+            if isinstance(said, CommandError):
+                raise said
+        where, over = self._server.where or UnixAddress(self._server.path), self._over
+        return [
+            NBDTarget(where, name) if over is None else over.target(name) for name in self._exports
+        ]
 
     async def blank(self, targets: Sequence[NBDTarget], pairs: Sequence[Pair]) -> list[bool]:
         """Say of each export whether all of it reads as zeros. Not to be cancelled half-way.
@@ -203,20 +206,35 @@ class Landing:
         """
         if self._secured:  # what they are told by is QEMU's own TLS
             return [False for _ in targets]
-        found = []
-        for target, pair in zip(targets, pairs, strict=True):
-            client = await Client.connect(
-                target.server,
-                export=target.export,
-                contexts=[DEPTH if pair.top else ALLOCATION],
-                polite=False,
-                stall=self.vm.stall,
-            )
-            self._readers.append(client)
-            if pair.top and not await holds_nothing(client):
-                raise _not_empty(pair)
-            found.append(not pair.top and await is_blank(client))
+        asking = (self._is_blank(*one) for one in zip(targets, pairs, strict=True))
+        found: list[bool] = []
+        for said in await asyncio.gather(*asking, return_exceptions=True):  # none is cut off (K1)
+            if isinstance(said, BaseException):
+                raise said
+            found.append(said)
         return found
+
+    async def _is_blank(self, target: NBDTarget, pair: Pair) -> bool:
+        client = await Client.connect(
+            target.server,
+            export=target.export,
+            contexts=[DEPTH if pair.top else ALLOCATION],
+            polite=False,
+            stall=self.vm.stall,
+        )
+        self._readers.append(client)
+        if pair.top and not await holds_nothing(client):
+            raise _not_empty(pair)
+        return not pair.top and await is_blank(client)
+
+    async def store(self) -> None:
+        """Have what was written to its disks by now be on stable storage, as far as can be.
+
+        QEMU has it done while the guest stands, and so much of it is left to be done then.
+
+        :raise NBDError: a disk there failed.
+        """
+        await asyncio.gather(*(one.flush() for one in self._readers if one.can_flush))
 
     async def _close_readers(self) -> None:
         while self._readers:
@@ -241,14 +259,16 @@ class Landing:
         try:
             with theirs:
                 await monitor.pass_fd(name, theirs.fileno())
-            await self._expect(f"fd:{name}")
+            try:
+                await self._expect(f"fd:{name}")
+            except BaseException:  # else QEMU has taken it: it has no name any more
+                with contextlib.suppress(MonitorError, StalledError):
+                    await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
+                raise
             yield ours
         except BaseException:
             ours.close()
             raise
-        finally:
-            with contextlib.suppress(MonitorError, StalledError):
-                await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
 
     @property
     def _secured(self) -> bool:
@@ -308,9 +328,8 @@ class Landing:
 
     async def end_exports(self) -> None:
         """Have nobody write to its disks from outside any more. Idempotent."""
-        while self._exports:
-            await delete_export(self.vm.monitor, self._exports[-1], self.vm.stall)
-            self._exports.pop()
+        await delete_exports(self.vm.monitor, self._exports, self.vm.stall)
+        self._exports.clear()
         await self._close_readers()
         if self._images is not None:
             await self._images.end()
@@ -318,9 +337,8 @@ class Landing:
     async def until_it_has_all(self) -> None:
         """Wait until all of the guest is there, and it stands still; for ever, if need be."""
         while True:
-            migration = (await self.vm.monitor.execute("query-migrate")).get("status")
-            status = (await self.vm.monitor.execute("query-status"))["status"]
-            if (status, migration) == ("paused", "completed"):
+            migrates, runs = await self.vm.monitor.read("query-migrate", "query-status")
+            if (runs["status"], migrates.get("status")) == ("paused", "completed"):
                 return
             await asyncio.sleep(_POLL)
 
@@ -369,9 +387,8 @@ class Landing:
             self._serves = False
         await self._disarm()
         self._server.remove_folder()
-        while self._locks:
-            await lock.release(self.vm.monitor, self._locks[-1])
-            self._locks.pop()
+        await lock.release_all(self.vm.monitor, reversed(self._locks))
+        self._locks.clear()
 
     async def give_up(self) -> str:
         """Leave it as it was, or have it end if it is of no use; say what became of it."""

@@ -12,6 +12,7 @@ cut from outside of QEMU, whose monitor would wait for it (K32).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
@@ -21,9 +22,10 @@ from typing import TYPE_CHECKING
 from qmpblock.cancellation import task_group
 from qmpblock.copying.job import joined
 from qmpblock.copying.wire import HOLD, Wire, wire_socket
-from qmpblock.errors import UNTOUCHED, JobError, UnsupportedError
+from qmpblock.errors import UNTOUCHED, CommandError, JobError, StalledError, UnsupportedError
 from qmpblock.names import migration_job, wire_node
 from qmpblock.qemu.job import Job, Progress
+from qmpblock.qemu.looks import Looks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Storage"]
 
 _GRANULARITY = 4096
-_LOOK = 0.002  # seconds between looks at mirrors that end, while the guest stands
+_LOOK = 0.01  # seconds between looks at mirrors that end, where no event wakes us
 _TO_CATCH_UP = (
     "let the guest write less, raise --speed, or have its writes wait (--write-blocking-after)"
 )
@@ -85,18 +87,20 @@ class Storage:
         return tuple(self._seen[name].done if name in self._seen else 0 for name in self.jobs)
 
     async def start(self, targets: Sequence[NBDTarget], blank: Sequence[bool]) -> None:
-        """Lay the wires, and begin.
+        """Lay the wires, and begin: the first disk is copied while the next one's is laid.
 
         :param blank: whether a target reads as zeros, all of it: then none is zeroed first (F36).
         :raise Error: it cannot be; what was begun is left to whoever undoes it.
         """
-        for number, target in enumerate(targets):
+        looks = Looks(self._vm.monitor)
+        every = zip(self.jobs, self._pairs, targets, blank, strict=True)
+        for number, (name, pair, target, zeros) in enumerate(every):
             laying = Wire.open(
                 self._vm, target, run=self._run, number=number, credentials=self._credentials
             )
-            self._laid.append(await self._stack.enter_async_context(laying))
-        for name, pair, wire, zeros in zip(self.jobs, self._pairs, self._laid, blank, strict=True):
-            job = Job(self._vm.monitor, name, "mirror")
+            wire = await self._stack.enter_async_context(laying)
+            self._laid.append(wire)
+            job = Job(self._vm.monitor, name, "mirror", looks)
             job.to_catch_up = _TO_CATCH_UP
             self._jobs.append(job)
             await self._vm.monitor.execute(
@@ -202,20 +206,26 @@ class Storage:
 
         :raise JobError: one failed.
         """
-        for name in self.jobs:
-            await self._vm.monitor.execute("block-job-cancel", {"device": name, "force": False})
-        left = set(self.jobs)
-        while left:
-            for one in await self._vm.monitor.execute("query-block-jobs"):  # of all at once
-                name = one["device"]
-                if name in left and one.get("io-status", "ok") != "ok":  # it never ends by itself
-                    raise JobError(name, "mirror", "the destination failed a request")
-                if name in left and one.get("status") == "concluded":
-                    left.remove(name)
-                    if "error" in one:
-                        raise JobError(name, "mirror", str(one["error"]))
-                    self._note(name, replace(self._seen[name], done=one["offset"]))
-            await asyncio.sleep(_LOOK if left else 0)
+        monitor, left = self._vm.monitor, set(self.jobs)
+        asked = (("block-job-cancel", {"device": name, "force": False}) for name in self.jobs)
+        with monitor.subscribe("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as changes:
+            for said in await monitor.each(*asked):
+                if isinstance(said, CommandError):
+                    raise said
+            while left:
+                changes.pending()
+                for one in await monitor.execute("query-block-jobs"):  # of all at once
+                    name = one["device"]
+                    if name in left and one.get("io-status", "ok") != "ok":  # it would never end
+                        raise JobError(name, "mirror", "the destination failed a request")
+                    if name in left and one.get("status") == "concluded":
+                        left.remove(name)
+                        if "error" in one:
+                            raise JobError(name, "mirror", str(one["error"]))
+                        self._note(name, replace(self._seen[name], done=one["offset"]))
+                if left:
+                    with contextlib.suppress(StalledError):  # no event is no news
+                        await changes.get(_LOOK)
 
     async def break_off(self) -> None:
         """Cancel what runs, and wait for it; the wires stay. Idempotent."""

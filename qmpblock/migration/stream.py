@@ -75,6 +75,7 @@ class Stream:
         self._stack = ExitStack()
         self._relay: Relay | None = None
         self._stopped: float | None = None
+        self._moving = Moving()
         # Before the migration: what it says comes before a reply.
         self._events = vm.monitor.subscribe(
             "MIGRATION", "MIGRATION_PASS", "RESUME", "STOP", match=self._hears
@@ -93,6 +94,8 @@ class Stream:
                 "object-add", credentials_object(self._credentials, name)
             )
         await self._preset.apply()
+        parameters = await self._vm.monitor.execute("query-migrate-parameters")
+        self._moving = Moving(int(parameters.get("downtime-limit", 0)) / 1e3)
 
     async def restore(self) -> None:
         """Take back what `prepare` changed. Idempotent."""
@@ -115,8 +118,9 @@ class Stream:
                 self._events.pending()
                 self.begun = True
                 await monitor.execute("migrate", {"uri": f"fd:{name}"})
-            finally:
+            except BaseException:  # else QEMU has taken it: it has no name any more
                 await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
+                raise
 
     async def until_held(self) -> None:
         """Wait until the guest stands, and QEMU waits for us to go on.
@@ -124,7 +128,7 @@ class Stream:
         :raise Error: the migration has ended otherwise, in QEMU's words.
         :raise StalledError: it does not move, or does not converge, for the stall limit.
         """
-        moving, stall = Moving(await self._limit()), self._vm.stall
+        moving, stall = self._moving, self._vm.stall
         while True:
             migration = await self._look()
             status = str(migration.get("status"))
@@ -142,11 +146,6 @@ class Stream:
                 raise moving.diverging(stall)
             await self._nap(_LOOK)
 
-    async def _limit(self) -> float:
-        """Return for how many seconds the guest may stand for the last of its memory."""
-        parameters = await self._vm.monitor.execute("query-migrate-parameters")
-        return int(parameters.get("downtime-limit", 0)) / 1e3
-
     async def go_on(self) -> None:
         """Have QEMU send the rest, while the guest stands."""
         await self._vm.monitor.execute("migrate-continue", {"state": "pre-switchover"})
@@ -157,10 +156,10 @@ class Stream:
         :raise Error: it has not: the guest goes on at the source by itself.
         """
         while True:
-            migration = await self._look()
+            # In this order: 11.1 says `completed` a moment before it leaves finish-migrate.
+            migration, status = await self._vm.monitor.read("query-migrate", "query-status")
+            self._note(migration)
             self._check(migration)
-            # 11.1 says `completed` a moment before it leaves finish-migrate.
-            status = await self._vm.monitor.execute("query-status")
             if migration.get("status") == "completed" and status["status"] == "postmigrate":
                 return
             await self._nap(_SOON)
@@ -172,6 +171,10 @@ class Stream:
 
     async def _look(self) -> Mapping[str, Any]:
         migration: Mapping[str, Any] = await self._vm.monitor.execute("query-migrate")
+        self._note(migration)
+        return migration
+
+    def _note(self, migration: Mapping[str, Any]) -> None:
         ram, downtime = migration.get("ram", {}), migration.get("downtime")
         moved, left, number = (count(ram, name) for name in ("transferred", "remaining", PASSES))
         if moved:
@@ -179,7 +182,6 @@ class Stream:
             self._course.sent(time.monotonic(), moved, left, number)
         if isinstance(downtime, int) and migration.get("status") == "completed":
             self.downtime = downtime / 1e3
-        return migration
 
     def _check(self, migration: Mapping[str, Any]) -> None:
         status = str(migration.get("status"))

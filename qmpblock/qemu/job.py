@@ -22,6 +22,7 @@ from qmpblock.errors import CommandError, JobError, StalledError
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.jobstate import ENDED, GONE, Verb, allows
+from qmpblock.qemu.looks import Looks
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.sizes import human_size
 from qmpblock.speed import WINDOW, Convergence, RateMeter
@@ -99,6 +100,8 @@ class Job(Feed[Progress]):
 
     Async iteration yields `Progress` until the job has ended; how it ended is said on
     leaving the `async with` that yielded it.
+
+    :param looks: which it shares with others that are followed at the same time.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Job(Feed[Progress]):
         monitor: Monitor,
         id: str,  # noqa: A002 - QMP's word
         type: str,  # noqa: A002 - QMP's word
+        looks: Looks | None = None,
     ) -> None:
         super().__init__()
         self.id = id
@@ -116,6 +120,7 @@ class Job(Feed[Progress]):
         self.errors = 0
         self._verdict: str | None = None
         self._monitor = monitor
+        self._looks = looks
         # Where a concluded stream is deadly, it dismisses itself; its last event is its verdict.
         self._dismisses_itself = (
             type == "stream" and Capabilities(monitor.version).concluded_streams_kill
@@ -196,6 +201,8 @@ class Job(Feed[Progress]):
         The former tells its speed, and whether it waits for room: not asked for where that
         does not matter any more.
         """
+        if self._looks is not None:
+            return await self._looks.closely(self.id)
         info = await self.look()
         if info is not None and info["status"] in _MOVING:
             for block in await self._monitor.execute("query-block-jobs"):

@@ -26,7 +26,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -49,6 +49,7 @@ __all__ = [
     "names",
     "read",
     "release",
+    "release_all",
     "unreadable",
     "update",
 ]
@@ -260,6 +261,13 @@ async def release(monitor: Monitor, name: str) -> None:
     except CommandError as error:
         if not not_found(error):
             raise
+
+
+async def release_all(monitor: Monitor, names: Iterable[str]) -> None:
+    """Give locks back, in this order. Idempotent."""
+    for said in await monitor.each(*(("object-del", {"id": name}) for name in names)):
+        if isinstance(said, CommandError) and not not_found(said):
+            raise said
 
 
 async def update(monitor: Monitor, name: str, me: Holder) -> None:

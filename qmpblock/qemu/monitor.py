@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from qmpblock.address import MonitorAddress, parse_monitor
-from qmpblock.errors import DisconnectedError, Error, StalledError, UnsupportedError
+from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError, UnsupportedError
 from qmpblock.host.forward import Forward
 from qmpblock.qemu.answers import checked
 from qmpblock.qemu.qmpsocket import QMPSocket
@@ -225,6 +225,25 @@ class Monitor:
                 for one in sent:
                     one.cancel()
                 await asyncio.gather(*sent, return_exceptions=True)
+
+    async def each(self, *commands: tuple[str, Mapping[str, object]]) -> list[Any]:
+        """Run commands of which none rests on another; return QEMU's word to each, in their order.
+
+        They are sent at once, as by `read`. What QEMU refuses does not keep it from the others: its
+        word is then a CommandError, which is returned, not raised.
+
+        Cancelling leaves the outcome unknown: they may have been sent.
+
+        :raise Error: as of `execute`, but for CommandError.
+        """
+        async with self._turn:
+            said = await asyncio.gather(
+                *(self._execute(*one) for one in commands), return_exceptions=True
+            )
+        for one in said:
+            if isinstance(one, BaseException) and not isinstance(one, CommandError):
+                raise one
+        return said
 
     async def execute_at_once(
         self, command: str, arguments: Mapping[str, object] | None = None

@@ -177,6 +177,36 @@ async def test_of_what_is_read_the_first_refusal_is_told_and_nothing_is_left(tmp
     assert [one["execute"] for one in fake.seen][1:] == ["query-a", "query-b", "query-c", "query-a"]
 
 
+async def test_what_does_not_rest_on_each_other_is_run_to_its_end_and_each_refusal_is_an_answer(
+    tmp_path,
+):
+    refused = {"error": {"class": "GenericError", "desc": "no"}}
+    replies = {"qmp_capabilities": {"return": {}}, "stop": refused}
+    async with (
+        fake_qmp(tmp_path / "q", replies=replies) as fake,
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        first, second, third = await monitor.each(("a", {"x": 1}), ("stop", {}), ("b", {}))
+    assert (first, third) == ({}, {})
+    assert isinstance(second, CommandError)
+    assert second.command == "stop"
+    assert [one["execute"] for one in fake.seen][1:] == ["a", "stop", "b"]
+
+
+@pytest.mark.parametrize("commands", [(), (("a", {}), ("lost", {}), ("b", {}))])
+async def test_nothing_is_no_command_and_a_lost_connection_is_no_answer(tmp_path, commands):
+    replies = {"qmp_capabilities": {"return": {}}, "lost": None}
+    async with (
+        fake_qmp(tmp_path / "q", replies=replies),
+        await Monitor.connect(str(tmp_path / "q")) as monitor,
+    ):
+        if commands:
+            with pytest.raises(DisconnectedError):
+                await monitor.each(*commands)
+        else:
+            assert await monitor.each() == []
+
+
 async def test_reading_ends_with_the_connection(tmp_path):
     replies = {"qmp_capabilities": {"return": {}}, "query-b": None}
     async with (
