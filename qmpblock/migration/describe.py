@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qmpblock.errors import CommandError, GraphError, UnsupportedError
-from qmpblock.graph.model import Device, Layer
+from qmpblock.graph.model import BlockGraph, Device, Layer
 from qmpblock.graph.openings import part_of
 from qmpblock.graph.options import discard_of
 from qmpblock.graph.places import Place
@@ -30,40 +30,68 @@ from qmpblock.qemu.ownership import Owner, situation
 __all__ = ["describe", "machine_options", "place_of", "read_blocks"]
 
 _BLOCK = re.compile(r"\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)(?:\s.*)?")
+_Command = tuple[str, Mapping[str, object]]
+_OPTIONS: _Command = ("qom-list", {"path": "/machine"})
+_WORDS = "feature-words"  # of a CPU: all that it can do
 _LONGEST = 400  # characters of a line of it; a name has 255 at most
 
 
-async def describe(vm: Connection) -> Machine:
+async def describe(vm: Connection, graph: BlockGraph | None = None) -> Machine:
     """Read what a VM is.
 
+    :param graph: its block graph, where it has just been read.
     :raise GraphError: what QEMU says makes no sense.
     """
-    execute = vm.monitor.execute
-    known = await execute("query-machines")
+    (
+        known,
+        machine,
+        memory,
+        cpus,
+        capabilities,
+        migration,
+        runs,
+        told,
+        tree,
+        blocks,
+        options,
+        threads,
+        nodes,
+    ) = await vm.monitor.read(
+        "query-machines",
+        ("qom-get", {"path": "/machine", "property": "type"}),
+        "query-memory-size-summary",
+        "query-hotpluggable-cpus",
+        "query-migrate-capabilities",
+        "query-migrate",
+        "query-status",
+        "query-uuid",
+        _hmp("info qtree"),
+        _hmp("info ramblock"),
+        _OPTIONS,
+        "query-iothreads",
+        ("query-named-block-nodes", {"flat": True}),
+    )
     types = {str(one["name"]) for one in known} | {str(one.get("alias", "")) for one in known}
-    machine = await execute("qom-get", {"path": "/machine", "property": "type"})
-    memory = await execute("query-memory-size-summary")
-    cpus = [one for one in await execute("query-hotpluggable-cpus") if "qom-path" in one]
-    capabilities = await execute("query-migrate-capabilities")
-    migration = await execute("query-migrate")
-    status = str((await execute("query-status"))["status"])
+    cpus = [one for one in cpus if "qom-path" in one]
+    status = str(runs["status"])
     owned = situation(status, str(migration.get("status", "none")))
-    devices = read_tree(str(await _hmp(vm.monitor, "info qtree")))
+    devices = read_tree(str(tree))
     words = command_line(vm.monitor.peer_pid)
+    graph = await vm.graph() if graph is None else graph
     return Machine(
         version=vm.monitor.version,
         type=str(machine).removesuffix("-machine"),
         types=frozenset(types - {""}),
-        options=await machine_options(vm.monitor),
-        uuid=str((await execute("query-uuid"))["UUID"]),
+        options=await _machine_options(vm.monitor, options),
+        uuid=str(told["UUID"]),
         memory=memory["base-memory"],
         plugged=memory.get("plugged-memory", 0),
-        blocks=read_blocks(await _hmp(vm.monitor, "info ramblock")),
+        blocks=read_blocks(str(blocks)),
         cpu=_model(cpus[0]["type"]) if cpus else "",
         features=await _features(vm.monitor, cpus[0]["qom-path"]) if cpus else {},
         cpus=frozenset(_text(one["props"]) for one in cpus),
         devices=devices,
-        disks=await _disks(vm, devices, words),
+        disks=await _disks(vm, graph, devices, words, threads, _stored(nodes)),
         capabilities={str(one["capability"]): one["state"] for one in capabilities},
         status=status,
         elsewhere="" if owned.owner is Owner.THIS else owned.why,
@@ -75,10 +103,14 @@ async def describe(vm: Connection) -> Machine:
 
 async def machine_options(monitor: Monitor) -> dict[str, str]:
     """Return the options of a machine that its guest can tell, as text."""
-    listed = await monitor.execute("qom-list", {"path": "/machine"})
-    found = await _properties(monitor, "/machine", {str(one["name"]) for one in listed})
+    return await _machine_options(monitor, (await monitor.read(_OPTIONS))[0])
+
+
+async def _machine_options(monitor: Monitor, listed: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    names = sorted({str(one["name"]) for one in listed} & MACHINE_OPTIONS)
+    values = await monitor.read(*(_property("/machine", name) for name in names))
     options: dict[str, str] = {}
-    for name, value in found.items():
+    for name, value in zip(names, values, strict=True):
         if name == "smp" and isinstance(value, dict):
             options |= {f"smp.{key}": _text(value[key]) for key in TOPOLOGY if key in value}
         else:
@@ -86,16 +118,12 @@ async def machine_options(monitor: Monitor) -> dict[str, str]:
     return options
 
 
-async def _properties(monitor: Monitor, path: str, names: set[str]) -> dict[str, Any]:
-    return {
-        name: await monitor.execute("qom-get", {"path": path, "property": name})
-        for name in sorted(names & MACHINE_OPTIONS)
-    }
+def _property(path: str, name: str) -> _Command:
+    return "qom-get", {"path": path, "property": name}
 
 
-async def _hmp(monitor: Monitor, line: str) -> str:
-    printed = await monitor.execute("human-monitor-command", {"command-line": line})
-    return str(printed)
+def _hmp(line: str) -> _Command:
+    return "human-monitor-command", {"command-line": line}
 
 
 def read_blocks(text: str) -> dict[str, Block]:
@@ -107,16 +135,14 @@ def read_blocks(text: str) -> dict[str, Block]:
 
 async def _features(monitor: Monitor, path: str) -> dict[str, str]:
     """Return what the guest finds of a CPU; where it is no x86, what its type says must do."""
-    found: dict[str, str] = {}
-    for name in sorted(CPU):
-        try:
-            value = await monitor.execute("qom-get", {"path": path, "property": name})
-        except CommandError:
-            continue  # a CPU of another kind, or QEMU
-        found[name] = _text(value)
-    try:
-        words = await monitor.execute("qom-get", {"path": path, "property": "feature-words"})
-    except CommandError:
+    names = sorted(CPU)
+    *values, words = await monitor.each(*(_property(path, one) for one in (*names, _WORDS)))
+    found = {
+        name: _text(value)
+        for name, value in zip(names, values, strict=True)
+        if not isinstance(value, CommandError)  # a CPU of another kind, or QEMU
+    }
+    if isinstance(words, CommandError):
         return found
     try:
         for word in words:
@@ -172,12 +198,14 @@ def _stored(nodes: Sequence[Mapping[str, Any]]) -> dict[str, frozenset[str]]:
 
 
 async def _disks(
-    vm: Connection, tree: Sequence[GuestDevice], words: Sequence[str]
+    vm: Connection,
+    graph: BlockGraph,
+    tree: Sequence[GuestDevice],
+    words: Sequence[str],
+    threads: list[dict[str, Any]],
+    stored: Mapping[str, frozenset[str]],
 ) -> tuple[GuestDisk, ...]:
     files = OpenFiles(vm.monitor.peer_pid)
-    threads = await vm.monitor.execute("query-iothreads")
-    graph = await vm.graph()
-    stored = _stored(await vm.monitor.execute("query-named-block-nodes", {"flat": True}))
     found = []
     for device in graph.devices:
         place = place_of(device, tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from qmpblock.managers import Work
 from qmpblock.migration.diskterms import DiskTerms
 from qmpblock.migration.pairing import check_pairing
 from qmpblock.names import lock_names, new_run, stream_socket
-from qmpblock.qemu import ownership
+from qmpblock.qemu import lock, ownership
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, DiskDevice
@@ -73,19 +74,21 @@ async def look(
     await _check_reach(source, destination, over)
     if _is_same(source, destination):
         raise RequestError("source and destination are the same VM", standing=UNTOUCHED)
-    graph = await source.graph()
+    graph, arriving = await asyncio.gather(source.graph(), destination.graph())
     disks = graph.disks()
     await _check_source(source, disks)
-    await make_way(source, lock_names(disks))
-    graph, arriving = await source.graph(), await destination.graph()
-    pairing = await check_pairing(source, destination, terms)
+    if set(lock_names(disks)) & set(await lock.names(source.monitor)):
+        await make_way(source, lock_names(disks))
+        graph = await source.graph()
+        disks = graph.disks()
+    pairing = await check_pairing(source, destination, terms, graphs=(graph, arriving))
     pairs = _pairs(pairing.disks, graph, arriving, terms)
-    for device in graph.disks():
+    for device in disks:
         check_idle(device)
     first = disks[0].chain.active.file if disks else ""
     await ownership.ask_for_change(source, Work("migrate", first))
     copied = pairs if terms.copies else ()
-    return Plan(graph.disks(), arriving.disks(), pairs, copied, pairing.warnings)
+    return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings)
 
 
 def _pairs(

@@ -12,6 +12,7 @@ from qmpblock.migration.describe import describe
 from qmpblock.migration.diskterms import DiskTerms
 
 if TYPE_CHECKING:
+    from qmpblock.graph.model import BlockGraph
     from qmpblock.migration.machine import GuestDisk, Machine
     from qmpblock.qemu.connection import Connection
 
@@ -32,14 +33,21 @@ class Pairing:
 
 
 async def check_pairing(
-    source: Connection, destination: Connection, terms: DiskTerms | None = None
+    source: Connection,
+    destination: Connection,
+    terms: DiskTerms | None = None,
+    *,
+    graphs: tuple[BlockGraph | None, BlockGraph | None] = (None, None),
 ) -> Pairing:
     """Refuse a migration of which something would come to light only later; nothing is touched.
 
     :param terms: what is done with the disks; None: they are copied, with all their layers.
+    :param graphs: the block graphs of both, where they have just been read.
     :raise UnsupportedError: the two ends do not fit; says all that does not.
     """
-    here, there = await asyncio.gather(describe(source), describe(destination))
+    here, there = await asyncio.gather(
+        describe(source, graphs[0]), describe(destination, graphs[1])
+    )
     found = compare(here, there, terms)
     refused = [one for one in found if one.refused]
     if refused:
