@@ -36,7 +36,7 @@ fuzz: setup  ## Fuzz what reads others' words; ARGS='TARGET --count 1000000 --se
 	  --config-settings editable_mode=compat -e '.[fuzz]'
 	@$(RUN) tests/fuzz $(ARGS)
 
-bench: setup  ## Measure against qemu-img and nbdinfo, side by side
+bench: setup  ## Measure against nbdinfo, qemu-img, QEMU's own jobs and bare QMP, in turn
 	@$(RUN) -m bench $(ARGS)
 
 firmware: setup  ## Rebuild the tiny guest's ROM from its sources

@@ -187,8 +187,7 @@ class Change(Generic[RecordT]):
         finally:
             # Before the locks: who comes next sees these, if this process is killed here.
             await self._let_go_polling()
-        for name in reversed(self._locked):
-            await lock.release(self.vm.monitor, name)
+        await lock.release_all(self.vm.monitor, reversed(self._locked))
         self._locked.clear()
 
     async def undo(self) -> bool:

@@ -6,7 +6,8 @@ anybody, however often: `steps` of a VM in which nothing is left are none, but f
 belongs to one is no node, and not seen in the graph). No operation is known
 here: what is one's own the record answers (`qmpblock.changes.operations`).
 
-A job is dealt with first, and alone, because its end changes the graph::
+A job is dealt with first, and alone, because its end changes the graph; those that have ended are
+dismissed together::
 
     created .. standby   undo: cancel          continue: follow
     waiting, aborting    wait
@@ -48,15 +49,23 @@ def steps(
     :param stale: whether the journal says that the overlay of a pivot is stale; None: there
         is no journal.
     """
+    ended: list[Step] = []
     for name in (record.job, *record.helpers):
         job = graph.job(name)
         if job is not None:
             # What only prepares is never carried on.
             mine = choice if name == record.job else Choice.UNDO
             step = record.of_job(job, mine, graph, stale=stale)
+            if step.verb == "dismiss":  # with which nothing changes for the others
+                ended.append(step)
+                continue
+            if ended:
+                break
             # While the job runs its base is writable, and lets persistent bitmaps go.
             bitmaps = without_bitmaps(graph, record.bitmaps) if step.verb == "cancel" else []
             return (*bitmaps, step)
+    if ended:
+        return tuple(ended)
     paused = paused_node(record.run)
     if paused in graph.nodes:
         return (Step("resume", paused, "the VM was paused for a moment, and is to go on"),)

@@ -113,6 +113,7 @@ class Outward:
         passage = self._passage
         for notice in passage.means.notices():
             passage.job.say(notice)
+        await passage.landing.store()
         await passage.bitmaps.prepare()
         await passage.stream.prepare()
         passage.storage.hurry()
@@ -178,6 +179,12 @@ class Outward:
         self._passage.say(ended=ended)
 
     async def _clear_both(self, *, quit_source: bool) -> bool:
+        _, ended = await asyncio.gather(
+            self._clear_destination(), self._clear_source(quit_source=quit_source)
+        )
+        return ended
+
+    async def _clear_destination(self) -> None:
         passage = self._passage
         try:
             await passage.landing.leave()
@@ -185,6 +192,9 @@ class Outward:
             await passage.bitmaps.restore(passage.landing.vm)
         except Error as error:
             self._warn("at the destination", error)
+
+    async def _clear_source(self, *, quit_source: bool) -> bool:
+        passage = self._passage
         try:
             await passage.change.undo()
             await passage.stream.restore()

@@ -158,6 +158,22 @@ def test_a_job_of_somebody_else_is_not_dealt_with():
     assert steps(of_stream(), drawing.graph(), UNDO) == ()
 
 
+def test_helpers_that_have_ended_are_dismissed_together_and_before_another_is_dealt_with():
+    """Of a dozen disks, each look at the VM takes as long as all that is to be done."""
+    helpers = tuple(f"{PREFIX}migrate-{number}" for number in range(3))
+    made = record(operation="migrate", helpers=helpers, journaled=False)
+
+    def of(*statuses):
+        drawing = chain("d0")
+        for name, status in zip(helpers, statuses, strict=True):
+            drawing = drawing.job(name, "mirror", status, "d0")
+        return [(step.verb, step.what) for step in steps(made, drawing.graph(), UNDO, [])]
+
+    assert of(*["concluded"] * 3) == [("dismiss", name) for name in helpers]
+    assert of("concluded", "ready", "concluded") == [("dismiss", helpers[0])]
+    assert of("ready", "concluded", "concluded") == [("cancel", helpers[0])]
+
+
 def test_a_verdict_is_told_before_it_is_dismissed():
     drawing = chain("d0", "d1", "d2")
     drawing.job(JOB, "stream", "concluded", error="\x1b[2JNo space left")
