@@ -32,8 +32,6 @@ __all__ = ["UNIT", "add_view", "view_node"]
 UNIT = 64 << 10
 """Bytes that the filter keeps at once."""
 
-_LARGEST = 32 << 20  # bytes of a read, for QEMU's NBD server
-
 
 async def add_view(vm: Connection, name: str, filter_: str, size: int) -> None:
     """Add the node by which a filter's disk is read as it was.
@@ -63,9 +61,6 @@ def view_node(name: str, filter_: str, size: int, *, in_pieces: bool) -> dict[st
     if not in_pieces:
         return {**view, "node-name": name}
     pieces = {"driver": "blkdebug", "align": UNIT, "max-transfer": UNIT, "image": view}
-    # Whoever reads the tree need not know of the pieces: an NBD client that is told to read no more
-    # than one at once waits for each.
-    pieces = {"driver": "blkdebug", "max-transfer": _LARGEST, "image": pieces}
     fails = {"event": "none", "iotype": "read", "errno": errno.EACCES, "immediately": True}
     refusing = {
         "driver": "blkdebug",
