@@ -102,7 +102,7 @@ async def test_the_active_layer_alone(device, iothread, daemon, begin, land):
     destination = await land(source)
     result = await migrated(source, destination, layers="top", storage_daemon=daemon)
     assert result.disks[0].layers == "top"
-    assert result.disks[0].copied < 12 * MIB
+    assert result.disks[0].copied < 48 * MIB  # of 64, and the guest writes on
     await arrived(source, destination, result)
     assert held(destination) < 8 * MIB
     as_it_was(await whole(destination))
