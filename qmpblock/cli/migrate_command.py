@@ -114,8 +114,8 @@ _REFUSED = 2
 @click.option(
     "--allocation",
     type=click.Choice(["thin", "full", "same"]),
-    help="What of the new files has host space (--storage-only): what they hold, but no zeros; "
-    "every byte; or the same as of the disk (--allocation like of a copy). [default: thin]",
+    help="What of the new images has host space: what they hold, but no zeros; every byte; or the "
+    "same as of the disk. [default: thin]",
 )
 async def command(
     options: Options,
@@ -174,11 +174,11 @@ async def command(
             allocation="like" if allocation == "same" else allocation or "thin",
             speed=speed,
         )
-    if allocation or (fmt and form not in ("command-line", "spawn")):
-        raise click.UsageError(
-            "--allocation goes with --storage-only, --format with --command-line and --spawn, too"
-        )
-    terms = DiskTerms(not memory_only, layers or "all", same_backing)
+    if fmt and form not in ("command-line", "spawn"):
+        raise click.UsageError("--format goes with --storage-only, --command-line and --spawn")
+    if allocation and form in ("command-line", "spawn"):
+        raise click.UsageError("--allocation is of a migration that is made, or of its --dry-run")
+    terms = DiskTerms(not memory_only, layers or "all", same_backing, allocation or "thin")
     terms.check()
     destination = targets[0] if len(targets) == 1 else None
     if (
@@ -233,6 +233,7 @@ async def command(
                     "quit_source": quit_source,
                     "layers": terms.layers,
                     "same_backing": same_backing,
+                    "allocation": terms.allocation,
                 }
                 return await migrated(
                     options, here, there, speed=speed, means=means, over=over, svg=svg, **how

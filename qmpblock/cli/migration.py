@@ -17,7 +17,7 @@ from qmpblock.errors import RequestError, printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
-    from qmpblock.migration.diskterms import Layers
+    from qmpblock.migration.diskterms import Allocation, Layers
     from qmpblock.migration.job import MigrationResult, PhaseTime
     from qmpblock.migration.means import MigrationMeans
     from qmpblock.qemu.connection import Connection
@@ -36,6 +36,7 @@ async def migrated(
     storage_daemon: bool,
     layers: Layers,
     same_backing: bool,
+    allocation: Allocation,
     means: MigrationMeans,
     over: str | None,
     svg: str | None = None,
@@ -57,6 +58,7 @@ async def migrated(
         over=over,
         layers=layers,
         same_backing=same_backing,
+        allocation=allocation,
     )
     job = None
     try:

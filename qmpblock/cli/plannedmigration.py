@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["document", "said", "said_finding"]
 
 _OF_LAYERS = {"all": "", "top": ", the active layer alone"}
+_SPACE = {
+    "thin": "",
+    "full": ", with host space for every byte",
+    "same": ", with host space for what has it now",
+}
 
 
 def said(planned: PlannedMigration) -> Iterator[str]:
     """Yield the lines, but for the findings."""
     for disk in planned.disks:
-        which = _OF_LAYERS[disk.layers]
+        which = _OF_LAYERS[disk.layers] + _SPACE[disk.allocation]
         much = "how much cannot be told" if disk.data is None else human_size(disk.data)
         yield (
             f"{printable(disk.disk)}: {human_size(disk.size)}, would be copied to "

@@ -16,6 +16,7 @@ from qmpblock.migration.diskterms import DiskTerms
 from qmpblock.migration.machine import Block, FileIdentity, GuestDisk, Machine
 from qmpblock.migration.mismatch import KINDS, Kind
 from qmpblock.migration.properties import FEATURES, GUESTS_OWN, HOSTS_OWN, QUEUES
+from qmpblock.migration.space import space_differs
 
 __all__ = ["Finding", "compare", "pairs"]
 
@@ -279,6 +280,7 @@ def _disk(
         yield "disk-same", f"{name} would be copied to {theirs}, which a disk of the source is in"
     if known and any(here.identity in (one.files or ()) for one in there.below):
         yield "disk-same", f"{printable(there.file)} lies on {name} itself"
+    yield from space_differs(here, there, destination.version, terms.allocation)
     if terms.layers == "top":
         yield from backing_differs(here, there, trusted=terms.same_backing)
     if here.encrypted and not there.encrypted:

@@ -91,7 +91,7 @@ async def describe(vm: Connection, graph: BlockGraph | None = None) -> Machine:
         features=await _features(vm.monitor, cpus[0]["qom-path"]) if cpus else {},
         cpus=frozenset(_text(one["props"]) for one in cpus),
         devices=devices,
-        disks=await _disks(vm, graph, devices, words, threads, _stored(nodes)),
+        disks=await _disks(vm, graph, devices, words, threads, nodes),
         capabilities={str(one["capability"]): one["state"] for one in capabilities},
         status=status,
         elsewhere="" if owned.owner is Owner.THIS else owned.why,
@@ -197,15 +197,22 @@ def _stored(nodes: Sequence[Mapping[str, Any]]) -> dict[str, frozenset[str]]:
     return found
 
 
+def _taken(nodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many bytes of host space images take, by node."""
+    found = {node["node-name"]: node["image"].get("actual-size") for node in nodes}
+    return {name: size for name, size in found.items() if isinstance(size, int)}
+
+
 async def _disks(
     vm: Connection,
     graph: BlockGraph,
     tree: Sequence[GuestDevice],
     words: Sequence[str],
     threads: list[dict[str, Any]],
-    stored: Mapping[str, frozenset[str]],
+    nodes: Sequence[Mapping[str, Any]],
 ) -> tuple[GuestDisk, ...]:
     files = OpenFiles(vm.monitor.peer_pid)
+    stored, taken = _stored(nodes), _taken(nodes)
     found = []
     for device in graph.devices:
         place = place_of(device, tree)
@@ -239,6 +246,8 @@ async def _disks(
                 iothread=await iothread_of(vm.monitor, device, threads),
                 jobs=tuple(job.id for job in device.jobs),
                 below=tuple(_lower(layer, files) for layer in device.chain.layers[1:]),
+                taken=taken.get(active.node.name),
+                zeroes=active.node.detect_zeroes,
                 names_backing=active.node.backing_filename is not None,
             )
         )

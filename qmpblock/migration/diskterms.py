@@ -7,9 +7,12 @@ from typing import Literal
 
 from qmpblock.errors import UNTOUCHED, RequestError
 
-__all__ = ["DiskTerms", "Layers"]
+__all__ = ["ALLOCATIONS", "Allocation", "DiskTerms", "Layers"]
 
 Layers = Literal["all", "top"]
+Allocation = Literal["thin", "full", "same"]
+
+ALLOCATIONS: tuple[Allocation, ...] = ("thin", "full", "same")
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,14 @@ class DiskTerms:
         alone, onto an image that lies on the same backing image.
     :ivar same_backing: the user's word that what those images lie on holds the same, where that
         cannot be seen.
+    :ivar allocation: what has host space at the destination: what is data, every byte, or what has
+        it at the source.
     """
 
     copies: bool = True
     layers: Layers = "all"
     same_backing: bool = False
+    allocation: Allocation = "thin"
 
     def check(self) -> None:
         """Refuse what does not go together.
@@ -37,6 +43,19 @@ class DiskTerms:
                 "no layer is copied (layers top) where both VMs have the same images",
                 standing=UNTOUCHED,
                 remedy="leave one of the two out",
+            )
+        if self.allocation != "thin" and not self.copies:
+            raise RequestError(
+                "images that both VMs have get no host space by a migration (allocation)",
+                standing=UNTOUCHED,
+                remedy="leave one of the two out; or have it allocated (qmpblock allocate)",
+            )
+        if self.allocation == "full" and self.layers == "top":
+            raise RequestError(
+                "an image that lies on another (layers top) is not to have host space for all of "
+                "itself: it would hide all of what it lies on",
+                standing=UNTOUCHED,
+                remedy="copy all layers, or leave the allocation out",
             )
         if self.same_backing and self.layers != "top":
             raise RequestError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmpblock.migration.course import Course, MemoryPass, MirrorCourse, PhaseTime
-from qmpblock.migration.diskterms import Layers
+from qmpblock.migration.diskterms import Allocation, Layers
 from qmpblock.migration.states import Phase
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Progress
@@ -46,6 +46,7 @@ class MigratedDisk:
     :ivar copied: bytes that the mirror went over, what the guest wrote meanwhile included.
     :ivar course: how far it was, and when.
     :ivar layers: which of its layers were copied: all, or the active one alone.
+    :ivar allocation: what has host space there, as it was asked for.
     """
 
     disk: str
@@ -55,6 +56,7 @@ class MigratedDisk:
     copied: int
     course: MirrorCourse
     layers: Layers = "all"
+    allocation: Allocation = "thin"
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,12 @@ from qmpblock.errors import (
     Error,
     MonitorError,
     StalledError,
-    UnsupportedError,
     printable,
 )
 from qmpblock.export.ownserver import OwnServer
 from qmpblock.export.server import delete_exports, delete_object, monitor_name, undo_dead_run
 from qmpblock.migration import wayback
-from qmpblock.migration.contents import ALLOCATION, DEPTH, holds_nothing, is_blank
+from qmpblock.migration.contents import ALLOCATION, DEPTH, make_ready
 from qmpblock.migration.imageserver import ImageServer
 from qmpblock.names import (
     NBD_LOCK,
@@ -195,37 +194,50 @@ class Landing:
             NBDTarget(where, name) if over is None else over.target(name) for name in self._exports
         ]
 
-    async def blank(self, targets: Sequence[NBDTarget], pairs: Sequence[Pair]) -> list[bool]:
-        """Say of each export whether all of it reads as zeros. Not to be cancelled half-way.
+    async def look_in(self, targets: Sequence[NBDTarget]) -> None:
+        """Connect to the exports, to ask what they hold. Not to be cancelled half-way.
 
-        It is asked through connections which stay until the exports end (K1).
+        The connections stay until the exports end (K1).
 
-        :raise UnsupportedError: one of which only the top is copied holds anything: that would
-            stay, where the top holds nothing.
         :raise NBDError: the server does not answer as it should.
         """
         if self._secured:  # what they are told by is QEMU's own TLS
-            return [False for _ in targets]
-        asking = (self._is_blank(*one) for one in zip(targets, pairs, strict=True))
-        found: list[bool] = []
-        for said in await asyncio.gather(*asking, return_exceptions=True):  # none is cut off (K1)
+            return
+        opening = (
+            Client.connect(
+                target.server,
+                export=target.export,
+                contexts=[DEPTH, ALLOCATION],
+                polite=False,
+                stall=self.vm.stall,
+            )
+            for target in targets
+        )
+        opened = await asyncio.gather(*opening, return_exceptions=True)  # none is cut off (K1)
+        self._readers += [one for one in opened if isinstance(one, Client)]
+        for said in opened:
             if isinstance(said, BaseException):
                 raise said
-            found.append(said)
-        return found
 
-    async def _is_blank(self, target: NBDTarget, pair: Pair) -> bool:
-        client = await Client.connect(
-            target.server,
-            export=target.export,
-            contexts=[DEPTH if pair.top else ALLOCATION],
-            polite=False,
-            stall=self.vm.stall,
-        )
-        self._readers.append(client)
-        if pair.top and not await holds_nothing(client):
-            raise _not_empty(pair)
-        return not pair.top and await is_blank(client)
+    async def prepare(self, pairs: Sequence[Pair]) -> list[bool]:
+        """Give host space to what is to have all of it; say of each disk whether it reads as zeros.
+
+        Where that cannot be asked, by `look_in`, none is said to.
+
+        :raise UnsupportedError: one of which only the top is copied holds anything: that would
+            stay, where the top holds nothing. Or one that is to have host space has not all of it.
+        :raise Error: one cannot be given it.
+        :raise NBDError: the server does not answer as it should.
+        """
+        if not self._readers:
+            return [False for _ in pairs]
+        asking = (make_ready(*one) for one in zip(self._readers, pairs, strict=True))
+        ready: list[bool] = []
+        for said in await asyncio.gather(*asking, return_exceptions=True):
+            if isinstance(said, BaseException):
+                raise said
+            ready.append(said)
+        return ready
 
     async def store(self) -> None:
         """Have what was written to its disks by now be on stable storage, as far as can be.
@@ -424,16 +436,6 @@ class Landing:
             "the destination's QEMU does not answer, and has things of ours left: end it, and "
             "start it anew"
         )
-
-
-def _not_empty(pair: Pair) -> UnsupportedError:
-    file = pair.destination.chain.active.file
-    return UnsupportedError(
-        f"{printable(file)} holds something itself, which would stay where the active layer of "
-        f"{printable(pair.source.name)} holds nothing; nothing was copied",
-        remedy="make it anew (qemu-img create -f qcow2 -b BACKING -F FORMAT FILE), with the "
-        "destination's QEMU started after that; or copy all layers",
-    )
 
 
 async def _nobody(_: Address) -> None:

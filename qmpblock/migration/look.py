@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qmpblock.chains.plan import check_idle
@@ -21,10 +21,12 @@ from qmpblock.errors import (
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import describe_process
 from qmpblock.managers import Work
-from qmpblock.migration.diskterms import DiskTerms
+from qmpblock.migration.diskterms import Allocation, DiskTerms
+from qmpblock.migration.likeness import check_likeness, reserved_zeros
 from qmpblock.migration.pairing import check_pairing
 from qmpblock.names import lock_names, new_run, stream_socket
 from qmpblock.qemu import lock, ownership
+from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, DiskDevice
@@ -40,11 +42,20 @@ class Pair:
     """One disk of the guest's, as it is at both sides.
 
     :ivar top: whether its active layer alone is copied, onto one that lies on the same image.
+    :ivar allocation: what has host space at the destination.
+    :ivar reserved: what of it reads as zeros and is to have host space there even so.
     """
 
     source: DiskDevice
     destination: DiskDevice
     top: bool = False
+    allocation: Allocation = "thin"
+    reserved: Ranges = field(default_factory=Ranges)
+
+    @property
+    def full(self) -> bool:
+        """Whether all of it has host space at the destination."""
+        return self.allocation == "full"
 
 
 @dataclass(frozen=True)
@@ -85,10 +96,18 @@ async def look(
     pairs = _pairs(pairing.disks, graph, arriving, terms)
     for device in disks:
         check_idle(device)
+    if terms.allocation == "same":
+        pairs = tuple([await _alike(source, destination, pair) for pair in pairs])
     first = disks[0].chain.active.file if disks else ""
     await ownership.ask_for_change(source, Work("migrate", first))
     copied = pairs if terms.copies else ()
     return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings)
+
+
+async def _alike(source: Connection, destination: Connection, pair: Pair) -> Pair:
+    zeros = await reserved_zeros(source, pair.source, top=pair.top)
+    check_likeness(destination, pair.destination, zeros)
+    return replace(pair, reserved=zeros)
 
 
 def _pairs(
@@ -104,8 +123,8 @@ def _pairs(
         found = [(here[one], there[other]) for one, other in wanted]
     except KeyError:
         raise BusyError("a disk was plugged in or out meanwhile", standing=UNTOUCHED) from None
-    top = terms.layers == "top"
-    return tuple(Pair(one, other, top and len(one.chain.layers) > 1) for one, other in found)
+    top, space = terms.layers == "top", terms.allocation
+    return tuple(Pair(one, other, top and len(one.chain.layers) > 1, space) for one, other in found)
 
 
 async def _check_reach(source: Connection, destination: Connection, over: Over | None) -> None:

@@ -69,6 +69,8 @@ class GuestDisk:
     :ivar iothread: in which it runs; None: in none.
     :ivar jobs: that run on it.
     :ivar below: what the active layer lies on, from the top.
+    :ivar taken: bytes of host space that the image takes, as QEMU says; None where it does not.
+    :ivar zeroes: what becomes of zeros that are written to it (`detect-zeroes`).
     :ivar names_backing: whether the active layer's header says on which image it lies.
     """
 
@@ -91,6 +93,13 @@ class GuestDisk:
     jobs: tuple[str, ...] = ()
     below: tuple[LowerLayer, ...] = ()
     names_backing: bool = False
+    taken: int | None = None
+    zeroes: str = "off"
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its image is on a block device, as far as that can be told."""
+        return self.identity is not None and self.identity[1] is None
 
     def describe(self) -> str:
         """Say which it is, for people."""

@@ -30,7 +30,7 @@ from qmpblock.copying.job import working
 from qmpblock.copying.target import Credentials
 from qmpblock.copying.wire import credentials_in
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError
-from qmpblock.migration.diskterms import DiskTerms, Layers
+from qmpblock.migration.diskterms import Allocation, DiskTerms, Layers
 from qmpblock.migration.homeward import Homeward
 from qmpblock.migration.job import MigrationJob
 from qmpblock.migration.look import look
@@ -58,6 +58,7 @@ async def migrate(
     over: str | None = None,
     layers: Layers = "all",
     same_backing: bool = False,
+    allocation: Allocation = "thin",
 ) -> AsyncIterator[MigrationJob]:
     """Have the guest of `source` go on in `destination`, with its disks, while it runs.
 
@@ -90,6 +91,9 @@ async def migrate(
         alone (`top`), onto an empty image that lies on the very same backing image.
     :param same_backing: the caller's word that what those images lie on holds what the disks lie
         on, where other files do, or files that cannot be seen from here.
+    :param allocation: what has host space at the destination: data alone (`thin`); every byte
+        (`full`), of which a qcow2 image has to have it already; or what has it at the source
+        (`same`).
     :raise RequestError: the VMs are no such pair; nothing was touched.
     :raise UnsupportedError: likewise; or a storage daemon is not here, or cannot have an image.
     :raise BusyError: a job, or another controller, is at work on a disk.
@@ -100,20 +104,14 @@ async def migrate(
     """
     means = MigrationMeans() if means is None else means
     means.check()
-    terms = DiskTerms(not memory_only, layers, same_backing)
+    terms = DiskTerms(not memory_only, layers, same_backing, allocation)
     terms.check()
     if over is not None and storage_daemon:
         raise RequestError("a storage daemon serves by no TCP", standing=UNTOUCHED)
     if memory_only and means.write_blocking_after:
         raise RequestError("no disk is copied whose writes could wait", standing=UNTOUCHED)
     way = None if over is None else way_over(over, source.nbd, destination.nbd)
-    if layers == "top" and way is not None and way.here is not None:
-        raise UnsupportedError(
-            "whether the destination's images are empty, as they have to be where active layers "
-            "alone are copied onto them, is not seen through TLS (--over nbds://)",
-            standing=UNTOUCHED,
-            remedy="leave --over out, to have disks and memory go by ssh; or copy all layers",
-        )
+    _check_seen(terms, way)
     plan = await look(source, destination, terms, over=way)
     job = MigrationJob(plan.warnings)
     passage = await Passage.of(
@@ -129,6 +127,18 @@ async def migrate(
             yield job
     finally:
         job.end()
+
+
+def _check_seen(terms: DiskTerms, way: Over | None) -> None:
+    """Refuse what has to be asked of the destination's images where they cannot be asked."""
+    asked = terms.layers == "top" or terms.allocation == "full"
+    if asked and way is not None and way.here is not None:
+        raise UnsupportedError(
+            "what the destination's images hold, as has to be known for active layers alone, or "
+            "for host space for all of them, is not seen through TLS (--over nbds://)",
+            standing=UNTOUCHED,
+            remedy="leave --over out, to have disks and memory go by ssh; or copy all layers, thin",
+        )
 
 
 def way_over(over: str, here: NBDAccess, there: NBDAccess) -> Over:

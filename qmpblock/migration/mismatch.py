@@ -218,6 +218,13 @@ KINDS: Mapping[str, Kind] = {
         "open it with discard=unmap, node and file",
         refused=False,
     ),
+    "space": Kind(
+        "host space that is asked for, and that an image cannot have",
+        _NEVER,
+        "zeros have host space there that they were not to have, or have none",
+        "make the image anew, preallocated (qemu-img create -o preallocation=falloc), or open it "
+        "with discard=unmap and detect-zeroes=off; or leave --allocation out",
+    ),
     "bitmap-lost": Kind(
         "a persistent dirty bitmap, and an image that cannot store one",
         _NEVER,

@@ -12,6 +12,7 @@ from qmpblock.chains.plan import check_unchanged
 from qmpblock.changes.nomigration import allow_migration
 from qmpblock.errors import DisconnectedError, Error, StalledError, printable
 from qmpblock.migration import arbiter
+from qmpblock.migration.likeness import reserve_alike
 from qmpblock.migration.states import ORDER, Move, Side
 from qmpblock.migration.stream import told_at
 
@@ -92,10 +93,17 @@ class Outward:
     async def _mirror(self) -> None:
         passage = self._passage
         targets = await undisturbed(passage.landing.serve(passage.plan.copied))
-        blank = await undisturbed(passage.landing.blank(targets, passage.plan.copied))
+        await undisturbed(passage.landing.look_in(targets))
+        blank = await passage.landing.prepare(passage.plan.copied)
         await passage.storage.start(targets, blank)
 
     async def _await_ready(self) -> None:
+        await self._until_ready()
+        passage = self._passage
+        for pair in passage.plan.copied:
+            await undisturbed(reserve_alike(passage.landing.vm, pair.destination, pair.reserved))
+
+    async def _until_ready(self) -> None:
         passage, after = self._passage, self._passage.means.write_blocking_after
         if after:
             with contextlib.suppress(TimeoutError):

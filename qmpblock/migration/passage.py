@@ -133,7 +133,10 @@ class Passage:
             names=tuple(device.name for device in plan.disks),
             locks=lock_names(plan.disks),
             helpers=storage.jobs,
-            nodes=tuple(node for node, _ in storage.wires),
+            nodes=(
+                *filter(None, storage.shields),
+                *(node for node, _ in storage.wires),
+            ),
             wires=(*storage.wires, *(((stream_wire(run), ""),) if secured else ())),
             images=images_of(source.monitor.peer_pid, chains),
         )
@@ -188,6 +191,7 @@ class Passage:
                     copied,
                     course.mirror(mirror),
                     "top" if pair.top else "all",
+                    pair.allocation,
                 )
                 for pair, copied, mirror in zip(
                     self.plan.copied, self.storage.copied, self.storage.jobs, strict=True

@@ -17,7 +17,8 @@ from qmpblock.host.space import HostSpace
 from qmpblock.mapping import MappedDisk
 from qmpblock.migration.compare import Finding, compare
 from qmpblock.migration.describe import describe
-from qmpblock.migration.diskterms import DiskTerms, Layers
+from qmpblock.migration.diskterms import Allocation, DiskTerms, Layers
+from qmpblock.migration.likeness import check_likeness, reserved_zeros
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
 from qmpblock.migration.pairing import written_disks
@@ -44,7 +45,7 @@ class PlannedDisk:
     :ivar disk: what people call it at the source.
     :ivar source: the file of its active layer there; `target`: at the destination.
     :ivar size: of the disk, in bytes.
-    :ivar layers: all, or the active one alone.
+    :ivar layers: all, or the active one alone; `allocation`: what has host space there.
     :ivar data: bytes of it that are to be copied; None where no map can be had: the size counts.
     :ivar written: bytes a second that the guest writes to it.
     """
@@ -56,6 +57,7 @@ class PlannedDisk:
     data: int | None
     written: float
     layers: Layers = "all"
+    allocation: Allocation = "thin"
 
 
 @dataclass(frozen=True)
@@ -132,19 +134,27 @@ async def plan_migration(
     load = await measure(source, devices.values())
     wanted = written_disks(here, there) if terms.copies else []
     top = {one.name for one, _ in wanted if one.below and terms.layers == "top"}
+    if terms.allocation == "same":
+        arriving = {device.name: device for device in (await destination.graph()).disks()}
+        for one, other in wanted:
+            zeros = await reserved_zeros(source, devices[one.name], top=one.name in top)
+            check_likeness(destination, arriving[other.name], zeros)
     data = {
         one.name: await _data(source, devices[one.name], top=one.name in top) for one, _ in wanted
     }
+    full = terms.allocation == "full"
+    room = {one.name: one.size if full else data[one.name] for one, _ in wanted}
     wire, why = await _wire(source, destination)
     plan = replace(
         plan,
         wire=wire,
         unmeasured=why,
-        findings=(*(Finding("room", text) for text in lacking(list(_rooms(wanted, data)))), *found),
+        findings=(*(Finding("room", text) for text in lacking(list(_rooms(wanted, room)))), *found),
         disks=tuple(
             replace(
                 _disk(one, other, data[one.name], load),
                 layers="top" if one.name in top else "all",
+                allocation=terms.allocation,
             )
             for one, other in wanted
         ),
@@ -194,7 +204,10 @@ def _disk(here: GuestDisk, there: GuestDisk, data: int | None, load: Load) -> Pl
 def _rooms(
     wanted: Iterable[tuple[GuestDisk, GuestDisk]], data: dict[str, int | None]
 ) -> Iterable[Room]:
-    """Say what the images at the destination need, where these are on this host."""
+    """Say what the images at the destination need, where these are on this host.
+
+    :param data: bytes that are to have host space; None: all.
+    """
     for here, there in wanted:
         if there.here:
             space = HostSpace.of(there.here)

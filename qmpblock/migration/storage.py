@@ -23,9 +23,10 @@ from qmpblock.cancellation import task_group
 from qmpblock.copying.job import joined
 from qmpblock.copying.wire import HOLD, Wire, wire_socket
 from qmpblock.errors import UNTOUCHED, CommandError, JobError, StalledError, UnsupportedError
-from qmpblock.names import migration_job, wire_node
+from qmpblock.names import image_node, migration_job, wire_node
 from qmpblock.qemu.job import Job, Progress
 from qmpblock.qemu.looks import Looks
+from qmpblock.qemu.refusals import no_node, tolerate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +49,8 @@ _TO_CATCH_UP = (
 class Storage:
     """The mirrors of one migration. `start`, `until_ready`, `watched`, `end`; `close` at last.
 
-    :ivar jobs: their ids; `wires`: their nodes, each with the socket of its relay.
+    :ivar jobs: their ids; `wires`: their nodes, each with the socket of its relay; `shields`: the
+        node above each of these to which the mirror writes, empty where that is the wire's.
     :ivar patience: seconds that they may take, beside the stall limit, to catch up with the guest.
     """
 
@@ -65,6 +67,10 @@ class Storage:
         self.jobs = tuple(migration_job(run, number) for number, _ in enumerate(pairs))
         self.wires = tuple(
             (wire_node(run, number), wire_socket(run, number)) for number, _ in enumerate(pairs)
+        )
+        self.shields = tuple(
+            image_node(node) if pair.full else ""
+            for (node, _), pair in zip(self.wires, pairs, strict=True)
         )
         self._vm = vm
         self._run = run
@@ -93,13 +99,19 @@ class Storage:
         :raise Error: it cannot be; what was begun is left to whoever undoes it.
         """
         looks = Looks(self._vm.monitor)
-        every = zip(self.jobs, self._pairs, targets, blank, strict=True)
-        for number, (name, pair, target, zeros) in enumerate(every):
+        every = zip(self.jobs, self._pairs, targets, blank, self.shields, strict=True)
+        for number, (name, pair, target, zeros, shield) in enumerate(every):
             laying = Wire.open(
-                self._vm, target, run=self._run, number=number, credentials=self._credentials
+                self._vm,
+                target,
+                run=self._run,
+                number=number,
+                credentials=self._credentials,
+                discard="ignore" if pair.full else "unmap",
             )
             wire = await self._stack.enter_async_context(laying)
             self._laid.append(wire)
+            end = await self._shielded(shield, wire)
             job = Job(self._vm.monitor, name, "mirror", looks)
             job.to_catch_up = _TO_CATCH_UP
             self._jobs.append(job)
@@ -108,7 +120,7 @@ class Storage:
                 {
                     "job-id": name,
                     "device": pair.source.chain.root.name,
-                    "target": wire.node,
+                    "target": end,
                     **self._sync(pair, blank=zeros),
                     "copy-mode": "background",
                     "granularity": _GRANULARITY,
@@ -118,6 +130,23 @@ class Storage:
                     "auto-dismiss": False,
                 },
             )
+
+    async def _shielded(self, shield: str, wire: Wire) -> str:
+        """Return the node that a mirror writes to: the wire's, or one above it.
+
+        A mirror has zeros take away what they are written to, whatever `discard` of the node to
+        which it writes them says; that of the node below counts (F27).
+        """
+        if not shield:
+            return wire.node
+        self._stack.push_async_callback(self._take_away, shield)
+        await self._vm.monitor.execute(
+            "blockdev-add", {"driver": "raw", "node-name": shield, "file": wire.node}
+        )
+        return shield
+
+    async def _take_away(self, shield: str) -> None:
+        await tolerate(no_node, self._vm.monitor.execute("blockdev-del", {"node-name": shield}))
 
     def _sync(self, pair: Pair, *, blank: bool) -> dict[str, object]:
         """Return how a mirror is told what is to be copied: all that the disk holds, or its top.

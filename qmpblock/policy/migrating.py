@@ -106,6 +106,7 @@ async def _tried(
                 over=wanted.over,
                 layers=wanted.layers,
                 same_backing=wanted.same_backing,
+                allocation=wanted.allocation,
             ) as job:
                 async for seen in job:
                     if progress is not None:

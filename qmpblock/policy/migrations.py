@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.address import TCPAddress, parse_monitor
 from qmpblock.errors import RequestError, printable
-from qmpblock.migration.diskterms import DiskTerms, Layers
+from qmpblock.migration.diskterms import ALLOCATIONS, Allocation, DiskTerms, Layers
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.over import parse_over
 from qmpblock.policy.values import filled_in, number_in, seconds_in, speed_in
@@ -44,6 +44,7 @@ class ListedMigration:
     over: str | None = None
     layers: Layers = "all"
     same_backing: bool = False
+    allocation: Allocation = "thin"
 
     @property
     def name(self) -> str:
@@ -125,6 +126,8 @@ def _migration(
 ) -> ListedMigration:
     speed = speed_in(entry, 0)
     layers: Layers = "top" if entry.choice("layers", ("all", "top"), "all") == "top" else "all"
+    said = entry.choice("allocation", ALLOCATIONS, "thin")
+    [allocation] = [one for one in ALLOCATIONS if one == said]
     one = ListedMigration(
         source=_address(entry, "source", seen),
         destination=_address(entry, "destination", seen),
@@ -137,6 +140,7 @@ def _migration(
         over=ports.take(entry),
         layers=layers,
         same_backing=entry.flag("same_backing", False),
+        allocation=allocation,
     )
     entry.finish()
     if one.memory_only and (one.storage_daemon or one.means.write_blocking_after):
@@ -145,9 +149,10 @@ def _migration(
     if one.storage_daemon and one.over is not None:
         entry.refuse("over", "does not go with storage_daemon, which serves by no TCP")
     try:
-        DiskTerms(not one.memory_only, layers, one.same_backing).check()
+        DiskTerms(not one.memory_only, layers, one.same_backing, allocation).check()
     except RequestError as error:
-        entry.refuse("layers" if layers == "top" else "same_backing", error.message)
+        key = "allocation" if allocation != "thin" else "layers"
+        entry.refuse(key if key in entry else "same_backing", error.message)
     return one
 
 

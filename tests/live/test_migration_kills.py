@@ -26,7 +26,9 @@ import qmpblock
 from qmpblock.migration.passage import Passage
 
 source, destination, phase = sys.argv[1:4]
-options = {word: True for word in sys.argv[4:]}
+options = {
+    name: value or True for name, _, value in (word.partition("=") for word in sys.argv[4:])
+}
 enter = Passage.enter
 
 async def die(self, now):
@@ -67,12 +69,12 @@ def killing(monkeypatch, wanted, vm):
 def begun(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
     """Start a pair of which any may end."""
 
-    async def start(*, shared=False):
+    async def start(*, shared=False, image=None):
         built = await build(
             parse_scenario(machine(), "source"), vm_dir / "source", Tools.of(qemu_binary)
         )
         source = await stressed(await start_qemu(built, guest=True))
-        destination = await start_destination(source, shared=shared)
+        destination = await start_destination(source, shared=shared, image=image)
         for vm in (source, destination):
             vm.expect_exit()
             invariant.forget(vm)
@@ -85,12 +87,12 @@ def begun(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
 def killed(begun):
     """Start a pair whose controller is killed in a phase."""
 
-    async def start(phase, *, shared=False, daemon=False):
-        source, destination = await begun(shared=shared)
+    async def start(phase, *options, shared=False, daemon=False, image=None):
+        source, destination = await begun(shared=shared, image=image)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase),
-            *(["memory_only"] if shared else ["storage_daemon"] if daemon else []),
+            *(["memory_only"] if shared else ["storage_daemon"] if daemon else options),
         )
         assert await process.wait() == -signal.SIGKILL
         return source, destination
@@ -159,6 +161,14 @@ async def test_a_controller_with_a_storage_daemon_is_killed(
     await migrated(source, destination, storage_daemon=True)
     guest = await destination.attach_guest()
     assert await guest.check(0) > 0
+
+
+async def test_a_controller_is_killed_that_gives_images_host_space(killed):
+    """Of the node that keeps zeros from taking it back nothing is left."""
+    source, destination = await killed("ready", "allocation=full", image="raw")
+    recovered = await qmpblock.recover_migration(source.monitor_path)
+    assert recovered.done is False
+    await whole(source, destination)
 
 
 async def test_a_storage_daemon_is_all_that_is_left(killed, vm_dir):

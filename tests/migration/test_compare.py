@@ -140,6 +140,7 @@ CASES = {
 BASE = LowerLayer("base", "raw", 8 << 20, ((1, 2),))
 OVER = with_disk(SOURCE, below=(BASE,))
 LIES = with_disk(DESTINATION, below=(BASE,), names_backing=True)
+FULL = DiskTerms(allocation="full")
 #: Where active layers alone are copied: the destination, and a word of what is said.
 TOPS = {
     "backing-missing": (with_disk(LIES, below=()), "lies on none"),
@@ -185,6 +186,12 @@ def test_each_mismatch_of_what_images_lie_on(name):
     assert found(OVER, destination, terms=SAME) == {}
 
 
+def test_an_image_that_cannot_have_the_host_space_that_is_asked_for():
+    assert "has 0 bytes of 8388608" in found(SOURCE, DESTINATION, terms=FULL)["space"]
+    held = replace(DESTINATION, disks=tuple(replace(one, taken=8 << 20) for one in SOURCE.disks))
+    assert "space" not in found(SOURCE, held, terms=FULL)
+
+
 @pytest.mark.parametrize("terms", [DiskTerms(), TOP])
 def test_no_image_of_the_source_is_copied_to(terms):
     """Neither one that a disk lies on, nor another disk's; nor one that lies on a disk's own."""
@@ -225,7 +232,7 @@ def test_of_an_image_that_both_have_persistent_bitmaps_are_there_by_themselves()
 
 
 def test_every_kind_is_found_by_a_case():
-    assert {*CASES, *SHARED, *TOPS, *LATER} == set(KINDS)
+    assert {*CASES, *SHARED, *TOPS, *LATER, "space"} == set(KINDS)
 
 
 def test_disks_of_unknown_places_are_no_pair():

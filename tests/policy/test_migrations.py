@@ -56,6 +56,12 @@ def test_the_active_layer_alone_is_asked_for_by_vm() -> None:
     assert [(one.layers, one.same_backing) for one in found] == [("all", False), ("top", True)]
 
 
+def test_host_space_is_asked_for_by_vm() -> None:
+    full = "  - {source: c.qmp, destination: d.qmp, allocation: full}\n"
+    found = parse_migrations(f"vms:\n{ONE}{full}").migrations
+    assert [one.allocation for one in found] == ["thin", "full"]
+
+
 @pytest.mark.parametrize(
     ("parallel", "speed", "each"), [(1, "8M", 8 << 20), (2, "0", 0), (9, "8M", 4 << 20)]
 )
@@ -96,6 +102,11 @@ def test_the_whole_is_shared_by_those_at_once(parallel: int, speed: str, each: i
         ("vms:\n  - {source: a, destination: b, layers: one}\n", "is not one of all, top"),
         ("vms:\n  - {source: a, destination: b, memory_only: yes, layers: top}\n", "].layers: "),
         ("vms:\n  - {source: a, destination: b, same_backing: yes}\n", "].same_backing: "),
+        ("vms:\n  - {source: a, destination: b, allocation: fat}\n", "is not one of thin, full"),
+        (
+            "vms:\n  - {source: a, destination: b, layers: top, allocation: full}\n",
+            "].allocation: an image that lies on another",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_its_place(text: str, said: str) -> None:
