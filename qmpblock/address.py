@@ -5,6 +5,7 @@
     /run/vm.qmp   unix:/run/vm.qmp   ./vm.qmp   vm.qmp     a UNIX socket
     host:4444     tcp:host:4444      [::1]:4444            TCP
     ssh://[user@]host[:port]/run/vm.qmp                    a UNIX socket on another host: monitors
+    libvirt:DOMAIN   libvirt:URI?DOMAIN                    what libvirt's daemon lends: monitors
 
 Without a prefix, a text with a slash, or without a `:PORT` at its end, is a path.
 """
@@ -21,6 +22,7 @@ from qmpblock.errors import RequestError, printable
 __all__ = [
     "LONGEST_PATH",
     "Address",
+    "LibvirtAddress",
     "MonitorAddress",
     "SSHAddress",
     "TCPAddress",
@@ -39,6 +41,9 @@ _BY_SSH = re.compile(
     r"(?::(?P<port>\d{1,5}))?(?P<path>/.*)",
     re.ASCII | re.DOTALL,
 )
+_LIBVIRT = "libvirt:"
+_SYSTEM = "qemu:///system"
+_LOCAL_QEMU = re.compile(r"qemu(?:\+unix)?:///(?:system|session)(?:\?socket=[^?&#]+)?")
 _FOR_SSH = re.compile(r"[\w./+=@,~-]+", re.ASCII)  # of a path: what ssh takes as it is
 
 
@@ -96,8 +101,29 @@ class SSHAddress:
         return f"{_SSH}{user}{host}{port}{self.path}"
 
 
+@dataclass(frozen=True)
+class LibvirtAddress:
+    """The monitor of a domain, which libvirt's daemon on this host holds, and lends.
+
+    :ivar domain: its name, or its UUID.
+    :ivar uri: of the daemon.
+    """
+
+    domain: str
+    uri: str = _SYSTEM
+    loopback: ClassVar[bool] = True  # it is of this host
+
+    def __str__(self) -> str:
+        return f"{_LIBVIRT}{self.uri}?{self.domain}"
+
+    @property
+    def socket(self) -> str | None:
+        """The path of the daemon's socket, where the URI names it."""
+        return self.uri.partition("?socket=")[2] or None
+
+
 Address = UnixAddress | TCPAddress
-MonitorAddress = Address | SSHAddress
+MonitorAddress = Address | SSHAddress | LibvirtAddress
 
 
 def parse_address(text: str) -> Address:
@@ -121,10 +147,13 @@ def parse_address(text: str) -> Address:
 
 
 def parse_monitor(text: str) -> MonitorAddress:
-    """Read the address of a monitor: one of `parse_address`, or ssh://.
+    """Read the address of a monitor: one of `parse_address`, ssh:// or libvirt:.
 
-    :raise RequestError: as of `parse_address`; or ssh would take it for another one.
+    :raise RequestError: as of `parse_address`; or ssh would take it for another one; or libvirt's
+        URI is not that of a QEMU driver on this host.
     """
+    if text.startswith(_LIBVIRT):
+        return _libvirt(text, text[len(_LIBVIRT) :])
     if not text.startswith(_SSH):
         return parse_address(text)
     match = _BY_SSH.fullmatch(text[len(_SSH) :])
@@ -144,6 +173,23 @@ def parse_monitor(text: str) -> MonitorAddress:
     if len(path) > LONGEST_PATH:
         raise RequestError(f"the path in {printable(text)} is longer than {LONGEST_PATH} bytes")
     return SSHAddress(match["v6"] or match["host"], path, match["user"], port)
+
+
+def _libvirt(text: str, rest: str) -> LibvirtAddress:
+    uri, _, domain = rest.rpartition("?")
+    uri = uri or _SYSTEM
+    if not domain or "/" in domain or "\0" in text:
+        raise RequestError(
+            f"the address {printable(text)!r} is not libvirt:DOMAIN or libvirt:URI?DOMAIN",
+            remedy="domains by name: virsh list",
+        )
+    if not _LOCAL_QEMU.fullmatch(uri):
+        raise RequestError(
+            f"{printable(uri)!r} is not qemu:///system or qemu:///session, with ?socket=PATH or "
+            "without",
+            remedy="libvirt lends no file descriptors to another host: run qmpblock on the VM's",
+        )
+    return LibvirtAddress(domain, uri)
 
 
 def _unix(text: str, path: str) -> UnixAddress:

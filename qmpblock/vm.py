@@ -90,13 +90,19 @@ class VM(Connection):
     async def disk(self, name: str) -> Disk:
         """Find a disk by qdev id, QOM path, drive id, node name or active image file.
 
+        Where libvirt lends the monitor, by its own name of it, too (`vda`).
+
         :raise NotFoundError: there is none; the error lists those that there are.
         :raise UnsupportedError: another process serves it (vhost-user).
         :raise AmbiguousError: more than one goes by that name.
         """
+        graph = await self.graph()
         try:
-            return Disk(self, (await self.graph()).device(name))
+            return Disk(self, graph.device(name))
         except NotFoundError:
+            called = await self.monitor.device_called(name)
+            if called is not None:
+                return Disk(self, graph.device(called))
             await check_served_here(self.monitor, name)
             raise
 

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpblock.address import SSHAddress, TCPAddress, UnixAddress, parse_address, parse_monitor
+from qmpblock.address import (
+    LibvirtAddress,
+    SSHAddress,
+    TCPAddress,
+    UnixAddress,
+    parse_address,
+    parse_monitor,
+)
 from qmpblock.errors import RequestError
 from qmpblock.sockets import open_socket
 
@@ -56,6 +63,13 @@ def test_text_form_reads_back(address):
         ("ssh://[fe80::1%eth0]:22/q", SSHAddress("fe80::1%eth0", "/q", None, 22)),
         ("/run/vm.qmp", UnixAddress("/run/vm.qmp")),
         ("ssh:/h/q", UnixAddress("ssh:/h/q")),
+        ("libvirt:web", LibvirtAddress("web", "qemu:///system")),
+        ("libvirt:4444", LibvirtAddress("4444")),  # never TCP
+        ("libvirt:qemu:///session?web:1", LibvirtAddress("web:1", "qemu:///session")),
+        (
+            "libvirt:qemu+unix:///system?socket=/run/x/libvirt-sock?web",
+            LibvirtAddress("web", "qemu+unix:///system?socket=/run/x/libvirt-sock"),
+        ),
     ],
 )
 def test_monitors(text, address):
@@ -76,12 +90,34 @@ def test_what_ssh_would_take_for_something_else_is_refused(text):
         parse_monitor(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("libvirt:", "libvirt:qemu:///system", "libvirt:qemu:///system?", "libvirt:a/b"),
+        *("libvirt:qemu+ssh://h/system?web", "libvirt:qemu://h/system?web", "libvirt:xen:///?web"),
+        *("libvirt:qemu:///embed?root=/x?web", "libvirt:qemu:///system?command=/x?web"),
+        *("libvirt:qemu:///system?socket=/x&command=/y?web", "libvirt:?web\0"),
+    ],
+)
+def test_what_is_no_domain_of_this_host_is_refused(text):
+    with pytest.raises(RequestError):
+        parse_monitor(text)
+
+
+def test_the_socket_of_libvirts_daemon():
+    assert LibvirtAddress("web").socket is None
+    assert LibvirtAddress("web", "qemu+unix:///system?socket=/run/s").socket == "/run/s"
+
+
 @given(st.text(max_size=150))
 def test_any_text_is_an_address_or_a_request_error(text):
     with contextlib.suppress(RequestError):
         parse_address(text)
     with contextlib.suppress(RequestError):
         parse_monitor(f"ssh://{text}")
+    with contextlib.suppress(RequestError):
+        parsed = parse_monitor(f"libvirt:{text}")
+        assert parse_monitor(str(parsed)) == parsed
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmpblock.address import MonitorAddress, SSHAddress, UnixAddress
+from qmpblock.address import Address, SSHAddress, UnixAddress
 
 __all__ = ["holders"]
 
@@ -33,7 +33,7 @@ _ESTABLISHED = 1
 _ALL = 0xFFFFFFFF
 
 
-def holders(address: MonitorAddress) -> tuple[int, ...]:
+def holders(address: Address | SSHAddress) -> tuple[int, ...]:
     """Return the processes whose connections to a listening socket were accepted; sorted.
 
     None where there is none, and where that cannot be seen from here.

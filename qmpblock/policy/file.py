@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from qmpblock.address import parse_address
+from qmpblock.address import parse_monitor
 from qmpblock.errors import RequestError, printable
 from qmpblock.policy.copyentry import CopyPolicy, read_copies
 from qmpblock.policy.values import amount_in, filled_in, keep_free_in, number_in, speed_in
@@ -140,7 +140,7 @@ def parse_policy(text: str, *, source: str = "<text>") -> Policy:
     for vm in top.mappings("vms"):
         address = filled_in(vm, "address")
         try:
-            parsed = parse_address(address)
+            parsed = parse_monitor(address)
         except RequestError as error:
             vm.refuse("address", error.message)
         copies += read_copies(vm, address, general.speed, general.keep_free, taken)

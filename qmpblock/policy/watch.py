@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qmpblock.address import Address, parse_address
+from qmpblock.address import MonitorAddress, parse_monitor
 from qmpblock.allocation.room import RoomResult
 from qmpblock.allocation.watch import keep_ahead
 from qmpblock.cancellation import task_group
@@ -69,9 +69,9 @@ class Watch:
 
         Cancelling it ends all of them; nothing of ours is left.
         """
-        vms: dict[Address, list[DiskPolicy]] = {}
+        vms: dict[MonitorAddress, list[DiskPolicy]] = {}
         for wanted in self.disks:  # a monitor serves one client, however its address is written
-            vms.setdefault(parse_address(wanted.address), []).append(wanted)
+            vms.setdefault(parse_monitor(wanted.address), []).append(wanted)
         async with task_group() as group:
             for disks in vms.values():
                 group.create_task(self._vm(disks[0].address, disks))

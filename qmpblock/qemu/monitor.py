@@ -18,10 +18,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from qmpblock.address import MonitorAddress, parse_monitor
+from qmpblock.address import LibvirtAddress, MonitorAddress, parse_monitor
 from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError, UnsupportedError
 from qmpblock.host.forward import Forward
 from qmpblock.qemu.answers import checked
+from qmpblock.qemu.libvirtmonitor import LibvirtMonitor
 from qmpblock.qemu.qmpsocket import QMPSocket
 from qmpblock.qemu.transport import Event, LostError, Transport
 
@@ -126,7 +127,12 @@ class Monitor:
         self.address = address
         self.stall = stall
         self.closed = False
-        self._transport: Transport = QMPSocket(address, self._on_event, self._on_end)
+        tell = (self._on_event, self._on_end)
+        self._transport: Transport = (
+            LibvirtMonitor(address, *tell)
+            if isinstance(address, LibvirtAddress)
+            else QMPSocket(address, *tell)
+        )
         self._subscriptions: set[Subscription] = set()
         self._turn = asyncio.Lock()
 
@@ -287,6 +293,16 @@ class Monitor:
         except LostError as error:
             raise self._lost(command, why=error.why) from error
 
+    async def device_called(self, name: str) -> str | None:
+        """Return the id of the disk that a manager, whose monitor this is, calls so; None: none.
+
+        :raise DisconnectedError: the connection was lost.
+        """
+        try:
+            return await self._transport.device_called(name)
+        except LostError as error:
+            raise self._lost(None, why=error.why) from error
+
     async def pass_fd(self, name: str, fd: int) -> None:
         """Hand a duplicate of `fd` to QEMU under `name` (the `getfd` command).
 
@@ -330,8 +346,7 @@ class Monitor:
             subscription._wake.set()
 
     def _lost(self, command: str | None, *, why: str = "", sent: bool = True) -> Error:
-        if self.forward is not None and self.forward.ended:
-            why = f"ssh has ended: {self.forward.said or 'it does not say why'}"
+        why = self._transport.ended or why
         because = f" ({why})" if why else ""
         if command is None or not sent:
             return DisconnectedError(f"the connection to {self.address} is closed{because}")

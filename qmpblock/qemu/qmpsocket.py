@@ -22,7 +22,7 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import ConnectError as _QMPConnectError
 from qemu.qmp.protocol import StateError
 
-from qmpblock.address import MonitorAddress, SSHAddress, UnixAddress
+from qmpblock.address import Address, SSHAddress, UnixAddress
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import CommandError, ConnectError, GreetingError, MonitorHeldError, printable
 from qmpblock.host.forward import Forward
@@ -43,17 +43,7 @@ _AT_ONCE = 128  # messages or lines that are read before anything else has its t
 _SECOND_MONITOR = """\
 give this VM a second monitor and use that: add the option
   -qmp unix:/run/qmpblock/VM.qmp,server=on,wait=off
-to QEMU, or, under libvirt, to the domain's XML:
-  <domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
-    ...
-    <qemu:commandline>
-      <qemu:arg value='-qmp'/>
-      <qemu:arg value='unix:/run/qmpblock/VM.qmp,server=on,wait=off'/>
-    </qemu:commandline>
-  </domain>
-There QEMU must be able to make the socket; once, as root (its user is qemu on Fedora):
-  echo 'd /run/qmpblock 0700 libvirt-qemu root -' > /etc/tmpfiles.d/qmpblock.conf
-  systemd-tmpfiles --create qmpblock.conf"""
+to QEMU. Under libvirt none is needed: give libvirt:DOMAIN as the address"""
 
 
 class _Client(QMPClient):
@@ -182,7 +172,7 @@ class QMPSocket:
 
     def __init__(
         self,
-        address: MonitorAddress,
+        address: Address | SSHAddress,
         on_event: Callable[[Event, int], None],
         on_end: Callable[[], None],
     ) -> None:
@@ -202,6 +192,13 @@ class QMPSocket:
     def peer_pid(self) -> int | None:
         """The process that made the listening socket: QEMU, or a manager. None: not known."""
         return None if self._peer is None else self._peer.known()
+
+    @property
+    def ended(self) -> str:
+        """What ssh said when it ended, if it did."""
+        if self.forward is None or not self.forward.ended:
+            return ""
+        return f"ssh has ended: {self.forward.said or 'it does not say why'}"
 
     async def open(self, timeout: float, stall: float) -> None:
         """Connect, wait for the greeting, negotiate. See `Monitor.connect`."""
@@ -299,13 +296,16 @@ class QMPSocket:
         except (OSError, QMPError) as error:
             raise LostError(printable(error)) from error
 
+    async def device_called(self, name: str) -> None:
+        """Nothing: QEMU's own names are all that there are."""
+
     def keep_unlogged(self, unlogged: bool) -> None:
         """Have no log show what is sent and read from now on."""
         self._client.unlogged = unlogged
 
 
 async def _connect_socket(
-    address: MonitorAddress, forward: Forward | None, timeout: float
+    address: Address | SSHAddress, forward: Forward | None, timeout: float
 ) -> socket.socket:
     try:
         async with asyncio.timeout(timeout):
@@ -329,7 +329,9 @@ async def _connect_socket(
         ) from None
 
 
-async def _await_greeting(sock: socket.socket, address: MonitorAddress, timeout: float) -> None:
+async def _await_greeting(
+    sock: socket.socket, address: Address | SSHAddress, timeout: float
+) -> None:
     """Wait until the peer speaks, and look at its first byte without consuming it."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
@@ -358,7 +360,7 @@ async def _await_greeting(sock: socket.socket, address: MonitorAddress, timeout:
         )
 
 
-def _held(address: MonitorAddress, what: str) -> MonitorHeldError:
+def _held(address: Address | SSHAddress, what: str) -> MonitorHeldError:
     """Say which processes hold a monitor, where that can be seen."""
     pids = holders(address)
     if not pids:

@@ -53,6 +53,10 @@ class Transport(Protocol):
     def forward(self) -> Forward | None:
         """The ssh by which it goes to another host; None where it does not."""
 
+    @property
+    def ended(self) -> str:
+        """Why it is lost for good, in words, where that is known; else empty."""
+
     async def open(self, timeout: float, stall: float) -> None:
         """Reach the monitor. A failure or a cancellation leaves nothing open.
 
@@ -81,6 +85,12 @@ class Transport(Protocol):
 
     def send_fd(self, fd: int) -> None:
         """Have the next command take a duplicate of a file descriptor along.
+
+        :raise LostError: the way is lost.
+        """
+
+    async def device_called(self, name: str) -> str | None:
+        """Return the id of the guest's disk that whoever lends the monitor calls so; None: none.
 
         :raise LostError: the way is lost.
         """

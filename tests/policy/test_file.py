@@ -121,6 +121,10 @@ def disk(text):
         ("keep_free: -1\nvms: []", "p.yaml:1:12: keep_free: '-1' is neither a size"),
         ("vms:\n- address: 'h:0'\n  disks: []", "p.yaml:2:12: vms[0].address: the port in"),
         ("vms:\n- address: ''\n  disks: []", "p.yaml:2:12: vms[0].address: is empty"),
+        (
+            "vms:\n- address: libvirt:xen:///?a\n  disks: []",
+            "p.yaml:2:12: vms[0].address: 'xen:///' is not",
+        ),
         (disk("colour: red"), "p.yaml:4:15: vms[0].disks[0].colour: is not a key"),
         (disk("disk: e"), "p.yaml:4:15: vms[0].disks[0].disk: stands here twice"),
         (disk("backing: gone"), "p.yaml:4:24: vms[0].disks[0].backing: 'gone' is not one of keep"),

@@ -52,7 +52,8 @@ async def test_silence_means_another_client(tmp_path):
         with pytest.raises(MonitorHeldError, match="this very process") as caught:
             await Monitor.connect(str(tmp_path / "q"), greeting_timeout=0.1)
     assert caught.value.holders == (os.getpid(),)
-    assert "<qemu:arg value='-qmp'/>" in caught.value.remedy
+    assert "-qmp unix:" in caught.value.remedy
+    assert "libvirt:DOMAIN" in caught.value.remedy
 
 
 async def test_silence_of_a_client_that_cannot_be_seen(tmp_path, monkeypatch):

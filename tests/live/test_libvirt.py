@@ -1,0 +1,255 @@
+"""Through libvirt's own monitor: what is read, thin allocation, and a daemon that goes away.
+
+The judge is libvirt: what it says of the domain, and what its own commands do afterwards. It is
+not among what `make` installs: apt-get install libvirt-daemon-system libvirt-clients libvirt-dev,
+then .venv/bin/pip install libvirt-python; without it these are skipped.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chains import cli
+from libvirthost import libvirt_host, require
+
+import qmpblock
+from qmpblock.errors import ConnectError, DisconnectedError, NotFoundError, UnsupportedError
+from qmpblock.testing.images import Tools
+from qmpblock.testing.scratch import leave, private_directory
+
+pytestmark = pytest.mark.live
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def host(qemu_binary):
+    require()
+    folder = private_directory()
+    with libvirt_host(folder / "libvirt") as host:
+        yield host
+    leave(folder)
+
+
+@pytest.fixture
+def chain(vm_dir, qemu_binary):
+    """Return an image with a backing image, 16 MiB: 1 MiB in each, the later one half over it."""
+    tools = Tools.of(qemu_binary)
+    base, top = vm_dir / "base.qcow2", vm_dir / "top.qcow2"
+    run(tools.img, "create", "-q", "-f", "qcow2", base, "16M")
+    run(tools.io, "-f", "qcow2", "-c", "write -P 1 0 1M", base)
+    run(tools.img, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    run(tools.io, "-f", "qcow2", "-c", "write -P 2 512k 1M", top)
+    return top
+
+
+def run(*words):
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def sockets(pid):
+    """Return how many sockets a process has open."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return sum(str(link.readlink()).startswith("socket:") for link in links)
+
+
+def start(host, name, image, qemu_binary, kind="qcow2"):
+    """Start a domain; return what libvirt says of it, and how many sockets its QEMU has."""
+    pid = host.domain(name, image, kind, qemu_binary)
+    return lambda: (
+        *(
+            re.findall("<disk .*?</disk>", host.virsh("dumpxml", name, *which), re.DOTALL)
+            for which in ([], ["--inactive"])
+        ),
+        host.virsh("domblklist", name),
+        host.virsh("blockjob", name, "vda"),
+        sockets(pid),
+    )
+
+
+async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(host, chain, qemu_binary):
+    expected = json.loads(
+        run(Tools.of(qemu_binary).img, "map", "-f", "qcow2", "--output=json", chain)
+    )
+    shown = start(host, "web", chain, qemu_binary)
+    before, address = shown(), host.address("web")
+    code, out, _ = await cli("map", address, "vda", "--json")
+    keys = ("start", "length", "depth", "present", "zero", "data")
+    assert code == 0
+    assert json.loads(out) == [{key: one[key] for key in keys} for one in expected]
+    code, out, _ = await cli("disks", address, "--json")
+    assert [Path(one["file"]).name for one in json.loads(out)[0]["layers"]] == [
+        "top.qcow2",
+        "base.qcow2",
+    ]
+    code, out, _ = await cli("doctor", address)
+    assert f"{host.pid('web')}, of root" in out
+    assert await cli("jobs", address) == (0, "This VM has no jobs.\n", "")
+    async with qmpblock.connect(address) as vm:
+        assert vm.monitor.peer_pid == host.pid("web")
+        disk = await vm.disk("vda")
+        assert disk.name == (await vm.disk("virtio-disk0")).name
+        with pytest.raises(NotFoundError, match="no disk called vdb"):
+            await vm.disk("vdb")
+        assert [layer.layer.depth for layer in await disk.layers()] == [0, 1]
+        result = await disk.allocate()
+        assert result.allocated == MIB // 2
+        assert not (await disk.map()).not_in_active()
+    assert (await cli("recover", address))[0] == 0
+    assert shown() == before
+    # And libvirt's own verbs go on from there.
+    host.virsh("snapshot-create-as", "web", "--disk-only", "--no-metadata")
+    host.virsh("blockcommit", "web", "vda", "--shallow", "--active", "--pivot")
+    assert str(chain) in host.virsh("domblklist", "web")
+    host.virsh("destroy", "web")
+    assert run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 1 0 512k", chain)
+    assert run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 2 512k 1M", chain)
+
+
+async def test_what_libvirt_would_not_know_is_refused_with_its_own_command(
+    host, chain, qemu_binary
+):
+    shown = start(host, "kept", chain, qemu_binary)
+    before = shown()
+    async with qmpblock.connect(host.address("kept")) as vm:
+        disk = await vm.disk("vda")
+        for ask in (
+            lambda: disk.snapshot(chain.parent / "overlay.qcow2"),
+            lambda: disk.allocate(full=True),
+            lambda: disk.allocate(independent=True),
+        ):
+            with pytest.raises(UnsupportedError, match="managed by libvirt") as refused:
+                await ask()
+            assert "virsh" in refused.value.remedy or "no way" in refused.value.remedy
+    assert shown() == before
+    assert not (chain.parent / "overlay.qcow2").exists()
+    host.virsh("destroy", "kept")
+
+
+async def test_a_raw_image_gets_its_host_space(host, vm_dir, qemu_binary):
+    image = vm_dir / "disk.raw"
+    run("qemu-img", "create", "-q", "-f", "raw", image, "8M")
+    shown = start(host, "raw", image, qemu_binary, "raw")
+    before = shown()
+    assert (await cli("allocate", host.address("raw"), "vda", "--full"))[0] == 0
+    assert image.stat().st_blocks * 512 >= 8 * MIB
+    policy = vm_dir / "policy.yaml"
+    disk = "{disk: vda, allocation: full}"
+    policy.write_text(f"vms: [{{address: '{host.address('raw')}', disks: [{disk}]}}]")
+    code, out, err = await cli("plan", str(policy))
+    assert (code, "nothing to do" in out) == (0, True), out + err
+    assert shown() == before
+    host.virsh("destroy", "raw")
+
+
+async def test_the_daemon_is_killed_and_comes_back(host, chain, qemu_binary):
+    shown = start(host, "lasting", chain, qemu_binary)
+    before = shown()
+    async with qmpblock.connect(host.address("lasting")) as vm:
+        disk, monitor = await vm.disk("vda"), vm.monitor
+        real, struck = monitor._execute, []
+
+        async def execute(command, arguments=None, **how):
+            answer = await real(command, arguments, **how)
+            if command == "block-export-add" and not struck:
+                struck.append(command)
+                host.kill()
+                host.start()
+            return answer
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(monitor, "_execute", execute)
+            await disk.allocate()
+        assert struck
+        assert not (await disk.map()).not_in_active()
+        with monitor.subscribe("STOP") as events:  # heard of by the new daemon
+            await monitor.execute("stop")
+            await events.get(timeout=30)
+        await monitor.execute("cont")
+    assert shown() == before
+    host.virsh("destroy", "lasting")
+
+
+async def test_what_was_under_way_when_the_daemon_died(host, chain, qemu_binary):
+    host.domain("torn", chain, "qcow2", qemu_binary)
+    async with qmpblock.connect(host.address("torn")) as vm:
+        host.signal(signal.SIGSTOP)  # so that it has the question, and no answer
+        asked = asyncio.create_task(vm.monitor.execute("query-status"))
+        await asyncio.sleep(0)
+        host.kill()
+        host.start()
+        assert (await asked)["status"] == "running"
+        host.signal(signal.SIGSTOP)
+        asked = asyncio.create_task(vm.monitor.execute("cont"))
+        await asyncio.sleep(0)
+        host.kill()
+        with pytest.raises(DisconnectedError, match=r"lost during cont .*went away") as lost:
+            await asked
+        assert lost.value.standing == "whether QEMU carried it out is unknown"
+        with pytest.raises(DisconnectedError, match="went away"):
+            await vm.monitor.execute("query-status")
+    host.start()
+    async with qmpblock.connect(host.address("torn")) as vm:
+        assert (await vm.monitor.execute("query-status"))["running"]
+    host.virsh("destroy", "torn")
+
+
+async def test_the_controller_is_killed_and_what_it_left_goes(host, chain, qemu_binary):
+    """Its descriptors are the daemon's, so whoever comes next can close them."""
+    shown = start(host, "left", chain, qemu_binary)
+    before, address = shown(), host.address("left")
+    code = (
+        "import asyncio, os, signal, sys, qmpblock\n"
+        "async def main():\n"
+        "    async with qmpblock.connect(sys.argv[1]) as vm:\n"
+        "        real = vm.monitor._execute\n"
+        "        async def execute(command, arguments=None, **how):\n"
+        "            answer = await real(command, arguments, **how)\n"
+        "            if command == 'block-export-add':\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "            return answer\n"
+        "        vm.monitor._execute = execute\n"
+        "        await (await vm.disk('vda')).map()\n"
+        "asyncio.run(main())\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, address)
+    assert await process.wait() == -signal.SIGKILL
+    assert shown()[-1] > before[-1]
+    host.kill()
+    host.start()
+    code, _, err = await cli("recover", address)
+    assert code == 0, err
+    assert shown() == before
+    host.virsh("destroy", "left")
+
+
+async def test_the_domain_ends(host, chain, qemu_binary):
+    pid = host.domain("ending", chain, "qcow2", qemu_binary)
+    async with qmpblock.connect(host.address("ending")) as vm:
+        with vm.monitor.subscribe("NOTHING") as events:
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(DisconnectedError, match="the domain has ended"):
+                await events.get(timeout=60)
+        with pytest.raises(DisconnectedError, match="the domain has ended"):
+            await vm.monitor.execute("query-status")
+    code, _, err = await cli("disks", host.address("ending"))
+    assert code == 3
+    assert "libvirt runs no domain ending" in err
+
+
+async def test_what_is_not_there_is_said(host, tmp_path):
+    with pytest.raises(ConnectError, match="runs no domain nosuch"):
+        async with qmpblock.connect(host.address("nosuch")):
+            pass
+    with pytest.raises(ConnectError, match="libvirt does not answer") as refused:
+        async with qmpblock.connect(f"libvirt:qemu+unix:///system?socket={tmp_path}/none?web"):
+            pass
+    assert "virtqemud" in refused.value.remedy
