@@ -8,7 +8,8 @@ here, as measured. Everything may happen in any order, between any two steps:
 - two recoveries, which look, and act on that later, when it may not be true any more. They wish for
   different ends, one has the journal, each may reach one side alone, none cares for locks, and each
   may be killed and run again;
-- either QEMU dies, the wire between them is cut or falls silent, each as often as `failures` says.
+- either QEMU dies, the wire between them is cut or falls silent, each as often as `failures` says;
+  the storage daemon that has the destination's images dies, or cannot be ended.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ Came = dict["World", "tuple[World, str] | None"]
 class Recoverer(NamedTuple):
     """One recovery. Of plain words, which Python compares fast.
 
-    :ivar at: `idle`, `look` (at both sides, and decide), `do`, `done`, `asked`; `needless`, if it
+    :ivar at: `idle`, `look` (at both sides, and decide), `do`, `done`, `asked`; `stuck`, if the
+        storage daemon did not end; `needless`, if it
         asked what both sides tell; `wrong`, if what it says is.
     :ivar reaches: which sides it can reach.
     :ivar move: what it is about to do; `last`: whether that is the end of it.
@@ -67,6 +69,7 @@ class Recoverer(NamedTuple):
 class World(NamedTuple):
     """All that there is, but how many failures there were.
 
+    :ivar daemon: the storage daemon, while there is one: `alive`, or `stuck`: it does not end.
     :ivar sent: whether the rest of the guest is on its way to the destination, or the answer back.
     :ivar whole: whether the mirrors have ended. `loaded`: whether the destination ever had the
         guest; `ran`: whether it ever ran there.
@@ -78,6 +81,7 @@ class World(NamedTuple):
 
     source: str = "home"
     destination: str = "waits"
+    daemon: str = ""
     wire: str = "ok"
     sent: str = ""
     whole: bool = False
@@ -102,6 +106,7 @@ class Rules:
     arbiter: bool = True
     order: tuple[Planned, ...] = ORDER
     wait_for_source: bool = True  # `completed`, before the destination is continued
+    daemon: bool = False  # whether there is a storage daemon
 
 
 class Found(Exception):  # noqa: N818 - no error: what the exploration is for
@@ -184,6 +189,8 @@ class Model:
             return "the guest runs twice"
         if world.source in RUNNING and world.ran:
             return "the guest runs at the source after it ran at the destination"
+        if world.destination == "runs" and world.daemon:
+            return "the guest runs on images that another process writes to"
         if world.destination == "runs" and not world.whole:
             return "the guest runs on images that are not whole"
         if world.source == "away" and not world.loaded:
@@ -208,7 +215,8 @@ class Model:
     def _all_reached(self, world: World) -> bool:
         """Whether whoever came to an end could see and reach both sides."""
         return world.finished or any(
-            one.at == "done" and one.reaches == BOTH for one in (world.with_journal, world.without)
+            one.at in ("done", "stuck") and one.reaches == BOTH
+            for one in (world.with_journal, world.without)
         )
 
     # -- what may happen
@@ -251,6 +259,8 @@ class Model:
 
     def effect(self, world: World, move: Move, reaches: str) -> World:
         """Return what a move that arrives does."""
+        if move in (Move.UNEXPORT, Move.END_IMAGES) and world.daemon == "alive":
+            return world._replace(daemon="")
         if reaches != THERE and world.source != GONE:
             world = self._at_source(world, move)
         if reaches != HERE and world.destination != GONE:
@@ -303,6 +313,8 @@ class Model:
         entered = world._replace(phase=planned.enters.value if planned.enters else world.phase)
         if self._may(world, planned.move):
             after = self.effect(entered, planned.move, BOTH)
+            if planned.move is Move.MIRROR and self.rules.daemon:
+                after = after._replace(daemon="alive")
             last = world.pc + 1 == len(self.rules.order)
             after = after._replace(pc=-1 if last else world.pc + 1, finished=last)
             yield f"engine: {planned.move.name}", after
@@ -314,6 +326,8 @@ class Model:
         """Whether what a move waits for, or relies on, is there."""
         if world.source == GONE or world.destination == GONE:
             return False
+        if move is Move.UNEXPORT:
+            return world.daemon != "stuck"
         if move is Move.AWAIT_HELD:
             return world.source == "held"
         if move is Move.END_MIRRORS:
@@ -340,7 +354,7 @@ class Model:
             here = world.source if one.reaches != THERE else UNREACHED
             there = world.destination if one.reaches != HERE else UNREACHED
             phase = world.phase if name == "with_journal" else ""
-            decision = _decide(phase, here, world.arbiter, there, world.mark)
+            decision = _decide(phase, here, world.arbiter, there, world.mark, bool(world.daemon))
             after = _decided(one.reaches, {here, there}, decision)
             if decision.last and decision.owner is Side.SOURCE and world.ran:
                 after = Recoverer("wrong")
@@ -351,6 +365,8 @@ class Model:
             if name == "with_journal" and move is Move.MARK:
                 after = after._replace(phase=Phase.HANDED.value)
             at = "done" if one.last else "look"
+            if move is Move.END_IMAGES and after.daemon:
+                at = "stuck"
             yield f"{name}: {one.move}", become(Recoverer(at, one.reaches), after)
 
     # -- failures
@@ -366,6 +382,10 @@ class Model:
             yield "failure: cut", world._replace(wire="cut", sent=lost)
             yield "failure: cut, and the rest lost", world._replace(wire="cut", sent="")
             yield "failure: silent", world._replace(wire="silent", sent="")
+        if world.daemon:
+            yield "failure: daemon dies", world._replace(daemon="")
+        if world.daemon == "alive":
+            yield "failure: daemon does not end", world._replace(daemon="stuck")
         room = len(world.slots) < MOST_SLOTS
         if world.pc >= 0:
             planned = self.rules.order[world.pc]
@@ -373,6 +393,8 @@ class Model:
             yield "failure: engine killed", world._replace(pc=-1)
             if room and self._may(world, planned.move):
                 sent = world._replace(pc=-1, slots=(*world.slots, planned.move.name), phase=entered)
+                if planned.move is Move.MIRROR and self.rules.daemon:
+                    sent = sent._replace(daemon="alive")
                 yield f"failure: engine killed, had sent {planned.move.name}", sent
         for name in ("with_journal", "without"):
             one: Recoverer = getattr(world, name)
@@ -403,11 +425,12 @@ def _without_what_is_over(world: World) -> World:
 
 
 @cache
-def _decide(phase: str, here: str, arbiter: str, there: str, mark: bool) -> Decision:
+def _decide(phase: str, here: str, arbiter: str, there: str, mark: bool, daemon: bool) -> Decision:
     return decide(
         Phase(phase) if phase else None,
         _seen(SOURCE, here, Side(arbiter) if arbiter else None),
         _seen(DESTINATION, there, Side.DESTINATION if mark else None),
+        images=Reach.ANSWERS if daemon else Reach.GONE,
         choice=Choice.UNDO if phase else Choice.CONTINUE,
     )
 

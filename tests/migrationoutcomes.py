@@ -26,6 +26,7 @@ OUTCOMES = {
     "controller, destination": _from(SOURCE, (Phase.HANDED, ASKED)),
     "all": _from(HERE, (Phase.SENT, ASKED)),
     "controller; destination hangs": _from(SOURCE, (Phase.LANDED, ASKED)),
+    "controller, storage daemon": _from(SOURCE, (Phase.HANDED, DESTINATION)),
     "source": _from(HERE, (Phase.LANDED, DESTINATION)),
 }
 

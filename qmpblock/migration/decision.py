@@ -16,6 +16,11 @@ What it rests on (`qmpblock.migration.states`):
 - a source that has completed stays so until somebody who has taken the arbiter continues it;
 - without the arbiter no controller of ours has continued the destination.
 
+A storage daemon that has the destination's images is a third process; it decides nothing. It has
+ended before the source is told to send the rest (K36), so where one is left the guest is the
+source's; that goes on there first, also where the daemon cannot be ended. Before anything else is
+done it has ended.
+
 What does not follow from these, a person decides (`Decision.ask`); what he says is `force`.
 """
 
@@ -28,6 +33,12 @@ from qmpblock.migration.states import ACTIVE, SETTLING, Move, Phase, Reach, Seen
 from qmpblock.qemu.runstate import MIGRATION_OVER, OF_ITS_OWN
 
 __all__ = ["Decision", "decide"]
+
+
+#: What has the guest go on at the source.
+_HOMEWARD = frozenset(
+    {Move.CANCEL, Move.SETTLE, Move.CLAIM_SOURCE, Move.QUIT_DESTINATION, Move.CONT_SOURCE}
+)
 
 
 @dataclass(frozen=True)
@@ -53,16 +64,29 @@ def decide(
     source: Seen,
     destination: Seen,
     *,
+    images: Reach = Reach.GONE,
     choice: Choice = Choice.UNDO,
     force: Side | None = None,
 ) -> Decision:
     """Return what is to be done next.
 
     :param phase: what the journal says; None where there is none.
+    :param images: what can be known of the storage daemon that has the destination's images.
     :param choice: which way it is to go where both are safe: UNDO, back to the source.
     :param force: the side on which a person says that the guest is to go on. Used where it cannot
         be told, and never against what can be seen.
     """
+    decision = _of_both(phase, source, destination, choice, force)
+    if images is Reach.GONE or (decision.move in _HOMEWARD and not decision.last):
+        return decision
+    return Decision(
+        decision.owner, Move.END_IMAGES, "the storage daemon has the destination's images"
+    )
+
+
+def _of_both(
+    phase: Phase | None, source: Seen, destination: Seen, choice: Choice, force: Side | None
+) -> Decision:
     if source.answers:
         if source.run in OF_ITS_OWN:
             return _at_home(source, destination)

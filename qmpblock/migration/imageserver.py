@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice, Layer
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["ImageServer", "end_image_server", "image_server"]
+__all__ = ["ImageServer", "end_image_server", "image_server", "image_server_left"]
 
 _NAME = "qemu-storage-daemon"
 _QEMU = re.compile(r"qemu-(?:system-[\w-]+|kvm)$")
@@ -330,6 +330,11 @@ def _refuse(image: Layer, why: str) -> NoReturn:
 
 
 # -- one whose migration's controller is gone
+
+
+def image_server_left(run: str) -> bool:
+    """Whether a storage daemon of a migration lives, or its socket is left."""
+    return any(_of_run(run)) or Path(SocketFolder(socket_folder(run)).socket).exists()
 
 
 async def end_image_server(run: str) -> None:

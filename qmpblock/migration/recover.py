@@ -29,7 +29,7 @@ from qmpblock.errors import (
 from qmpblock.migration import arbiter, bitmaps, wayback
 from qmpblock.migration.decision import Decision, decide
 from qmpblock.migration.hold import holder_of, record_of, side_of
-from qmpblock.migration.imageserver import end_image_server
+from qmpblock.migration.imageserver import end_image_server, image_server_left
 from qmpblock.migration.journal import MigrationJournal, journals
 from qmpblock.migration.record import MigrationRecord
 from qmpblock.migration.settings import put_back
@@ -244,8 +244,6 @@ class _Recovering:
         try:
             for side, vm in self._migration.sides:
                 await self._take(side, vm)
-            # What it holds is of no use: before the rest was sent it had ended (K36).
-            await undisturbed(end_image_server(self._record.run))
             return await self._go_on()
         except BaseException:
             lock.abandon(self._run)  # for the next one, of this process, too
@@ -283,7 +281,14 @@ class _Recovering:
         """
         migration = self._migration
         self._seen = await look_at_both(self._record, migration.source, migration.destination)
-        decision = decide(self._phase, *self._seen, choice=self._choice, force=self._force)
+        left = image_server_left(self._record.run)
+        decision = decide(
+            self._phase,
+            *self._seen,
+            images=Reach.ANSWERS if left else Reach.GONE,
+            choice=self._choice,
+            force=self._force,
+        )
         if decision.move is not None:
             return decision
         record = self._record
@@ -351,7 +356,9 @@ class _Recovering:
     async def _make(self, move: Move) -> None:
         migration, run = self._migration, self._record.run
         source, destination = migration.source, migration.destination
-        if move is Move.FINISH_SOURCE:
+        if move is Move.END_IMAGES:
+            await end_image_server(run)
+        elif move is Move.FINISH_SOURCE:
             await self._finish_source()
         elif move is Move.FINISH_DESTINATION:
             await self._finish_destination()

@@ -159,6 +159,7 @@ class Move(Enum):
     CONT_SOURCE = "continue the source (cont)"
     QUIT_DESTINATION = "quit the destination"
     FINISH_SOURCE = "remove what is left of ours at the source"
+    END_IMAGES = "end the storage daemon that has the destination's images"
 
 
 @dataclass(frozen=True)

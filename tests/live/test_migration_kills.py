@@ -208,14 +208,16 @@ async def runs(vm):
 
 
 @pytest.mark.parametrize(("struck", "phase"), CELLS, ids=str)
-async def test_who_has_the_guest(struck, phase, killed, begun, monkeypatch):
+async def test_who_has_the_guest(struck, phase, killed, begun, vm_dir, monkeypatch):
     """What the table in docs/migration.md says of it."""
     if struck == "source":
         source, destination = await begun()
         with contextlib.suppress(qmpblock.Error), killing(monkeypatch, phase, source):
             await migrated(source, destination)
     else:
-        source, destination = await killed(phase.value)
+        source, destination = await killed(phase.value, daemon="daemon" in struck)
+        for pid in storage_daemons(vm_dir) if "daemon" in struck else ():
+            os.kill(pid, signal.SIGKILL)
         hangs = "hangs" in struck
         for side, vm in (("source", source), ("destination", destination)):
             if (side in struck and not hangs) or struck == "all":

@@ -11,6 +11,7 @@ FAILURES = 3
 
 BEFORE_COMPLETED = tuple(one for one in ORDER if one.move is not Move.AWAIT_LANDED)
 UNWRITTEN = tuple(replace(one, enters=None) for one in ORDER)
+SERVED = tuple(one for one in ORDER if one.move is not Move.UNEXPORT)
 UNMIRRORED = tuple(one for one in ORDER if one.move is not Move.END_MIRRORS)
 
 
@@ -18,6 +19,12 @@ def test_every_way_ends_with_one_owner_or_with_a_question():
     explored = Model(Rules(), FAILURES).explore()
     print(f"{explored.states} states, {explored.ends} ends, in {explored.asked} a person is asked")
     assert explored.states > 100_000  # or most of it was never seen
+    assert 0 < explored.asked < explored.ends
+
+
+def test_a_storage_daemon_is_one_more_that_dies_or_hangs():
+    explored = Model(Rules(daemon=True), FAILURES - 1).explore()
+    assert explored.states > 20_000
     assert 0 < explored.asked < explored.ends
 
 
@@ -56,6 +63,7 @@ def test_without_a_failure_no_person_is_asked_who_reaches_both_sides():
         ({"order": BEFORE_COMPLETED}, 0, "nobody runs"),
         ({"wait_for_source": False}, 1, "the guest runs"),
         ({"order": UNMIRRORED}, 0, "images that are not whole"),
+        ({"order": SERVED, "daemon": True}, 0, "images that another process writes to"),
         ({"order": UNWRITTEN}, 3, "it is said to be the source's"),
     ],
     ids=str,
@@ -74,6 +82,7 @@ def test_what_the_model_says_of_a_world():
     assert model.wrong(fine) == ""
     assert "twice" in model.wrong(fine._replace(source="failed"))
     assert "after" in model.wrong(fine._replace(source="failed", destination="gone"))
+    assert "another process" in model.wrong(fine._replace(daemon="alive"))
     assert "whole" in model.wrong(fine._replace(whole=False))
     assert "asked" in model.wrong(fine._replace(without=Recoverer("needless")))
     held = World(source="held", destination="gone", with_journal=Recoverer("done", BOTH))

@@ -105,6 +105,22 @@ def test_a_completed_source_is_not_continued_where_the_destination_cannot_be_see
         assert decide(phase, handed, GONE, force=Side.SOURCE).move is Move.CONT_SOURCE
 
 
+def test_a_storage_daemon_ends_when_the_guest_is_home_and_before_anything_else():
+    """Whatever else is to be done; and the guest does not wait for one that cannot be ended."""
+    homeward = {
+        *(Move.CANCEL, Move.SETTLE, Move.CLAIM_SOURCE, Move.QUIT_DESTINATION, Move.CONT_SOURCE)
+    }
+    for state, source, destination in shown():
+        for one in (source, GONE, SILENT):
+            plain = decide(state.phase, one, destination)
+            served = decide(state.phase, one, destination, images=Reach.ANSWERS)
+            stays = plain.move in homeward and not plain.last
+            assert served.move is (plain.move if stays else Move.END_IMAGES)
+            assert served.owner is plain.owner
+    held = seen(("finish-migrate", "pre-switchover")), seen(("inmigrate", "active"))
+    assert decide(Phase.HELD, *held, images=Reach.ANSWERS).move is Move.CANCEL
+
+
 def test_what_a_person_says_ends_it_where_both_are_gone():
     for side in Side:
         decision = decide(Phase.SENT, GONE, GONE, force=side)
