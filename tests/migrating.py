@@ -87,7 +87,7 @@ async def migrated(source, destination, stall=60, **options):
 
 
 async def arrived(source, destination, result):
-    """See that the guest goes on there, and that it finds all that it wrote."""
+    """See that the guest goes on there, and finds all that it wrote; return how much that was."""
     print(
         f"{result.seconds:.3f} s, downtime {result.downtime * 1e3:.1f} ms: "
         + ", ".join(f"{one.phase} {one.seconds * 1e3:.0f}" for one in result.phases)
@@ -127,6 +127,7 @@ async def arrived(source, destination, result):
         area = data[its.offset : its.offset + its.length]
         assert check_acknowledged(area, its, ends[number].acked, ends[number].issued).ok
         await disk.active.check(tools)
+    return ends
 
 
 async def stressed(vm, rate=300):

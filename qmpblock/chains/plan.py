@@ -20,7 +20,7 @@ is part of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qmpblock.errors import (
@@ -302,13 +302,15 @@ def _order(chain: Chain) -> str:
     return f"the layers are, the active one first:{listed}"
 
 
-def check_idle(device: DiskDevice) -> None:
+def check_idle(device: DiskDevice, beside: Collection[str] = ()) -> None:
     """Refuse to work beside a job.
 
+    :param beside: the ids of those that are gone on with.
     :raise BusyError: one runs on the disk.
     """
-    if device.jobs:
-        job = device.jobs[0]
+    for job in device.jobs:
+        if job.id in beside:
+            continue
         raise BusyError(
             f"the job {printable(job.id)} ({printable(job.type)}, {printable(job.status)}) runs "
             f"on {device.name}",
@@ -321,14 +323,15 @@ def check_idle(device: DiskDevice) -> None:
         )
 
 
-def check_unchanged(graph: BlockGraph, before: DiskDevice) -> None:
+def check_unchanged(graph: BlockGraph, before: DiskDevice, beside: Collection[str] = ()) -> None:
     """See, under the locks, that a disk is as it was planned for, and no job is on it.
 
+    :param beside: see `check_idle`.
     :raise BusyError: one is.
     :raise GraphError: its chain is another one.
     """
     now = graph.device(before.qom_path)
-    check_idle(now)
+    check_idle(now, beside)
     if now.chain.shape != before.chain.shape:
         raise GraphError(
             f"the chain of {before.name} has just been changed by somebody else",

@@ -34,9 +34,9 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.changes.journal import Journal
@@ -176,6 +176,19 @@ class Change(Generic[RecordT]):
         if not adopted:
             await undisturbed(self._let_go_polling())
         return adopted
+
+    async def leave(self, **said: Any) -> None:
+        """Leave it as it is, for whoever adopts it, or undoes it, as that of a dead controller.
+
+        QEMU goes on refusing to migrate.
+
+        :param said: fields of the record that have another value from now on.
+        """
+        self.record = replace(self.record, **said)
+        await forbid_migration(self.vm.monitor, self.record.run)
+        for name in self._locked:
+            await lock.update(self.vm.monitor, name, self.holder().dead())
+        await self._let_go_polling()
 
     async def end(self) -> None:
         """Remove the journal, release the locks: the change is done, or undone. Idempotent."""

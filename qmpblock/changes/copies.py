@@ -77,9 +77,14 @@ class Migration(Copy):
 
     What is written there is worth nothing before the guest has gone over, and that it has, both VMs
     say (`qmpblock.migration`): here it is undone only while the images are this QEMU's.
+
+    :ivar kept: of each disk that was mirrored, how its image at the destination was left, where the
+        mirrors stay, paused, for another attempt; else empty. Who makes none undoes them as ever.
     """
 
     operation: ClassVar[str] = "migrate"
+
+    kept: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Say what it is, for people."""

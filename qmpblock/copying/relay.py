@@ -59,6 +59,7 @@ class Relay:
     :ivar quickest: seconds that the quickest answer of the server's took; None: there was none.
     :ivar patience: seconds for which the server may owe an answer; then the relay cuts itself,
         whatever this process does meanwhile. None: for ever.
+    :ivar stays: whether the directory of its socket stays behind, for another one at its path.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Relay:
         self.received = 0
         self.quickest: float | None = None
         self.patience = patience
+        self.stays = False
         self._server = server
         self._heard = time.monotonic()  # when the server last said something
         self._asked: float | None = None  # when QEMU first did since
@@ -198,7 +200,10 @@ class Relay:
         if wake >= 0:
             os.close(wake)
         if self._folder is not None:
-            self._folder.remove()
+            if self.stays:
+                self._folder.leave()
+            else:
+                self._folder.remove()
 
     def _nudge(self) -> None:
         if self._wake >= 0:

@@ -8,12 +8,17 @@
     3. blockdev-add of the node                 3. object-del of the credentials
                                                 4. close the relay
 
+A node on which a job lies that is to go on later stays (`Wire.leave`), with nothing at its other
+end; another wire is laid to it then, at the very path to which QEMU connects again (K25).
+
 While QEMU opens a node or closes it the guest is held, however long the server takes (K24). So
 that has a limit, at which the relay cuts itself: QEMU then goes on with an error.
 """
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -45,6 +50,8 @@ __all__ = ["HOLD", "Wire", "check_target", "clear_wire", "credentials_in", "wire
 #: Seconds that a server has for an answer while the guest is held for it: by the opening and the
 #: closing of the node, and by each command of a copy's that drains it (`Relay.within`).
 HOLD = 5.0
+_ANSWERS = 2  # in a row, by which a node shows that it is connected; shaking hands looks like one
+_LOOK = 0.01
 
 
 class Wire:
@@ -59,6 +66,7 @@ class Wire:
         self.node = node
         self.relay = relay
         self._monitor = vm.monitor
+        self._stays = False
 
     @classmethod
     @asynccontextmanager
@@ -72,6 +80,7 @@ class Wire:
         credentials: Credentials | None = None,
         hold: float = HOLD,
         discard: str = "unmap",
+        again: bool = False,
     ) -> AsyncIterator[Wire]:
         """Lay a wire; leaving takes it away, whether or not it was cut, and is not interrupted.
 
@@ -85,27 +94,34 @@ class Wire:
         :param credentials: for TLS.
         :param hold: see `HOLD`.
         :param discard: see `qmpblock.copying.target.nbd_node`.
+        :param again: the node is there, of a wire that was left, and whatever lies on it is paused.
+            Where it is not reached, it stays for whoever undoes what lies there.
         :raise RequestError: what is asked for cannot be; nothing was touched.
         :raise NBDConnectError: no server answers, or QEMU and it do not agree; nothing is left.
         :raise StalledError: on leaving: the server did not answer to the last flush.
         """
         check_target(vm, target, credentials)
         name, stall = wire_node(run, number), vm.stall
+        if again:
+            remove_socket(wire_socket(run, number))  # nothing asks meanwhile
         async with Relay.open(
             target.server, name=name, user=_user_of(vm.monitor), patience=hold
         ) as relay:
             wire = cls(vm, target, name, relay)
             kept = False
             try:
-                await undisturbed(wire._add(credentials, discard))
+                wire._stays = again
+                await undisturbed(wire._meet() if again else wire._add(credentials, discard))
+                wire._stays = False
                 with relay.within(stall):
                     yield wire
                 kept = True
             finally:
                 if not kept:
                     relay.cut()
-                with relay.within(hold):
-                    await undisturbed(clear_wire(vm.monitor, name))
+                if not wire._stays:
+                    with relay.within(hold):
+                        await undisturbed(clear_wire(vm.monitor, name))
             if relay.ended is End.STALLED:
                 raise StalledError(
                     f"the NBD server of {printable(target)} did not answer for {hold:g} s",
@@ -117,6 +133,34 @@ class Wire:
     def cut(self) -> None:
         """End the connection, now; see `Relay.cut`."""
         self.relay.cut()
+
+    def leave(self) -> None:
+        """End the connection, and have the node stay, for another wire to be laid to it.
+
+        What QEMU asks of it until then fails at once: nobody else can listen at its path. Only for
+        what does not lie on it with anything under way.
+        """
+        self.cut()
+        self._stays = self.relay.stays = True
+
+    async def _meet(self) -> None:
+        """Have QEMU connect to the relay, from the node that is there.
+
+        By requests that nothing depends on: the first ones fail, while it finds that the other end
+        is gone, and connects, which it does not wait for. That one was answered the relay tells.
+
+        :raise NBDConnectError: it does not.
+        """
+        line = f'qemu-io {self.node} "flush"'
+        relay, answered = self.relay, 0
+        deadline = time.monotonic() + HOLD
+        while answered < _ANSWERS:
+            if relay.ended is not None or time.monotonic() > deadline:
+                raise NBDConnectError(f"QEMU does not connect to {printable(self.target)} again")
+            await asyncio.sleep(_LOOK)
+            before = relay.received
+            await self._monitor.execute("human-monitor-command", {"command-line": line})
+            answered = answered + 1 if relay.received > before else 0
 
     async def _add(self, credentials: Credentials | None, discard: str) -> None:
         name = None

@@ -63,6 +63,11 @@ class SocketFolder:
         """Return the way to the socket in the directory that was made, whatever bears its name."""
         return UnixAddress(f"/proc/self/fd/{self._fd}/{SOCKET}")
 
+    def leave(self) -> None:
+        """Let go of it: it stays, so that nobody else can have its name. Idempotent."""
+        self._there = False
+        self.remove()
+
     def remove(self) -> None:
         """Remove it, and the socket. Idempotent."""
         if self._there:

@@ -7,7 +7,8 @@
     memory ...   the stream is cut, and migrate_cancel where the guest is held for us (K35), until
                  the guest runs; of a source that says completed: the arbiter,
                  "source", then cont
-    mirroring .. mirrors cancelled, the destination's exports ended (K1), nodes and locks removed
+    mirroring .. mirrors cancelled, the destination's exports ended (K1), nodes and locks removed;
+                 or, with a storage daemon, kept for another attempt (`qmpblock.migration.kept`)
     the destination is as it was; or is ended (quit), where it was sent anything
 """
 
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["Homeward"]
 
 _LOOK = 0.02
+_KEPT = (
+    "the disks' mirrors stay, paused, for another attempt (to a destination with the same images "
+    "it copies what the guest writes meanwhile, no more; qmpblock recover takes them away)"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +50,7 @@ class Homeward:
         self._passage = passage
 
     async def go(self, error: BaseException) -> None:
-        """Have the guest go on at the source, and leave nothing; say so in the error.
+        """Have the guest go on at the source, and leave nothing, or mirrors; say so in the error.
 
         :param error: why.
         :raise Error: it does not, or something is left: the error says what.
@@ -54,15 +59,26 @@ class Homeward:
         # Where the guest stands, whether the destination answers is not waited for.
         stood = not passage.job.phase.before(Phase.HELD)
         answers = not stood and await passage.landing.answers()
-        if not answers or passage.source.monitor.closed:
-            self._cut()
-        fate = await self._end_images()
-        if passage.source.monitor.closed:
+        lost = passage.source.monitor.closed
+        keeps = isinstance(error, Error) and not lost and passage.may_keep
+        if not answers or lost:
+            passage.stream.cut()
+            if not keeps:
+                passage.storage.cut()
+        fate = "" if keeps else await self._end_images()
+        if lost:
             await self._lost(error)
             return
-        if passage.stream.begun:
-            await self._bring_back()
-        await passage.storage.break_off()
+        kept = False
+        try:
+            if passage.stream.begun:
+                await self._bring_back()
+            kept = keeps and await self._keep()
+        finally:
+            if not kept:
+                fate = fate or await self._end_images()
+        if not kept:
+            await passage.storage.break_off()
         if answers or (stood and await passage.landing.answers()):
             with contextlib.suppress(Error):  # it has just ended, say
                 await passage.landing.end_exports()
@@ -70,16 +86,24 @@ class Homeward:
                     await passage.bitmaps.restore(passage.landing.vm)
         await passage.stream.restore()
         await passage.bitmaps.restore(passage.source)
-        await passage.change.undo()
+        if not kept:
+            await passage.change.undo()
         stands = await passage.landing.give_up()
         if passage.landing.gone:
             # If it was needed: nobody else can run any more.
             await arbiter.withdraw(passage.source.monitor, passage.record.run)
         passage.settled = True
         if isinstance(error, Error):  # whatever was said, before it was undone
-            error.standing = (
-                f"the guest runs at the source, where nothing of ours is left; {stands}{fate}"
-            )
+            left = _KEPT if kept else "nothing of ours is left"
+            error.standing = f"the guest runs at the source, where {left}; {stands}{fate}"
+
+    async def _keep(self) -> bool:
+        """Leave the mirrors for another attempt; return whether they are left."""
+        try:
+            return await self._passage.keep()
+        except Error as error:
+            _log.debug("the mirrors are not kept: %s", error)
+            return False
 
     async def _end_images(self) -> str:
         """End the storage daemon; return what there is to be said of it."""

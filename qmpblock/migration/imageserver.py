@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -73,11 +74,22 @@ _left: list[subprocess.Popen[bytes]] = []
 class ImageServer:
     """The storage daemon of one migration: `start`, then `end`. Made by `of`.
 
+    :param files: of each image, by names that lead to them here.
     :ivar targets: where each image is found, once it serves.
+    :ivar whole: whether it has ended by itself, told to: all that it ever took in is in the images.
     """
 
-    def __init__(self, run: str, words: Sequence[str], user: User | None, stall: float) -> None:
+    def __init__(
+        self,
+        run: str,
+        words: Sequence[str],
+        files: Sequence[Sequence[str]],
+        user: User | None,
+        stall: float,
+    ) -> None:
+        self.whole = False
         self._words = list(words)
+        self._files = files
         self._user = user
         self._stall = stall
         self._folder = SocketFolder(socket_folder(run))
@@ -105,17 +117,30 @@ class ImageServer:
                 remedy="do without the storage daemon",
             )
         files, options = OpenFiles(pid), command_line(pid)
-        words = _program(options)
+        words, opened = _program(options), []
         for number, disk in enumerate(disks):
             name = export_name(run, number)
             node = _images(disk.chain.layers, files, options)
+            leaves = [node[edge] for edge in ("file", "data-file") if edge in node]
+            opened.append([str(leaf["filename"]) for leaf in leaves])
             words += ["--blockdev", json.dumps({**node, "node-name": name})]
             export = {"type": "nbd", "id": name, "name": name, "node-name": name, "writable": True}
             export["allocation-depth"] = True
             words += ["--export", json.dumps(export)]
         user = User.of_process(pid)
         theirs = os.geteuid() == 0 and user.uid != 0
-        return cls(run, words, user if theirs else None, vm.stall)
+        return cls(run, words, opened, user if theirs else None, vm.stall)
+
+    def marks(self) -> tuple[str, ...]:
+        """Return what tells later that nobody has written to an image since; of each.
+
+        By what the kernel takes down of a file at each write. Nothing, where one is a device, or
+        not there any more: of that nothing tells it.
+        """
+        try:
+            return tuple(" ".join(map(_mark, files)) for files in self._files)
+        except (OSError, UnsupportedError):
+            return ()
 
     async def start(self) -> None:
         """Start it, and wait until it serves. Not to be cancelled half-way.
@@ -184,6 +209,18 @@ class ImageServer:
                 return
         raise ToolError(self._words[:1], self._process.returncode, self.said())
 
+    async def flush(self) -> None:
+        """Have it write all that it took in: that this failed as it ends nobody would hear.
+
+        :raise NBDError: it could not.
+        """
+        for target in self.targets:
+            client = await Client.connect(target.server, export=target.export, stall=self._stall)
+            try:
+                await client.flush()
+            finally:
+                await client.close()
+
     def said(self) -> str:
         """Return what it has printed."""
         if self._log < 0:
@@ -203,6 +240,7 @@ class ImageServer:
         if process is not None:
             killed = await _end(process.pid)
             code = process.wait()  # it is a child, which somebody has to hear of
+            self.whole = code == 0 and not killed
             if code and not killed:
                 fate = f"the storage daemon has ended (exit code {code})"
                 fate += f": {printable(self.said(), 400)}" if self.said() else ""
@@ -318,6 +356,15 @@ def _image(
     if image.data_file is not None:
         made["data-file"] = leaf(image.data_file)
     return made
+
+
+def _mark(path: str) -> str:
+    """Return which file it is, and when it was last written to or otherwise changed."""
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsupportedError(f"{printable(path)} is no file")
+    told = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return ":".join(map(str, told))
 
 
 def _refuse(image: Layer, why: str) -> NoReturn:

@@ -22,6 +22,7 @@ from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import describe_process
 from qmpblock.managers import Work
 from qmpblock.migration.diskterms import Allocation, DiskTerms
+from qmpblock.migration.kept import Kept, find_kept
 from qmpblock.migration.likeness import check_likeness, reserved_zeros
 from qmpblock.migration.pairing import check_pairing
 from qmpblock.names import lock_names, new_run, stream_socket
@@ -65,6 +66,7 @@ class Plan:
     :ivar disks: every disk of the source; `pairs`: those that are written to, with what they are
         there; `copied`: those of them that are copied.
     :ivar arriving: every disk of the destination.
+    :ivar kept: what an attempt before left of them, that is gone on with.
     """
 
     disks: tuple[DiskDevice, ...]
@@ -72,13 +74,22 @@ class Plan:
     pairs: tuple[Pair, ...]
     copied: tuple[Pair, ...]
     warnings: tuple[str, ...]
+    kept: Kept | None = None
 
 
 async def look(
-    source: Connection, destination: Connection, terms: DiskTerms, *, over: Over | None = None
+    source: Connection,
+    destination: Connection,
+    terms: DiskTerms,
+    *,
+    over: Over | None = None,
+    resumes: bool = True,
 ) -> Plan:
     """Say what is to be done, or refuse; only what a dead controller left at the source is undone.
 
+    That is not done where it can be gone on with.
+
+    :param resumes: whether that may be.
     :raise RequestError: it cannot be done; nothing was touched.
     :raise BusyError: a job, or another controller, is at work on a disk.
     """
@@ -88,20 +99,27 @@ async def look(
     graph, arriving = await asyncio.gather(source.graph(), destination.graph())
     disks = graph.disks()
     await _check_source(source, disks)
+    kept = None
     if set(lock_names(disks)) & set(await lock.names(source.monitor)):
-        await make_way(source, lock_names(disks))
+        if resumes and terms == DiskTerms() and over is None:
+            kept = await find_kept(source, disks)
+        if kept is None:
+            await make_way(source, lock_names(disks))
         graph = await source.graph()
         disks = graph.disks()
-    pairing = await check_pairing(source, destination, terms, graphs=(graph, arriving))
+    run, jobs = ("", ()) if kept is None else (kept.record.run, kept.record.helpers)
+    pairing = await check_pairing(source, destination, terms, graphs=(graph, arriving), resumed=run)
     pairs = _pairs(pairing.disks, graph, arriving, terms)
+    if kept is not None and not kept.fits(destination, [pair.destination for pair in pairs]):
+        return await look(source, destination, terms, over=over, resumes=False)
     for device in disks:
-        check_idle(device)
+        check_idle(device, jobs)
     if terms.allocation == "same":
         pairs = tuple([await _alike(source, destination, pair) for pair in pairs])
     first = disks[0].chain.active.file if disks else ""
     await ownership.ask_for_change(source, Work("migrate", first))
     copied = pairs if terms.copies else ()
-    return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings)
+    return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings, kept)
 
 
 async def _alike(source: Connection, destination: Connection, pair: Pair) -> Pair:

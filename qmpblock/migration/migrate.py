@@ -83,7 +83,9 @@ async def migrate(
     :param means: what may be done to a busy guest for it to end; None: nothing. Each is said in
         `job.notices` before it takes effect.
     :param storage_daemon: have a `qemu-storage-daemon` on this host hold the destination's images
-        while they are mirrored, not the destination itself.
+        while they are mirrored, not the destination itself. Where it fails then, before the mirrors
+        are ended, they stay at the source, paused: the next migration to a destination with the
+        same images goes on with them.
     :param over: how disks and memory go: `nbds://HOST[:PORT]` by TCP with TLS, to where the
         destination's QEMU is to listen, each VM with the `tls_creds` that it was connected with;
         `nbd://` without TLS, where both are `insecure`. None: as the monitors do.
@@ -119,7 +121,7 @@ async def migrate(
     )
     outward = Outward(passage)
     try:
-        await passage.change.begin()
+        await passage.begin()
         async with (
             _there_or_home(passage, outward, quit_source=quit_source),
             working(outward.go(), job),

@@ -85,16 +85,19 @@ class Outward:
     async def _check(self) -> None:
         passage = self._passage
         graph = await passage.source.graph()
+        resumed = passage.storage.jobs if passage.plan.kept is not None else ()
         for device in passage.plan.disks:
-            check_unchanged(graph, device)
+            check_unchanged(graph, device, resumed)
         await passage.hold.begin()
         await passage.landing.lock(serving=len(passage.plan.copied))
 
     async def _mirror(self) -> None:
         passage = self._passage
         targets = await undisturbed(passage.landing.serve(passage.plan.copied))
-        await undisturbed(passage.landing.look_in(targets))
-        blank = await passage.landing.prepare(passage.plan.copied)
+        blank = [False for _ in targets]
+        if passage.plan.kept is None:
+            await undisturbed(passage.landing.look_in(targets))
+            blank = await passage.landing.prepare(passage.plan.copied)
         await passage.storage.start(targets, blank)
 
     async def _await_ready(self) -> None:
@@ -129,8 +132,12 @@ class Outward:
         await passage.stream.start(passage.landing)
 
     async def _end_mirrors(self) -> None:
-        await self._passage.storage.end()
-        await self._passage.bitmaps.count()
+        passage = self._passage
+        # It is the last moment in which what is copied can be kept.
+        if passage.images is not None and not await passage.landing.answers():
+            raise Error("the destination does not answer any more")
+        await passage.storage.end()
+        await passage.bitmaps.count()
 
     async def _await_landed(self) -> None:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qmpblock.errors import UNTOUCHED, UnsupportedError
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe
 from qmpblock.migration.diskterms import DiskTerms
+from qmpblock.names import blocker_name, is_of_run
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph
@@ -38,17 +39,19 @@ async def check_pairing(
     terms: DiskTerms | None = None,
     *,
     graphs: tuple[BlockGraph | None, BlockGraph | None] = (None, None),
+    resumed: str = "",
 ) -> Pairing:
     """Refuse a migration of which something would come to light only later; nothing is touched.
 
     :param terms: what is done with the disks; None: they are copied, with all their layers.
     :param graphs: the block graphs of both, where they have just been read.
+    :param resumed: the run of an attempt before that is gone on with: what it left is none's harm.
     :raise UnsupportedError: the two ends do not fit; says all that does not.
     """
     here, there = await asyncio.gather(
         describe(source, graphs[0]), describe(destination, graphs[1])
     )
-    found = compare(here, there, terms)
+    found = compare(_without(here, resumed) if resumed else here, there, terms)
     refused = [one for one in found if one.refused]
     if refused:
         raise UnsupportedError(
@@ -61,6 +64,16 @@ async def check_pairing(
         tuple((one.path, other.path) for one, other in written_disks(here, there)),
         tuple(f"{one.what}: {one.kind.otherwise}" for one in found),
     )
+
+
+def _without(here: Machine, run: str) -> Machine:
+    """Return a machine without the jobs of a run, and what keeps it from migrating meanwhile."""
+    disks = (
+        replace(disk, jobs=tuple(job for job in disk.jobs if not is_of_run(job, run)))
+        for disk in here.disks
+    )
+    blocked = tuple(why for why in here.blocked if blocker_name(run) not in why)
+    return replace(here, disks=tuple(disks), blocked=blocked)
 
 
 def written_disks(here: Machine, there: Machine) -> list[tuple[GuestDisk, GuestDisk]]:

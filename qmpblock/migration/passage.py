@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
-from qmpblock.errors import Error
+from qmpblock.errors import UNTOUCHED, BusyError, Error
 from qmpblock.host.imagefiles import images_of
 from qmpblock.migration.bitmaps import Bitmaps
 from qmpblock.migration.hold import Hold
@@ -21,7 +21,7 @@ from qmpblock.migration.landing import Landing
 from qmpblock.migration.settings import Preset, wanted_at_source
 from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
-from qmpblock.migration.storage import Storage
+from qmpblock.migration.storage import Storage, check_can_block
 from qmpblock.migration.stream import Stream
 from qmpblock.names import lock_names, new_run, stream_wire, wire_credentials
 
@@ -76,6 +76,7 @@ class Passage:
         self.settled = False
         self.storage = storage
         self.means = means
+        self.images = images
         self.stream = Stream(source, record.run, preset, self._show, job.course, over)
         self.landing = Landing(
             destination,
@@ -108,22 +109,23 @@ class Passage:
         :param storage_daemon: whether one is to have the destination's images; it may without.
         :raise UnsupportedError: it cannot have the destination's images.
         """
-        run = new_run()
+        kept = plan.kept
+        run = new_run() if kept is None else kept.record.run
         secured = over is not None and over.here is not None
         tls = None
         if over is not None:
             credentials = wire_credentials(stream_wire(run)) if secured else ""
             tls = {"tls-creds": credentials, "tls-hostname": over.hostname or ""}
-        wanted = wanted_at_source(means, speed, tls)
-        preset = await Preset.of(source.monitor, wanted)
+        preset = await Preset.of(source.monitor, wanted_at_source(means, speed, tls))
 
         def show(seen: Progress) -> None:
             if job.phase is Phase.MIRRORING:
                 job.show(replace(seen, status=job.phase.value))
 
-        storage = Storage(source, run, plan.copied, speed, show, job.course, over)
+        again = kept is not None
+        storage = Storage(source, run, plan.copied, speed, show, job.course, over, again=again)
         if means.write_blocking_after and plan.copied:
-            await storage.check_can_block()
+            await check_can_block(source)
             storage.patience = means.write_blocking_after
         chains = [device.chain for device in plan.disks]
         record = Migration(
@@ -144,12 +146,55 @@ class Passage:
         arriving = [pair.destination for pair in plan.copied]
         images, why = None, ""
         if over is None:  # which is to the destination itself
-            images, why = await image_server(destination, run, arriving, wanted=storage_daemon)
+            wanted = storage_daemon or again
+            images, why = await image_server(destination, run, arriving, wanted=wanted)
         if why:
             job.warnings = (*job.warnings, why)
         return cls(
             source, destination, plan, job, record, storage, hold, means, preset, images, over
         )
+
+    async def begin(self) -> None:
+        """Take the disks in hand: anew, or what an attempt before left of them.
+
+        :raise Error: see `qmpblock.changes.change.Change.begin`.
+        """
+        kept = self.plan.kept
+        if kept is None:
+            await self.change.begin()
+            return
+        if not await self.change.adopt(kept.holder, None):
+            raise BusyError(
+                "the mirrors that an attempt before had left are somebody else's by now",
+                standing=UNTOUCHED,
+                remedy="try again",
+            )
+        self.job.say("the disks' mirrors of an attempt before are gone on with")
+
+    @property
+    def may_keep(self) -> bool:
+        """Whether what is copied may be kept: by a storage daemon, and that is well."""
+        copied = self.plan.copied
+        plain = all(not pair.top and pair.allocation == "thin" for pair in copied)
+        return self.images is not None and plain and self.storage.well
+
+    async def keep(self) -> bool:
+        """Leave the mirrors for another attempt, if that can be; return whether they are left.
+
+        The storage daemon has ended then; if it cannot, all is as it was, but for that.
+
+        :raise StalledError: the daemon does not end.
+        """
+        if self.images is None or not await self.storage.keep():
+            return False
+        await self.images.flush()
+        await self.images.end()
+        marks = self.images.marks() if self.images.whole else ()
+        if not marks:
+            return False
+        self.storage.leave()
+        await self.change.leave(kept=marks)
+        return True
 
     async def enter(self, phase: Phase) -> None:
         """Say that a phase begins, before what it stands for is done."""

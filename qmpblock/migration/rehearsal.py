@@ -23,6 +23,7 @@ from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
 from qmpblock.migration.pairing import written_disks
 from qmpblock.migration.predict import Load, Prediction, Room, WireSpeed, lacking, predict
+from qmpblock.migration.storage import check_can_block
 from qmpblock.migration.wirespeed import measure_wire
 
 if TYPE_CHECKING:
@@ -120,11 +121,14 @@ async def plan_migration(
     :param speed: bytes a second that it is limited to; 0: to none.
     :param means: what it may do to come to its end.
     :raise RequestError: `means` or `terms` cannot be.
+    :raise UnsupportedError: nor can `means` on this QEMU.
     """
     means = MigrationMeans() if means is None else means
     means.check()
     terms = DiskTerms() if terms is None else terms
     terms.check()
+    if means.write_blocking_after:
+        await check_can_block(source)
     here, there = await asyncio.gather(describe(source), describe(destination))
     found = compare(here, there, terms)
     plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed)

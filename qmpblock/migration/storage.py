@@ -37,9 +37,12 @@ if TYPE_CHECKING:
     from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Storage"]
+__all__ = ["Storage", "check_can_block"]
 
 _GRANULARITY = 4096
+_PAUSED = frozenset({"paused", "standby"})
+_GOING = frozenset({"running", "ready"})
+_SILENT = 1.0  # seconds without an answer
 _LOOK = 0.01  # seconds between looks at mirrors that end, where no event wakes us
 _TO_CATCH_UP = (
     "let the guest write less, raise --speed, or have its writes wait (--write-blocking-after)"
@@ -49,6 +52,7 @@ _TO_CATCH_UP = (
 class Storage:
     """The mirrors of one migration. `start`, `until_ready`, `watched`, `end`; `close` at last.
 
+    :param again: they are there, paused, of an attempt before (`keep`): they go on.
     :ivar jobs: their ids; `wires`: their nodes, each with the socket of its relay; `shields`: the
         node above each of these to which the mirror writes, empty where that is the wire's.
     :ivar patience: seconds that they may take, beside the stall limit, to catch up with the guest.
@@ -63,6 +67,8 @@ class Storage:
         show: Callable[[Progress], None],
         course: Course,
         over: Over | None,
+        *,
+        again: bool = False,
     ) -> None:
         self.jobs = tuple(migration_job(run, number) for number, _ in enumerate(pairs))
         self.wires = tuple(
@@ -79,6 +85,9 @@ class Storage:
         self._speed = speed
         self._show = show
         self._course = course
+        self._again = again
+        self._before: dict[str, int] = {}
+        self._may_stay = True
         self._laid: list[Wire] = []
         self._jobs: list[Job] = []
         self._seen: dict[str, Progress] = {}
@@ -90,7 +99,10 @@ class Storage:
     @property
     def copied(self) -> tuple[int, ...]:
         """Bytes that each mirror went over."""
-        return tuple(self._seen[name].done if name in self._seen else 0 for name in self.jobs)
+        return tuple(
+            max(0, self._seen[name].done - self._before.get(name, 0)) if name in self._seen else 0
+            for name in self.jobs
+        )
 
     async def start(self, targets: Sequence[NBDTarget], blank: Sequence[bool]) -> None:
         """Lay the wires, and begin: the first disk is copied while the next one's is laid.
@@ -102,12 +114,12 @@ class Storage:
         every = zip(self.jobs, self._pairs, targets, blank, self.shields, strict=True)
         for number, (name, pair, target, zeros, shield) in enumerate(every):
             laying = Wire.open(
-                self._vm,
-                target,
+                *(self._vm, target),
                 run=self._run,
                 number=number,
                 credentials=self._credentials,
                 discard="ignore" if pair.full else "unmap",
+                again=self._again,
             )
             wire = await self._stack.enter_async_context(laying)
             self._laid.append(wire)
@@ -115,6 +127,9 @@ class Storage:
             job = Job(self._vm.monitor, name, "mirror", looks)
             job.to_catch_up = _TO_CATCH_UP
             self._jobs.append(job)
+            if self._again:
+                await self._go_on(job)
+                continue
             await self._vm.monitor.execute(
                 "blockdev-mirror",
                 {
@@ -126,7 +141,7 @@ class Storage:
                     "granularity": _GRANULARITY,
                     "on-source-error": "report",
                     "on-target-error": "stop",  # or it would end when QEMU must not (K34)
-                    "speed": -(-self._speed // len(self._pairs)),
+                    "speed": self._share,
                     "auto-dismiss": False,
                 },
             )
@@ -147,6 +162,22 @@ class Storage:
 
     async def _take_away(self, shield: str) -> None:
         await tolerate(no_node, self._vm.monitor.execute("blockdev-del", {"node-name": shield}))
+
+    @property
+    def _share(self) -> int:
+        return -(-self._speed // len(self._pairs))
+
+    async def _go_on(self, job: Job) -> None:
+        """Have a mirror that was kept go on: with what it had not copied, and was written since.
+
+        :raise JobError: it is not as it was left.
+        """
+        info = await job.look()
+        if info is None or info["status"] not in _PAUSED:
+            raise JobError(job.id, job.type, "it was kept, and is not as it was left")
+        self._before[job.id] = int(info["current-progress"])
+        await job.set_speed(self._share)
+        await job.resume()
 
     def _sync(self, pair: Pair, *, blank: bool) -> dict[str, object]:
         """Return how a mirror is told what is to be copied: all that the disk holds, or its top.
@@ -177,20 +208,6 @@ class Storage:
         """Wait until every disk is as far as the guest; inside `watched`."""
         await self._ready.wait()
 
-    async def check_can_block(self) -> None:
-        """See that `have_writes_wait` can be.
-
-        :raise UnsupportedError: this QEMU has no command for it; nothing was touched.
-        """
-        commands = {one["name"] for one in await self._vm.monitor.execute("query-commands")}
-        if "block-job-change" not in commands:
-            raise UnsupportedError(
-                "this QEMU cannot have a mirror make the guest's writes wait once it runs (it has "
-                "no block-job-change), and one that does so from the beginning can end it (K33)",
-                standing=UNTOUCHED,
-                remedy="leave --write-blocking-after out; let the guest write less meanwhile",
-            )
-
     async def have_writes_wait(self) -> None:
         """From now on the guest's writes wait until they are at the destination, too (K33).
 
@@ -199,6 +216,7 @@ class Storage:
         :raise CommandError: QEMU refused.
         """
         self.hurry()
+        self._may_stay = False  # paused or not, the guest's writes would go there
         for name in self.jobs:
             change = {"id": name, "type": "mirror", "copy-mode": "write-blocking"}
             await self._vm.monitor.execute("block-job-change", change)
@@ -218,7 +236,8 @@ class Storage:
 
     def _note(self, name: str, seen: Progress) -> None:
         self._seen[name] = seen
-        self._course.mirrored(time.monotonic(), name, seen.done, ready=seen.ready)
+        done = max(0, seen.done - self._before.get(name, 0))
+        self._course.mirrored(time.monotonic(), name, done, ready=seen.ready)
 
     def hurry(self) -> None:
         """Give the destination no more than some seconds for an answer from now on.
@@ -235,6 +254,7 @@ class Storage:
 
         :raise JobError: one failed.
         """
+        self._may_stay = False
         monitor, left = self._vm.monitor, set(self.jobs)
         asked = (("block-job-cancel", {"device": name, "force": False}) for name in self.jobs)
         with monitor.subscribe("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as changes:
@@ -256,6 +276,43 @@ class Storage:
                     with contextlib.suppress(StalledError):  # no event is no news
                         await changes.get(_LOOK)
 
+    @property
+    def well(self) -> bool:
+        """Whether every mirror can go on later, and nothing is being waited for."""
+        wires = [wire.relay for wire in self._laid]
+        there = self._may_stay and 0 < len(self._jobs) == len(self.jobs)
+        return there and all(one.ended is None and one.stalled_for < _SILENT for one in wires)
+
+    async def keep(self) -> bool:
+        """Have every mirror stay for another attempt, paused; return whether they do.
+
+        What one was told is written then its target has, and what it was not told so it copies
+        again. Where that is not so of all of them, or the guest's writes wait for them, they are to
+        be broken off.
+        """
+        if not self.well:
+            return False
+        self.hurry()  # at the end of that patience what is asked for fails, and is copied again
+        for job in self._jobs:
+            with contextlib.suppress(CommandError):  # it is paused, or has ended
+                await job.pause()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * HOLD):
+                while (states := await self._states()) <= _PAUSED | _GOING:
+                    if states <= _PAUSED:
+                        return True
+                    await asyncio.sleep(_LOOK)
+        return False
+
+    async def _states(self) -> set[str]:
+        known = {one["id"]: one["status"] for one in await self._vm.monitor.execute("query-jobs")}
+        return {str(known.get(name, "null")) for name in self.jobs}
+
+    def leave(self) -> None:
+        """Have the nodes stay, too, on which mirrors lie that were kept. Idempotent."""
+        for wire in self._laid:
+            wire.leave()
+
     async def break_off(self) -> None:
         """Cancel what runs, and wait for it; the wires stay. Idempotent."""
         for job in self._jobs:
@@ -275,3 +332,18 @@ class Storage:
         self.cut()
         self._patience.close()
         await self._stack.aclose()
+
+
+async def check_can_block(vm: Connection) -> None:
+    """See that the guest's writes can be had wait while a mirror runs.
+
+    :raise UnsupportedError: this QEMU has no command for it; nothing was touched.
+    """
+    commands = {one["name"] for one in await vm.monitor.execute("query-commands")}
+    if "block-job-change" not in commands:
+        raise UnsupportedError(
+            "this QEMU cannot have a mirror make the guest's writes wait once it runs (it has "
+            "no block-job-change), and one that does so from the beginning can end it (K33)",
+            standing=UNTOUCHED,
+            remedy="leave --write-blocking-after out; let the guest write less meanwhile",
+        )

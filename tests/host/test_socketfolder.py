@@ -36,6 +36,18 @@ def test_it_is_made_and_removed(place):
     assert len(os.listdir("/proc/self/fd")) == before - 1
 
 
+def test_one_that_stays_is_nobody_elses_and_can_be_removed_later(place):
+    folder = SocketFolder(NAME, [str(place)])
+    folder.make()
+    before = len(os.listdir("/proc/self/fd"))
+    folder.leave()
+    folder.remove()
+    assert stat.S_IMODE((place / NAME).stat().st_mode) == 0o700
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    remove_socket(folder.socket)
+    assert not list(place.iterdir())
+
+
 def test_what_is_there_already_is_not_taken_for_ours(place):
     (place / NAME).mkdir()
     folder = SocketFolder(NAME, [str(place)])

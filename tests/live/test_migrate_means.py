@@ -239,7 +239,9 @@ async def test_where_writes_cannot_be_had_wait_it_is_refused(begin, start_destin
     await invariant.begin(source)
     destination = await start_destination(source)
     words = ("--write-blocking-after", "5")
-    code, _, err = await cli("migrate", source.monitor_path, destination.monitor_path, *words)
-    assert code == 2
-    assert "it has no block-job-change" in err
+    for form in ((), ("--dry-run",)):
+        command = ("migrate", source.monitor_path, destination.monitor_path, *form, *words)
+        code, _, err = await cli(*command)
+        assert code == 2
+        assert "it has no block-job-change" in err
     await invariant.verify(source)

@@ -27,6 +27,13 @@ def test_this_process_is_alive_and_reads_back():
     assert f"process {os.getpid()} on" in str(me)
 
 
+def test_what_is_left_for_others_says_the_same_and_is_a_dead_ones():
+    me = Holder.me("run1", path="/x")
+    left = Holder.from_text(me.dead().text())
+    assert left.is_dead()
+    assert replace(left, start=me.start) == me
+
+
 def test_a_process_that_ended_is_dead():
     code = "import sys; from qmpblock.qemu.lock import Holder; print(Holder.me('r').text())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
