@@ -72,6 +72,11 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
     sockets               TMPDIR/qmpblock-RUN/nbd    of an NBD server of ours
                           TMPDIR/qmpblock-RUN-N-wire/nbd
                                                      of the relay on that wire
+                          TMPDIR/qmpblock-RUN-memory-wire/nbd
+                                                     of the relays of a VM's memory, by several
+                                                     channels
+                          TMPDIR/qmpblock-RUN-arrival-wire/nbd
+                                                     where its destination waits for them
                           TMPDIR/qmpblock-RUN-WHAT/nbd
                                                      of an ssh to another host's socket, WHAT being
                                                      monitor, nbd or stream; gone once it listens
@@ -107,6 +112,7 @@ __all__ = [
     "Device",
     "LockKind",
     "ahead_lock_name",
+    "arrival_wire",
     "blocker_name",
     "commit_job",
     "copy_job",
@@ -529,9 +535,15 @@ def wire_node(run: str, number: int) -> str:
 def stream_wire(run: str) -> str:
     """Return what goes for a wire where a VM's memory goes with TLS: its credentials' name has it.
 
-    There is never a node of that name.
+    Where it goes by several channels, also the directory of their relays' socket. There is never a
+    node of that name.
     """
     return _named(run, "memory-wire")
+
+
+def arrival_wire(run: str) -> str:
+    """Return the directory of the socket at which a destination waits for several channels."""
+    return _named(run, "arrival-wire")
 
 
 def wire_credentials(wire: str) -> str:

@@ -66,6 +66,7 @@ TABLE = [
     (names.wire_node(RUN, 2), "qmpblock-0123abcd-2-wire"),
     (names.wire_credentials(names.wire_node(RUN, 2)), "qmpblock-0123abcd-2-wire-tls"),
     (names.stream_wire(RUN), "qmpblock-0123abcd-memory-wire"),
+    (names.arrival_wire(RUN), "qmpblock-0123abcd-arrival-wire"),
     (names.joint_node(RUN), "qmpblock-0123abcd-joint"),
     (
         names.joint_nodes(names.joint_node(RUN)),

@@ -29,6 +29,13 @@ _OPTIONS = (
         help="Have the guest's writes wait for the destination, where disks have not caught up by "
         "then. QEMU 8.2 and newer.",
     ),
+    click.option(
+        "--multifd",
+        type=click.IntRange(1, 64),
+        metavar="N",
+        help="Have the memory go through N channels, each a connection of its own. QEMU 10.0 and "
+        "newer.",
+    ),
 )
 
 _Work = Callable[..., Coroutine[Any, Any, int | None]]
@@ -43,12 +50,13 @@ def means_options(work: _Work) -> _Work:
         downtime_limit: int | None,
         auto_converge: bool,
         write_blocking_after: float | None,
+        multifd: int | None,
         **rest: Any,
     ) -> int | None:
         from qmpblock.migration.means import MigrationMeans
 
         means = MigrationMeans(
-            (downtime_limit or 0) / 1e3, auto_converge, write_blocking_after or 0.0
+            (downtime_limit or 0) / 1e3, auto_converge, write_blocking_after or 0.0, multifd or 0
         )
         return await work(*args, means=means, **rest)
 

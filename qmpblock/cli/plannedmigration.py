@@ -54,6 +54,7 @@ def said(planned: PlannedMigration) -> Iterator[str]:
         )
     elif expected.converges is None:
         yield "how long it takes depends on the wire: say with --speed what it carries"
+    yield from planned.notices
 
 
 def said_finding(one: Finding) -> Iterator[str]:

@@ -33,7 +33,7 @@ from qmpblock.errors import UNTOUCHED, Error, NBDConnectError, printable
 from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.sockets import open_socket
 
-__all__ = ["End", "Relay"]
+__all__ = ["End", "Relay", "listen", "place_for"]
 
 _PIPE = 1 << 20  # bytes that a pipe holds, where that is allowed (/proc/sys/fs/pipe-max-size)
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -69,7 +69,7 @@ class Relay:
         patience: float | None = None,
     ) -> None:
         self._folder = qemu if isinstance(qemu, SocketFolder) else None
-        self._listener = None if self._folder is None else _listen(self._folder)
+        self._listener = None if self._folder is None else listen(self._folder)
         self._qemu = None if isinstance(qemu, SocketFolder) else qemu
         self.path = "" if self._folder is None else self._folder.socket
         self.sent = 0
@@ -104,18 +104,8 @@ class Relay:
         sock = await _greeted(server, patience)
         folder = SocketFolder(name)
         try:
-            try:
-                folder.make()
-                if user is not None and user != os.geteuid() == 0:
-                    os.chown(folder.path, user, -1)
+            with place_for(folder, user):
                 relay = cls(sock, folder, patience)
-            except OSError as error:
-                raise Error(
-                    f"cannot make a socket for QEMU in {folder.path}: {error.strerror}",
-                    standing=UNTOUCHED,
-                    remedy="set TMPDIR to a directory that this user may write to, and nobody "
-                    "else, unless it is sticky as /tmp is (mode 1777)",
-                ) from None
         except BaseException:
             sock.close()
             folder.remove()
@@ -347,11 +337,36 @@ class _Way:
         return source if self._source_failed else sink
 
 
-def _listen(folder: SocketFolder) -> socket.socket:
+@contextmanager
+def place_for(folder: SocketFolder, user: int | None) -> Iterator[None]:
+    """Make the directory in which the body makes a socket for QEMU, or has QEMU make one.
+
+    :param user: as whom QEMU runs, where that is another one than we.
+    :raise Error: there is no place for it.
+    """
+    try:
+        folder.make()
+        if user is not None and user != os.geteuid() == 0:
+            os.chown(folder.path, user, -1)
+        yield
+    except OSError as error:
+        raise Error(
+            f"cannot make a socket for QEMU in {folder.path}: {error.strerror}",
+            standing=UNTOUCHED,
+            remedy="set TMPDIR to a directory that this user may write to, and nobody "
+            "else, unless it is sticky as /tmp is (mode 1777)",
+        ) from None
+
+
+def listen(folder: SocketFolder, backlog: int = 1) -> socket.socket:
+    """Listen in a directory that was made, where only whose it is can connect.
+
+    :raise OSError: there is no room.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(folder.address().path)
-        listener.listen(1)
+        listener.listen(backlog)
         listener.setblocking(False)
         Path(folder.address().path).chmod(0o666)  # its directory is for one user alone
     except BaseException:

@@ -45,7 +45,7 @@ from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.refusals import no_node, tolerate
 
-__all__ = ["HOLD", "Wire", "check_target", "clear_wire", "credentials_in", "wire_socket"]
+__all__ = ["HOLD", "Wire", "check_target", "clear_wire", "credentials_in", "user_of", "wire_socket"]
 
 #: Seconds that a server has for an answer while the guest is held for it: by the opening and the
 #: closing of the node, and by each command of a copy's that drains it (`Relay.within`).
@@ -105,7 +105,7 @@ class Wire:
         if again:
             remove_socket(wire_socket(run, number))  # nothing asks meanwhile
         async with Relay.open(
-            target.server, name=name, user=_user_of(vm.monitor), patience=hold
+            target.server, name=name, user=user_of(vm.monitor), patience=hold
         ) as relay:
             wire = cls(vm, target, name, relay)
             kept = False
@@ -240,7 +240,7 @@ async def clear_wire(monitor: Monitor, wire: str, socket: str | None = None) -> 
         remove_socket(socket)
 
 
-def _user_of(monitor: Monitor) -> int | None:
+def user_of(monitor: Monitor) -> int | None:
     """Return as whom QEMU runs; None where that cannot be told, or is several."""
     if monitor.peer_pid is None:
         return None

@@ -57,7 +57,12 @@ class Hold:
 
     @classmethod
     async def of(
-        cls, source: Connection, destination: Connection, run: str, source_had: Settings
+        cls,
+        source: Connection,
+        destination: Connection,
+        run: str,
+        source_had: Settings,
+        destination_had: Settings = Settings(),  # noqa: B008  # frozen
     ) -> Hold:
         """Say which VMs, and what is changed of their settings; touch nothing."""
         record = MigrationRecord(
@@ -66,6 +71,7 @@ class Hold:
             await process_of(destination),
             pid_namespace(),
             source_had,
+            destination_had,
         )
         return cls(source, destination, record)
 

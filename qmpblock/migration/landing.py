@@ -26,7 +26,9 @@ from qmpblock.address import Address, UnixAddress
 from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import OWN_REMEDY, undo_dead_change
+from qmpblock.copying.relay import place_for
 from qmpblock.copying.target import NBDTarget, credentials_object
+from qmpblock.copying.wire import user_of
 from qmpblock.errors import (
     CommandError,
     Error,
@@ -36,11 +38,13 @@ from qmpblock.errors import (
 )
 from qmpblock.export.ownserver import OwnServer
 from qmpblock.export.server import delete_exports, delete_object, monitor_name, undo_dead_run
+from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.migration import wayback
 from qmpblock.migration.contents import ALLOCATION, DEPTH, make_ready
 from qmpblock.migration.imageserver import ImageServer
 from qmpblock.names import (
     NBD_LOCK,
+    arrival_wire,
     export_name,
     lock_names,
     stream_socket,
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     from qmpblock.host.forward import Forward
     from qmpblock.migration.look import Pair
     from qmpblock.migration.over import Over
+    from qmpblock.migration.settings import Preset
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Event
 
@@ -75,6 +80,7 @@ class Landing:
 
     :param has_ended: tells by its process, where that can be seen.
     :param images: what serves its disks; None: it does so itself.
+    :param preset: what it is told before it waits for the guest; None: nothing.
     :ivar spoilt: whether it was sent anything: it is of no use for another attempt then.
     """
 
@@ -86,6 +92,7 @@ class Landing:
         has_ended: Callable[[], bool],
         images: ImageServer | None = None,
         over: Over | None = None,
+        preset: Preset | None = None,
     ) -> None:
         self.vm = vm
         self.spoilt = False
@@ -99,6 +106,8 @@ class Landing:
         self._credentials = wire_credentials(stream_wire(run))
         self._had: str | None = None  # its parameter tls-creds, once it has ours
         self._armed = False
+        self._preset = preset
+        self._folder = SocketFolder(arrival_wire(run))
         self._server = OwnServer(
             vm.monitor,
             NBDAccess(),
@@ -261,11 +270,13 @@ class Landing:
         :raise CommandError: QEMU refused.
         """
         monitor, name = self.vm.monitor, stream_socket(self._run)
-        if self._over is not None:
-            yield await self._listening_over(self._over)
-            return
-        if monitor.forward is not None:
-            yield await self._listening_there(monitor.forward)
+        if self._over is not None or monitor.forward is not None:
+            where = await self.listen()
+            try:
+                ours = await open_socket(where)
+            except OSError as error:
+                raise Error(f"cannot connect to {where}: {error.strerror or error}") from None
+            yield ours
             return
         ours, theirs = socket.socketpair()
         try:
@@ -281,6 +292,24 @@ class Landing:
         except BaseException:
             ours.close()
             raise
+
+    async def listen(self) -> Address:
+        """Have it wait for the guest at an address: that is returned.
+
+        :raise CommandError: QEMU refused.
+        :raise Error: there is no place for its socket.
+        """
+        if self._over is not None:
+            return await self._listen_over(self._over)
+        if self.vm.monitor.forward is not None:
+            return await self._listen_there(self.vm.monitor.forward)
+        with place_for(self._folder, user_of(self.vm.monitor)):
+            try:
+                await self._expect(f"unix:{self._folder.socket}")
+            except CommandError as error:
+                error.remedy = "QEMU has to make a socket there: it may be in another container"
+                raise
+        return self._folder.address()
 
     @property
     def _secured(self) -> bool:
@@ -310,7 +339,7 @@ class Landing:
             await delete_object(self.vm.monitor, self._credentials)
             self._armed = False
 
-    async def _listening_over(self, over: Over) -> socket.socket:
+    async def _listen_over(self, over: Over) -> Address:
         await self._arm()
         parameters = await self.vm.monitor.execute("query-migrate-parameters")
         self._had = str(parameters.get("tls-creds", ""))
@@ -318,23 +347,23 @@ class Landing:
         await self.vm.monitor.execute("migrate-set-parameters", {"tls-creds": wanted})
         try:
             await self._expect(str(over.memory))
-            return await open_socket(over.memory)
         except CommandError as error:
             error.remedy = f"QEMU has to listen at {over.memory}: name another port, or host"
             raise
-        except OSError as error:
-            raise Error(f"cannot connect to {over.memory}: {error.strerror or error}") from None
+        return over.memory
 
-    async def _listening_there(self, forward: Forward) -> socket.socket:
+    async def _listen_there(self, forward: Forward) -> Address:
         try:
             await self._expect(f"unix:{forward.stream.there}")
         except CommandError as error:
             error.remedy = "QEMU has to make a socket beside its monitor: see what it may do there"
             raise
-        return await open_socket(forward.stream.here)
+        return forward.stream.here
 
     async def _expect(self, uri: str) -> None:
         self.spoilt = True
+        if self._preset is not None:
+            await self._preset.apply()
         await self.vm.monitor.execute("stop")  # as -S does, which nothing in QEMU tells (F28)
         await self.vm.monitor.execute("migrate-incoming", {"uri": uri})
 
@@ -398,9 +427,15 @@ class Landing:
             await self._server.stop(spare=self.spoilt)  # the guest is there, then
             self._serves = False
         await self._disarm()
-        self._server.remove_folder()
+        if self._preset is not None:
+            await self._preset.restore()
+        self._remove_folders()
         await lock.release_all(self.vm.monitor, reversed(self._locks))
         self._locks.clear()
+
+    def _remove_folders(self) -> None:
+        self._server.remove_folder()
+        self._folder.remove()
 
     async def give_up(self) -> str:
         """Leave it as it was, or have it end if it is of no use; say what became of it."""
@@ -421,7 +456,7 @@ class Landing:
             return "the destination may have things of ours left: end it, and start it anew"
         finally:
             await self._close_readers()
-            self._server.remove_folder()
+            self._remove_folders()
         return "the destination waits as before"
 
     def _of_silent(self) -> str:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 from qmpblock.errors import UNTOUCHED, RequestError
 
-__all__ = ["LONGEST_LIMIT", "MigrationMeans"]
+__all__ = ["LONGEST_LIMIT", "MOST_CHANNELS", "MigrationMeans"]
 
 LONGEST_LIMIT = 5.0
 """Seconds that may be allowed for the last of the memory: half of what the guest ever stands."""
+
+MOST_CHANNELS = 64
+"""Through which memory can go: each takes a thread of either QEMU's, and one of ours."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,14 @@ class MigrationMeans:
         memory faster than that is sent.
     :ivar write_blocking_after: seconds after which, where a disk is not yet as far as the guest,
         the guest's writes wait until they are at the destination, too; 0: never. Not on every QEMU.
+    :ivar multifd: through how many channels the memory goes, each a connection of its own, 64 at
+        most; 0: all of it goes through one.
     """
 
     downtime_limit: float = 0.0
     auto_converge: bool = False
     write_blocking_after: float = 0.0
+    multifd: int = 0
 
     @property
     def any(self) -> bool:
@@ -55,6 +61,12 @@ class MigrationMeans:
             raise RequestError(
                 "the guest's writes cannot be had wait before there is a copy", standing=UNTOUCHED
             )
+        if not 0 <= self.multifd <= MOST_CHANNELS:
+            raise RequestError(
+                f"memory cannot go through {self.multifd} channels",
+                standing=UNTOUCHED,
+                remedy=f"give it 1 to {MOST_CHANNELS}",
+            )
 
     def notices(self) -> Iterator[str]:
         """Say what is done as the memory begins to be sent."""
@@ -68,3 +80,9 @@ class MigrationMeans:
                 "the guest's CPUs are slowed down while it writes to its memory faster than that "
                 "is sent (auto-converge)"
             )
+        if self.multifd:
+            yield f"the memory goes through {_channels(self.multifd)} (multifd)"
+
+
+def _channels(number: int) -> str:
+    return f"{number} channel" + "s" * (number > 1)

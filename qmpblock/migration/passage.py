@@ -18,7 +18,13 @@ from qmpblock.migration.hold import Hold
 from qmpblock.migration.imageserver import ImageServer, image_server
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing
-from qmpblock.migration.settings import Preset, wanted_at_source
+from qmpblock.migration.settings import (
+    THERE,
+    Preset,
+    check_channels,
+    wanted_at_destination,
+    wanted_at_source,
+)
 from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
 from qmpblock.migration.storage import Storage, check_can_block
@@ -64,6 +70,7 @@ class Passage:
         hold: Hold,
         means: MigrationMeans,
         preset: Preset,
+        arriving: Preset | None,
         images: ImageServer | None,
         over: Over | None,
     ) -> None:
@@ -77,7 +84,9 @@ class Passage:
         self.storage = storage
         self.means = means
         self.images = images
-        self.stream = Stream(source, record.run, preset, self._show, job.course, over)
+        self.stream = Stream(
+            source, record.run, preset, self._show, job.course, over, means.multifd
+        )
         self.landing = Landing(
             destination,
             record.run,
@@ -85,6 +94,7 @@ class Passage:
             lambda: has_ended(hold.record, hold.record.destination),
             images,
             over,
+            arriving,
         )
         self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
         self.downtime = 0.0
@@ -109,6 +119,7 @@ class Passage:
         :param storage_daemon: whether one is to have the destination's images; it may without.
         :raise UnsupportedError: it cannot have the destination's images.
         """
+        check_channels(means, source.capabilities)
         kept = plan.kept
         run = new_run() if kept is None else kept.record.run
         secured = over is not None and over.here is not None
@@ -142,7 +153,13 @@ class Passage:
             wires=(*storage.wires, *(((stream_wire(run), ""),) if secured else ())),
             images=images_of(source.monitor.peer_pid, chains),
         )
-        hold = await Hold.of(source, destination, run, preset.had)
+        there = None
+        if means.multifd:
+            told = wanted_at_destination(means)
+            there = await Preset.of(destination.monitor, told, THERE)
+        hold = await Hold.of(
+            source, destination, run, preset.had, *(() if there is None else (there.had,))
+        )
         arriving = [pair.destination for pair in plan.copied]
         images, why = None, ""
         if over is None:  # which is to the destination itself
@@ -151,7 +168,18 @@ class Passage:
         if why:
             job.warnings = (*job.warnings, why)
         return cls(
-            source, destination, plan, job, record, storage, hold, means, preset, images, over
+            source,
+            destination,
+            plan,
+            job,
+            record,
+            storage,
+            hold,
+            means,
+            preset,
+            there,
+            images,
+            over,
         )
 
     async def begin(self) -> None:

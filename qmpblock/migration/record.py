@@ -32,7 +32,8 @@ class MigrationRecord:
 
     :ivar run: in the names of all that it makes.
     :ivar pids: the namespace in which the processes' ids count.
-    :ivar source_had: what of the source's migration settings is changed, as it was before.
+    :ivar source_had: what of the source's migration settings is changed, as it was before;
+        `destination_had`: of the destination's.
     :ivar more: what another version wrote that this one does not know.
     """
 
@@ -41,6 +42,7 @@ class MigrationRecord:
     destination: VMIdentity
     pids: str
     source_had: Settings = Settings()
+    destination_had: Settings = Settings()
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def of(self, side: Side) -> VMIdentity:

@@ -27,6 +27,7 @@ from qmpblock.errors import (
     UndecidedError,
 )
 from qmpblock.migration import arbiter, bitmaps, wayback
+from qmpblock.migration.channels import clear_channels
 from qmpblock.migration.decision import Decision, decide
 from qmpblock.migration.hold import holder_of, record_of, side_of
 from qmpblock.migration.imageserver import end_image_server, image_server_left
@@ -366,7 +367,7 @@ class _Recovering:
             assert destination is not None
             await wayback.quit_vm(destination, self._destination_has_ended)
             if source is None or source.monitor.closed:
-                self._end_journal()
+                self._leave_no_trace()
         elif move in (Move.MARK, Move.CONT_DESTINATION):
             assert destination is not None
             if move is Move.MARK:
@@ -409,7 +410,7 @@ class _Recovering:
             await lock.release(vm.monitor, MIGRATION_LOCK)
             await wayback.cut(vm.monitor, self._record.run)  # a silent wire would keep its node
             await _clear(vm)
-        self._end_journal()
+        self._leave_no_trace()
 
     async def _finish_destination(self) -> None:
         """Remove what is left at the destination, and quit the source."""
@@ -420,14 +421,16 @@ class _Recovering:
             await wayback.quit_vm(here, lambda: has_ended(self._record, self._record.source))
         if destination.answers:
             assert there is not None
+            await put_back(there.monitor, self._record.destination_had)
             await bitmaps.put_back(there, self._record.run)
             await arbiter.withdraw(there.monitor, self._record.run)
             await _drop_credentials(there, self._record.run)
             await lock.release(there.monitor, MIGRATION_LOCK)
             await _clear(there)
-        self._end_journal()
+        self._leave_no_trace()
 
-    def _end_journal(self) -> None:
+    def _leave_no_trace(self) -> None:
+        clear_channels(self._record.run)
         if self._migration.journal is not None:
             self._migration.journal.remove()
 

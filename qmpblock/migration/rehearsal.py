@@ -23,6 +23,13 @@ from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
 from qmpblock.migration.pairing import written_disks
 from qmpblock.migration.predict import Load, Prediction, Room, WireSpeed, lacking, predict
+from qmpblock.migration.settings import (
+    THERE,
+    Preset,
+    check_channels,
+    wanted_at_destination,
+    wanted_at_source,
+)
 from qmpblock.migration.storage import check_can_block
 from qmpblock.migration.wirespeed import measure_wire
 
@@ -86,6 +93,7 @@ class PlannedMigration:
     :ivar speed: bytes a second that it is limited to; 0: to none.
     :ivar wire: what was measured of the wire; None where it was not, and `unmeasured` says why.
     :ivar prediction: None where it is refused: nothing is measured then.
+    :ivar notices: what would be done on request, as its memory begins to go, for it to end.
     """
 
     findings: tuple[Finding, ...]
@@ -97,6 +105,7 @@ class PlannedMigration:
     wire: WireSpeed | None = None
     unmeasured: str = ""
     prediction: Prediction | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -121,7 +130,7 @@ async def plan_migration(
     :param speed: bytes a second that it is limited to; 0: to none.
     :param means: what it may do to come to its end.
     :raise RequestError: `means` or `terms` cannot be.
-    :raise UnsupportedError: nor can `means` on this QEMU.
+    :raise UnsupportedError: one of both cannot do what `means` say.
     """
     means = MigrationMeans() if means is None else means
     means.check()
@@ -129,9 +138,14 @@ async def plan_migration(
     terms.check()
     if means.write_blocking_after:
         await check_can_block(source)
+    check_channels(means, source.capabilities)
+    await Preset.of(source.monitor, wanted_at_source(means, speed))
+    await Preset.of(destination.monitor, wanted_at_destination(means), THERE)
     here, there = await asyncio.gather(describe(source), describe(destination))
     found = compare(here, there, terms)
-    plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed)
+    plan = PlannedMigration(
+        found, memory=here.memory + here.plugged, speed=speed, notices=tuple(means.notices())
+    )
     if plan.refused:
         return plan
     devices = {device.name: device for device in (await source.graph()).disks()}

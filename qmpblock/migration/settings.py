@@ -15,14 +15,26 @@ from qmpblock.migration.record import Settings
 
 if TYPE_CHECKING:
     from qmpblock.migration.means import MigrationMeans
+    from qmpblock.qemu.capabilities import Capabilities
     from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["Preset", "put_back", "wanted_at_source"]
+__all__ = [
+    "THERE",
+    "Preset",
+    "check_channels",
+    "put_back",
+    "wanted_at_destination",
+    "wanted_at_source",
+]
 
 T = TypeVar("T")
+THERE = "the destination's QEMU"
+"""What a refusal calls the one that has the destination's settings."""
+#: What QEMU 7.2, 11.1, or both, would not have multifd go with.
+_NOT_BY_CHANNELS = ("background-snapshot", "compress", "mapped-ram", "xbzrle")
 
 _ON = ("dirty-bitmaps", "events", "pause-before-switchover", "return-path")
-#: What needs another connection than the one that there is, or takes the way back.
+#: What needs other connections than those that there are, or takes the way back.
 _OFF = (
     "auto-converge",
     "background-snapshot",
@@ -43,17 +55,49 @@ def wanted_at_source(
     :param speed: bytes a second of the memory; 0: as it is.
     :param tls: parameters of TLS; None: as they are.
     """
-    on = [*_ON, *(["auto-converge"] if means.auto_converge else [])]
-    parameters: dict[str, int | str] = dict(tls or {})
+    asked = {"auto-converge": means.auto_converge, "multifd": bool(means.multifd)}
+    on = [*_ON, *(name for name, wanted in asked.items() if wanted)]
+    off = sorted({*_OFF, *(_NOT_BY_CHANNELS if means.multifd else ())})
+    parameters: dict[str, int | str] = {**(tls or {}), **_of_channels(means)}
     if speed:
         parameters["max-bandwidth"] = speed
     if means.downtime_limit:
         parameters["downtime-limit"] = round(means.downtime_limit * 1e3)
     return Settings(
-        tuple((name, True) for name in on)
-        + tuple((name, False) for name in _OFF if name not in on),
+        tuple((name, True) for name in on) + tuple((name, False) for name in off if name not in on),
         tuple(parameters.items()),
     )
+
+
+def check_channels(means: MigrationMeans, source: Capabilities) -> None:
+    """Refuse several channels where the source could hang with them.
+
+    :raise UnsupportedError: it could; nothing was touched.
+    """
+    if means.multifd and source.channels_hang:
+        raise UnsupportedError(
+            f"QEMU {source} can hang for ever, and its guest stand, where its memory goes through "
+            "several channels and they end, as when the destination dies (K38)",
+            standing=UNTOUCHED,
+            remedy="leave --multifd out: QEMU 10.0 and newer can be given it",
+        )
+
+
+def wanted_at_destination(means: MigrationMeans) -> Settings:
+    """Return what a destination is told, before it waits for the guest."""
+    if not means.multifd:
+        return Settings()
+    return Settings(
+        (*((name, False) for name in _NOT_BY_CHANNELS), ("multifd", True)),
+        tuple(_of_channels(means).items()),
+    )
+
+
+def _of_channels(means: MigrationMeans) -> dict[str, int | str]:
+    """Return the parameters in which both sides have to be the same."""
+    if not means.multifd:
+        return {}
+    return {"multifd-channels": means.multifd, "multifd-compression": "none"}
 
 
 class Preset:
@@ -69,9 +113,10 @@ class Preset:
         self._applied = False
 
     @classmethod
-    async def of(cls, monitor: Monitor, wanted: Settings) -> Preset:
+    async def of(cls, monitor: Monitor, wanted: Settings, who: str = "this QEMU") -> Preset:
         """Look what is to be changed; change nothing.
 
+        :param who: what a refusal calls it.
         :raise UnsupportedError: this QEMU has not what is needed.
         """
         listed = await monitor.execute("query-migrate-capabilities")
@@ -81,7 +126,7 @@ class Preset:
         missing += [name for name, _ in wanted.parameters if name not in values]
         if missing:
             raise UnsupportedError(
-                f"this QEMU cannot migrate with {', '.join(missing)}", standing=UNTOUCHED
+                f"{who} cannot migrate with {', '.join(missing)}", standing=UNTOUCHED
             )
         changed = Settings(
             _differing(states, wanted.capabilities), _differing(values, wanted.parameters)

@@ -6,9 +6,9 @@ With the capabilities that make it safe (`qmpblock.migration.settings`):
 - `pause-before-switchover`: the guest stands while the mirrors end;
 - `events`.
 
-What runs through is passed on by a relay of ours. QEMU's monitor hangs for ever where the
-destination falls silent at the wrong moment (K32); when the relay is cut, the source hears that its
-peer is gone, and the guest goes on there by itself.
+What runs through is passed on by a relay of ours, or by several (`qmpblock.migration.channels`).
+QEMU's monitor hangs for ever where the destination falls silent at the wrong moment (K32); when the
+relay is cut, the source hears that its peer is gone, and the guest goes on there by itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.copying.relay import Relay
 from qmpblock.copying.target import credentials_object
+from qmpblock.copying.wire import user_of
 from qmpblock.errors import Error, StalledError, printable
+from qmpblock.migration.channels import Channels
 from qmpblock.migration.moving import PASSES, Moving, count
 from qmpblock.names import stream_socket, stream_wire, wire_credentials
 from qmpblock.qemu.refusals import not_found, tolerate
@@ -61,6 +63,7 @@ class Stream:
         show: Callable[[Progress], None],
         course: Course,
         over: Over | None = None,
+        channels: int = 0,
     ) -> None:
         self.begun = False
         self.went_on = False
@@ -73,7 +76,8 @@ class Stream:
         self._preset = preset
         self._show = show
         self._stack = ExitStack()
-        self._relay: Relay | None = None
+        self._channels = channels
+        self._wire: Relay | Channels | None = None
         self._stopped: float | None = None
         self._moving = Moving()
         # Before the migration: what it says comes before a reply.
@@ -108,10 +112,13 @@ class Stream:
 
         :raise CommandError: QEMU refused: something in the VM cannot migrate.
         """
+        if self._channels:
+            await self._start_by_channels(landing)
+            return
         monitor, name = self._vm.monitor, stream_socket(self._run)
         async with landing.listening() as there:
             ours, theirs = socket.socketpair()
-            self._relay = self._stack.enter_context(Relay.between(there, ours))
+            self._wire = self._stack.enter_context(Relay.between(there, ours))
             with theirs:
                 await monitor.pass_fd(name, theirs.fileno())
             try:
@@ -121,6 +128,17 @@ class Stream:
             except BaseException:  # else QEMU has taken it: it has no name any more
                 await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
                 raise
+
+    async def _start_by_channels(self, landing: Landing) -> None:
+        """Begin by one connection more than there are channels; QEMU makes them all."""
+        monitor, name = self._vm.monitor, stream_wire(self._run)
+        channels = Channels(name, await landing.listen(), self._channels + 1)
+        self._stack.callback(channels.close)
+        channels.open(user_of(monitor))
+        self._wire = channels
+        self._events.pending()
+        self.begun = True
+        await monitor.execute("migrate", {"uri": f"unix:{channels.path}"})
 
     async def until_held(self) -> None:
         """Wait until the guest stands, and QEMU waits for us to go on.
@@ -224,12 +242,12 @@ class Stream:
         return str(status["status"]), str(migration.get("status", "none"))
 
     def cut(self) -> None:
-        """Cut the connection: the source hears that its peer is gone. Idempotent."""
-        if self._relay is not None:
-            self._relay.cut()
+        """Cut the connections: the source hears that its peer is gone. Idempotent."""
+        if self._wire is not None:
+            self._wire.cut()
 
     def close(self) -> None:
-        """Let go of the connection, and of the events. Idempotent."""
+        """Let go of the connections, and of the events. Idempotent."""
         self._events.close()
         self._stack.close()
 

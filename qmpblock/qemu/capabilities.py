@@ -60,6 +60,14 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def channels_hang(self) -> bool:
+        """Whether a source can hang for ever where several channels of its memory end (K38).
+
+        Seen: 7.2.22, in 2 of 5; 11.1.2 in none of 36. What lies below 10.0 counts as affected.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def moves_below_filters_hang_iothreads(self) -> bool:
         """Whether a mirror that replaces a node below a filter hangs QEMU where iothreads are.
 

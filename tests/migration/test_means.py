@@ -10,7 +10,14 @@ import pytest
 from qmpblock.errors import RequestError, UnsupportedError
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.record import MigrationRecord, Settings, read_record
-from qmpblock.migration.settings import Preset, wanted_at_source
+from qmpblock.migration.settings import (
+    THERE,
+    Preset,
+    check_channels,
+    wanted_at_destination,
+    wanted_at_source,
+)
+from qmpblock.qemu.capabilities import Capabilities
 
 SAFE = dict.fromkeys(("dirty-bitmaps", "events", "pause-before-switchover", "return-path"), True)
 
@@ -24,6 +31,47 @@ def test_a_guest_that_would_stand_for_too_long_is_refused(limit: float) -> None:
 def test_writes_cannot_wait_before_there_is_a_copy() -> None:
     with pytest.raises(RequestError, match="before there is a copy"):
         MigrationMeans(write_blocking_after=-1.0).check()
+
+
+@pytest.mark.parametrize("number", [-1, 65, 256])
+def test_so_many_channels_are_refused(number: int) -> None:
+    with pytest.raises(RequestError, match=f"{number} channels"):
+        MigrationMeans(multifd=number).check()
+
+
+@pytest.mark.parametrize("number", [1, 64])
+def test_channels_are_the_same_at_both_sides(number: int) -> None:
+    means = MigrationMeans(multifd=number)
+    means.check()
+    [notice] = means.notices()
+    assert f" {number} channel" in notice
+    here, there = wanted_at_source(means, 0), wanted_at_destination(means)
+    same = {"multifd-channels": number, "multifd-compression": "none"}
+    assert dict(here.parameters) == dict(there.parameters) == same
+    for one in (here, there):
+        states = dict(one.capabilities)
+        assert states["multifd"] is True
+        assert not any(states[name] for name in ("compress", "xbzrle", "background-snapshot"))
+
+
+def test_a_destination_is_told_nothing_unasked() -> None:
+    assert wanted_at_destination(MigrationMeans(1.0, auto_converge=True)) == Settings()
+
+
+@pytest.mark.parametrize("version", [(7, 2, 22), (9, 2, 4)])
+def test_channels_with_which_a_source_could_hang_are_refused(version: tuple[int, int, int]) -> None:
+    with pytest.raises(UnsupportedError, match="can hang for ever"):
+        check_channels(MigrationMeans(multifd=1), Capabilities(version))
+    check_channels(MigrationMeans(auto_converge=True), Capabilities(version))
+    check_channels(MigrationMeans(multifd=1), Capabilities((10, 0, 0)))
+
+
+async def test_a_destination_without_channels_is_refused() -> None:
+    vm = Recorder({"xbzrle": False}, {"multifd-channels": 2})
+    wanted = wanted_at_destination(MigrationMeans(multifd=2))
+    with pytest.raises(UnsupportedError, match="the destination's QEMU cannot migrate with multi"):
+        await Preset.of(cast("Any", vm), wanted, THERE)
+    assert vm.told == []
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.001, 0.3, 5.0])
@@ -118,5 +166,7 @@ def test_a_record_tells_what_it_was() -> None:
     read = read_record(old)
     assert read.source_had == Settings()
     had = Settings((("events", False),), (("downtime-limit", 300),))
-    record = MigrationRecord(read.run, read.source, read.destination, "", had)
+    assert read.destination_had == Settings()
+    there = Settings((("multifd", False),), (("multifd-compression", "zlib"),))
+    record = MigrationRecord(read.run, read.source, read.destination, "", had, there)
     assert read_record(record.as_json()) == record
