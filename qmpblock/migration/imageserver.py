@@ -381,7 +381,9 @@ def _refuse(image: Layer, why: str) -> NoReturn:
 
 def image_server_left(run: str) -> bool:
     """Whether a storage daemon of a migration lives, or its socket is left."""
-    return any(_of_run(run)) or Path(SocketFolder(socket_folder(run)).socket).exists()
+    path = SocketFolder(socket_folder(run)).socket
+    # Where something else listens there it is the destination itself, and its own to take away.
+    return any(_of_run(run)) or (Path(path).exists() and not is_listening(path))
 
 
 async def end_image_server(run: str) -> None:
