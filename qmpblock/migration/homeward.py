@@ -57,7 +57,7 @@ class Homeward:
         """
         passage = self._passage
         # Where the guest stands, whether the destination answers is not waited for.
-        stood = not passage.job.phase.before(Phase.HELD)
+        stood = passage.stream.stands or not passage.job.phase.before(Phase.HELD)
         answers = not stood and await passage.landing.answers()
         lost = passage.source.monitor.closed
         keeps = isinstance(error, Error) and not lost and passage.may_keep

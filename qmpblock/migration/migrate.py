@@ -15,7 +15,7 @@
 Until `landed` the source owns the guest, and it goes on there by itself, or is made to, whatever
 fails; the destination was started with -S, so it never runs by itself. In `landed` both stand, and
 the arbiter (`qmpblock.migration.arbiter`) is what decides, once. From `handed` on there is no way
-back. The guest stands from `held` on, no longer than `STANDSTILL`.
+back. The guest stands from just before `held` on, no longer than `STANDSTILL`.
 """
 
 from __future__ import annotations

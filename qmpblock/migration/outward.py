@@ -13,7 +13,7 @@ from qmpblock.changes.nomigration import allow_migration
 from qmpblock.errors import DisconnectedError, Error, StalledError, printable
 from qmpblock.migration import arbiter
 from qmpblock.migration.likeness import reserve_alike
-from qmpblock.migration.states import ORDER, Move, Side
+from qmpblock.migration.states import ORDER, Move, Phase, Side
 from qmpblock.migration.stream import told_at
 
 if TYPE_CHECKING:
@@ -56,15 +56,16 @@ class Outward:
         :raise Error: see `qmpblock.migrate`.
         """
         await self._through(Move.MIRROR)
-        async with self._passage.storage.watched():
-            await self._through(Move.AWAIT_HELD)
         try:
-            async with asyncio.timeout(STANDSTILL):
+            async with self._passage.stream.standing(STANDSTILL):
+                async with self._passage.storage.watched():
+                    await self._through(Move.AWAIT_HELD)
                 await self._through(Move.AWAIT_LANDED)
         except TimeoutError:
+            phase = self._passage.job.phase
+            silent = ", or its QEMU answered nothing" if phase.before(Phase.HELD) else ""
             raise StalledError(
-                f"the guest stood for {STANDSTILL:g} s (phase {self._passage.job.phase.value}): "
-                "too long",
+                f"the guest stood for {STANDSTILL:g} s{silent} (phase {phase.value}): too long",
                 remedy="look what the destination, its storage or the network waits for",
             ) from None
         await undisturbed(self._through(Move.CONT_DESTINATION))

@@ -13,11 +13,12 @@ relay is cut, the source hears that its peer is gone, and the guest goes on ther
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.copying.relay import Relay
@@ -49,6 +50,7 @@ class Stream:
     """One migration of QEMU's. `prepare`, `start`, `until_held`, `go_on`, `until_completed`.
 
     :ivar begun: whether QEMU may have been told to migrate.
+    :ivar stands: whether the guest may have stopped since: it has said so, or says nothing now.
     :ivar went_on: whether the guest, since it stopped last, has gone on at the source.
     :ivar transferred: bytes, as QEMU counts them.
     :ivar downtime: seconds for which the guest stood until all was sent, as QEMU tells it; None
@@ -66,6 +68,7 @@ class Stream:
         channels: int = 0,
     ) -> None:
         self.begun = False
+        self.stands = False
         self.went_on = False
         self.transferred = 0
         self.downtime: float | None = None
@@ -80,6 +83,8 @@ class Stream:
         self._wire: Relay | Channels | None = None
         self._stopped: float | None = None
         self._moving = Moving()
+        self._limit: asyncio.Timeout | None = None
+        self._longest = 0.0
         # Before the migration: what it says comes before a reply.
         self._events = vm.monitor.subscribe(
             "MIGRATION", "MIGRATION_PASS", "RESUME", "STOP", match=self._hears
@@ -140,6 +145,31 @@ class Stream:
         self.begun = True
         await monitor.execute("migrate", {"uri": f"unix:{channels.path}"})
 
+    @asynccontextmanager
+    async def standing(self, longest: float) -> AsyncIterator[None]:
+        """Have the body broken off where the guest stands for longer.
+
+        It does from QEMU's STOP on, of which nothing may be heard, for a source that has stopped
+        its guest may say nothing any more (K32). Where it does answer, and says that the memory
+        still moves, somebody else has stopped the guest.
+
+        :param longest: seconds.
+        :raise TimeoutError: it stood so long.
+        """
+        async with asyncio.timeout(None) as limit:
+            self._limit, self._longest = limit, longest
+            try:
+                yield
+            finally:
+                self._limit = None
+
+    def _count_from_now(self) -> None:
+        self._until(asyncio.get_running_loop().time() + self._longest)
+
+    def _until(self, when: float | None) -> None:
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(when)
+
     async def until_held(self) -> None:
         """Wait until the guest stands, and QEMU waits for us to go on.
 
@@ -148,10 +178,15 @@ class Stream:
         """
         moving, stall = self._moving, self._vm.stall
         while True:
+            if not self.stands:
+                self.stands = True  # as long as it says nothing
+                self._count_from_now()
             migration = await self._look()
             status = str(migration.get("status"))
             if status == "pre-switchover":
                 return
+            self.stands = False
+            self._until(None)
             self._check(migration)
             seen = moving.add(time.monotonic(), migration)
             self._show(seen)
@@ -223,8 +258,13 @@ class Stream:
             self._stopped = told_at(event)
             self._course.stops(now)
             self.went_on = False
+            if self.begun:
+                self.stands = True
+                self._count_from_now()
         elif event["event"] == "RESUME":
             self.went_on = True
+            self.stands = False
+            self._until(None)
         elif event["event"] == "MIGRATION_PASS":
             self._course.passes_on(now, count(event.get("data", {}), "pass"))
         return True
