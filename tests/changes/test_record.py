@@ -74,6 +74,7 @@ FIELDS = {
     "noted": some(st.tuples(words, ours)),
     "sources": some(words),
     "targets": some(words),
+    "kept": some(words),
     "more": unknown,
 }
 KINDS = (

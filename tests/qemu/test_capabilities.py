@@ -36,6 +36,7 @@ def test_defects_are_gated(version, affected):
     assert capabilities.moves_below_filters_hang_iothreads is affected
     assert capabilities.mirrors_give_zeros_back is affected
     assert capabilities.views_misread is affected
+    assert capabilities.channels_hang is affected
     assert capabilities.nbd_handshake_limit_can_be_lifted is not affected
 
 
