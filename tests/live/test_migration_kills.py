@@ -129,6 +129,14 @@ async def test_a_controller_is_killed(killed, phase, carry_on):
         await whole(source, destination)
 
 
+async def test_the_one_is_killed_that_has_handed_it_over(killed):
+    """One of those above, in every run: nobody but a recovery has the guest go on then."""
+    source, destination = await killed("handed")
+    recovered = await qmpblock.recover_migration(destination.monitor_path)
+    assert recovered.done is True
+    await whole(destination, source)
+
+
 @pytest.mark.parametrize("phase", ["memory", "held", "sent", "landed", "handed"])
 async def test_a_controller_is_killed_on_shared_storage(killed, phase):
     source, destination = await killed(phase, shared=True)
