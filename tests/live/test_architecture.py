@@ -24,7 +24,7 @@ from qmpblock.cli.app import run
 from qmpblock.qemu.monitor import Monitor
 
 package, steps = f"{Path(qmpblock.__file__).parent}/", []
-execute, read, pass_fd = Monitor.execute, Monitor.read, Monitor.pass_fd
+execute, read, each, pass_fd = Monitor.execute, Monitor.read, Monitor.each, Monitor.pass_fd
 
 def called(frame, event, _):
     code = frame.f_code
@@ -39,11 +39,15 @@ async def was_read(self, *commands):
     steps.extend(one if isinstance(one, str) else one[0] for one in commands)
     return await read(self, *commands)
 
+async def did_each(self, *commands):
+    steps.extend(command for command, _ in commands)
+    return await each(self, *commands)
+
 async def passed(self, name, fd):
     steps.append("getfd")
     await pass_fd(self, name, fd)
 
-Monitor.execute, Monitor.read, Monitor.pass_fd = executed, was_read, passed
+Monitor.execute, Monitor.read, Monitor.each, Monitor.pass_fd = executed, was_read, did_each, passed
 sys.setprofile(called)
 code = run(sys.argv[2:])
 sys.setprofile(None)
