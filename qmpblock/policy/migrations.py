@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qmpblock.address import TCPAddress, parse_monitor
 from qmpblock.errors import RequestError, printable
 from qmpblock.migration.diskterms import ALLOCATIONS, Allocation, DiskTerms, Layers
-from qmpblock.migration.means import MigrationMeans
+from qmpblock.migration.means import MOST_CHANNELS, MigrationMeans
 from qmpblock.migration.over import parse_over
 from qmpblock.policy.values import filled_in, number_in, seconds_in, speed_in
 from qmpblock.yamltext import Mapping, read_mapping, read_text
@@ -164,7 +164,10 @@ def _means(entry: Mapping) -> MigrationMeans:
         downtime_limit=limit / 1e3,
         auto_converge=entry.flag("auto_converge", False),
         write_blocking_after=seconds_in(entry, "write_blocking_after"),
+        multifd=number_in(entry, "multifd", 0),
     )
+    if "multifd" in entry and not 1 <= means.multifd <= MOST_CHANNELS:
+        entry.refuse("multifd", f"must be 1 to {MOST_CHANNELS} channels")
     try:
         means.check()
     except RequestError as error:
