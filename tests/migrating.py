@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import json
+import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,31 @@ MIB = 1 << 20
 NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
 OLD_MACHINE = "pc-i440fx-7.2"
 ALIKE = ("-smp", "1,maxcpus=2,sockets=2,cores=1")  # of several cores 11.1 says more by CPUID
+CONTROLLER = """\
+import asyncio, json, os, signal, sys
+import qmpblock
+from qmpblock.migration.passage import Passage
+
+source, destination, phase, options = sys.argv[1:]
+options = json.loads(options)
+options["means"] = qmpblock.MigrationMeans(**options.pop("means", {}))
+enter = Passage.enter
+
+async def die(self, now):
+    await enter(self, now)
+    if now.value == phase:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Passage.enter = die
+
+async def main():
+    async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
+        async with qmpblock.migrate(one, other, **options) as job:
+            async for _ in job:
+                pass
+
+asyncio.run(main())
+"""
 DISK = "{{name: {name}, images: [{{size: 64M, format: {format}, content: [write 0 8M 0xaa]}}]"
 ATTACH = ", attach: {{device: {device}, id: v{name}, iothread: {iothread}}}}}"
 
@@ -227,3 +255,15 @@ async def slow_wire(monkeypatch, rate, delay=0.0):
     for task in passing:
         task.cancel()
     await asyncio.gather(*passing, return_exceptions=True)
+
+
+async def dies_in(phase, source, destination, **options):
+    """Have a controller migrate, and be killed as soon as a phase has begun.
+
+    `means`: fields of `MigrationMeans`.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CONTROLLER, source.monitor_path, destination.monitor_path),
+        *(phase, json.dumps(options)),
+    )
+    assert await process.wait() == -signal.SIGKILL

@@ -25,6 +25,18 @@ def make_credentials(root):
     return root
 
 
+def make_credentials_of(kind, root):
+    """Make them for migrations: `x509`, or `psk` alone, by the name that QEMU has for itself."""
+    folder = make_credentials(root)
+    for role in ("client", "server"):
+        keys = folder / role / "keys.psk"
+        if kind == "psk":
+            keys.write_text("qemu:" + "5a" * 32 + "\n")
+        else:
+            keys.unlink()
+    return folder
+
+
 @contextlib.asynccontextmanager
 async def serving(image, *words, port=0, path=None):
     """Run the system's qemu-nbd for an image, on a TCP port or at a path."""

@@ -1,19 +1,17 @@
 """Memory that goes through several channels: by every way, and what was set is put back."""
 
-import asyncio
 import contextlib
 import json
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 from chains import cli
 from hosts import PORT, CutOffError, another_host
-from migrating import arrived, at, both, machine, migrated, stays
-from nbdservers import HOST, make_credentials
+from migrating import arrived, at, both, dies_in, machine, migrated, stays
+from nbdservers import HOST, make_credentials_of
 
 import qmpblock
 from qmpblock.errors import CommandError
@@ -24,28 +22,6 @@ pytestmark = pytest.mark.live
 
 CHANNELS = pytest.mark.needs_qemu(">= 10", reason="older ones can hang with channels (K38)")
 MEANS = qmpblock.MigrationMeans(multifd=3)
-CONTROLLER = """\
-import asyncio, os, signal, sys
-import qmpblock
-from qmpblock.migration.passage import Passage
-
-source, destination, phase = sys.argv[1:]
-enter = Passage.enter
-
-async def die(self, now):
-    await enter(self, now)
-    if now.value == phase:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Passage.enter = die
-
-async def main():
-    async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
-        async with qmpblock.migrate(one, other, means=qmpblock.MigrationMeans(multifd=3)):
-            pass
-
-asyncio.run(main())
-"""
 
 
 async def settings(vm):
@@ -130,10 +106,7 @@ async def test_after_kill_9_all_is_put_back(phase, begin, start_destination):
     before = await settings(source)
     source.expect_exit()
     destination.expect_exit()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase)
-    )
-    assert await process.wait() == -signal.SIGKILL
+    await dies_in(phase, source, destination, means={"multifd": 3})
     places = [path.parent for path in (*sockets(source), *sockets(destination))]
     assert [path.exists() for path in places] == [True, True]
     recovered = await qmpblock.recover_migration(source.monitor_path, destination.monitor_path)
@@ -204,13 +177,7 @@ async def test_to_another_host_by_tls(
     source = await begin()
     destination = await start_destination(source, qemu=host.program(qemu_binary))
     before = await settings(source)
-    folder = make_credentials(vm_dir / "tls")
-    for role in ("client", "server"):
-        keys = folder / role / "keys.psk"
-        if kind == "psk":
-            keys.write_text("qemu:" + "5a" * 32 + "\n")
-        else:
-            keys.unlink()
+    folder = make_credentials_of(kind, vm_dir / "tls")
     way = f"nbds://{host.there}:10809/?tls-hostname={HOST}"
     async with (
         qmpblock.connect(source.monitor_path, tls_creds=str(folder / "client")) as one,

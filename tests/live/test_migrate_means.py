@@ -5,13 +5,12 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 from chains import cli
 from jsonschema import Draft202012Validator
-from migrating import arrived, both, machine, migrated, slow_wire, stressed
+from migrating import arrived, both, dies_in, machine, migrated, slow_wire, stressed
 
 import qmpblock
 from qmpblock import MigrationMeans
@@ -23,29 +22,6 @@ pytestmark = pytest.mark.live
 
 MIB = 1 << 20
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
-CONTROLLER = """\
-import asyncio, os, signal, sys
-import qmpblock
-from qmpblock.migration.passage import Passage
-
-source, destination, phase = sys.argv[1:]
-enter = Passage.enter
-
-async def die(self, now):
-    await enter(self, now)
-    if now.value == phase:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Passage.enter = die
-means = qmpblock.MigrationMeans(0.5, auto_converge=True)
-
-async def main():
-    async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
-        async with qmpblock.migrate(one, other, speed=200 << 20, means=means):
-            pass
-
-asyncio.run(main())
-"""
 
 
 @pytest.fixture
@@ -110,10 +86,8 @@ async def test_they_are_put_back_after_kill_9(phase, begin, start_destination):
     before = await settings(source)
     destination = await start_destination(source)
     destination.expect_exit()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase)
-    )
-    assert await process.wait() == -signal.SIGKILL
+    means = {"downtime_limit": 0.5, "auto_converge": True}
+    await dies_in(phase, source, destination, speed=200 << 20, means=means)
     if phase != "mirroring":
         assert await settings(source) != before
     recovered = await qmpblock.recover_migration(source.monitor_path)

@@ -8,7 +8,7 @@ import pytest
 from chains import cli
 from disturbed import nothing_of_ours
 from migrating import arrived, at, machine, stays
-from nbdservers import HOST, make_credentials
+from nbdservers import HOST, make_credentials_of
 from test_docs import ROOT, blocks
 
 import qmpblock
@@ -24,14 +24,7 @@ def credentials(vm_dir):
     """Give what makes folders `client` and `server` of one kind."""
 
     def make(kind, name="tls"):
-        folder = make_credentials(vm_dir / name)
-        for role in ("client", "server"):
-            keys = folder / role / "keys.psk"
-            if kind == "psk":
-                keys.write_text("qemu:" + "5a" * 32 + "\n")
-            else:
-                keys.unlink()
-        return folder
+        return make_credentials_of(kind, vm_dir / name)
 
     return make
 

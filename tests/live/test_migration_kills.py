@@ -4,11 +4,10 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 
 import pytest
 from disturbed import nothing_of_ours
-from migrating import machine, migrated, storage_daemons, stressed
+from migrating import dies_in, machine, migrated, storage_daemons, stressed
 from migrationoutcomes import ASKED, DESTINATION, HERE, OUTCOMES, SOURCE, THERE
 
 import qmpblock
@@ -20,32 +19,6 @@ from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
-CONTROLLER = """\
-import asyncio, os, signal, sys
-import qmpblock
-from qmpblock.migration.passage import Passage
-
-source, destination, phase = sys.argv[1:4]
-options = {
-    name: value or True for name, _, value in (word.partition("=") for word in sys.argv[4:])
-}
-enter = Passage.enter
-
-async def die(self, now):
-    await enter(self, now)
-    if now.value == phase:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Passage.enter = die
-
-async def main():
-    async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
-        async with qmpblock.migrate(one, other, **options) as job:
-            async for _ in job:
-                pass
-
-asyncio.run(main())
-"""
 PHASES = [phase.value for phase in Phase if phase is not Phase.CHECKED]
 CELLS = [(struck, phase) for struck in OUTCOMES for phase in Phase if phase is not Phase.CHECKED]
 
@@ -87,14 +60,10 @@ def begun(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
 def killed(begun):
     """Start a pair whose controller is killed in a phase."""
 
-    async def start(phase, *options, shared=False, daemon=False, image=None):
+    async def start(phase, *, shared=False, daemon=False, image=None, **options):
         source, destination = await begun(shared=shared, image=image)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-c", CONTROLLER, source.monitor_path, destination.monitor_path, phase),
-            *(["memory_only"] if shared else ["storage_daemon"] if daemon else options),
-        )
-        assert await process.wait() == -signal.SIGKILL
+        options |= {"memory_only": shared, "storage_daemon": daemon}
+        await dies_in(phase, source, destination, **options)
         return source, destination
 
     return start
@@ -173,7 +142,7 @@ async def test_a_controller_with_a_storage_daemon_is_killed(
 
 async def test_a_controller_is_killed_that_gives_images_host_space(killed):
     """Of the node that keeps zeros from taking it back nothing is left."""
-    source, destination = await killed("ready", "allocation=full", image="raw")
+    source, destination = await killed("ready", allocation="full", image="raw")
     recovered = await qmpblock.recover_migration(source.monitor_path)
     assert recovered.done is False
     await whole(source, destination)
