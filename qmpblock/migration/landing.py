@@ -29,13 +29,7 @@ from qmpblock.changes.leftovers import OWN_REMEDY, undo_dead_change
 from qmpblock.copying.relay import place_for
 from qmpblock.copying.target import NBDTarget, credentials_object
 from qmpblock.copying.wire import user_of
-from qmpblock.errors import (
-    CommandError,
-    Error,
-    MonitorError,
-    StalledError,
-    printable,
-)
+from qmpblock.errors import CommandError, Error, MonitorError, StalledError, printable
 from qmpblock.export.ownserver import OwnServer
 from qmpblock.export.server import delete_exports, delete_object, monitor_name, undo_dead_run
 from qmpblock.host.socketfolder import SocketFolder
