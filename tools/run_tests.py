@@ -177,9 +177,22 @@ def version_of(qemu: str) -> str:
     return printed.partition("version ")[2].split()[0]
 
 
+def seed_of_tree() -> int:
+    """Return the seed that follows from what is committed; one by chance where that is not told.
+
+    So two runs of one tree take the same sample, wherever they are, and the next commit another.
+    """
+    asked = ("git", "rev-parse", "HEAD^{tree}")
+    try:
+        told = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return random.SystemRandom().getrandbits(32)
+    return int(told[:8], 16)
+
+
 def turns(qemus: int) -> Iterator[dict[str, str]]:
     """Yield, for one QEMU after the other, the settings that deal out the tests among so many."""
-    seed = os.environ.get("QMPBLOCK_SEED") or str(random.SystemRandom().getrandbits(32))
+    seed = os.environ.get("QMPBLOCK_SEED") or str(seed_of_tree())
     for turn in itertools.cycle(range(qemus)):
         yield {"QMPBLOCK_SEED": seed, "QMPBLOCK_TURN": f"{turn}/{qemus}"}
 

@@ -1,11 +1,11 @@
 """This project's live tests: every VM of `start_qemu` must end as it began.
 
-Some tests run over every scenario and every case, which takes an hour for one QEMU. A run takes
-a sample of them, by chance, at least one of each function; QMPBLOCK_SEED repeats it. Where a run
-has several QEMUs (QMPBLOCK_TURN says which of how many this is), it deals out among them, by the
-same seed, the cases of each function, and what shows the same on each: any of these runs on one.
-`make soak` deals all cases out among its slices (QMPBLOCK_SLICE), and QMPBLOCK_WHOLE=1 runs them
-all.
+Some tests run over every scenario and every case, which takes an hour for one QEMU. A run takes a
+sample of them, at least one of each function; QMPBLOCK_SEED chooses it, which tools/run_tests.py
+takes from what is committed. Where a run has several QEMUs (QMPBLOCK_TURN says which of how many
+this is), it deals out among them, by the same seed, the cases of each function, and what shows the
+same on each: any of these runs on one. `make soak` deals all cases out among its slices
+(QMPBLOCK_SLICE), and QMPBLOCK_WHOLE=1 runs them all.
 """
 
 from __future__ import annotations

@@ -204,6 +204,31 @@ def test_qemus_take_turns(
     assert len({turn["QMPBLOCK_SEED"] for _, _, turn in live}) == 1
 
 
+def test_the_sample_follows_from_what_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=n", "-c", "user.email=e")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    seeds = []
+    git("init")
+    for text in ("one", "one", "another", "one"):
+        (tmp_path / "file").write_text(text)
+        git("add", "file")
+        git("commit", "--allow-empty", "-m", "message")
+        seeds.append(run_tests.seed_of_tree())
+    assert seeds[0] == seeds[1] == seeds[3] != seeds[2]
+
+
+def test_what_is_no_repository_has_a_sample_by_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_tests, "ROOT", tmp_path)
+    assert run_tests.seed_of_tree() != run_tests.seed_of_tree()
+
+
 def test_one_that_cannot_be_had_has_no_turn(
     monkeypatch: pytest.MonkeyPatch, live: list[tuple[str, list[str], dict[str, str]]]
 ) -> None:
