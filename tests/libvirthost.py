@@ -4,14 +4,22 @@ What it would write to /run/libvirt, /var/lib/libvirt, /etc/libvirt and so on li
 the test's, and no bridge, firewall or control group of the host can be seen, so two runs never
 meet, nor any of them the libvirt of this host. It is reached through the root of the process that
 holds the namespaces, so it can be killed and started again under the same address.
+
+What is not installed is taken from the packages that tools/fetch_libvirt.py unpacks: laid over
+/usr in that namespace, and loaded into this process from where they lie.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
 import os
-import shutil
+import platform
 import signal
 import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +29,17 @@ import pytest
 
 from qmpblock.host.processes import die_with_parent
 
+_FETCH = Path(__file__).parents[1] / "tools" / "fetch_libvirt.py"
+_TRIPLET = f"{platform.machine()}-linux-gnu"
+_PACKAGES = "usr/lib/python3/dist-packages"
+_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+_MODULES = (
+    f"libvirtmod{_SUFFIX}",
+    f"libvirtmod_qemu{_SUFFIX}",
+    "libvirt.py",
+    "libvirt_qemu.py",
+)
+_PARTS = ("usr/sbin/libvirtd", f"usr/lib/{_TRIPLET}/libvirt/connection-driver", "usr/bin/virsh")
 FOLDERS = {
     "run": "/run",
     "lib": "/var/lib",
@@ -35,6 +54,7 @@ _ENTER = "\n".join(
             f'mkdir -p {there}/libvirt && mount --bind "$1/{here}" {there}/libvirt'
             for here, there in FOLDERS.items()
         ),
+        '[ "$2" = / ] || mount -t overlay -o "lowerdir=$2/usr:/usr" overlay /usr',
         "umount -R -l /sys/fs/cgroup || true",
         'echo && exec sleep "infinity"',
     ]
@@ -60,10 +80,60 @@ def require() -> None:
     """Skip the test, with the reason, where there is no libvirt to be had."""
     if os.geteuid() != 0:
         pytest.skip("needs root, for namespaces of its own")
-    for program in ("libvirtd", "virsh", "unshare", "nsenter"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed (Debian's libvirt-daemon-system)")
-    pytest.importorskip("libvirt_qemu", reason="libvirt's Python binding is not installed")
+    unpacked, why = _unpacked()
+    if unpacked is None:
+        pytest.skip(f"no libvirt: {why}")
+    if importlib.util.find_spec("libvirt_qemu") is None and _binding(unpacked) is None:
+        pytest.skip(f"no Python binding of libvirt for this Python ({_MODULES[0]})")
+
+
+@functools.cache
+def _unpacked() -> tuple[Path | None, str]:
+    """Return under which folder lies what is not installed, or why it cannot be had."""
+    if all((Path("/") / part).exists() for part in _PARTS):
+        return Path("/"), ""
+    done = subprocess.run([sys.executable, _FETCH], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None, done.stderr.strip()
+    return Path(done.stdout.strip()), ""
+
+
+def _binding(unpacked: Path) -> Path | None:
+    """Return where Debian's Python binding lies, if it is one for this Python."""
+    places = (top / _PACKAGES for top in (unpacked, Path("/")))
+    return next((place for place in places if (place / _MODULES[0]).exists()), None)
+
+
+def _bring_in(unpacked: Path, folder: Path, patched: pytest.MonkeyPatch) -> None:
+    """Let this process, and what it starts, import the binding, and nothing else of its place.
+
+    The libraries that the machine lacks are loaded by their paths, and found by name from then on.
+
+    :param folder: where links to it are made.
+    """
+    binding = _binding(unpacked)
+    assert binding is not None
+    folder.mkdir()
+    for name in _MODULES:
+        (folder / name).symlink_to(binding / name)
+    libraries = unpacked / "usr" / "lib" / _TRIPLET
+    if unpacked != Path("/"):
+        _load(sorted(libraries.glob("*.so.*")))
+        patched.setenv("LD_LIBRARY_PATH", str(libraries), prepend=os.pathsep)
+    patched.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    patched.syspath_prepend(folder)
+
+
+def _load(libraries: list[Path]) -> None:
+    """Load them all, those that another one needs first."""
+    left: list[Path] = []
+    for library in libraries:
+        try:
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        except OSError:
+            left.append(library)
+    if left and len(left) < len(libraries):
+        _load(left)
 
 
 class LibvirtHost:
@@ -72,7 +142,7 @@ class LibvirtHost:
     :ivar uri: for virsh and qmpblock.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, unpacked: Path) -> None:
         self._folder = folder
         self._daemon: subprocess.Popen[bytes] | None = None
         for name in FOLDERS:
@@ -82,13 +152,14 @@ class LibvirtHost:
         )
         (folder / "etc" / "libvirtd.conf").write_text('auth_unix_rw = "none"\n')
         self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--net", "sh", "-ec", _ENTER, "sh", str(folder)],
+            ["unshare", "--mount", "--net", "sh", "-ec", _ENTER, "sh", str(folder), str(unpacked)],
             stdout=subprocess.PIPE,
             preexec_fn=die_with_parent(),
         )
         assert self._holder.stdout is not None
         with self._holder.stdout as told:
             assert told.readline() == b"\n", "no namespaces of its own"
+        self._inside = ("nsenter", "-m", "-n", "-t", str(self._holder.pid))
         self.socket = Path(f"/proc/{self._holder.pid}/root/run/libvirt/libvirt-sock")
         self.uri = f"qemu+unix:///system?socket={self.socket}"
 
@@ -100,10 +171,7 @@ class LibvirtHost:
         log = (self._folder / "daemon.log").open("ab")
         self._daemon = subprocess.Popen(
             # Its pid file would be in /run itself, where all would meet.
-            [
-                *("nsenter", "-m", "-n", "-t", str(self._holder.pid)),
-                *("libvirtd", "--pid-file", "/run/libvirt/libvirtd.pid"),
-            ],
+            [*self._inside, "libvirtd", "--pid-file", "/run/libvirt/libvirtd.pid"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -133,7 +201,10 @@ class LibvirtHost:
 
     def _virsh(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["virsh", "-q", "-c", self.uri, *words], capture_output=True, text=True, timeout=120
+            [*self._inside, "virsh", "-q", "-c", self.uri, *words],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     def domain(self, name: str, image: Path, kind: str, emulator: str) -> int:
@@ -171,9 +242,14 @@ def _kill(pid: int) -> None:
 @contextmanager
 def libvirt_host(folder: Path) -> Iterator[LibvirtHost]:
     """Run one for as long as the body does; end it then, and its domains."""
-    host = LibvirtHost(folder)
-    try:
-        host.start()
-        yield host
-    finally:
-        host.end()
+    unpacked, _ = _unpacked()
+    assert unpacked is not None, "ask `require` first"
+    host = LibvirtHost(folder, unpacked)
+    with pytest.MonkeyPatch.context() as patched:
+        try:
+            if importlib.util.find_spec("libvirt_qemu") is None:
+                _bring_in(unpacked, folder / "python", patched)
+            host.start()
+            yield host
+        finally:
+            host.end()

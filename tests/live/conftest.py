@@ -145,6 +145,7 @@ EITHER = (
     "test_harness",
     "test_identity",
     "test_job_commands",
+    "test_libvirt",
     "test_linux",
     "test_migration_dry_run",
     "test_lock",

@@ -1,8 +1,6 @@
 """Through libvirt's own monitor: what is read, thin allocation, and a daemon that goes away.
 
-The judge is libvirt: what it says of the domain, and what its own commands do afterwards. It is
-not among what `make` installs: apt-get install libvirt-daemon-system libvirt-clients libvirt-dev,
-then .venv/bin/pip install libvirt-python; without it these are skipped.
+The judge is libvirt: what it says of the domain, and what its own commands do afterwards.
 """
 
 import asyncio

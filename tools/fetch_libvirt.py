@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Have libvirt's daemon for the tests, without installing it: a daemon is nothing to leave behind.
+
+::
+
+    tools/fetch_libvirt.py
+
+Prints the folder under which the packages lie that this machine lacks, unpacked in the cache
+(`$QMPBLOCK_CACHE`, default `~/.cache/qmpblock`): laid over the machine's own /usr, in a mount
+namespace, they are what an installed libvirt would be (tests/libvirthost.py). On a machine that
+has it all, the folder is empty. What is in the cache is not fetched again, and needs no network.
+
+They are those of the machine's own Debian, by its own apt, which resolves the dependencies and
+verifies every signature and hash; its package state is read, and not changed. Needs no root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fetch_qemu import FetchError, default_cache, locked, run, unpack
+
+PACKAGES = (
+    "libvirt-daemon",
+    "libvirt-daemon-driver-qemu",
+    "libvirt-clients",
+    "python3-libvirt",
+)
+PROGRAM = "usr/sbin/libvirtd"
+MERGED = ("bin", "lib", "lib64", "sbin")  # links into /usr, which packages may not know
+
+
+def download(folder: Path) -> list[Path]:
+    """Download what is missing here of the packages and of what they depend on.
+
+    :raise FetchError: apt cannot have them, by the machine's lists nor by fresh ones.
+    """
+    (folder / "archives" / "partial").mkdir(parents=True)
+    (folder / "lists" / "partial").mkdir(parents=True)
+    settings = [f"Dir::Cache={folder}", "Debug::NoLocking=1", "APT::Sandbox::User="]
+    options = [word for one in settings for word in ("-o", one)]
+    asked = ("install", "-q", "-y", "--download-only", "--no-install-recommends", *PACKAGES)
+    try:
+        run(["apt-get", *options, *asked])
+    except FetchError:  # the lists are old, or there are none
+        options += ["-o", f"Dir::State::lists={folder / 'lists'}"]
+        run(["apt-get", *options, "update", "-q", "-o", "APT::Update::Error-Mode=any"])
+        run(["apt-get", *options, *asked])
+    return sorted((folder / "archives").glob("*.deb"))
+
+
+def merge(root: Path) -> None:
+    """Put what lies in /lib and the like to where those links lead."""
+    for name in MERGED:
+        if (root / name).is_dir():
+            shutil.copytree(root / name, root / "usr" / name, symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(root / name)
+
+
+def check(root: Path) -> None:
+    """See that the daemon finds all of its libraries; raises FetchError."""
+    program = next((top / PROGRAM for top in (root, Path("/")) if (top / PROGRAM).exists()), None)
+    if program is None:
+        raise FetchError(f"the packages hold no {PROGRAM}")
+    places = ":".join(str(path) for path in sorted((root / "usr" / "lib").glob("*-linux-*")))
+    listed = run(["ldd", program], LD_LIBRARY_PATH=places)
+    lacking = [line.split()[0] for line in listed.splitlines() if line.endswith("not found")]
+    if lacking:
+        raise FetchError(f"the packages lack the libraries {', '.join(lacking)}")
+
+
+def place_in(cache: Path) -> Path:
+    """Return where it is in a cache: packages of one Debian are of no use to another."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        release = {}
+    return cache / "libvirt" / f"{release.get('VERSION_CODENAME', 'unknown')}-{platform.machine()}"
+
+
+def fetch(cache: Path) -> Path:
+    """Return the folder in the cache, fetching it first where it is not there.
+
+    Atomic: it is unpacked and tried out beside its place, and then renamed.
+
+    :raise FetchError: it cannot be had; says why.
+    """
+    place = place_in(cache)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(place.parent / ".lock"),
+        tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as name,
+    ):
+        if (place / "fetched.json").exists():
+            return place / "root"
+        print("fetching libvirt's packages, to unpack and not to install them", file=sys.stderr)
+        made = Path(name) / "made"
+        archives = download(Path(name) / "apt")
+        (made / "root").mkdir(parents=True)
+        unpack(archives, made / "root")
+        merge(made / "root")
+        check(made / "root")
+        said = {"packages": [archive.name for archive in archives]}
+        (made / "fetched.json").write_text(json.dumps(said, indent=1) + "\n")
+        made.rename(place)
+    return place / "root"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Unpack libvirt's packages in a cache folder.")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    try:
+        print(fetch(options.cache))
+    except (FetchError, OSError) as error:
+        print(f"cannot have libvirt: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
