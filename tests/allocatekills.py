@@ -82,7 +82,7 @@ ALLOCATIONS = tuple(_operations())
 
 _DECISIVE = (
     *("blockdev-", "block-commit", "block-stream", "job-", "transaction", "object-"),
-    "human-monitor-command",
+    *("block-export-", "block-dirty-bitmap-", "human-monitor-command"),
 )
 
 

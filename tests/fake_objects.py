@@ -60,7 +60,14 @@ class Objects(dict):
             self.verbs.append((command, arguments))
             self._steer(command, name)
             return done
+        if command == "block-export-del":
+            if self.drawing.exports.pop(name, None) is None:
+                return _error("GenericError", f"Export '{name}' is not found")
+            self.fake.event("BLOCK_EXPORT_DELETED", id=name)
+            return done
         if command == "blockdev-del" and arguments["node-name"] in self.drawing.nodes:
+            if arguments["node-name"] in self.drawing.exports.values():
+                return _error("GenericError", f"Node {arguments['node-name']} is in use")
             del self.drawing.nodes[arguments["node-name"]]
             return done
         asked = {

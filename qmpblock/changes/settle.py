@@ -66,7 +66,8 @@ async def settle(
     clock = asyncio.get_running_loop().time
     deadline, dying = clock() + vm.stall, clock() + min(_DYING, vm.stall)
     graph: BlockGraph | None = None
-    for _ in range(_ROUNDS):
+    rounds = 0
+    while rounds < _ROUNDS:
         graph = await vm.graph() if graph is None else graph
         made = _made(journal)
         stale = None if journal is None else journal.pivoted
@@ -79,9 +80,11 @@ async def settle(
         if not todo and (refused or mapped):
             again |= {step for step in done if step.verb == "delete-node"}
             done -= again
+            await _end_dead_exports(vm)  # nobody else does
             await asyncio.sleep(_LOOK)
             graph = None
             continue
+        rounds += 1
         if not todo or todo[0].verb == "follow":
             return graph
         for step in todo:
@@ -153,10 +156,15 @@ async def _resume(its: _Settling, step: Step) -> None:
     await resume(its.vm, step.what)
 
 
-async def _end_export(its: _Settling, step: Step) -> None:
-    # Its server goes, too, where it is a dead controller's; a BusyError is about that alone.
+async def _end_dead_exports(vm: Connection) -> None:
+    """End the exports of a controller that died: they keep nodes, and bitmaps, from going."""
+    # Its server goes, too; a BusyError is about that alone.
     with contextlib.suppress(BusyError):
-        await clear_dead(its.vm.monitor, stall=its.vm.stall)
+        await clear_dead(vm.monitor, stall=vm.stall)
+
+
+async def _end_export(its: _Settling, step: Step) -> None:
+    await _end_dead_exports(its.vm)
     await delete_export(its.vm.monitor, step.what, its.vm.stall)
 
 
@@ -166,6 +174,7 @@ async def _take_out(its: _Settling, step: Step) -> None:
 
 async def _delete_bitmap(its: _Settling, step: Step) -> None:
     node, _, name = step.what.partition("/")
+    await _end_dead_exports(its.vm)  # one of its disk's own node may show it
     await delete_bitmap(its.vm, node, name)
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from drawing import RUN, Drawing, chain, record
-from fake_objects import fake_vm
+from fake_objects import dead, fake_vm
 
+from qmpblock.changes import settle as settling
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.settle import device_of, settle
 from qmpblock.changes.step import Choice
+from qmpblock.names import NBD_LOCK, export_name
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +116,35 @@ async def test_what_lies_upon_each_other_goes_between_two_looks(tmp_path, overla
     assert [name for name in asked if not name.startswith(("query-", "x-"))] == ["blockdev-del"] * 2
     assert set(drawing.nodes) == {"d0", "d0-f"}
     assert not path.exists()
+
+
+OURS = f"qmpblock-{RUN}-to-0"
+MAPPED = "0badcafe"
+
+
+def exported():
+    """Draw a node of a change that somebody of ours exports."""
+    return chain("d0").image(OURS, file="/i/t").device("d0").export(export_name(MAPPED, 0), OURS)
+
+
+async def test_exports_of_a_controller_that_died_are_ended(tmp_path):
+    """Whatever it did: nobody else ends them, and they keep nodes from going."""
+    its = record(operation="snapshot", nodes=(OURS,), files=())
+    use = {"exports": [export_name(MAPPED, 0)], "path": "", "ports": []}
+    async with fake_vm(tmp_path / "q", exported()) as (vm, objects):
+        objects.hold(NBD_LOCK, dead(MAPPED, **use, monitor=str(tmp_path / "q"), custody=False))
+        await settle(vm, its, None, Choice.UNDO)
+        assert objects.drawing.exports == {}
+        assert OURS not in objects.drawing.nodes
+        assert NBD_LOCK not in objects.objects
+
+
+async def test_one_that_lives_is_not_waited_for_without_an_end(tmp_path, monkeypatch):
+    """What it exports stays, and that is no failure, however often it was looked at."""
+    monkeypatch.setattr(settling, "_LOOK", 0.001)
+    monkeypatch.setattr(settling, "_ROUNDS", 3)
+    its = record(operation="snapshot", nodes=(OURS,), files=())
+    async with fake_vm(tmp_path / "q", exported()) as (vm, objects):
+        vm.stall = 0.1
+        await settle(vm, its, None, Choice.UNDO)
+        assert OURS in objects.drawing.nodes
