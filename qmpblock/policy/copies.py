@@ -3,7 +3,7 @@
 A copy is there where its file bears the target's name, for no copy of ours bears that before it is
 whole (`qmpblock.copying.targetfile`), and is an image of the format and the size that it would
 have. So one that is there is left alone, however old it is; what is missing is copied, once. What
-a copy left that was broken off is gone on from, or (of the end) goes.
+a copy left that was broken off is gone on from, or goes where that cannot be.
 """
 
 from __future__ import annotations
@@ -120,13 +120,14 @@ async def look_at_copies(vm: VM, wanted: CopyPolicy, *, undo: bool) -> CopiesPla
 def _words(wanted: CopyPolicy, files: Iterable[str]) -> CopyWords:
     """Return the options as keywords.
 
-    What another copy has left is gone on from: only where it has, for that takes more.
+    What another copy has left is gone on from: only where it has, for that takes more. Of the end
+    the VM is paused for it, which the plan says.
     """
     words = cast("CopyWords", dict(vars(wanted.options)))
     left = any(os.path.lexists(partial_file(file)) for file in files)
     asked = wanted.options
     made_anew = asked.compress or asked.cluster_size is not None  # what is there is as it was made
-    words["resume"] = left and asked.point == "start" and not made_anew
+    words["resume"] = left and not made_anew
     return words
 
 
