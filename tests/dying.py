@@ -25,6 +25,8 @@ import qmpblock.nbd
 import qmpblock.policy.file
 import qmpblock.policy.run
 from qmpblock.copying.copy import copy
+from qmpblock.copying.exporting import exported
+from qmpblock.copying.fleecing import Fleece
 
 DIED = 9
 
@@ -64,6 +66,11 @@ async def perform(vm, what):
         disks = [await vm.disk(disk) for disk in what["disks"]]
         async with vm.point_in_time(disks, fleece=what.get("fleece")) as points:
             return len(points)
+    if what["do"] == "export":
+        disks = [await vm.disk(disk) for disk in what["disks"]]
+        async with exported(vm, disks, Fleece(), what["words"], stdin=what["stdin"]) as export:
+            assert await export.wait() == 0
+        return export.result
     if what["do"] == "copy":
         del arguments["targets"]
         named = {await vm.disk(disk): file for disk, file in what["targets"].items()}

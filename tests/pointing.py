@@ -1,6 +1,8 @@
 """What the tests of points in time share: the disks, a guest that writes, and how it ends."""
 
+import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import pytest
 from disturbed import nothing_of_ours, until
@@ -44,6 +46,18 @@ STEPS = (
     StressSpec(disk=0, blocks=1024, block_size=4096, seed=1),
     StressSpec(disk=1, blocks=1024, block_size=16384, seed=2),
 )
+
+
+@pytest.fixture
+def in_memory():
+    """Return a directory for what is kept, in which no write waits for a busy disk.
+
+    A point that has to wait for five seconds is given up, by design.
+    """
+    memory = Path("/dev/shm")
+    place = memory if memory.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="kept-", dir=place) as directory:
+        yield directory
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from killing import CHAIN, IOTHREAD, TWO, Operation
 
 
 class Point(Operation):
-    """One way of `VM.point_in_time`, entered and left; it changes nothing."""
+    """One way of `VM.point_in_time`, or of what is made of it; it changes nothing."""
 
     @property
     def runs_a_job(self):
@@ -19,6 +19,8 @@ class Point(Operation):
 
 _CHAIN = (("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw"),)
 _ONE = {"do": "point", "disks": ["vd0"]}
+_TRUE = {"do": "export", "words": ["true"]}
+_CAT = {"do": "export", "words": ["sh", "-c", "cat > /dev/null"]}
 _THROTTLED = CHAIN.format(attach="attach: {filters: [throttle]}\n")
 _NEEDS = pytest.mark.needs_qemu(">= 10.0", reason="K1: one that goes away would end QEMU")
 
@@ -31,6 +33,8 @@ POINTS = [
         {"do": "point", "disks": ["vd0", "vd1"]},
         (("d0-1.qcow2", "d0-0.raw"), ("d1-0.qcow2",)),
     ),
+    Point("export", CHAIN.format(attach=""), {**_ONE, **_TRUE, "stdin": False}, _CHAIN),
+    Point("export-stdin", CHAIN.format(attach=""), {**_ONE, **_CAT, "stdin": True}, _CHAIN),
     pytest.param(
         Point("point-iothread", CHAIN.format(attach=IOTHREAD), _ONE, _CHAIN), marks=_NEEDS
     ),

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -39,6 +39,7 @@ __all__ = [
     "emit",
     "pair",
     "run",
+    "signals_go_to",
     "unmanaged_option",
 ]
 
@@ -50,6 +51,7 @@ _COMMANDS = {
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
     "disks": "List a VM's disks: their layers, filters, jobs and exports.",
     "doctor": "Say what is missing here, and which commands need it.",
+    "export": "Run a command that reads disks of a running VM as they were when it began.",
     "job": "Steer a background job of ours: pause, resume, speed, cancel, complete, ...",
     "jobs": "List a VM's background jobs, ours and others'.",
     "map": "Show which layer holds every byte of a running disk, or of a closed image.",
@@ -274,10 +276,14 @@ unmanaged_option = click.option(
 )
 
 
-def command(work: Callable[..., Coroutine[Any, Any, int | None]]) -> click.Command:
+def command(
+    work: Callable[..., Coroutine[Any, Any, int | None]], *, cls: type[click.Command] | None = None
+) -> click.Command:
     """Make a click command of a coroutine function `work(options, **parameters)`.
 
     What that returns is the exit code; None is 0.
+
+    :param cls: of the command.
     """
 
     @functools.wraps(work)
@@ -300,7 +306,7 @@ def command(work: Callable[..., Coroutine[Any, Any, int | None]]) -> click.Comma
     for option in reversed(_SHARED):
         call = option(call)
     name = work.__name__.removesuffix("_command").strip("_")
-    return click.command(name=name)(call)
+    return click.command(name=name, cls=cls or click.Command)(call)
 
 
 async def _interruptible(work: Coroutine[Any, Any, int | None]) -> int | None:
@@ -311,8 +317,10 @@ async def _interruptible(work: Coroutine[Any, Any, int | None]) -> int | None:
     assert task is not None
     loop = asyncio.get_running_loop()
 
-    def interrupt() -> None:
-        if not task.cancelling():
+    def interrupt(number: int) -> None:
+        if _takers:
+            _takers[-1](number)
+        elif not task.cancelling():
             task.cancel()
         else:
             _complain(
@@ -323,8 +331,21 @@ async def _interruptible(work: Coroutine[Any, Any, int | None]) -> int | None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Not the main thread: an embedder's business.
         with contextlib.suppress(RuntimeError, ValueError):
-            loop.add_signal_handler(number, interrupt)
+            loop.add_signal_handler(number, interrupt, number)
     return await work
+
+
+_takers: list[Callable[[int], None]] = []
+
+
+@contextlib.contextmanager
+def signals_go_to(take: Callable[[int], None]) -> Iterator[None]:
+    """Have `take` called with each signal that would cancel the command otherwise."""
+    _takers.append(take)
+    try:
+        yield
+    finally:
+        _takers.remove(take)
 
 
 def emit(text: str) -> None:

@@ -7,15 +7,23 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from qmpblock.copying.fleecing import Fleece, fleecing
+from qmpblock.address import TCPAddress, UnixAddress, parse_address
+from qmpblock.copying.fleecing import PATIENCE, Fleece, fleecing
+from qmpblock.copying.windows import CONTEXT
+from qmpblock.errors import Error, NBDError, StalledError
 from qmpblock.export.served import check_served, serving
 from qmpblock.qemu import ownership
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from qmpblock.mapping import MappedDisk
+    from qmpblock.nbd import Client
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["PointInTime", "point_in_time"]
+__all__ = ["PointInTime", "opened", "point_in_time", "why_ended"]
+
+_LITTLE = 512  # bytes that tell whether a point can be read at all
 
 DiskT = TypeVar("DiskT", bound="MappedDisk")
 
@@ -56,3 +64,44 @@ async def point_in_time(
             disk: PointInTime(one.uri, one.socket, one.name, view.size)
             for disk, view, one in zip(disks, views, exports, strict=True)
         }
+
+
+async def opened(vm: Connection, point: PointInTime) -> Client:
+    """Connect to a point, as anybody's client does.
+
+    :raise NBDError: it cannot be reached.
+    """
+    from qmpblock.nbd import Client, tls_context
+
+    foreign = parse_address(vm.nbd.address) if vm.nbd.address is not None else None
+    return await Client.connect(
+        UnixAddress(point.socket) if foreign is None else foreign,
+        export=point.export,
+        contexts=[CONTEXT],
+        tls=tls_context(vm.nbd.tls_creds) if foreign and vm.nbd.tls_creds else None,
+        tls_hostname=foreign.host if isinstance(foreign, TCPAddress) else None,
+        stall=vm.stall,
+    )
+
+
+async def why_ended(vm: Connection, points: Mapping[DiskT, PointInTime]) -> Error | None:
+    """Say which point has ended while it is still exported; None where all can be read.
+
+    QEMU tells nobody but its readers, each by an error, and then for good: so a little is read.
+    What was read before, with no error, was as it was at the instant.
+    """
+    for disk, point in points.items():
+        try:
+            async with await opened(vm, point) as client:
+                least = max(_LITTLE, client.block_size.minimum)
+                await client.read(0, min(least, client.size))
+        except (NBDError, StalledError) as error:
+            return Error(
+                f"the point in time of {disk.name} has ended: {error.message}",
+                standing="what the guest overwrote could not be kept any more (its file was full, "
+                f"or its storage failed or took longer than {PATIENCE} s); its writes went on. "
+                "Reads have failed since then, so do not rely on what was made of them",
+                remedy="give it more room: fleece=DIRECTORY, fleece_limit (--fleece, "
+                "--fleece-limit)",
+            )
+    return None

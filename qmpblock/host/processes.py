@@ -22,6 +22,7 @@ __all__ = [
     "describe_process",
     "die_with_parent",
     "end_child",
+    "family_of",
     "is_running",
     "pid_namespace",
     "shown_words",
@@ -178,6 +179,25 @@ class Peer:
 def is_running(pid: int, start: int, boot: str) -> bool:
     """Whether exactly that process runs on this host."""
     return pid > 0 and boot == boot_id() and start_time(pid) == start
+
+
+def family_of(pid: int) -> list[tuple[int, int]]:
+    """Return a process and all that it has started and that still runs: number, start time.
+
+    Not what has lost its parent, which is another's since then.
+    """
+    start = start_time(pid)
+    if start is None:
+        return []
+    found = [(pid, start)]
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            words = children.read_text().split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # that thread has ended
+        for word in words:
+            found += family_of(int(word))
+    return found
 
 
 def times_slept(pid: int | None, thread: int) -> int | None:

@@ -23,6 +23,7 @@ import pytest
 from hosts import host, land  # noqa: F401  # fixtures
 from migrating import begin  # noqa: F401  # a fixture
 from otherusers import eve  # noqa: F401  # a fixture
+from pointing import in_memory  # noqa: F401  # a fixture
 
 from qmpblock.chains import headers
 from qmpblock.testing.images import BuiltScenario, Tools, build
@@ -58,6 +59,8 @@ SHARES = {
     "test_detect_zeroes": 0.3,
     "test_drawings": 0.06,
     "test_export::test_a_busy_host_does_not_end_a_handshake": 0.5,
+    "test_export_command": 0.34,
+    "test_export_tools": 0.5,
     "test_export::test_the_guest_goes_away_in_the_middle": 0.17,
     "test_filling::test_what_lies_beside_the_ranges_stays_to_be_seen": 0.5,
     "test_harness::test_every_scenario_boots_and_its_images_verify": 0.15,

@@ -112,6 +112,7 @@ class Site:
             "copy --dry-run": ("copy", address, "vd0", images / "none.qcow2", "--dry-run"),
             "copy --latency": ("copy", address, "vd0", images / "slow.qcow2", "--latency", "20ms"),
             "copy --resume": ("copy", address, "vd0", images / "resumed.qcow2", "--resume"),
+            "export": ("export", address, "vd0", "--", "true"),
             "commit (middle layer)": ("commit", address, "vd0", "--top", "@1", "--base", "@2"),
             "commit (active layer)": ("commit", address, "vd0"),
             "snapshot (again)": ("snapshot", address, f"vd0={images}/newer.qcow2"),
