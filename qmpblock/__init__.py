@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qmpblock.errors import Error
     from qmpblock.extents.allocationmap import AllocationMap
     from qmpblock.host.closedimage import ClosedImage, ImageLayer, closed_image
+    from qmpblock.inventory.listing import RunningVM, vms
     from qmpblock.mapping import LayerMap
     from qmpblock.migration.job import MigrationJob, MigrationResult
     from qmpblock.migration.means import MigrationMeans
@@ -47,6 +48,7 @@ __all__ = [
     "Monitor",
     "Progress",
     "RoomResult",
+    "RunningVM",
     "Speed",
     "Verification",
     "__version__",
@@ -56,6 +58,7 @@ __all__ = [
     "recover_images",
     "recover_migration",
     "verify_images",
+    "vms",
 ]
 
 _HOMES = {
@@ -74,6 +77,7 @@ _HOMES = {
     "Monitor": "qemu.monitor",
     "Progress": "qemu.job",
     "RoomResult": "allocation.room",
+    "RunningVM": "inventory.listing",
     "Speed": "speed",
     "VM": "vm",
     "Verification": "copying.verify",
@@ -83,6 +87,7 @@ _HOMES = {
     "recover_images": "changes.imagerecovery",
     "recover_migration": "migration.recover",
     "verify_images": "copying.verify",
+    "vms": "inventory.listing",
 }
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from qmpblock.errors import printable
 
-__all__ = ["Manager", "Traits", "Verb", "Work", "recognise"]
+__all__ = ["Manager", "Traits", "Verb", "Work", "recognise", "refused"]
 
 Verb = Literal[
     "snapshot",
@@ -53,6 +53,21 @@ _EFFECTS: Mapping[str, str] = {
     "migrate": "the VM goes on in another QEMU: started again, there would be two",
 }
 
+#: What people call each, who ask for it by a command.
+_CALLED: Mapping[Verb, str] = {
+    "snapshot": "snapshot",
+    "pivot": "commit of the active layer",
+    "commit": "commit",
+    "stream": "stream",
+    "independent": "allocate --independent",
+    "reserve": "allocate --full of qcow2 and QED",
+    "point": "a point in time",
+    "copy": "copy",
+    "freeze": "copy of frozen layers",
+    "move": "copy --pivot",
+    "migrate": "migrate",
+}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -72,6 +87,11 @@ class Work:
     def effect(self) -> str:
         """What the manager is not told of, as the end of a sentence."""
         return _EFFECTS[self.verb]
+
+    @property
+    def called(self) -> str:
+        """What people call it."""
+        return _CALLED[self.verb]
 
 
 @dataclass(frozen=True)
@@ -107,6 +127,25 @@ class Manager:
     def way(self, work: Work) -> str:
         """Say how it does that by itself."""
         return _WAYS[self.name](self.vm, work)
+
+    def holds(self, chardev: str, description: str) -> bool:
+        """Whether a monitor is its own: whoever else takes that keeps it out.
+
+        :param chardev: the label of its character device; `description`: QEMU's words for that.
+        """
+        return _HOLDS[self.name](chardev, description)
+
+    def monitor_to_add(self, path: str) -> str:
+        """Say how a VM of its gets a second monitor, on a UNIX socket at a path.
+
+        It is there when the VM has been shut down and started again.
+        """
+        return _ADDS[self.name](self.vm, f"-qmp unix:{path},server=on,wait=off")
+
+
+def refused(manager: Manager | None) -> tuple[Verb, ...]:
+    """Return what is not done to the chains of a VM because of whose it is."""
+    return () if manager is None else get_args(Verb)
 
 
 def recognise(traits: Traits) -> Manager | None:
@@ -214,13 +253,13 @@ def _proxmoxs_way(vm: str, work: Work) -> str:
 # -- Incus, and LXD, of which it is a fork
 
 _INCUS = re.compile(r"(?:dev-)?(incus|lxd)_.+")
-_INCUS_SOCKET = re.compile(r"/(incus|lxd)/(?:[^,]*/)?([^/,]+)/qemu\.(?:monitor|qmp)")
+_INCUS_SOCKET = re.compile(r"/(incus|lxd)/(?:[^,]*/)?([^/,]+)/qemu\.(?:monitor|qmp|pid|conf)")
 
 
 def _incus(traits: Traits) -> Manager | None:
     names = (*traits.nodes, *traits.devices)
     node = next((match for match in map(_INCUS.fullmatch, names) if match), None)
-    sockets = map(_INCUS_SOCKET.search, traits.chardevs.values())
+    sockets = map(_INCUS_SOCKET.search, (*traits.chardevs.values(), *traits.arguments))
     socket = next((match for match in sockets if match), None)
     match = node or socket
     if match is None:
@@ -242,10 +281,12 @@ def _incuss_way(command: str, vm: str, work: Work) -> str:
 
 # -- Ganeti
 
+_GANETI_FOLDER = "/ganeti/kvm-hypervisor/"
+
 
 def _ganeti(traits: Traits) -> Manager | None:
     for description in traits.chardevs.values():
-        if "/ganeti/kvm-hypervisor/" in description:
+        if _GANETI_FOLDER in description:
             return Manager("Ganeti", traits.name, "its monitor's socket")
     return None
 
@@ -262,6 +303,24 @@ _WAYS = {
     "Incus": lambda vm, work: _incuss_way("incus", vm, work),
     "LXD": lambda vm, work: _incuss_way("lxc", vm, work),
     "Ganeti": _ganetis_way,
+}
+
+_HOLDS: Mapping[str, Callable[[str, str], bool]] = {
+    "libvirt": lambda chardev, _: chardev == "charmonitor",
+    "Proxmox VE": lambda chardev, said: chardev == "qmp-event" or bool(_PVE_SOCKET.search(said)),
+    "Incus": lambda _, said: bool(_INCUS_SOCKET.search(said)),
+    "LXD": lambda _, said: bool(_INCUS_SOCKET.search(said)),
+    "Ganeti": lambda _, said: _GANETI_FOLDER in said,
+}
+
+_ADDS: Mapping[str, Callable[[str, str], str]] = {
+    "libvirt": lambda vm, _: f"none is needed: give libvirt:{_word(vm, 'DOMAIN')} as the address",
+    "Proxmox VE": lambda vm, option: f"as root: qm set {_word(vm, 'VMID')} --args '{option}'",
+    "Incus": lambda vm, option: f"incus config set {_word(vm, 'INSTANCE')} raw.qemu='{option}'",
+    "LXD": lambda vm, option: f"lxc config set {_word(vm, 'INSTANCE')} raw.qemu='{option}'",
+    "Ganeti": lambda vm, option: (
+        f"gnt-instance modify -H kvm_extra='{option}' {_word(vm, 'INSTANCE')}"
+    ),
 }
 
 

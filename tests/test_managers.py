@@ -1,8 +1,10 @@
 """Who started a VM, by what it names inside QEMU, and what that manager does by itself."""
 
+from typing import get_args
+
 import pytest
 
-from qmpblock.managers import Traits, Work, recognise
+from qmpblock.managers import Traits, Verb, Work, recognise, refused
 
 OURS = Traits(
     nodes={"disk0": "qcow2", "#block123": "file", "libvirt": "raw", "drive-scsi0": "qcow2"},
@@ -51,6 +53,11 @@ CASES = {
     "incus by its device": (Traits(devices=("dev-incus_root",), name="x"), "Incus", "x"),
     "incus by its socket": (
         Traits(chardevs={"m": "unix:/run/incus/web/qemu.monitor,server=on"}, name="web"),
+        "Incus",
+        "web",
+    ),
+    "incus by its command line": (
+        Traits(name="web", arguments=("qemu", "-readconfig", "/run/incus/web/qemu.conf")),
         "Incus",
         "web",
     ),
@@ -127,3 +134,36 @@ def test_names_from_a_peer_are_quoted():
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_says_what_the_manager_would_not_know(verb):
     assert Work(verb, "x").effect
+
+
+@pytest.mark.parametrize(
+    ("case", "chardev", "description", "held"),
+    [
+        ("libvirt", "charmonitor", "socket", True),
+        ("libvirt", "mine", "unix:/run/qmpblock/web.qmp", False),
+        ("proxmox", "qmp", "unix:/var/run/qemu-server/104.qmp,server=on", True),
+        ("proxmox", "qmp-event", "unix:/var/run/qmeventd.sock", True),
+        ("proxmox", "compat_monitor0", "unix:/run/qmpblock/104.qmp", False),
+        ("incus", "monitor", "unix:/run/incus/web/qemu.monitor", True),
+        ("incus", "compat_monitor0", "unix:/run/incus/web/qmpblock.qmp", False),
+        ("lxd", "monitor", "unix:/run/lxd/web/qemu.monitor", True),
+        ("ganeti", "m", "unix:/var/run/ganeti/kvm-hypervisor/ctrl/web.qmp", True),
+        ("ganeti", "m", "unix:/run/qmpblock/web.qmp", False),
+    ],
+)
+def test_which_monitors_are_the_managers_own(case, chardev, description, held):
+    assert recognise(CASES[case][0]).holds(chardev, description) is held
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_says_how_a_second_monitor_is_added(case):
+    manager = recognise(CASES[case][0])
+    words = manager.monitor_to_add("/run/x.qmp")
+    wanted = "libvirt:" if manager.name == "libvirt" else "-qmp unix:/run/x.qmp,server=on,wait=off"
+    assert wanted in words
+
+
+def test_whoever_manages_a_vm_all_that_he_would_not_know_is_refused():
+    assert refused(None) == ()
+    assert set(refused(recognise(LIBVIRT))) == set(VERBS) == set(get_args(Verb))
+    assert len({Work(verb, "").called for verb in VERBS}) == len(VERBS)

@@ -61,6 +61,7 @@ _COMMANDS = {
     "snapshot": "Freeze the active layers of running disks at one point in time.",
     "stream": "Copy what lower layers hold into a layer of a running disk, and drop them.",
     "verify": "Compare two closed images byte for byte, holes and written zeros alike.",
+    "vms": "List the VMs of this host, whoever runs them, and how each can be worked on.",
 }
 WARNED = 4
 INTERRUPTED = 130

@@ -34,7 +34,7 @@ from qmpblock.graph.places import FileId, Missing, Place
 if TYPE_CHECKING:
     from qmpblock.graph.model import Node
 
-__all__ = ["NOWHERE", "OpenFiles", "openers", "sees_directory"]
+__all__ = ["NOWHERE", "OpenFiles", "names_here", "openers", "sees_directory"]
 
 _DRIVERS = ("file", "host_device")
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/(self|\d+))/fd/(\d+)")
@@ -153,8 +153,7 @@ class OpenFiles:
     def _relative(self, name: str) -> Iterator[tuple[FileId, str]]:
         """Yield the open files that a relative name may mean, from wherever it counts."""
         is_open, view = self.ids(), _View(self.pid)
-        starts = [one for one in self._starts() if one.startswith("/")]
-        for full in (posixpath.join(start, name) for start in starts):
+        for full in (posixpath.join(start, name) for start in _starts(self.pid)):
             file = view.file(full)
             if file is not None and file in is_open:
                 yield file, view.real(full) or full
@@ -169,16 +168,6 @@ class OpenFiles:
             others = {other.fd for other in self._open if other.file == one.file}
             if one.fd in descriptors and others - descriptors:
                 yield one.file, one.name
-
-    def _starts(self) -> Iterator[str]:
-        """Yield the directories from which relative names may count."""
-        with suppress(OSError):
-            yield str(Path(f"/proc/{self.pid}/cwd").readlink())
-        with suppress(OSError):
-            # Where a shell started it: -daemonize leaves for the root directory.
-            for word in Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0"):
-                if word.startswith(b"PWD="):
-                    yield os.fsdecode(word[4:])
 
     def _placed(self, file: FileId, names: Iterable[str]) -> Place | Missing:
         """Choose the first name that leads to a file."""
@@ -233,6 +222,25 @@ class OpenFiles:
         return False
 
 
+def names_here(pid: int, name: str) -> list[str]:
+    """Return names that lead here to what a name may lead to for another process.
+
+    Told are those of what is there now, however it came there; of a relative name all that it may
+    mean. None where that process's files cannot be seen, and its name leads nowhere here.
+    """
+    starts = [posixpath.sep] if name.startswith("/") else _starts(pid)
+    found = []
+    for full in (posixpath.join(start, name) for start in starts):
+        for view in _views(pid):
+            there = view.canonical(full)
+            if there is None:
+                continue
+            here = full if view.pid is None or _sees_as_we_do(pid) else f"/proc/{pid}/root{there}"
+            if Path(here).exists() and here not in found:
+                found.append(here)
+    return found
+
+
 def openers(file: FileId) -> list[int]:
     """Return the processes that have a file open, of those that can be seen from here."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
@@ -280,6 +288,19 @@ def _descriptors(pid: int) -> Iterator[_Open]:
             yield _Open(
                 int(entry.name), name.removesuffix(_DELETED) if deleted else name, file, deleted
             )
+
+
+def _starts(pid: int | None) -> list[str]:
+    """Return the directories from which a process's relative names may count."""
+    starts = []
+    with suppress(OSError):
+        starts.append(str(Path(f"/proc/{pid}/cwd").readlink()))
+    with suppress(OSError):
+        # Where a shell started it: -daemonize leaves for the root directory.
+        for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            if word.startswith(b"PWD="):
+                starts.append(os.fsdecode(word[4:]))
+    return [one for one in starts if one.startswith("/")]
 
 
 def _views(pid: int) -> tuple[_View, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmpblock.address import Address, SSHAddress, UnixAddress
 
-__all__ = ["holders"]
+__all__ = ["holders", "is_held"]
 
 # linux/netlink.h, sock_diag.h, unix_diag.h
 _NETLINK_SOCK_DIAG = 4
@@ -45,6 +45,14 @@ def holders(address: Address | SSHAddress) -> tuple[int, ...]:
     except (OSError, ValueError, struct.error):
         return ()
     return tuple(sorted(_processes(ends))) if ends else ()
+
+
+def is_held(address: UnixAddress) -> bool:
+    """Whether a connection to a listening socket was accepted, and stands, as far as is seen."""
+    try:
+        return bool(_unix_ends(address))
+    except (OSError, ValueError, struct.error):
+        return False
 
 
 def _unix_ends(address: UnixAddress) -> set[int]:

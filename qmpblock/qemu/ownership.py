@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.host.processes import command_line
-from qmpblock.managers import Traits, Work, recognise
+from qmpblock.managers import Manager, Traits, Work, recognise, refused
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.runstate import MIGRATION_OVER, OF_ITS_OWN
 
@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, Device
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Owner", "Situation", "ask", "ask_for_change", "inactive_devices", "look", "situation"]
+__all__ = [
+    "Owner",
+    "Situation",
+    "ask",
+    "ask_for_change",
+    "inactive_devices",
+    "look",
+    "manager_of",
+    "situation",
+]
 
 
 class Owner(Enum):
@@ -187,6 +196,20 @@ async def ask(
         raise UnsupportedError(owned.why, standing=standing, remedy=owned.remedy)
 
 
+async def manager_of(vm: Connection, graph: BlockGraph) -> Manager | None:
+    """Return who manages a VM, by all that can be seen of it; None: nobody that we know."""
+    chardevs, called = await vm.monitor.read("query-chardev", "query-name")
+    return recognise(
+        Traits(
+            nodes={node.name: node.driver for node in graph.nodes.values()},
+            devices=tuple(name for device in graph.devices for name in device.names()),
+            chardevs={str(one["label"]): str(one["filename"]) for one in chardevs},
+            name=str(called.get("name", "")),
+            arguments=command_line(vm.monitor.peer_pid),
+        )
+    )
+
+
 async def ask_for_change(vm: Connection, work: Work, graph: BlockGraph | None = None) -> None:
     """Go on only where nobody else owns the chain that is to be changed.
 
@@ -198,19 +221,8 @@ async def ask_for_change(vm: Connection, work: Work, graph: BlockGraph | None = 
     """
     if vm.unmanaged:
         return
-    monitor = vm.monitor
-    if graph is None:
-        graph = await vm.graph()
-    chardevs, called = await monitor.read("query-chardev", "query-name")
-    traits = Traits(
-        nodes={node.name: node.driver for node in graph.nodes.values()},
-        devices=tuple(name for device in graph.devices for name in device.names()),
-        chardevs={str(one["label"]): str(one["filename"]) for one in chardevs},
-        name=str(called.get("name", "")),
-        arguments=command_line(monitor.peer_pid),
-    )
-    manager = recognise(traits)
-    if manager is not None:
+    manager = await manager_of(vm, await vm.graph() if graph is None else graph)
+    if manager is not None and work.verb in refused(manager):
         raise UnsupportedError(
             f"this VM is managed by {manager.name} ({printable(manager.told_by)}), which would not "
             f"know that {work.effect}",

@@ -164,6 +164,7 @@ EITHER = (
     "test_traced",
     "test_untrusted",
     "test_verify",
+    "test_vms",
     "test_wheel",
     "test_your_tool",
 )

@@ -17,7 +17,10 @@ from chains import cli
 from libvirthost import libvirt_host, require
 
 import qmpblock
+from qmpblock.address import LibvirtAddress
 from qmpblock.errors import ConnectError, DisconnectedError, NotFoundError, UnsupportedError
+from qmpblock.inventory import listing
+from qmpblock.inventory.processes import Found
 from qmpblock.testing.images import Tools
 from qmpblock.testing.scratch import leave, private_directory
 
@@ -110,6 +113,24 @@ async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(host, chai
     host.virsh("destroy", "web")
     assert run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 1 0 512k", chain)
     assert run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 2 512k 1M", chain)
+
+
+async def test_its_domains_are_among_the_vms_of_this_host(host, chain, qemu_binary, monkeypatch):
+    """The daemon is in a namespace of the tests', so the address is made to lead there."""
+    pid = host.domain("listed", chain, "qcow2", qemu_binary)
+    address, every = LibvirtAddress("listed", host.uri), listing.qemus
+    with monkeypatch.context() as patched:
+        patched.setattr(listing, "qemus", lambda: [one for one in every() if one.pid == pid])
+        patched.setattr(listing, "_by_libvirt", lambda *_: asyncio.sleep(0, Found(address)))
+        [one] = await qmpblock.vms()
+    assert (one.name, one.manager.name, one.manager.vm) == ("listed", "libvirt", "listed")
+    assert (one.address, one.trouble) == (str(address), "")
+    assert [device.chain.active.file for device in one.devices] == [str(chain)]
+    async with qmpblock.connect(address) as vm:
+        disk = await vm.disk("vda")
+        with pytest.raises(UnsupportedError) as caught:
+            await disk.snapshot(chain.with_name("overlay.qcow2"))
+    assert caught.value.remedy.startswith(one.refused["snapshot"])
 
 
 async def test_what_libvirt_would_not_know_is_refused_with_its_own_command(
