@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chains import convert
 from disturbed import nothing_of_ours
 
 import qmpblock
@@ -145,10 +146,7 @@ async def arrived(source, destination, result):
     for number, disk in enumerate(destination.disks):
         its = spec(number)
         raw = disk.active.path.parent / "content"
-        form = disk.active.spec.format
-        await tools.run(
-            tools.img, "convert", "-f", form, "-O", "raw", str(disk.active.path), str(raw)
-        )
+        await convert(tools, disk.active, disk.active.describe(), raw)
         data = raw.read_bytes()
         raw.unlink()
         assert data[: 8 * MIB] == b"\xaa" * (8 * MIB)

@@ -6,9 +6,10 @@ another process can write to them until then, and has to have ended before the s
 (K36). An NBD client that goes away does no harm to it, as it does to a destination of QEMU 7.2
 (K1).
 
-It runs as the destination's user, opens the files that the destination has open, and serves them
-on a socket of ours, which it inherits. It has no monitor: SIGTERM has it write all that it holds,
-and end. It outlives us; the run in its command line tells whoever recovers which one it was.
+It runs as the destination's user, opens the files that the destination has open, with the keys
+that this one has, and serves them on a socket of ours, which it inherits. It has no monitor:
+SIGTERM has it write all that it holds, and end. It outlives us; the run in its command line tells
+whoever recovers which one it was.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ import re
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from qmpblock.address import UnixAddress
 from qmpblock.copying.target import NBDTarget
@@ -40,13 +40,11 @@ from qmpblock.errors import (
     printable,
 )
 from qmpblock.export.server import is_listening
-from qmpblock.graph.jsonname import said_by
-from qmpblock.graph.options import cache_options, discard_of
-from qmpblock.graph.places import Place
-from qmpblock.host.handed import User
-from qmpblock.host.openfiles import OpenFiles
+from qmpblock.host.handed import HandedFiles, User
 from qmpblock.host.processes import command_line, describe_process
+from qmpblock.host.qemuimg import handed_keys
 from qmpblock.host.socketfolder import SocketFolder, remove_socket
+from qmpblock.migration.imagenodes import ImageNodes, mark
 from qmpblock.migration.options import program
 from qmpblock.names import export_name, socket_folder
 from qmpblock.nbd.client import Client
@@ -54,7 +52,8 @@ from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.iothread import iothread_of
 
 if TYPE_CHECKING:
-    from qmpblock.graph.model import DiskDevice, Layer
+    from qmpblock.graph.model import DiskDevice
+    from qmpblock.host.qemuimg import Key
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["ImageServer", "end_image_server", "image_server", "image_server_left"]
@@ -75,6 +74,7 @@ class ImageServer:
     """The storage daemon of one migration: `start`, then `end`. Made by `of`.
 
     :param files: of each image, by names that lead to them here.
+    :param keys: of those that are encrypted, which the words name.
     :ivar targets: where each image is found, once it serves.
     :ivar whole: whether it has ended by itself, told to: all that it ever took in is in the images.
     """
@@ -84,12 +84,14 @@ class ImageServer:
         run: str,
         words: Sequence[str],
         files: Sequence[Sequence[str]],
+        keys: Sequence[Key],
         user: User | None,
         stall: float,
     ) -> None:
         self.whole = False
         self._words = list(words)
         self._files = files
+        self._keys = keys
         self._user = user
         self._stall = stall
         self._folder = SocketFolder(socket_folder(run))
@@ -102,7 +104,7 @@ class ImageServer:
         self._log = -1
 
     @classmethod
-    def of(cls, vm: Connection, run: str, disks: Sequence[DiskDevice]) -> ImageServer:
+    async def of(cls, vm: Connection, run: str, disks: Sequence[DiskDevice]) -> ImageServer:
         """Say how the disks of a destination are served. Changes nothing.
 
         :raise UnsupportedError: they cannot be: says why.
@@ -116,11 +118,10 @@ class ImageServer:
                 standing=UNTOUCHED,
                 remedy="do without the storage daemon",
             )
-        files, options = OpenFiles(pid), command_line(pid)
-        words, opened = _program(options), []
+        words, opened, nodes = _program(command_line(pid)), [], ImageNodes(pid, vm.monitor)
         for number, disk in enumerate(disks):
             name = export_name(run, number)
-            node = _images(disk.chain.layers, files, options)
+            node = await nodes.chain(disk.chain.layers)
             leaves = [node[edge] for edge in ("file", "data-file") if edge in node]
             opened.append([str(leaf["filename"]) for leaf in leaves])
             words += ["--blockdev", json.dumps({**node, "node-name": name})]
@@ -129,7 +130,7 @@ class ImageServer:
             words += ["--export", json.dumps(export)]
         user = User.of_process(pid)
         theirs = os.geteuid() == 0 and user.uid != 0
-        return cls(run, words, opened, user if theirs else None, vm.stall)
+        return cls(run, words, opened, nodes.keys, user if theirs else None, vm.stall)
 
     def marks(self) -> tuple[str, ...]:
         """Return what tells later that nobody has written to an image since; of each.
@@ -138,7 +139,7 @@ class ImageServer:
         not there any more: of that nothing tells it.
         """
         try:
-            return tuple(" ".join(map(_mark, files)) for files in self._files)
+            return tuple(" ".join(map(mark, files)) for files in self._files)
         except (OSError, UnsupportedError):
             return ()
 
@@ -169,9 +170,9 @@ class ImageServer:
 
     def _start(self, listening: int) -> None:
         address = {"addr": {"type": "fd", "str": str(listening)}}
-        # Before the exports, which need it.
+        # Before the exports, which need it; and before the images, which need the keys.
         at = self._words.index("--blockdev")
-        words = [*self._words[:at], "--nbd-server", json.dumps(address), *self._words[at:]]
+        first = ["--nbd-server", json.dumps(address)]
         rights: dict[str, Any] = {}
         if self._user is not None:
             rights = {
@@ -180,16 +181,18 @@ class ImageServer:
                 "extra_groups": self._user.groups,
             }
         self._log = os.memfd_create(_NAME)
-        self._process = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            pass_fds=[listening],
-            cwd="/",
-            start_new_session=True,  # Ctrl-C is for us
-            **rights,
-        )
+        with HandedFiles() as files:
+            first += handed_keys(files, self._keys)
+            self._process = subprocess.Popen(
+                [*self._words[:at], *first, *self._words[at:]],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=[listening, *files.descriptors],
+                cwd="/",
+                start_new_session=True,  # Ctrl-C is for us
+                **rights,
+            )
         _left.append(self._process)
 
     async def _until_it_serves(self) -> None:
@@ -265,11 +268,11 @@ async def image_server(
     :raise UnsupportedError: it is wanted, and cannot be.
     """
     if wanted and disks:
-        return ImageServer.of(vm, run, disks), ""
+        return await ImageServer.of(vm, run, disks), ""
     if not await _dies_of_exports(vm, disks):
         return None, ""
     try:
-        return ImageServer.of(vm, run, disks), ""
+        return await ImageServer.of(vm, run, disks), ""
     except UnsupportedError as error:
         return None, (
             f"the destination's QEMU {Capabilities(vm.monitor.version)} aborts where its "
@@ -300,80 +303,6 @@ def _program(options: Sequence[str]) -> list[str]:
     if found is None:
         raise UnsupportedError(_MISSING, standing=UNTOUCHED, remedy="install it, or do without it")
     return [found]
-
-
-def _images(layers: Sequence[Layer], files: OpenFiles, options: Sequence[str]) -> dict[str, Any]:
-    """Return the node of a chain, the active layer's; what that lies on is only read."""
-    node = None
-    for layer in reversed(layers):
-        node = _image(layer, node, files, options)
-    assert node is not None  # a chain has at least one layer
-    return node
-
-
-def _image(
-    image: Layer, backing: dict[str, Any] | None, files: OpenFiles, options: Sequence[str]
-) -> dict[str, Any]:
-    """Return the node of an image, as the destination has it open.
-
-    :param backing: the node of what it lies on.
-    :raise UnsupportedError: it is of a kind that is not served so.
-    """
-    why = ""
-    if image.node.encrypted or image.format == "luks":
-        why = "is encrypted, and its key is the destination's alone"
-    elif image.format not in ("qcow2", "raw") or image.storage is None or image.between:
-        why = "is no plain raw or qcow2 image"
-    elif image.format == "raw" and {"offset", "size"} & set(said_by(image.node.filename)):
-        why = "is a part of a file"
-    if why:
-        _refuse(image, why)
-    assert image.storage is not None  # see above
-    discard = discard_of(options, image.node) or "unmap"
-    cache = cache_options(image.node)
-
-    reads = image.depth > 0
-
-    def leaf(node: Any) -> dict[str, Any]:
-        place = files.place(node)
-        if not isinstance(place, Place):
-            _refuse(image, place.reason)
-        driver = "host_device" if place.file.is_device else "file"
-        named = {"driver": driver, "filename": place.here}
-        return {**named, "discard": discard, "cache": cache, "read-only": reads}
-
-    made: dict[str, Any] = {
-        "driver": image.format,
-        "file": leaf(image.storage),
-        "discard": discard,
-        "cache": cache,
-        "read-only": reads,
-    }
-    if image.node.detect_zeroes != "off":
-        made["detect-zeroes"] = image.node.detect_zeroes
-    if image.format == "qcow2":
-        made["backing"] = backing  # a header may name one that this one has not
-    if image.data_file is not None:
-        made["data-file"] = leaf(image.data_file)
-    return made
-
-
-def _mark(path: str) -> str:
-    """Return which file it is, and when it was last written to or otherwise changed."""
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise UnsupportedError(f"{printable(path)} is no file")
-    told = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return ":".join(map(str, told))
-
-
-def _refuse(image: Layer, why: str) -> NoReturn:
-    raise UnsupportedError(
-        f"a storage daemon cannot have the destination's image {printable(image.file)}: it {why}",
-        standing=UNTOUCHED,
-        remedy="give the destination a raw or qcow2 image of its own, or "
-        "do without the storage daemon",
-    )
 
 
 # -- one whose migration's controller is gone

@@ -42,7 +42,7 @@ class Kept:
     holder: Holder
     record: Migration
 
-    def fits(self, destination: Connection, disks: Sequence[DiskDevice]) -> bool:
+    async def fits(self, destination: Connection, disks: Sequence[DiskDevice]) -> bool:
         """Whether these disks of a destination are what its mirrors have written to, as it was.
 
         :param disks: in the order of the mirrors.
@@ -52,9 +52,10 @@ class Kept:
         if wires != record.wires[: len(wires)] or len(disks) != len(record.kept):
             return False  # of another TMPDIR, say
         try:
-            return ImageServer.of(destination, record.run, disks).marks() == record.kept
+            server = await ImageServer.of(destination, record.run, disks)
         except UnsupportedError:
             return False
+        return server.marks() == record.kept
 
 
 async def find_kept(source: Connection, disks: Sequence[DiskDevice]) -> Kept | None:

@@ -110,7 +110,8 @@ async def look(
     run, jobs = ("", ()) if kept is None else (kept.record.run, kept.record.helpers)
     pairing = await check_pairing(source, destination, terms, graphs=(graph, arriving), resumed=run)
     pairs = _pairs(pairing.disks, graph, arriving, terms)
-    if kept is not None and not kept.fits(destination, [pair.destination for pair in pairs]):
+    there = [pair.destination for pair in pairs]
+    if kept is not None and not await kept.fits(destination, there):
         return await look(source, destination, terms, over=over, resumes=False)
     for device in disks:
         check_idle(device, jobs)

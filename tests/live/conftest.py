@@ -93,6 +93,7 @@ SHARES = {
     "test_migrate_back::test_the_destination_dies": 0.07,
     "test_migrate_back::test_the_destination_falls_silent": 0.13,
     "test_migrate_back::test_the_memory_alone_is_broken_off": 0.25,
+    "test_migrate_daemon::test_an_encrypted_image": 0.5,
     "test_migrate_ssh::test_ssh_is_killed": 0.13,
     "test_migrate_ssh::test_the_controller_dies_and_is_recovered": 0.34,
     "test_migrate_ssh::test_the_wire_is_cut": 0.13,
