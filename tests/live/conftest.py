@@ -98,6 +98,7 @@ SHARES = {
     "test_migrate_ssh::test_the_controller_dies_and_is_recovered": 0.34,
     "test_migrate_ssh::test_the_wire_is_cut": 0.13,
     "test_migration_again::test_what_was_mirrored_is_not_mirrored_again": 0.25,
+    "test_migration_again::test_where_a_lock_cannot_be_written_none_is_kept": 0.5,
     "test_migration_kills::test_who_has_the_guest": 0.1,
     "test_migrate_tls::test_the_wire_is_cut": 0.25,
     "test_migrate_tls::test_what_does_not_go_together_is_refused_before_anything_is_copied": 0.5,

@@ -1,10 +1,13 @@
 """A migration that failed is made again, and copies nothing twice."""
 
+import tempfile
+
 import pytest
 from chains import cli
 from migrating import MIB, arrived, at, machine, migrated, stays, storage_daemons
 
 import qmpblock
+from qmpblock.changes.change import Change
 from qmpblock.migration.storage import Storage
 
 pytestmark = pytest.mark.live
@@ -119,3 +122,35 @@ async def test_it_can_fail_again_and_again(failed, again, monkeypatch):
     result = await migrated(source, destination)
     assert len(result.notices) == 1
     await arrived(source, destination, result)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+async def test_where_a_lock_cannot_be_written_none_is_kept(
+    lost, begin, start_destination, invariant, vm_dir, monkeypatch
+):
+    """The last step of it: the wires are left by then, and the other lock may say that they are."""
+    private = vm_dir / "tmp"
+    private.mkdir(mode=0o700)
+    monkeypatch.setenv("TMPDIR", str(private))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    source = await begin(machine(2), rate=100)
+    destination = await start_destination(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+    leave, taken = Change.leave, []
+
+    async def leave_without(self, **said):
+        taken.append(sorted(self.record.locks)[lost])
+        await source.execute("object-del", id=taken[-1])
+        await leave(self, **said)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Change, "leave", leave_without)
+        with at(patch, "memory", destination.kill), pytest.raises(qmpblock.Error) as failed:
+            await migrated(source, destination, storage_daemon=True)
+    assert len(taken) == 1
+    assert "the guest runs at the source, where nothing of ours is left" in str(failed.value)
+    await stays(source, invariant)
+    assert list(private.iterdir()) == []
+    destination = await start_destination(source)
+    await arrived(source, destination, await migrated(source, destination, storage_daemon=True))
