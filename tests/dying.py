@@ -21,6 +21,7 @@ import qmpblock.chains.snapshot
 import qmpblock.copying.pointintime
 import qmpblock.export.session
 import qmpblock.extents.allocationmap
+import qmpblock.migration.migrate
 import qmpblock.nbd
 import qmpblock.policy.file
 import qmpblock.policy.run
@@ -77,6 +78,12 @@ async def perform(vm, what):
         async with copy(vm, named, **arguments) as job:
             pass
         return job.result
+    if what["do"] == "migrate":
+        del arguments["destination"]
+        there = qmpblock.connect(what["destination"])
+        async with there as other, qmpblock.migrate(vm, other, **arguments) as job:
+            pass
+        return job.result
     disk = await vm.disk(what["disk"])
     if what["do"] == "allocate":
         return await disk.allocate(**arguments)
@@ -120,9 +127,9 @@ def _answer(code, trace):
 async def _control(request):
     async def die():
         _answer(DIED, trace)
-        if request["qemu"]:
+        for pid in request["qemus"]:
             # Dead before this process is: nobody may see it outlive its controller.
-            os.kill(request["qemu"], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
         os._exit(DIED)
 
     os.environ |= request["environment"]

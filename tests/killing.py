@@ -195,7 +195,7 @@ class Graveyard:
             self._process.kill()
             await self._process.wait()
 
-    async def control(self, vm, what, number=0, moment="before", qemu=0):
+    async def control(self, vm, what, number=0, moment="before", qemus=()):
         """Run a controller; return whether it died, and the commands that it sent."""
         request = {
             "environment": {name: os.environ[name] for name in ("QMPBLOCK_STATE", "TMPDIR")},
@@ -203,7 +203,7 @@ class Graveyard:
             "what": what,
             "number": number,
             "moment": moment,
-            "qemu": qemu,
+            "qemus": list(qemus),
         }
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         answer = json.loads(await self._process.stdout.readline())
@@ -611,7 +611,7 @@ class _Point:
     async def die_together(self, request, number, moment):
         """Kill QEMU and its controller, the controller last."""
         dying = asyncio.ensure_future(
-            self.matrix.graveyard.control(self.vm, request, number, moment, self.vm.pid)
+            self.matrix.graveyard.control(self.vm, request, number, moment, [self.vm.pid])
         )
         self.vm.expect_exit()
         while not dying.done():

@@ -255,13 +255,14 @@ async def slow_wire(monkeypatch, rate, delay=0.0):
     await asyncio.gather(*passing, return_exceptions=True)
 
 
-async def dies_in(phase, source, destination, **options):
+async def dies_in(phase, source, destination, *, address=None, **options):
     """Have a controller migrate, and be killed as soon as a phase has begun.
 
-    `means`: fields of `MigrationMeans`.
+    `address`: of the destination, where that is not its monitor's path; `means`: fields of
+    `MigrationMeans`.
     """
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", CONTROLLER, source.monitor_path, destination.monitor_path),
-        *(phase, json.dumps(options)),
+        *(sys.executable, "-c", CONTROLLER, source.monitor_path),
+        *(address or destination.monitor_path, phase, json.dumps(options)),
     )
     assert await process.wait() == -signal.SIGKILL

@@ -1,6 +1,7 @@
 """Who has the guest when a migration was struck in a phase, and recovered: what the page says.
 
-The page is made of this, and each cell is what a run gives (tests/live/test_migration_kills.py).
+The page is made of this, and each cell is what a run gives (tests/live/test_migration_kills.py);
+that of a wire is of a destination on another host (tests/live/test_migrate_ssh.py).
 """
 
 from qmpblock.migration.states import Phase
@@ -19,6 +20,7 @@ def _from(first, *changes):
     }
 
 
+WIRE = "controller; wire cut"
 #: By what was struck, for each phase.
 OUTCOMES = {
     "controller": _from(SOURCE, (Phase.HANDED, DESTINATION)),
@@ -26,6 +28,7 @@ OUTCOMES = {
     "controller, destination": _from(SOURCE, (Phase.HANDED, ASKED)),
     "all": _from(HERE, (Phase.SENT, ASKED)),
     "controller; destination hangs": _from(SOURCE, (Phase.LANDED, ASKED)),
+    WIRE: _from(SOURCE, (Phase.LANDED, ASKED)),
     "controller, storage daemon": _from(SOURCE, (Phase.HANDED, DESTINATION)),
     "source": _from(HERE, (Phase.LANDED, DESTINATION)),
 }

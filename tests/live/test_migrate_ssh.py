@@ -11,17 +11,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import migrationoutcomes
 import pytest
 from chains import cli
-from disturbed import locks, until
+from disturbed import locks, nothing_of_ours, until
 from hosts import PORT, CutOffError
-from migrating import arrived, at, machine, stays
+from migrating import arrived, at, dies_in, machine, stays
 from test_docs import ROOT, blocks, console, same
 
 import qmpblock
-from qmpblock.errors import ConnectError, DisconnectedError, MonitorError
+from qmpblock.errors import ConnectError, DisconnectedError, MonitorError, UndecidedError
 from qmpblock.host.processes import command_line
 from qmpblock.migration import homeward, outward
+from qmpblock.migration.states import Phase
 from qmpblock.migration.stream import told_at
 
 pytestmark = pytest.mark.live
@@ -183,6 +185,42 @@ async def test_the_controller_dies_and_is_recovered(said, host, begin, land, inv
     await stays(source, invariant)
     destination = await land(source)
     await arrived(source, destination, await migrated(host, source, destination))
+
+
+@pytest.mark.parametrize("phase", migrationoutcomes.PHASES, ids=lambda phase: phase.value)
+async def test_the_controller_dies_and_the_wire_is_cut(phase, host, begin, land):
+    """What the table in docs/migration.md says of it; and what comes of it with a wire again."""
+    source = await begin()
+    destination = await land(source)
+    for vm in (source, destination):
+        vm.expect_exit()
+    sides = source.monitor_path, url(host, destination)
+    await dies_in(phase.value, source, destination, address=sides[1])
+    host.set_wire(up=False)
+    wanted = migrationoutcomes.OUTCOMES[migrationoutcomes.WIRE][phase]
+    if wanted == migrationoutcomes.ASKED:
+        with pytest.raises(UndecidedError) as asked:
+            await qmpblock.recover_migration(*sides, stall=5)
+        print(asked.value)
+        assert not (await source.execute("query-status"))["running"]
+    else:
+        recovered = await qmpblock.recover_migration(*sides, stall=5)
+        assert recovered.done is False
+        assert (await source.execute("query-status"))["running"]
+    host.set_wire(up=True)
+    with contextlib.suppress(MonitorError):  # it has ended by itself
+        await qmpblock.recover_migration(*sides)
+    vm, other = (destination, source) if phase is Phase.HANDED else (source, destination)
+    await until(lambda: not other.running, "the end of the other one")
+    if phase is Phase.LANDED:  # that it has ended cannot be seen from here
+        [left] = await locks(source)
+        assert left.endswith("-handover")
+        await source.execute("object-del", id=left)
+    await nothing_of_ours(vm)
+    guest = vm.guest if vm is source else await vm.attach_guest()
+    end = await guest.stop_stress(0)
+    assert (end.bad, end.errors) == (0, 0), end
+    assert await guest.check(0) > 0
 
 
 async def mirrors(vm):

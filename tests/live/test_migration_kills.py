@@ -8,19 +8,18 @@ import signal
 import pytest
 from disturbed import nothing_of_ours
 from migrating import dies_in, machine, migrated, storage_daemons, stressed
-from migrationoutcomes import ASKED, DESTINATION, HERE, OUTCOMES, SOURCE, THERE
+from migrationoutcomes import ASKED, DESTINATION, HERE, OUTCOMES, PHASES, SOURCE, THERE, WIRE
 
 import qmpblock
 from qmpblock.errors import DisconnectedError, UndecidedError
 from qmpblock.migration.journal import journals
 from qmpblock.migration.passage import Passage
-from qmpblock.migration.states import Phase
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
-PHASES = [phase.value for phase in Phase if phase is not Phase.CHECKED]
-CELLS = [(struck, phase) for struck in OUTCOMES for phase in Phase if phase is not Phase.CHECKED]
+NAMES = [phase.value for phase in PHASES]
+CELLS = [(struck, phase) for struck in OUTCOMES for phase in PHASES if struck != WIRE]
 
 
 @contextlib.contextmanager
@@ -86,7 +85,7 @@ async def whole(vm, other):
 
 
 @pytest.mark.parametrize("carry_on", [False, True], ids=["undo", "continue"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", NAMES)
 async def test_a_controller_is_killed(killed, phase, carry_on):
     source, destination = await killed(phase)
     recovered = await qmpblock.recover_migration(destination.monitor_path, carry_on=carry_on)
@@ -118,7 +117,7 @@ async def test_a_controller_is_killed_on_shared_storage(killed, phase):
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["lives", "dies"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", NAMES)
 async def test_a_controller_with_a_storage_daemon_is_killed(
     killed, phase, dies, vm_dir, start_destination
 ):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from disturbed import nothing_of_ours
 from migrating import arrived, machine, migrated, stressed, to_newer
+from migrationkills import STRUCK, kill_matrix
 from migrationrounds import migrations_under_stress
 from rounds import rounds
 
@@ -33,6 +34,15 @@ async def test_any_disks_go_over_to_a_newer_qemu(
     count, chance = rounds(50)
     where = (start_qemu, start_destination, vm_dir, qemu_binary, qemu_version)
     print(await migrations_under_stress(*where, chance, count, **to_newer()))
+
+
+@pytest.mark.parametrize("way", ["exports", "daemon"])
+@pytest.mark.parametrize("struck", STRUCK)
+async def test_struck_at_every_command(
+    struck, way, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    await kill_matrix(struck, *where, storage_daemon=way == "daemon")
 
 
 #: Those in which it is broken off; it comes to no other, for one guest is to stay.

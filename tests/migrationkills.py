@@ -1,0 +1,298 @@
+"""The kill matrix of migrations: whoever has a part in one is struck at every command of it.
+
+One run to the end tells the commands that a migration sends, to both QEMUs. Then, before and after
+each that comes once anything is changed, with a pair of VMs of its own whose guest writes all the
+time, those of a row are struck, and what is left is recovered. One of both has the guest then, or
+none where a person is asked or its QEMU has ended; it reads back what it wrote, nothing of ours is
+left, and the next attempt succeeds.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import Counter
+
+from disturbed import nothing_of_ours
+from dying import deadly
+from killing import MOMENTS, Graveyard
+from migrating import arrived, both, migrated, spec, stressed
+from rounds import slice_of_soak
+
+import qmpblock
+from qmpblock.errors import DisconnectedError, UndecidedError
+from qmpblock.migration import arbiter
+from qmpblock.migration.journal import journals
+from qmpblock.migration.states import Side
+from qmpblock.testing import Tools, build, check_acknowledged, parse_scenario
+
+DISK = """
+about: A disk.
+disks:
+  - {name: d0, images: [{size: 64M, content: [write 0 8M 0xaa]}], attach: {id: vd0}}
+"""
+#: What is struck. A controller that dies is followed by a recovery; `hangs`: the QEMU is stopped.
+STRUCK = (
+    "controller",
+    "controller, source",
+    "controller, destination",
+    "all",
+    "controller; destination hangs",
+    "source",
+    "destination",
+    "controller; two recover",
+)
+_MOST = 1 << 24  # writes that a guest can have issued by any moment of it
+_WAIT = 30.0  # seconds for a process to end
+
+
+class Matrix:
+    """All rows of the matrix of one sort of migration. `async with`.
+
+    :param start_qemu: the fixtures: `start_destination`, `directory`, `qemu` likewise.
+    :param options: of the migration.
+    """
+
+    def __init__(self, start_qemu, start_destination, directory, qemu, **options):
+        self._start = start_qemu, start_destination
+        self._directory = directory
+        self._tools = Tools.of(qemu)
+        self._options = options
+        self._graveyard = Graveyard()
+        self._count = 0
+        self.commands = self._first = 0
+        self.outcomes = Counter()
+
+    async def __aenter__(self):
+        await self._graveyard.__aenter__()
+        source, destination = await self._pair()
+        died, trace = await self._control(source, destination, 0, "before", [])
+        assert not died
+        await _whole(destination)
+        await self._put_away(source, destination)
+        # What is asked before is asked of both, and nothing is there yet.
+        self._first = next(n for n, sent in enumerate(trace, 1) if sent.startswith("object-add"))
+        self.commands = len(trace)
+        return self
+
+    async def __aexit__(self, *error):
+        await self._graveyard.__aexit__(*error)
+
+    def points(self):
+        """Yield (number, moment) of every point, once anything is changed."""
+        for number in range(self._first, self.commands + 1):
+            for moment in MOMENTS:
+                yield number, moment
+
+    async def strike(self, struck, number, moment):
+        """Strike at one point, and see what comes of it; False: it was over before."""
+        source, destination = await self._pair()
+        try:
+            if struck in ("source", "destination"):
+                died, outcome = await self._under(struck, number, moment, source, destination)
+            else:
+                died, outcome = await self._besides(struck, number, moment, source, destination)
+            await self._put_away(source, destination)
+        except BaseException as error:
+            error.add_note(f"{struck} struck {moment} command {number} of {self.commands}")
+            raise
+        self.outcomes[outcome] += died
+        return died
+
+    async def _pair(self):
+        start_qemu, start_destination = self._start
+        self._count += 1
+        room = self._directory / f"pair{self._count}"
+        built = await build(parse_scenario(DISK, "source"), room, self._tools)
+        source = await stressed(await start_qemu(built, guest=True))
+        destination = await start_destination(source)
+        for vm in (source, destination):
+            vm.expect_exit()
+        self._before = await source.guest.progress(0)
+        return source, destination
+
+    async def _put_away(self, *vms):
+        for vm in vms:
+            await vm.kill()
+
+    async def _control(self, source, destination, number, moment, victims):
+        what = {"do": "migrate", "destination": destination.monitor_path, **self._options}
+        pids = [vm.pid for vm in victims]
+        return await self._graveyard.control(source, what, number, moment, pids)
+
+    # -- a controller that dies
+
+    async def _besides(self, struck, number, moment, source, destination):
+        victims = [
+            vm
+            for side, vm in (("source", source), ("destination", destination))
+            if (side in struck and "hangs" not in struck) or struck == "all"
+        ]
+        died, _ = await self._control(source, destination, number, moment, victims)
+        if not died:
+            await _whole(destination)
+            return False, ""
+        for vm in victims:
+            await vm.wait(_WAIT)
+        if "hangs" in struck:
+            os.kill(destination.pid, signal.SIGSTOP)
+        try:
+            return True, await self._recovered(struck, source, destination)
+        finally:
+            if "hangs" in struck and destination.running:
+                os.kill(destination.pid, signal.SIGCONT)
+
+    async def _recovered(self, struck, source, destination):
+        """Recover, and see who has the guest; return who, for people."""
+        addresses = source.monitor_path, destination.monitor_path
+        if "two" in struck:
+            await _recover_twice(*addresses)
+        try:
+            recovered = await qmpblock.recover_migration(*addresses, stall=10)
+            said = "no migration" if recovered is None else str(recovered.done)
+        except UndecidedError as error:
+            assert error.remedy
+            said = "a person decides"
+        except qmpblock.Error:
+            # Neither answers, and no journal says that there was anything.
+            if source.running or list(journals()):
+                raise
+            said = "no migration"
+        if said == "no migration" and source.running:  # but of it a disk's lock, say
+            async with qmpblock.connect(source.monitor_path) as vm:
+                await vm.recover()
+        if "hangs" in struck:
+            os.kill(destination.pid, signal.SIGCONT)
+        running = [vm for vm in (source, destination) if await _runs(vm)]
+        assert len(running) <= 1, f"both have the guest; {said}"
+        if said == "a person decides":
+            assert running == []
+            return said
+        if not running:
+            dead = destination if said == "True" else source
+            assert not dead.running, f"nobody has the guest; {said}"
+            await self._holds(dead)
+            return f"images of the {'destination' if dead is destination else 'source'}"
+        [owner] = running
+        if said == "True":
+            assert owner is destination
+        await self._goes_on(owner, source, destination)
+        return "destination" if owner is destination else "source"
+
+    # -- a QEMU that dies under a controller that lives
+
+    async def _under(self, struck, number, moment, source, destination):
+        victim = source if struck == "source" else destination
+        trace, died = [], asyncio.Event()
+
+        async def die():
+            died.set()
+            await victim.kill()
+
+        async with contextlib.AsyncExitStack() as stack:
+            vms = await stack.enter_async_context(both(source, destination, stall=10))
+            for vm in vms:
+                deadly(vm.monitor, number, moment, die, trace)
+            with contextlib.suppress(qmpblock.Error):
+                async with qmpblock.migrate(*vms, **self._options):
+                    pass
+        if not died.is_set():
+            await _whole(destination)
+            return False, ""
+        other = destination if victim is source else source
+        if await _runs(other):
+            await self._goes_on(other, source, destination)
+            return True, "destination" if other is destination else "source"
+        try:
+            await qmpblock.recover_migration(source.monitor_path, destination.monitor_path)
+        except UndecidedError:
+            return True, "a person decides"
+        except qmpblock.Error:
+            assert list(journals()) == []
+        if victim is destination:  # it was handed over by then, and has died as any VM does
+            objects = [one["name"] for one in await source.execute("qom-list", path="/objects")]
+            [left] = [name for name in objects if "qmpblock" in name]
+            assert await arbiter.decided(source.control, left.split("-")[1]) is Side.DESTINATION
+        assert not await _runs(other)
+        await self._holds(victim)
+        return True, f"images of the {struck}"
+
+    # -- the verdict
+
+    async def _goes_on(self, owner, source, destination):
+        """See that the guest is whole, and where it stayed that the next attempt succeeds."""
+        if owner is destination:
+            await _whole(destination)
+            return
+        assert (await source.guest.progress(0)).bad == 0
+        await nothing_of_ours(source)
+        assert await source.execute("query-block-exports") == []
+        assert list(journals()) == []
+        if destination.running:
+            await destination.kill()
+        again = await self._start[1](source)
+        result = await migrated(source, again, **self._options)
+        await arrived(source, again, result)
+
+    async def _holds(self, vm):
+        """See that the images of a VM that has ended lack nothing."""
+        image, raw = vm.disks[0].active, self._directory / "content"
+        await self._tools.run(
+            self._tools.img, "convert", "-f", "qcow2", "-O", "raw", str(image.path), str(raw)
+        )
+        data, its = raw.read_bytes(), spec(0)
+        raw.unlink()
+        assert data[: 8 << 20] == b"\xaa" * (8 << 20)
+        area = data[its.offset : its.offset + its.length]
+        verdict = check_acknowledged(area, its, self._before.flushed, _MOST)
+        assert verdict.ok, verdict
+
+
+async def kill_matrix(struck, *where, **options):
+    """Strike before and after every command of this slice."""
+    chosen, tried, total = slice_of_soak(), 0, 0
+    async with Matrix(*where, **options) as matrix:
+        for number, moment in matrix.points():
+            total += 1
+            if chosen(total):
+                tried += await matrix.strike(struck, number, moment)
+    print(f"kill matrix: {tried} of {total} points, {struck}: {dict(matrix.outcomes)}")
+
+
+async def _whole(vm):
+    """See that the guest that has come runs on, and reads back all that it wrote."""
+    await nothing_of_ours(vm)
+    guest = await vm.attach_guest()
+    before = (await guest.progress(0)).acked
+    async with asyncio.timeout(_WAIT):
+        while (await guest.progress(0)).acked <= before:
+            await asyncio.sleep(0.01)
+    end = await guest.stop_stress(0)
+    assert (end.bad, end.errors) == (0, 0), end
+    assert await guest.check(0) > 0
+
+
+async def _runs(vm):
+    """Whether a guest runs in it."""
+    try:
+        return vm.running and (await vm.execute("query-status"))["running"]
+    except DisconnectedError:  # it is ending, and its process is not gone yet
+        await vm.wait(_WAIT)
+        return False
+
+
+async def _recover_twice(source, destination):
+    """Have two recover at once, from both sides, of whom one wishes that it goes on there."""
+    processes = [
+        await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "qmpblock", "recover", *words),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        for words in ((source,), (destination, "--continue"))
+    ]
+    for process in processes:
+        said, _ = await process.communicate()
+        assert process.returncode in (0, 1, 2, 3), said.decode()
+        assert "Traceback" not in said.decode(), said.decode()
