@@ -96,6 +96,7 @@ SHARES = {
     "test_migrate_daemon::test_an_encrypted_image": 0.5,
     "test_migrate_ssh::test_ssh_is_killed": 0.13,
     "test_migrate_ssh::test_the_controller_dies_and_is_recovered": 0.34,
+    "test_migrate_ssh::test_the_controller_dies_and_the_wire_is_cut": 0.13,
     "test_migrate_ssh::test_the_wire_is_cut": 0.13,
     "test_migration_again::test_what_was_mirrored_is_not_mirrored_again": 0.25,
     "test_migration_again::test_where_a_lock_cannot_be_written_none_is_kept": 0.5,
