@@ -28,6 +28,7 @@ CONTROLLER = """\
 import asyncio, json, os, signal, sys
 import qmpblock
 from qmpblock.migration.passage import Passage
+from qmpblock.qemu.monitor import Monitor
 
 source, destination, phase, options = sys.argv[1:]
 options = json.loads(options)
@@ -40,6 +41,17 @@ async def die(self, now):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Passage.enter = die
+execute = Monitor.execute
+
+async def pause(self, command, *args):
+    if phase == "marked" and command == "stop" and str(self.address).endswith(source):
+        os.kill(os.getpid(), signal.SIGKILL)
+    said = await execute(self, command, *args)
+    if phase == "paused" and command == "stop" and str(self.address).endswith(source):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return said
+
+Monitor.execute = pause
 
 async def main():
     async with qmpblock.connect(source) as one, qmpblock.connect(destination) as other:
@@ -257,6 +269,8 @@ async def slow_wire(monkeypatch, rate, delay=0.0):
 
 async def dies_in(phase, source, destination, *, address=None, **options):
     """Have a controller migrate, and be killed as soon as a phase has begun.
+
+    `marked`: about to pause the guest; `paused`: it has.
 
     `address`: of the destination, where that is not its monitor's path; `means`: fields of
     `MigrationMeans`.

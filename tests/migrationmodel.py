@@ -9,7 +9,10 @@ here, as measured. Everything may happen in any order, between any two steps:
   different ends, one has the journal, each may reach one side alone, none cares for locks, and each
   may be killed and run again;
 - either QEMU dies, the wire between them is cut or falls silent, each as often as `failures` says;
-  the storage daemon that has the destination's images dies, or cannot be ended.
+  the storage daemon that has the destination's images dies, or cannot be ended;
+- on request the engine pauses the guest, at any moment until the source holds it. QEMU takes what
+  its monitors are sent in turn: the `stop` of one that was killed is carried out before what a
+  recovery sees, or never.
 """
 
 from __future__ import annotations
@@ -34,6 +37,12 @@ SOURCE = {
     "failed": ("running", "failed"),
     "cancelled": ("running", "cancelled"),
     "reclaimed": ("running", "completed"),
+    "home, stands": ("paused", "none"),
+    "active, stands": ("paused", "active"),
+    "failed, stands": ("paused", "failed"),
+    "cancelled, stands": ("paused", "cancelled"),
+    "failed, stays": ("postmigrate", "failed"),
+    "cancelled, stays": ("postmigrate", "cancelled"),
 }
 DESTINATION = {
     "waits": ("inmigrate", "none"),
@@ -44,6 +53,7 @@ DESTINATION = {
 GONE = "gone"
 UNREACHED = "unreached"
 RUNNING = frozenset({"home", "active", "failed", "cancelled", "reclaimed"})
+MAY_STAND = frozenset({"home", "active", "failed", "cancelled"})
 MOST_SLOTS = 2
 
 BOTH, HERE, THERE = "both", "source", "destination"  # what a recovery can reach
@@ -70,6 +80,8 @@ class World(NamedTuple):
     """All that there is, but how many failures there were.
 
     :ivar daemon: the storage daemon, while there is one: `alive`, or `stuck`: it does not end.
+    :ivar marked: whether it says at the source that the migration pauses the guest; `stands`:
+        whether it has.
     :ivar sent: whether the rest of the guest is on its way to the destination, or the answer back.
     :ivar whole: whether the mirrors have ended. `loaded`: whether the destination ever had the
         guest; `ran`: whether it ever ran there.
@@ -83,6 +95,8 @@ class World(NamedTuple):
     destination: str = "waits"
     daemon: str = ""
     wire: str = "ok"
+    marked: bool = False
+    stands: bool = False
     sent: str = ""
     whole: bool = False
     loaded: bool = False
@@ -107,6 +121,9 @@ class Rules:
     order: tuple[Planned, ...] = ORDER
     wait_for_source: bool = True  # `completed`, before the destination is continued
     daemon: bool = False  # whether there is a storage daemon
+    pause: bool = False  # whether the engine may pause the guest
+    marked: bool = True  # whether it says so at the source
+    stays: bool = False  # whether a guest that stood before it was held is `postmigrate` (7.2)
 
 
 class Found(Exception):  # noqa: N818 - no error: what the exploration is for
@@ -208,7 +225,8 @@ class Model:
             return ""
         handed = world.arbiter == THERE or world.ran
         owner = world.destination if handed else world.source
-        if owner != GONE and owner not in (*RUNNING, "runs") and self._all_reached(world):
+        stands = owner not in (*RUNNING, "runs") or (world.stands and not handed)
+        if owner != GONE and stands and self._all_reached(world):
             return "nobody runs, and nobody was asked"
         return ""
 
@@ -290,11 +308,14 @@ class Model:
             side = HERE if move is Move.CLAIM_SOURCE else THERE
             return world._replace(arbiter=world.arbiter or side)
         if move is Move.CONT_SOURCE and source == "away":
-            return world._replace(source="reclaimed")
+            return world._replace(source="reclaimed", stands=False)
+        if move is Move.CONT_SOURCE and source in MAY_STAND:
+            return world._replace(stands=False)
         if move is Move.FINISH_DESTINATION:
             return world._replace(source=GONE)
-        if move is Move.FINISH_SOURCE and destination == GONE:
-            return world._replace(arbiter="")
+        if move is Move.FINISH_SOURCE:
+            arbiter = "" if destination == GONE else world.arbiter
+            return world._replace(arbiter=arbiter, marked=False)
         return world
 
     def _at_destination(self, world: World, move: Move) -> World:
@@ -318,9 +339,20 @@ class Model:
             last = world.pc + 1 == len(self.rules.order)
             after = after._replace(pc=-1 if last else world.pc + 1, finished=last)
             yield f"engine: {planned.move.name}", after
+        if self._may_pause(world):
+            if self.rules.marked and not world.marked:
+                yield "engine: says that it pauses", world._replace(marked=True)
+            else:
+                yield "engine: PAUSE", world._replace(stands=True)
         if world.with_journal.at == "idle":  # its own way back is a recovery, too
             back = Recoverer("look", BOTH)
             yield "engine gives up", world._replace(pc=-1, with_journal=back)
+
+    def _may_pause(self, world: World) -> bool:
+        """Whether the engine can pause the guest now."""
+        moves = [one.move for one in self.rules.order]
+        begun = moves.index(Move.MIRROR) < world.pc <= moves.index(Move.AWAIT_HELD)
+        return self.rules.pause and begun and not world.stands and world.source in MAY_STAND
 
     def _may(self, world: World, move: Move) -> bool:
         """Whether what a move waits for, or relies on, is there."""
@@ -351,10 +383,11 @@ class Model:
             for reaches in (BOTH, HERE if name == "with_journal" else THERE):
                 yield f"{name}: begins", become(Recoverer("look", reaches))
         elif one.at == "look":
-            here = world.source if one.reaches != THERE else UNREACHED
+            here = self._shown(world) if one.reaches != THERE else UNREACHED
             there = world.destination if one.reaches != HERE else UNREACHED
             phase = world.phase if name == "with_journal" else ""
-            decision = _decide(phase, here, world.arbiter, there, world.mark, bool(world.daemon))
+            said = here, world.arbiter, world.marked, there, world.mark
+            decision = _decide(phase, *said, bool(world.daemon))
             after = _decided(one.reaches, {here, there}, decision)
             if decision.last and decision.owner is Side.SOURCE and world.ran:
                 after = Recoverer("wrong")
@@ -368,6 +401,14 @@ class Model:
             if move is Move.END_IMAGES and after.daemon:
                 at = "stuck"
             yield f"{name}: {one.move}", become(Recoverer(at, one.reaches), after)
+
+    def _shown(self, world: World) -> str:
+        """Return what the source shows."""
+        source = world.source
+        if not world.stands or source not in MAY_STAND:
+            return source
+        stays = self.rules.stays and source in ("failed", "cancelled")
+        return f"{source}, {'stays' if stays else 'stands'}"
 
     # -- failures
 
@@ -425,19 +466,27 @@ def _without_what_is_over(world: World) -> World:
 
 
 @cache
-def _decide(phase: str, here: str, arbiter: str, there: str, mark: bool, daemon: bool) -> Decision:
+def _decide(
+    phase: str, here: str, arbiter: str, paused: bool, there: str, mark: bool, daemon: bool
+) -> Decision:
     return decide(
         Phase(phase) if phase else None,
-        _seen(SOURCE, here, Side(arbiter) if arbiter else None),
+        _seen(SOURCE, here, Side(arbiter) if arbiter else None, paused=paused),
         _seen(DESTINATION, there, Side.DESTINATION if mark else None),
         images=Reach.ANSWERS if daemon else Reach.GONE,
         choice=Choice.UNDO if phase else Choice.CONTINUE,
     )
 
 
-def _seen(shows: Mapping[str, tuple[str, str]], what: str, decided: Side | None) -> Seen:
+def _seen(
+    shows: Mapping[str, tuple[str, str]],
+    what: str,
+    decided: Side | None,
+    *,
+    paused: bool = False,
+) -> Seen:
     if what == UNREACHED:
         return Seen(Reach.UNREACHABLE)
     if what == GONE:
         return Seen(Reach.GONE)
-    return Seen(Reach.ANSWERS, *shows[what], decided)
+    return Seen(Reach.ANSWERS, *shows[what], decided, paused)

@@ -36,6 +36,18 @@ _OPTIONS = (
         help="Have the memory go through N channels, each a connection of its own. QEMU 10.0 and "
         "newer.",
     ),
+    click.option(
+        "--pause-after",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="Pause the guest at the source, where it has not gone over by then, until it has.",
+    ),
+    click.option(
+        "--longest-pause",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="For how long it may be paused; it is not before that suffices. Default: 60.",
+    ),
 )
 
 _Work = Callable[..., Coroutine[Any, Any, int | None]]
@@ -51,12 +63,19 @@ def means_options(work: _Work) -> _Work:
         auto_converge: bool,
         write_blocking_after: float | None,
         multifd: int | None,
+        pause_after: float | None,
+        longest_pause: float | None,
         **rest: Any,
     ) -> int | None:
-        from qmpblock.migration.means import MigrationMeans
+        from qmpblock.migration.means import LONGEST_PAUSE, MigrationMeans
 
         means = MigrationMeans(
-            (downtime_limit or 0) / 1e3, auto_converge, write_blocking_after or 0.0, multifd or 0
+            (downtime_limit or 0) / 1e3,
+            auto_converge,
+            write_blocking_after or 0.0,
+            multifd or 0,
+            pause_after or 0.0,
+            longest_pause or LONGEST_PAUSE,
         )
         return await work(*args, means=means, **rest)
 

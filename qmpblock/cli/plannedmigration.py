@@ -55,6 +55,8 @@ def said(planned: PlannedMigration) -> Iterator[str]:
     elif expected.converges is None:
         yield "how long it takes depends on the wire: say with --speed what it carries"
     yield from planned.notices
+    if planned.pause is not None:
+        yield f"all of its memory takes about {planned.pause:.1f} s while the guest is paused"
 
 
 def said_finding(one: Finding) -> Iterator[str]:

@@ -39,6 +39,8 @@ __all__ = ["Decision", "decide"]
 _HOMEWARD = frozenset(
     {Move.CANCEL, Move.SETTLE, Move.CLAIM_SOURCE, Move.QUIT_DESTINATION, Move.CONT_SOURCE}
 )
+#: What a source shows that has its guest again, which was paused before (F40).
+_PAUSED = frozenset({"paused", "postmigrate"})
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def _of_both(
             return _held(source)
         if source.run == "postmigrate" and source.migration == "completed":
             return _away(phase, source, destination, choice, force)
+        if source.run == "postmigrate" and source.migration in MIGRATION_OVER | SETTLING:
+            return _at_home(source, destination)  # it had been paused before (F40)
         return _strange("source", source)
     return _without_source(phase, source, destination, force)
 
@@ -111,6 +115,9 @@ def _at_home(source: Seen, destination: Seen) -> Decision:
     if destination.answers:
         why = "the guest is at the source, so that what came to the destination is of no use"
         return Decision(Side.SOURCE, Move.QUIT_DESTINATION, why)
+    if source.paused and source.run in _PAUSED:
+        why = "the guest is at the source, where the migration had paused it"
+        return Decision(Side.SOURCE, Move.CONT_SOURCE, why)
     return Decision(Side.SOURCE, Move.FINISH_SOURCE, "the guest is at the source", last=True)
 
 

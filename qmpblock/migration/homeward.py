@@ -4,6 +4,7 @@
 
     a destination that does not answer: every wire is cut first (K32)
     a storage daemon is ended: what it holds is of no use any more
+    a guest that the migration paused goes on, as soon as that is over
     memory ...   the stream is cut, and migrate_cancel where the guest is held for us (K35), until
                  the guest runs; of a source that says completed: the arbiter,
                  "source", then cont
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 __all__ = ["Homeward"]
 
 _LOOK = 0.02
+#: What a source shows that has its guest again: the others, where that was paused before (F40).
+_AT_HOME = frozenset({"running", "paused", "postmigrate"})
 _KEPT = (
     "the disks' mirrors stay, paused, for another attempt (to a destination with the same images "
     "it copies what the guest writes meanwhile, no more; qmpblock recover takes them away)"
 )
+_STOPPED = "is at the source, stopped as somebody had it"
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +52,7 @@ class Homeward:
 
     def __init__(self, passage: Passage) -> None:
         self._passage = passage
+        self._runs = True
 
     async def go(self, error: BaseException) -> None:
         """Have the guest go on at the source, and leave nothing, or mirrors; say so in the error.
@@ -57,7 +62,11 @@ class Homeward:
         """
         passage = self._passage
         # Where the guest stands, whether the destination answers is not waited for.
-        stood = passage.stream.stands or not passage.job.phase.before(Phase.HELD)
+        stood = (
+            passage.stream.stands
+            or passage.pause.stands
+            or not passage.job.phase.before(Phase.HELD)
+        )
         answers = not stood and await passage.landing.answers()
         lost = passage.source.monitor.closed
         keeps = isinstance(error, Error) and not lost and passage.may_keep
@@ -65,6 +74,8 @@ class Homeward:
             passage.stream.cut()
             if not keeps:
                 passage.storage.cut()
+        if not (lost or passage.stream.begun):
+            await passage.pause.end()
         fate = "" if keeps else await self._end_images()
         if lost:
             await self._lost(error)
@@ -73,6 +84,7 @@ class Homeward:
         try:
             if passage.stream.begun:
                 await self._bring_back()
+                await passage.pause.end()
             kept = keeps and await self._keep()
         finally:
             if not kept:
@@ -95,7 +107,8 @@ class Homeward:
         passage.settled = True
         if isinstance(error, Error):  # whatever was said, before it was undone
             left = _KEPT if kept else "nothing of ours is left"
-            error.standing = f"the guest runs at the source, where {left}; {stands}{fate}"
+            guest = "runs at the source" if self._runs else _STOPPED
+            error.standing = f"the guest {guest}, where {left}; {stands}{fate}"
 
     async def _keep(self) -> bool:
         """Leave the mirrors for another attempt; return whether they are left."""
@@ -134,7 +147,8 @@ class Homeward:
             if state == ("postmigrate", "completed"):
                 await self._reclaim()
                 return
-            if state is not None and state[0] == "running" and state[1] in OVER:
+            if state is not None and state[0] in _AT_HOME and state[1] in OVER:
+                self._runs = state[0] == "running" or passage.pause.stands
                 return
             late = time.monotonic() - began
             if late > HOLD:

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 from qmpblock.errors import UNTOUCHED, RequestError
 
-__all__ = ["LONGEST_LIMIT", "MOST_CHANNELS", "MigrationMeans"]
+__all__ = ["LONGEST_LIMIT", "LONGEST_PAUSE", "MOST_CHANNELS", "MigrationMeans"]
 
 LONGEST_LIMIT = 5.0
 """Seconds that may be allowed for the last of the memory: half of what the guest ever stands."""
+
+LONGEST_PAUSE = 60.0
+"""Seconds for which a guest may be paused, where nobody says for how long."""
 
 MOST_CHANNELS = 64
 """Through which memory can go: each takes a thread of either QEMU's, and one of ours."""
@@ -31,12 +34,18 @@ class MigrationMeans:
         the guest's writes wait until they are at the destination, too; 0: never. Not on every QEMU.
     :ivar multifd: through how many channels the memory goes, each a connection of its own, 64 at
         most; 0: all of it goes through one.
+    :ivar pause_after: seconds after which, where it has not come to its end, the guest is paused
+        at the source until it has; 0: never.
+    :ivar longest_pause: seconds for which it may be paused: it is not before what is left takes no
+        longer, and goes on at the source after that.
     """
 
     downtime_limit: float = 0.0
     auto_converge: bool = False
     write_blocking_after: float = 0.0
     multifd: int = 0
+    pause_after: float = 0.0
+    longest_pause: float = LONGEST_PAUSE
 
     @property
     def any(self) -> bool:
@@ -61,6 +70,16 @@ class MigrationMeans:
             raise RequestError(
                 "the guest's writes cannot be had wait before there is a copy", standing=UNTOUCHED
             )
+        if self.pause_after < 0 or self.longest_pause <= 0:
+            raise RequestError(
+                "a guest is paused after some time, and for some", standing=UNTOUCHED
+            )
+        if self.longest_pause != LONGEST_PAUSE and not self.pause_after:
+            raise RequestError(
+                "for how long a guest may be paused is said, and not when it is",
+                standing=UNTOUCHED,
+                remedy="say after how many seconds (--pause-after)",
+            )
         if not 0 <= self.multifd <= MOST_CHANNELS:
             raise RequestError(
                 f"memory cannot go through {self.multifd} channels",
@@ -82,6 +101,16 @@ class MigrationMeans:
             )
         if self.multifd:
             yield f"the memory goes through {_channels(self.multifd)} (multifd)"
+
+    def pause_notice(self) -> str:
+        """Say, as the copying begins, when the guest is paused; empty: never."""
+        if not self.pause_after:
+            return ""
+        return (
+            f"where it has not gone over in {self.pause_after:g} s the guest is paused until it "
+            f"has, as soon as that takes no longer than {self.longest_pause:g} s; after so long it "
+            "goes on at the source"
+        )
 
 
 def _channels(number: int) -> str:

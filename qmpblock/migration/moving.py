@@ -110,6 +110,7 @@ class Moving:
         if not seen.throttle:
             helps.append("have its CPUs slowed down (--auto-converge)")
         helps.append("raise --speed, where that is what limits the wire")
+        helps.append("have it paused until it has gone over (--pause-after)")
         return f"let the guest do less, {', or '.join(helps)}"
 
 

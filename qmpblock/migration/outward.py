@@ -11,7 +11,7 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chains.plan import check_unchanged
 from qmpblock.changes.nomigration import allow_migration
 from qmpblock.errors import DisconnectedError, Error, StalledError, printable
-from qmpblock.migration import arbiter
+from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.likeness import reserve_alike
 from qmpblock.migration.states import ORDER, Move, Phase, Side
 from qmpblock.migration.stream import told_at
@@ -58,7 +58,8 @@ class Outward:
         await self._through(Move.MIRROR)
         try:
             async with self._passage.stream.standing(STANDSTILL):
-                async with self._passage.storage.watched():
+                pausing = self._passage.pause.at_the_deadline(self._passage.storage.hurry)
+                async with pausing, self._passage.storage.watched():
                     await self._through(Move.AWAIT_HELD)
                 await self._through(Move.AWAIT_LANDED)
         except TimeoutError:
@@ -212,6 +213,7 @@ class Outward:
     async def _clear_source(self, *, quit_source: bool) -> bool:
         passage = self._passage
         try:
+            await wayback.unmark_pause(passage.source, passage.record.run)
             await passage.change.undo()
             await passage.stream.restore()
             await passage.bitmaps.restore(passage.source)

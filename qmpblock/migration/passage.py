@@ -18,6 +18,7 @@ from qmpblock.migration.hold import Hold
 from qmpblock.migration.imageserver import ImageServer, image_server
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing
+from qmpblock.migration.pause import Pause
 from qmpblock.migration.settings import (
     THERE,
     Preset,
@@ -29,7 +30,7 @@ from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
 from qmpblock.migration.storage import Storage, check_can_block
 from qmpblock.migration.stream import Stream
-from qmpblock.names import lock_names, new_run, stream_wire, wire_credentials
+from qmpblock.names import lock_names, new_run, paused_node, stream_wire, wire_credentials
 
 if TYPE_CHECKING:
     from qmpblock.migration.look import Plan
@@ -96,6 +97,7 @@ class Passage:
             over,
             arriving,
         )
+        self.pause = Pause(source, record.run, means, job)
         self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
         self.downtime = 0.0
         self.warnings = list(job.warnings)
@@ -149,6 +151,7 @@ class Passage:
             nodes=(
                 *filter(None, storage.shields),
                 *(node for node, _ in storage.wires),
+                *((paused_node(run),) if means.pause_after else ()),
             ),
             wires=(*storage.wires, *(((stream_wire(run), ""),) if secured else ())),
             images=images_of(source.monitor.peer_pid, chains),

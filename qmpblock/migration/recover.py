@@ -404,6 +404,7 @@ class _Recovering:
             assert vm is not None
             await put_back(vm.monitor, self._record.source_had)
             await bitmaps.put_back(vm, self._record.run)
+            await wayback.unmark_pause(vm, self._record.run)
             # Where the destination may be there, the arbiter goes on keeping it from the guest.
             if source.decided is None or destination.reach is Reach.GONE:
                 await arbiter.withdraw(vm.monitor, self._record.run)

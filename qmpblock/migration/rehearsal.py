@@ -22,7 +22,15 @@ from qmpblock.migration.likeness import check_likeness, reserved_zeros
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
 from qmpblock.migration.pairing import written_disks
-from qmpblock.migration.predict import Load, Prediction, Room, WireSpeed, lacking, predict
+from qmpblock.migration.predict import (
+    HAND_OVER,
+    Load,
+    Prediction,
+    Room,
+    WireSpeed,
+    lacking,
+    predict,
+)
 from qmpblock.migration.settings import (
     THERE,
     Preset,
@@ -94,6 +102,8 @@ class PlannedMigration:
     :ivar wire: what was measured of the wire; None where it was not, and `unmeasured` says why.
     :ivar prediction: None where it is refused: nothing is measured then.
     :ivar notices: what would be done on request, as its memory begins to go, for it to end.
+    :ivar pause: seconds for which the guest would be paused for all of its memory, where that is
+        asked for; None where it is not, or cannot be told.
     """
 
     findings: tuple[Finding, ...]
@@ -106,6 +116,7 @@ class PlannedMigration:
     unmeasured: str = ""
     prediction: Prediction | None = None
     notices: tuple[str, ...] = ()
+    pause: float | None = None
 
     @property
     def refused(self) -> bool:
@@ -143,9 +154,8 @@ async def plan_migration(
     await Preset.of(destination.monitor, wanted_at_destination(means), THERE)
     here, there = await asyncio.gather(describe(source), describe(destination))
     found = compare(here, there, terms)
-    plan = PlannedMigration(
-        found, memory=here.memory + here.plugged, speed=speed, notices=tuple(means.notices())
-    )
+    notices = (*means.notices(), *filter(None, [means.pause_notice()]))
+    plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed, notices=notices)
     if plan.refused:
         return plan
     devices = {device.name: device for device in (await source.graph()).disks()}
@@ -185,15 +195,17 @@ async def plan_migration(
     )
     parameters = await source.monitor.execute("query-migrate-parameters")
     limit = means.downtime_limit or parameters.get("downtime-limit", 300) / 1000
+    carried = min(speed or wire.rate, wire.rate) if wire else speed
     expected = predict(
         load,
         data=sum(disk.size if disk.data is None else disk.data for disk in plan.disks),
         memory=plan.memory,
-        speed=min(speed or wire.rate, wire.rate) if wire else speed,
+        speed=carried,
         limit=limit,
         latency=wire.latency if wire else 0.0,
     )
-    return replace(plan, prediction=expected)
+    pause = plan.memory / carried + HAND_OVER if means.pause_after and carried else None
+    return replace(plan, prediction=expected, pause=pause)
 
 
 async def _wire(source: Connection, destination: Connection) -> tuple[WireSpeed | None, str]:

@@ -12,11 +12,13 @@ from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import boot_id, pid_namespace, start_time
 from qmpblock.migration.arbiter import decided
 from qmpblock.migration.states import Reach, Seen
+from qmpblock.names import paused_node
 
 if TYPE_CHECKING:
     from qmpblock.changes.record import VMIdentity
     from qmpblock.migration.record import MigrationRecord
     from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.monitor import Monitor
 
 __all__ = ["has_ended", "look", "look_at_both", "process_of"]
 
@@ -62,13 +64,20 @@ async def look(record: MigrationRecord, who: VMIdentity, vm: Connection | None) 
             migration = str((await monitor.execute("query-migrate")).get("status", "none"))
             run = str((await monitor.execute("query-status"))["status"])
             said = await decided(monitor, record.run)
+            paused = await _paused(monitor, record.run)
     except (GraphError, RecordError):
         raise
     except (TimeoutError, MonitorError, StalledError):
         return await _gone_soon(record, who)
     except Error:  # it refuses what every QEMU answers
         return _lost(record, who)
-    return Seen(Reach.ANSWERS, run, migration, said)
+    return Seen(Reach.ANSWERS, run, migration, said, paused)
+
+
+async def _paused(monitor: Monitor, run: str) -> bool:
+    """Whether a node of ours says that the migration paused the guest."""
+    nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
+    return any(one["node-name"] == paused_node(run) for one in nodes)
 
 
 async def _gone_soon(record: MigrationRecord, who: VMIdentity) -> Seen:

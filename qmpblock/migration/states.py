@@ -91,7 +91,10 @@ def _shows(*pairs: str) -> frozenset[tuple[str, str]]:
 
 
 _HOME = _shows("running/none", "running/failed", "running/cancelled", "running/completed")
+#: The same, where the migration has paused it.
+_STANDS = _shows("paused/none", "paused/failed", "paused/cancelled", "paused/completed")
 _WAITS = _shows("inmigrate/none", "inmigrate/setup")
+_GOES = _shows("running/setup", "running/active", "paused/setup", "paused/active")
 _COMES = _shows("inmigrate/active")
 _HELD = _shows("finish-migrate/pre-switchover")
 _AWAY = _shows("postmigrate/completed")
@@ -106,15 +109,16 @@ _CANCEL = "migration and mirrors are cut (yank), then migrate_cancel; the rest a
 #: Every state, in the order in which a migration goes through them.
 STATES: tuple[State, ...] = (
     State(Phase.CHECKED, Side.SOURCE, _HOME, _WAITS, "there is nothing to be undone"),
-    State(Phase.MIRRORING, Side.SOURCE, _HOME, _WAITS, _MIRRORS_BACK),
-    State(Phase.READY, Side.SOURCE, _HOME, _WAITS, _MIRRORS_BACK),
-    State(Phase.MEMORY, Side.SOURCE, _shows("running/setup", "running/active"), _COMES, _CANCEL),
+    State(Phase.MIRRORING, Side.SOURCE, _HOME | _STANDS, _WAITS, _MIRRORS_BACK),
+    State(Phase.READY, Side.SOURCE, _HOME | _STANDS, _WAITS, _MIRRORS_BACK),
+    State(Phase.MEMORY, Side.SOURCE, _GOES, _COMES, _CANCEL),
     State(Phase.HELD, Side.SOURCE, _HELD, _COMES, f"{_CANCEL}. The guest stands until then"),
     State(Phase.ENDED, Side.SOURCE, _HELD, _COMES, "the same; the images of both are equal now"),
     State(
         Phase.SENT,
         Side.SOURCE,
-        _shows("finish-migrate/device", "running/failed") | _AWAY,
+        _shows("finish-migrate/device", "running/failed", "paused/failed", "postmigrate/failed")
+        | _AWAY,
         _COMES | _THERE,
         "the source itself decides: it completes, or fails and goes on. Where it does neither "
         "within the stall limit the migration's connection is cut, and then it does",
@@ -152,6 +156,8 @@ class Move(Enum):
     MARK = "say at the destination that the arbiter decided for it"
     CONT_DESTINATION = "continue the destination (cont)"
     FINISH_DESTINATION = "quit the source, and remove what is left of ours at the destination"
+    # Only on request, before the source holds the guest.
+    PAUSE = "say at the source that the migration pauses the guest, then pause it (stop)"
     # Only on the way back.
     CANCEL = "cut migration and mirrors at the source from outside (yank), then migrate_cancel"
     SETTLE = "wait for the source's own decision; cut the migration where it does not come"
@@ -209,12 +215,14 @@ class Seen:
     :ivar run: query-status; `migration`: query-migrate, `none` where it has none.
     :ivar decided: what the arbiter says, at the source; what the mark says, at the destination.
         None where there is none.
+    :ivar paused: whether it says, at the source, that the migration has paused the guest.
     """
 
     reach: Reach
     run: str = ""
     migration: str = "none"
     decided: Side | None = None
+    paused: bool = False
 
     @property
     def answers(self) -> bool:
@@ -224,5 +232,5 @@ class Seen:
     def __str__(self) -> str:
         if not self.answers:
             return self.reach.value
-        said = f"{self.run}/{self.migration}"
+        said = f"{self.run}/{self.migration}{', paused by us' if self.paused else ''}"
         return said if self.decided is None else f"{said}, decided for the {self.decided.value}"

@@ -45,7 +45,8 @@ _GOING = frozenset({"running", "ready"})
 _SILENT = 1.0  # seconds without an answer
 _LOOK = 0.01  # seconds between looks at mirrors that end, where no event wakes us
 _TO_CATCH_UP = (
-    "let the guest write less, raise --speed, or have its writes wait (--write-blocking-after)"
+    "let the guest write less, raise --speed, have its writes wait (--write-blocking-after), or "
+    "have it paused until it has gone over (--pause-after)"
 )
 
 

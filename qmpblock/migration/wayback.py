@@ -19,13 +19,14 @@ from qmpblock.errors import (
     StalledError,
 )
 from qmpblock.migration.states import ACTIVE, SETTLING
-from qmpblock.names import is_of_run
+from qmpblock.names import is_of_run, paused_node
+from qmpblock.qemu.refusals import no_node, tolerate
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["call_back", "cont", "cut", "quit_vm", "settle"]
+__all__ = ["call_back", "cont", "cut", "quit_vm", "settle", "unmark_pause"]
 
 _POLL = 0.02  # seconds
 _YANK = 2.0  # seconds for QEMU to cut what it is told to cut
@@ -56,7 +57,7 @@ async def cut(source: Monitor, run: str, *, mirrors: bool = True) -> None:
 
 
 async def call_back(source: Connection, run: str) -> None:
-    """Have the source give up a migration that it can call back, and wait until the guest runs.
+    """Have the source give up a migration that it can call back, and wait until it has the guest.
 
     :raise StalledError: it does not come back.
     """
@@ -107,6 +108,12 @@ async def cont(vm: Connection) -> None:
     """
     await vm.monitor.execute("cont")
     await _until(vm, lambda state, _: state == "running", "the guest was continued, and stands")
+
+
+async def unmark_pause(source: Connection, run: str) -> None:
+    """Have nothing say any more that the migration paused the guest: it runs. Idempotent."""
+    gone = source.monitor.execute("blockdev-del", {"node-name": paused_node(run)})
+    await tolerate(no_node, gone)
 
 
 async def quit_vm(vm: Connection, has_ended: Callable[[], bool]) -> bool:

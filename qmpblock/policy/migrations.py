@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qmpblock.address import TCPAddress, parse_monitor
 from qmpblock.errors import RequestError, printable
 from qmpblock.migration.diskterms import ALLOCATIONS, Allocation, DiskTerms, Layers
-from qmpblock.migration.means import MOST_CHANNELS, MigrationMeans
+from qmpblock.migration.means import LONGEST_PAUSE, MOST_CHANNELS, MigrationMeans
 from qmpblock.migration.over import parse_over
 from qmpblock.policy.values import filled_in, number_in, seconds_in, speed_in
 from qmpblock.yamltext import Mapping, read_mapping, read_text
@@ -165,13 +165,16 @@ def _means(entry: Mapping) -> MigrationMeans:
         auto_converge=entry.flag("auto_converge", False),
         write_blocking_after=seconds_in(entry, "write_blocking_after"),
         multifd=number_in(entry, "multifd", 0),
+        pause_after=seconds_in(entry, "pause_after"),
+        longest_pause=seconds_in(entry, "longest_pause") or LONGEST_PAUSE,
     )
     if "multifd" in entry and not 1 <= means.multifd <= MOST_CHANNELS:
         entry.refuse("multifd", f"must be 1 to {MOST_CHANNELS} channels")
     try:
         means.check()
     except RequestError as error:
-        entry.refuse("downtime_limit", error.message)
+        late = "longest_pause" in entry and not means.pause_after
+        entry.refuse("longest_pause" if late else "downtime_limit", error.message)
     return means
 
 

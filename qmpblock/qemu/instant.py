@@ -16,7 +16,7 @@ from qmpblock.qemu.refusals import duplicate_node, no_node, tolerate
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["instant", "resume"]
+__all__ = ["instant", "pause", "resume"]
 
 
 @asynccontextmanager
@@ -30,15 +30,25 @@ async def instant(vm: Connection, node: str) -> AsyncIterator[bool]:
 
     :param node: its name, of a node of ours.
     """
-    if not (await vm.monitor.execute("query-status"))["running"]:
+    if not await pause(vm, node):
         yield False
         return
+    yield True
+    await resume(vm, node)
+
+
+async def pause(vm: Connection, node: str) -> bool:
+    """Pause a VM that runs, until `resume`; return whether it did.
+
+    :param node: its name, of a node of ours.
+    """
+    if not (await vm.monitor.execute("query-status"))["running"]:
+        return False
     mark = {"driver": "null-co", "node-name": node, "size": 0, "read-zeroes": True}
     # It is there where a change is carried on whose controller died just before `stop`.
     await tolerate(duplicate_node, vm.monitor.execute("blockdev-add", mark))
     await vm.monitor.execute("stop")
-    yield True
-    await resume(vm, node)
+    return True
 
 
 async def resume(vm: Connection, node: str) -> None:

@@ -142,7 +142,7 @@ async def test_a_guest_that_outruns_the_mirrors(begin, start_destination, invari
     print(failed.value)
     assert asyncio.get_running_loop().time() - began < 60
     assert "to be copied anew: " in failed.value.message
-    assert failed.value.remedy.startswith("let the guest write less, raise --speed, or have its")
+    assert failed.value.remedy.startswith("let the guest write less, raise --speed, have its")
     assert "the guest runs at the source, where nothing of ours is left" in failed.value.standing
     await invariant.verify(source)
     assert (await destination.execute("query-status"))["status"] == "inmigrate"

@@ -33,6 +33,26 @@ def test_writes_cannot_wait_before_there_is_a_copy() -> None:
         MigrationMeans(write_blocking_after=-1.0).check()
 
 
+@pytest.mark.parametrize(
+    ("after", "longest", "words"),
+    [(-1.0, 60.0, "after some time"), (1.0, 0.0, "for some"), (0.0, 5.0, "not when it is")],
+)
+def test_a_pause_that_cannot_be_is_refused(after: float, longest: float, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        MigrationMeans(pause_after=after, longest_pause=longest).check()
+
+
+def test_when_the_guest_is_paused_is_said() -> None:
+    means = MigrationMeans(pause_after=30.0, longest_pause=5.0)
+    means.check()
+    assert means.any
+    assert list(means.notices()) == []
+    assert "in 30 s" in means.pause_notice()
+    assert "longer than 5 s" in means.pause_notice()
+    assert MigrationMeans().pause_notice() == ""
+    assert wanted_at_source(means, 0) == wanted_at_source(MigrationMeans(), 0)
+
+
 @pytest.mark.parametrize("number", [-1, 65, 256])
 def test_so_many_channels_are_refused(number: int) -> None:
     with pytest.raises(RequestError, match=f"{number} channels"):

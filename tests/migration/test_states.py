@@ -1,5 +1,6 @@
 """The table of a migration's states holds together, and every state that it tells is decided."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import migrationoutcomes
@@ -103,6 +104,26 @@ def test_a_completed_source_is_not_continued_where_the_destination_cannot_be_see
         assert decide(phase, handed, SILENT, force=Side.SOURCE).ask
         assert decide(phase, handed, GONE).ask
         assert decide(phase, handed, GONE, force=Side.SOURCE).move is Move.CONT_SOURCE
+
+
+@pytest.mark.parametrize(
+    "shown", ["paused/none", "paused/failed", "paused/cancelled", "postmigrate/failed"]
+)
+def test_a_guest_that_the_migration_paused_goes_on(shown):
+    """When the destination has ended, which goes first; one that somebody else stopped does not."""
+    run, _, migration = shown.partition("/")
+    ours = Seen(Reach.ANSWERS, run, migration, paused=True)
+    waits = seen(("inmigrate", "active"))
+    assert decide(None, ours, waits).move is Move.QUIT_DESTINATION
+    for lost in (GONE, SILENT):
+        decision = decide(None, ours, lost)
+        assert (decision.owner, decision.move) == (Side.SOURCE, Move.CONT_SOURCE)
+        assert not decision.last
+        assert decide(None, replace(ours, run="running"), lost).last
+        assert decide(None, replace(ours, paused=False), lost).move is Move.FINISH_SOURCE
+    assert decide(None, ours, seen(("running", "completed"))).ask
+    assert decide(None, replace(ours, migration="cancelling"), waits).move is Move.SETTLE
+    assert str(ours) == f"{shown}, paused by us"
 
 
 def test_a_storage_daemon_ends_when_the_guest_is_home_and_before_anything_else():

@@ -28,10 +28,11 @@ def test_a_storage_daemon_is_asked_for_by_vm() -> None:
 
 def test_a_vm_can_have_what_a_single_migration_can() -> None:
     words = "downtime_limit: 500, auto_converge: yes, write_blocking_after: 2.5, multifd: 4"
+    words += ", pause_after: 30, longest_pause: 7.5"
     way = "nbds://there:10809/?tls-hostname=there.example"
     text = f"vms:\n  - {{source: a, destination: b, {words}, over: '{way}'}}\n"
     [one] = parse_migrations(text).migrations
-    assert one.means == MigrationMeans(0.5, auto_converge=True, write_blocking_after=2.5, multifd=4)
+    assert one.means == MigrationMeans(*(0.5, True, 2.5, 4), pause_after=30.0, longest_pause=7.5)
     assert one.over == way
 
 
@@ -85,6 +86,8 @@ def test_the_whole_is_shared_by_those_at_once(parallel: int, speed: str, each: i
         (f"vms:\n{BUT('downtime_limit: 5001')}", "downtime_limit: a guest cannot be let stand"),
         (f"vms:\n{BUT('write_blocking_after: 0')}", "write_blocking_after: '0' is no number"),
         (f"vms:\n{BUT('write_blocking_after: 1e3')}", "write_blocking_after: '1e3' is no number"),
+        (f"vms:\n{BUT('pause_after: 0')}", "pause_after: '0' is no number"),
+        (f"vms:\n{BUT('longest_pause: 5')}", "longest_pause: for how long a guest may be paused"),
         (f"vms:\n{BUT('multifd: 0')}", "multifd: must be 1 to 64 channels"),
         (f"vms:\n{BUT('multifd: 65')}", "multifd: must be 1 to 64 channels"),
         (f"vms:\n{BUT('over: disk.qcow2')}", "over: disk.qcow2 is no way for a migration"),
