@@ -43,10 +43,10 @@ from qmpblock.changes.operations import PointInTime
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
+from qmpblock.copying.alone import check_alone
 from qmpblock.copying.viewnode import UNIT, add_view
 from qmpblock.errors import (
     UNTOUCHED,
-    CommandError,
     Error,
     GraphError,
     NoRoomError,
@@ -234,6 +234,7 @@ async def _look(vm: Connection, disks: Sequence[MappedDisk]) -> None:
     graph = await vm.graph()
     for disk in disks:
         disk.device = graph.device(disk.device.qom_path)
+        await check_alone(vm.monitor, disk.device)
     await ownership.ask_for_change(vm, Work("point", disks[0].chain.active.file), graph)
 
 
@@ -242,7 +243,6 @@ async def _item(
 ) -> _Item:
     check_idle(device)
     await _check_iothread(vm, device)
-    await _check_alone(vm, device)
     secret = await _key_secret(vm, device)
     kept, size = _file(vm, run, number, device, fleece), device.chain.active.size
     contents = await make(vm, Header("qcow2", size, key_secret=secret))
@@ -262,25 +262,6 @@ async def _check_iothread(vm: Connection, device: DiskDevice) -> None:
             "goes away",
             standing=UNTOUCHED,
             remedy="use QEMU 10.0 or newer, or give the disk no iothread",
-        )
-
-
-async def _check_alone(vm: Connection, device: DiskDevice) -> None:
-    """Refuse a disk that others may write to, whose writes would not pass the filter.
-
-    :raise UnsupportedError: it is one.
-    """
-    asked = {"path": device.qom_path, "property": "share-rw"}
-    try:
-        shared = await vm.monitor.execute("qom-get", asked)
-    except CommandError:
-        return  # this kind of device has no such property
-    if shared:
-        raise UnsupportedError(
-            f"{device.name} has share-rw=on: others may write to its image, and what they write "
-            "would be seen in what is to be of one instant",
-            standing=UNTOUCHED,
-            remedy="snapshot it instead, or give the device share-rw=off if nobody else writes",
         )
 
 

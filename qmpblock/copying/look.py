@@ -12,6 +12,7 @@ from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
 from qmpblock.chains.settings import lost_by_snapshot
 from qmpblock.changes.leftovers import check_way, make_way
+from qmpblock.copying.alone import check_alone
 from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.frozen import check_frozen
 from qmpblock.copying.options import CopyOptions
@@ -74,6 +75,7 @@ async def look(
             shape=options.shape,
         )
         _check_zeros(vm, plan, options)
+        await check_alone(vm.monitor, plan.device)
         if options.resume:
             check_target(plan)
         for other in plans:

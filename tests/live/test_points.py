@@ -142,6 +142,11 @@ async def test_a_disk_that_others_may_write_to_is_refused(start_qemu, vm_dir, in
         with pytest.raises(UnsupportedError, match="share-rw=on"):
             async with disk.point_in_time():
                 raise AssertionError
+        for how in ({"at": "start"}, {"at": "end"}, {"pivot": True}):
+            with pytest.raises(UnsupportedError, match="share-rw=on"):
+                async with disk.copy(vm_dir / "copy", **how):
+                    raise AssertionError
+    assert not list(vm_dir.glob("copy*"))
     await nothing_of_ours(vm)
 
 
