@@ -16,6 +16,7 @@ from qmpblock.errors import CommandError, printable
 from qmpblock.qemu.feed import Feed
 from qmpblock.qemu.job import Job, Progress
 from qmpblock.qemu.jobstate import allows
+from qmpblock.qemu.refusals import not_found, tolerate
 
 if TYPE_CHECKING:
     from qmpblock.copying.latency import GuestLatency, Pacer
@@ -125,9 +126,14 @@ class CopyJob(Feed[Progress]):
         """
         self.speed = speed
         for job in self._jobs:
-            if job.progress is None or job.progress.status in ("created", "running", "ready"):
+            if job.progress is None:
+                # Where what is there is compared first, it is still to be made, at that speed.
+                await tolerate(not_found, job.set_speed(self.share()))
+            elif job.progress.status in ("created", "running", "ready"):
                 await job.set_speed(self.share())
-                self._told[job.id] = self.share()
+            else:
+                continue
+            self._told[job.id] = self.share()
 
     @property
     def kept_words(self) -> str:
