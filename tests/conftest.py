@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from qmpblock.qemu import lock
 
@@ -14,8 +14,9 @@ collect_ignore = ["outside"]  # a project of its own, which tests/live/test_outs
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Two noisy cores: a deadline would say more of the machine than of the code.
-settings.register_profile("qmpblock", deadline=None)
+# Two noisy cores: a deadline, and how slowly examples come, would say more of the machine than of
+# the code.
+settings.register_profile("qmpblock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("qmpblock")
 
 

@@ -167,7 +167,7 @@ def test_an_entry_is_stable_in_both_places(image, monkeypatch):
 def test_what_the_guest_waits_for_costs_the_slower_of_two_fsyncs(image, monkeypatch):
     """Each begins before the other one ends."""
     journal = Journal.create(of_pivot(image), image)
-    both, fsync = threading.Barrier(2, timeout=5), os.fsync
+    both, fsync = threading.Barrier(2, timeout=120), os.fsync
 
     def meeting(fd):
         both.wait()

@@ -55,7 +55,9 @@ pieces = st.lists(
 
 
 @settings(
-    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+    max_examples=15,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
 )
 @given(shared=pieces, extra=pieces, offset=st.integers(0, SIZE))
 def test_it_is_what_the_bytes_say(tmp_path, shared, extra, offset):

@@ -83,7 +83,7 @@ async def test_who_waits_for_the_end_is_woken_by_it_and_by_a_failure(how):
     assert job.completion.is_set()
     assert not waiting.done()
     getattr(job, how)()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 60)
 
 
 def test_a_speed_is_shared():
@@ -94,12 +94,12 @@ def test_a_speed_is_shared():
     assert job.share() == 4
 
 
-async def test_what_is_compared_keeps_to_the_speed():
+async def test_what_is_compared_keeps_to_the_speed(monkeypatch):
     """Whoever compares asks for several turns at once."""
     job, clock = CopyJob(), asyncio.get_running_loop().time
-    began = clock()
-    await asyncio.gather(*(job.turn(1 << 30) for _ in range(8)))
-    assert clock() - began < 0.2
+    with monkeypatch.context() as patch:
+        patch.setattr("qmpblock.copying.job.asyncio.sleep", None)  # there is nothing to wait for
+        await asyncio.gather(*(job.turn(1 << 30) for _ in range(8)))
     job.speed = 100
     began = clock()
     await asyncio.gather(*(job.turn(10) for _ in range(4)))  # the first need not wait

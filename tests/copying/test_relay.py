@@ -41,7 +41,7 @@ class Server:
             self.sock, _ = self.listener.accept()
         except OSError:
             return  # nobody came
-        self.sock.settimeout(10)
+        self.sock.settimeout(60)
         if greeting is None:
             self.sock.close()
         else:
@@ -76,7 +76,7 @@ async def relaying(server, **more):
         async with Relay.open(server.address, name=wire_node(new_run(), 0), **more) as relay:
             folder = Path(relay.path).parent
             assert folder.stat().st_mode & 0o777 == 0o700
-            qemu.settimeout(10)
+            qemu.settimeout(60)
             qemu.connect(relay.path)
             assert await read(qemu, len(GREETING)) == GREETING
             yield relay, qemu
@@ -107,7 +107,7 @@ async def read(sock, count):
 
 
 async def until(seen):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not seen():
             await asyncio.sleep(0.005)
 
@@ -170,10 +170,8 @@ async def test_when_one_end_closes_the_other_hears_it(server, who):
 async def test_cut_is_at_once_and_again(server):
     async with relaying(server) as (relay, qemu):
         qemu.sendall(bytes(100))
-        began = time.monotonic()
         relay.cut()
-        assert time.monotonic() - began < 1
-        assert relay.ended is End.CUT
+        assert relay.ended is End.CUT, "when it returns"
         assert await read(qemu, 1) == b""
         relay.cut()
     relay.cut()
@@ -212,21 +210,26 @@ def drain(sock):
 
 
 async def test_a_stall_is_told_and_cut_even_while_this_process_is_busy(server):
-    async with relaying(server, patience=0.4) as (relay, qemu):
-        await asyncio.sleep(0.6)
-        assert relay.ended is None, "nobody asked for anything"
+    async with relaying(server) as (relay, qemu):
+        with relay.within(0.1):
+            await asyncio.sleep(0.3)
+            assert relay.ended is None, "nobody asked for anything"
         assert (relay.outstanding, relay.stalled_for) == (False, 0)
-        assert relay.silent_for > 0.5
+        assert relay.silent_for > 0.2
         qemu.sendall(b"request")
         await until(lambda: relay.outstanding)
         server.sock.sendall(b"answer")
         assert await read(qemu, 6) == b"answer"
         await until(lambda: not relay.outstanding)
+        began = time.monotonic()
         qemu.sendall(b"request")
-        time.sleep(0.2)  # the event loop stands still
+        await until(lambda: relay.stalled_for > 0.1)
+        assert relay.stalled_for <= time.monotonic() - began
         assert relay.ended is None
-        assert 0.1 < relay.stalled_for < 0.4
-        time.sleep(0.5)
+        with relay.within(0.3):
+            deadline = time.monotonic() + 60
+            while relay.ended is None and time.monotonic() < deadline:
+                time.sleep(0.01)  # the event loop stands still
         assert relay.ended is End.STALLED
         assert (relay.outstanding, relay.stalled_for, relay.silent_for) == (False, 0, 0)
         assert await read(qemu, 1) == b""
@@ -234,7 +237,7 @@ async def test_a_stall_is_told_and_cut_even_while_this_process_is_busy(server):
 
 async def test_a_server_that_answers_and_then_takes_no_more_is_stalled(server):
     """QEMU's next words do not get as far as the relay then."""
-    async with relaying(server, patience=0.5) as (relay, qemu):
+    async with relaying(server) as (relay, qemu):
         qemu.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -243,7 +246,8 @@ async def test_a_server_that_answers_and_then_takes_no_more_is_stalled(server):
         server.sock.sendall(b"answer")
         await until(lambda: relay.received > len(GREETING))
         assert relay.outstanding
-        await until(lambda: relay.ended)
+        with relay.within(0.2):
+            await until(lambda: relay.ended)
         assert relay.ended is End.STALLED
 
 
@@ -260,14 +264,18 @@ async def test_another_patience_for_a_while(server):
 
 
 @pytest.mark.parametrize(
-    ("greeting", "words"),
-    [(b"SSH-2.0\r\n", "it says"), (None, "closes the connection"), (b"", "no answer in 0.2 s")],
+    ("greeting", "patience", "words"),
+    [
+        (b"SSH-2.0\r\n", 60, "it says"),
+        (None, 60, "closes the connection"),
+        (b"", 0.2, "no answer in 0.2 s"),
+    ],
 )
-async def test_what_is_no_nbd_server(tmp_path, greeting, words):
+async def test_what_is_no_nbd_server(tmp_path, greeting, patience, words):
     fds = os.listdir("/proc/self/fd")
     server = Server(socket.AF_UNIX, str(tmp_path / "s"), greeting)
     with pytest.raises(NBDConnectError, match=words) as caught:
-        async with Relay.open(server.address, name=wire_node(new_run(), 0), patience=0.2):
+        async with Relay.open(server.address, name=wire_node(new_run(), 0), patience=patience):
             pytest.fail("there is a relay")
     assert caught.value.standing == "nothing was touched"
     server.close()
@@ -315,18 +323,20 @@ async def test_its_process_is_no_more(server, how):
         "await asyncio.sleep(60)" if how == "killed" else "sys.stdin.read(); import os; os._exit(0)"
     )
     command = [sys.executable, "-c", KILLED.format(end=end), server.address.path]
-    process = subprocess.Popen(
-        [*command, wire_node(new_run(), 0)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    path = (await asyncio.to_thread(process.stdout.readline)).decode().strip()
-    with socket.socket(socket.AF_UNIX) as qemu:
-        qemu.settimeout(10)
-        qemu.connect(path)
-        assert await read(qemu, len(GREETING)) == GREETING
-        process.kill() if how == "killed" else process.stdin.close()
-        assert await read(qemu, 1) == b""
-    process.wait()
-    process.stdout.close()
-    process.stdin.close()
+    with (
+        subprocess.Popen(
+            [*command, wire_node(new_run(), 0)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process,
+        socket.socket(socket.AF_UNIX) as qemu,
+    ):
+        try:
+            path = (await asyncio.to_thread(process.stdout.readline)).decode().strip()
+            qemu.settimeout(60)
+            qemu.connect(path)
+            assert await read(qemu, len(GREETING)) == GREETING
+            process.kill() if how == "killed" else process.stdin.close()
+            assert await read(qemu, 1) == b""
+        finally:
+            process.kill()
     assert os.listdir(Path(path).parent) == []
     Path(path).parent.rmdir()

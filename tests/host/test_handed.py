@@ -12,7 +12,6 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,7 @@ from headers_of_eve import (
     with_data_file,
 )
 
-from qmpblock.errors import Error, NotFoundError, ToolError, UnsupportedError
+from qmpblock.errors import Error, NotFoundError, StalledError, ToolError, UnsupportedError
 from qmpblock.host.handed import User
 from qmpblock.host.imagechain import blockdev, format_of
 from qmpblock.host.qemuimg import QemuImg
@@ -67,7 +66,7 @@ def server(tmp_path):
 
 async def look(path, **options):
     """Look at a closed image, as `qmpblock map IMAGE` does."""
-    tool = QemuImg(stall=5, **options)
+    tool = QemuImg(**options)
     chain = await tool.chain(str(path), format_of(str(path)))
     stacked = blockdev(chain[0].format, chain[0].file, chain[1:])
     found = await tool.map(stacked, [one.format for one in chain])
@@ -80,11 +79,10 @@ async def look(path, **options):
 async def test_root_does_not_follow_a_header_for_its_owner(header, place, server):
     header(place, server)
     top = place.finish()
-    began = time.monotonic()
     with pytest.raises(Error) as caught:
         await look(top)
     assert "/proc/self/fd" not in str(caught.value)
-    assert time.monotonic() - began < 4
+    assert not isinstance(caught.value, StalledError)  # it has not waited for what it names
     assert not place.opened()
     assert place.secret.read_bytes() == SECRET
 

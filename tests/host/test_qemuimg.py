@@ -398,7 +398,7 @@ async def test_one_that_talks_on_is_not_waited_for(tmp_path):
     program.chmod(0o755)
     with HandedFiles() as files:
         run = QemuImg(str(program))._run(["map"], files)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             async for _ in run:
                 await asyncio.sleep(0.5)  # it has said more than is kept for a reader
                 break

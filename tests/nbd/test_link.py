@@ -32,6 +32,14 @@ ABORT = b"IHAVEOPT" + bytes.fromhex("0000000200000000")
 # -- every way in which a connection ends: what the server does, and then what we do
 
 
+def impatient(client: Client, stall: float) -> None:
+    """Give a client another stall limit: what went before shall not fail by a short one."""
+    assert client._link is not None
+    clock = client._link._clock
+    clock.close()
+    clock.limit = stall
+
+
 async def _serve(server: fake.FakeServer) -> None:
     await server.handshake()
 
@@ -73,7 +81,8 @@ async def _mute(server: fake.FakeServer) -> None:
 
 
 async def _stalled(server: fake.FakeServer, polite: bool) -> None:
-    async with await Client.connect(server.socket, polite=polite, stall=0.1) as client:
+    async with await Client.connect(server.socket, polite=polite) as client:
+        impatient(client, 0.1)
         with pytest.raises(StalledError):
             await client.flush()
 
@@ -126,7 +135,9 @@ ENDS: dict[str, tuple[fake.Script, Callable[[fake.FakeServer, bool], Awaitable[N
 }
 
 
-async def _end(name: str, *, polite: bool, custody: bool) -> tuple[bytes, bool]:
+async def _end(
+    name: str, *, polite: bool, custody: bool, goodbye: bytes = b""
+) -> tuple[bytes, bool]:
     """Return what the server saw after its script: bytes, and whether the stream ended."""
     script, act = ENDS[name]
     seen, acted = b"", asyncio.Event()
@@ -136,7 +147,9 @@ async def _end(name: str, *, polite: bool, custody: bool) -> tuple[bytes, bool]:
         await script(server)
         if custody:  # that there is no end is seen after it; a polite one waits for ours
             await acted.wait()
-        seen = await server.drain(0.15 if custody or polite else 10)
+        if goodbye:
+            seen = await server.receive(len(goodbye))
+        seen += await server.drain(0.15 if custody or goodbye else 60)
         server.hang_up()
 
     async with fake.FakeServer(serve, custody=custody) as server:
@@ -167,8 +180,9 @@ async def test_a_polite_end_says_goodbye_where_the_protocol_allows(name: str):
         "a cancelled request": DISC,
         "a refused handshake": ABORT,
     }
-    seen, eof = await _end(name, polite=True, custody=False)
-    assert seen == goodbye.get(name, b"")
+    wanted = goodbye.get(name, b"")
+    seen, eof = await _end(name, polite=True, custody=False, goodbye=wanted)
+    assert seen == wanted
     assert eof or name in goodbye  # after DISC it is the server that hangs up
 
 
@@ -245,7 +259,7 @@ async def test_a_server_that_takes_a_long_write_slowly_is_no_stall():
     async def script(server: fake.FakeServer) -> None:
         await server.handshake()
         await server.receive(28)
-        for _ in range(8):
+        for _ in range(24):
             await server.receive(1 << 20)
             await asyncio.sleep(0.1)
         await server.send(fake.simple(1))
@@ -255,9 +269,9 @@ async def test_a_server_that_takes_a_long_write_slowly_is_no_stall():
     settings = fake.Settings(size=1 << 30)
     async with (
         fake.FakeServer(script, settings) as server,
-        await Client.connect(server.socket, stall=0.3) as client,
+        await Client.connect(server.socket, stall=2) as client,
     ):
-        await client.write(0, bytes(8 << 20))
+        await client.write(0, bytes(24 << 20))
 
 
 async def test_an_idle_connection_does_not_stall():
@@ -270,10 +284,12 @@ async def test_an_idle_connection_does_not_stall():
 
     async with (
         fake.FakeServer(script) as server,
-        await Client.connect(server.socket, stall=0.1) as client,
+        await Client.connect(server.socket) as client,
     ):
         await client.flush()
+        impatient(client, 0.1)
         await asyncio.sleep(0.3)
+        impatient(client, 60)
         await client.flush()
 
 
@@ -304,7 +320,7 @@ async def test_each_of_those_who_wait_has_an_exception_of_its_own():
 
     async with fake.FakeServer(script) as server:
         client = await Client.connect(server.socket, in_flight=4)
-        async with asyncio.timeout(5):  # none of them waits for ever
+        async with asyncio.timeout(60):  # none of them waits for ever
             errors = await asyncio.gather(
                 *(client.flush() for _ in range(9)), return_exceptions=True
             )
@@ -330,15 +346,21 @@ async def test_closing_fails_what_is_in_flight_and_what_waits():
         await client.close()
 
 
-async def test_a_server_that_does_not_hang_up_is_not_waited_for_longer_than_the_stall_limit():
+async def test_a_server_that_does_not_hang_up_is_not_waited_for_longer_than_the_stall_limit(
+    monkeypatch: pytest.MonkeyPatch,
+):
     async def script(server: fake.FakeServer) -> None:
         await server.handshake()
-        await server.drain(1)
+        await closed.wait()
 
+    closed = asyncio.Event()
+    monkeypatch.setattr("qmpblock.nbd.client._PATIENCE", 3600)
     async with fake.FakeServer(script) as server:
-        client = await Client.connect(server.socket, stall=0.1)
-        async with asyncio.timeout(0.8):
-            await client.close()
+        client = await Client.connect(server.socket)
+        client._stall = 0.1
+        await client.close()
+        closed.set()
+        assert (await server.drain(0), server.eof) == (DISC, True)
 
 
 async def test_the_state_of_a_connection_that_failed_is_told_in_words():
