@@ -70,7 +70,7 @@ def test_a_qemu_that_died_fails_its_test(pytester: pytest.Pytester) -> None:
         async def test_it(start_qemu):
             vm = await start_qemu()
             os.kill(vm.pid, signal.SIGSEGV)
-            await vm.wait(10)
+            await vm.wait(120)
         """
     )
     result = run(pytester)

@@ -169,7 +169,7 @@ def test_a_failure_at_a_tests_end_keeps_too(pytester: pytest.Pytester, short: Pa
         async def test_died(start_qemu):
             vm = await start_qemu()
             os.kill(vm.pid, signal.SIGSEGV)
-            await vm.wait(10)
+            await vm.wait(120)
 
         async def test_without_fixture():
             async with QemuProcess() as vm:
@@ -185,14 +185,29 @@ def test_a_failure_at_a_tests_end_keeps_too(pytester: pytest.Pytester, short: Pa
 
 
 def test_a_qemu_that_hangs_is_told_of_by_its_threads(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        """
+        import os, signal, pytest
+
+        PIDS = []
+
+        @pytest.fixture
+        def stop():
+            return lambda pid: (PIDS.append(pid), os.kill(pid, signal.SIGSTOP))
+
+        @pytest.hookimpl(wrapper=True, tryfirst=True)
+        def pytest_runtest_makereport():
+            report = yield  # once all is told
+            for pid in PIDS:
+                os.kill(pid, signal.SIGCONT)
+            PIDS.clear()
+            return report
+        """
+    )
     pytester.makepyfile(
         """
-        import os, signal, subprocess
-
-        async def test_it(start_qemu):
-            vm = await start_qemu()
-            os.kill(vm.pid, signal.SIGSTOP)
-            subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {vm.pid}"]).returncode = 0
+        async def test_it(start_qemu, stop):
+            stop((await start_qemu()).pid)
             raise AssertionError
         """
     )

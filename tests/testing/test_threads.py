@@ -24,7 +24,7 @@ def test_threads_say_what_they_wait_for_and_of_which_file(tmp_path):
         )
         command = [sys.executable, "-c", program]
         with subprocess.Popen(command, pass_fds=[wanted.fileno()]) as process:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             said = ""
             while "flock" not in said and time.monotonic() < deadline:
                 time.sleep(0.02)
