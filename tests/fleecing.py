@@ -22,7 +22,7 @@ async def begin_writing(vm, *specs):
     for spec in specs:
         await vm.guest.stress(spec)
     for spec in specs:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while (await vm.guest.progress(spec.disk)).acked < 500:
                 await asyncio.sleep(0.01)
 
@@ -100,7 +100,7 @@ async def export(vm, path):
     finally:
         if vm.running:
             await vm.execute("block-export-del", id="e", mode="hard")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 while await vm.execute("query-block-exports"):
                     await asyncio.sleep(0.005)
 

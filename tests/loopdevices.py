@@ -46,7 +46,7 @@ def xfs(directory, size=1 << 30):
 
 def _unmount(place):
     """Take it away, once whoever had a file there has ended: who was killed takes time."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while subprocess.run(["umount", place], check=False).returncode:
         assert time.monotonic() < deadline, f"{place} is in use"
         time.sleep(0.2)

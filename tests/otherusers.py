@@ -236,7 +236,7 @@ class Eve:
         """Run a small script as her, to its end; return what it printed."""
         command = User(EVE).command(*_python(script), *arguments)
         return subprocess.run(
-            command, check=True, capture_output=True, text=True, cwd="/", timeout=30
+            command, check=True, capture_output=True, text=True, cwd="/", timeout=120
         ).stdout
 
     @contextlib.contextmanager

@@ -28,11 +28,12 @@ async def built(scenario, directory, qemu):
 
 
 class Watching:
-    """A watch that goes on; `told` and the commands that it has sent so far."""
+    """A watch that goes on; `told`, the commands that it has sent, and those QEMU has answered."""
 
     def __init__(self):
         self.told = []
         self.sent = []
+        self.answered = []
         self.task = None
         self.disk = None
         self.cancel_at = None  # the command before which the watch is cancelled
@@ -41,7 +42,7 @@ class Watching:
         """Return each (node, offset) that was set; 0 takes one away."""
         return [
             (arguments["node-name"], arguments["write-threshold"])
-            for command, arguments in self.sent
+            for command, arguments in self.answered
             if command == "block-set-write-threshold"
         ]
 
@@ -57,6 +58,7 @@ class Watching:
     async def fails(self, kind, words):
         """Wait until the watch has ended with an error; return that."""
         await asyncio.wait({self.task}, timeout=_PATIENCE)
+        assert self.task.done(), f"it goes on, having sent {self.sent}"
         error = self.task.exception()
         assert isinstance(error, kind), error
         assert re.search(words, str(error)), error
@@ -80,7 +82,9 @@ async def watching(vm, size, *, disk="vd0", address=None, keep_free=0):
             if command == seen.cancel_at:
                 seen.cancel_at = None
                 seen.task.cancel()
-            return await real(command, arguments)
+            reply = await real(command, arguments)
+            seen.answered.append((command, dict(arguments or {})))
+            return reply
 
         controller.monitor._execute = execute
         seen.task = asyncio.ensure_future(
@@ -114,7 +118,7 @@ async def armed(vm):
 
 async def armed_node(vm):
     """Return the node that has a threshold; between an event and the next look none has."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not (found := await armed(vm)):
             await asyncio.sleep(0.05)
     [node] = found

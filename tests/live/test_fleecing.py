@@ -131,7 +131,7 @@ async def test_what_is_kept_is_bounded(start_qemu, invariant):
     await begin_writing(vm)
     async with view(vm, limit=MIB), server(vm) as path, export(vm, path) as uri:
         before = (await vm.guest.progress(0)).acked
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while (await vm.guest.progress(0)).acked < before + 5000:
                 await asyncio.sleep(0.05)
         code, said = await ran("nbdcopy", uri, "null:")
@@ -164,7 +164,7 @@ async def test_a_storage_that_does_not_answer_holds_one_write(start_qemu, invari
         "qemu-nbd", "-t", "-f", "raw", "-k", str(path), str(image)
     )
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while not is_listening(path):
                 await asyncio.sleep(0.01)
         async with view(vm, stored={"type": "unix", "path": str(path)}), server(vm) as nbd:
@@ -172,7 +172,7 @@ async def test_a_storage_that_does_not_answer_holds_one_write(start_qemu, invari
             try:
                 await vm.guest.latency(0)
                 before = (await vm.guest.progress(0)).acked
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(120):
                     while (await vm.guest.progress(0)).acked < before + 20_000:
                         await asyncio.sleep(0.05)
                 held = (await vm.guest.latency(0)).held_us / 1e6

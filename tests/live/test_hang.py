@@ -24,7 +24,7 @@ async def test_a_pending_pivot(start_qemu, invariant, vm_dir):
     await vm.execute("blockdev-snapshot", node="d0", overlay="over")
     await vm.execute("block-commit", job_id="c", device="over", base_node="d0", auto_finalize=False)
     for status, verb in (("ready", "job-complete"), ("pending", None)):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while (await vm.execute("query-jobs"))[0]["status"] != status:
                 await asyncio.sleep(0.002)
         if verb:

@@ -56,7 +56,7 @@ async def reads(vm, pattern, at):
     before = len(vm.stdout)
     command = f'qemu-io {vm.disks[0].spec.name} "read -P {pattern} {at} 4M"'
     await vm.execute("human-monitor-command", command_line=command)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(120):
         while "ops/sec" not in (said := vm.stdout[before:]):
             await asyncio.sleep(0.01)
     return "verification failed" not in said
@@ -69,7 +69,7 @@ async def come(source, destination, where):
     uri = f"unix:{where}"
     await destination.execute("migrate-incoming", uri=uri)
     await source.execute("migrate", uri=uri)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while (await source.execute("query-migrate"))["status"] not in ("completed", "failed"):
             await asyncio.sleep(0.02)
         while (await destination.execute("query-migrate")).get("status") == "active":

@@ -191,7 +191,7 @@ async def test_the_daemon_is_killed_and_comes_back(host, chain, qemu_binary):
         assert not (await disk.map()).not_in_active()
         with monitor.subscribe("STOP") as events:  # heard of by the new daemon
             await monitor.execute("stop")
-            await events.get(timeout=30)
+            await events.get(timeout=120)
         await monitor.execute("cont")
     assert shown() == before
     host.virsh("destroy", "lasting")

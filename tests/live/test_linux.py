@@ -177,7 +177,7 @@ async def test_the_cache_serves_without_apt(
     image: LinuxImage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    again = await asyncio.wait_for(LinuxImage.prepare(image.qemu), 10)
+    again = await asyncio.wait_for(LinuxImage.prepare(image.qemu), 120)
     assert again == image
     with pytest.raises(LinuxUnavailableError, match="needs apt-cache"):
         await LinuxImage.prepare(image.qemu, tmp_path / "cache")

@@ -24,7 +24,7 @@ class BrokenOffError(Exception):
 
 
 async def ended(vm):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while vm.running:
             await asyncio.sleep(0.02)
 

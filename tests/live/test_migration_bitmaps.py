@@ -93,7 +93,7 @@ async def see_four(source, destination, result, *, prefix=""):
     assert now["off"]["count"] == 0  # all of the disk was mirrored to it meanwhile
     [(node, _)] = [key for key in await bitmaps(destination) if key[1] == "passing"]
     await destination.execute("block-dirty-bitmap-clear", node=node, name="passing")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while not (await bitmaps(destination))[node, "passing"]["count"]:
             await asyncio.sleep(0.02)
 

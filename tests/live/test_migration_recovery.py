@@ -41,7 +41,7 @@ async def over(pair, side):
     vm, other = pair.source, pair.destination
     if side is Side.DESTINATION:
         vm, other = other, vm
-    await asyncio.wait_for(other.wait(), 10)
+    await asyncio.wait_for(other.wait(), 120)
     await nothing_of_ours(vm)
     assert await vm.execute("query-block-exports") == []
     names = [node["node-name"] for node in await vm.execute("query-named-block-nodes", flat=True)]
@@ -129,7 +129,7 @@ async def test_a_qemu_dies_and_then_the_controller(broken, phase, dies):
     else:
         await pair.recover()  # where the source's images are what counts
         assert not await pair.runs()
-        await asyncio.wait_for(pair.destination.wait(), 10)
+        await asyncio.wait_for(pair.destination.wait(), 120)
         assert no_journal()
 
 

@@ -251,7 +251,7 @@ async def test_a_controller_killed_under_its_readers(way, monitor, start_qemu, v
                     async with controller.point_in_time(await controller.disks()) as points:
                         for disk, point in points.items():
                             await read_out(vm_dir / disk.name, point.uri)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(120):
                 await reader.wait()  # its export is gone
         finally:
             for process in (holder, reader):

@@ -258,7 +258,7 @@ def _make_image(path):
 
 
 async def _status(vm, wanted):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while (await vm.execute("query-jobs"))[0]["status"] != wanted:
             await asyncio.sleep(0.002)
 

@@ -174,7 +174,7 @@ async def test_every_command_does_what_it_says(tmp_path: Path, machine: str) -> 
         await guest.discard(0, 9 * MIB, 65536)
         await guest.flush(0)
         await guest.power_off()
-        assert await asyncio.wait_for(vm.process.wait(), 10) == 0
+        assert await asyncio.wait_for(vm.process.wait(), 120) == 0
     data = area(tmp_path, "a", 0, 10 * MIB)
     assert data[MIB : MIB + len(written)] == written
     pattern = bytearray(b"\xaa" * 2 * MIB)
@@ -200,7 +200,7 @@ async def test_stress_then_power_off_leaves_what_was_acknowledged(
         await vm.guest.power_off()
         event = await vm.event("SHUTDOWN")
         assert event["data"] == {"guest": True, "reason": "guest-shutdown"}
-        assert await asyncio.wait_for(vm.process.wait(), 10) == 0
+        assert await asyncio.wait_for(vm.process.wait(), 120) == 0
     data = area(tmp_path, "a", spec.offset, spec.length)
     assert data == expected_content(spec, 5000)
     assert check_acknowledged(data, spec, end.acked, end.issued).ok
@@ -231,7 +231,7 @@ async def test_on_kvm(tmp_path: Path, machine: str) -> None:
         assert (await vm.guest.finish_stress()).acked == 20
         assert len((await vm.guest.reset()).disks) == 1
         await vm.guest.power_off()
-        assert await asyncio.wait_for(vm.process.wait(), 10) == 0
+        assert await asyncio.wait_for(vm.process.wait(), 120) == 0
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -256,7 +256,7 @@ async def test_reset_in_the_middle_of_stress(tmp_path: Path) -> None:
 async def test_the_power_button_switches_the_guest_off(tmp_path: Path, machine: str) -> None:
     async with booted(tmp_path, *disk(tmp_path, "a"), *device(machine, "a"), machine=machine) as vm:
         await vm.qmp("system_powerdown")
-        assert await asyncio.wait_for(vm.process.wait(), 10) == 0
+        assert await asyncio.wait_for(vm.process.wait(), 120) == 0
 
 
 async def test_lost_writes_are_found(tmp_path: Path) -> None:
@@ -659,7 +659,7 @@ async def test_stress_lives_through_migration(tmp_path: Path) -> None:
                 assert (end.bad, end.errors) == (0, 0)
                 await guest.check()
                 await guest.power_off()
-                await asyncio.wait_for(destination.wait(), 10)
+                await asyncio.wait_for(destination.wait(), 120)
             finally:
                 if destination.returncode is None:
                     destination.kill()

@@ -422,7 +422,7 @@ async def test_a_descriptor_that_was_handed_over_is_connected_to_again_by_its_nu
             wire.shutdown(socket.SHUT_RDWR)
         ours, innocent = socket.socketpair()
         with ours, innocent:
-            ours.settimeout(10)
+            ours.settimeout(60)
 
             async def is_free():
                 await vm.hmp('qemu-io n "write 0 4k"')
