@@ -8,6 +8,7 @@ images as whoever finds them would: by what their headers record.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -273,7 +274,10 @@ async def nothing_left(vm: Any, every: Iterable[Subject], left: Iterable[BuiltIm
         assert node["file"] not in closed, f"{node['node-name']} still uses {node['file']}"
         if node["node-name"].startswith("qmpblock-"):
             assert node["file"] in wanted or node["file"].startswith("json:"), node
-    opened = {os.readlink(path) for path in Path(f"/proc/{vm.pid}/fd").iterdir() if path.exists()}
+    opened = set()
+    for path in Path(f"/proc/{vm.pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since
+            opened.add(os.readlink(path))
     assert not opened & closed
     assert opened >= wanted
     state = Path(os.environ["QMPBLOCK_STATE"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 
+import peers
 import pytest
 
 import qmpblock
@@ -209,12 +210,8 @@ async def test_images_of_two_owners_are_each_read_with_their_owners_rights(tmp_p
 async def test_an_export_against_an_image(tmp_path, source):
     copy = raw(tmp_path / "copy.raw", (0, source.read_bytes()))
     socket = tmp_path / "nbd"
-    server = subprocess.Popen(
-        ["qemu-nbd", "-r", "-t", "-f", "raw", "-k", str(socket), "-x", "point", str(source)]
-    )
-    try:
-        while not socket.exists():
-            assert server.poll() is None
+    command = ["qemu-nbd", "-r", "-t", "-f", "raw", "-k", str(socket), "-x", "point", str(source)]
+    with peers.running(command, socket):
         export = NBDExport(str(socket), "point")
         image = await closed_image(copy)
         seen = []
@@ -226,9 +223,6 @@ async def test_an_export_against_an_image(tmp_path, source):
             found = await verify(client, image, all=True)
             assert (found.first_difference, found.differing) == (3 * MIB + 1, 1)
             assert await client.read(0, 1) == b"a"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def test_the_ways_to_be_longer_are_those_of_the_command():

@@ -250,14 +250,9 @@ async def test_a_node_that_vanishes_before_its_export_is_looked_for_again(
 
 
 @CHAIN
-async def test_a_tcp_server_of_the_dead_is_stopped(scenario, start_qemu, invariant):
+async def test_a_tcp_server_of_the_dead_is_stopped(scenario, start_qemu, invariant, free_port):
     """Killed between starting it and adding an export, its port alone tells whose it is."""
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    monitor = f"127.0.0.1:{port}"
+    monitor = f"127.0.0.1:{free_port}"
     await start_qemu(scenario, extra=["-qmp", f"tcp:{monitor},server=on,wait=off"])
     code = (
         "import asyncio, os, sys, qmpblock, qmpblock.export.session as e\n"

@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import peers
 import pytest
 from chains import cli
 from disturbed import until
@@ -28,7 +29,7 @@ async def daemon(vm_dir, qemu_binary):
         *("--monitor", "chardev=c"),
     )
     try:
-        await until(lambda: monitor.exists() and socket.exists(), "the daemon")
+        await until(lambda: peers.listens(monitor) and peers.listens(socket), "the daemon")
         yield str(monitor), str(socket)
     finally:
         process.terminate()

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -278,10 +277,8 @@ async def test_another_root_directory(images, start_qemu, invariant, vm_dir, qem
 
 
 @pytest.mark.scenarios("chain-3.yaml")
-async def test_over_tcp_it_says_that_it_cannot_tell(scenario, start_qemu, invariant):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        monitor = f"127.0.0.1:{sock.getsockname()[1]}"
+async def test_over_tcp_it_says_that_it_cannot_tell(scenario, start_qemu, invariant, free_port):
+    monitor = f"127.0.0.1:{free_port}"
     await start_qemu(scenario, extra=["-qmp", f"tcp:{monitor},server=on,wait=off"])
     code, _, err = await cli("allocate", monitor, "vd0", "--full", "--insecure")
     assert code == 2

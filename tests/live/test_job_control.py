@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 
+import peers
 import pytest
 from disturbed import (
     OPERATIONS,
@@ -365,7 +366,7 @@ async def served(path, socket):
     command = ["qemu-nbd", "-t", "-f", "raw", "-e", "8", "-k", str(socket), str(path)]
     server = await asyncio.create_subprocess_exec(*command)
     try:
-        await until(socket.exists, "the NBD server's socket")
+        await until(lambda: peers.listens(socket), "the NBD server")
         yield server
     finally:
         server.send_signal(signal.SIGCONT)

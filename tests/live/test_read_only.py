@@ -6,6 +6,7 @@ import os
 import subprocess
 from contextlib import asynccontextmanager
 
+import peers
 import pytest
 from chains import cli
 from disturbed import nothing_of_ours, until
@@ -161,7 +162,7 @@ async def served(tools, path, socket):
     options = ("--read-only", "-t", "-f", "raw", "-k", str(socket))
     server = subprocess.Popen([program, *options, str(path)])
     try:
-        await until(socket.exists, "the NBD server's socket")
+        await until(lambda: peers.listens(socket), "the NBD server")
         yield
     finally:
         server.kill()

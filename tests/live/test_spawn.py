@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import peers
 import pytest
 from chains import cli
 from disturbed import until
@@ -175,7 +176,7 @@ async def test_what_was_plugged_in_and_changed_later_is_there(
         assert "-nodefaults" in plan.words
         blind = subprocess.Popen(plan.words, preexec_fn=die_with_parent())
         ending(blind.pid)
-        await until(lambda: os.path.exists(plan.monitor), "its monitor")
+        await until(lambda: peers.listens(plan.monitor), "its monitor")
         async with connected(plan.monitor) as destination:
             assert compare(here, await describe(destination)) == ()
             await taken_over(source, destination, vm_dir)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import peers
 import pytest
 
 from qmpblock.errors import RangeError, RequestError, ToolError
@@ -64,12 +64,8 @@ def export(tmp_path: Path) -> Iterator[str]:
     image, socket = tmp_path / "served", tmp_path / "nbd"
     image.write_bytes(b"\xcd" * 8192)
     command = ["qemu-nbd", "-f", "raw", "-k", str(socket), "-x", "disk", "-t", str(image)]
-    process = subprocess.Popen(command)
-    while not socket.exists():
-        assert process.poll() is None
-    yield f"nbd+unix:///disk?socket={socket}"
-    process.terminate()
-    process.wait()
+    with peers.running(command, socket):
+        yield f"nbd+unix:///disk?socket={socket}"
 
 
 async def test_an_nbd_export(export: str) -> None:
