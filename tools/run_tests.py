@@ -190,11 +190,21 @@ def seed_of_tree() -> int:
     return int(told[:8], 16)
 
 
+def seed() -> int:
+    """Return the seed of this run."""
+    return int(os.environ.get("QMPBLOCK_SEED") or seed_of_tree())
+
+
+def unit_words() -> tuple[str, ...]:
+    """Return what has pytest take the unit tests, whose examples follow from the seed, too."""
+    return (*UNIT_FILES, f"--hypothesis-seed={seed()}")
+
+
 def turns(qemus: int) -> Iterator[dict[str, str]]:
     """Yield, for one QEMU after the other, the settings that deal out the tests among so many."""
-    seed = os.environ.get("QMPBLOCK_SEED") or str(seed_of_tree())
+    chosen = str(seed())
     for turn in itertools.cycle(range(qemus)):
-        yield {"QMPBLOCK_SEED": seed, "QMPBLOCK_TURN": f"{turn}/{qemus}"}
+        yield {"QMPBLOCK_SEED": chosen, "QMPBLOCK_TURN": f"{turn}/{qemus}"}
 
 
 def run_live(qemu: str, words: Sequence[str], turn: Mapping[str, str]) -> Result:
@@ -258,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.qemu:  # first, for unit tests use the newer qemu-nbd as a peer
                 newer = [wanted for wanted in NEWER if fetch_newer(wanted)]
             results.append(
-                run_pytest("unit tests", "not live and not soak", words, where=UNIT_FILES)
+                run_pytest("unit tests", "not live and not soak", words, where=unit_words())
             )
         # What words choose runs on each of them.
         dealt = turns(1 if words else 1 + len(newer))

@@ -10,6 +10,7 @@ same on each: any of these runs on one. `make soak` deals all cases out among it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -96,6 +97,10 @@ SHARES = {
     "test_migrate_daemon::test_an_encrypted_image": 0.5,
     "test_migrate_pause::test_after_kill_9": 0.4,
     "test_migrate_pause::test_it_goes_on_at_the_source": 0.4,
+    "test_migrate_daemon::test_every_kind_of_disk": 0.5,
+    "test_migrate_daemon::test_the_daemon_dies": 0.5,
+    "test_migrate_daemon::test_the_daemon_falls_silent": 0.25,
+    "test_migrate_daemon::test_the_destination_dies": 0.25,
     "test_migrate_ssh::test_ssh_is_killed": 0.13,
     "test_migrate_ssh::test_the_controller_dies_and_is_recovered": 0.34,
     "test_migrate_ssh::test_the_controller_dies_and_the_wire_is_cut": 0.13,
@@ -118,6 +123,7 @@ SHARES = {
     "test_queued_writes::test_a_commit_while_writes_wait_in_qemu": 0.2,
     "test_read_only::test_a_disk_for_reading_only_is_not_written": 0.5,
     "test_resume": 0.34,
+    "test_resume_end::test_it_goes_on_from_what_a_death_left": 0.34,
     "test_secrets": 0.34,
     "test_settings": 0.25,
     "test_snapshots::test_names_and_formats": 0.17,
@@ -134,8 +140,10 @@ SHARES = {
 }
 
 #: What is shown there is the command, the harness or the pages, and what they do with whatever
-#: QEMU: of these modules, a run takes each case on one of its QEMUs.
+#: QEMU, or it takes long and is the same on each: of these modules and functions, a run takes each
+#: case on one of its QEMUs.
 EITHER = (
+    "test_ahead::test_raw_written_from_its_start",
     "test_ahead_policy",
     "test_architecture",
     "test_attacks",
@@ -145,6 +153,8 @@ EITHER = (
     "test_copies_policy",
     "test_copy_command",
     "test_copy_dry_run",
+    "test_copy_latency",
+    "test_copy_wire::test_a_wire_that_takes_a_megabyte_a_second",
     "test_daemon",
     "test_drawings",
     "test_elsewhere",
@@ -153,9 +163,14 @@ EITHER = (
     "test_harness",
     "test_identity",
     "test_job_commands",
+    "test_job_control::test_a_speed_at_which_it_never_gets_there_is_told_of",
+    "test_job_control::test_slowing_the_guest_down_may_not_suffice",
+    "test_job_control::test_without_convergence_it_says_so_and_undoes",
     "test_libvirt",
     "test_linux",
     "test_migrate_pause",
+    "test_migrate_means::test_a_guest_that_outruns_the_mirrors",
+    "test_migrate_means::test_a_longer_standstill_lets_a_busy_guest_over",
     "test_migration_dry_run",
     "test_lock",
     "test_managed",
@@ -172,6 +187,7 @@ EITHER = (
     "test_verify",
     "test_vms",
     "test_wheel",
+    "test_wire::test_a_slow_server_is_not_taken_for_a_stalled_one",
     "test_your_tool",
 )
 
@@ -211,10 +227,13 @@ def build_images(
 
 @pytest.fixture
 def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a TCP port of this host that nobody has, and the kernel gives to nobody."""
+    limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(20_000, int(limits[0])))
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def seed() -> int:
@@ -252,10 +271,11 @@ def _not_sampled(ours: list[pytest.Item]) -> set[pytest.Item]:
     chance = random.Random(seed())
     left: set[pytest.Item] = set()
     for (module, function), items in functions.items():
-        share = SHARES.get(f"{module}::{function}", SHARES.get(module, 1.0))
+        name = f"{module}::{function}"
+        share = SHARES.get(name, SHARES.get(module, 1.0))
         taken = chance.sample(items, max(1, round(share * len(items))))
         first = chance.randrange(qemus)
-        if module in EITHER or len(items) > 1:
+        if {module, name} & set(EITHER) or len(items) > 1:
             taken = taken[(first + turn) % qemus :: qemus]
         left.update(set(items) - set(taken))
     return left

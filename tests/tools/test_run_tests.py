@@ -222,6 +222,20 @@ def test_the_sample_follows_from_what_is_committed(
     assert seeds[0] == seeds[1] == seeds[3] != seeds[2]
 
 
+def test_what_is_tried_by_example_follows_from_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setenv("QMPBLOCK_SEED", "7")
+    for name in ("run_check", "run_live"):
+        monkeypatch.setattr(run_tests, name, lambda *_, **__: run_tests.Result("other", True))
+    monkeypatch.setattr(
+        run_tests,
+        "run_pytest",
+        lambda *_, where: seen.append(where) or run_tests.Result("unit", True),
+    )
+    assert run_tests.main(["test", "--qemu", "/one"]) == 0
+    assert [word for word in seen[0] if "seed" in word] == ["--hypothesis-seed=7"]
+
+
 def test_what_is_no_repository_has_a_sample_by_chance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
