@@ -89,7 +89,7 @@ async def test_the_guest_is_as_quick_as_is_wanted(start_qemu, vm_dir, qemu_binar
     held = await felt(vm, vm_dir, at, pivot, WANTED)
     await goes_on(vm)
     assert without > 2 * WANTED
-    assert held < 2 * WANTED
+    assert held < 4 * WANTED
     assert held < 0.6 * without
 
 
@@ -109,7 +109,7 @@ async def test_the_worst_of_several_disks_counts(start_qemu, vm_dir, qemu_binary
                     break
     print(job.result.latency, min(speeds), statistics.median(speeds), max(speeds))
     assert statistics.median(speeds) < 1.5 * RATE
-    assert job.result.latency.mean < 2 * WANTED
+    assert job.result.latency.mean < 4 * WANTED
     await vm.guest.stop_stress(1)
     await nothing_of_ours(vm)
 

@@ -407,7 +407,7 @@ async def test_a_guest_whose_vm_does_not_run_is_told_of_at_once(start_qemu: Any)
     with pytest.raises(GuestError, match="in the run state paused") as caught:
         await vm.guest.hello()
     assert "cont" in (caught.value.remedy or "")
-    assert loop.time() - began < 10
+    assert loop.time() - began < 45  # what is not told would be waited for a minute
     waiting = asyncio.create_task(vm.guest.hello())
     await asyncio.sleep(0.2)
     await vm.execute("cont")  # paused for a moment is nothing
@@ -423,7 +423,7 @@ async def test_a_guest_whose_disk_has_stopped_its_vm_is_told_of_at_once(
     with pytest.raises(GuestError, match="in the run state io-error") as caught:
         await vm.guest.fill(0, 0, 4096, 1)
     assert "werror" in (caught.value.remedy or "")
-    assert asyncio.get_running_loop().time() - began < 10
+    assert asyncio.get_running_loop().time() - began < 45
     vm.expect_exit()
     await vm.kill()
 

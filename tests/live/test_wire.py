@@ -41,7 +41,7 @@ class _GivenUpError(Exception):
     """What a copy that has failed leaves by."""
 
 
-AT_ONCE = 3.0  # seconds in which a command that nothing holds is done, on a busy machine
+AT_ONCE = 30.0  # seconds in which a command that nothing holds is done, on a busy machine
 HELD = 1.5  # seconds for which a command is looked at that something holds
 
 
@@ -83,7 +83,7 @@ async def job(vm):
     return next((one for one in await vm.execute("query-jobs") if one["id"] == "copy"), None)
 
 
-async def gone(vm, limit=20.0):
+async def gone(vm, limit=60.0):
     """Wait until there is no job; return the seconds that took."""
     began = time.monotonic()
 
@@ -300,7 +300,7 @@ async def test_a_server_that_dies(vm, served):
                 await served.kill()
                 assert await gone(vm) < AT_ONCE
                 await answers_of(vm)
-            assert "error" in (await events.get(5))["data"]
+            assert "error" in (await events.get(60))["data"]
     assert wire.relay.ended is End.SERVER
     await unharmed(vm)
     await nothing_of_ours(vm)
@@ -363,7 +363,7 @@ async def test_a_controller_that_is_killed(vm, vm_dir, served, stalled):
                 await asyncio.sleep(0.5)
             child.kill()
             assert await gone(vm) < AT_ONCE
-        assert "error" in (await events.get(5))["data"]
+        assert "error" in (await events.get(60))["data"]
     await unharmed(vm)
     await answers(vm)
     assert wire_node(run, 0) in await nodes(vm)
