@@ -52,6 +52,16 @@ async def until(found, what, limit=60.0):
         await asyncio.sleep(0.02)
 
 
+async def writes_on(guest, disk=0, count=1):
+    """Wait until a guest has written so many times more: by now it need not have."""
+    before = (await guest.progress(disk)).acked
+
+    async def more():
+        return (await guest.progress(disk)).acked >= before + count
+
+    await until(more, "a guest that writes on")
+
+
 async def seen(job, condition, what, limit=60.0):
     """Wait until a job's progress meets `condition`; return that progress."""
 

@@ -239,7 +239,10 @@ async def test_raw_written_from_its_start(image, start_qemu, invariant, vm_dir, 
         place = await find_place(watch.disk)
         for at in range(24):
             # What the guest is about to write has its space.
-            assert blank_ranges(place.file, place.start + at * MIB, MIB) == Ranges()
+            where = place.start + at * MIB
+            await watch.until(
+                lambda where=where: blank_ranges(place.file, where, MIB) == Ranges(), "reserve it"
+            )
             await vm.guest.write(0, at * MIB, MIB, seq=at + 1, seed=3)
             # It writes no faster than a quarter of its room in a second.
             await asyncio.sleep(0.5)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from chains import cli
+from disturbed import writes_on
 from jsonschema import Draft202012Validator
 from migrating import arrived, both, dies_in, machine, migrated, slow_wire, stressed
 
@@ -184,9 +185,7 @@ async def test_writes_that_wait_for_a_lost_destination_go_on(
             await migrated(source, destination, means=MigrationMeans(write_blocking_after=2.0))
     print(failed.value)
     assert "the guest runs at the source" in failed.value.standing
-    before = (await source.guest.progress()).acked
-    await asyncio.sleep(0.3)
-    assert (await source.guest.progress()).acked > before
+    await writes_on(source.guest)
     if how != "dies":
         os.kill(destination.pid, signal.SIGCONT)
         await destination.kill()

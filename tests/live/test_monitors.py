@@ -75,11 +75,16 @@ async def test_a_run_of_ours_holds_it(scenario, start_qemu, invariant):
 async def test_somebody_else_holds_it(scenario, start_qemu, invariant):
     """It is named, and nobody is told to end it."""
     vm = await start_qemu(scenario)
-    code = "import socket,sys; s=socket.socket(1); s.connect(sys.argv[1]); s.recv(9); input()"
-    other = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, vm.monitor_path, stdin=asyncio.subprocess.PIPE
+    code = (
+        "import socket,sys; s=socket.socket(1); s.connect(sys.argv[1]); s.recv(9)\n"
+        "print(flush=True); input()"
     )
-    await asyncio.sleep(0.5)
+    other = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code, vm.monitor_path),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    await other.stdout.readline()
     try:
         with pytest.raises(MonitorHeldError, match=f"process {other.pid} ") as caught:
             async with qmpblock.connect(vm.monitor_path, greeting_timeout=0.2):
