@@ -10,7 +10,9 @@ that has lost its connection makes it again, by the number: to whatever has that
 
 The bytes are moved by a thread of its own, inside the kernel (splice(2)): no Python that takes long
 keeps a copy waiting, or the stall limit from its turn. They are not looked into, so TLS is QEMU's
-own. What is held is bounded by two pipes, and who does not read makes the other wait.
+own. What is held is bounded by two pipes and the buffers of two sockets, and who does not read
+makes the other wait. That of a UNIX socket is as large as QEMU itself has it from 10.1 on: by
+itself it is a fifth of one request, each of which would take five turns at either end.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import fcntl
 import os
 import select
 import socket
+import termios
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -36,7 +39,9 @@ from qmpblock.sockets import open_socket
 __all__ = ["End", "Relay", "listen", "place_for"]
 
 _PIPE = 1 << 20  # bytes that a pipe holds, where that is allowed (/proc/sys/fs/pipe-max-size)
+_BUFFER = 2 << 20  # what a UNIX socket takes that is not read yet, likewise (net.core.wmem_max)
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+_NONE = bytes(4)  # an int
 _GREETING = b"NBDMAGICIHAVEOPT"  # of every server's, TLS or not
 
 
@@ -82,6 +87,9 @@ class Relay:
         self._asked: float | None = None  # when QEMU first did since
         self._ended: End | None = None
         self._cut = False
+        _enlarge(server)
+        if self._qemu is not None:
+            _enlarge(self._qemu)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         # A daemon, for it must not keep a process that ends: that is what cuts the wire.
         self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
@@ -227,6 +235,7 @@ class Relay:
             return End.SERVER
         self._qemu, _ = self._listener.accept()
         self._qemu.setblocking(False)
+        _enlarge(self._qemu)
         self._listener.close()
         Path(self._folder.address().path).unlink(missing_ok=True)
         return None
@@ -248,7 +257,7 @@ class Relay:
                         took = self._heard - self._asked
                         self.quickest = took if self.quickest is None else min(took, self.quickest)
                     # What it does not take yet it owes an answer to, and QEMU may send no more.
-                    self._asked = self._heard if there.held else None
+                    self._asked = self._heard if there.held or self._is_unread() else None
                 if said is None:
                     return there.failed(End.QEMU, End.SERVER)
                 if said:
@@ -261,6 +270,12 @@ class Relay:
                     ready = self._wait([there.wanted, back.wanted])
                     if isinstance(ready, End):
                         return ready
+
+    def _is_unread(self) -> bool:
+        """Whether the server, by a UNIX socket, has not read all that was sent to it."""
+        if self._server.family != socket.AF_UNIX:
+            return False
+        return fcntl.ioctl(self._server, termios.TIOCOUTQ, _NONE) != _NONE
 
     def _wait(self, wanted: Sequence[tuple[int, int]]) -> set[int] | End:
         """Wait until one of these descriptors is ready, or this is to end."""
@@ -335,6 +350,12 @@ class _Way:
     def failed(self, source: End, sink: End) -> End:
         """Return which end it is that is no more."""
         return source if self._source_failed else sink
+
+
+def _enlarge(sock: socket.socket) -> None:
+    """Have a UNIX socket take more at once; of TCP the kernel sees to that itself."""
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
 
 
 @contextmanager

@@ -218,6 +218,7 @@ async def test_a_stall_is_told_and_cut_even_while_this_process_is_busy(server):
         assert relay.silent_for > 0.2
         qemu.sendall(b"request")
         await until(lambda: relay.outstanding)
+        assert await read(server.sock, len(b"request")) == b"request"
         server.sock.sendall(b"answer")
         assert await read(qemu, 6) == b"answer"
         await until(lambda: not relay.outstanding)
@@ -245,6 +246,21 @@ async def test_a_server_that_answers_and_then_takes_no_more_is_stalled(server):
                 await asyncio.sleep(0.01)
         server.sock.sendall(b"answer")
         await until(lambda: relay.received > len(GREETING))
+        assert relay.outstanding
+        with relay.within(0.2):
+            await until(lambda: relay.ended)
+        assert relay.ended is End.STALLED
+
+
+async def test_what_a_server_has_not_read_it_owes_an_answer_to(server):
+    """However much a socket holds: QEMU may say no more."""
+    if server.listener.family != socket.AF_UNIX:
+        pytest.skip("only of a UNIX socket the kernel tells")
+    async with relaying(server) as (relay, qemu):
+        qemu.sendall(bytes(MIB))
+        await until(lambda: relay.sent == MIB)
+        server.sock.sendall(b"answer")
+        assert await read(qemu, 6) == b"answer"
         assert relay.outstanding
         with relay.within(0.2):
             await until(lambda: relay.ended)
