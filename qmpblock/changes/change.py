@@ -81,6 +81,7 @@ class Change(Generic[RecordT]):
         self._journaled = journaled
         self._locked: list[str] = []
         self._unpolled = False
+        self._allows = False  # whether that was taken back before its end
 
     def holder(self) -> Holder:
         """Return what the locks say.
@@ -103,16 +104,13 @@ class Change(Generic[RecordT]):
         await ownership.ask(self.vm.monitor)
         await self._hold_polling()
         try:
-            for name in sorted(self.record.locks):
-                await lock.acquire(
-                    self.vm.monitor,
-                    name,
-                    self.holder(),
-                    self._undo_dead,
-                    stall=0,
-                    remedy=OWN_REMEDY,
-                )
-                self._locked.append(name)
+            locks = sorted(self.record.locks)
+            await lock.acquire_all(
+                *(self.vm.monitor, locks, self.holder(), self._undo_dead),
+                stall=0,
+                remedy=OWN_REMEDY,
+            )
+            self._locked = locks
             self.held = await undisturbed(forbid_migration(self.vm.monitor, self.record.run))
             await ownership.ask(self.vm.monitor)
             if self._journaled:
@@ -190,10 +188,16 @@ class Change(Generic[RecordT]):
             await lock.update(self.vm.monitor, name, self.holder().dead())
         await self._let_go_polling()
 
+    async def allow_migration(self) -> None:
+        """Have QEMU migrate from now on, while this goes on: it is for that."""
+        await allow_migration(self.vm.monitor, self.record.run)
+        self._allows = True
+
     async def end(self) -> None:
         """Remove the journal, release the locks: the change is done, or undone. Idempotent."""
         try:
-            if self._locked:  # QEMU may die at any command: the journal must not go before
+            # QEMU may die at any command: the journal must not go before.
+            if self._locked and not self._allows:
                 await allow_migration(self.vm.monitor, self.record.run)
             if self.journal is not None:
                 self.journal.remove()

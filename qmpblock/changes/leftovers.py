@@ -587,7 +587,7 @@ async def undo_dead_change(
     await allow_migration(vm.monitor, record.run)
     if journal is not None:
         journal.remove()
-    for name in record.locks:
+    for name in sorted(record.locks, reverse=True):  # the first one says what they are for
         holder = await lock.read(vm.monitor, name)
         if isinstance(holder, Holder) and holder.run == dead.run and holder.is_dead():
             await lock.release(vm.monitor, name)

@@ -153,9 +153,8 @@ class Landing:
             )
             await lock.acquire(monitor, NBD_LOCK, user, undo_server, stall=self.vm.stall)
             self._locks.append(NBD_LOCK)
-        for name in record.locks:
-            await lock.acquire(monitor, name, me, undo, stall=0, remedy=OWN_REMEDY)
-            self._locks.append(name)
+        await lock.acquire_all(monitor, record.locks, me, undo, stall=0, remedy=OWN_REMEDY)
+        self._locks += record.locks
 
     async def serve(self, pairs: Sequence[Pair]) -> list[NBDTarget]:
         """Export the disks for writing; return where each is found. Not to be cancelled half-way.

@@ -16,6 +16,10 @@ Taking over is itself raced for, with an object named after the dead holder's ru
 A winner that is killed on the way is a dead holder of `lock-undo-R`, and is treated the
 same, one name further: undoing is idempotent.
 
+Of several locks that one controller takes together the first says what they are for, and the
+others where that is said: QEMU takes in byte by byte what a lock says, and it is much. So the first
+is taken before the others, and given back after them; whoever reads one of these reads it, too.
+
 QEMU may lie, and name another dead holder each time. So of dead ones only so many are undone
 for one lock, also because some of it is done under `undisturbed`, where no signal ends it.
 """
@@ -26,7 +30,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -44,6 +48,7 @@ __all__ = [
     "Holder",
     "abandon",
     "acquire",
+    "acquire_all",
     "adopt",
     "holders",
     "names",
@@ -55,7 +60,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_FORMAT = 2  # of what says where another lock's details are; else 1, which any version reads
 _POLL = 0.05  # seconds between looks at a lock that a live controller holds
+_READINGS = 4  # of a lock whose details another one has, and that changes hands meanwhile
 _MOST_DEAD = 64  # holders of one lock, and of the turns to undo them, that are undone for it
 _FEW_DEAD = 4  # of them also when that takes longer than the stall limit
 _MOST_TURNS = 256  # that are looked at when a lock is swept
@@ -75,6 +82,7 @@ class Holder:
         pid, it names one process and never another.
     :ivar boot: the boot id of its machine; with `pids`, the namespace its pid counts in.
     :ivar details: what whoever undoes its work needs to know.
+    :ivar at: the lock that says so; empty: this one does, as any that was read (`read`).
     :ivar more: what another version wrote that this one does not know.
     """
 
@@ -85,6 +93,7 @@ class Holder:
     boot: str
     pids: str
     details: Mapping[str, Any]
+    at: str = ""
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -113,9 +122,11 @@ class Holder:
             raise UnreadableError(
                 f"it is no JSON, so an object not of ours, or damaged: {printable(text, 60)}"
             ) from None
-        holder = read_fields(cls, unstamped(data))
+        holder = read_fields(cls, unstamped(data, _FORMAT))
         if not is_holders_run(holder.run):
             raise UnreadableError("its run is none")
+        if holder.at and not is_ours(holder.at):
+            raise UnreadableError("what it is for a lock is to say that is none of ours")
         return holder
 
     def dead(self) -> Holder:
@@ -124,7 +135,14 @@ class Holder:
 
     def text(self) -> str:
         """Return the lock object's data."""
-        return json.dumps(stamped(plain(self)), separators=(",", ":"))
+        said = {name: one for name, one in plain(self).items() if name != "at"}
+        if self.at:
+            said |= {"format": _FORMAT, "at": self.at}
+        return json.dumps(stamped(said), separators=(",", ":"))
+
+    def beside(self, name: str) -> Holder:
+        """Return what another lock of this holder says: where the details are."""
+        return replace(self, details={}, at=name)
 
     def says(self, kind: type[T], name: str = "") -> T:
         """Read its details: what it says of its work.
@@ -216,17 +234,53 @@ async def acquire(
     await _acquire(monitor, name, me, undo, patience, remedy)
 
 
+async def acquire_all(
+    monitor: Monitor,
+    names: Sequence[str],
+    me: Holder,
+    undo: Undo,
+    *,
+    stall: float,
+    remedy: str | None = None,
+) -> None:
+    """Take several locks, of which the first says what this holder says, as by `acquire`.
+
+    The first one before the others: of those who want the same ones, whoever has it has them all.
+    Failed or cancelled, none is taken. `release_all` gives them back, the first one last.
+
+    :raise Error: as of `acquire`.
+    """
+    if not names:
+        return
+    first, *rest = names
+    await acquire(monitor, first, me, undo, stall=stall, remedy=remedy)
+    taken = [first]
+    try:
+        if rest:
+            refused = await _add_all(monitor, rest, me.beside(first))
+            taken += [name for name in rest if name not in refused]
+            for name in refused:
+                await acquire(monitor, name, me.beside(first), undo, stall=stall, remedy=remedy)
+                taken.append(name)
+    except BaseException:
+        await undisturbed(release_all(monitor, reversed(taken)))
+        raise
+
+
+async def _add_all(monitor: Monitor, names: Sequence[str], me: Holder) -> list[str]:
+    """Add locks at once; return those that are there. Failed or cancelled, none is added."""
+    adding = asyncio.ensure_future(_add(monitor, names, me))
+    try:
+        return await asyncio.shield(adding)
+    except asyncio.CancelledError:
+        await undisturbed(_take_back(monitor, names, adding))
+        raise
+
+
 async def _acquire(
     monitor: Monitor, name: str, me: Holder, undo: Undo, patience: _Patience, remedy: str | None
 ) -> None:
-    while True:
-        adding = asyncio.ensure_future(_add(monitor, name, me))
-        try:
-            if await asyncio.shield(adding):
-                break
-        except asyncio.CancelledError:
-            await undisturbed(_take_back(monitor, name, adding))
-            raise
+    while await _add_all(monitor, [name], me):
         holder = await read(monitor, name)
         if isinstance(holder, Holder) and holder.is_dead():
             patience.found_dead(name, holder)
@@ -246,11 +300,6 @@ async def _acquire(
             )
         if holder is not None:
             await asyncio.sleep(_POLL)
-    try:
-        await undisturbed(_sweep(monitor, name))
-    except BaseException:
-        await undisturbed(release(monitor, name))
-        raise
 
 
 def abandon(run: str) -> None:
@@ -322,29 +371,47 @@ async def _undo_in_turn(monitor: Monitor, name: str, turn: str, dead: Holder, un
         await release(monitor, turn)
 
 
-async def _sweep(monitor: Monitor, name: str) -> None:
-    """Remove turns whose holders died just before they gave them back. Only under the lock."""
-    objects = await monitor.execute("qom-list", {"path": "/objects"})
-    turns = [one["name"] for one in objects if is_turn_of(one["name"], name)]
-    for turn in turns[:_MOST_TURNS]:
-        holder = await read(monitor, turn)
-        if isinstance(holder, Holder) and holder.is_dead():
-            await release(monitor, turn)
+async def _sweep(monitor: Monitor, names: Iterable[str], objects: Any) -> None:
+    """Remove turns whose holders died just before they gave them back. Only under the locks.
+
+    :param objects: that were in the VM under them.
+    """
+    for name in names:
+        turns = [one["name"] for one in objects if is_turn_of(one["name"], name)]
+        for turn in turns[:_MOST_TURNS]:
+            holder = await read(monitor, turn)
+            if isinstance(holder, Holder) and holder.is_dead():
+                await release(monitor, turn)
 
 
-async def _take_back(monitor: Monitor, name: str, adding: asyncio.Future[bool]) -> None:
-    if await adding:
-        await release(monitor, name)
+async def _take_back(
+    monitor: Monitor, names: Sequence[str], adding: asyncio.Future[list[str]]
+) -> None:
+    refused = await adding
+    await release_all(monitor, [name for name in reversed(names) if name not in refused])
 
 
-async def _add(monitor: Monitor, name: str, me: Holder) -> bool:
+async def _add(monitor: Monitor, names: Sequence[str], me: Holder) -> list[str]:
+    """Add locks, and sweep them; return those that are there. Failed, none is added."""
+    text = me.text()
+    asked = [("object-add", {"qom-type": "secret", "id": name, "data": text}) for name in names]
+    *said, objects = await monitor.each(*asked, ("qom-list", {"path": "/objects"}))
+    bad = [
+        one
+        for one in (*said, objects)
+        if isinstance(one, CommandError) and not duplicate_object(one)
+    ]
+    both = list(zip(names, said, strict=True))
+    added = [name for name, one in both if not isinstance(one, CommandError)]
     try:
-        await monitor.execute("object-add", {"qom-type": "secret", "id": name, "data": me.text()})
-    except CommandError as error:
-        if duplicate_object(error):
-            return False
+        if not bad:
+            await _sweep(monitor, added, objects)
+            return [name for name, one in both if isinstance(one, CommandError)]
+    except BaseException:
+        await release_all(monitor, reversed(added))
         raise
-    return True
+    await release_all(monitor, reversed(added))
+    raise bad[0]
 
 
 async def holders(monitor: Monitor, wanted: Callable[[str], bool]) -> dict[str, Holder | str]:
@@ -390,13 +457,31 @@ async def data_of(monitor: Monitor, name: str) -> str | None:
 
 async def read(monitor: Monitor, name: str) -> Holder | str | None:
     """Return the holder, why it cannot be read, or None if the lock is free by now."""
-    text = await data_of(monitor, name)
-    if text is None:
-        return None
-    try:
-        return Holder.from_text(text)
-    except UnreadableError as error:
-        return str(error)
+    for _ in range(_READINGS):
+        text = await data_of(monitor, name)
+        if text is None:
+            return None
+        try:
+            holder = Holder.from_text(text)
+            if not holder.at:
+                return holder
+            return _completed(holder, await data_of(monitor, holder.at))
+        except UnreadableError as error:
+            why = str(error)
+        if await data_of(monitor, name) == text:  # it was not given back meanwhile
+            return why
+    return "it says something else each time that it is read"
+
+
+def _completed(holder: Holder, first: str | None) -> Holder:
+    """Return the holder of a lock that says where its details are, with these.
+
+    :raise UnreadableError: they are not there.
+    """
+    said = None if first is None else Holder.from_text(first)
+    if said is None or said.at or said.run != holder.run:
+        raise UnreadableError(f"what it is for {printable(holder.at)} is to say, and does not")
+    return replace(holder, details=said.details, at="")
 
 
 def unreadable(name: str, why: object, run: str = "") -> RecordError:

@@ -60,7 +60,7 @@ async def test_the_dead_are_undone_exactly_once(start_qemu, scenario):
         qmpblock.connect(vm.monitor_path) as one,
         qmpblock.connect(vm.second_monitor_path) as two,
     ):
-        await lock._add(one.monitor, NAME, dead)
+        await lock._add(one.monitor, [NAME], dead)
 
         async def undo(holder):
             undone.append(holder)
@@ -84,8 +84,8 @@ async def test_one_that_died_while_undoing_is_undone_too(start_qemu, scenario):
     undone = []
     async with qmpblock.connect(vm.monitor_path) as controller:
         first, second = dead_holder("first"), dead_holder("second")
-        await lock._add(controller.monitor, NAME, first)
-        await lock._add(controller.monitor, f"{NAME}-undo-first", second)
+        await lock._add(controller.monitor, [NAME], first)
+        await lock._add(controller.monitor, [f"{NAME}-undo-first"], second)
 
         async def undo(holder):
             undone.append(holder.run)
@@ -99,7 +99,7 @@ async def test_one_that_died_while_undoing_is_undone_too(start_qemu, scenario):
 async def test_when_undoing_fails_the_lock_stays_for_the_next(start_qemu, scenario):
     vm = await start_qemu(scenario)
     async with qmpblock.connect(vm.monitor_path) as controller:
-        await lock._add(controller.monitor, NAME, dead_holder("dead"))
+        await lock._add(controller.monitor, [NAME], dead_holder("dead"))
 
         async def fail(holder):
             raise Error("cannot")

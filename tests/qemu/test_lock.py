@@ -11,7 +11,7 @@ import pytest
 from fake_objects import dead
 
 from qmpblock import __version__
-from qmpblock.errors import BusyError, CommandError
+from qmpblock.errors import BusyError, CommandError, RecordError
 from qmpblock.host.processes import start_time
 from qmpblock.qemu import lock
 from qmpblock.qemu.lock import Holder
@@ -87,7 +87,9 @@ def test_other_texts_are_none_of_ours(text):
         Holder.from_text(text)
 
 
-@pytest.mark.parametrize("name", [one.name for one in fields(Holder) if one.name != "more"])
+@pytest.mark.parametrize(
+    "name", [one.name for one in fields(Holder) if one.name not in ("at", "more")]
+)
 def test_a_field_fewer_is_never_taken_for_a_free_lock(name):
     said = json.loads(Holder.me("r", path="/x").text())
     del said[name]
@@ -108,7 +110,7 @@ def test_the_text_says_format_and_version():
 
 
 def test_a_newer_format_names_its_version():
-    said = json.loads(Holder.me("r").text()) | {"format": FORMAT + 1, "version": "9.9"}
+    said = json.loads(Holder.me("r").text()) | {"format": FORMAT + 2, "version": "9.9"}
     with pytest.raises(UnreadableError, match=r"written by qmpblock 9\.9"):
         Holder.from_text(json.dumps(said))
 
@@ -118,7 +120,111 @@ def test_a_lock_from_before_there_was_a_format_is_read():
     assert (found.run, found.host, found.more) == (oldrecords.RUN, "host", {})
 
 
-class Lying:
+class AtOnce:
+    """A monitor, as far as it is to run several commands."""
+
+    async def each(self, *commands):
+        said = []
+        for command, arguments in commands:
+            try:
+                said.append(await self.execute(command, arguments))
+            except CommandError as error:
+                said.append(error)
+        return said
+
+
+class Honest(AtOnce):
+    """One with objects."""
+
+    def __init__(self):
+        self.objects = {}
+        self.asked = []
+
+    async def execute(self, command, arguments=None):
+        name = arguments.get("id") or arguments["path"].rpartition("/")[2]
+        self.asked.append((command, name))
+        if command == "object-add":
+            if name in self.objects:
+                raise CommandError(command, arguments, "GenericError", "duplicate")
+            self.objects[name] = arguments["data"]
+        elif command == "object-del":
+            if self.objects.pop(name, None) is None:
+                raise CommandError(command, arguments, "GenericError", "not found")
+        elif command == "qom-get":
+            if name not in self.objects:
+                raise CommandError(command, arguments, "DeviceNotFound", "not found")
+            return self.objects[name]
+        return [{"name": one, "type": "child<secret>"} for one in self.objects]
+
+
+THREE = ("qmpblock-disk-a", "qmpblock-disk-b", "qmpblock-disk-c")
+
+
+async def test_of_several_locks_the_first_says_what_they_are_for():
+    """QEMU takes what they say in byte by byte."""
+    monitor, me = Honest(), Holder.me("0123abcd", record="x" * 5000)
+    await lock.acquire_all(monitor, THREE, me, None, stall=0)
+    assert [await lock.read(monitor, name) for name in THREE] == [me, me, me]
+    assert sum(len(text) for text in monitor.objects.values()) < 6500
+    # A version from before that is not to take them for locks that say nothing.
+    assert json.loads(monitor.objects[THREE[1]])["format"] > FORMAT
+    del monitor.objects[THREE[0]]
+    for name in THREE[1:]:
+        assert "is to say, and does not" in await lock.read(monitor, name)
+        with pytest.raises(RecordError):
+            await lock.acquire(monitor, name, Holder.me("9876abcd"), None, stall=0)
+
+
+@pytest.mark.parametrize("held", THREE)
+async def test_several_locks_are_taken_all_or_none(held):
+    monitor, other = Honest(), Holder.me("9876abcd", record="y")
+    monitor.objects[held] = other.text()
+    with pytest.raises(BusyError, match="9876abcd"):
+        await lock.acquire_all(monitor, THREE, Holder.me("0123abcd"), None, stall=0)
+    assert monitor.objects == {held: other.text()}
+    given_back = [name for command, name in monitor.asked if command == "object-del"]
+    assert given_back == sorted(given_back, reverse=True)
+
+
+async def test_of_a_dead_ones_locks_each_tells_all_of_them():
+    """Whoever wants one of its disks undoes what it did to the others, too."""
+    monitor, undone = Honest(), []
+    await lock.acquire_all(monitor, THREE, dead("deadbeef", record="z"), None, stall=0)
+
+    async def undo(holder):
+        undone.append((holder.run, holder.details))
+        for name in reversed(THREE):
+            monitor.objects.pop(name, None)
+
+    me = Holder.me("0123abcd")
+    await lock.acquire_all(monitor, THREE[1:], me, undo, stall=0)
+    assert undone == [("deadbeef", {"record": "z"})]
+    assert sorted(monitor.objects) == list(THREE[1:])
+    assert await lock.read(monitor, THREE[2]) == me
+
+
+async def test_a_lock_that_is_given_back_while_it_is_read_is_free():
+    """It goes before the one that says what it is for."""
+    monitor = Honest()
+    await lock.acquire_all(monitor, THREE, Holder.me("0123abcd"), None, stall=0)
+    execute = monitor.execute
+
+    async def meanwhile(command, arguments=None):
+        if arguments == {"path": f"/objects/{THREE[0]}", "property": "data"}:
+            monitor.objects.clear()
+        return await execute(command, arguments)
+
+    monitor.execute = meanwhile
+    assert await lock.read(monitor, THREE[1]) is None
+
+
+def test_a_lock_sends_nobody_to_what_is_not_ours():
+    text = Holder.me("0123abcd").beside("secret0").text()
+    with pytest.raises(UnreadableError, match="none of ours"):
+        Holder.from_text(text)
+
+
+class Lying(AtOnce):
     """A monitor whose locks are each time held by another dead one."""
 
     def __init__(self, *, own=False):
@@ -154,26 +260,6 @@ async def test_locks_that_another_dead_one_holds_each_time_end(own):
 
 async def test_so_many_that_died_one_after_the_other_are_undone():
     """Each killed while it undid the one before."""
-
-    class Honest:
-        def __init__(self):
-            self.objects = {}
-
-        async def execute(self, command, arguments=None):
-            name = arguments.get("id") or arguments["path"].rpartition("/")[2]
-            if command == "object-add":
-                if name in self.objects:
-                    raise CommandError(command, arguments, "GenericError", "duplicate")
-                self.objects[name] = arguments["data"]
-            elif command == "object-del":
-                if self.objects.pop(name, None) is None:
-                    raise CommandError(command, arguments, "GenericError", "not found")
-            elif command == "qom-get":
-                if name not in self.objects:
-                    raise CommandError(command, arguments, "DeviceNotFound", "not found")
-                return self.objects[name]
-            return [{"name": one, "type": "child<secret>"} for one in self.objects]
-
     monitor, name, undone = Honest(), "qmpblock-x", []
     for n in range(12):
         monitor.objects[name] = dead(f"run{n}").text()
