@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from qmpblock.changes.record import VMIdentity
 from qmpblock.export.server import monitor_name
@@ -13,9 +14,18 @@ if TYPE_CHECKING:
 
 __all__ = ["identify"]
 
+#: What was asked once of a connection is so as long as that lasts.
+_known: WeakKeyDictionary[Connection, VMIdentity] = WeakKeyDictionary()
+
 
 async def identify(vm: Connection) -> VMIdentity:
     """Say which QEMU process this is."""
+    if vm not in _known:
+        _known[vm] = await _identify(vm)
+    return _known[vm]
+
+
+async def _identify(vm: Connection) -> VMIdentity:
     told, called = await vm.monitor.read("query-uuid", "query-name")
     uuid, name = str(told["UUID"]), str(called.get("name", ""))
     pid = vm.monitor.peer_pid or 0

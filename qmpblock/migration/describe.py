@@ -26,12 +26,13 @@ from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.iothread import iothread_of
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.ownership import Owner, situation
+from qmpblock.qemu.refusals import no_command
 
-__all__ = ["describe", "machine_options", "place_of", "read_blocks"]
+__all__ = ["describe", "machine_types", "place_of", "read_blocks"]
 
 _BLOCK = re.compile(r"\s*(\S.*?)\s+\d+ \w+\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)(?:\s.*)?")
 _Command = tuple[str, Mapping[str, object]]
-_OPTIONS: _Command = ("qom-list", {"path": "/machine"})
+_MACHINE = "/machine"
 _WORDS = "feature-words"  # of a CPU: all that it can do
 _LONGEST = 400  # characters of a line of it; a name has 255 at most
 
@@ -43,7 +44,6 @@ async def describe(vm: Connection, graph: BlockGraph | None = None) -> Machine:
     :raise GraphError: what QEMU says makes no sense.
     """
     (
-        known,
         machine,
         memory,
         cpus,
@@ -53,12 +53,10 @@ async def describe(vm: Connection, graph: BlockGraph | None = None) -> Machine:
         told,
         tree,
         blocks,
-        options,
         threads,
         nodes,
     ) = await vm.monitor.read(
-        "query-machines",
-        ("qom-get", {"path": "/machine", "property": "type"}),
+        _property(_MACHINE, "type"),
         "query-memory-size-summary",
         "query-hotpluggable-cpus",
         "query-migrate-capabilities",
@@ -67,28 +65,26 @@ async def describe(vm: Connection, graph: BlockGraph | None = None) -> Machine:
         "query-uuid",
         _hmp("info qtree"),
         _hmp("info ramblock"),
-        _OPTIONS,
         "query-iothreads",
         ("query-named-block-nodes", {"flat": True}),
     )
-    types = {str(one["name"]) for one in known} | {str(one.get("alias", "")) for one in known}
     cpus = [one for one in cpus if "qom-path" in one]
     status = str(runs["status"])
     owned = situation(status, str(migration.get("status", "none")))
     devices = read_tree(str(tree))
     words = command_line(vm.monitor.peer_pid)
     graph = await vm.graph() if graph is None else graph
+    options, features = await _values(vm, str(cpus[0]["qom-path"]) if cpus else None)
     return Machine(
         version=vm.monitor.version,
         type=str(machine).removesuffix("-machine"),
-        types=frozenset(types - {""}),
-        options=await _machine_options(vm.monitor, options),
+        options=options,
         uuid=str(told["UUID"]),
         memory=memory["base-memory"],
         plugged=memory.get("plugged-memory", 0),
         blocks=read_blocks(str(blocks)),
         cpu=_model(cpus[0]["type"]) if cpus else "",
-        features=await _features(vm.monitor, cpus[0]["qom-path"]) if cpus else {},
+        features=features,
         cpus=frozenset(_text(one["props"]) for one in cpus),
         devices=devices,
         disks=await _disks(vm, graph, devices, words, threads, nodes),
@@ -101,16 +97,58 @@ async def describe(vm: Connection, graph: BlockGraph | None = None) -> Machine:
     )
 
 
-async def machine_options(monitor: Monitor) -> dict[str, str]:
-    """Return the options of a machine that its guest can tell, as text."""
-    return await _machine_options(monitor, (await monitor.read(_OPTIONS))[0])
+async def machine_types(monitor: Monitor) -> frozenset[str]:
+    """Return the machines that a QEMU knows."""
+    known = await monitor.execute("query-machines")
+    types = {str(one["name"]) for one in known} | {str(one.get("alias", "")) for one in known}
+    return frozenset(types - {""})
 
 
-async def _machine_options(monitor: Monitor, listed: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+async def _values(vm: Connection, cpu: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the options of the machine, and what the guest finds of a CPU: none where it is None.
+
+    By one command, where there is one: those for each value have thirty times its bytes.
+    """
+    monitor, paths = vm.monitor, [_MACHINE, *([] if cpu is None else [cpu])]
+    if vm.capabilities.lists_values:
+        try:
+            listed = await monitor.execute("qom-list-get", {"paths": paths})
+        except CommandError as error:
+            if not no_command(error):
+                raise
+        else:
+            said = [
+                {one["name"]: one["value"] for one in each["properties"] if "value" in one}
+                for each in listed
+            ]
+            if len(said) != len(paths):
+                raise GraphError("QEMU's answer makes no sense: what objects it has")
+            return _options(said[0]), {} if cpu is None else _features(said[1])
+    options = _options(await _machine(monitor))
+    return options, {} if cpu is None else _features(await _cpu(monitor, cpu))
+
+
+async def _machine(monitor: Monitor) -> dict[str, Any]:
+    listed = await monitor.execute("qom-list", {"path": _MACHINE})
     names = sorted({str(one["name"]) for one in listed} & MACHINE_OPTIONS)
-    values = await monitor.read(*(_property("/machine", name) for name in names))
+    values = await monitor.read(*(_property(_MACHINE, name) for name in names))
+    return dict(zip(names, values, strict=True))
+
+
+async def _cpu(monitor: Monitor, path: str) -> dict[str, Any]:
+    names = (*sorted(CPU), _WORDS)
+    values = await monitor.each(*(_property(path, one) for one in names))
+    return {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if not isinstance(value, CommandError)  # a CPU of another kind, or QEMU
+    }
+
+
+def _options(values: Mapping[str, Any]) -> dict[str, str]:
     options: dict[str, str] = {}
-    for name, value in zip(names, values, strict=True):
+    for name in sorted(MACHINE_OPTIONS & values.keys()):
+        value = values[name]
         if name == "smp" and isinstance(value, dict):
             options |= {f"smp.{key}": _text(value[key]) for key in TOPOLOGY if key in value}
         else:
@@ -133,19 +171,11 @@ def read_blocks(text: str) -> dict[str, Block]:
     return {one[1]: Block(int(one[2], 16), int(one[3], 16)) for one in found if one}
 
 
-async def _features(monitor: Monitor, path: str) -> dict[str, str]:
+def _features(values: Mapping[str, Any]) -> dict[str, str]:
     """Return what the guest finds of a CPU; where it is no x86, what its type says must do."""
-    names = sorted(CPU)
-    *values, words = await monitor.each(*(_property(path, one) for one in (*names, _WORDS)))
-    found = {
-        name: _text(value)
-        for name, value in zip(names, values, strict=True)
-        if not isinstance(value, CommandError)  # a CPU of another kind, or QEMU
-    }
-    if isinstance(words, CommandError):
-        return found
+    found = {name: _text(values[name]) for name in sorted(CPU) if name in values}
     try:
-        for word in words:
+        for word in values.get(_WORDS, ()):
             leaf = f"{int(word['cpuid-input-eax']):#x}"
             if "cpuid-input-ecx" in word:
                 leaf += f".{int(word['cpuid-input-ecx'])}"

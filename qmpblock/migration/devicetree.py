@@ -95,7 +95,9 @@ def read_tree(text: str) -> tuple[GuestDevice, ...]:
             continue  # nothing that QEMU prints
         words = line.strip()
         indent = len(line) - len(line.lstrip())
-        bus, device = _BUS.fullmatch(words), _DEVICE.fullmatch(words)
+        # Most lines are properties.
+        bus = _BUS.fullmatch(words) if words.startswith("bus: ") else None
+        device = _DEVICE.fullmatch(words) if words.startswith("dev: ") else None
         if bus or device:
             while stack[-1].indent >= indent:
                 stack.pop()

@@ -118,7 +118,7 @@ async def look(
     if terms.allocation == "same":
         pairs = tuple([await _alike(source, destination, pair) for pair in pairs])
     first = disks[0].chain.active.file if disks else ""
-    await ownership.ask_for_change(source, Work("migrate", first))
+    await ownership.ask_for_change(source, Work("migrate", first), graph)
     copied = pairs if terms.copies else ()
     return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings, kept)
 

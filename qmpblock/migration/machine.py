@@ -116,7 +116,7 @@ class Machine:
 
     :ivar version: of its QEMU.
     :ivar type: of the machine, as the migration stream names it.
-    :ivar types: that this QEMU knows.
+    :ivar types: that this QEMU knows, where that was asked.
     :ivar options: of the machine, that the guest can tell.
     :ivar memory: at the start, in bytes; `plugged`: that came later.
     :ivar blocks: of memory, by name.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.errors import UNTOUCHED, UnsupportedError
 from qmpblock.migration.compare import compare, pairs
-from qmpblock.migration.describe import describe
+from qmpblock.migration.describe import describe, machine_types
 from qmpblock.migration.diskterms import DiskTerms
 from qmpblock.names import blocker_name, is_of_run
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qmpblock.migration.machine import GuestDisk, Machine
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Pairing", "check_pairing", "written_disks"]
+__all__ = ["Pairing", "check_pairing", "describe_both", "written_disks"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ async def check_pairing(
     :param resumed: the run of an attempt before that is gone on with: what it left is none's harm.
     :raise UnsupportedError: the two ends do not fit; says all that does not.
     """
-    here, there = await asyncio.gather(
-        describe(source, graphs[0]), describe(destination, graphs[1])
-    )
+    here, there = await describe_both(source, destination, graphs)
     found = compare(_without(here, resumed) if resumed else here, there, terms)
     refused = [one for one in found if one.refused]
     if refused:
@@ -64,6 +62,23 @@ async def check_pairing(
         tuple((one.path, other.path) for one, other in written_disks(here, there)),
         tuple(f"{one.what}: {one.kind.otherwise}" for one in found),
     )
+
+
+async def describe_both(
+    source: Connection,
+    destination: Connection,
+    graphs: tuple[BlockGraph | None, BlockGraph | None] = (None, None),
+) -> tuple[Machine, Machine]:
+    """Read what both VMs are, for comparing them.
+
+    :param graphs: the block graphs of both, where they have just been read.
+    """
+    here, there = await asyncio.gather(
+        describe(source, graphs[0]), describe(destination, graphs[1])
+    )
+    if here.type != there.type:  # else it knows it
+        there = replace(there, types=await machine_types(destination.monitor))
+    return here, there
 
 
 def _without(here: Machine, run: str) -> Machine:

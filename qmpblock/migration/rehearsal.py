@@ -7,7 +7,6 @@ first, and costs nobody a second; only a pair that fits is measured.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,12 +15,11 @@ from qmpblock.errors import BusyError, Error, NBDError, UnsupportedError, printa
 from qmpblock.host.space import HostSpace
 from qmpblock.mapping import MappedDisk
 from qmpblock.migration.compare import Finding, compare
-from qmpblock.migration.describe import describe
 from qmpblock.migration.diskterms import Allocation, DiskTerms, Layers
 from qmpblock.migration.likeness import check_likeness, reserved_zeros
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
-from qmpblock.migration.pairing import written_disks
+from qmpblock.migration.pairing import describe_both, written_disks
 from qmpblock.migration.predict import (
     HAND_OVER,
     Load,
@@ -152,7 +150,7 @@ async def plan_migration(
     check_channels(means, source.capabilities)
     await Preset.of(source.monitor, wanted_at_source(means, speed))
     await Preset.of(destination.monitor, wanted_at_destination(means), THERE)
-    here, there = await asyncio.gather(describe(source), describe(destination))
+    here, there = await describe_both(source, destination)
     found = compare(here, there, terms)
     notices = (*means.notices(), *filter(None, [means.pause_notice()]))
     plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed, notices=notices)

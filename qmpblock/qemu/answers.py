@@ -22,6 +22,7 @@ _SHAPES: Mapping[str, Any] = {
     "device-list-properties": [{"name": str, "type": str}],
     "human-monitor-command": str,
     "qom-list": [{"name": str, "type": str}],
+    "qom-list-get": [{"properties": [{"name": str}]}],
     "query-block": [{"qdev?": str, "device?": str, "inserted?": {}}],
     "query-block-exports": [{"id": str, "node-name": str}],
     "query-block-jobs": [{"device": str}],

@@ -190,6 +190,14 @@ class Capabilities:
         return self.version >= (10, 1, 0)
 
     @property
+    def lists_values(self) -> bool:
+        """Whether `qom-list-get` tells all properties of objects at once: 10.1 and newer.
+
+        Where it is missing all the same, whoever asks hears so, and asks for one after the other.
+        """
+        return self.version >= (10, 1, 0)
+
+    @property
     def overlapping_reads_of_views_abort(self) -> bool:
         """Whether two reads of one range of a snapshot-access node, at once, make QEMU abort.
 

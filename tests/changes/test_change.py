@@ -77,6 +77,10 @@ async def test_which_qemu_it_is(tmp_path):
         found = await identify(vm)
         assert (found.pid, found.start) == (os.getpid(), start_time(os.getpid()))
         assert found.boot == boot_id()
+        asked = len(qemu.fake.seen)
+        assert await identify(vm) == found
+        assert len(qemu.fake.seen) == asked  # it stays the same as long as the connection
+    async with fake_vm(tmp_path / "r", chain("d0")) as (vm, qemu):
         qemu["query-uuid"] = {"return": {"UUID": "../../../etc/x"}}  # it is in a file's name
         assert (await identify(vm)).uuid == "unknown"
 

@@ -72,6 +72,11 @@ def test_mirrors_are_told_of_zeros_on_newer_ones():
     assert Capabilities((11, 1, 2)).mirrors_take_word_of_zeros
 
 
+def test_values_are_listed_on_newer_ones():
+    assert not Capabilities((10, 0, 13)).lists_values
+    assert Capabilities((10, 1, 0)).lists_values
+
+
 def test_every_gate_is_tested_above():
     """A new one must not be forgotten there."""
     gates = {name for name, what in vars(Capabilities).items() if isinstance(what, property)}
@@ -80,6 +85,7 @@ def test_every_gate_is_tested_above():
         test_a_defect_that_was_cured_in_old_branches_too,
         test_mirrors_leave_out_zeros_on_newer_ones,
         test_mirrors_are_told_of_zeros_on_newer_ones,
+        test_values_are_listed_on_newer_ones,
     )
     assert gates == {name for test in tests for name in test.__code__.co_names} & gates
 
