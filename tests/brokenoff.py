@@ -76,6 +76,7 @@ class Broken:
         ]
         self.hold = await Hold.of(*self.connections, self.run, Settings())
         await self.hold.begin()
+        await self.hold.write()
 
     async def _mirror(self):
         self.hold.enter(Phase.MIRRORING)

@@ -143,6 +143,10 @@ class Wire:
         self.cut()
         self._stays = self.relay.stays = True
 
+    def is_gone(self) -> None:
+        """Note that its node and credentials are gone: nothing is to be taken away any more."""
+        self._stays = True
+
     async def _meet(self) -> None:
         """Have QEMU connect to the relay, from the node that is there.
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from qmpblock.cancellation import undisturbed
+from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.errors import (
     UNTOUCHED,
     BusyError,
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 class Hold:
-    """One migration's hold of its two VMs: `begin`, `enter` each phase, `end`.
+    """One migration's hold of its two VMs: `begin`, `write`, `enter` each phase, `end`.
 
     :ivar record: what it says.
     """
@@ -65,10 +65,11 @@ class Hold:
         destination_had: Settings = Settings(),  # noqa: B008  # frozen
     ) -> Hold:
         """Say which VMs, and what is changed of their settings; touch nothing."""
+        here, there = await asyncio.gather(process_of(source), process_of(destination))
         record = MigrationRecord(
             run,
-            await process_of(source),
-            await process_of(destination),
+            here,
+            there,
             pid_namespace(),
             source_had,
             destination_had,
@@ -76,20 +77,33 @@ class Hold:
         return cls(source, destination, record)
 
     async def begin(self) -> None:
-        """Take the lock at both sides, and write the journal. Cancelling leaves nothing.
+        """Take the lock at both sides. Cancelling leaves nothing.
 
         :raise BusyError: one of them is another migration's; says how to recover a dead one's.
-        :raise Error: the journal cannot be written.
         """
         try:
-            for vm, side in ((self._source, Side.SOURCE), (self._destination, Side.DESTINATION)):
-                me = holder_of(self.record, self.record.run, side)
-                await lock.acquire(vm.monitor, MIGRATION_LOCK, me, _refuse, stall=0)
-                self._held.append(vm)
-            self._journal = MigrationJournal.create(self.record)
+            async with task_group() as group:
+                group.create_task(self._take(self._source, Side.SOURCE))
+                group.create_task(self._take(self._destination, Side.DESTINATION))
         except BaseException:
             await undisturbed(self.end())
             raise
+
+    async def _take(self, vm: Connection, side: Side) -> None:
+        me = holder_of(self.record, self.record.run, side)
+        await lock.acquire(vm.monitor, MIGRATION_LOCK, me, _refuse, stall=0)
+        self._held.append(vm)
+
+    async def write(self, phase: Phase = Phase.CHECKED) -> None:
+        """Write the journal. Cancelling waits until it is written, for `end` to remove it.
+
+        :param phase: that is entered next.
+        :raise Error: it cannot be written.
+        """
+        await undisturbed(self._write(phase))
+
+    async def _write(self, phase: Phase) -> None:
+        self._journal = await asyncio.to_thread(MigrationJournal.create, self.record, phase)
 
     def enter(self, phase: Phase) -> None:
         """Write that a phase is entered, before what it stands for is done.

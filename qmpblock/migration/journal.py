@@ -41,13 +41,16 @@ class MigrationJournal:
         self._lines = lines
 
     @classmethod
-    def create(cls, record: MigrationRecord) -> MigrationJournal:
+    def create(cls, record: MigrationRecord, phase: Phase = Phase.CHECKED) -> MigrationJournal:
         """Write the record where it is to be found after a crash.
 
+        :param phase: that is entered next, if that is known: two words for one fsync.
         :raise NoRoomError: there is no room for it; nothing is left of it.
         :raise Error: it cannot be written; nothing is left of it.
         """
         lines = sealed(None, b"", stamped(record.as_json()))
+        if phase is not Phase.CHECKED:
+            lines += _entered(lines, phase)
         name = migration_in_state(record.source, record.run)
         try:
             state = StateDirectory.proven(make=True)
@@ -66,14 +69,16 @@ class MigrationJournal:
                 standing=UNTOUCHED,
                 remedy="make some kilobytes free there, or set QMPBLOCK_STATE to another directory",
             )
-        return cls(record, file, lines, Phase.CHECKED)
+        return cls(record, file, lines, phase)
 
     def enter(self, phase: Phase) -> None:
         """Say that what a phase stands for is about to be done.
 
         :raise Error: it cannot be written; then it must not be done.
         """
-        lines = self._lines + sealed(None, self._lines, {_PHASE: phase.value})
+        if phase is self.phase:
+            return
+        lines = self._lines + _entered(self._lines, phase)
         try:
             self._file.become(lines)
         except OSError as error:
@@ -140,6 +145,11 @@ def _parsed(file: JournalFile, data: bytes) -> MigrationJournal:
             path=file.path,
         ) from None
     return MigrationJournal(record, file, lines, phase)
+
+
+def _entered(lines: bytes, phase: Phase) -> bytes:
+    """Return the line that follows these."""
+    return sealed(None, lines, {_PHASE: phase.value})
 
 
 def _object(line: bytes) -> dict[str, Any]:

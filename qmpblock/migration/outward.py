@@ -7,9 +7,8 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from qmpblock.cancellation import undisturbed
+from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.chains.plan import check_unchanged
-from qmpblock.changes.nomigration import allow_migration
 from qmpblock.errors import DisconnectedError, Error, StalledError, printable
 from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.likeness import reserve_alike
@@ -85,13 +84,20 @@ class Outward:
                 return
 
     async def _check(self) -> None:
+        passage, copied = self._passage, self._passage.plan.copied
+        await passage.hold.begin()
+        async with task_group() as group:
+            group.create_task(self._check_disks())
+            group.create_task(passage.landing.lock(serving=len(copied)))
+            group.create_task(passage.hold.write(Phase.MIRRORING if copied else Phase.MEMORY))
+
+    async def _check_disks(self) -> None:
+        """See that the disks are what they were before they were locked."""
         passage = self._passage
         graph = await passage.source.graph()
         resumed = passage.storage.jobs if passage.plan.kept is not None else ()
         for device in passage.plan.disks:
             check_unchanged(graph, device, resumed)
-        await passage.hold.begin()
-        await passage.landing.lock(serving=len(passage.plan.copied))
 
     async def _mirror(self) -> None:
         passage = self._passage
@@ -130,7 +136,7 @@ class Outward:
         await passage.bitmaps.prepare()
         await passage.stream.prepare()
         passage.storage.hurry()
-        await allow_migration(passage.source.monitor, passage.record.run)
+        await passage.change.allow_migration()
         await passage.stream.start(passage.landing)
 
     async def _end_mirrors(self) -> None:
@@ -214,7 +220,9 @@ class Outward:
         passage = self._passage
         try:
             await wayback.unmark_pause(passage.source, passage.record.run)
+            await passage.storage.take_away()
             await passage.change.undo()
+            passage.storage.is_gone()
             await passage.stream.restore()
             await passage.bitmaps.restore(passage.source)
             if quit_source:

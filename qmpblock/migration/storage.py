@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING
 from qmpblock.cancellation import task_group
 from qmpblock.copying.job import joined
 from qmpblock.copying.wire import HOLD, Wire, wire_socket
-from qmpblock.errors import UNTOUCHED, CommandError, JobError, StalledError, UnsupportedError
+from qmpblock.errors import (
+    UNTOUCHED,
+    CommandError,
+    Error,
+    JobError,
+    StalledError,
+    UnsupportedError,
+)
 from qmpblock.names import image_node, migration_job, wire_node
 from qmpblock.qemu.job import Job, Progress
 from qmpblock.qemu.looks import Looks
@@ -276,6 +283,23 @@ class Storage:
                 if left:
                     with contextlib.suppress(StalledError):  # no event is no news
                         await changes.get(_LOOK)
+
+    async def take_away(self) -> None:
+        """Take away the mirrors, which have ended, and all that they lay on, at once.
+
+        What cannot be is left to whoever undoes it, and says why.
+        """
+        nodes = (*filter(None, self.shields), *(node for node, _ in self.wires))
+        with contextlib.suppress(Error):
+            await self._vm.monitor.each(
+                *(("job-dismiss", {"id": name}) for name in self.jobs),
+                *(("blockdev-del", {"node-name": node}) for node in nodes),
+            )
+
+    def is_gone(self) -> None:
+        """Note that nothing of it is in QEMU any more."""
+        for wire in self._laid:
+            wire.is_gone()
 
     @property
     def well(self) -> bool:

@@ -14,6 +14,7 @@ import qmpblock
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe
 from qmpblock.migration.diskterms import DiskTerms
+from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.connection import Connection, NBDAccess
 from qmpblock.testing.images import Tools
 
@@ -107,6 +108,15 @@ async def test_the_same_machine_pairs(machine):
     assert source.options["vmport"] == "on"
     assert source.features["CPUID 0x1 EDX"] != "0x0"
     assert source.blocks["pc.ram"].used == 16 << 20
+
+
+async def test_what_is_told_at_once_is_what_is_told_one_by_one(machine, monkeypatch):
+    vm, one = await machine("source")
+    with monkeypatch.context() as patch:
+        patch.setattr(Capabilities, "lists_values", False)
+        async with Connection.open(vm.monitor_path, NBDAccess()) as connection:
+            other = await describe(connection)
+    assert (one.options, one.features) == (other.options, other.features)
 
 
 async def test_devices(machine):
