@@ -143,9 +143,15 @@ class Manager:
         return _ADDS[self.name](self.vm, f"-qmp unix:{path},server=on,wait=off")
 
 
-def refused(manager: Manager | None) -> tuple[Verb, ...]:
-    """Return what is not done to the chains of a VM because of whose it is."""
-    return () if manager is None else get_args(Verb)
+def refused(manager: Manager | None, *, lent: bool = False) -> tuple[Verb, ...]:
+    """Return what is not done to the chains of a VM because of whose it is.
+
+    :param lent: whether the manager lends its monitor, and is asked to do itself what it can.
+    """
+    if manager is None:
+        return ()
+    asked = _ASKED.get(manager.name, ()) if lent else ()
+    return tuple(verb for verb in get_args(Verb) if verb not in asked)
 
 
 def recognise(traits: Traits) -> Manager | None:
@@ -304,6 +310,9 @@ _WAYS = {
     "LXD": lambda vm, work: _incuss_way("lxc", vm, work),
     "Ganeti": _ganetis_way,
 }
+
+#: What a manager that lends its monitor is asked to do itself (`qmpblock.chains.owner`).
+_ASKED: Mapping[str, tuple[Verb, ...]] = {"libvirt": ("snapshot",)}
 
 _HOLDS: Mapping[str, Callable[[str, str], bool]] = {
     "libvirt": lambda chardev, _: chardev == "charmonitor",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.jobs import carry_on
+from qmpblock.chains.owner import check_manager_knows
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import Recovery, clear
@@ -33,7 +34,9 @@ async def recover(
 ) -> list[Recovery]:
     """Undo, or carry on, what controllers that died left in a VM. See `VM.recover`."""
     continued = _carry_on if choice is Choice.CONTINUE else None
-    return await clear(vm, dry_run=dry_run, tell=tell, carry_on=continued)
+    recoveries = await clear(vm, dry_run=dry_run, tell=tell, carry_on=continued)
+    await check_manager_knows(vm)
+    return recoveries
 
 
 async def _carry_on(

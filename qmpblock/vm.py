@@ -288,6 +288,8 @@ class VM(Connection):
         :param tell: is called before each step, with what it belongs to.
         :raise BusyError: of some controller it cannot be told whether it lives; all else is
             recovered.
+        :raise GraphError: the manager that lends the monitor takes another image for the active one
+            than the guest writes to, and would start it from there; what to do.
         """
         from qmpblock.changes.step import Choice
         from qmpblock.recovery import recover

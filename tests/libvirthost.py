@@ -16,18 +16,20 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from qmpblock.host.processes import die_with_parent
+from qmpblock.testing.images import Tools
 
 _FETCH = Path(__file__).parents[1] / "tools" / "fetch_libvirt.py"
 _TRIPLET = f"{platform.machine()}-linux-gnu"
@@ -62,17 +64,19 @@ _ENTER = "\n".join(
 _START = 60.0  # seconds for the daemon; a loaded machine needs some
 _DOMAIN = """\
 <domain type='qemu'>
-  <name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
+  <name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>{threads}
   <os><type arch='x86_64'>hvm</type></os><features><acpi/></features>
   <devices>
     <emulator>{emulator}</emulator>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='{kind}'/><source file='{image}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>
+    {disks}
     <controller type='usb' model='none'/><memballoon model='none'/>
   </devices>
 </domain>
+"""
+_DISK = """<disk type='file' device='disk'>
+      <driver name='qemu' type='{kind}'{more}/><source file='{image}'/>
+      <target dev='vd{letter}' bus='virtio'/>
+    </disk>
 """
 
 
@@ -83,8 +87,14 @@ def require() -> None:
     unpacked, why = _unpacked()
     if unpacked is None:
         pytest.skip(f"no libvirt: {why}")
-    if importlib.util.find_spec("libvirt_qemu") is None and _binding(unpacked) is None:
+    if not _has_binding() and _binding(unpacked) is None:
         pytest.skip(f"no Python binding of libvirt for this Python ({_MODULES[0]})")
+
+
+@functools.cache
+def _has_binding() -> bool:
+    """Whether this Python had the binding before any was brought in for a while."""
+    return importlib.util.find_spec("libvirt_qemu") is not None
 
 
 @functools.cache
@@ -207,10 +217,26 @@ class LibvirtHost:
             timeout=120,
         )
 
-    def domain(self, name: str, image: Path, kind: str, emulator: str) -> int:
-        """Define and start a domain with one disk, vda; return QEMU's pid."""
+    def domain(
+        self, name: str, image: Path, kind: str, emulator: str, *more: Path, iothread: bool = False
+    ) -> int:
+        """Define and start a domain with the disk vda, and one for each of `more`.
+
+        :param iothread: whether one serves vda.
+        :return: QEMU's pid.
+        """
+        disks = "".join(
+            _DISK.format(
+                kind=kind,
+                image=one,
+                letter="abcd"[number],
+                more=" iothread='1'" if iothread and not number else "",
+            )
+            for number, one in enumerate((image, *more))
+        )
+        threads = "<iothreads>1</iothreads>" if iothread else ""
         xml = self._folder / f"{name}.xml"
-        xml.write_text(_DOMAIN.format(name=name, image=image, kind=kind, emulator=emulator))
+        xml.write_text(_DOMAIN.format(name=name, disks=disks, threads=threads, emulator=emulator))
         self.virsh("define", str(xml))
         self.virsh("start", name)
         return self.pid(name)
@@ -247,9 +273,48 @@ def libvirt_host(folder: Path) -> Iterator[LibvirtHost]:
     host = LibvirtHost(folder, unpacked)
     with pytest.MonkeyPatch.context() as patched:
         try:
-            if importlib.util.find_spec("libvirt_qemu") is None:
+            if not _has_binding():
                 _bring_in(unpacked, folder / "python", patched)
             host.start()
             yield host
         finally:
             host.end()
+
+
+def run(*words: object) -> str:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def make_chain(folder: Path, qemu: str) -> Path:
+    """Make an image with a backing image, 16 MiB: 1 MiB in each, the later one half over it."""
+    tools = Tools.of(qemu)
+    base, top = folder / "base.qcow2", folder / "top.qcow2"
+    run(tools.img, "create", "-q", "-f", "qcow2", base, "16M")
+    run(tools.io, "-f", "qcow2", "-c", "write -P 1 0 1M", base)
+    run(tools.img, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    run(tools.io, "-f", "qcow2", "-c", "write -P 2 512k 1M", top)
+    return top
+
+
+def sockets(pid: int) -> int:
+    """Return how many sockets a process has open."""
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    return sum(str(link.readlink()).startswith("socket:") for link in links)
+
+
+def start(
+    host: LibvirtHost, name: str, image: Path, qemu_binary: str, kind: str = "qcow2"
+) -> Callable[[], tuple[object, ...]]:
+    """Start a domain; return what libvirt says of it, and how many sockets its QEMU has."""
+    pid = host.domain(name, image, kind, qemu_binary)
+    return lambda: (
+        *(
+            re.findall("<disk .*?</disk>", host.virsh("dumpxml", name, *which), re.DOTALL)
+            for which in ([], ["--inactive"])
+        ),
+        host.virsh("domblklist", name),
+        host.virsh("blockjob", name, "vda"),
+        sockets(pid),
+    )

@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from qmpblock.managers import Traits, Verb, Work, recognise, refused
+from qmpblock.managers import Manager, Traits, Verb, Work, recognise, refused
 
 OURS = Traits(
     nodes={"disk0": "qcow2", "#block123": "file", "libvirt": "raw", "drive-scsi0": "qcow2"},
@@ -167,3 +167,10 @@ def test_whoever_manages_a_vm_all_that_he_would_not_know_is_refused():
     assert refused(None) == ()
     assert set(refused(recognise(LIBVIRT))) == set(VERBS) == set(get_args(Verb))
     assert len({Work(verb, "").called for verb in VERBS}) == len(VERBS)
+
+
+def test_what_a_manager_that_lends_its_monitor_is_asked_for_is_not_refused():
+    libvirt, incus = (Manager(name, "web", "") for name in ("libvirt", "Incus"))
+    assert set(refused(libvirt)) - set(refused(libvirt, lent=True)) == {"snapshot"}
+    assert refused(incus, lent=True) == refused(incus)
+    assert refused(None, lent=True) == ()

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Item",
     "make_file",
+    "make_header",
     "make_overlay",
     "open_directory",
     "prove",
@@ -195,6 +196,13 @@ async def _run_create(vm: Connection, job_id: str, options: dict[str, Any]) -> N
         job.end()
     if error is not None:
         raise JobError(job_id, "create", error)
+
+
+async def make_header(vm: Connection, change: Change[Record], item: Item, fmt: str) -> None:
+    """Make one overlay's file, whole and on stable storage, for whoever has QEMU open it."""
+    _sync(item, make_file(change, item, await make(vm, item.header(fmt))))
+    assert change.journal is not None  # begin() wrote it
+    change.journal.add(created=item.file, format=fmt)
 
 
 def make_file(change: Change[Record], item: Item, contents: Contents) -> FileId:

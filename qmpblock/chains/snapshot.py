@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.chains.headers import by_qemu_img
-from qmpblock.chains.overlay import Item, make_overlay, open_directory, prove, take
+from qmpblock.chains.overlay import Item, open_directory
+from qmpblock.chains.owner import Owner, owner_of
 from qmpblock.chains.plan import plan_snapshot
 from qmpblock.chains.settings import lost_by_snapshot, wanted_discard
 from qmpblock.changes.change import Change
@@ -104,10 +104,9 @@ async def snapshot(
     plan = partial(_plan, vm, run, overlays, format, backing_name)
     async with vm.unless_gone():
         items = await plan()
-    for item in items:
-        await by_qemu_img(vm, item.plan.key_secret, local=item.local)  # or refuse
-    await ownership.ask_for_change(vm, Work("snapshot", items[0].plan.active.file))
-    record = await _record(vm, run, items)
+    owner = await owner_of(vm, Work("snapshot", items[0].plan.active.file))
+    await owner.check(items, format)
+    record = await _record(vm, run, items, owner)
     with contextlib.ExitStack() as stack:
         items = [
             replace(item, directory=stack.enter_context(open_directory(item.file)))
@@ -115,25 +114,28 @@ async def snapshot(
             else item
             for item in items
         ]
-        await _take(vm, record, items, format, plan)
+        await _take(vm, owner, record, items, format, plan)
     await _look_again(overlays, items)
     return SnapshotResult(
-        tuple(_overlay(item) for item in items),
+        tuple(
+            _overlay(item, owner.node(item, disk.chain))
+            for item, disk in zip(items, overlays, strict=True)
+        ),
         time.monotonic() - started,
         tuple(warning for item in items for warning in item.plan.warnings),
     )
 
 
-async def _record(vm: Connection, run: str, items: list[Item]) -> Snapshot:
+async def _record(vm: Connection, run: str, items: list[Item], owner: Owner) -> Snapshot:
     devices = [item.plan.device for item in items]
-    return Snapshot(
+    return owner.snapshots(
         run=run,
         vm=await identify(vm),
         devices=tuple(device.qom_path for device in devices),
         names=tuple(device.name for device in devices),
         locks=lock_names(devices),
         helpers=tuple(item.job for item in items),
-        nodes=tuple(name for item in items for name in (item.node, item.storage)),
+        nodes=tuple(name for item in items for name in owner.nodes(item)),
         files=tuple(item.file for item in items),
         images=images_of(vm.monitor.peer_pid, [device.chain for device in devices]),
     )
@@ -141,6 +143,7 @@ async def _record(vm: Connection, run: str, items: list[Item]) -> Snapshot:
 
 async def _take(
     vm: Connection,
+    owner: Owner,
     record: Snapshot,
     items: list[Item],
     fmt: str,
@@ -158,11 +161,12 @@ async def _take(
     ):
         _unchanged(items, await plan())
         for item in items:
-            await make_overlay(vm, change, item, fmt, local=item.local)
-        await prove(vm, change, items)
+            await owner.make(change, item, fmt)
+        await owner.prove(change, items)
         await ownership.ask(vm.monitor, [item.plan.device for item in items], standing=None)
-        await undisturbed(take(vm, items))
-        await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+        await undisturbed(owner.take(items))
+        graph = await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))
+        await undisturbed(owner.agree(change, items, graph))
         await undisturbed(change.end())
 
 
@@ -184,9 +188,9 @@ async def _look_again(disks: Iterable[DiskT], items: list[Item]) -> None:
         raise
 
 
-def _overlay(item: Item) -> Overlay:
+def _overlay(item: Item, node: str) -> Overlay:
     plan = item.plan
-    return Overlay(plan.device.name, item.file, item.node, plan.active.file, item.backing_name)
+    return Overlay(plan.device.name, item.file, node, plan.active.file, item.backing_name)
 
 
 async def _plan(

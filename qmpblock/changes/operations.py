@@ -27,6 +27,7 @@ __all__ = [
     "ActiveCommit",
     "Commit",
     "FrozenCopy",
+    "ManagersSnapshot",
     "PointInTime",
     "Snapshot",
     "StagedCommit",
@@ -61,6 +62,33 @@ class Snapshot(Record):
             tuple(empty),
             "nothing was written to an overlay: the images hold it all",
         )
+
+
+@dataclass(frozen=True)
+class ManagersSnapshot(Snapshot):
+    """The same by the manager that owns the chain: the nodes are its, and it knows of them.
+
+    Where it has the guest go on is its to say, also at the next start: once it was asked, an
+    overlay stays where it is.
+    """
+
+    operation: ClassVar[str] = "snapshot by its manager"
+
+    def took_effect(self, graph: BlockGraph) -> bool:
+        """Tell by any overlay: all lie on their images, or none does."""
+        made = {name for name, node in graph.nodes.items() if node.filename in self.files}
+        return any(
+            node.child("file") in made and lies_on_something(graph, name)
+            for name, node in graph.nodes.items()
+        )
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Leave it to the manager, which may start the VM from overlays that hold nothing yet."""
+        said = super().verdict(entries, empty)
+        why = f"{said.why}; the manager starts it from what it knows (virsh domblklist DOMAIN)"
+        return ImageVerdict(said.start, (), (), why)
 
 
 @dataclass(frozen=True)
@@ -294,6 +322,7 @@ class PointInTime(_Fleecing):
 #: By what the record says: the operation, and whether its job pivots.
 _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("snapshot", False): Snapshot,
+    ("snapshot by its manager", False): ManagersSnapshot,
     ("stream", False): Stream,
     ("commit", False): Commit,
     ("commit", True): ActiveCommit,

@@ -12,8 +12,7 @@ import contextlib
 import os
 import stat
 import threading
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 from qmpblock.address import LibvirtAddress
 from qmpblock.errors import BusyError, ConnectError, printable
+from qmpblock.host.libvirtxml import disk_files, snapshot_xml
 from qmpblock.host.processes import Peer, command_line, start_time, users_of
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "NoDomainError",
     "NotRunningError",
     "Teller",
-    "disk_targets",
 ]
 
 _T = TypeVar("_T")
@@ -182,6 +181,58 @@ class Domain:
         """
         return await self._ask(lambda: str(self._domain.XMLDesc(0)))
 
+    async def remembered(self) -> str | None:
+        """Return libvirt's description of the domain as it will start; None: it will not.
+
+        :raise Error: as of `command`.
+        """
+        libvirt = _library()
+
+        def ask() -> str | None:
+            if not self._domain.isPersistent():
+                return None
+            return str(self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+        return await self._act(ask)
+
+    async def snapshot(self, overlays: Mapping[str, str]) -> None:
+        """Have the domain go on in overlays that are there, all at one point or none.
+
+        Cancelling leaves the outcome unknown.
+
+        :param overlays: qcow2 files by libvirt's names of the disks.
+        :raise Error: as of `command`.
+        """
+        libvirt = _library()
+        flags = (
+            libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+        )
+
+        def take() -> None:
+            others = set(disk_files(self._domain.XMLDesc(0))) - set(overlays)
+            self._domain.snapshotCreateXML(snapshot_xml(overlays, others), flags)
+
+        await self._act(take)
+
+    async def _act(self, action: Callable[[], _T]) -> _T:
+        """Have libvirt do something; that it refuses does not mean that the domain has ended."""
+        libvirt = _library()
+
+        def act() -> _T:
+            try:
+                return action()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:
+                    with contextlib.suppress(libvirt.libvirtError):
+                        if self._domain.isActive():
+                            raise FailedError(_words(error)) from None
+                raise
+
+        return await self._ask(act)
+
     async def _ask(self, question: Callable[[], _T]) -> _T:
         libvirt = _library()
         try:
@@ -332,24 +383,6 @@ def _run_loop() -> None:
 
 def _words(error: Any) -> str:
     return printable(error.get_error_message())
-
-
-def disk_targets(xml: str) -> dict[str, str]:
-    """Return the ids in QEMU of a domain's disks, by libvirt's names of them (`vda`). Pure.
-
-    :raise ValueError: it is no XML.
-    """
-    try:
-        # The daemon's own, as trusted as its answers; expat refuses to blow up.
-        root = ElementTree.fromstring(xml)  # noqa: S314
-    except ElementTree.ParseError as error:
-        raise ValueError(str(error)) from None
-    found = {}
-    for disk in root.iterfind("./devices/disk"):
-        target, alias = disk.find("target"), disk.find("alias")
-        if target is not None and alias is not None:
-            found[target.get("dev", "")] = alias.get("name", "")
-    return found
 
 
 def _state_directory(address: LibvirtAddress) -> Path:

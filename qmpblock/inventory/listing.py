@@ -123,7 +123,8 @@ async def _asked(vm: RunningVM, address: MonitorAddress) -> RunningVM:
 
 
 def _managed(vm: RunningVM, manager: Manager | None) -> RunningVM:
-    works = [Work(verb, "") for verb in refused(manager)]
+    lent = vm.address is not None and vm.address.startswith("libvirt:")
+    works = [Work(verb, "") for verb in refused(manager, lent=lent)]
     ways = {work.called: manager.way(work) for work in works} if manager else {}
     return replace(vm, manager=manager, refused=ways)
 
@@ -193,8 +194,8 @@ async def _inside(vm: RunningVM, connection: Connection) -> RunningVM:
             remedy="run this where that name leads to this one",
         )
     vm, graph = replace(vm, name=called), await connection.graph()
-    if vm.manager is None:  # the graph tells more than a command line
-        vm = _managed(vm, await ownership.manager_of(connection, graph))
+    # The graph tells more than a command line; and now it is known by what way it is reached.
+    vm = _managed(vm, vm.manager or await ownership.manager_of(connection, graph))
     status = await monitor.execute("query-status")
     owned = await ownership.look(monitor, graph.devices)
     return replace(

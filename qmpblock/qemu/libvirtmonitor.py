@@ -26,10 +26,11 @@ from qmpblock.host.libvirtd import (
     NoDomainError,
     NotRunningError,
     Teller,
-    disk_targets,
 )
+from qmpblock.host.libvirtxml import disk_targets
 from qmpblock.host.processes import Peer
 from qmpblock.peerjson import RefusedError, read_json
+from qmpblock.qemu.libvirtlender import LibvirtLender
 from qmpblock.qemu.transport import Event, LostError
 
 __all__ = ["LibvirtMonitor"]
@@ -63,6 +64,7 @@ class LibvirtMonitor:
         self._stall = 0.0
         self.ended = ""  # why there is nothing to come back to
         self._closed = False
+        self.lender = LibvirtLender(self)
 
     @property
     def peer_pid(self) -> int | None:
@@ -125,19 +127,17 @@ class LibvirtMonitor:
             words["arguments"] = arguments
         text = json.dumps(words)
         while True:
-            domain = await self._there()
+            domain = await self.there()
             files, self._files = self._files, []
             try:
                 answer = _read(await domain.command(text, files))
                 break
             except GoneError as error:
                 if files or not command.startswith(_QUESTIONS):
-                    self._end(f"libvirt's daemon went away: {error}")
-                    raise LostError from None
+                    raise self.lost(error) from None
                 self._come_back(domain)
             except NotRunningError as error:
-                self._end(f"the domain has ended: {error}")
-                raise LostError from None
+                raise self.lost(error) from None
             except FailedError as error:
                 raise LostError(str(error)) from None
         if "error" in answer:
@@ -155,7 +155,7 @@ class LibvirtMonitor:
 
     async def device_called(self, name: str) -> str | None:
         """Return the id of the device that libvirt calls so (`vda`); None: none."""
-        domain = await self._there()
+        domain = await self.there()
         try:
             return disk_targets(await domain.xml()).get(name)
         except (GoneError, NotRunningError, FailedError, ValueError) as error:
@@ -166,8 +166,19 @@ class LibvirtMonitor:
             os.close(fd)
         self._files = []
 
-    async def _there(self) -> Domain:
-        """Return the domain, by a connection that is not known to have ended."""
+    def lost(self, error: GoneError | NotRunningError) -> LostError:
+        """Have it be lost for good, since what was under way may change something, or it ended."""
+        if isinstance(error, GoneError):
+            self._end(f"libvirt's daemon went away: {error}")
+        else:
+            self._end(f"the domain has ended: {error}")
+        return LostError()
+
+    async def there(self) -> Domain:
+        """Return the domain, by a connection that is not known to have ended.
+
+        :raise LostError: there is none, and will be none.
+        """
         if self._coming_back is not None:
             await asyncio.wait([self._coming_back])
         if self._domain is None or self.ended or self._closed:

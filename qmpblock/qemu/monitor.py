@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from qmpblock.address import LibvirtAddress, MonitorAddress, parse_monitor
 from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError, UnsupportedError
 from qmpblock.host.forward import Forward
 from qmpblock.qemu.answers import checked
+from qmpblock.qemu.lender import Lender
 from qmpblock.qemu.libvirtmonitor import LibvirtMonitor
 from qmpblock.qemu.qmpsocket import QMPSocket
 from qmpblock.qemu.transport import Event, LostError, Transport
 
 __all__ = ["Event", "Monitor", "Subscription"]
+
+T = TypeVar("T")
 
 _QUEUE_LIMIT = 4096  # events kept for one subscription that nobody reads
 _QUEUE_BYTES = 4 << 20  # and how long they may be together; QEMU's have some hundred
@@ -302,6 +305,24 @@ class Monitor:
             return await self._transport.device_called(name)
         except LostError as error:
             raise self._lost(None, why=error.why) from error
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether a manager lends it that changes chains itself: by `through`."""
+        return self._transport.lender is not None
+
+    async def through(self, ask: Callable[[Lender], Awaitable[T]]) -> T:
+        """Have the manager whose monitor this is do something.
+
+        :raise DisconnectedError: the way to it was lost; the outcome is unknown.
+        :raise Error: it refused; in its words. A BusyError: it is at work on this VM.
+        """
+        lender = self._transport.lender
+        assert lender is not None, "ask `is_lent` first"
+        try:
+            return await ask(lender)
+        except LostError as error:
+            raise self._lost("what its manager was asked for", why=error.why) from error
 
     async def pass_fd(self, name: str, fd: int) -> None:
         """Hand a duplicate of `fd` to QEMU under `name` (the `getfd` command).

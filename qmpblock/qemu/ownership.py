@@ -210,19 +210,22 @@ async def manager_of(vm: Connection, graph: BlockGraph) -> Manager | None:
     )
 
 
-async def ask_for_change(vm: Connection, work: Work, graph: BlockGraph | None = None) -> None:
+async def ask_for_change(
+    vm: Connection, work: Work, graph: BlockGraph | None = None, *, asked: bool = False
+) -> None:
     """Go on only where nobody else owns the chain that is to be changed.
 
     Asked at the beginning only: what has begun is brought to its end.
 
     :param work: what is to be done, for the manager's own way.
     :param graph: as it has just been read, if it has.
+    :param asked: whether a manager that lends its monitor will be asked to do it itself.
     :raise UnsupportedError: a manager does; the reason, and its own way.
     """
     if vm.unmanaged:
         return
     manager = await manager_of(vm, await vm.graph() if graph is None else graph)
-    if manager is not None and work.verb in refused(manager):
+    if manager is not None and work.verb in refused(manager, lent=asked and vm.monitor.is_lent):
         raise UnsupportedError(
             f"this VM is managed by {manager.name} ({printable(manager.told_by)}), which would not "
             f"know that {work.effect}",

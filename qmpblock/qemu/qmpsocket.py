@@ -296,6 +296,8 @@ class QMPSocket:
         except (OSError, QMPError) as error:
             raise LostError(printable(error)) from error
 
+    lender = None
+
     async def device_called(self, name: str) -> None:
         """Nothing: QEMU's own names are all that there are."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from qmpblock.host.forward import Forward
+    from qmpblock.qemu.lender import Lender
 
 __all__ = ["Event", "LostError", "Transport"]
 
@@ -52,6 +53,10 @@ class Transport(Protocol):
     @property
     def forward(self) -> Forward | None:
         """The ssh by which it goes to another host; None where it does not."""
+
+    @property
+    def lender(self) -> Lender | None:
+        """The manager that lends it, and changes chains itself; None: nobody, or none that can."""
 
     @property
     def ended(self) -> str:

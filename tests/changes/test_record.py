@@ -15,6 +15,7 @@ from qmpblock.changes.operations import (
     ActiveCommit,
     Commit,
     FrozenCopy,
+    ManagersSnapshot,
     PointInTime,
     Snapshot,
     StagedCommit,
@@ -79,7 +80,7 @@ FIELDS = {
 }
 KINDS = (
     *(Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime),
-    *(Copy, Move, FrozenCopy, Migration),
+    *(Copy, Move, FrozenCopy, Migration, ManagersSnapshot),
 )
 
 

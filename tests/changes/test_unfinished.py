@@ -257,6 +257,30 @@ def test_a_snapshot_is_done_when_an_overlay_lies_on_its_image():
     assert of_snapshot().took_effect(drawing.graph()) is True  # unplugged since
 
 
+def test_a_managers_snapshot_is_done_when_an_overlay_lies_on_something():
+    """Its manager may have ended when QEMU had opened it, and no more."""
+    its = record("snapshot by its manager", files=("/i/new",))
+    drawing = chain("d0").image("theirs", file="/i/new")
+    assert its.took_effect(drawing.graph()) is False
+    assert not steps(its, drawing.graph(), UNDO, ["/i/new"])  # QEMU has it open: it stays
+    drawing.rebase("theirs", "d0")
+    drawing.device("theirs")
+    assert its.took_effect(drawing.graph()) is True
+    assert not steps(its, drawing.graph(), UNDO, ["/i/new"])
+    left = steps(its, chain("d0").graph(), UNDO, ["/i/new"])
+    assert [(step.verb, step.what) for step in left] == [("delete-file", "/i/new")]
+
+
+@pytest.mark.parametrize("nothing", [True, False])
+def test_a_managers_overlay_stays_when_qemu_dies(nothing):
+    """It may start the VM from one that holds nothing yet."""
+    its = record("snapshot by its manager", files=("/i/new",))
+    verdict = its.verdict((), {"/i/new": nothing})
+    assert verdict.unused == ()
+    assert verdict.start == (("/i/d0",) if nothing else ("/i/new",))
+    assert "virsh domblklist" in verdict.why
+
+
 # what is left over
 
 

@@ -9,38 +9,10 @@ import pytest
 
 from qmpblock.address import LibvirtAddress
 from qmpblock.errors import ConnectError
-from qmpblock.host.libvirtd import Domain, Teller, disk_targets
+from qmpblock.host.libvirtd import Domain, Teller
 from qmpblock.qemu.monitor import Monitor
 
 UUID = "ca569914-10a3-4b9e-8cdc-a951453e797e"
-#: Of `virsh dumpxml`, libvirt 9.0.
-XML = """\
-<domain type='qemu' id='1'>
-  <name>web</name>
-  <devices>
-    <disk type='file' device='disk'>
-      <source file='/tmp/lv/img/top.qcow2' index='1'/>
-      <target dev='vda' bus='virtio'/>
-      <alias name='virtio-disk0'/>
-    </disk>
-    <disk type='file' device='cdrom'>
-      <target dev='sda' bus='sata'/>
-      <alias name='sata0-0-0'/>
-    </disk>
-    <disk type='file' device='disk'><target dev='vdb' bus='virtio'/></disk>
-  </devices>
-</domain>
-"""
-
-
-def test_disks_by_libvirts_names():
-    assert disk_targets(XML) == {"vda": "virtio-disk0", "sda": "sata0-0-0"}
-
-
-@pytest.mark.parametrize("xml", ["", "<domain>", "no", "\0"])
-def test_what_is_no_xml(xml):
-    with pytest.raises(ValueError, match=r"."):
-        disk_targets(xml)
 
 
 @pytest.fixture

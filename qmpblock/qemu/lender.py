@@ -1,0 +1,33 @@
+"""Lender: a manager that lends its monitor, as what it can be asked to do to its VM's disks.
+
+What it does itself it knows of: what the VM is started from the next time, and what its own
+snapshots, backups and block jobs build on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+__all__ = ["Lender"]
+
+
+class Lender(Protocol):
+    """A manager's API for one of its running VMs, by the manager's own names of the disks.
+
+    Cancelling leaves the outcome unknown. All of it raises LostError where the outcome is unknown,
+    BusyError where the manager is at work on the VM, so that nothing was done, and Error, with the
+    manager's words, where it refused.
+    """
+
+    async def targets(self) -> Mapping[str, str]:
+        """Return the ids in QEMU of the VM's disks, by the manager's names of them."""
+
+    async def files(self) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
+        """Return the image file of each disk: now, and at the next start.
+
+        None: there will be none, the VM ends with its process.
+        """
+
+    async def snapshot(self, overlays: Mapping[str, str]) -> None:
+        """Have the guest go on in overlays that are there, on all these disks or on none."""

@@ -1,0 +1,63 @@
+"""What libvirt does to the disks of a domain whose monitor it lends: a `Lender` by its API."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from qmpblock.errors import Error, printable
+from qmpblock.host.libvirtd import (
+    Domain,
+    FailedError,
+    GoneError,
+    NotRunningError,
+)
+from qmpblock.host.libvirtxml import disk_files, disk_targets
+from qmpblock.qemu.transport import LostError
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.libvirtmonitor import LibvirtMonitor
+
+__all__ = ["LibvirtLender"]
+
+_T = TypeVar("_T")
+
+
+class LibvirtLender:
+    """A `Lender`: libvirt's API, by the connection that its monitor has."""
+
+    def __init__(self, monitor: LibvirtMonitor) -> None:
+        self._monitor = monitor
+
+    async def targets(self) -> Mapping[str, str]:
+        """Return the ids in QEMU of the domain's disks; see `Lender`."""
+        return disk_targets(await self._ask("describe the domain", Domain.xml))
+
+    async def files(self) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
+        """Return what libvirt takes for each disk's image; see `Lender`."""
+        now = disk_files(await self._ask("describe the domain", Domain.xml))
+        later = await self._ask("describe the domain", Domain.remembered)
+        return now, None if later is None else disk_files(later)
+
+    async def snapshot(self, overlays: Mapping[str, str]) -> None:
+        """Have the guest go on in overlays; see `Lender`."""
+        await self._ask("take the snapshot", lambda domain: domain.snapshot(overlays))
+
+    async def _ask(self, what: str, ask: Callable[[Domain], Awaitable[_T]]) -> _T:
+        """Have a function of libvirt's done, its failures in our words.
+
+        :param what: it was to do.
+        """
+        domain = await self._monitor.there()
+        try:
+            return await ask(domain)
+        except FailedError as error:
+            raise Error(
+                f"libvirt did not {what}: {error}",
+                remedy=f"see what it is at work on: virsh domjobinfo {printable(domain.name)}; "
+                f"virsh blockjob {printable(domain.name)} DISK",
+            ) from None
+        except (GoneError, NotRunningError) as error:
+            raise self._monitor.lost(error) from None
+        except ValueError as error:
+            raise LostError(f"it described the domain by no XML: {printable(error)}") from None

@@ -1,0 +1,47 @@
+"""libvirt's XML: what is read of a domain's, and what it is told."""
+
+import pytest
+
+from qmpblock.host.libvirtxml import disk_files, disk_targets, snapshot_xml
+
+#: Of `virsh dumpxml`, libvirt 9.0.
+XML = """\
+<domain type='qemu' id='1'>
+  <name>web</name>
+  <devices>
+    <disk type='file' device='disk'>
+      <source file='/tmp/lv/img/top.qcow2' index='1'/>
+      <target dev='vda' bus='virtio'/>
+      <alias name='virtio-disk0'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <target dev='sda' bus='sata'/>
+      <alias name='sata0-0-0'/>
+    </disk>
+    <disk type='file' device='disk'><target dev='vdb' bus='virtio'/></disk>
+  </devices>
+</domain>
+"""
+
+
+def test_disks_by_libvirts_names():
+    assert disk_targets(XML) == {"vda": "virtio-disk0", "sda": "sata0-0-0"}
+
+
+@pytest.mark.parametrize("xml", ["", "<domain>", "no", "\0"])
+def test_what_is_no_xml(xml):
+    with pytest.raises(ValueError, match=r"."):
+        disk_targets(xml)
+
+
+def test_files_by_libvirts_names():
+    assert disk_files(XML) == {"vda": "/tmp/lv/img/top.qcow2", "sda": "", "vdb": ""}
+
+
+def test_a_snapshot_is_of_the_disks_that_are_named_alone():
+    assert snapshot_xml({"vda": "/i/<&'\".qcow2"}, {"vdb", "sda"}) == (
+        '<domainsnapshot><disks><disk name="vda" snapshot="external" type="file">'
+        '<driver type="qcow2" /><source file="/i/&lt;&amp;\'&quot;.qcow2" /></disk>'
+        '<disk name="sda" snapshot="no" /><disk name="vdb" snapshot="no" /></disks>'
+        "</domainsnapshot>"
+    )

@@ -1,0 +1,286 @@
+"""What changes a chain under libvirt: done by libvirt itself, so that it knows.
+
+The judge is libvirt: what it takes for each disk's images, now and at the next start, and what its
+own snapshot, commit, save, restore and start do afterwards.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from chains import cli
+from libvirthost import libvirt_host, make_chain, require, run
+
+import qmpblock
+from qmpblock.errors import DisconnectedError, GraphError
+from qmpblock.testing.images import Tools
+from qmpblock.testing.scratch import leave, private_directory
+
+pytestmark = pytest.mark.live
+
+KIB = 1 << 10
+
+
+@pytest.fixture(scope="module")
+def host(qemu_binary):
+    require()
+    folder = private_directory()
+    with libvirt_host(folder / "libvirt") as host:
+        yield host
+    leave(folder)
+
+
+class Domain:
+    """A domain whose guest writes, and what libvirt says of it."""
+
+    def __init__(self, host, name, qemu, *images, **options):
+        self.host, self.name, self.qemu = host, name, qemu
+        self.address = host.address(name)
+        self.pid = host.domain(name, images[0], "qcow2", qemu, *images[1:], **options)
+        self.written = {}
+
+    def virsh(self, verb, *words):
+        return self.host.virsh(verb, self.name, *words)
+
+    def write(self, pattern, where, disk=0):
+        """Have the guest write 64 KiB; QEMU keeps to itself what its qemu-io says."""
+        device = f"/machine/peripheral/virtio-disk{disk}/virtio-backend"
+        command = f'qemu-io -d {device} "write -P {pattern} {where}k 64k"'
+        assert not self.virsh("qemu-monitor-command", "--hmp", command).strip()
+        self.written[disk, where] = pattern
+
+    def chains(self, disk="vda"):
+        """Return the disk's chain as libvirt has it now, and its image at the next start."""
+        found = []
+        for which in ([], ["--inactive"]):
+            disks = re.findall("<disk .*?</disk>", self.virsh("dumpxml", *which), re.DOTALL)
+            [one] = [text for text in disks if f"<target dev='{disk}'" in text]
+            found.append([Path(file).name for file in re.findall("<source file='(.*?)'", one)])
+        now, later = found
+        return now, later[0]
+
+    async def layers(self, disk="vda"):
+        async with qmpblock.connect(self.address) as vm:
+            chain = (await vm.disk(disk)).chain
+            assert await vm.jobs() == ()
+            assert not any("qmpblock" in name for name in (await vm.graph()).nodes)
+            return [Path(layer.file).name for layer in chain.layers]
+
+    def ended(self):
+        """See that nothing is lost in the images that libvirt would start the domain from."""
+        io = Tools.of(self.qemu).io
+        for (disk, where), pattern in self.written.items():
+            image = self.file("vd" + "ab"[disk])
+            run(io, "-r", "-f", "qcow2", "-c", f"read -P {pattern} {where}k 64k", image)
+
+    def file(self, disk):
+        """Return the image that libvirt starts a disk from the next time."""
+        listed = self.virsh("domblklist", "--inactive").split()
+        return listed[listed.index(disk) + 1]
+
+    def end(self):
+        self.virsh("destroy")
+        self.ended()
+
+
+@pytest.fixture
+def chain(vm_dir, qemu_binary):
+    return make_chain(vm_dir, qemu_binary)
+
+
+@pytest.fixture
+def second(vm_dir, qemu_binary):
+    """Return an image for a second disk."""
+    image = vm_dir / "second.qcow2"
+    run(Tools.of(qemu_binary).img, "create", "-q", "-f", "qcow2", image, "4M")
+    return image
+
+
+async def test_a_snapshot_is_one_that_libvirt_took(host, chain, second, qemu_binary):
+    domain = Domain(host, "web", qemu_binary, chain, second, iothread=True)
+    domain.write(3, 4096)
+    domain.write(3, 1024, 1)
+    folder = chain.parent
+    wanted = f"vda={folder / 'now.qcow2'}", f"vdb={folder / 'then.qcow2'}"
+    code, out, err = await cli("snapshot", domain.address, *wanted)
+    assert code == 0, err
+    assert f"the active layer is now {folder / 'now.qcow2'}" in out
+    domain.write(4, 4160)
+    domain.write(4, 1088, 1)
+    assert domain.chains() == (["now.qcow2", "top.qcow2", "base.qcow2"], "now.qcow2")
+    assert domain.chains("vdb") == (["then.qcow2", "second.qcow2"], "then.qcow2")
+    assert await domain.layers() == ["now.qcow2", "top.qcow2", "base.qcow2"]
+    # libvirt's own verbs go on from there.
+    domain.virsh(
+        "snapshot-create-as", "--disk-only", "--no-metadata", "--diskspec", "vdb,snapshot=no"
+    )
+    domain.write(5, 4224)
+    domain.virsh("blockcommit", "vda", "--base", str(chain), "--active", "--pivot")
+    assert domain.chains() == (["top.qcow2", "base.qcow2"], "top.qcow2")
+    domain.virsh("save", str(folder / "saved"))
+    host.virsh("restore", str(folder / "saved"))
+    domain.end()
+    domain.virsh("start")
+    domain.write(6, 4288)
+    assert domain.chains("vdb") == (["then.qcow2", "second.qcow2"], "then.qcow2")
+    domain.end()
+
+
+async def test_the_vm_starts_from_the_overlay_when_qemu_is_killed(host, chain, qemu_binary):
+    domain = Domain(host, "killed", qemu_binary, chain)
+    async with qmpblock.connect(domain.address) as vm:
+        disk = await vm.disk("vda")
+        result = await disk.snapshot(chain.parent / "now.qcow2")
+        assert result.overlays[0].node == disk.chain.active.node.name
+        domain.write(3, 4096)
+        with vm.monitor.subscribe("NOTHING") as events:
+            os.kill(domain.pid, signal.SIGKILL)
+            with pytest.raises(DisconnectedError):
+                await events.get(timeout=60)
+    domain.ended()
+    domain.virsh("start")
+    assert domain.chains() == (["now.qcow2", "top.qcow2", "base.qcow2"], "now.qcow2")
+    domain.end()
+
+
+KILL = """
+import asyncio, os, signal, sys, qmpblock
+async def main():
+    address, overlay, point = sys.argv[1:]
+    async with qmpblock.connect(address) as vm:
+        left = int(point)
+        def counted(real, weight):
+            async def call(*words, **how):
+                nonlocal left
+                left -= weight
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                answer = await real(*words, **how)
+                left -= weight
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return answer
+            return call
+        disk = await vm.disk("vda")
+        vm.monitor.through = counted(vm.monitor.through, 1)
+        await disk.snapshot(overlay)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("point", [3, 4, 5, 6])  # asked for names twice, then for the snapshot
+async def test_the_controller_is_killed(point, host, chain, qemu_binary):
+    """It is taken, or not, and libvirt and QEMU agree."""
+    domain = Domain(host, f"left{point}", qemu_binary, chain)
+    overlay = chain.parent / "now.qcow2"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", KILL, domain.address, str(overlay), str(point)
+    )
+    assert await process.wait() == -signal.SIGKILL
+    code, _, err = await cli("recover", domain.address)
+    assert code == 0, err
+    now, later = domain.chains()
+    assert (now[0] == overlay.name) is overlay.exists() is (point > 4)
+    assert later == now[0]
+    assert await domain.layers() == now
+    domain.write(3, 4096)
+    domain.end()
+
+
+@pytest.mark.parametrize("point", ["asked", "opened"])
+async def test_the_daemon_is_killed(point, host, chain, qemu_binary):
+    """While it takes a snapshot: it knows of it, or there is none, or it is said that it does not.
+
+    Between QEMU's doing and its own note it is not held up, so which of these is a matter of luck.
+    """
+    domain = Domain(host, f"torn-{point}", qemu_binary, chain)
+    overlay = chain.parent / "now.qcow2"
+    async with qmpblock.connect(domain.address) as vm:
+        disk, real = await vm.disk("vda"), vm.monitor.through
+        asked = []
+
+        async def through(ask):
+            if overlay.exists():
+                asked.append(ask)
+            if len(asked) != 2:  # the first is for names
+                return await real(ask)
+            asking = asyncio.create_task(real(ask))
+            while point == "opened" and not asking.done() and not opened(domain.pid, overlay):
+                await asyncio.sleep(0)
+            host.kill()
+            return await asking
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(vm.monitor, "through", through)
+            with pytest.raises(DisconnectedError, match="went away"):
+                await disk.snapshot(overlay)
+    host.start()
+    async with qmpblock.connect(domain.address) as vm:  # its process lives, but gave it up
+        try:
+            await vm.recover()
+        except GraphError as error:
+            assert "started again" in error.standing
+            assert overlay.exists()
+            code, _, err = await cli("commit", domain.address, "vda", "--base", "@1", "--unmanaged")
+            assert code == 0, err
+    now, later = domain.chains()
+    assert later == now[0]
+    assert await domain.layers() == now
+    domain.write(3, 4096)
+    domain.end()
+
+
+def opened(pid, file):
+    """Whether a process has a file open."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if str(link.readlink()) == str(file):
+                return True
+    return False
+
+
+async def test_what_libvirt_does_not_know_is_said(host, chain, qemu_binary):
+    """As where its daemon ended between QEMU's doing and its own note."""
+    domain = Domain(host, "unknown", qemu_binary, chain)
+    wanted = f"vda={chain.parent / 'now.qcow2'}"
+    assert (await cli("snapshot", domain.address, wanted, "--unmanaged"))[0] == 0
+    code, _, err = await cli("recover", domain.address)
+    assert code == 1
+    assert f"libvirt takes {chain} for the image of vda" in err
+    code, _, err = await cli("commit", domain.address, "vda", "--base", "@1", "--unmanaged")
+    assert code == 0, err
+    assert (await cli("recover", domain.address))[0] == 0
+    domain.write(3, 4096)
+    domain.end()
+
+
+async def test_libvirt_was_faster(host, chain, qemu_binary):
+    """What it does between our look and our asking is seen: ours is not done then."""
+    domain = Domain(host, "faster", qemu_binary, chain)
+    folder = chain.parent
+    async with qmpblock.connect(domain.address) as vm:
+        disk, real = await vm.disk("vda"), vm.monitor.through
+        asked = []
+
+        async def through(ask):
+            asked.append(ask)
+            if len(asked) == 1:
+                one = f"vda,file={folder / 'theirs.qcow2'}"
+                domain.virsh(
+                    "snapshot-create-as", "--disk-only", "--no-metadata", "--diskspec", one
+                )
+            return await real(ask)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(vm.monitor, "through", through)
+            with pytest.raises(GraphError, match="just been changed"):
+                await disk.snapshot(folder / "ours.qcow2")
+    assert not (folder / "ours.qcow2").exists()
+    assert domain.chains() == (["theirs.qcow2", "top.qcow2", "base.qcow2"], "theirs.qcow2")
+    domain.write(3, 4096)
+    domain.end()
