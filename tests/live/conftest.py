@@ -63,6 +63,7 @@ SHARES = {
     "test_export_command": 0.34,
     "test_export_tools": 0.5,
     "test_export::test_the_guest_goes_away_in_the_middle": 0.17,
+    "test_fdset": 0.5,
     "test_filling::test_what_lies_beside_the_ranges_stays_to_be_seen": 0.5,
     "test_harness::test_every_scenario_boots_and_its_images_verify": 0.15,
     "test_harness::test_the_invariant_finds_a_leak": 0.2,
