@@ -6,6 +6,7 @@
     host:4444     tcp:host:4444      [::1]:4444            TCP
     ssh://[user@]host[:port]/run/vm.qmp                    a UNIX socket on another host: monitors
     libvirt:DOMAIN   libvirt:URI?DOMAIN                    what libvirt's daemon lends: monitors
+    incus:INSTANCE   incus:PROJECT_INSTANCE                a socket beside Incus's own: monitors
 
 Without a prefix, a text with a slash, or without a `:PORT` at its end, is a path.
 """
@@ -22,6 +23,7 @@ from qmpblock.errors import RequestError, printable
 __all__ = [
     "LONGEST_PATH",
     "Address",
+    "IncusAddress",
     "LibvirtAddress",
     "MonitorAddress",
     "SSHAddress",
@@ -43,6 +45,8 @@ _BY_SSH = re.compile(
 )
 _LIBVIRT = "libvirt:"
 _SYSTEM = "qemu:///system"
+_INCUS = "incus:"
+_INSTANCE = re.compile(r"\w[\w.-]*", re.ASCII)
 _LOCAL_QEMU = re.compile(r"qemu(?:\+unix)?:///(?:system|session)(?:\?socket=[^?&#]+)?")
 _FOR_SSH = re.compile(r"[\w./+=@,~-]+", re.ASCII)  # of a path: what ssh takes as it is
 
@@ -122,6 +126,24 @@ class LibvirtAddress:
         return self.uri.partition("?socket=")[2] or None
 
 
+@dataclass(frozen=True)
+class IncusAddress(UnixAddress):
+    """A monitor beside Incus's own, where its confinement lets QEMU make one. See `of`."""
+
+    @classmethod
+    def of(cls, instance: str) -> IncusAddress:
+        """Return that of an instance, `PROJECT_INSTANCE` where it is not of the default project."""
+        return cls(f"/run/incus/{instance}/qmpblock.qmp")
+
+    @property
+    def instance(self) -> str:
+        """As `of` takes it."""
+        return self.path.split("/")[3]
+
+    def __str__(self) -> str:
+        return f"{_INCUS}{self.instance}"
+
+
 Address = UnixAddress | TCPAddress
 MonitorAddress = Address | SSHAddress | LibvirtAddress
 
@@ -147,11 +169,13 @@ def parse_address(text: str) -> Address:
 
 
 def parse_monitor(text: str) -> MonitorAddress:
-    """Read the address of a monitor: one of `parse_address`, ssh:// or libvirt:.
+    """Read the address of a monitor: one of `parse_address`, ssh://, libvirt: or incus:.
 
     :raise RequestError: as of `parse_address`; or ssh would take it for another one; or libvirt's
-        URI is not that of a QEMU driver on this host.
+        URI is not that of a QEMU driver on this host; or no instance of Incus is called so.
     """
+    if text.startswith(_INCUS):
+        return _incus(text, text[len(_INCUS) :])
     if text.startswith(_LIBVIRT):
         return _libvirt(text, text[len(_LIBVIRT) :])
     if not text.startswith(_SSH):
@@ -190,6 +214,16 @@ def _libvirt(text: str, rest: str) -> LibvirtAddress:
             remedy="libvirt lends no file descriptors to another host: run qmpblock on the VM's",
         )
     return LibvirtAddress(domain, uri)
+
+
+def _incus(text: str, instance: str) -> IncusAddress:
+    address = IncusAddress.of(instance)
+    if not _INSTANCE.fullmatch(instance) or len(address.path) > LONGEST_PATH:
+        raise RequestError(
+            f"the address {printable(text)!r} is not incus:INSTANCE or incus:PROJECT_INSTANCE",
+            remedy="instances by name: incus list",
+        )
+    return address
 
 
 def _unix(text: str, path: str) -> UnixAddress:

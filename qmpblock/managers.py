@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from qmpblock.address import IncusAddress
 from qmpblock.errors import printable
 
 __all__ = ["Manager", "Traits", "Verb", "Work", "recognise", "refused"]
@@ -135,12 +136,12 @@ class Manager:
         """
         return _HOLDS[self.name](chardev, description)
 
-    def monitor_to_add(self, path: str) -> str:
-        """Say how a VM of its gets a second monitor, on a UNIX socket at a path.
+    def monitor_to_add(self) -> str:
+        """Say how a VM of its gets a second monitor, for qmpblock.
 
         It is there when the VM has been shut down and started again.
         """
-        return _ADDS[self.name](self.vm, f"-qmp unix:{path},server=on,wait=off")
+        return _ADDS[self.name](self.vm)
 
 
 def refused(manager: Manager | None, *, lent: bool = False) -> tuple[Verb, ...]:
@@ -272,17 +273,31 @@ def _incus(traits: Traits) -> Manager | None:
         return None
     kind = "Incus" if match[1] == "incus" else "LXD"
     where = "the node or device" if node else "the socket"
-    return Manager(kind, traits.name, f"{where} {match[0].lstrip('/')}")
+    named = socket is not None and socket[2].endswith(f"_{traits.name}")
+    vm = socket[2] if socket is not None and named else traits.name
+    return Manager(kind, vm, f"{where} {match[0].lstrip('/')}")
 
 
 def _incuss_way(command: str, vm: str, work: Work) -> str:
-    instance = _word(vm, "INSTANCE")
+    instance = _instance(vm)
     return {
         "snapshot": f"{command} snapshot create {instance}",
         "pivot": f"{command} snapshot delete {instance} SNAPSHOT",
         "commit": f"{command} snapshot delete {instance} SNAPSHOT",
         "migrate": f"{command} move {instance} --target MEMBER",
     }.get(work.verb, f"{command} copy {instance} NEW makes an instance of its own")
+
+
+def _incuss_monitor(vm: str) -> str:
+    """Say how it gets one where AppArmor's profile for it lets QEMU make a socket."""
+    path = IncusAddress.of(vm or "INSTANCE").path
+    return f"incus config set {_instance(vm)} raw.qemu='-qmp unix:{path},server=on,wait=off'"
+
+
+def _instance(vm: str) -> str:
+    """Name an instance to the command: in its names is no underscore, after a project's one is."""
+    project, _, name = vm.rpartition("_")
+    return f"--project {_word(project, '')} {_word(name, '')}" if project else _word(vm, "INSTANCE")
 
 
 # -- Ganeti
@@ -322,14 +337,13 @@ _HOLDS: Mapping[str, Callable[[str, str], bool]] = {
     "Ganeti": lambda _, said: _GANETI_FOLDER in said,
 }
 
-_ADDS: Mapping[str, Callable[[str, str], str]] = {
-    "libvirt": lambda vm, _: f"none is needed: give libvirt:{_word(vm, 'DOMAIN')} as the address",
-    "Proxmox VE": lambda vm, option: f"as root: qm set {_word(vm, 'VMID')} --args '{option}'",
-    "Incus": lambda vm, option: f"incus config set {_word(vm, 'INSTANCE')} raw.qemu='{option}'",
-    "LXD": lambda vm, option: f"lxc config set {_word(vm, 'INSTANCE')} raw.qemu='{option}'",
-    "Ganeti": lambda vm, option: (
-        f"gnt-instance modify -H kvm_extra='{option}' {_word(vm, 'INSTANCE')}"
-    ),
+_OPTION = "-qmp unix:/run/qmpblock/VM.qmp,server=on,wait=off"
+_ADDS: Mapping[str, Callable[[str], str]] = {
+    "libvirt": lambda vm: f"none is needed: give libvirt:{_word(vm, 'DOMAIN')} as the address",
+    "Proxmox VE": lambda vm: f"as root: qm set {_word(vm, 'VMID')} --args '{_OPTION}'",
+    "Incus": _incuss_monitor,
+    "LXD": lambda vm: f"lxc config set {_word(vm, 'INSTANCE')} raw.qemu='{_OPTION}'",
+    "Ganeti": lambda vm: f"gnt-instance modify -H kvm_extra='{_OPTION}' {_word(vm, 'INSTANCE')}",
 }
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpblock.address import (
+    IncusAddress,
     LibvirtAddress,
     SSHAddress,
     TCPAddress,
@@ -64,6 +65,8 @@ def test_text_form_reads_back(address):
         ("/run/vm.qmp", UnixAddress("/run/vm.qmp")),
         ("ssh:/h/q", UnixAddress("ssh:/h/q")),
         ("libvirt:web", LibvirtAddress("web", "qemu:///system")),
+        ("incus:web", IncusAddress("/run/incus/web/qmpblock.qmp")),
+        ("incus:dev_web-1", IncusAddress.of("dev_web-1")),
         ("libvirt:4444", LibvirtAddress("4444")),  # never TCP
         ("libvirt:qemu:///session?web:1", LibvirtAddress("web:1", "qemu:///session")),
         (
@@ -104,6 +107,20 @@ def test_what_is_no_domain_of_this_host_is_refused(text):
         parse_monitor(text)
 
 
+@pytest.mark.parametrize(
+    "text", ["incus:", "incus:a/b", "incus:..", "incus:-web", "incus:a b", "incus:" + "x" * 90]
+)
+def test_what_is_no_instance_is_refused(text):
+    with pytest.raises(RequestError):
+        parse_monitor(text)
+
+
+def test_an_instance_is_reached_by_a_socket_of_this_host():
+    address = parse_monitor("incus:dev_web")
+    assert isinstance(address, UnixAddress)
+    assert (address.instance, address.path) == ("dev_web", "/run/incus/dev_web/qmpblock.qmp")
+
+
 def test_the_socket_of_libvirts_daemon():
     assert LibvirtAddress("web").socket is None
     assert LibvirtAddress("web", "qemu+unix:///system?socket=/run/s").socket == "/run/s"
@@ -117,6 +134,9 @@ def test_any_text_is_an_address_or_a_request_error(text):
         parse_monitor(f"ssh://{text}")
     with contextlib.suppress(RequestError):
         parsed = parse_monitor(f"libvirt:{text}")
+        assert parse_monitor(str(parsed)) == parsed
+    with contextlib.suppress(RequestError):
+        parsed = parse_monitor(f"incus:{text}")
         assert parse_monitor(str(parsed)) == parsed
 
 

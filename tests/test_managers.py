@@ -28,7 +28,7 @@ PROXMOX = Traits(
     name="web",
     arguments=("/usr/bin/kvm", "-id", "104", "-name", "web,debug-threads=on"),
 )
-INCUS = Traits({"incus_root": "raw"}, ("dev-incus_root",), name="default_web")
+INCUS = Traits({"incus_root": "raw"}, ("dev-incus_root",), name="web")
 CASES = {
     "libvirt": (LIBVIRT, "libvirt", "web"),
     "libvirt before -blockdev": (OLD_LIBVIRT, "libvirt", "web"),
@@ -49,7 +49,7 @@ CASES = {
         "Proxmox VE",
         "9",
     ),
-    "incus": (INCUS, "Incus", "default_web"),
+    "incus": (INCUS, "Incus", "web"),
     "incus by its device": (Traits(devices=("dev-incus_root",), name="x"), "Incus", "x"),
     "incus by its socket": (
         Traits(chardevs={"m": "unix:/run/incus/web/qemu.monitor,server=on"}, name="web"),
@@ -60,6 +60,11 @@ CASES = {
         Traits(name="web", arguments=("qemu", "-readconfig", "/run/incus/web/qemu.conf")),
         "Incus",
         "web",
+    ),
+    "incus in a project": (
+        Traits(name="web", arguments=("qemu", "-pidfile", "/run/incus/dev_web/qemu.pid")),
+        "Incus",
+        "dev_web",
     ),
     "lxd": (Traits({"lxd_root": "raw"}, name="web"), "LXD", "web"),
     "ganeti": (
@@ -123,7 +128,7 @@ def test_what_libvirt_cannot_do_is_said():
 
 def test_proxmoxs_and_incuss_own_ways():
     assert recognise(PROXMOX).way(Work("snapshot", "/i/a")) == "qm snapshot 104 NAME"
-    assert recognise(INCUS).way(Work("snapshot", "")) == "incus snapshot create default_web"
+    assert recognise(INCUS).way(Work("snapshot", "")) == "incus snapshot create web"
 
 
 def test_names_from_a_peer_are_quoted():
@@ -158,9 +163,18 @@ def test_which_monitors_are_the_managers_own(case, chardev, description, held):
 @pytest.mark.parametrize("case", CASES)
 def test_each_says_how_a_second_monitor_is_added(case):
     manager = recognise(CASES[case][0])
-    words = manager.monitor_to_add("/run/x.qmp")
-    wanted = "libvirt:" if manager.name == "libvirt" else "-qmp unix:/run/x.qmp,server=on,wait=off"
+    words = manager.monitor_to_add()
+    wanted = "libvirt:" if manager.name == "libvirt" else ".qmp,server=on,wait=off'"
     assert wanted in words
+
+
+def test_an_instance_of_a_project():
+    manager = recognise(CASES["incus in a project"][0])
+    assert manager.way(Work("snapshot", "")) == "incus snapshot create --project dev web"
+    assert manager.monitor_to_add() == (
+        "incus config set --project dev web raw.qemu="
+        "'-qmp unix:/run/incus/dev_web/qmpblock.qmp,server=on,wait=off'"
+    )
 
 
 def test_whoever_manages_a_vm_all_that_he_would_not_know_is_refused():

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from qmpblock.address import LibvirtAddress, MonitorAddress
+from qmpblock.address import IncusAddress, LibvirtAddress, MonitorAddress, UnixAddress
 from qmpblock.errors import Error, printable
 from qmpblock.graph.model import Device
 from qmpblock.inventory.processes import QEMU, Found, find, qemus
@@ -29,6 +29,7 @@ _AT_ONCE = 32  # VMs that are asked; what does not answer takes no processor
 _GREETING = 5.0  # seconds; a monitor that nobody holds takes milliseconds, on a busy host more
 _ANSWERS = 10.0  # seconds for all that is asked of one VM
 _Way = Callable[[], Awaitable[Found]]
+_INCUS = re.compile(r"/run/incus/([\w.-]+)/qmpblock\.qmp", re.ASCII)
 _SESSION = re.compile(r"/libvirt/qemu/lib/domain-")  # under a home; the system's: .../qemu/domain-
 
 
@@ -168,17 +169,18 @@ async def _by_libvirt(qemu: QEMU, manager: Manager) -> Found:
 
 
 def _what_to_add(qemu: QEMU, manager: Manager | None) -> str:
-    path = "/run/qmpblock/VM.qmp"
     if manager is None:
-        return f"start it with -qmp unix:{path},server=on,wait=off"
+        return "start it with -qmp unix:/run/qmpblock/VM.qmp,server=on,wait=off"
     if manager.name == "libvirt":
         return f"run this as {printable(qemu.user)}"
-    return f"{manager.monitor_to_add(path)}; then shut it down, and start it again"
+    return f"{manager.monitor_to_add()}; then shut it down, and start it again"
 
 
 def _written(address: MonitorAddress) -> str:
     if isinstance(address, LibvirtAddress) and address == LibvirtAddress(address.domain):
         return f"libvirt:{address.domain}"
+    if isinstance(address, UnixAddress) and (match := _INCUS.fullmatch(address.path)):
+        return str(IncusAddress.of(match[1]))
     return str(address)
 
 

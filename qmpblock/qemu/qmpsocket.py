@@ -22,12 +22,13 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import ConnectError as _QMPConnectError
 from qemu.qmp.protocol import StateError
 
-from qmpblock.address import Address, SSHAddress, UnixAddress
+from qmpblock.address import Address, IncusAddress, SSHAddress, UnixAddress
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import CommandError, ConnectError, GreetingError, MonitorHeldError, printable
 from qmpblock.host.forward import Forward
 from qmpblock.host.processes import Peer, describe_process
 from qmpblock.host.socketholders import holders
+from qmpblock.managers import Manager
 from qmpblock.peerjson import MOST_BYTES, MOST_VALUES, RefusedError, read_json
 from qmpblock.qemu.transport import Event, LostError
 from qmpblock.sockets import open_socket
@@ -324,6 +325,14 @@ async def _connect_socket(
             ) from None
         raise ConnectError(f"{address} did not accept a connection within {timeout:g} s") from None
     except OSError as error:
+        if isinstance(address, IncusAddress) and not isinstance(error, PermissionError):
+            raise ConnectError(
+                f"the instance {address.instance} has no monitor at {address.path}: "
+                f"{error.strerror or error}",
+                remedy=f"look whether it runs; Incus holds the monitor that it has, so give it one "
+                f"more: {Manager('Incus', address.instance, '').monitor_to_add()}; then stop it, "
+                "and start it again",
+            ) from None
         raise ConnectError(
             f"cannot connect to {address}: {error.strerror or error}",
             remedy="look whether the VM runs, and whether this is the path or port of its "

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,28 +40,32 @@ def ours(monkeypatch):
 
 @pytest.fixture
 def bare(vm_dir, qemu_binary, ours):
-    """Return what starts a QEMU without a guest, in `vm_dir`, and waits for a file of it."""
+    """Return what starts a QEMU without a guest, in `vm_dir`; its monitors listen then."""
     started = []
 
-    def start(*words, until, by=(), **options):
+    def start(*words, by=(), **options):
+        alone = "-daemonize" in words  # it returns when it is ready; else its last monitor speaks
         process = subprocess.Popen(
-            [*by, qemu_binary, "-M", "none", "-S", "-display", "none", "-nodefaults", *words],
+            [*by, qemu_binary, "-M", "none", "-S", "-display", "none", "-nodefaults", *words]
+            + ([] if alone else ["-qmp", "stdio"]),
             cwd=vm_dir,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             preexec_fn=die_with_parent(),
             **options,
         )
         started.append(process)
-        while not (vm_dir / until).exists():
-            assert process.poll() in (None, 0), words
-            time.sleep(0.005)
+        if alone:
+            assert process.wait() == 0
+        else:
+            assert process.stdout.readline().startswith(b'{"QMP"')
         ours.append(process.pid)
         return process.pid
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 async def found(pid):
@@ -119,14 +123,8 @@ async def test_what_is_refused_there_is_what_is_refused(start_qemu, vm_dir, qemu
 MONITORS = {
     "relative": ("-qmp unix:m,server=on,wait=off", "unix:{0}/m"),
     "daemonized": ("-qmp unix:m,server=on,wait=off -daemonize -pidfile {0}/pid", "unix:{0}/m"),
-    "a device": (
-        "-chardev socket,id=c,path={0}/m,server=on,wait=off -mon c,mode=control",
-        "unix:{0}/m",
-    ),
-    "abstract": (
-        "-chardev socket,id=c,path=qm-{1},abstract=on,server=on -mon c,mode=control -pidfile {0}/m",
-        None,
-    ),
+    "a device": ("-chardev socket,id=c,path={0}/m,server=on,wait=off {1}", "unix:{0}/m"),
+    "abstract": ("-chardev socket,id=c,path={0}/m,abstract=on,server=on,wait=off {1}", None),
     "none": ("-monitor unix:m,server=on,wait=off", None),
 }
 
@@ -134,13 +132,10 @@ MONITORS = {
 @pytest.mark.parametrize("name", MONITORS)
 async def test_every_way_to_give_a_monitor(name, bare, vm_dir, ours):
     words, address = MONITORS[name]
-    until = "pid" if name == "daemonized" else "m"
-    env = {**os.environ, "PWD": str(vm_dir)}
-    pid = bare(*words.format(vm_dir, vm_dir.name).split(), until=until, env=env)
+    words = words.format(vm_dir, "-mon c,mode=control").split()
+    pid = bare(*words, env={**os.environ, "PWD": str(vm_dir)})
     if name == "daemonized":
-        while not (text := (vm_dir / "pid").read_text()):
-            time.sleep(0.005)
-        pid = int(text)
+        pid = int((vm_dir / "pid").read_text())
         ours.append(pid)
     try:
         one = await found(pid)
@@ -156,7 +151,7 @@ async def test_every_way_to_give_a_monitor(name, bare, vm_dir, ours):
 
 
 async def test_by_tcp(bare, free_port):
-    pid = bare("-qmp", f"tcp::{free_port},server=on,wait=off", "-pidfile", "m", until="m")
+    pid = bare("-qmp", f"tcp::{free_port},server=on,wait=off")
     assert (await found(pid)).address == f"tcp:127.0.0.1:{free_port}"
 
 
@@ -167,8 +162,6 @@ async def test_a_socket_that_it_was_given(bare, vm_dir):
         fd = listening.fileno()
         pid = bare(
             *("-chardev", f"socket,id=c,fd={fd},server=on,wait=off", "-mon", "c,mode=control"),
-            *("-pidfile", "m"),
-            until="m",
             pass_fds=[fd],
         )
     one = await found(pid)
@@ -180,8 +173,7 @@ async def test_in_a_mount_namespace(bare, vm_dir):
     (vm_dir / "there").mkdir()
     enter = 'mount --make-rprivate / && mount -t tmpfs x there && exec "$@"'
     pid = bare(
-        *("-qmp", f"unix:{vm_dir}/there/m,server=on,wait=off", "-pidfile", "m"),
-        until="m",
+        *("-qmp", f"unix:{vm_dir}/there/m,server=on,wait=off"),
         by=("unshare", "--mount", "sh", "-c", enter, "sh"),
     )
     one = await found(pid)
@@ -192,9 +184,9 @@ async def test_in_a_mount_namespace(bare, vm_dir):
 
 async def test_anothers_socket_under_its_name_is_not_its_monitor(bare, vm_dir):
     """A process may be given any name: its neighbour is not asked in its place."""
-    first = bare("-qmp", "unix:m,server=on,wait=off", until="m")
+    first = bare("-qmp", "unix:m,server=on,wait=off")
     (vm_dir / "m").rename(vm_dir / "first")
-    second = bare("-qmp", "unix:m,server=on,wait=off", until="m")
+    second = bare("-qmp", "unix:m,server=on,wait=off")
     (vm_dir / "first").replace(vm_dir / "m")
     one = await found(second)
     assert (one.address, one.devices) == (None, None)
@@ -203,7 +195,7 @@ async def test_anothers_socket_under_its_name_is_not_its_monitor(bare, vm_dir):
 
 async def test_who_hangs_or_is_held_is_said_and_keeps_no_other_from_being_told(bare, vm_dir):
     pids = {
-        name: bare("-name", name, "-qmp", f"unix:{name},server=on,wait=off", until=name)
+        name: bare("-name", name, "-qmp", f"unix:{name},server=on,wait=off")
         for name in ("held", "hung", "well")
     }
     os.kill(pids["hung"], signal.SIGSTOP)
@@ -219,3 +211,31 @@ async def test_who_hangs_or_is_held_is_said_and_keeps_no_other_from_being_told(b
     assert [found[name].status for name in ("held", "hung")] == [None, None]
     assert str(os.getpid()) in found["held"].trouble
     assert found["hung"].trouble
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, for a mount namespace")
+async def test_an_instance_of_incus(bare, vm_dir):
+    """In its shape: Incus's own monitor is left to Incus, and the one beside it is told."""
+    enter = (
+        'mount --make-rprivate / && mount -t tmpfs x /run && mkdir -p /run/incus/a_web && exec "$@"'
+    )
+    config = vm_dir / "qemu.conf"
+    config.write_text(
+        '[chardev "monitor"]\nbackend = "socket"\npath = "/run/incus/a_web/qemu.monitor"\n'
+        'server = "on"\nwait = "off"\n[mon]\nchardev = "monitor"\nmode = "control"\n'
+    )
+    pid = bare(
+        *("-name", "web", "-readconfig", str(config)),
+        *("-qmp", "unix:/run/incus/a_web/qmpblock.qmp,server=on,wait=off"),
+        by=("unshare", "--mount", "sh", "-c", enter, "sh"),
+    )
+    one = await found(pid)
+    assert (one.manager.name, one.manager.vm) == ("Incus", "a_web")
+    assert one.refused["snapshot"] == "incus snapshot create --project a web"
+    assert one.address == f"unix:/proc/{pid}/root/run/incus/a_web/qmpblock.qmp"
+    inside = ("nsenter", "-m", "-t", str(pid), sys.executable, "-m", "qmpblock")
+    done = subprocess.run([*inside, "disks", "incus:a_web"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "This VM has no disks.\n"), done.stderr
+    done = subprocess.run([*inside, "disks", "incus:b"], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "incus config set b raw.qemu=" in done.stderr
