@@ -100,9 +100,10 @@ def _draw(result: MigrationResult, path: str) -> bool:
 
 
 def _say(result: MigrationResult) -> None:
+    paused = f" ({result.paused:.1f} s of them paused)" if result.paused else ""
     click.echo(
-        f"the guest runs at the destination; it stood for {result.downtime * 1e3:.0f} ms, and all "
-        f"took {result.seconds:.1f} s"
+        f"the guest runs at the destination; it stood for {result.downtime * 1e3:.0f} ms{paused}, "
+        f"and all took {result.seconds:.1f} s"
     )
     for disk in result.disks:
         click.echo(

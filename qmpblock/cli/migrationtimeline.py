@@ -26,6 +26,7 @@ _WHAT = {
     "handed": "the guest goes on, and all is cleaned up",
 }
 _STANDING = {**_WHAT, "memory": "QEMU flushes the disks", "handed": "the guest goes on"}
+_PAUSED = {**_STANDING, "memory": "it is paused, and the memory is sent"}
 
 
 def timeline_of(result: MigrationResult) -> Timeline:
@@ -49,10 +50,12 @@ def timeline_of(result: MigrationResult) -> Timeline:
             rows.append(_passes(result))
     within: tuple[Row, ...] = ()
     if moment is not None:
+        words = _PAUSED if result.paused else _STANDING
+        shown = bars if result.paused else _LARGE
         within = tuple(
-            Row(name, (_cut(bar, *moment),), _inside(bar, *moment, _STANDING[name]), 5)
+            Row(name, (_cut(bar, *moment),), _inside(bar, *moment, words[name]), 5)
             for name, bar in bars.items()
-            if name in _LARGE and bar.stop > moment[0] and bar.start < moment[1]
+            if name in shown and bar.stop > moment[0] and bar.start < moment[1]
         )
     return Timeline(
         f"migration: {duration(result.seconds)}, the guest stood for "

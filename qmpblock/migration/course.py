@@ -135,6 +135,14 @@ class Course:
             return 0.0
         return max(0.0, self.resumed - self.stopped)
 
+    @property
+    def stood_before(self) -> float:
+        """Seconds for which the guest stood before the source held it; 0: not heard."""
+        began = {phase: when - self._began for phase, when, _ in self._phases}
+        if self.stopped is None or Phase.HELD not in began:
+            return 0.0
+        return max(0.0, began[Phase.HELD] - self.stopped)
+
     def phases(self, now: float) -> tuple[PhaseTime, ...]:
         """Return what each phase took, the last one until now."""
         ends = [*self._phases[1:], (Phase.HANDED, now, self._moved)]

@@ -96,6 +96,8 @@ class MigrationResult:
     :ivar source: what became of the source's QEMU: `postmigrate`, or `ended`.
     :ivar warnings: what is worth acting on.
     :ivar notices: what was done on request for it to end, and when that was said.
+    :ivar paused: seconds of that standstill for which it was paused, on request, until the source
+        held it.
     """
 
     disks: tuple[MigratedDisk, ...]
@@ -112,6 +114,7 @@ class MigrationResult:
     source: Literal["postmigrate", "ended"]
     warnings: tuple[str, ...]
     notices: tuple[Notice, ...] = ()
+    paused: float = 0.0
 
 
 class MigrationJob(Feed[Progress]):

@@ -64,8 +64,10 @@ class Outward:
         except TimeoutError:
             phase = self._passage.job.phase
             silent = ", or its QEMU answered nothing" if phase.before(Phase.HELD) else ""
+            more = " more" if self._passage.pause.stands else ""  # than it was paused
             raise StalledError(
-                f"the guest stood for {STANDSTILL:g} s{silent} (phase {phase.value}): too long",
+                f"the guest stood for {STANDSTILL:g} s{more}{silent} (phase {phase.value}): too "
+                "long",
                 remedy="look what the destination, its storage or the network waits for",
             ) from None
         await undisturbed(self._through(Move.CONT_DESTINATION))

@@ -286,6 +286,7 @@ class Passage:
             source="ended" if ended else "postmigrate",
             warnings=tuple(self.warnings),
             notices=self.job.notices,
+            paused=course.stood_before if self.pause.stands else 0.0,
         )
 
     async def close(self) -> None:

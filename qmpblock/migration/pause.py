@@ -91,6 +91,7 @@ class Pause:
             with contextlib.suppress(StalledError):
                 await resumed.get(self._longest)
                 self._job.say("somebody has continued the guest: it is not paused again")
+                await undisturbed(self._forget())
                 return
         seen = self._job.progress
         left = "" if seen is None else f"; {seen.remaining} bytes are left"
@@ -151,5 +152,8 @@ class Pause:
         """
         if self.stands:
             await wayback.cont(self._vm)
-            await wayback.unmark_pause(self._vm, self._run)
-            self.stands = False
+            await self._forget()
+
+    async def _forget(self) -> None:
+        await wayback.unmark_pause(self._vm, self._run)
+        self.stands = False

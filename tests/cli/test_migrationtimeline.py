@@ -57,6 +57,15 @@ def test_what_the_guest_stands_in_is_drawn_large() -> None:
     assert [(bar.start, bar.stop) for bar in disk.bars] == [(1.0, 5.0), (5.0, 7.0)]
 
 
+def test_what_it_was_paused_in_is_drawn_large_too() -> None:
+    line = timeline_of(replace(RESULT, stopped=5.5, longest_stall=1.521, paused=1.5))
+    assert [(row.label, row.said) for row in line.within][:3] == [
+        ("mirroring", "500 ms: disks are copied"),
+        ("memory", "1 s: it is paused, and the memory is sent"),
+        ("held", "10 ms: the mirrors end"),
+    ]
+
+
 def test_where_nobody_said_that_it_stood_all_phases_are_rows() -> None:
     line = timeline_of(replace(RESULT, stopped=None, passes=(), disks=()))
     assert [row.label for row in line.rows] == [one.phase for one in RESULT.phases]

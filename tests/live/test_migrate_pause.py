@@ -82,6 +82,7 @@ async def test_memory_that_is_written_faster_than_sent(begin, start_destination)
     assert "where it has not gone over in 1 s" in asked["text"]
     assert "the guest is paused until" in paused["text"]
     assert 1 < paused["at"] < told["stopped"]
+    assert 0 < told["paused"] < told["longest_stall"]
     assert f"migration: {paused['text']}" in err
     assert (await destination.execute("query-status"))["status"] == "running"
     await nothing_of_ours(destination)
@@ -96,6 +97,7 @@ async def test_disks_that_are_written_faster_than_copied(begin, start_destinatio
     *_, paused = result.notices
     assert "the guest is paused until" in paused.text
     assert paused.at < result.stopped
+    assert 0 < result.paused < result.longest_stall
     await arrived(source, destination, result)
 
 

@@ -77,3 +77,12 @@ def test_how_long_it_stood_is_told_where_both_words_were_heard() -> None:
     assert (course.stopped, course.resumed, course.longest_stall) == (1.0, None, 0.0)
     course.resumes(6.25)
     assert (course.resumed, course.longest_stall) == (1.25, 0.25)
+
+
+def test_for_how_long_it_stood_before_the_source_held_it() -> None:
+    course = Course(5.0)
+    course.enter(7.0, Phase.MEMORY)
+    course.stops(8.0)
+    assert course.stood_before == 0.0
+    course.enter(10.5, Phase.HELD)
+    assert course.stood_before == 2.5

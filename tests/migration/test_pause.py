@@ -105,6 +105,22 @@ async def test_it_goes_on_if_it_was_paused(tmp_path):
     assert changed == ["blockdev-add", "stop", "cont", "blockdev-del"]
 
 
+async def test_who_is_continued_by_somebody_else_is_theirs(tmp_path):
+    async def act(pause, qemu):
+        async with pause.at_the_deadline(hurry):
+            async with asyncio.timeout(10):
+                while "stop" not in [one["execute"] for one in qemu.fake.seen]:
+                    await asyncio.sleep(0.01)
+                qemu.fake.event("RESUME")
+                while pause.stands:
+                    await asyncio.sleep(0.01)
+        await pause.end()
+
+    changed, said = await told(tmp_path, act)
+    assert changed == ["blockdev-add", "stop", "blockdev-del"]
+    assert said[-1] == "somebody has continued the guest: it is not paused again"
+
+
 async def test_it_stands_for_no_longer_than_it_may(tmp_path):
     with pytest.raises(StalledError, match=r"paused for 4\.2 s.*41943040 bytes are left"):
         await told(tmp_path, at_its_end, longest=4.2)
