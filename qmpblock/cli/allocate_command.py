@@ -12,6 +12,7 @@ from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
 from qmpblock.cli.progress import reporting
+from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = ["command"]
     "--independent", is_flag=True, help="Drop the backing chain afterwards. Whole disks only."
 )
 @click.option("--speed", type=Rate(), default=0, help="Bytes a second (suffixes K, M, G).")
+@metrics_option
 @unmanaged_option
 async def command(
     options: Options,
@@ -40,6 +42,7 @@ async def command(
     full: bool,
     independent: bool,
     speed: int,
+    metrics: str | None,
     unmanaged: bool,
 ) -> int:
     """Make a range of a running disk stand in its active layer, its content unchanged.
@@ -50,18 +53,20 @@ async def command(
     --full on qcow2 and QED puts an overlay beside the image for a while, slice by slice. If
     QEMU itself dies then, run `qmpblock recover IMAGE` before the image is started again.
     """
-    async with options.connect(address, unmanaged=unmanaged) as vm:
-        selected = await vm.disk(disk)
-        with reporting(f"allocation on {selected.name}") as show:
-            result = await selected.allocate(
-                offset,
-                length,
-                full=full,
-                independent=independent,
-                speed=speed,
-                progress=show,
-                warn=lambda text: warn((text,)),
-            )
+    with recording(metrics) as recorder:
+        async with options.connect(address, unmanaged=unmanaged) as vm:
+            selected = await vm.disk(disk)
+            what = f"allocation on {selected.name}"
+            with reporting(what) as show:
+                result = await selected.allocate(
+                    offset,
+                    length,
+                    full=full,
+                    independent=independent,
+                    speed=speed,
+                    progress=recorder.also(show, address, what),
+                    warn=lambda text: warn((text,)),
+                )
     if options.json:
         emit(json.dumps(asdict(result), indent=2) + "\n")
     else:

@@ -55,6 +55,7 @@ _COMMANDS = {
     "job": "Steer a background job of ours: pause, resume, speed, cancel, complete, ...",
     "jobs": "List a VM's background jobs, ours and others'.",
     "map": "Show which layer holds every byte of a running disk, or of a closed image.",
+    "metrics": "Print figures of VMs and their disks in Prometheus's text format.",
     "migrate": "Have the guest of a running VM go on in another QEMU, with its disks.",
     "plan": "Show what a policy would do to the disks of running VMs; change nothing.",
     "recover": "Undo, or carry on, what a qmpblock that died left in a VM, or to images.",

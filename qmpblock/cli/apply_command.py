@@ -16,6 +16,7 @@ from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
 from qmpblock.cli.plan_command import summary
 from qmpblock.cli.progress import Reporter, reporting_many
+from qmpblock.cli.recording import Recorder, metrics_option, recording
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
@@ -38,8 +39,11 @@ __all__ = ["command", "document", "documents"]
     is_flag=True,
     help="Then stay, and keep the room ahead of every disk that has `ahead`.",
 )
+@metrics_option
 @unmanaged_option
-async def command(options: Options, policy: str, watch: bool, unmanaged: bool) -> int:
+async def command(
+    options: Options, policy: str, watch: bool, metrics: str | None, unmanaged: bool
+) -> int:
     """Make the disks of running VMs as POLICY, a YAML file, says. The guests go on.
 
     What is as it should be is left alone, so it can be applied again at any time, also after
@@ -53,29 +57,49 @@ async def command(options: Options, policy: str, watch: bool, unmanaged: bool) -
     With --watch it goes on until every VM has ended, or Ctrl-C: whenever less than half of a
     disk's room is left, the whole is reserved anew. It keeps the connection to each VM.
     """
+    with recording(metrics) as recorder:
+        return await _applied(options, policy, recorder, watch=watch, unmanaged=unmanaged)
+
+
+async def _applied(
+    options: Options, policy: str, recorder: Recorder, *, watch: bool, unmanaged: bool
+) -> int:
     from qmpblock.policy.file import load_policy
     from qmpblock.policy.run import apply
     from qmpblock.policy.watch import Watch
 
     loaded = load_policy(policy)
     keeper = (
-        Watch(loaded, connect=options.connect, tell=_say_room, ended=_say_watched)
+        Watch(
+            loaded,
+            connect=options.connect,
+            tell=partial(_told_room, recorder),
+            ended=partial(_told_end, recorder),
+        )
         if watch
         else None
     )
     with reporting_many() as begin:
-        shown = _Shown(begin)
+        shown = _Shown(begin, recorder)
         told = _Warnings()
+
+        def ended(one: DiskResult | CopiesResult) -> None:
+            told.after(one)
+            shown.ended(one.policy)
+
         results = await apply(
             loaded,
             connect=partial(options.connect, unmanaged=unmanaged),
             planned=told.before,
             progress=shown.progress,
-            ended=told.after,
+            ended=ended,
         )
     if not options.json:
         _sum_up(results)
     watched = keeper.disks if keeper is not None else {}
+    for one in _apart(results)[0] if keeper is not None else ():
+        if one.ahead is not None:
+            recorder.room(one.policy.address, one.name, one.ahead)
     try:
         if keeper is not None:
             count = f"{len(watched)} disk{'s' if len(watched) != 1 else ''}"
@@ -148,6 +172,17 @@ def _watched(one: Watched) -> dict[str, Any]:
     }
 
 
+def _told_room(recorder: Recorder, one: Watched) -> None:
+    assert one.last is not None  # it was just told
+    recorder.room(one.policy.address, one.name, one.last)
+    _say_room(one)
+
+
+def _told_end(recorder: Recorder, one: Watched) -> None:
+    recorder.forget(one.policy.address, one.name)
+    _say_watched(one)
+
+
 def _say_room(one: Watched) -> None:
     """Say a line about the room of a disk: when, which, how much was reserved, what there is."""
     assert one.last is not None  # it was just told
@@ -171,18 +206,27 @@ def _say_watched(one: Watched) -> None:
 class _Shown:
     """One reporter for each disk, from its first news on."""
 
-    def __init__(self, begin: Any) -> None:
+    def __init__(self, begin: Any, recorder: Recorder) -> None:
         self._begin = begin
+        self._recorder = recorder
         self._reporters: dict[DiskPolicy | CopyPolicy, Reporter] = {}
 
     def progress(self, wanted: DiskPolicy | CopyPolicy, seen: Progress) -> None:
         if wanted not in self._reporters:
-            self._reporters[wanted] = self._begin(_name(wanted, wanted.disk))
+            shown = self._begin(_name(wanted, wanted.disk))
+            self._reporters[wanted] = self._recorder.also(shown, wanted.address, _work(wanted))
         self._reporters[wanted](seen)
+
+    def ended(self, wanted: DiskPolicy | CopyPolicy) -> None:
+        self._recorder.forget(wanted.address, _work(wanted))
 
 
 def _name(wanted: DiskPolicy | CopyPolicy, disk: str) -> str:
     return f"{printable(disk)} of {printable(wanted.address)}"
+
+
+def _work(wanted: DiskPolicy | CopyPolicy) -> str:
+    return f"apply {wanted.disk}"
 
 
 class _Warnings:

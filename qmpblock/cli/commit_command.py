@@ -7,6 +7,7 @@ import click
 from qmpblock.cli.app import Options, Rate, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import run_job
+from qmpblock.cli.recording import metrics_option, recording
 
 __all__ = ["command"]
 
@@ -25,6 +26,7 @@ __all__ = ["command"]
     help="Slow the guest's I/O on this disk down to RATE bytes a second, until the pivot, if it "
     "writes faster than the job copies.",
 )
+@metrics_option
 @unmanaged_option
 async def command(
     options: Options,
@@ -34,6 +36,7 @@ async def command(
     base: str | None,
     speed: int,
     throttle_guest: int,
+    metrics: str | None,
     unmanaged: bool,
 ) -> int:
     """Copy what upper layers of a running disk hold into a lower one, and drop them.
@@ -44,7 +47,10 @@ async def command(
 
     LAYER is a node name, a file name or @N: @0 is the active layer, @1 its backing image.
     """
-    async with options.connect(address, unmanaged=unmanaged) as vm:
-        selected = await vm.disk(disk)
-        running = selected.commit(top=top, base=base, speed=speed, throttle_guest=throttle_guest)
-        return await run_job(options, selected, running)
+    with recording(metrics) as recorder:
+        async with options.connect(address, unmanaged=unmanaged) as vm:
+            selected = await vm.disk(disk)
+            running = selected.commit(
+                top=top, base=base, speed=speed, throttle_guest=throttle_guest
+            )
+            return await run_job(options, address, selected, running, recorder)

@@ -16,10 +16,12 @@ from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
 from qmpblock.cli.plannedcopy import said
 from qmpblock.cli.progress import reporting
+from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
+    from qmpblock.cli.recording import Recorder
     from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy
     from qmpblock.copying.latency import GuestLatency
     from qmpblock.copying.options import CopyWords
@@ -119,6 +121,7 @@ class Latency(click.ParamType[float]):
     is_flag=True,
     help="Copy nothing; say how it would be done and why, what it takes, and how long.",
 )
+@metrics_option
 @unmanaged_option
 async def command(
     options: Options,
@@ -126,6 +129,7 @@ async def command(
     targets: tuple[str, ...],
     moment: Literal["start", "end"] | None,
     dry_run: bool,
+    metrics: str | None,
     unmanaged: bool,
     **words: Unpack[CopyWords],
 ) -> int:
@@ -140,7 +144,18 @@ async def command(
     if words["pivot"] and moment is not None:
         raise click.UsageError("--pivot is of the end: it goes without --at")
     words["at"] = moment or "start"
-    return await copied(options, address, targets, dry_run=dry_run, unmanaged=unmanaged, **words)
+    if metrics is not None and dry_run:
+        raise click.UsageError("--metrics is of a copy that is made")
+    with recording(metrics) as recorder:
+        return await copied(
+            options,
+            address,
+            targets,
+            dry_run=dry_run,
+            unmanaged=unmanaged,
+            recorder=recorder,
+            **words,
+        )
 
 
 async def copied(
@@ -150,6 +165,7 @@ async def copied(
     *,
     dry_run: bool,
     unmanaged: bool,
+    recorder: Recorder,
     **words: Unpack[CopyWords],
 ) -> int:
     """Copy disks of the VM at an address, and say how; return the exit code."""
@@ -166,7 +182,9 @@ async def copied(
             async with vm.copy(wanted, **words) as job:
                 note(job)
                 warn(job.warnings)
-                with reporting(f"copy of {', '.join(disk.name for disk in wanted)}") as show:
+                what = f"copy of {', '.join(disk.name for disk in wanted)}"
+                with reporting(what) as shown:
+                    show = recorder.also(shown, address, what)
                     async for seen in job:
                         show(seen)
                         if seen.ready:

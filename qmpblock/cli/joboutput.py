@@ -15,18 +15,25 @@ from qmpblock.errors import printable
 
 if TYPE_CHECKING:
     from qmpblock.chains.jobs import ChainJob, Outcome
+    from qmpblock.cli.recording import Recorder
     from qmpblock.vm import Disk
 
 __all__ = ["run_job", "warn"]
 
 
 async def run_job(
-    options: Options, disk: Disk, running: AbstractAsyncContextManager[ChainJob]
+    options: Options,
+    address: str,
+    disk: Disk,
+    running: AbstractAsyncContextManager[ChainJob],
+    recorder: Recorder,
 ) -> int:
     """Run a stream or commit to its end; return the exit code."""
     async with running as job:
         warn(job.warnings)
-        with reporting(f"{job.type} of {disk.name}") as show:
+        what = f"{job.type} of {disk.name}"
+        with reporting(what) as shown:
+            show = recorder.also(shown, address, what)
             async for seen in job:
                 show(seen)
                 if seen.ready:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from dataclasses import asdict
@@ -13,10 +14,11 @@ import click
 from qmpblock.cli.app import WARNED, Options, Rate, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import warn
-from qmpblock.cli.migration import migrated
+from qmpblock.cli.migration import WHAT, migrated
 from qmpblock.cli.migrationmeans import means_options
 from qmpblock.cli.picture import check_svg, svg_option
 from qmpblock.cli.plannedmigration import document, said, said_finding
+from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import printable
 from qmpblock.migration.diskterms import DiskTerms
 
@@ -117,6 +119,7 @@ _REFUSED = 2
     help="What of the new images has host space: what they hold, but no zeros; every byte; or the "
     "same as of the disk. [default: thin]",
 )
+@metrics_option
 async def command(
     options: Options,
     source: str | None,
@@ -137,6 +140,7 @@ async def command(
     same_backing: bool,
     allocation: Literal["thin", "full", "same"] | None,
     means: MigrationMeans,
+    metrics: str | None,
 ) -> int:
     """Have the guest of a running VM go on in another QEMU, with its disks, while it runs.
 
@@ -153,7 +157,10 @@ async def command(
             raise click.UsageError("--list goes alone: FILE says the rest")
         from qmpblock.cli.migratelist import migrated_list
 
-        return await migrated_list(options, list_file)
+        with recording(metrics) as recorder:
+            return await migrated_list(options, list_file, recorder)
+    if metrics is not None and form is not None:
+        raise click.UsageError("--metrics is of a migration that is made")
     if storage_only:
         if source is None or not targets or form not in (None, "dry-run"):
             raise click.UsageError("SOURCE --storage-only DISK=FILE... [--dry-run]")
@@ -161,19 +168,21 @@ async def command(
             raise click.UsageError("--storage-only: no guest goes, and no memory")
         from qmpblock.cli.copy_command import copied
 
-        return await copied(
-            options,
-            source,
-            targets,
-            dry_run=form is not None,
-            unmanaged=False,
-            at="start",
-            pivot=True,
-            format=fmt,
-            layers=layers or "all",
-            allocation="like" if allocation == "same" else allocation or "thin",
-            speed=speed,
-        )
+        with recording(metrics) as recorder:
+            return await copied(
+                options,
+                source,
+                targets,
+                dry_run=form is not None,
+                unmanaged=False,
+                recorder=recorder,
+                at="start",
+                pivot=True,
+                format=fmt,
+                layers=layers or "all",
+                allocation="like" if allocation == "same" else allocation or "thin",
+                speed=speed,
+            )
     if fmt and form not in ("command-line", "spawn"):
         raise click.UsageError("--format goes with --storage-only, --command-line and --spawn")
     if allocation and form in ("command-line", "spawn"):
@@ -235,9 +244,10 @@ async def command(
                     "same_backing": same_backing,
                     "allocation": terms.allocation,
                 }
-                return await migrated(
-                    options, here, there, speed=speed, means=means, over=over, svg=svg, **how
-                )
+                how |= {"speed": speed, "means": means, "over": over}
+                with recording(metrics) as recorder:
+                    show = functools.partial(recorder.also, vm=source, what=WHAT)
+                    return await migrated(options, here, there, also=show, svg=svg, **how)
             planned = await plan_migration(here, there, terms=terms, speed=speed, means=means)
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")

@@ -10,9 +10,11 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.joboutput import warn
+from qmpblock.cli.migration import WHAT
 from qmpblock.cli.progress import Reporter, reporting_many
 
 if TYPE_CHECKING:
+    from qmpblock.cli.recording import Recorder
     from qmpblock.policy.migrating import ListedResult
     from qmpblock.policy.migrations import ListedMigration
     from qmpblock.qemu.job import Progress
@@ -31,7 +33,7 @@ _PRESUMED = (
 )
 
 
-async def migrated_list(options: Options, file: str) -> int:
+async def migrated_list(options: Options, file: str, recorder: Recorder) -> int:
     """Migrate what a list says, and say how; return the exit code."""
     from qmpblock.migration.migrate import way_over
     from qmpblock.policy.migrating import migrate_all
@@ -48,7 +50,8 @@ async def migrated_list(options: Options, file: str) -> int:
 
         def show(one: ListedMigration, seen: Progress) -> None:
             if one not in reporters:
-                reporters[one] = begin(one.name)
+                shown = begin(one.name)
+                reporters[one] = recorder.also(shown, one.source, f"{WHAT} {one.name}")
             reporters[one](seen)
 
         results = await migrate_all(

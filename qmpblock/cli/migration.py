@@ -17,12 +17,17 @@ from qmpblock.errors import RequestError, printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qmpblock.cli.progress import Reporter
     from qmpblock.migration.diskterms import Allocation, Layers
     from qmpblock.migration.job import MigrationResult, PhaseTime
     from qmpblock.migration.means import MigrationMeans
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["migrated"]
+__all__ = ["WHAT", "migrated"]
+
+WHAT = "migration"
 
 
 async def migrated(
@@ -39,10 +44,12 @@ async def migrated(
     allocation: Allocation,
     means: MigrationMeans,
     over: str | None,
+    also: Callable[[Reporter], Reporter],
     svg: str | None = None,
 ) -> int:
     """Migrate, and say how; return the exit code.
 
+    :param also: has what is shown be told elsewhere, too.
     :param svg: the file that gets the timeline; None: none is drawn.
     """
     from qmpblock.migration.migrate import migrate
@@ -64,8 +71,8 @@ async def migrated(
     try:
         async with moving as job:
             warn(job.warnings)
-            with reporting("migration") as show:
-                said = 0
+            with reporting(WHAT) as shown:
+                said, show = 0, also(shown)
                 async for seen in job:
                     for notice in job.notices[said:]:
                         click.echo(f"migration: {notice.text}", err=True)

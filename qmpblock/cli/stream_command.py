@@ -7,6 +7,7 @@ import click
 from qmpblock.cli.app import Options, Rate, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import run_job
+from qmpblock.cli.recording import metrics_option, recording
 
 __all__ = ["command"]
 
@@ -17,6 +18,7 @@ __all__ = ["command"]
 @click.option("--top", metavar="LAYER", help="The layer to stream into; by default the active one.")
 @click.option("--base", metavar="LAYER", help="Stop above this layer; by default stream it all.")
 @click.option("--speed", type=Rate(), default=0, help="Bytes a second (suffixes K, M, G).")
+@metrics_option
 @unmanaged_option
 async def command(
     options: Options,
@@ -25,6 +27,7 @@ async def command(
     top: str | None,
     base: str | None,
     speed: int,
+    metrics: str | None,
     unmanaged: bool,
 ) -> int:
     """Copy what lower layers hold into a layer of a running disk, and drop them from its chain.
@@ -34,6 +37,8 @@ async def command(
 
     LAYER is a node name, a file name or @N: @0 is the active layer, @1 its backing image.
     """
-    async with options.connect(address, unmanaged=unmanaged) as vm:
-        selected = await vm.disk(disk)
-        return await run_job(options, selected, selected.stream(top=top, base=base, speed=speed))
+    with recording(metrics) as recorder:
+        async with options.connect(address, unmanaged=unmanaged) as vm:
+            selected = await vm.disk(disk)
+            running = selected.stream(top=top, base=base, speed=speed)
+            return await run_job(options, address, selected, running, recorder)

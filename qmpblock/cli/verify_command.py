@@ -10,6 +10,7 @@ import click
 from qmpblock.cli.app import Options, emit
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.progress import reporting
+from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _DIFFERENT = 1  # exit code
     help="Whether one may be longer: not at all, by zeros, or by whatever is there.",
 )
 @click.option("--all", is_flag=True, help="Go on after the first difference, and count the bytes.")
+@metrics_option
 async def command(
     options: Options,
     first: str,
@@ -46,6 +48,7 @@ async def command(
     second_format: str | None,
     longer: Longer,
     all: bool,  # noqa: A002 - the option's name
+    metrics: str | None,
 ) -> int:
     """Compare what guests would read from two closed images.
 
@@ -56,7 +59,8 @@ async def command(
     """
     from qmpblock.copying.verify import verify_images
 
-    with reporting(f"verify {first}") as show:
+    what = f"verify {first}"
+    with recording(metrics) as recorder, reporting(what) as show:
         found = await verify_images(
             first,
             second,
@@ -64,7 +68,7 @@ async def command(
             second_format=second_format,
             longer=longer,
             all=all,
-            progress=show,
+            progress=recorder.also(show, "", what),
             stall=options.stall,
         )
     if options.json:

@@ -15,6 +15,7 @@ from qmpblock.changes.journal import Journal
 from qmpblock.cli import joboutput, progress
 from qmpblock.cli.app import run
 from qmpblock.cli.jobs_command import document
+from qmpblock.cli.recording import Recorder
 from qmpblock.qemu.job import Progress
 
 NEW = ["commit", "job", "jobs", "recover", "snapshot", "stream"]
@@ -385,7 +386,7 @@ class Asked:
 async def test_a_warning_worth_acting_on_is_4(warnings, code, capsys):
     outcome = Outcome("commit", "vd0", True, "/i/base", ("/i/top",), 5, True, 1.0, warnings)
     running = Running(outcome)
-    assert await joboutput.run_job(Asked, Disk, running) == code
+    assert await joboutput.run_job(Asked, "a.qmp", Disk, running, Recorder(None)) == code
     captured = capsys.readouterr()
     assert running.completions == 1  # a pivot is due once, and nobody else asks for it
     assert "/i/top is stale from now on" in captured.out
@@ -395,13 +396,14 @@ async def test_a_warning_worth_acting_on_is_4(warnings, code, capsys):
 
 async def test_nothing_to_do_is_0_and_says_so(capsys):
     outcome = Outcome("stream", "vd0", False, "/i/top")
-    assert await joboutput.run_job(Asked, Disk, Running(outcome)) == 0
+    assert await joboutput.run_job(Asked, "a.qmp", Disk, Running(outcome), Recorder(None)) == 0
     assert "nothing to do" in capsys.readouterr().out
 
 
 async def test_one_json_document_on_stdout_and_nothing_else(capsys):
     outcome = Outcome("stream", "vd0", True, "/i/top", ("/i/\x1b",), 0, False, 1.0, ("w",))
-    assert await joboutput.run_job(type("Asked", (), {"json": True}), Disk, Running(outcome)) == 4
+    asked, running = type("Asked", (), {"json": True}), Running(outcome)
+    assert await joboutput.run_job(asked, "a.qmp", Disk, running, Recorder(None)) == 4
     captured = capsys.readouterr()
     assert json.loads(captured.out)["left"] == ["/i/\x1b"]
     assert "\x1b" not in captured.out

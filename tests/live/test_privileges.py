@@ -121,6 +121,7 @@ class Site:
             "apply": ("apply", self.policy()),
             "jobs": ("jobs", address),
             "recover": ("recover", address),
+            "metrics": ("metrics", address, "--json"),
             "doctor": ("doctor", address),
         }
 

@@ -1,0 +1,87 @@
+"""How far long work is, in a file that is kept up to date."""
+
+import pytest
+
+from qmpblock.allocation.room import RoomResult
+from qmpblock.cli import recording as module
+from qmpblock.cli.app import run
+from qmpblock.cli.recording import recording
+from qmpblock.errors import RequestError
+from qmpblock.qemu.job import Progress
+
+
+def seen(done, phase="copying"):
+    return Progress("running", phase, done, 100, idle=3.0)
+
+
+def lines(path):
+    return [line for line in path.read_text().splitlines() if not line.startswith("#")]
+
+
+def test_it_is_there_from_the_beginning_and_gone_at_the_end(tmp_path):
+    path, shown = tmp_path / "f.prom", []
+    with recording(str(path)) as recorder:
+        assert path.read_text() == ""
+        show = recorder.also(shown.append, "a.qmp", "copy of vd0")
+        show(seen(5))
+        labels = '{type="copy",vm="a.qmp",work="copy of vd0"}'
+        assert lines(path) == [
+            f"qmpblock_job_done_bytes{labels} 5.0",
+            f"qmpblock_job_total_bytes{labels} 100.0",
+            f"qmpblock_job_seconds_since_progress{labels} 3.0",
+        ]
+        show(seen(6))  # too soon to be written
+        assert lines(path)[0].endswith(" 5.0")
+        show(seen(100, "ended"))
+        assert lines(path)[0].endswith(" 100.0")
+        recorder.forget("a.qmp", "copy of vd0")
+        assert lines(path) == []
+    assert [one.done for one in shown] == [5, 6, 100]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_gone_after_a_failure(tmp_path):
+    with pytest.raises(ZeroDivisionError), recording(str(tmp_path / "f")):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_pieces_of_work_and_rooms(tmp_path):
+    path = tmp_path / "f.prom"
+    with recording(str(path)) as recorder:
+        recorder.also(lambda _: None, "a", "apply vd0")(seen(1))
+        recorder.also(lambda _: None, "b", "apply vd0")(seen(2))
+        recorder.room("a", "vd0", RoomResult("vd0", str(tmp_path), 9, 1, 4, 5))
+        found = lines(path)
+    assert 'qmpblock_job_done_bytes{type="apply",vm="b",work="apply vd0"} 2.0' in found
+    assert 'qmpblock_room_wanted_bytes{disk="vd0",vm="a"} 9.0' in found
+    assert 'qmpblock_room_bytes{disk="vd0",vm="a"} 5.0' in found
+    assert sum("host_free_bytes" in line for line in found) == 1
+
+
+def test_none_is_kept_where_none_is_asked_for():
+    with recording(None) as recorder:
+        assert recorder.also(print, "a", "b") is print
+        recorder.room("a", "d", RoomResult("d", "/", 1, 0, 0, 0))
+        recorder.forget("a", "b")
+
+
+def test_one_that_cannot_be_written_is_refused_before_anything(tmp_path, capsys):
+    with pytest.raises(RequestError, match="cannot write"), recording(str(tmp_path / "no" / "f")):
+        raise AssertionError
+    words = ["stream", "/nosuch/monitor", "vd0", "--metrics", str(tmp_path / "no" / "f")]
+    assert run(words) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_one_that_cannot_be_written_later_is_told_of_once(tmp_path, capsys, monkeypatch):
+    place = tmp_path / "place"
+    place.mkdir()
+    with monkeypatch.context() as patched, recording(str(place / "f")) as recorder:
+        patched.setattr(module, "_EVERY", 0.0)
+        show = recorder.also(lambda _: None, "a", "copy of vd0")
+        (place / "f").unlink()
+        place.rmdir()
+        for done in range(3):
+            show(seen(done))
+    assert capsys.readouterr().err.count("cannot write") == 1
