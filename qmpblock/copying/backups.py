@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group
+from qmpblock.copying.crowded import check_crowded
 from qmpblock.copying.held import draw_held
 from qmpblock.copying.job import CopyJob, is_worth
 from qmpblock.copying.resuming import find_left
@@ -111,6 +112,8 @@ class Backups:
             self.last[name] = seen
             self.job.publish(name, seen)
             target.keeps = target.resumed or is_worth(seen)
+            if seen.phase == "waiting for room":
+                await check_crowded(self.vm, target)
             if seen.status == "pending" and not finalized:
                 finalized = True
                 await job.finalize()

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.copying.catchup import ATTEMPTS, HOLD, CatchUp
+from qmpblock.copying.crowded import check_crowded
 from qmpblock.copying.job import CopyJob, is_worth
 from qmpblock.errors import Error, JobError
 from qmpblock.names import copy_job
@@ -167,6 +168,8 @@ class Mirrors:
             self.last[name] = seen
             target.keeps = target.resumed or is_worth(seen)
             await self.note(target)
+            if seen.phase == "waiting for room":
+                await check_crowded(self.vm, target)
             if seen.status in ("waiting", "pending") and not job.completion_asked:
                 await undisturbed(job.cancel())  # somebody else asked it to end: the guest is held
             if all(one.ready for one in self.last.values()) and len(self.last) == len(self.targets):

@@ -417,6 +417,34 @@ async def test_the_target_has_no_room(way, start_qemu, vm_dir, qemu_binary, inva
             await nothing_of_ours(vm)
 
 
+_OLD = pytest.mark.needs_qemu(">= 10.0", reason="before, what the guest writes needs room there")
+
+
+@pytest.mark.parametrize("way", [pytest.param("start", marks=_OLD), "end", "pivot"])
+async def test_the_room_of_the_guests_own_images_is_not_waited_for(
+    way, start_qemu, vm_dir, qemu_binary, invariant
+):
+    """Whoever waits there has the guest wait, too: the copy is given up, and its room is free."""
+    async with small_file_system(vm_dir / "small", 96 * MIB) as small:
+        text = parse_scenario(SOURCE, "source")
+        vm = await start_qemu(await build(text, small / "images", Tools.of(qemu_binary)))
+        fill_up(small, leave=4 * MIB)
+        words = {"pivot": True} if way == "pivot" else {"at": way}
+        kept = {"fleece": vm_dir} if way == "start" else {}
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            [disk] = await controller.disks()
+            with pytest.raises(Error, match="grows there, too: the copy does not wait") as caught:
+                async with disk.copy(small / "copy", format="qcow2", **words, **kept):
+                    pass
+        assert "make room there" in caught.value.remedy
+        assert "cont" not in caught.value.remedy  # its guest does not write
+        assert not list(small.glob("copy*"))
+        await nothing_of_ours(vm)
+        await invariant.verify(vm)
+        invariant.forget(vm)
+        await vm.quit()
+
+
 async def remount(small, size):
     command = ("mount", "-o", f"remount,size={size}", str(small))
     assert await (await asyncio.create_subprocess_exec(*command)).wait() == 0
