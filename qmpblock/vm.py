@@ -503,7 +503,7 @@ class Disk(MappedDisk):
         :raise JobError: QEMU's job failed; the chain is as it was.
         :raise StalledError: it did not move for the stall limit; undone.
         """
-        from qmpblock.chains.jobs import stream
+        from qmpblock.allocation.pull import stream
 
         return stream(self, top=top, base=base, speed=speed)
 

@@ -66,12 +66,12 @@ async def allocate(
         )
     check_disk(disk.device)
     if independent and len(disk.chain.layers) > 1:
-        await ownership.ask_for_change(disk.vm, Work("independent", active.file))
+        await ownership.ask_for_change(disk.vm, Work("independent", active.file), asked=True)
     where = Ranges([(first, first + count)])
     done = await allocate_ranges(disk, where, full=full, speed=speed, progress=progress, warn=warn)
     result = replace(done, offset=offset, length=length, rounded_offset=first, rounded_length=count)
     if independent and len(disk.chain.layers) > 1:
-        from qmpblock.chains.jobs import stream
+        from qmpblock.allocation.pull import stream
 
         async with stream(disk) as job:
             async for seen in job:

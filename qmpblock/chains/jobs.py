@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Outcome", "carry_on", "commit", "stream"]
+__all__ = ["ChainJob", "Outcome", "carry_on", "commit", "stream"]
 
 _ATTEMPTS = 4  # at making hidden zeros explicit while the guest discards
 

@@ -62,10 +62,11 @@ __all__ = [
 ]
 
 
-async def look(disk: MappedDisk, make: Any) -> StreamPlan | CommitPlan:
+async def look(disk: MappedDisk, make: Any, *, lent: bool = False) -> StreamPlan | CommitPlan:
     """Look at a disk, and plan, or refuse; only what a dead controller left is undone.
 
     :param make: returns the plan for a graph, a device in it, and the files of its nodes.
+    :param lent: whether the manager that lends the monitor will do it itself.
     :raise Error: it cannot be done; nothing was touched.
     """
     await ownership.ask(disk.vm.monitor, [disk.device])
@@ -86,7 +87,7 @@ async def look(disk: MappedDisk, make: Any) -> StreamPlan | CommitPlan:
             "the VM is off",
         )
     if plan.leaving:
-        await ownership.ask_for_change(disk.vm, _work(disk, plan), graph)
+        await ownership.ask_for_change(disk.vm, _work(disk, plan), graph, asked=lent)
     return _named(plan, files, places)
 
 

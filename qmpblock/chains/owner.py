@@ -29,7 +29,7 @@ from qmpblock.qemu import ownership
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Owner", "check_manager_knows", "owner_of"]
+__all__ = ["Owner", "check_manager_knows", "is_asked", "manager_names", "owner_of"]
 
 
 class Owner(Protocol):
@@ -65,6 +65,11 @@ class Owner(Protocol):
         """Return the node of an overlay that was taken."""
 
 
+def is_asked(vm: Connection) -> bool:
+    """Whether the manager that lends the monitor is asked to change chains itself."""
+    return vm.monitor.is_lent and not vm.unmanaged
+
+
 async def owner_of(vm: Connection, work: Work) -> Owner:
     """Return who changes the chains of this VM.
 
@@ -72,7 +77,24 @@ async def owner_of(vm: Connection, work: Work) -> Owner:
     :raise UnsupportedError: such a one does.
     """
     await ownership.ask_for_change(vm, work, asked=True)
-    return _Lender(vm) if vm.monitor.is_lent and not vm.unmanaged else _QEMU(vm)
+    return _Lender(vm) if is_asked(vm) else _QEMU(vm)
+
+
+async def manager_names(vm: Connection, devices: Sequence[DiskDevice]) -> list[str]:
+    """Return what the manager that lends the monitor calls these disks.
+
+    :raise UnsupportedError: it knows none of that.
+    """
+    known: Mapping[str, str] = await vm.monitor.through(lambda lender: lender.targets())
+    by_id = {device: name for name, device in known.items()}
+    for device in devices:
+        if device.id not in by_id:
+            raise UnsupportedError(
+                f"libvirt does not know the disk {printable(device.name)}: somebody else added it",
+                standing=UNTOUCHED,
+                remedy="--unmanaged (unmanaged=True) does it all the same",
+            )
+    return [by_id[str(device.id)] for device in devices]
 
 
 async def check_manager_knows(vm: Connection) -> None:
@@ -159,7 +181,7 @@ class _Lender:
                     remedy="virsh snapshot-create, with the overlay in its XML",
                 )
             await by_qemu_img(self._vm, None, local=True)
-        await self._targets([item.plan.device for item in items])
+        await manager_names(self._vm, [item.plan.device for item in items])
 
     async def make(self, change: Change[Record], item: Item, fmt: str) -> None:
         await make_header(self._vm, change, item, fmt)
@@ -175,7 +197,7 @@ class _Lender:
                 raise Error(f"somebody put another file at {printable(item.file)} meanwhile")
 
     async def take(self, items: list[Item]) -> None:
-        names = await self._targets([item.plan.device for item in items])
+        names = await manager_names(self._vm, [item.plan.device for item in items])
         overlays = {name: item.file for name, item in zip(names, items, strict=True)}
         await self._vm.monitor.through(lambda lender: lender.snapshot(overlays))
 
@@ -183,7 +205,7 @@ class _Lender:
         assert change.journal is not None  # begin() wrote it
         places = OpenFiles(self._vm.monitor.peer_pid).places(graph.nodes.values())
         now, later = await self._vm.monitor.through(lambda lender: lender.files())
-        names = await self._targets([item.plan.device for item in items])
+        names = await manager_names(self._vm, [item.plan.device for item in items])
         for name, item in zip(names, items, strict=True):
             chain = graph.device(item.plan.device.qom_path).chain
             node = storage_of(chain.active)
@@ -198,23 +220,6 @@ class _Lender:
 
     def node(self, item: Item, chain: Chain) -> str:
         return chain.active.node.name
-
-    async def _targets(self, devices: Sequence[DiskDevice]) -> list[str]:
-        """Return the manager's names of disks.
-
-        :raise UnsupportedError: it knows none of that.
-        """
-        known: Mapping[str, str] = await self._vm.monitor.through(lambda lender: lender.targets())
-        by_id = {device: name for name, device in known.items()}
-        for device in devices:
-            if device.id not in by_id:
-                raise UnsupportedError(
-                    f"libvirt does not know the disk {printable(device.name)}: somebody else "
-                    "added it",
-                    standing=UNTOUCHED,
-                    remedy="--unmanaged (unmanaged=True) does it all the same",
-                )
-        return [by_id[str(device.id)] for device in devices]
 
 
 def _made(change: Change[Record], item: Item) -> FileId:

@@ -217,6 +217,33 @@ class Domain:
 
         await self._act(take)
 
+    async def pull(self, disk: str, base: str) -> None:
+        """Begin to pull a disk's backing images into its active layer, and to drop them.
+
+        Cancelling leaves the outcome unknown.
+
+        :param disk: libvirt's name of it; `base`: of the layer that stays (`vda[3]`), or empty.
+        :raise Error: as of `command`.
+        """
+        await self._act(
+            lambda: self._domain.blockRebase(disk, base) if base else self._domain.blockPull(disk)
+        )
+
+    async def job(self, disk: str) -> tuple[int, int] | None:
+        """Return how far libvirt's job on a disk is, and how far it is to go; None: there is none.
+
+        :raise Error: as of `command`.
+        """
+        found = await self._act(lambda: self._domain.blockJobInfo(disk))
+        return (int(found["cur"]), int(found["end"])) if found else None
+
+    async def abort(self, disk: str) -> None:
+        """Have libvirt give up its job on a disk, and wait until it has.
+
+        :raise Error: as of `command`.
+        """
+        await self._act(lambda: self._domain.blockJobAbort(disk))
+
     async def _act(self, action: Callable[[], _T]) -> _T:
         """Have libvirt do something; that it refuses does not mean that the domain has ended."""
         libvirt = _library()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["disk_files", "disk_targets", "snapshot_xml"]
+__all__ = ["disk_chain", "disk_files", "disk_targets", "snapshot_xml"]
 
 
 def disk_targets(xml: str) -> dict[str, str]:
@@ -29,6 +29,21 @@ def disk_files(xml: str) -> dict[str, str]:
         name: "" if (source := disk.find("source")) is None else source.get("file", "")
         for name, disk in _disks(xml)
     }
+
+
+def disk_chain(xml: str, name: str) -> list[tuple[str, str]]:
+    """Return the file of each layer of a running domain's disk, and the index that it goes by.
+
+    The active layer comes first; `vda[3]` names the layer whose index is 3.
+
+    :raise ValueError: it is no XML.
+    """
+    layers, at = [], dict(_disks(xml)).get(name)
+    while at is not None and (source := at.find("source")) is not None:
+        index = source.get("index") or at.get("index")  # the active layer has it in its source
+        layers.append((source.get("file", ""), index or ""))
+        at = at.find("backingStore")
+    return layers
 
 
 def snapshot_xml(overlays: Mapping[str, str], others: Iterable[str]) -> str:

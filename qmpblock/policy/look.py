@@ -171,7 +171,7 @@ async def _ask_manager(
     if changes.leaving:
         verb: Verb = "independent" if wanted.independent else "stream"
         kept = "" if base >= len(layers) else layers[base].file
-        await ownership.ask_for_change(disk.vm, Work(verb, file, base=kept))
+        await ownership.ask_for_change(disk.vm, Work(verb, file, base=kept), asked=True)
 
 
 async def _warnings(

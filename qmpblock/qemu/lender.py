@@ -6,7 +6,7 @@ snapshots, backups and block jobs build on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 __all__ = ["Lender"]
@@ -28,6 +28,24 @@ class Lender(Protocol):
 
         None: there will be none, the VM ends with its process.
         """
+
+    async def layers(self, disk: str) -> Sequence[tuple[str, str]]:
+        """Return the file of each layer of a disk, the active one first, and what names it.
+
+        That is empty where the manager has no name for it.
+        """
+
+    async def pull(self, disk: str, base: str) -> None:
+        """Begin to pull what lies below into a disk's active layer, and to drop it.
+
+        :param base: what names the layer that stays; empty: none does.
+        """
+
+    async def job(self, disk: str) -> tuple[int, int] | None:
+        """Return how far the manager's job on a disk is, and how far it is to go; None: no job."""
+
+    async def abort(self, disk: str) -> None:
+        """Have the manager give up its job on a disk, and wait until it has."""
 
     async def snapshot(self, overlays: Mapping[str, str]) -> None:
         """Have the guest go on in overlays that are there, on all these disks or on none."""

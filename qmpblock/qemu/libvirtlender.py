@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from qmpblock.errors import Error, printable
@@ -12,7 +12,7 @@ from qmpblock.host.libvirtd import (
     GoneError,
     NotRunningError,
 )
-from qmpblock.host.libvirtxml import disk_files, disk_targets
+from qmpblock.host.libvirtxml import disk_chain, disk_files, disk_targets
 from qmpblock.qemu.transport import LostError
 
 if TYPE_CHECKING:
@@ -38,6 +38,23 @@ class LibvirtLender:
         now = disk_files(await self._ask("describe the domain", Domain.xml))
         later = await self._ask("describe the domain", Domain.remembered)
         return now, None if later is None else disk_files(later)
+
+    async def layers(self, disk: str) -> Sequence[tuple[str, str]]:
+        """Return the layers of a disk as libvirt has them; see `Lender`."""
+        found = disk_chain(await self._ask("describe the domain", Domain.xml), disk)
+        return [(file, f"{disk}[{index}]" if index else "") for file, index in found]
+
+    async def pull(self, disk: str, base: str) -> None:
+        """Begin to pull; see `Lender`."""
+        await self._ask("pull its backing images", lambda domain: domain.pull(disk, base))
+
+    async def job(self, disk: str) -> tuple[int, int] | None:
+        """Return how far libvirt's job is; see `Lender`."""
+        return await self._ask("tell of its job", lambda domain: domain.job(disk))
+
+    async def abort(self, disk: str) -> None:
+        """Give libvirt's job up; see `Lender`."""
+        await self._ask("give its job up", lambda domain: domain.abort(disk))
 
     async def snapshot(self, overlays: Mapping[str, str]) -> None:
         """Have the guest go on in overlays; see `Lender`."""

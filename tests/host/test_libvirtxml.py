@@ -2,7 +2,7 @@
 
 import pytest
 
-from qmpblock.host.libvirtxml import disk_files, disk_targets, snapshot_xml
+from qmpblock.host.libvirtxml import disk_chain, disk_files, disk_targets, snapshot_xml
 
 #: Of `virsh dumpxml`, libvirt 9.0.
 XML = """\
@@ -45,3 +45,24 @@ def test_a_snapshot_is_of_the_disks_that_are_named_alone():
         '<disk name="sda" snapshot="no" /><disk name="vdb" snapshot="no" /></disks>'
         "</domainsnapshot>"
     )
+
+
+#: The active layer's index is in its source, that of what lies below beside it.
+CHAIN = """\
+<domain><devices><disk type='file' device='disk'>
+  <source file='/i/top.qcow2' index='1'/>
+  <backingStore type='file' index='4'>
+    <format type='qcow2'/>
+    <source file='/i/base.qcow2'/>
+    <backingStore type='file'><source file='/i/raw'/><backingStore/></backingStore>
+  </backingStore>
+  <target dev='vda' bus='virtio'/>
+</disk></devices></domain>
+"""
+
+
+def test_the_layers_of_a_disk_and_their_indices():
+    layers = [("/i/top.qcow2", "1"), ("/i/base.qcow2", "4"), ("/i/raw", "")]
+    assert disk_chain(CHAIN, "vda") == layers
+    assert disk_chain(CHAIN, "vdb") == []
+    assert disk_chain(XML, "sda") == []

@@ -109,7 +109,6 @@ async def test_what_libvirt_would_not_know_is_refused_with_its_own_command(
         for ask in (
             lambda: disk.snapshot(chain.parent / "overlay.qcow2", format="qed"),
             lambda: disk.allocate(full=True),
-            lambda: disk.allocate(independent=True),
         ):
             with pytest.raises(UnsupportedError, match="libvirt") as refused:
                 await ask()

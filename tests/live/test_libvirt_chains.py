@@ -131,6 +131,89 @@ async def test_a_snapshot_is_one_that_libvirt_took(host, chain, second, qemu_bin
     domain.end()
 
 
+async def test_a_stream_is_libvirts_own_pull_with_nothing_left_to_copy(host, vm_dir, qemu_binary):
+    """A part of the chain first, in which a layer that is too short hides what lies below."""
+    tools = Tools.of(qemu_binary)
+    base, short, top = (vm_dir / f"{name}.qcow2" for name in ("base", "short", "top"))
+    run(tools.img, "create", "-q", "-f", "qcow2", base, "16M")
+    run(tools.io, "-f", "qcow2", "-c", "write -P 1 0 16M", base)
+    for image, below, size in ((short, base, "4M"), (top, short, "16M")):
+        run(tools.img, "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", image, size)
+    run(tools.io, "-f", "qcow2", "-c", "write -P 2 1M 1M", short)
+    domain = Domain(host, "streamed", qemu_binary, top)
+    domain.write(3, 2048)
+    domain.written |= {(0, 0): 1, (0, 1024): 2, (0, 8192): 0}
+    code, _, err = await cli("stream", domain.address, "vda", "--top", "@1")
+    assert code == 2
+    assert f"libvirt has no way to stream into {short}" in err
+    code, _, err = await cli("stream", domain.address, "vda", "--base", "@2")
+    assert code == 0, err
+    assert domain.chains() == (["top.qcow2", "base.qcow2"], "top.qcow2")
+    assert await domain.layers() == ["top.qcow2", "base.qcow2"]
+    domain.end()
+    domain.virsh("start")
+    short.unlink()
+    domain.virsh("snapshot-create-as", "--disk-only", "--no-metadata")
+    domain.virsh("blockcommit", "vda", "--shallow", "--active", "--pivot")
+    code, _, err = await cli("stream", domain.address, "vda", "--top", "@1")
+    assert (code, "nothing to do" in err) == (0, False)
+    code, out, err = await cli("allocate", domain.address, "vda", "--independent")
+    assert code == 0, out + err
+    assert domain.chains() == (["top.qcow2"], "top.qcow2")
+    base.unlink()
+    domain.write(4, 4096)
+    assert await cli("stream", domain.address, "vda") == (
+        0,
+        "nothing to do: virtio-disk0 has no such layers to stream\n",
+        "",
+    )
+    domain.end()
+
+
+@pytest.mark.parametrize("victim", ["controller", "qemu"])
+async def test_a_stream_is_broken_off(victim, host, chain, qemu_binary):
+    """When libvirt's pull has begun: the content is the same, and the next one goes on."""
+    domain = Domain(host, f"broken-{victim}", qemu_binary, chain)
+    domain.write(3, 4096)
+    domain.written |= {(0, 0): 1, (0, 1024): 2}
+    code = BROKEN.format(pid="os.getpid()" if victim == "controller" else domain.pid)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, domain.address, stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await process.communicate()
+    assert (process.returncode, b"the domain has ended" in err) in ((-9, False), (1, True))
+    if victim == "qemu":
+        domain.ended()
+        domain.virsh("start")
+    code, _, told = await cli("recover", domain.address)
+    assert code == 0, told
+    code, _, told = await cli("stream", domain.address, "vda")
+    assert code == 0, told
+    assert domain.chains() == (["top.qcow2"], "top.qcow2")
+    assert await domain.layers() == ["top.qcow2"]
+    (chain.parent / "base.qcow2").unlink()
+    domain.end()
+
+
+BROKEN = """
+import asyncio, os, signal, sys, qmpblock
+async def main():
+    async with qmpblock.connect(sys.argv[1]) as vm:
+        disk, real = await vm.disk("vda"), vm.monitor.through
+        asked = []
+        async def through(ask):
+            asked.append(ask)
+            answer = await real(ask)
+            if len(asked) == 3:  # for names, for layers, to pull
+                os.kill({pid}, signal.SIGKILL)
+            return answer
+        vm.monitor.through = through
+        async with disk.stream():
+            pass
+asyncio.run(main())
+"""
+
+
 async def test_the_vm_starts_from_the_overlay_when_qemu_is_killed(host, chain, qemu_binary):
     domain = Domain(host, "killed", qemu_binary, chain)
     async with qmpblock.connect(domain.address) as vm:

@@ -1,0 +1,254 @@
+"""Stream, whoever owns the chain: a job of QEMU's by us, or a manager's own pull.
+
+A manager that lends its monitor drops layers itself, so that it knows (`qmpblock.chains.owner`).
+Its pull lets a link go before what came over it is on stable storage (K6). So what lies between
+comes up first, by thin allocation, which changes no content and no name::
+
+    allocate    what the layers that go hold, and the zeros that a short one hides (K20)
+    flush       it is on stable storage
+    pull        by the manager: nothing is left to copy, and the link goes
+    look        QEMU and the manager have the same chain, and it is the one that was wanted
+
+Whoever dies on the way: the content is the same, and the active image too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from qmpblock.allocation.plan import below
+from qmpblock.allocation.thin import allocator
+from qmpblock.cancellation import undisturbed
+from qmpblock.chains import jobs
+from qmpblock.chains.jobs import ChainJob, Outcome
+from qmpblock.chains.look import look
+from qmpblock.chains.owner import is_asked, manager_names
+from qmpblock.chains.plan import StreamPlan, check_unchanged, plan_stream
+from qmpblock.changes.change import Change
+from qmpblock.changes.finalize import flush
+from qmpblock.changes.identity import identify
+from qmpblock.changes.operations import ThinAllocation
+from qmpblock.errors import Error, GraphError, RequestError, StalledError, printable
+from qmpblock.host.imagefiles import image_files
+from qmpblock.names import lock_names, new_run
+from qmpblock.qemu import ownership
+from qmpblock.qemu.job import Progress
+from qmpblock.ranges import Ranges
+from qmpblock.speed import Speed
+
+if TYPE_CHECKING:
+    from qmpblock.extents.allocationmap import AllocationMap
+    from qmpblock.mapping import MappedDisk
+
+__all__ = ["stream"]
+
+_LOOK = 0.05  # seconds between looks at the manager's job
+
+
+@asynccontextmanager
+async def stream(
+    disk: MappedDisk, *, top: str | None = None, base: str | None = None, speed: int = 0
+) -> AsyncIterator[ChainJob]:
+    """Copy what the layers between `top` and `base` hold into `top`, and drop them.
+
+    See `Disk.stream`.
+    """
+    plan: StreamPlan | None = None
+    if is_asked(disk.vm):
+        async with disk.vm.unless_gone():
+            found = await look(
+                disk, lambda *seen: plan_stream(seen[0], seen[1], top, base, seen[2]), lent=True
+            )
+        assert isinstance(found, StreamPlan)
+        plan = found
+    if plan is None or not plan.leaving or plan.top.depth:
+        # Into another layer than the active one no manager pulls: it is refused there.
+        async with jobs.stream(disk, top=top, base=base, speed=speed) as job:
+            yield job
+        return
+    if speed < 0:
+        raise RequestError(f"a speed of {speed} bytes a second is none")
+    [name] = await manager_names(disk.vm, [plan.device])
+    pulling = _Pulling(disk, plan, name, Speed(speed))
+    job = pulling.job
+    try:
+        driver = asyncio.ensure_future(pulling.run())
+        driver.add_done_callback(lambda _: job.end())
+        try:
+            yield job
+            await driver
+        finally:
+            driver.cancel()
+            await undisturbed(asyncio.wait({driver}))
+    finally:
+        job.end()
+    job.outcome = pulling.outcome()
+
+
+class _Pulling:
+    """A stream by the manager, on its way.
+
+    :param name: what the manager calls the disk.
+    """
+
+    def __init__(self, disk: MappedDisk, plan: StreamPlan, name: str, speed: Speed) -> None:
+        self.job = _PullJob(disk.vm, f"pull-{name}", "stream")
+        self.job.warnings = plan.warnings
+        self.job.limit = speed
+        self._disk = disk
+        self._plan = plan
+        self._name = name
+        self._speed = speed
+        self._began = time.monotonic()
+        self._seconds = 0.0
+
+    async def run(self) -> None:
+        """Do all of it. Cancelled, the manager's job is given up; what was copied stays."""
+        disk, plan, vm = self._disk, self._plan, self._disk.vm
+        where = self._between(await disk.map())
+        if where:
+            async with allocator(disk) as thin:
+                await thin.allocate_ranges(where, speed=self._speed, progress=self.job.show)
+        record = ThinAllocation(
+            run=new_run(),
+            vm=await identify(vm),
+            devices=(plan.device.qom_path,),
+            names=(plan.device.name,),
+            locks=lock_names([plan.device]),
+            images=image_files(vm.monitor.peer_pid, plan.device.chain),
+        )
+        change = Change(vm, record, journaled=False)
+        await change.begin()
+        async with change.or_undo(
+            lambda: (
+                "what was copied stays, its content is the same; nothing of ours is left in the VM"
+            )
+        ):
+            await flush(vm, plan.device, plan.top.node.name)
+            check_unchanged(await vm.graph(), plan.device)
+            layers = await vm.monitor.through(lambda lender: lender.layers(self._name))
+            self._check_same(layers)
+            base = "" if plan.base is None else self._named(layers[plan.base.depth])
+            await ownership.ask(vm.monitor, [plan.device], standing=None)
+            await vm.monitor.through(lambda lender: lender.pull(self._name, base))
+            try:
+                await self._follow()
+            except BaseException:
+                await undisturbed(self._give_up())
+                raise
+            await undisturbed(self._look_again())
+            await undisturbed(change.end())
+        self._seconds = time.monotonic() - self._began
+
+    def _between(self, seen: AllocationMap) -> Ranges:
+        """Return what the layers that go supply, or hide, in whole clusters of the active one."""
+        base = self._plan.base
+        wanted = below(seen)
+        if base is not None:
+            wanted = wanted & seen.where(seen.depth < base.depth)
+        unit = self._plan.top.node.cluster_size or 512
+        return wanted.align_out(unit, self._disk.size)
+
+    def _check_same(self, layers: Sequence[tuple[str, str]]) -> None:
+        """See that the manager has the chain that was planned for, which it counts as we do.
+
+        :raise GraphError: it has another one.
+        """
+        if len(layers) != len(self._disk.chain.layers):
+            files = ", ".join(printable(file) for file, _ in layers)
+            raise GraphError(
+                f"libvirt takes {files} for the chain of {self._name}, and QEMU has another one",
+                standing="what was copied stays; the chain is as it was",
+                remedy=f"compare them: virsh dumpxml DOMAIN; qmpblock disks {self._vm_address()}",
+            )
+
+    def _named(self, layer: tuple[str, str]) -> str:
+        """Return what names a layer: an empty name would have all of them go."""
+        file, name = layer
+        if not name:
+            raise GraphError(
+                f"libvirt does not say by what name it knows {printable(file)}",
+                standing="what was copied stays; the chain is as it was",
+                remedy=f"virsh blockpull DOMAIN {self._name} --base {printable(file)}",
+            )
+        return name
+
+    def _vm_address(self) -> str:
+        return printable(str(self._disk.vm.monitor.address))
+
+    async def _follow(self) -> None:
+        """Wait until the manager has no job on the disk any more.
+
+        :raise StalledError: it does not move.
+        """
+        vm = self._disk.vm
+        clock = asyncio.get_running_loop().time
+        last, moved = None, clock()
+        while (now := await vm.monitor.through(lambda lender: lender.job(self._name))) is not None:
+            if now != last:
+                last, moved = now, clock()
+                self.job.show(Progress("running", "dropping", *now))
+            if clock() - moved > vm.stall:
+                raise StalledError(
+                    f"libvirt's pull of {self._name} has not moved for {vm.stall:g} s",
+                    remedy="look whether its storage hangs, or give a longer --stall",
+                )
+            await asyncio.sleep(_LOOK)
+
+    async def _give_up(self) -> None:
+        with contextlib.suppress(Error):  # it has ended, or cannot be reached
+            await self._disk.vm.monitor.through(lambda lender: lender.abort(self._name))
+
+    async def _look_again(self) -> None:
+        """See that the chain is what it should be, for QEMU and for the manager.
+
+        :raise GraphError: it is not.
+        """
+        disk = self._disk
+        await disk.refresh()
+        names = {layer.node.name for layer in disk.chain.layers}
+        left = [layer for layer in self._plan.leaving if layer.node.name in names]
+        if left:
+            raise GraphError(
+                f"libvirt has ended its pull of {self._name}, but {printable(left[0].file)} is "
+                "still in the chain",
+                standing="what was copied stays, its content is the same",
+                remedy="see why in libvirt's log, then run this again",
+            )
+        self._check_same(await disk.vm.monitor.through(lambda lender: lender.layers(self._name)))
+
+    def outcome(self) -> Outcome:
+        """Return what it did."""
+        disk, plan = self._disk, self._plan
+        return Outcome(
+            "stream",
+            disk.name,
+            True,
+            disk.chain.active.file,
+            left=tuple(
+                layer.file if name is None else name
+                for layer, name in zip(plan.leaving, plan.names, strict=True)
+            ),
+            seconds=self._seconds,
+            warnings=plan.warnings,
+            nameless=tuple(
+                layer.file
+                for layer, name in zip(plan.leaving, plan.names, strict=True)
+                if name is None
+            ),
+        )
+
+
+class _PullJob(ChainJob):
+    """The job of a stream that a manager brings to its end."""
+
+    limit: Speed
+
+    async def set_speed(self, speed: int) -> None:
+        """Limit what is left to copy to `speed` bytes a second from now on; 0 is no limit."""
+        self.limit.rate = speed
