@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from disturbed import nothing_of_ours
 from migrating import arrived, machine, migrated, stressed, to_newer
+from migratinglinux import log_goes_over
 from migrationkills import STRUCK, kill_matrix
 from migrationrounds import migrations_under_stress
 from rounds import rounds
@@ -17,6 +18,7 @@ from qmpblock.errors import DisconnectedError
 from qmpblock.migration.passage import Passage
 from qmpblock.migration.states import Phase
 from qmpblock.testing import Tools, build, parse_scenario
+from qmpblock.testing.linux import LinuxImage
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
 
@@ -34,6 +36,15 @@ async def test_any_disks_go_over_to_a_newer_qemu(
     count, chance = rounds(50)
     where = (start_qemu, start_destination, vm_dir, qemu_binary, qemu_version)
     print(await migrations_under_stress(*where, chance, count, **to_newer()))
+
+
+async def test_a_linux_goes_over(vm_dir, qemu_binary):
+    count, _ = rounds(10)
+    image = await LinuxImage.prepare(qemu_binary)
+    for number in range(count):
+        room = vm_dir / f"round{number}"
+        room.mkdir()
+        await log_goes_over(image, image, room, qemu_binary)
 
 
 @pytest.mark.parametrize("way", ["exports", "daemon"])
