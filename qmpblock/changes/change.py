@@ -183,6 +183,7 @@ class Change(Generic[RecordT]):
         :param said: fields of the record that have another value from now on.
         """
         self.record = replace(self.record, **said)
+        self._allows = False
         await forbid_migration(self.vm.monitor, self.record.run)
         for name in self._locked:
             await lock.update(self.vm.monitor, name, self.holder().dead())
