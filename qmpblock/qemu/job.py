@@ -33,7 +33,8 @@ _TICK = 0.25  # seconds between two looks at a job that sends no event
 _MOST_MOVES = 4096  # that a job makes which is to end; a quarter of an hour, where all are seen
 _RETRY = 2.0  # seconds between attempts to go on after ENOSPC
 _BURST = 16 << 20  # bytes that a job may do at once, before it rests to keep within its speed
-_WORKING = frozenset({"created", "running", "waiting", "aborting"})
+# What waits for somebody; whatever else it says it should move, also what no QEMU says.
+_PATIENT = frozenset({"paused", "standby", "ready", "pending"})
 _MOVING = frozenset(
     {"running", "paused", "ready", "standby"}
 )  # at a speed, or for want of room not
@@ -433,7 +434,7 @@ class _Course:
         # `cont` of a VM that is out of room too resets the job's io-status, and leaves the
         # job paused: so once full, full until it runs.
         self.full = status == "paused" and (self.full or info.get("io-status", "ok") != "ok")
-        working = status in _WORKING or (status == "ready" and completion_asked)
+        working = status not in _PATIENT or (status == "ready" and completion_asked)
         # A job that is resumed, and finds no room again, has moved; but not to its end.
         step = ("", done, 0) if ending else (status, done, total)
         if step != self._last or not (working or ending):

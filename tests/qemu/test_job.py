@@ -249,7 +249,7 @@ async def test_waiting_for_room_is_no_stall(tmp_path):
 # stalls
 
 
-@pytest.mark.parametrize("status", ["running", "created", "waiting", "aborting"])
+@pytest.mark.parametrize("status", ["running", "created", "waiting", "aborting", "unheard-of"])
 @pytest.mark.usefixtures("fast")
 async def test_what_should_move_and_does_not_has_stalled(tmp_path, status):
     async with following(tmp_path, [look(status, 10)], stall=0.5) as (job, _, _):
