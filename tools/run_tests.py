@@ -195,9 +195,12 @@ def seed() -> int:
     return int(os.environ.get("QMPBLOCK_SEED") or seed_of_tree())
 
 
-def unit_words() -> tuple[str, ...]:
-    """Return what has pytest take the unit tests, whose examples follow from the seed, too."""
-    return (*UNIT_FILES, f"--hypothesis-seed={seed()}")
+def run_unit(words: Sequence[str]) -> Result:
+    """Run the unit tests, whose examples and samples follow from the seed, too."""
+    chosen = str(seed())
+    where = (*UNIT_FILES, f"--hypothesis-seed={chosen}")
+    settings = {"QMPBLOCK_SEED": chosen}
+    return run_pytest("unit tests", "not live and not soak", words, settings=settings, where=where)
 
 
 def turns(qemus: int) -> Iterator[dict[str, str]]:
@@ -267,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.what == "test":
             if not options.qemu:  # first, for unit tests use the newer qemu-nbd as a peer
                 newer = [wanted for wanted in NEWER if fetch_newer(wanted)]
-            results.append(
-                run_pytest("unit tests", "not live and not soak", words, where=unit_words())
-            )
+            results.append(run_unit(words))
         # What words choose runs on each of them.
         dealt = turns(1 if words else 1 + len(newer))
         if options.what in ("test", "matrix"):

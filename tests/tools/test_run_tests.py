@@ -230,10 +230,11 @@ def test_what_is_tried_by_example_follows_from_it_too(monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         run_tests,
         "run_pytest",
-        lambda *_, where: seen.append(where) or run_tests.Result("unit", True),
+        lambda *_, **how: seen.append(how) or run_tests.Result("unit", True),
     )
     assert run_tests.main(["test", "--qemu", "/one"]) == 0
-    assert [word for word in seen[0] if "seed" in word] == ["--hypothesis-seed=7"]
+    assert [word for word in seen[0]["where"] if "seed" in word] == ["--hypothesis-seed=7"]
+    assert seen[0]["settings"] == {"QMPBLOCK_SEED": "7"}
 
 
 def test_what_is_no_repository_has_a_sample_by_chance(
