@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.throttle import restore_limits
 from qmpblock.changes.unfinished import steps
 from qmpblock.errors import BusyError, CommandError, Error
-from qmpblock.export.server import delete_export, delete_object
+from qmpblock.export.server import delete_export, delete_objects
 from qmpblock.export.session import clear_dead
 from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.graph.places import FileId
@@ -87,12 +87,17 @@ async def settle(
         rounds += 1
         if not todo or todo[0].verb == "follow":
             return graph
+        its = _Settling(vm, record, journal, graph)
+        wires = [step for step in todo if step.verb == "clear-wire"]  # the last ones, if any
         for step in todo:
             if tell is not None and step not in again:
                 tell(step)
-            await _PERFORM[step.verb](_Settling(vm, record, journal, graph), step)
+            if step not in wires:
+                await _PERFORM[step.verb](its, step)
             if step.verb not in ("wait", "cancel", "bring-home"):
                 done.add(step)
+        if wires:
+            await _clear_wires(its, wires)
         if not all(step.verb in _OUTSIDE for step in todo):
             graph = None
     raise Error(
@@ -187,11 +192,12 @@ async def _delete_node(its: _Settling, step: Step) -> None:
             raise
 
 
-async def _clear_wire(its: _Settling, step: Step) -> None:
-    """Remove what belongs to a node that is gone: it may be half made, and there is no hurry."""
-    await delete_object(its.vm.monitor, wire_credentials(step.what))
-    if is_socket_of(str(step.to), step.what):  # else somebody forged it
-        remove_socket(str(step.to))
+async def _clear_wires(its: _Settling, steps: Sequence[Step]) -> None:
+    """Remove what belongs to nodes that are gone: it may be half made, and there is no hurry."""
+    await delete_objects(its.vm.monitor, [wire_credentials(step.what) for step in steps])
+    for step in steps:
+        if is_socket_of(str(step.to), step.what):  # else somebody forged it
+            remove_socket(str(step.to))
 
 
 async def _delete_file(its: _Settling, step: Step) -> None:
@@ -220,7 +226,6 @@ _PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[None]]] = {
     "delete-bitmap": _delete_bitmap,
     "delete-node": _delete_node,
     **dict.fromkeys(("delete-file", "keep-file"), _delete_file),
-    "clear-wire": _clear_wire,
 }
 
 

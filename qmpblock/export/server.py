@@ -36,6 +36,7 @@ __all__ = [
     "delete_export",
     "delete_exports",
     "delete_object",
+    "delete_objects",
     "handshakes_end",
     "is_connected",
     "is_listening",
@@ -92,6 +93,16 @@ async def delete_exports(monitor: Monitor, names: Sequence[str], stall: float) -
 async def delete_object(monitor: Monitor, name: str) -> None:
     """Delete a QOM object, if it is there."""
     await tolerate(not_found, monitor.execute("object-del", {"id": name}))
+
+
+async def delete_objects(monitor: Monitor, names: Sequence[str]) -> None:
+    """Delete QOM objects at once, as far as they are there.
+
+    :raise CommandError: QEMU refused one; the first.
+    """
+    for said in await monitor.each(*(("object-del", {"id": name}) for name in names)):
+        if isinstance(said, CommandError) and not not_found(said):
+            raise said
 
 
 async def notice_closed(monitor: Monitor) -> None:

@@ -96,6 +96,6 @@ async def _add(
     monitor: Monitor, run: str, side: Side, more: Mapping[str, Any] | None = None
 ) -> bool:
     """Add it; False if it is there."""
-    data = json.dumps(stamped({_SIDE: side.value, **(more or {})}))
+    data = json.dumps(stamped({_SIDE: side.value, **(more or {})}), separators=(",", ":"))
     arguments = {"qom-type": "secret", "id": handover_name(run), "data": data}
     return await tolerate(duplicate_object, monitor.execute("object-add", arguments))

@@ -101,7 +101,6 @@ class Passage:
         self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
         self.downtime = 0.0
         self.warnings = list(job.warnings)
-        self._began = time.monotonic()
 
     @classmethod
     async def of(
@@ -256,7 +255,7 @@ class Passage:
 
         :param ended: whether the source's QEMU has.
         """
-        course = self.job.course
+        course, now = self.job.course, time.monotonic()
         self.job.result = MigrationResult(
             disks=tuple(
                 MigratedDisk(
@@ -273,7 +272,7 @@ class Passage:
                     self.plan.copied, self.storage.copied, self.storage.jobs, strict=True
                 )
             ),
-            seconds=time.monotonic() - self._began,
+            seconds=course.since(now),
             downtime=self.downtime,
             qemu_downtime=self.stream.downtime,
             longest_stall=course.longest_stall,
@@ -281,7 +280,7 @@ class Passage:
             resumed=course.resumed,
             transferred=self.stream.transferred,
             bitmaps=self.bitmaps.moved,
-            phases=course.phases(time.monotonic()),
+            phases=course.phases(now),
             passes=course.passes(),
             source="ended" if ended else "postmigrate",
             warnings=tuple(self.warnings),

@@ -44,6 +44,7 @@ __all__ = ["OVER", "Stream", "told_at"]
 OVER = frozenset({"none", "failed", "cancelled"})
 _LOOK = 0.1  # seconds between looks, where no event wakes us
 _SOON = 0.01  # likewise, while the guest stands
+_AT_ONCE = 0.001  # likewise, of what follows without an event
 
 
 class Stream:
@@ -213,9 +214,12 @@ class Stream:
             migration, status = await self._vm.monitor.read("query-migrate", "query-status")
             self._note(migration)
             self._check(migration)
-            if migration.get("status") == "completed" and status["status"] == "postmigrate":
-                return
-            await self._nap(_SOON)
+            if migration.get("status") == "completed":
+                if status["status"] == "postmigrate":
+                    return
+                await self._nap(_AT_ONCE)
+            else:
+                await self._nap(_SOON)
 
     @property
     def stopped(self) -> float | None:
