@@ -16,6 +16,9 @@ from qmpblock.migration.states import ORDER, Move, Phase, Side
 from qmpblock.migration.stream import told_at
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qmpblock.copying.target import NBDTarget
     from qmpblock.migration.passage import Passage
 
 __all__ = ["STANDSTILL", "Outward"]
@@ -104,11 +107,18 @@ class Outward:
     async def _mirror(self) -> None:
         passage = self._passage
         targets = await undisturbed(passage.landing.serve(passage.plan.copied))
-        blank = [False for _ in targets]
-        if passage.plan.kept is None:
-            await undisturbed(passage.landing.look_in(targets))
-            blank = await passage.landing.prepare(passage.plan.copied)
-        await passage.storage.start(targets, blank)
+        async with task_group() as group:
+            looking = group.create_task(self._look_in(targets))
+            group.create_task(passage.storage.lay(targets))
+        await passage.storage.start(looking.result())
+
+    async def _look_in(self, targets: Sequence[NBDTarget]) -> list[bool]:
+        """See that the destination's images are ready; say of each whether it reads as zeros."""
+        passage = self._passage
+        if passage.plan.kept is not None:
+            return [False for _ in targets]
+        await undisturbed(passage.landing.look_in(targets))
+        return await passage.landing.prepare(passage.plan.copied)
 
     async def _await_ready(self) -> None:
         await self._until_ready()
@@ -134,12 +144,17 @@ class Outward:
         passage = self._passage
         for notice in passage.means.notices():
             passage.job.say(notice)
-        await passage.landing.store()
-        await passage.bitmaps.prepare()
-        await passage.stream.prepare()
+        async with task_group() as group:
+            group.create_task(passage.landing.store())
+            group.create_task(self._prepare())
         passage.storage.hurry()
         await passage.change.allow_migration()
         await passage.stream.start(passage.landing)
+
+    async def _prepare(self) -> None:
+        """Tell QEMU how to migrate."""
+        await self._passage.bitmaps.prepare()
+        await self._passage.stream.prepare()
 
     async def _end_mirrors(self) -> None:
         passage = self._passage
@@ -221,7 +236,8 @@ class Outward:
     async def _clear_source(self, *, quit_source: bool) -> bool:
         passage = self._passage
         try:
-            await wayback.unmark_pause(passage.source, passage.record.run)
+            if passage.means.pause_after:
+                await wayback.unmark_pause(passage.source, passage.record.run)
             await passage.storage.take_away()
             await passage.change.undo()
             passage.storage.is_gone()

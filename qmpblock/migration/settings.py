@@ -119,9 +119,10 @@ class Preset:
         :param who: what a refusal calls it.
         :raise UnsupportedError: this QEMU has not what is needed.
         """
-        listed = await monitor.execute("query-migrate-capabilities")
+        listed, values = await monitor.read(
+            "query-migrate-capabilities", "query-migrate-parameters"
+        )
         states = {str(one["capability"]): bool(one["state"]) for one in listed}
-        values = await monitor.execute("query-migrate-parameters")
         missing = [name for name, state in wanted.capabilities if state and name not in states]
         missing += [name for name, _ in wanted.parameters if name not in values]
         if missing:

@@ -144,6 +144,9 @@ class Recorder:
             self.capabilities |= {one["capability"]: one["state"] for one in listed}
         return {}
 
+    async def read(self, *commands: str) -> list[Any]:
+        return [await self.execute(command) for command in commands]
+
 
 async def test_what_was_set_is_put_back() -> None:
     states = {**dict.fromkeys(SAFE, False), "events": True, "auto-converge": False, "x-colo": True}
