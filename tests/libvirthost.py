@@ -49,6 +49,7 @@ FOLDERS = {
     "cache": "/var/cache",
     "etc": "/etc",
 }
+_OVERLAY = '[ "$2" = / ] || mount -t overlay -o "lowerdir=$2/usr:/usr" overlay /usr'
 _ENTER = "\n".join(
     [
         "mount --make-rprivate /",
@@ -56,7 +57,7 @@ _ENTER = "\n".join(
             f'mkdir -p {there}/libvirt && mount --bind "$1/{here}" {there}/libvirt'
             for here, there in FOLDERS.items()
         ),
-        '[ "$2" = / ] || mount -t overlay -o "lowerdir=$2/usr:/usr" overlay /usr',
+        _OVERLAY,
         "umount -R -l /sys/fs/cgroup || true",
         'echo && exec sleep "infinity"',
     ]
@@ -89,6 +90,21 @@ def require() -> None:
         pytest.skip(f"no libvirt: {why}")
     if not _has_binding() and _binding(unpacked) is None:
         pytest.skip(f"no Python binding of libvirt for this Python ({_MODULES[0]})")
+    if why := _why_no_namespaces(unpacked):
+        pytest.skip(f"no namespaces of its own: {why}")
+
+
+@functools.cache
+def _why_no_namespaces(unpacked: Path) -> str:
+    """Say why this host lets nobody have what is mounted here; empty where it does."""
+    trying = f"mount --make-rprivate /\n{_OVERLAY}"
+    done = subprocess.run(
+        ["unshare", "--mount", "--net", "sh", "-ec", trying, "sh", "", str(unpacked)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stderr.strip() if done.returncode else ""
 
 
 @functools.cache

@@ -241,6 +241,7 @@ class Outward:
             await passage.storage.take_away()
             await passage.change.undo()
             passage.storage.is_gone()
+            await passage.stream.look_back()
             await passage.stream.restore()
             await passage.bitmaps.restore(passage.source)
             if quit_source:

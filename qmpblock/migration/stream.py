@@ -221,6 +221,14 @@ class Stream:
             else:
                 await self._nap(_SOON)
 
+    async def look_back(self) -> None:
+        """Note what QEMU counted: it says `completed` a moment before it has counted the downtime.
+
+        Not while the guest stands: nothing waits for it.
+        """
+        if not self.downtime:
+            await self._look()
+
     @property
     def stopped(self) -> float | None:
         """When the guest stopped, by the clock of QEMU's host; None where it did not say."""
