@@ -185,7 +185,7 @@ async def fleecing(
         change = Change(vm, PointInTime(**await plan.record_fields(vm)))
         await change.begin()
         async with change.or_undo(lambda: "the disks are as they were; nothing of ours is left"):
-            yield await take(vm, change, plan)
+            yield await take(vm, change, plan, told=True)
             await undisturbed(_end(change))
 
 
@@ -343,10 +343,13 @@ def _limit(kept: str, size: int, contents: Contents, given: int | None, disks: i
 # -- making it
 
 
-async def take(vm: Connection, change: Change[Record], plan: Plan) -> list[View]:
+async def take(
+    vm: Connection, change: Change[Record], plan: Plan, *, told: bool = False
+) -> list[View]:
     """Have the disks seen as they are now. A failure is for the change to undo.
 
     :param change: which has begun; its record has the plan's fields.
+    :param told: whether others read the views, and go by what they are told of their holes.
     :raise GraphError: somebody else changed a disk meanwhile.
     :raise Error: as of `fleecing`.
     """
@@ -356,7 +359,7 @@ async def take(vm: Connection, change: Change[Record], plan: Plan) -> list[View]
     for item in plan.items:
         await _keep(vm, change, item)
     await ownership.ask(vm.monitor, [item.device for item in plan.items], standing=None)
-    await undisturbed(_have_filters(vm, plan))
+    await undisturbed(_have_filters(vm, plan, told=told))
     return [View(one.nodes[0], one.device.chain.active.size, one.kept) for one in plan.items]
 
 
@@ -432,7 +435,7 @@ def _cannot_make(item: _Item, error: OSError) -> Error:
     return Error(f"cannot make {printable(item.kept)}: {error.strerror}")
 
 
-async def _have_filters(vm: Connection, plan: Plan) -> None:
+async def _have_filters(vm: Connection, plan: Plan, *, told: bool) -> None:
     """Have the filters come into the guest's way, at one instant, then the views over them."""
     items = plan.items
     if len(items) > 1:
@@ -443,7 +446,9 @@ async def _have_filters(vm: Connection, plan: Plan) -> None:
         await put_filter(vm, items[0].spot, items[0].nodes[1])
     for item in items:
         # Only now: before, the guest's right to write was one that it does not share.
-        await add_view(vm, *item.nodes[:2], item.device.chain.active.size)
+        chain = item.device.chain
+        whole = told and len(chain.layers) > 1
+        await add_view(vm, *item.nodes[:2], chain.active.size, whole=whole)
     graph = await vm.graph()
     for item in items:
         now = graph.device(item.device.qom_path)

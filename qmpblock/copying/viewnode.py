@@ -14,6 +14,11 @@ and nobody may be told a status. So there the node of that name is the root of a
 - Where the first fails, for the point has ended, quorum asks the next: *refusing*, another blkdebug
   node, fails as that did, so that nobody gets anything else.
 
+Where QEMU reads right, what it tells of the status is of the disk's active layer alone: what lies
+in those below is told as a hole that is not zeros (K28). A reader may take that for zeros, as
+`qemu-img compare` does. So for readers from outside the root is a quorum there, too, of the view
+alone: all that does not read as zeros is data. A disk of one layer needs none.
+
 What hangs on the root goes with it.
 """
 
@@ -33,14 +38,17 @@ UNIT = 64 << 10
 """Bytes that the filter keeps at once."""
 
 
-async def add_view(vm: Connection, name: str, filter_: str, size: int) -> None:
+async def add_view(
+    vm: Connection, name: str, filter_: str, size: int, *, whole: bool = False
+) -> None:
     """Add the node by which a filter's disk is read as it was.
 
     :param size: of the disk, in bytes.
+    :param whole: whether its block status is to be that of all layers, not of the active one.
     :raise CommandError: QEMU refused.
     """
     misread = vm.capabilities.views_misread
-    options = view_node(name, filter_, size, in_pieces=misread)
+    options = view_node(name, filter_, size, in_pieces=misread, whole=whole)
     try:
         await vm.monitor.execute("blockdev-add", options)
     except CommandError as error:
@@ -49,17 +57,26 @@ async def add_view(vm: Connection, name: str, filter_: str, size: int) -> None:
                 f"QEMU {vm.capabilities} needs its drivers quorum, blkdebug and null-co to show "
                 "a disk as it was without fault (K37); 10.0 and newer do not"
             )
+        elif whole:
+            error.remedy = (
+                f"QEMU {vm.capabilities} needs its driver quorum to tell readers of a disk with "
+                "backing images where it holds data (K28); one without needs none"
+            )
         raise
 
 
-def view_node(name: str, filter_: str, size: int, *, in_pieces: bool) -> dict[str, Any]:
+def view_node(
+    name: str, filter_: str, size: int, *, in_pieces: bool, whole: bool = False
+) -> dict[str, Any]:
     """Return its options.
 
     :param in_pieces: whether QEMU misreads it otherwise (`Capabilities.views_misread`).
+    :param whole: whether its block status is to be that of all layers.
     """
     view: dict[str, Any] = {"driver": "snapshot-access", "file": filter_}
+    root = {"driver": "quorum", "node-name": name, "vote-threshold": 1, "read-only": True}
     if not in_pieces:
-        return {**view, "node-name": name}
+        return {**root, "children": [view]} if whole else {**view, "node-name": name}
     pieces = {"driver": "blkdebug", "align": UNIT, "max-transfer": UNIT, "image": view}
     fails = {"event": "none", "iotype": "read", "errno": errno.EACCES, "immediately": True}
     refusing = {
@@ -67,11 +84,4 @@ def view_node(name: str, filter_: str, size: int, *, in_pieces: bool) -> dict[st
         "inject-error": [fails],
         "image": {"driver": "null-co", "size": size, "read-zeroes": False},
     }
-    return {
-        "driver": "quorum",
-        "node-name": name,
-        "children": [pieces, refusing],
-        "vote-threshold": 1,
-        "read-pattern": "fifo",
-        "read-only": True,
-    }
+    return {**root, "children": [pieces, refusing], "read-pattern": "fifo"}

@@ -23,6 +23,17 @@ def test_it_is_the_view_itself_where_that_reads_right():
     assert options == {"driver": "snapshot-access", "node-name": "view", "file": "filter"}
 
 
+def test_whoever_goes_by_its_holes_is_told_of_all_layers():
+    options = view_node("view", "filter", 4096, in_pieces=False, whole=True)
+    root, view = nodes_of(options)
+    assert (root["driver"], root["node-name"], root["vote-threshold"]) == ("quorum", "view", 1)
+    assert root["read-only"]
+    assert view == {"driver": "snapshot-access", "file": "filter"}
+    assert view_node("v", "f", 512, in_pieces=True, whole=True) == view_node(
+        "v", "f", 512, in_pieces=True
+    )
+
+
 def test_else_it_lies_at_the_root_of_what_cuts_reads_into_units():
     options = view_node("view", "filter", 5 << 20, in_pieces=True)
     root, pieces, view, refusing, nothing = nodes_of(options)

@@ -13,6 +13,7 @@ from pointing import DISKS, SAFE, SHOWN, STEPS, TWO, at_ease, taken, written
 
 import qmpblock
 from qmpblock.errors import RequestError, UnsupportedError
+from qmpblock.testing.images import Tools
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import Taken, check_one_instant, check_point_in_time
 
@@ -262,3 +263,27 @@ async def test_the_one_instant_is_short(start_qemu, invariant):
     print(f"paused for {[f'{1000 * one:.1f} ms' for one in lasted]} on QEMU {vm.version}")
     assert min(lasted) < 0.5
     await at_ease(vm, *STEPS)
+
+
+BELOW = """
+about: Data in each of two layers, and none beyond.
+images:
+  - {size: 4M, content: [write 0 1M 0xaa]}
+  - {content: [write 1M 1M 0xbb]}
+"""
+
+
+async def test_what_lies_below_is_told_as_data(start_qemu, qemu_binary):
+    """Who skips what is told as a hole leaves out nothing (K28)."""
+    vm = await start_qemu(parse_scenario(BELOW, "below"))
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        async with disk.point_in_time() as point:
+            told = await ran(
+                Tools.of(qemu_binary).img, "map", "--output=json", "-f", "raw", point.uri
+            )
+    assert told[0] == 0, told
+    data = [one for one in json.loads(told[1]) if one["data"]]
+    assert (data[0]["start"], data[0]["zero"]) == (0, False)
+    assert sum(one["length"] for one in data) >= 2 * MIB
+    assert all(one["zero"] for one in json.loads(told[1]) if not one["data"])
