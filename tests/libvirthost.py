@@ -11,6 +11,7 @@ What is not installed is taken from the packages that tools/fetch_libvirt.py unp
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -30,6 +31,7 @@ import pytest
 
 from qmpblock.host.processes import die_with_parent
 from qmpblock.testing.images import Tools
+from qmpblock.testing.scratch import leave, private_directory
 
 _FETCH = Path(__file__).parents[1] / "tools" / "fetch_libvirt.py"
 _TRIPLET = f"{platform.machine()}-linux-gnu"
@@ -81,8 +83,8 @@ _DISK = """<disk type='file' device='disk'>
 """
 
 
-def require() -> None:
-    """Skip the test, with the reason, where there is no libvirt to be had."""
+def _required() -> Path:
+    """Return where libvirt is; skip the test, with the reason, where there is none to be had."""
     if os.geteuid() != 0:
         pytest.skip("needs root, for namespaces of its own")
     unpacked, why = _unpacked()
@@ -92,6 +94,7 @@ def require() -> None:
         pytest.skip(f"no Python binding of libvirt for this Python ({_MODULES[0]})")
     if why := _why_no_namespaces(unpacked):
         pytest.skip(f"no namespaces of its own: {why}")
+    return unpacked
 
 
 @functools.cache
@@ -282,11 +285,11 @@ def _kill(pid: int) -> None:
 
 
 @contextmanager
-def libvirt_host(folder: Path) -> Iterator[LibvirtHost]:
-    """Run one for as long as the body does; end it then, and its domains."""
-    unpacked, _ = _unpacked()
-    assert unpacked is not None, "ask `require` first"
-    host = LibvirtHost(folder, unpacked)
+def libvirt_host() -> Iterator[LibvirtHost]:
+    """Run one for as long as the body does; end it then, and its domains. Or skip the test."""
+    unpacked = _required()
+    folder = private_directory()
+    host = LibvirtHost(folder / "libvirt", unpacked)
     with pytest.MonkeyPatch.context() as patched:
         try:
             if not _has_binding():
@@ -295,6 +298,7 @@ def libvirt_host(folder: Path) -> Iterator[LibvirtHost]:
             yield host
         finally:
             host.end()
+            leave(folder)
 
 
 def run(*words: object) -> str:
@@ -316,8 +320,11 @@ def make_chain(folder: Path, qemu: str) -> Path:
 
 def sockets(pid: int) -> int:
     """Return how many sockets a process has open."""
-    links = Path(f"/proc/{pid}/fd").iterdir()
-    return sum(str(link.readlink()).startswith("socket:") for link in links)
+    found = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has been closed since
+            found += str(link.readlink()).startswith("socket:")
+    return found
 
 
 def start(

@@ -69,6 +69,8 @@ class LibvirtLender:
         try:
             return await ask(domain)
         except FailedError as error:
+            if ended := await self._monitor.ended_by(error):
+                raise ended from None
             raise Error(
                 f"libvirt did not {what}: {error}",
                 remedy=f"see what it is at work on: virsh domjobinfo {printable(domain.name)}; "

@@ -28,7 +28,7 @@ from qmpblock.host.libvirtd import (
     Teller,
 )
 from qmpblock.host.libvirtxml import disk_targets
-from qmpblock.host.processes import Peer
+from qmpblock.host.processes import Peer, start_time
 from qmpblock.peerjson import RefusedError, read_json
 from qmpblock.qemu.libvirtlender import LibvirtLender
 from qmpblock.qemu.transport import Event, LostError
@@ -37,6 +37,7 @@ __all__ = ["LibvirtMonitor"]
 
 _AGAIN = 0.2  # seconds between attempts to reach a daemon that has gone
 _PATIENCE = 0.9  # of the stall limit: so long it may be gone
+_LOOK, _LOOKS = 0.01, 50  # seconds between looks whether QEMU has ended, and how many
 _QUESTIONS = ("query-", "qom-get", "qom-list")  # change nothing: may be asked twice
 
 
@@ -139,7 +140,7 @@ class LibvirtMonitor:
             except NotRunningError as error:
                 raise self.lost(error) from None
             except FailedError as error:
-                raise LostError(str(error)) from None
+                raise (await self.ended_by(error) or LostError(str(error))) from None
         if "error" in answer:
             refused = answer["error"]
             raise CommandError(command, arguments, str(refused["class"]), str(refused["desc"]))
@@ -173,6 +174,20 @@ class LibvirtMonitor:
         else:
             self._end(f"the domain has ended: {error}")
         return LostError()
+
+    async def ended_by(self, error: FailedError) -> LostError | None:
+        """Return that the domain has ended, where it failed for that; None where it runs.
+
+        libvirt hears that QEMU has closed its socket, and says that and no more, before it knows
+        why; a process that is killed closes it a moment before it has ended.
+        """
+        if self._peer is None or self._peer.start is None:
+            return None
+        for _ in range(_LOOKS):
+            if start_time(self._peer.pid) != self._peer.start:
+                return self.lost(NotRunningError(str(error)))
+            await asyncio.sleep(_LOOK)
+        return None
 
     async def there(self) -> Domain:
         """Return the domain, by a connection that is not known to have ended.

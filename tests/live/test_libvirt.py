@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from chains import cli
-from libvirthost import libvirt_host, make_chain, require, run, start
+from libvirthost import libvirt_host, make_chain, run, start
 
 import qmpblock
 from qmpblock.address import LibvirtAddress
@@ -20,7 +20,6 @@ from qmpblock.errors import ConnectError, DisconnectedError, NotFoundError, Unsu
 from qmpblock.inventory import listing
 from qmpblock.inventory.processes import Found
 from qmpblock.testing.images import Tools
-from qmpblock.testing.scratch import leave, private_directory
 
 pytestmark = pytest.mark.live
 
@@ -29,11 +28,8 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def host(qemu_binary):
-    require()
-    folder = private_directory()
-    with libvirt_host(folder / "libvirt") as host:
+    with libvirt_host() as host:
         yield host
-    leave(folder)
 
 
 @pytest.fixture
