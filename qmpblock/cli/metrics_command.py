@@ -41,8 +41,10 @@ async def command(
     """
     from qmpblock.metrics.figures import gather
     from qmpblock.metrics.text import figures_of, rendered
-    from qmpblock.metrics.textfile import replace
+    from qmpblock.metrics.textfile import check, replace
 
+    if textfile is not None:
+        check(textfile)
     if textfile is not None or not options.json:
         rendered(())  # without the library nothing is asked of anybody
     seen = await gather(addresses, options.connect, limit=options.stall, maps=not no_map)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from qmpblock.errors import RequestError, printable
@@ -26,15 +24,12 @@ def check_svg(path: str) -> None:
 
     :raise RequestError: it holds something else than a picture, or cannot be read.
     """
-    if not Path(path).is_file():
-        return
+    from qmpblock.host.ourfiles import check_kind
+
     try:
-        with Path(path).open("rb") as file:
-            held = file.read(max(map(len, _BEGINS)))
+        check_kind(path, _BEGINS)
     except OSError as error:
         raise _not_written(path, error.strerror) from None
-    if held and not held.startswith(_BEGINS):
-        raise _not_written(path, "it exists, and holds something else")
 
 
 def write_svg(path: str, text: str) -> None:

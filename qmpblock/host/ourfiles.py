@@ -30,7 +30,16 @@ from typing import Self
 from qmpblock.graph.places import FileId
 from qmpblock.links import walk
 
-__all__ = ["Directory", "keep", "look", "open_plain", "remove", "rename", "write_file"]
+__all__ = [
+    "Directory",
+    "check_kind",
+    "keep",
+    "look",
+    "open_plain",
+    "remove",
+    "rename",
+    "write_file",
+]
 
 _NO_NAMELESS = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of file systems
@@ -284,12 +293,25 @@ def write_file(path: str | os.PathLike[str], data: bytes, begins: tuple[bytes, .
     os.set_blocking(fd, True)
     with os.fdopen(fd, "wb") as file:
         if stat.S_ISREG(os.fstat(fd).st_mode):
-            with Path(f"/proc/self/fd/{fd}").open("rb") as there:
-                held = there.read(max(map(len, begins)))
-            if held and not held.startswith(begins):
-                raise FileExistsError(errno.EEXIST, "it exists, and holds something else", path)
+            check_kind(f"/proc/self/fd/{fd}", begins)
             os.ftruncate(fd, 0)
         file.write(data)
+
+
+def check_kind(path: str | os.PathLike[str], begins: tuple[bytes, ...]) -> None:
+    """See that a file holds what begins so, or nothing; or is none.
+
+    So what a person has named by mistake, a disk image say, is not written over.
+
+    :raise FileExistsError: it holds something else.
+    :raise OSError: it cannot be read.
+    """
+    if not Path(path).is_file():
+        return
+    with Path(path).open("rb") as file:
+        held = file.read(max(map(len, begins)))
+    if held and not held.startswith(begins):
+        raise FileExistsError(errno.EEXIST, "it exists, and holds something else", path)
 
 
 def remove(path: str | os.PathLike[str], file: FileId) -> bool:

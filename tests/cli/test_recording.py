@@ -85,3 +85,20 @@ def test_one_that_cannot_be_written_later_is_told_of_once(tmp_path, capsys, monk
         for done in range(3):
             show(seen(done))
     assert capsys.readouterr().err.count("cannot write") == 1
+
+
+def test_an_image_that_was_named_by_mistake_is_neither_written_over_nor_removed(tmp_path, capsys):
+    image = tmp_path / "disk.qcow2"
+    image.write_bytes(b"QFI\xfb")
+    for words in (
+        ["stream", "/nosuch/monitor", "vd0", "--metrics", str(image)],
+        ["verify", "a.raw", "b.raw", "--metrics", str(image)],
+        ["metrics", "/nosuch/monitor", "--textfile", str(image)],
+    ):
+        assert run(words) == 2
+        assert "it exists, and holds something else" in capsys.readouterr().err
+        assert image.read_bytes() == b"QFI\xfb"
+    with recording(str(tmp_path / "f")):
+        image.rename(tmp_path / "f")
+    assert "cannot remove" in capsys.readouterr().err
+    assert (tmp_path / "f").read_bytes() == b"QFI\xfb"
