@@ -5,6 +5,7 @@ What a person has named by mistake, a disk image say, is neither written over no
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def check(path: str) -> None:
     :raise RequestError: it holds something else than figures of ours, or cannot be read.
     """
     try:
-        check_kind(path, _BEGINS)
+        _check(path)
     except OSError as error:
         raise RequestError(f"cannot write {printable(path)}: {error.strerror}") from None
 
@@ -38,7 +39,7 @@ def replace(path: str, text: str) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         for one in (path, partial):
-            check_kind(one, _BEGINS)
+            _check(one)
         fd = os.open(partial, flags, _MODE)
         try:
             with os.fdopen(fd, "w", encoding="utf-8") as file:
@@ -58,7 +59,14 @@ def remove(path: str) -> None:
     :raise Error: it cannot be removed, or holds something else.
     """
     try:
-        check_kind(path, _BEGINS)
+        _check(path)
         Path(path).unlink(missing_ok=True)
     except OSError as error:
         raise Error(f"cannot remove {printable(path)}: {error.strerror}") from None
+
+
+def _check(path: str) -> None:
+    """See that a name is that of figures of ours, or of nothing: a device would lose its name."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise FileExistsError(errno.EEXIST, "it exists, and is no plain file", path)
+    check_kind(path, _BEGINS)

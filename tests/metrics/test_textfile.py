@@ -71,3 +71,15 @@ def test_what_was_begun_is_removed_where_it_cannot_be_ended(tmp_path, monkeypatc
         with pytest.raises(Error, match="No space left"):
             replace(str(path), TWO)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_plain_file_keeps_its_name(tmp_path):
+    path = tmp_path / "device"
+    os.mkfifo(path)
+    for refused in (lambda: check(str(path)), lambda: replace(str(path), ONE)):
+        with pytest.raises(Error, match="it exists, and is no plain file"):
+            refused()
+    with pytest.raises(Error, match="cannot remove"):
+        remove(str(path))
+    assert path.is_fifo()
+    assert [one.name for one in tmp_path.iterdir()] == ["device"]
