@@ -16,9 +16,6 @@ from qmpblock.migration.states import ORDER, Move, Phase, Side
 from qmpblock.migration.stream import told_at
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from qmpblock.copying.target import NBDTarget
     from qmpblock.migration.passage import Passage
 
 __all__ = ["STANDSTILL", "Outward"]
@@ -107,18 +104,11 @@ class Outward:
     async def _mirror(self) -> None:
         passage = self._passage
         targets = await undisturbed(passage.landing.serve(passage.plan.copied))
-        async with task_group() as group:
-            looking = group.create_task(self._look_in(targets))
-            group.create_task(passage.storage.lay(targets))
-        await passage.storage.start(looking.result())
-
-    async def _look_in(self, targets: Sequence[NBDTarget]) -> list[bool]:
-        """See that the destination's images are ready; say of each whether it reads as zeros."""
-        passage = self._passage
-        if passage.plan.kept is not None:
-            return [False for _ in targets]
-        await undisturbed(passage.landing.look_in(targets))
-        return await passage.landing.prepare(passage.plan.copied)
+        blank = [False for _ in targets]
+        if passage.plan.kept is None:
+            await undisturbed(passage.landing.look_in(targets))
+            blank = await passage.landing.prepare(passage.plan.copied)
+        await passage.storage.start(targets, blank)
 
     async def _await_ready(self) -> None:
         await self._until_ready()
