@@ -87,6 +87,8 @@ def _all(source: Machine, destination: Machine, terms: DiskTerms) -> _Found:
             if not disk.place:
                 yield "disk-place", f"where {disk.describe()} of the {side} is cannot be told"
     own = own_images(source)
+    if terms.copies:
+        yield from _shared(source)
     for here in source.disks:
         for there in destination.disks:
             if here.place and here.place == there.place:
@@ -241,6 +243,14 @@ def _device(here: GuestDevice, there: GuestDevice) -> _Found:
         of_kind.setdefault(kind, {})[name] = both
     for kind, some in of_kind.items():
         yield kind, f"{here.describe()} differs: " + _listed(some)
+
+
+def _shared(source: Machine) -> _Found:
+    """See to which disks others may write: a mirror does not hear of it."""
+    shared = {one.place for one in source.devices if one.properties.get("share-rw") == "true"}
+    for disk in source.disks:
+        if disk.place in shared and disk.size is not None and not disk.read_only:
+            yield "disk-shared", f"{disk.describe()} has share-rw=on"
 
 
 def _disk(

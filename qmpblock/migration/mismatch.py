@@ -205,6 +205,13 @@ KINDS: Mapping[str, Kind] = {
         "the guest goes on, on a disk that is another one",
         "give both the same image; or have the disks copied, too",
     ),
+    "disk-shared": Kind(
+        "a disk to which others may write (share-rw=on), where it is copied",
+        _NEVER,
+        "what another VM writes to its image is missing in the copy",
+        "give the device share-rw=off if nobody else writes; or migrate the memory alone, on "
+        "storage that both have",
+    ),
     "disk-plaintext": Kind(
         "a disk that is encrypted at the source only",
         _NEVER,

@@ -177,6 +177,15 @@ async def test_disks(machine):
     assert "disk-apart" in found(source, other, SHARED)
 
 
+async def test_a_disk_that_others_may_write_to_is_not_copied(machine):
+    shared = ({**DEVICES[0], "share-rw": True}, *DEVICES[1:])
+    _, source = await machine("source", shared)
+    _, destination = await machine("destination", shared)
+    [what] = found(source, destination)["disk-shared"]
+    assert "share-rw=on" in what
+    assert "disk-shared" not in found(source, destination, SHARED)
+
+
 async def test_the_machine(machine):
     words = ["-machine", "pc-i440fx-7.1,hpet=off", "-m", "32", "-smp", "2", "-cpu", "max"]
     _, source = await machine("source")

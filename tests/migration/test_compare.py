@@ -35,6 +35,12 @@ def with_device(machine: Machine, ending: str, **more) -> Machine:
     return replace(machine, devices=devices)
 
 
+def with_shared(machine: Machine) -> Machine:
+    place = machine.disks[0].place
+    [device] = [one for one in machine.devices if one.place == place]
+    return with_device(machine, place, properties={**device.properties, "share-rw": "true"})
+
+
 SOURCE = recorded("7.2.22")
 DESTINATION = waiting("7.2.22")
 
@@ -120,6 +126,7 @@ CASES = {
         with_disk(DESTINATION, identity=(1, 2)),
         "very same file",
     ),
+    "disk-shared": (with_shared(SOURCE), DESTINATION, "share-rw=on"),
     "disk-plaintext": (with_disk(SOURCE, encrypted=True), DESTINATION, "is encrypted"),
     "disk-filled": (SOURCE, with_disk(DESTINATION, format="raw", holes=False), "discard=ignore"),
     "bitmap-lost": (SOURCE, with_disk(DESTINATION, format="raw", keeps_bitmaps=False), "raw"),
@@ -286,3 +293,9 @@ def test_names_of_a_peer_are_escaped():
     device = GuestDevice("/System:x", "evil\x1b[2J", "", "main-system-bus")
     seen = found(replace(SOURCE, devices=(device,)), replace(DESTINATION, devices=()))
     assert "\x1b" not in seen["device-missing"]
+
+
+def test_others_may_write_to_a_disk_that_is_not_copied():
+    shared = with_shared(SOURCE)
+    assert "disk-shared" not in found(shared, DESTINATION, terms=SAME)
+    assert "disk-shared" not in found(with_disk(shared, read_only=True), DESTINATION)
