@@ -26,3 +26,20 @@ def test_whether_the_guest_has_gone_on_at_the_source_is_heard() -> None:
         hears({"event": name, "data": {}})
         went_on.append(stream.went_on)
     assert went_on == [True, False, False, True, False]
+
+
+async def test_what_is_counted_a_moment_after_the_end_is_asked_for_again() -> None:
+    """As 7.2 counts its downtime: `completed` comes before."""
+    told = [{"status": "completed", "downtime": one} for one in (0, 16, 99)]
+
+    async def execute(command: str) -> Any:
+        assert command == "query-migrate"
+        return told.pop(0)
+
+    monitor = SimpleNamespace(subscribe=lambda *_, match: None, execute=execute)
+    vm = cast("Any", SimpleNamespace(monitor=monitor))
+    stream = Stream(vm, RUN, cast("Any", None), lambda _: None, Course(0.0))
+    for downtime in (0.0, 0.016, 0.016):
+        await stream.look_back()
+        assert stream.downtime == downtime
+    assert len(told) == 1  # what is known is not asked for
