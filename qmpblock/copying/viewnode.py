@@ -74,7 +74,13 @@ def view_node(
     :param whole: whether its block status is to be that of all layers.
     """
     view: dict[str, Any] = {"driver": "snapshot-access", "file": filter_}
-    root = {"driver": "quorum", "node-name": name, "vote-threshold": 1, "read-only": True}
+    root = {
+        "driver": "quorum",
+        "node-name": name,
+        "vote-threshold": 1,
+        "read-pattern": "fifo",
+        "read-only": True,
+    }
     if not in_pieces:
         return {**root, "children": [view]} if whole else {**view, "node-name": name}
     pieces = {"driver": "blkdebug", "align": UNIT, "max-transfer": UNIT, "image": view}
@@ -84,4 +90,4 @@ def view_node(
         "inject-error": [fails],
         "image": {"driver": "null-co", "size": size, "read-zeroes": False},
     }
-    return {**root, "children": [pieces, refusing], "read-pattern": "fifo"}
+    return {**root, "children": [pieces, refusing]}

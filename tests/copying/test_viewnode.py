@@ -27,6 +27,7 @@ def test_whoever_goes_by_its_holes_is_told_of_all_layers():
     options = view_node("view", "filter", 4096, in_pieces=False, whole=True)
     root, view = nodes_of(options)
     assert (root["driver"], root["node-name"], root["vote-threshold"]) == ("quorum", "view", 1)
+    assert root["read-pattern"] == "fifo"  # else each read is copied
     assert root["read-only"]
     assert view == {"driver": "snapshot-access", "file": "filter"}
     assert view_node("v", "f", 512, in_pieces=True, whole=True) == view_node(
