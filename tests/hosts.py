@@ -43,9 +43,10 @@ PORT = 2222
 class OtherHost:
     """A network of its own. `here` and `there` are the addresses of the wire's two ends."""
 
-    def __init__(self, number, place):
-        self.here, self.there = f"10.232.{number}.1", f"10.232.{number}.2"
-        self.wire = f"qmpbhost{number}"
+    def __init__(self, number, place, which):
+        network = f"10.{232 + which}.{number}"
+        self.here, self.there = f"{network}.1", f"{network}.2"
+        self.wire = f"qmpbhost{number}" + (f"-{which}" if which else "")
         self.place = place
         self.keeper = None
         self.sshd = None
@@ -110,15 +111,16 @@ def run(*command):
 
 
 @contextlib.asynccontextmanager
-async def another_host(place):
+async def another_host(place, which=0):
     """Make one; `place` is a directory for its keys.
 
+    :param which: of several that one test has.
     :raise CutOffError: this user may not, or something is missing here.
     """
     if os.geteuid():
         raise CutOffError("only root can make a network of its own")
     place.mkdir(mode=0o700)
-    host = OtherHost(os.getpid() % 250, place)
+    host = OtherHost(os.getpid() % 250, place, which)
     host.keeper = subprocess.Popen(
         ["unshare", "--net", "sleep", "infinity"],
         stderr=subprocess.DEVNULL,

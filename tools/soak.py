@@ -31,10 +31,10 @@ def default_record() -> Path:
 
 
 def subject(qemu: str) -> str:
-    """Name what is under test: the QEMU's version, and a digest of the package and the tests."""
+    """Name what is under test: the QEMU, its version, and a digest of all else and of the tests."""
     printed = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout
     digest = hashlib.sha256()
-    for folder in ("qmpblock", "tests", "fixtures"):
+    for folder in ("qmpblock", "tests", "fixtures", "ansible"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())

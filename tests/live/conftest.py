@@ -39,6 +39,7 @@ SHARES = {
     "test_allocate_full": 0.05,
     "test_allocate_kills": 0.2,
     "test_allocate_proof": 0.5,
+    "test_ansible::test_a_target": 0.25,
     "test_attacks::test_a_recovery_that_died_when_it_had_taken_a_lock_over": 0.34,
     "test_attacks::test_an_unknown_outcome_is_undone": 0.2,
     "test_between": 0.2,
@@ -147,6 +148,7 @@ SHARES = {
 EITHER = (
     "test_ahead::test_raw_written_from_its_start",
     "test_ahead_policy",
+    "test_ansible",
     "test_architecture",
     "test_attacks",
     "test_believed",

@@ -1,0 +1,219 @@
+"""The Ansible collection, by Ansible: three hosts with an sshd each, on each of them a VM."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from collections_of_ansible import HOME
+from hosts import PORT, CutOffError, another_host
+
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.scenario import parse_scenario
+
+pytestmark = pytest.mark.live
+
+ROOT = HOME.parent
+TARGETS = HOME / "tests" / "integration" / "targets"
+CHAIN = """\
+about: A disk over a template.
+images:
+  - {size: 8M, content: [write 0 1M 0xaa]}
+  - {content: [write 1M 64K 0xbb]}
+"""
+#: What a target changes for good.
+CHANGED = {
+    "disk": r"^(disappeared|appeared): (node|edge|open file): ",
+    "copy": r"^appeared: file: .*/copy.qcow2$",
+    "snapshot": r"^(disappeared|appeared): (node|edge|open file|device|file): ",
+}
+COMMAND = """\
+#!/bin/sh
+export PYTHONPATH={root} QMPBLOCK_STATE={state} PATH=$PATH:/usr/sbin:/sbin
+exec {python} -m qmpblock "$@"
+"""
+
+
+class Control:
+    """Where playbooks are run: its own files, and hosts that Ansible reaches by ssh."""
+
+    def __init__(self, place, hosts):
+        self.place = place
+        self.hosts = {f"host{number}": host for number, host in enumerate(hosts)}
+        self.command = place / "qmpblock"
+        self.command.write_text(
+            COMMAND.format(
+                root=ROOT,
+                state=os.environ["QMPBLOCK_STATE"],
+                python=shlex.quote(sys.executable),
+            )
+        )
+        self.command.chmod(0o755)
+        collection = place / "c" / "ansible_collections" / "qmpblock" / "qmpblock"
+        collection.parent.mkdir(parents=True)
+        collection.symlink_to(HOME)
+        names = "".join(
+            f"Host {name}\n  HostName {host.there}\n  Port {PORT}\n  User root\n"
+            f"  UserKnownHostsFile {host.place}/known\n  IdentityFile {host.place}/user\n"
+            for name, host in self.hosts.items()
+        )
+        self.ssh_config = place / "ssh_config"
+        self.ssh_config.write_text(
+            names + "Host *\n  IdentitiesOnly yes\n  IdentityAgent none\n"
+            f"  StrictHostKeyChecking yes\n  GlobalKnownHostsFile /dev/null\n"
+            f"  HostKeyAlgorithms ssh-ed25519\n"
+            f"  ControlMaster auto\n  ControlPersist yes\n  ControlPath {place}/s-%n\n"
+        )
+
+    @property
+    def environment(self):
+        """What Ansible's programs are told: nothing of theirs lies outside of this place."""
+        return {
+            **os.environ,
+            "HOME": str(self.place),
+            "ANSIBLE_HOME": str(self.place / "a"),
+            "ANSIBLE_REMOTE_TEMP": str(self.place / "r"),
+            "ANSIBLE_COLLECTIONS_PATH": str(self.place / "c"),
+            "ANSIBLE_ROLES_PATH": f"{TARGETS}:{HOME / 'roles'}",
+            "ANSIBLE_SSH_ARGS": f"-F {self.ssh_config}",
+            "ANSIBLE_PIPELINING": "1",
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.builtin.default",
+            "ANSIBLE_INVENTORY_UNPARSED_FAILED": "1",
+            "ANSIBLE_DEPRECATION_WARNINGS": "1",
+            "LC_ALL": "C.UTF-8",
+        }
+
+    def written(self, name, content):
+        path = self.place / name
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    async def run(self, program, *words, code=0):
+        """Run one of Ansible's programs; return what it printed."""
+        process = await self.start(program, *words)
+        out, err = await process.communicate()
+        assert process.returncode == code, f"{out.decode()}\n{err.decode()}"
+        return out.decode()
+
+    async def inventory(self, path):
+        """Return what Ansible makes of an inventory."""
+
+        def plain(found):  # what others have chosen is never taken for a template
+            return found.get("__ansible_unsafe", found)
+
+        printed = await self.run("ansible-inventory", "-i", path, "--list")
+        return json.loads(printed, object_hook=plain)
+
+    async def start(self, program, *words):
+        return await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).parent / program),
+            *words,
+            cwd=self.place,
+            env=self.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+
+    async def leave(self):
+        """End the connections that are kept from one task to the next."""
+        for name in self.hosts:
+            process = await asyncio.create_subprocess_exec(
+                *("ssh", "-F", str(self.ssh_config), "-O", "exit", name),
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            await process.wait()
+
+
+@pytest.fixture
+async def control(vm_dir):
+    """Give where playbooks are run, with three hosts."""
+    place = vm_dir / "p"
+    place.mkdir(mode=0o700)
+    async with contextlib.AsyncExitStack() as stack:
+        hosts = []
+        for which in range(3):
+            try:
+                host = await stack.enter_async_context(another_host(vm_dir / f"h{which}", which))
+                await host.serve_ssh()
+            except CutOffError as error:
+                pytest.skip(str(error))
+            hosts.append(host)
+        made = Control(place, hosts)
+        try:
+            yield made
+        finally:
+            await made.leave()
+
+
+@pytest.fixture
+async def vms(control, start_qemu, vm_dir, qemu_binary):
+    """Give a VM for each host, as Ansible's inventory has it."""
+    found = {}
+    for name in control.hosts:
+        images = vm_dir / f"images-{name}"
+        built = await build(parse_scenario(CHAIN, "text"), images, Tools.of(qemu_binary))
+        vm = await start_qemu(built)
+        (device,) = [one["qdev"] for one in await vm.execute("query-block") if one.get("qdev")]
+        found[name] = {
+            "qmpblock_address": vm.monitor_path,
+            "qmpblock_disk": device.split("/")[3] if device.startswith("/") else device,
+            "qmpblock_directory": str(images),
+            "qmpblock_executable": str(control.command),
+            "ansible_python_interpreter": sys.executable,
+        }
+    return found
+
+
+@pytest.mark.parametrize("target", sorted(path.name for path in TARGETS.iterdir()))
+async def test_a_target(target, control, vms, invariant):
+    """A module does its work once, on all hosts at once, as it said before."""
+    if target in CHANGED:
+        invariant.expect(CHANGED[target])
+    inventory = control.written("hosts.yml", {"all": {"hosts": vms}})
+    play = {"hosts": "all", "gather_facts": False, "roles": [target]}
+    playbook = control.written("play.yml", [play])
+    out = await control.run("ansible-playbook", "-i", inventory, playbook)
+    print(out)
+    assert "DEPRECATION" not in out
+
+
+async def test_the_inventory(control, vms):
+    """What three hosts tell, and a fourth does not; here each of them sees the VMs of all."""
+    source = {
+        "plugin": "qmpblock.qmpblock.vms",
+        "hosts": [*control.hosts, "nowhere.invalid"],
+        "unreachable": "warn",
+        "ssh_args": ["-F", str(control.ssh_config)],
+        "executable": str(control.command),
+        "groups": {"chained": "qmpblock_disks and qmpblock_disks[0].layers > 1"},
+    }
+    path = control.written("vms.qmpblock.yml", source)
+    told = await control.inventory(path)
+    ours = {f"unix:{one['qmpblock_address']}" for one in vms.values()}
+    hostvars = told["_meta"]["hostvars"]
+    for host in control.hosts:
+        assert host in told[f"on_{host}"]["hosts"][0]
+        found = {hostvars[name]["qmpblock_address"] for name in told[f"on_{host}"]["hosts"]}
+        assert ours <= found
+    chained = {hostvars[name]["qmpblock_address"] for name in told["chained"]["hosts"]}
+    assert ours <= chained
+    assert {one["ansible_host"] for one in hostvars.values()} == set(control.hosts)
+
+
+async def test_a_host_that_cannot_be_asked(vm_dir):
+    place = vm_dir / "p"
+    place.mkdir()
+    control = Control(place, [])
+    source = {"plugin": "qmpblock.qmpblock.vms", "hosts": ["localhost"], "executable": "/no/where"}
+    path = control.written("vms.qmpblock.yml", source)
+    process = await control.start("ansible-inventory", "-i", path, "--list")
+    _, err = await process.communicate()
+    assert process.returncode
+    assert "/no/where" in err.decode()
