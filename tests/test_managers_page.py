@@ -1,0 +1,46 @@
+"""The table of docs/managers.md, verb by manager, made of the code that refuses."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from qmpblock.managers import Manager, Verb, Work, refused
+
+PAGE = Path(__file__).parents[1] / "docs" / "managers.md"
+#: Those whose ways are shown; LXD's and Ganeti's follow from a sentence.
+SHOWN = ("libvirt", "Proxmox VE", "Incus")
+LIBVIRT, PROXMOX, INCUS = (Manager(name, "", "") for name in SHOWN)
+
+
+def _way(manager, verb):
+    return manager.way(Work(verb, ""))
+
+
+def table():
+    """Return the table: what libvirt is asked for, and what each would do by itself."""
+    head = "| | by `libvirt:DOMAIN` | the way of libvirt | of Proxmox VE | of Incus |\n"
+    rows = []
+    for verb in get_args(Verb):
+        lent = "refused" if verb in refused(LIBVIRT, lent=True) else "**libvirt does it**"
+        ways = (_way(manager, verb) for manager in (LIBVIRT, PROXMOX, INCUS))
+        rows.append(f"| {Work(verb, '').called} | {lent} | {' | '.join(ways)} |\n")
+    return head + "|---|---|---|---|---|\n" + "".join(rows)
+
+
+def test_the_page_has_what_the_code_has():
+    """Prints what belongs into the page where it does not stand there."""
+    assert table() in PAGE.read_text(encoding="utf-8"), "\n" + table()
+
+
+@pytest.mark.parametrize("verb", get_args(Verb))
+def test_lxds_and_ganetis_ways_are_as_the_page_says(verb):
+    assert _way(Manager("LXD", "", ""), verb) == _way(INCUS, verb).replace("incus", "lxc", 1)
+    gnt = "gnt-instance migrate" if verb == "migrate" else "gnt-instance shutdown"
+    assert _way(Manager("Ganeti", "", ""), verb).startswith(gnt)
+
+
+@pytest.mark.parametrize("name", [*SHOWN, "LXD", "Ganeti"])
+def test_all_of_it_is_refused_where_the_manager_is_not_asked(name):
+    assert refused(Manager(name, "", "")) == get_args(Verb)
+    assert (refused(Manager(name, "", ""), lent=True) == get_args(Verb)) is (name != "libvirt")
