@@ -80,7 +80,7 @@ def _apply(**disks):
 
 ALLOCATIONS = tuple(_operations())
 
-_DECISIVE = (
+DECISIVE = (
     *("blockdev-", "block-commit", "block-stream", "job-", "transaction", "object-"),
     *("block-export-", "block-dirty-bitmap-", "human-monitor-command"),
 )
@@ -89,6 +89,6 @@ _DECISIVE = (
 def decisive(matrix):
     """Yield the points (number, moment) at commands that change the disk, or who may."""
     for number, command in enumerate(matrix.reference.trace, 1):
-        if command.startswith(_DECISIVE):
+        if command.startswith(DECISIVE):
             for moment in MOMENTS:
                 yield number, moment

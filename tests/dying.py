@@ -30,6 +30,8 @@ from qmpblock.copying.exporting import exported
 from qmpblock.copying.fleecing import Fleece
 
 DIED = 9
+#: In a trace: that the manager was asked to do something.
+ASKED = "ask the manager"
 
 
 async def run(address, what, connect=qmpblock.connect):
@@ -85,8 +87,8 @@ async def perform(vm, what):
             pass
         return job.result
     disk = await vm.disk(what["disk"])
-    if what["do"] == "allocate":
-        return await disk.allocate(**arguments)
+    if what["do"] in ("allocate", "map"):
+        return await getattr(disk, what["do"])(**arguments)
     async with getattr(disk, what["do"])(**arguments) as job:
         pass
     return job.outcome
@@ -95,28 +97,36 @@ async def perform(vm, what):
 def deadly(monitor, number, moment, die, trace=None):
     """Have a monitor call `die` before or after its command `number`; return the trace.
 
+    What a manager that lends its monitor is asked for counts as one.
+
     :param monitor: a Monitor, or the class.
     :param number: 0: never.
     :param die: an async function.
     :param trace: of the connections before, which count.
     """
     trace = [] if trace is None else trace
-    real = monitor._execute
 
-    async def execute(*arguments):
-        command, given = arguments[-2:]
-        # Of objects also which: the locks say what had begun, and what had ended.
-        trace.append(f"{command} {given['id']}" if command.startswith("object-") else command)
-        mine = len(trace)
-        if mine == number and moment == "before":
-            await die()
-        try:
-            return await real(*arguments)
-        finally:
-            if mine == number and moment == "after":
+    def counted(real, called):
+        async def call(*arguments):
+            trace.append(called(*arguments))
+            mine = len(trace)
+            if mine == number and moment == "before":
                 await die()
+            try:
+                return await real(*arguments)
+            finally:
+                if mine == number and moment == "after":
+                    await die()
 
-    monitor._execute = execute
+        return call
+
+    def command(*arguments):
+        name, given = arguments[-2:]
+        # Of objects also which: the locks say what had begun, and what had ended.
+        return f"{name} {given['id']}" if name.startswith("object-") else name
+
+    monitor._execute = counted(monitor._execute, command)
+    monitor.through = counted(monitor.through, lambda *_: ASKED)
     return trace
 
 

@@ -1,0 +1,24 @@
+"""Kill matrices of libvirt's domains, and all that it may be asked for in between: `make soak`."""
+
+import pytest
+from libvirtcrossed import OURS, cross_all
+from libvirthost import libvirt_host
+from libvirtkills import OPERATIONS, kill_all
+
+pytestmark = [pytest.mark.live, pytest.mark.soak]
+
+
+@pytest.fixture(scope="module")
+def host(qemu_binary):
+    with libvirt_host() as host:
+        yield host
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+async def test_killed_at_every_command(operation, host, vm_dir, qemu_binary):
+    await kill_all(host, operation, vm_dir, qemu_binary)
+
+
+@pytest.mark.parametrize("operation", OURS, ids=str)
+async def test_libvirt_is_asked_at_every_change(operation, host, vm_dir, qemu_binary):
+    await cross_all(host, operation, vm_dir, qemu_binary)
