@@ -1,0 +1,118 @@
+"""Many VMs of one host through one process: what `vms` and `metrics` take.
+
+python -m bench.fleet [--vms N ...] [--rounds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qmpblock.host.processes import die_with_parent
+from qmpblock.testing.images import Tools, find_qemu
+
+QMPBLOCK = [sys.executable, "-m", "qmpblock"]
+_MACHINE = ("-M", "pc", "-m", "16", "-S", "-accel", "tcg", "-nodefaults", "-display", "none")
+
+
+def fleet(folder: Path, tools: Tools, vms: int, rounds: int) -> None:
+    """Measure each command over so many VMs, each of one disk of two layers."""
+    with _running(folder, tools, vms) as addresses:
+        ways = {
+            "vms": ["vms", "--json"],
+            "metrics --no-map": ["metrics", "--no-map", "--json", *addresses],
+            "metrics": ["metrics", "--json", *addresses],
+        }
+        print(f"\n{vms} VMs, {rounds} rounds in turn:")
+        measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
+        _run([*QMPBLOCK, *ways["metrics"]], vms)  # until all of them have come up
+        for _ in range(rounds):
+            for name, words in ways.items():
+                measured[name].append(_run([*QMPBLOCK, *words], vms))
+        for name, times in measured.items():
+            wall, cpu, memory = (statistics.median(column) for column in zip(*times, strict=True))
+            print(
+                f"  {name:<18} {wall:>6.2f} s   processor {cpu:>6.2f} s   "
+                f"{1000 * wall / vms:>5.1f} ms a VM   {memory:>4.0f} MiB"
+            )
+
+
+@contextmanager
+def _running(folder: Path, tools: Tools, vms: int) -> Iterator[list[str]]:
+    """Run them; return their addresses."""
+    _make(folder, tools, vms)
+    processes = []
+    try:
+        for number in range(vms):
+            disk = {"driver": "qcow2", "node-name": "d0"}
+            disk["file"] = {"driver": "file", "filename": str(folder / f"{number}.qcow2")}
+            command = [
+                *(find_qemu(), *_MACHINE, "-name", f"vm{number}", "-blockdev", json.dumps(disk)),
+                *("-device", "virtio-blk-pci,drive=d0,id=vd0"),
+                *("-qmp", f"unix:{folder}/{number}.qmp,server=on,wait=off"),
+            ]
+            processes.append(subprocess.Popen(command, preexec_fn=die_with_parent()))
+        addresses = [str(folder / f"{number}.qmp") for number in range(vms)]
+        while not all(Path(one).exists() for one in addresses):
+            time.sleep(0.1)
+        yield addresses
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _make(folder: Path, tools: Tools, vms: int) -> None:
+    base, first = folder / "base.qcow2", folder / "0.qcow2"
+    for words in (
+        [tools.img, "create", "-q", "-f", "qcow2", base, "1G"],
+        [tools.io, "-f", "qcow2", "-c", "write -q 0 64M", base],
+        [tools.img, "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", first],
+        [tools.io, "-f", "qcow2", "-c", "write -q 32M 64M", first],
+    ):
+        subprocess.run([str(word) for word in words], check=True)
+    for number in range(1, vms):
+        subprocess.run(["cp", "--sparse=always", first, folder / f"{number}.qcow2"], check=True)
+
+
+def _run(command: list[str], vms: int) -> tuple[float, float, float]:
+    """Return seconds, those of the processor, and MiB; see that it told of all of them."""
+    with tempfile.TemporaryFile() as out:
+        began = time.monotonic()
+        process = subprocess.Popen(command, stdout=out)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.monotonic() - began
+        out.seek(0)
+        said = json.load(out)
+    seen = said["vms"] if isinstance(said, dict) else said
+    known = [one for one in seen if one.get("up") or one.get("status")]
+    assert process.returncode == 0, process.returncode
+    assert len(known) >= vms, len(known)
+    return wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__)
+    parser.add_argument("--vms", type=int, nargs="*", default=[1, 50, 200])
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    tools = Tools.of()
+    print(f"QEMU: {subprocess.check_output([tools.img, '--version'], text=True).splitlines()[0]}")
+    for vms in given.vms:
+        with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+            fleet(Path(folder), tools, vms, given.rounds)
+
+
+if __name__ == "__main__":
+    main()
