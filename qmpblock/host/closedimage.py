@@ -54,14 +54,14 @@ async def closed_image(
 
     :param format: of the image itself; None: as the suffix of its name tells. It is never probed,
         because a guest can forge its content; nor is that of a backing image.
-    :param stall: seconds without any word from qemu-img that count as a failure.
+    :param stall: seconds in which qemu-img does nothing that count as a failure.
     :raise NotFoundError: there is no such file.
     :raise RequestError: nothing tells a format, or the chain is endless.
     :raise UnsupportedError: a backing file is not a local file, or its format is not recorded, or
         the owner of the image that names it may not come to it.
     :raise ToolError: qemu-img is not here, or cannot read one of them; or a running VM holds the
         image. Of a plain qcow2 image `map` raises that.
-    :raise StalledError: qemu-img says nothing for the stall limit.
+    :raise StalledError: qemu-img does nothing for the stall limit.
     """
     tool, name = QemuImg(stall=stall), str(path)
     return ClosedImage(tool, await tool.chain(name, format or format_of(name), by_headers=True))

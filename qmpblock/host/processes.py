@@ -25,6 +25,7 @@ __all__ = [
     "family_of",
     "is_running",
     "pid_namespace",
+    "processor_time",
     "shown_words",
     "start_time",
     "times_slept",
@@ -124,6 +125,15 @@ def start_time(pid: int) -> int | None:
     fields = text.rpartition(")")[2].split()
     state, threads, start = fields[0], int(fields[17]), int(fields[19])
     return None if state in "ZX" and threads < 2 else start
+
+
+def processor_time(pid: int) -> tuple[bytes, ...]:
+    """Return how much of the processor a process has used (proc(5)); nothing once it has ended."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return ()
+    return tuple(words[11:13])
 
 
 def users_of(pid: int) -> tuple[int, ...]:

@@ -7,13 +7,10 @@ open (`qmpblock.host.handed`).
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import os
 import posixpath
-import resource
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,7 +19,6 @@ from qmpblock import luks
 from qmpblock.errors import (
     NotFoundError,
     RequestError,
-    StalledError,
     ToolError,
     UnsupportedError,
     printable,
@@ -31,13 +27,12 @@ from qmpblock.graph.jsonname import as_name, said_by
 from qmpblock.host.contents import Contents
 from qmpblock.host.handed import (
     HandedFiles,
-    MoreFiles,
     User,
     has_servers,
 )
 from qmpblock.host.imagechain import Image, ImageInfo, backing_of, blockdev
-from qmpblock.host.processes import end_child
-from qmpblock.host.toolwords import in_use_by_another, remedy
+from qmpblock.host.program import Program
+from qmpblock.host.toolwords import in_use_by_another
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
@@ -78,16 +73,11 @@ def handed_keys(files: HandedFiles, keys: Sequence[Key]) -> list[str]:
     return words
 
 
-class QemuImg:
-    """The qemu-img program.
-
-    :param program: its name or path.
-    :param stall: seconds without any output that count as a failure.
-    """
+class QemuImg(Program):
+    """The qemu-img program."""
 
     def __init__(self, program: str = "qemu-img", *, stall: float = 60.0) -> None:
-        self.program = program
-        self.stall = stall
+        super().__init__(program, stall=stall)
 
     async def chain(self, path: str, fmt: str, *, by_headers: bool = False) -> tuple[Image, ...]:
         """Follow a closed image's backing links, the active layer first.
@@ -382,110 +372,3 @@ class QemuImg:
 
         async for _ in self._lines(command, network=has_servers(base), known=known):
             pass
-
-    async def _lines(
-        self,
-        command: Callable[[HandedFiles], Sequence[str]],
-        *,
-        exclusive: bool = True,
-        given: str | None = None,
-        more: dict[str, Sequence[str]] | None = None,
-        **handed: Any,
-    ) -> AsyncGenerator[str, None]:
-        """Run qemu-img and yield what it prints, line by line.
-
-        :param command: hands the files, and returns the arguments.
-        :param given: what it is to read on stdin.
-        :param more: see `HandedFiles`, as the rest; what is found is added to it.
-        :raise ToolError: it cannot be started, or fails.
-        :raise UnsupportedError: it may not open one of the files.
-        :raise StalledError: it prints nothing, and does not end, for the stall limit.
-        """
-        more = {} if more is None else more
-        while True:
-            with HandedFiles(more=more, **handed) as files:
-                try:
-                    run = self._run(command(files), files, exclusive=exclusive, given=given)
-                    async with aclosing(run) as lines:
-                        async for line in lines:
-                            yield line
-                except MoreFiles as found:  # nothing was run
-                    more[found.file] = found.names
-                else:
-                    return
-
-    async def _run(
-        self,
-        arguments: Sequence[str],
-        files: HandedFiles,
-        *,
-        exclusive: bool = True,
-        given: str | None = None,
-        separator: bytes = b"\n",
-    ) -> AsyncGenerator[str, None]:
-        """Run qemu-img once; `separator` ends what counts as a line."""
-        command = [self.program, *map(files.shown, arguments)]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *files.command(self.program, arguments),
-                stdin=asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=_LINE,
-                pass_fds=files.descriptors,
-            )
-        except (OSError, ValueError) as error:  # too long an argument, or a NUL in one
-            raise ToolError(command, 127, str(error)) from None
-        with contextlib.suppress(OSError):  # it has ended
-            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # it may have keys
-        assert process.stdout is not None
-        assert process.stderr is not None
-        complaints = asyncio.ensure_future(process.stderr.read())
-        try:
-            if given is not None:
-                assert process.stdin is not None
-                process.stdin.write(given.encode())
-                process.stdin.write_eof()
-            while True:
-                line = await self._awaited(process, _line(process.stdout, separator))
-                if not line:
-                    break
-                yield line.decode(errors="replace")
-            complaint = await self._awaited(process, complaints)
-            code = await self._awaited(process, process.wait())
-        except TimeoutError:
-            raise StalledError(
-                f"{printable(' '.join(command), 1000)} printed nothing for {self.stall:g} s",
-                remedy="look whether the storage of the image hangs",
-            ) from None
-        except ValueError:
-            raise ToolError(command, 0, "it printed a line without an end") from None
-        finally:
-            complaints.cancel()
-            await asyncio.wait({complaints})
-            await end_child(process)
-        if code:
-            files.refuse(code, complaint)
-            said = files.shown(complaint.decode(errors="replace"))
-            raise ToolError(command, code, said, remedy=remedy(code, said, exclusive=exclusive))
-
-    async def _awaited(self, process: asyncio.subprocess.Process, what: Awaitable[_T]) -> _T:
-        """Wait for something of the program's, as long as it may take.
-
-        :raise TimeoutError: it is not there within the stall limit.
-        """
-        async with asyncio.timeout(self.stall):
-            return await what
-
-
-async def _line(stream: asyncio.StreamReader, separator: bytes) -> bytes:
-    """Read up to a separator, and that; or what is left.
-
-    :raise ValueError: it is too long.
-    """
-    try:
-        return await stream.readuntil(separator)
-    except asyncio.IncompleteReadError as error:
-        return error.partial
-    except asyncio.LimitOverrunError as error:
-        raise ValueError(str(error)) from None

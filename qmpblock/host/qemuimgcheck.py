@@ -10,8 +10,7 @@ from qmpblock.errors import ToolError, printable
 from qmpblock.graph.jsonname import as_name
 from qmpblock.host.handed import HandedFiles
 from qmpblock.host.imagechain import blockdev
-from qmpblock.host.qemuimg import Key, handed_keys
-from qmpblock.host.qemuimgcompare import QuietQemuImg
+from qmpblock.host.qemuimg import Key, QemuImg, handed_keys
 from qmpblock.host.toolwords import in_use_by_another
 from qmpblock.host.writers import in_use
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["QemuImgCheck"]
 
 
-class QemuImgCheck(QuietQemuImg):
+class QemuImgCheck(QemuImg):
     """The qemu-img program, checking."""
 
     async def free_leaks(self, path: str, fmt: str, file: FileId, keys: Sequence[Key] = ()) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qmpblock.errors import ToolError
 from qmpblock.graph.jsonname import as_name
@@ -15,37 +13,13 @@ from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.toolwords import in_use_by_another, mismatch_in, progress_in
 from qmpblock.host.writers import in_use
 
-__all__ = ["QemuImgCompare", "QuietQemuImg"]
+__all__ = ["QemuImgCompare"]
 
-_T = TypeVar("_T")
-
-_TICK = 1.0  # seconds between two looks whether it does something
 _SECTOR = 512  # bytes; qemu-img says no more of where it found a difference
 _DIFFERENT = 1  # exit code, as its manual has it; what fails is more
 
 
-class QuietQemuImg(QemuImg):
-    """The qemu-img program, doing what it may say nothing of for long."""
-
-    async def _awaited(self, process: asyncio.subprocess.Process, what: Awaitable[_T]) -> _T:
-        """Wait as long as it uses the processor: of a large image it may say nothing for long."""
-        awaited = asyncio.ensure_future(what)
-        clock = asyncio.get_running_loop().time
-        used, moved = _processor_time(process.pid), clock()
-        try:
-            while not awaited.done():
-                await asyncio.wait({awaited}, timeout=min(_TICK, self.stall))
-                now = _processor_time(process.pid)
-                if now != used:
-                    used, moved = now, clock()
-                elif clock() - moved >= self.stall and not awaited.done():
-                    raise TimeoutError
-            return awaited.result()
-        finally:
-            awaited.cancel()
-
-
-class QemuImgCompare(QuietQemuImg):
+class QemuImgCompare(QemuImg):
     """The qemu-img program, comparing: the cheapest way where it can open both images."""
 
     async def compare(
@@ -99,12 +73,3 @@ class QemuImgCompare(QuietQemuImg):
                 raise in_use("one of the images", error.stderr) from None
             raise
         return None
-
-
-def _processor_time(pid: int) -> tuple[bytes, ...]:
-    """Return how much of the processor a process has used; nothing once it has ended."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return ()
-    return tuple(words[11:13])

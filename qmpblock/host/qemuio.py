@@ -10,14 +10,14 @@ from qmpblock.graph.jsonname import as_name
 from qmpblock.host.contents import Contents
 from qmpblock.host.handed import HandedFiles
 from qmpblock.host.imagechain import blockdev
-from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.program import Program
 
 __all__ = ["QemuIo", "null_data"]
 
 _PIECE = 4 << 20  # bytes that qemu-io writes at a time; larger ones take new memory each time
 
 
-class QemuIo(QemuImg):
+class QemuIo(Program):
     """The qemu-io program, for images that nobody uses yet."""
 
     def __init__(self, program: str = "qemu-io", *, stall: float = 60.0) -> None:
