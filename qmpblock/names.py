@@ -45,6 +45,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-null          what measuring a migration's wire reads, and
                                                      what it writes to: nothing
                           qmpblock-RUN-paused        meanwhile the VM is paused by us
+                          qmpblock-RUN-stopped       at a migration's source: somebody else has
+                                                     stopped the guest, which is to stay so
     exports               qmpblock-RUN-N             export N, and its export name
     named descriptors     qmpblock-RUN-N             our end of its connection
                           qmpblock-RUN-listen        listening socket
@@ -170,6 +172,7 @@ __all__ = [
     "run_of",
     "run_of_journal",
     "socket_folder",
+    "stopped_node",
     "storage_node",
     "stream_job",
     "stream_socket",
@@ -514,6 +517,11 @@ def fleecing_nodes(run: str, number: int) -> tuple[str, str, str]:
 def paused_node(run: str) -> str:
     """Return the node that says that a run has paused the VM, for as long as it is there."""
     return _named(run, "paused")
+
+
+def stopped_node(run: str) -> str:
+    """Return the node that says that somebody else has stopped a guest that migrates."""
+    return _named(run, "stopped")
 
 
 def blocker_name(run: str) -> str:

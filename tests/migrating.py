@@ -23,6 +23,8 @@ from qmpblock.testing import StressSpec, Tools, build, check_acknowledged, parse
 MIB = 1 << 20
 NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser()
 OLD_MACHINE = "pc-i440fx-7.2"
+SPEED = 16 * MIB  # what a guest that is busy writes to its memory without end is more
+ROOM = ["-m", "64"]
 ALIKE = ("-smp", "1,maxcpus=2,sockets=2,cores=1")  # of several cores 11.1 says more by CPUID
 CONTROLLER = """\
 import asyncio, json, os, signal, sys
@@ -33,10 +35,13 @@ from qmpblock.qemu.monitor import Monitor
 source, destination, phase, options = sys.argv[1:]
 options = json.loads(options)
 options["means"] = qmpblock.MigrationMeans(**options.pop("means", {}))
+stop = options.pop("stop", "")
 enter = Passage.enter
 
 async def die(self, now):
     await enter(self, now)
+    if now.value == stop:
+        await self.source.monitor.execute("stop")
     if now.value == phase:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -174,6 +179,22 @@ async def stressed(vm, rate=300):
     return vm
 
 
+@contextlib.asynccontextmanager
+async def busy(vm):
+    """Have the guest write to much of its memory, again and again; it needs `ROOM`."""
+
+    async def write():
+        while True:
+            await vm.guest.dirty(32)
+
+    task = asyncio.create_task(write())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 @contextlib.contextmanager
 def at(monkeypatch, phase, do):
     """Do something as soon as that phase has begun, once; `copying`: once the mirrors run."""
@@ -270,7 +291,7 @@ async def dies_in(phase, source, destination, *, address=None, **options):
     `marked`: about to pause the guest; `paused`: it has.
 
     `address`: of the destination, where that is not its monitor's path; `means`: fields of
-    `MigrationMeans`.
+    `MigrationMeans`; `stop`: a phase in which somebody else stops the guest.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", CONTROLLER, source.monitor_path),

@@ -10,6 +10,7 @@ here, as measured. Everything may happen in any order, between any two steps:
   may be killed and run again;
 - either QEMU dies, the wire between them is cut or falls silent, each as often as `failures` says;
   the storage daemon that has the destination's images dies, or cannot be ended;
+- somebody else stops the guest, and may continue it, as long as the source does not hold it;
 - on request the engine pauses the guest, at any moment until the source holds it. QEMU takes what
   its monitors are sent in turn: the `stop` of one that was killed is carried out before what a
   recovery sees, or never.
@@ -67,13 +68,15 @@ class Recoverer(NamedTuple):
         storage daemon did not end; `needless`, if it
         asked what both sides tell; `wrong`, if what it says is.
     :ivar reaches: which sides it can reach.
-    :ivar move: what it is about to do; `last`: whether that is the end of it.
+    :ivar move: what it is about to do; `last`: whether that is the end of it; `knows`: whether it
+        has seen that somebody else stopped the guest.
     """
 
     at: str = "idle"
     reaches: str = ""
     move: str = ""
     last: bool = False
+    knows: bool = False
 
 
 class World(NamedTuple):
@@ -82,10 +85,12 @@ class World(NamedTuple):
     :ivar daemon: the storage daemon, while there is one: `alive`, or `stuck`: it does not end.
     :ivar marked: whether it says at the source that the migration pauses the guest; `stands`:
         whether it has.
+    :ivar halted: whether somebody else has stopped it; `says`: whether the source says that.
     :ivar sent: whether the rest of the guest is on its way to the destination, or the answer back.
     :ivar whole: whether the mirrors have ended. `loaded`: whether the destination ever had the
         guest; `ran`: whether it ever ran there.
-    :ivar arbiter: which side it says, if any.
+    :ivar arbiter: which side it says, if any. `mark`: whether there is one; `tells`: whether that
+        says that somebody else stopped the guest.
     :ivar phase: what the journal says.
     :ivar pc: the engine's next move; -1 where it is dead, or done.
     :ivar slots: what somebody sent who does not wait for it any more.
@@ -97,12 +102,15 @@ class World(NamedTuple):
     wire: str = "ok"
     marked: bool = False
     stands: bool = False
+    halted: bool = False
+    says: bool = False
     sent: str = ""
     whole: bool = False
     loaded: bool = False
     ran: bool = False
     arbiter: str = ""
     mark: bool = False
+    tells: bool = False
     phase: str = Phase.CHECKED.value
     pc: int = 0
     finished: bool = False
@@ -124,6 +132,10 @@ class Rules:
     pause: bool = False  # whether the engine may pause the guest
     marked: bool = True  # whether it says so at the source
     stays: bool = False  # whether a guest that stood before it was held is `postmigrate` (7.2)
+    halts: bool = False  # whether somebody else may stop the guest
+    says: bool = True  # whether the source says so; the journal; the mark
+    writes: bool = True
+    marks: bool = True
 
 
 class Found(Exception):  # noqa: N818 - no error: what the exploration is for
@@ -210,6 +222,10 @@ class Model:
             return "the guest runs on images that another process writes to"
         if world.destination == "runs" and not world.whole:
             return "the guest runs on images that are not whole"
+        if world.halted and (world.destination == "runs" or world.source == "reclaimed"):
+            return "a guest that somebody had stopped runs"
+        if world.halted and not world.stands:
+            return "a guest that somebody had stopped runs"
         if world.source == "away" and not world.loaded:
             return "the source says completed, and the destination has not got the guest"
         for one in (world.with_journal, world.without):
@@ -226,7 +242,7 @@ class Model:
         handed = world.arbiter == THERE or world.ran
         owner = world.destination if handed else world.source
         stands = owner not in (*RUNNING, "runs") or (world.stands and not handed)
-        if owner != GONE and stands and self._all_reached(world):
+        if owner != GONE and stands and not world.halted and self._all_reached(world):
             return "nobody runs, and nobody was asked"
         return ""
 
@@ -248,6 +264,11 @@ class Model:
             yield f"lost: {move}", rest
         if world.pc >= 0:
             yield from self._engine(world)
+        if self.rules.halts and world.source in ("home", "active") and world.pc >= 0:
+            if world.halted:
+                yield "somebody continues it", world._replace(halted=False, stands=False)
+            elif not world.stands and not world.marked:
+                yield "somebody stops it", world._replace(halted=True, stands=True)
         yield from self._recovery(world, "with_journal")
         if world.pc < 0 and not world.finished:
             yield from self._recovery(world, "without")
@@ -275,8 +296,15 @@ class Model:
         ):
             yield "destination exits", world._replace(destination=GONE)
 
-    def effect(self, world: World, move: Move, reaches: str) -> World:
-        """Return what a move that arrives does."""
+    def effect(self, world: World, move: Move, reaches: str, *, knows: bool | None = None) -> World:
+        """Return what a move that arrives does.
+
+        :param knows: whether who makes it knows that somebody else stopped the guest; None: it
+            does if that is so.
+        """
+        if move is Move.MARK and not world.mark and world.destination != GONE:
+            knows = world.says if knows is None else knows
+            world = world._replace(tells=knows and self.rules.marks)
         if move in (Move.UNEXPORT, Move.END_IMAGES) and world.daemon == "alive":
             return world._replace(daemon="")
         if reaches != THERE and world.source != GONE:
@@ -292,6 +320,8 @@ class Model:
                 return world._replace(source="failed")
             comes = "comes" if destination == "waits" else destination
             return world._replace(source="active", destination=comes)
+        if move is Move.SAY_STOPPED and source == "held":
+            return world._replace(says=world.halted)
         if move is Move.END_MIRRORS and source == "held":
             return world._replace(whole=True)
         if move is Move.CONTINUE and source == "held":
@@ -333,7 +363,9 @@ class Model:
         planned = self.rules.order[world.pc]
         entered = world._replace(phase=planned.enters.value if planned.enters else world.phase)
         if self._may(world, planned.move):
-            after = self.effect(entered, planned.move, BOTH)
+            # It knows of one that was stopped, and leaves it.
+            leaves = planned.move is Move.CONT_DESTINATION and world.says
+            after = entered if leaves else self.effect(entered, planned.move, BOTH)
             if planned.move is Move.MIRROR and self.rules.daemon:
                 after = after._replace(daemon="alive")
             last = world.pc + 1 == len(self.rules.order)
@@ -362,6 +394,8 @@ class Model:
             return world.daemon != "stuck"
         if move is Move.AWAIT_HELD:
             return world.source == "held"
+        if move is Move.SAY_STOPPED:
+            return world.source == "held"
         if move is Move.END_MIRRORS:
             return world.source == "held" and world.wire == "ok"
         if move is Move.AWAIT_LANDED:
@@ -386,15 +420,24 @@ class Model:
             here = self._shown(world) if one.reaches != THERE else UNREACHED
             there = world.destination if one.reaches != HERE else UNREACHED
             phase = world.phase if name == "with_journal" else ""
+            written = self.rules.writes and not (phase and Phase(phase).before(Phase.SENT))
+            stopped = (
+                self.rules.says and world.says,
+                world.tells,
+                bool(phase) and written and world.says,
+            )
             said = here, world.arbiter, world.marked, there, world.mark
-            decision = _decide(phase, *said, bool(world.daemon))
+            decision = _decide(phase, *said, bool(world.daemon), stopped)
+            seen = (here not in (GONE, UNREACHED), there not in (GONE, UNREACHED), True)
+            stopped = tuple(a and b for a, b in zip(stopped, seen, strict=True))
             after = _decided(one.reaches, {here, there}, decision)
+            after = after._replace(knows=any(stopped) and decision.move is Move.MARK)
             if decision.last and decision.owner is Side.SOURCE and world.ran:
                 after = Recoverer("wrong")
             yield f"{name}: {decision.why}", become(after)
         elif one.at == "do":
             move = Move[one.move]
-            after = self.effect(world, move, one.reaches)
+            after = self.effect(world, move, one.reaches, knows=one.knows)
             if name == "with_journal" and move is Move.MARK:
                 after = after._replace(phase=Phase.HANDED.value)
             at = "done" if one.last else "look"
@@ -432,7 +475,8 @@ class Model:
             planned = self.rules.order[world.pc]
             entered = planned.enters.value if planned.enters else world.phase
             yield "failure: engine killed", world._replace(pc=-1)
-            if room and self._may(world, planned.move):
+            leaves = planned.move is Move.CONT_DESTINATION and world.says
+            if room and not leaves and self._may(world, planned.move):
                 sent = world._replace(pc=-1, slots=(*world.slots, planned.move.name), phase=entered)
                 if planned.move is Move.MIRROR and self.rules.daemon:
                     sent = sent._replace(daemon="alive")
@@ -467,12 +511,21 @@ def _without_what_is_over(world: World) -> World:
 
 @cache
 def _decide(
-    phase: str, here: str, arbiter: str, paused: bool, there: str, mark: bool, daemon: bool
+    phase: str,
+    here: str,
+    arbiter: str,
+    paused: bool,
+    there: str,
+    mark: bool,
+    daemon: bool,
+    stopped: tuple[bool, bool, bool],
 ) -> Decision:
+    says, marks, written = stopped
     return decide(
         Phase(phase) if phase else None,
-        _seen(SOURCE, here, Side(arbiter) if arbiter else None, paused=paused),
-        _seen(DESTINATION, there, Side.DESTINATION if mark else None),
+        _seen(SOURCE, here, Side(arbiter) if arbiter else None, paused=paused, stopped=says),
+        _seen(DESTINATION, there, Side.DESTINATION if mark else None, stopped=marks),
+        stopped=written,
         images=Reach.ANSWERS if daemon else Reach.GONE,
         choice=Choice.UNDO if phase else Choice.CONTINUE,
     )
@@ -484,9 +537,10 @@ def _seen(
     decided: Side | None,
     *,
     paused: bool = False,
+    stopped: bool = False,
 ) -> Seen:
     if what == UNREACHED:
         return Seen(Reach.UNREACHABLE)
     if what == GONE:
         return Seen(Reach.GONE)
-    return Seen(Reach.ANSWERS, *shows[what], decided, paused)
+    return Seen(Reach.ANSWERS, *shows[what], decided, paused, stopped)

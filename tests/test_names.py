@@ -82,6 +82,7 @@ TABLE = [
         ("qmpblock-0123abcd-2-view", "qmpblock-0123abcd-2-filter", "qmpblock-0123abcd-2-kept"),
     ),
     (names.paused_node(RUN), "qmpblock-0123abcd-paused"),
+    (names.stopped_node(RUN), "qmpblock-0123abcd-stopped"),
     (names.blocker_name(RUN), "qmpblock-0123abcd-no-migration"),
     (names.export_name(RUN, 3), "qmpblock-0123abcd-3"),
     (names.listener_name(RUN), "qmpblock-0123abcd-listen"),

@@ -169,15 +169,18 @@ async def clear(
     dry_run: bool = False,
     tell: Callable[[str, Step], None] | None = None,
     carry_on: CarryOn | None = None,
+    known: bool = False,
 ) -> list[Recovery]:
     """Undo all that controllers that died left in a VM. See `VM.recover`.
 
     :param carry_on: what is done with a change instead, if anything.
+    :param known: whether the images are known to be this QEMU's, though it does not show it.
     """
     if dry_run:
         return await _foresee_all(vm, carry_on)
     try:
-        await ownership.ask(vm.monitor)
+        if not known:
+            await ownership.ask(vm.monitor)
     except UnsupportedError:
         # There may be nothing to do, and that can be said. What there is would be done to
         # images that are somebody else's: a change that is undone writes, too.

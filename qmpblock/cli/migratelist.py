@@ -10,7 +10,7 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.joboutput import warn
-from qmpblock.cli.migration import WHAT
+from qmpblock.cli.migration import WHAT, said_of_guest
 from qmpblock.cli.progress import Reporter, reporting_many
 
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ def _sum_up(results: tuple[ListedResult, ...]) -> None:
         elif one.state == "presumed":
             said = "presumably the guest had gone over before"
         elif one.result is not None:
-            said = (
-                f"the guest runs at the destination; it stood for "
-                f"{one.result.downtime * 1e3:.0f} ms, and all took {one.seconds:.1f} s"
-            )
+            said = f"{said_of_guest(one.result)}, and all took {one.seconds:.1f} s"
         click.echo(f"{one.migration.name}: {said}")
     counts = {state: sum(one.state == state for one in results) for state in _WORDS}
     told = ", ".join(f"{number} {_WORDS[state]}" for state, number in counts.items() if number)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qmpblock.migration.means import MigrationMeans
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["WHAT", "migrated"]
+__all__ = ["WHAT", "migrated", "said_of_guest"]
 
 WHAT = "migration"
 
@@ -80,7 +80,7 @@ async def migrated(
                     show(seen)
     except asyncio.CancelledError:
         if job is not None and job.result is not None:
-            click.echo("too late: the guest had gone over, and runs at the destination", err=True)
+            click.echo("too late: the guest had gone over to the destination", err=True)
         raise
     result = job.result
     assert result is not None  # leaving without an error sets it
@@ -107,11 +107,7 @@ def _draw(result: MigrationResult, path: str) -> bool:
 
 
 def _say(result: MigrationResult) -> None:
-    paused = f" ({result.paused:.1f} s of them paused)" if result.paused else ""
-    click.echo(
-        f"the guest runs at the destination; it stood for {result.downtime * 1e3:.0f} ms{paused}, "
-        f"and all took {result.seconds:.1f} s"
-    )
+    click.echo(f"{said_of_guest(result)}, and all took {result.seconds:.1f} s")
     for disk in result.disks:
         click.echo(
             f"  {printable(disk.disk)}: {human_size(disk.size)}, {human_size(disk.copied)} copied "
@@ -131,6 +127,17 @@ def _say(result: MigrationResult) -> None:
         if result.source == "ended"
         else "  the source stays, postmigrate: end it (quit), and never continue it"
     )
+
+
+def said_of_guest(result: MigrationResult) -> str:
+    """Say where it is, and for how long it stood."""
+    if result.destination == "paused":
+        return (
+            "the guest is at the destination, paused there, as somebody else had it at the source "
+            "(cont has it go on)"
+        )
+    paused = f" ({result.paused:.1f} s of them paused)" if result.paused else ""
+    return f"the guest runs at the destination; it stood for {result.downtime * 1e3:.0f} ms{paused}"
 
 
 def _took(one: PhaseTime) -> str:

@@ -57,9 +57,11 @@ def timeline_of(result: MigrationResult) -> Timeline:
             for name, bar in bars.items()
             if name in shown and bar.stop > moment[0] and bar.start < moment[1]
         )
+    stood = f"the guest stood for {duration(result.longest_stall)}"
+    if result.destination == "paused":
+        stood = "the guest is paused, as somebody else had it"
     return Timeline(
-        f"migration: {duration(result.seconds)}, the guest stood for "
-        f"{duration(result.longest_stall)}",
+        f"migration: {duration(result.seconds)}, {stood}",
         result.seconds,
         tuple(rows),
         moment,

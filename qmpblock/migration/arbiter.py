@@ -23,9 +23,9 @@ from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.refusals import duplicate_object, tolerate
 from qmpblock.versioned import UnreadableError, plain, read, stamped, unstamped
 
-__all__ = ["claim", "decided", "mark", "went_to", "withdraw"]
+__all__ = ["claim", "decided", "is_stopped", "mark", "went_to", "withdraw"]
 
-_SIDE, _TO = "side", "to"
+_SIDE, _TO, _STOPPED = "side", "to", "stopped"
 
 
 async def claim(source: Monitor, run: str, side: Side, *, to: VMIdentity | None = None) -> Side:
@@ -50,9 +50,12 @@ async def claim(source: Monitor, run: str, side: Side, *, to: VMIdentity | None 
     return said
 
 
-async def mark(destination: Monitor, run: str) -> None:
-    """Say at the destination that the arbiter decided for it. Idempotent."""
-    await _add(destination, run, Side.DESTINATION)
+async def mark(destination: Monitor, run: str, *, stopped: bool = False) -> None:
+    """Say at the destination that the arbiter decided for it. Idempotent.
+
+    :param stopped: whether the guest is to stay stopped, as somebody had it.
+    """
+    await _add(destination, run, Side.DESTINATION, {_STOPPED: True} if stopped else {})
 
 
 async def decided(monitor: Monitor, run: str) -> Side | None:
@@ -80,11 +83,20 @@ async def went_to(source: Monitor, run: str) -> VMIdentity | None:
     """Return the process to which the arbiter says that the guest has gone; None: it says none."""
     if await decided(source, run) is not Side.DESTINATION:
         return None
-    said = unstamped(json.loads(await data_of(source, handover_name(run)) or "{}")).get(_TO)
+    said = (await _said(source, run)).get(_TO)
     try:
         return None if said is None else read(VMIdentity, said)
     except UnreadableError:
         return None  # of a version that says it otherwise
+
+
+async def is_stopped(monitor: Monitor, run: str) -> bool:
+    """Whether the mark says that the guest is to stay stopped. To be asked where there is one."""
+    return bool((await _said(monitor, run)).get(_STOPPED))
+
+
+async def _said(monitor: Monitor, run: str) -> dict[str, Any]:
+    return unstamped(json.loads(await data_of(monitor, handover_name(run)) or "{}"))
 
 
 async def withdraw(monitor: Monitor, run: str) -> None:

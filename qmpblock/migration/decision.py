@@ -26,7 +26,7 @@ What does not follow from these, a person decides (`Decision.ask`); what he says
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmpblock.changes.step import Choice
 from qmpblock.migration.states import ACTIVE, SETTLING, Move, Phase, Reach, Seen, Side
@@ -41,6 +41,11 @@ _HOMEWARD = frozenset(
 )
 #: What a source shows that has its guest again, which was paused before (F40).
 _PAUSED = frozenset({"paused", "postmigrate"})
+#: What is done instead where the guest is to stay stopped.
+_STANDING = {
+    Move.CONT_SOURCE: (Side.SOURCE, Move.FINISH_SOURCE),
+    Move.CONT_DESTINATION: (Side.DESTINATION, Move.FINISH_DESTINATION),
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def decide(
     source: Seen,
     destination: Seen,
     *,
+    stopped: bool = False,
     images: Reach = Reach.GONE,
     choice: Choice = Choice.UNDO,
     force: Side | None = None,
@@ -73,12 +79,17 @@ def decide(
     """Return what is to be done next.
 
     :param phase: what the journal says; None where there is none.
+    :param stopped: whether it says that somebody else has stopped the guest, which stays so then.
     :param images: what can be known of the storage daemon that has the destination's images.
     :param choice: which way it is to go where both are safe: UNDO, back to the source.
     :param force: the side on which a person says that the guest is to go on. Used where it cannot
         be told, and never against what can be seen.
     """
     decision = _of_both(phase, source, destination, choice, force)
+    if decision.move in _STANDING and (stopped or source.stopped or destination.stopped):
+        owner, move = _STANDING[decision.move]
+        why = f"{decision.why}, stopped as somebody had it"
+        decision = replace(decision, owner=owner, move=move, why=why, last=True)
     if images is Reach.GONE or (decision.move in _HOMEWARD and not decision.last):
         return decision
     return Decision(

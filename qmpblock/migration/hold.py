@@ -105,18 +105,19 @@ class Hold:
     async def _write(self, phase: Phase) -> None:
         self._journal = await asyncio.to_thread(MigrationJournal.create, self.record, phase)
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, *, stopped: bool = False) -> None:
         """Write that a phase is entered, before what it stands for is done.
 
         Those that the two sides tell themselves are not written: some are entered while the guest
         stands. `handed` cannot fail: arbiter and mark say it too, and there is no way back.
 
+        :param stopped: whether somebody else has stopped the guest, which is to stay so.
         :raise Error: it cannot be written.
         """
         if phase not in _WRITTEN or self._journal is None:
             return
         try:
-            self._journal.enter(phase)
+            self._journal.enter(phase, stopped=stopped)
         except Error as error:
             if phase is not Phase.HANDED:
                 raise

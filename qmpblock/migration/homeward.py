@@ -191,6 +191,9 @@ class Homeward:
             )
         # First the one that must not run: where both have the same images, it has them locked.
         await passage.landing.give_up()
+        if passage.stopped:
+            self._runs = False
+            return
         await wayback.cont(passage.source)
 
     async def _lost(self, error: BaseException) -> None:

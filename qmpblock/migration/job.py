@@ -78,7 +78,7 @@ class MigratedBitmap:
 
 @dataclass(frozen=True)
 class MigrationResult:
-    """What a migration came to: the guest runs at the destination.
+    """What a migration came to: the guest is at the destination.
 
     :ivar disks: that were copied; empty where they are shared.
     :ivar seconds: in all; `downtime`: for which the guest stood, from QEMU's word that it had
@@ -94,6 +94,8 @@ class MigrationResult:
     :ivar phases: what each took, in their order.
     :ivar passes: over the memory, as far as they were seen.
     :ivar source: what became of the source's QEMU: `postmigrate`, or `ended`.
+    :ivar destination: whether the guest is `running` there; or `paused`, for somebody else stopped
+        it on the way.
     :ivar warnings: what is worth acting on.
     :ivar notices: what was done on request for it to end, and when that was said.
     :ivar paused: seconds of that standstill for which it was paused, on request, until the source
@@ -115,6 +117,7 @@ class MigrationResult:
     warnings: tuple[str, ...]
     notices: tuple[Notice, ...] = ()
     paused: float = 0.0
+    destination: Literal["running", "paused"] = "running"
 
 
 class MigrationJob(Feed[Progress]):
@@ -127,7 +130,7 @@ class MigrationJob(Feed[Progress]):
     :ivar phase: in which it is.
     :ivar warnings: known by now.
     :ivar notices: what was done by now, on request, for it to end; each before it takes effect.
-    :ivar result: what it came to; None before the guest runs at the destination and all is
+    :ivar result: what it came to; None before the guest is at the destination and all is
         cleaned up.
     :ivar over: whether it has ended.
     """

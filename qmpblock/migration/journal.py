@@ -23,7 +23,7 @@ from qmpblock.versioned import UnreadableError, stamped, unstamped
 
 __all__ = ["MigrationJournal", "journals"]
 
-_PHASE = "phase"
+_PHASE, _STOPPED = "phase", "stopped"
 
 
 class MigrationJournal:
@@ -32,11 +32,21 @@ class MigrationJournal:
     All I/O is synchronous: a phase is on stable storage when the call returns.
 
     :ivar phase: which was entered last.
+    :ivar stopped: whether it says that somebody else has stopped the guest, which is to stay so.
     """
 
-    def __init__(self, record: MigrationRecord, file: JournalFile, lines: bytes, phase: Phase):
+    def __init__(
+        self,
+        record: MigrationRecord,
+        file: JournalFile,
+        lines: bytes,
+        phase: Phase,
+        *,
+        stopped: bool = False,
+    ):
         self.record = record
         self.phase = phase
+        self.stopped = stopped
         self._file = file
         self._lines = lines
 
@@ -71,14 +81,16 @@ class MigrationJournal:
             )
         return cls(record, file, lines, phase)
 
-    def enter(self, phase: Phase) -> None:
+    def enter(self, phase: Phase, *, stopped: bool = False) -> None:
         """Say that what a phase stands for is about to be done.
 
+        :param stopped: whether somebody else has stopped the guest; once said it stays so.
         :raise Error: it cannot be written; then it must not be done.
         """
         if phase is self.phase:
             return
-        lines = self._lines + _entered(self._lines, phase)
+        stopped = stopped or self.stopped
+        lines = self._lines + _entered(self._lines, phase, stopped=stopped)
         try:
             self._file.become(lines)
         except OSError as error:
@@ -87,7 +99,7 @@ class MigrationJournal:
                 remedy="make room there",
             ) from None
         self._lines = lines
-        self.phase = phase
+        self.phase, self.stopped = phase, stopped
 
     def remove(self) -> None:
         """Remove it: there is nothing left to recover. Idempotent.
@@ -131,10 +143,10 @@ def _parsed(file: JournalFile, data: bytes) -> MigrationJournal:
     try:
         first, *rest = (_object(line) for line in lines.splitlines())
         record = read_record(unstamped(first))
-        phase = Phase.CHECKED
+        phase, stopped = Phase.CHECKED, False
         for entry in rest:
             if _PHASE in entry:
-                phase = Phase(entry[_PHASE])
+                phase, stopped = Phase(entry[_PHASE]), bool(entry.get(_STOPPED))
     except (UnreadableError, ValueError) as error:
         raise RecordError(
             f"the journal {printable(file.path)} is ours by its name and cannot be read: {error}",
@@ -144,12 +156,12 @@ def _parsed(file: JournalFile, data: bytes) -> MigrationJournal:
             "runs before anything is done, then remove it",
             path=file.path,
         ) from None
-    return MigrationJournal(record, file, lines, phase)
+    return MigrationJournal(record, file, lines, phase, stopped=stopped)
 
 
-def _entered(lines: bytes, phase: Phase) -> bytes:
+def _entered(lines: bytes, phase: Phase, *, stopped: bool = False) -> bytes:
     """Return the line that follows these."""
-    return sealed(None, lines, {_PHASE: phase.value})
+    return sealed(None, lines, {_PHASE: phase.value} | ({_STOPPED: True} if stopped else {}))
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Outward:
             Move.AWAIT_READY: self._await_ready,
             Move.MIGRATE: self._migrate,
             Move.AWAIT_HELD: passage.stream.until_held,
+            Move.SAY_STOPPED: self._say_stopped,
             Move.END_MIRRORS: self._end_mirrors,
             Move.UNEXPORT: passage.landing.end_exports,
             Move.CONTINUE: passage.stream.go_on,
@@ -146,6 +147,12 @@ class Outward:
         await self._passage.bitmaps.prepare()
         await self._passage.stream.prepare()
 
+    async def _say_stopped(self) -> None:
+        passage = self._passage
+        passage.stopped = passage.stream.stood_before and not passage.pause.stands
+        if passage.stopped:
+            await wayback.mark_stopped(passage.source, passage.record.run)
+
     async def _end_mirrors(self) -> None:
         passage = self._passage
         # It is the last moment in which what is copied can be kept.
@@ -187,10 +194,14 @@ class Outward:
             )
 
     async def _mark(self) -> None:
-        await arbiter.mark(self._passage.landing.vm.monitor, self._passage.record.run)
+        passage = self._passage
+        await arbiter.mark(passage.landing.vm.monitor, passage.record.run, stopped=passage.stopped)
 
     async def _cont(self) -> None:
         passage = self._passage
+        if passage.stopped:
+            passage.job.say("the guest stays paused: somebody else had stopped it at the source")
+            return
         runs, stood = told_at(await passage.landing.run()), passage.stream.stopped
         passage.job.course.resumes(time.monotonic())
         if runs is not None and stood is not None:

@@ -30,7 +30,14 @@ from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
 from qmpblock.migration.storage import Storage, check_can_block
 from qmpblock.migration.stream import Stream
-from qmpblock.names import lock_names, new_run, paused_node, stream_wire, wire_credentials
+from qmpblock.names import (
+    lock_names,
+    new_run,
+    paused_node,
+    stopped_node,
+    stream_wire,
+    wire_credentials,
+)
 
 if TYPE_CHECKING:
     from qmpblock.migration.look import Plan
@@ -56,6 +63,7 @@ class Passage:
     `qmpblock.migration.outward` has the guest go over, `qmpblock.migration.homeward` has it stay.
 
     :ivar settled: whether nothing is left to recover.
+    :ivar stopped: whether somebody else has stopped the guest, which stays so, wherever it ends.
     :ivar downtime: seconds for which the guest stood; 0: not known.
     :ivar warnings: what is worth acting on.
     """
@@ -82,6 +90,7 @@ class Passage:
         self.change = Change(source, record, journaled=False)
         self.hold = hold
         self.settled = False
+        self.stopped = False
         self.storage = storage
         self.means = means
         self.images = images
@@ -151,6 +160,7 @@ class Passage:
                 *filter(None, storage.shields),
                 *(node for node, _ in storage.wires),
                 *((paused_node(run),) if means.pause_after else ()),
+                stopped_node(run),
             ),
             wires=(*storage.wires, *(((stream_wire(run), ""),) if secured else ())),
             images=images_of(source.monitor.peer_pid, chains),
@@ -228,7 +238,7 @@ class Passage:
 
     async def enter(self, phase: Phase) -> None:
         """Say that a phase begins, before what it stands for is done."""
-        self.hold.enter(phase)
+        self.hold.enter(phase, stopped=self.stopped)
         self.job.enter(phase)
 
     def _show(self, seen: Progress) -> None:
@@ -283,6 +293,7 @@ class Passage:
             phases=course.phases(now),
             passes=course.passes(),
             source="ended" if ended else "postmigrate",
+            destination="paused" if self.stopped else "running",
             warnings=tuple(self.warnings),
             notices=self.job.notices,
             paused=course.stood_before if self.pause.stands else 0.0,

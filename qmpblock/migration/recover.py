@@ -233,6 +233,13 @@ class _Recovering:
         journal = self._migration.journal
         return None if journal is None else journal.phase
 
+    @property
+    def _stopped(self) -> bool:
+        """Whether anything says that somebody else has stopped the guest, which is to stay so."""
+        journal = self._migration.journal
+        written = journal is not None and journal.stopped
+        return written or any(side.stopped for side in self._seen)
+
     async def foresee(self) -> Recovery:
         """Say what is to be done first. Changes nothing."""
         for _, vm in self._migration.sides:
@@ -286,6 +293,7 @@ class _Recovering:
         decision = decide(
             self._phase,
             *self._seen,
+            stopped=self._stopped,
             images=Reach.ANSWERS if left else Reach.GONE,
             choice=self._choice,
             force=self._force,
@@ -372,8 +380,8 @@ class _Recovering:
             assert destination is not None
             if move is Move.MARK:
                 if migration.journal is not None:
-                    migration.journal.enter(Phase.HANDED)
-                await arbiter.mark(destination.monitor, run)
+                    migration.journal.enter(Phase.HANDED, stopped=self._stopped)
+                await arbiter.mark(destination.monitor, run, stopped=self._stopped)
             else:
                 await wayback.cont(destination)
         else:
@@ -410,7 +418,7 @@ class _Recovering:
                 await arbiter.withdraw(vm.monitor, self._record.run)
             await lock.release(vm.monitor, MIGRATION_LOCK)
             await wayback.cut(vm.monitor, self._record.run)  # a silent wire would keep its node
-            await _clear(vm)
+            await _clear(vm, known=source.run == "postmigrate")  # with a guest that was stopped
         self._leave_no_trace()
 
     async def _finish_destination(self) -> None:
@@ -427,7 +435,7 @@ class _Recovering:
             await arbiter.withdraw(there.monitor, self._record.run)
             await _drop_credentials(there, self._record.run)
             await lock.release(there.monitor, MIGRATION_LOCK)
-            await _clear(there)
+            await _clear(there, known=destination.run == "paused")
         self._leave_no_trace()
 
     def _leave_no_trace(self) -> None:
@@ -436,10 +444,13 @@ class _Recovering:
             self._migration.journal.remove()
 
 
-async def _clear(vm: Connection) -> None:
-    """Undo what the migration made for its disks, which has no holder any more."""
+async def _clear(vm: Connection, *, known: bool) -> None:
+    """Undo what the migration made for its disks, which has no holder any more.
+
+    :param known: whether a QEMU has the guest that shows it only once that is continued.
+    """
     for _ in range(_CLEARINGS):  # what has ended may have kept something else from going
-        left = await clear(vm)
+        left = await clear(vm, known=known)
         if all(step.verb == "leave" for one in left for step in one.steps):
             return
 

@@ -10,9 +10,9 @@ from qmpblock.changes.identity import identify
 from qmpblock.errors import Error, GraphError, MonitorError, RecordError, StalledError
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import boot_id, pid_namespace, start_time
-from qmpblock.migration.arbiter import decided
+from qmpblock.migration.arbiter import decided, is_stopped
 from qmpblock.migration.states import Reach, Seen
-from qmpblock.names import paused_node
+from qmpblock.names import paused_node, stopped_node
 
 if TYPE_CHECKING:
     from qmpblock.changes.record import VMIdentity
@@ -64,20 +64,23 @@ async def look(record: MigrationRecord, who: VMIdentity, vm: Connection | None) 
             migration = str((await monitor.execute("query-migrate")).get("status", "none"))
             run = str((await monitor.execute("query-status"))["status"])
             said = await decided(monitor, record.run)
-            paused = await _paused(monitor, record.run)
+            nodes = await _nodes(monitor)
+            stopped = stopped_node(record.run) in nodes
+            if said is not None and not stopped:
+                stopped = await is_stopped(monitor, record.run)
     except (GraphError, RecordError):
         raise
     except (TimeoutError, MonitorError, StalledError):
         return await _gone_soon(record, who)
     except Error:  # it refuses what every QEMU answers
         return _lost(record, who)
-    return Seen(Reach.ANSWERS, run, migration, said, paused)
+    paused = paused_node(record.run) in nodes
+    return Seen(Reach.ANSWERS, run, migration, said, paused, stopped)
 
 
-async def _paused(monitor: Monitor, run: str) -> bool:
-    """Whether a node of ours says that the migration paused the guest."""
+async def _nodes(monitor: Monitor) -> set[str]:
     nodes = await monitor.execute("query-named-block-nodes", {"flat": True})
-    return any(one["node-name"] == paused_node(run) for one in nodes)
+    return {str(one["node-name"]) for one in nodes}
 
 
 async def _gone_soon(record: MigrationRecord, who: VMIdentity) -> Seen:

@@ -15,6 +15,9 @@ What makes it one owner, whatever dies::
                                             completed. QEMU refuses it to the second one
     the mark, an object at the destination  says there that the arbiter decided for it, so that this
                                             can be told when the source is gone
+
+A guest that somebody else stops on the way stays so, wherever it ends: a node at the source says it
+before the rest is sent, then the journal, and the mark.
 """
 
 from __future__ import annotations
@@ -148,13 +151,14 @@ class Move(Enum):
     AWAIT_READY = "wait until every mirror is ready"
     MIGRATE = "migrate, with return-path and pause-before-switchover"
     AWAIT_HELD = "wait until the source holds the guest"
+    SAY_STOPPED = "say at the source that somebody else has stopped the guest, where that is so"
     END_MIRRORS = "end every mirror, without an error"
     UNEXPORT = "remove the exports at the destination, or end its storage daemon"
     CONTINUE = "let the source send the rest (migrate-continue)"
     AWAIT_LANDED = "wait until the source has completed and the destination has it all"
     CLAIM_DESTINATION = "take the arbiter at the source, for the destination"
     MARK = "say at the destination that the arbiter decided for it"
-    CONT_DESTINATION = "continue the destination (cont)"
+    CONT_DESTINATION = "continue the destination (cont), unless the guest was stopped before"
     FINISH_DESTINATION = "quit the source, and remove what is left of ours at the destination"
     # Only on request, before the source holds the guest.
     PAUSE = "say at the source that the migration pauses the guest, then pause it (stop)"
@@ -189,6 +193,7 @@ ORDER: tuple[Planned, ...] = (
     Planned(Move.AWAIT_READY, reaches=Phase.READY),
     Planned(Move.MIGRATE, enters=Phase.MEMORY),
     Planned(Move.AWAIT_HELD, reaches=Phase.HELD),
+    Planned(Move.SAY_STOPPED),
     Planned(Move.END_MIRRORS, reaches=Phase.ENDED),
     Planned(Move.UNEXPORT),
     Planned(Move.CONTINUE, enters=Phase.SENT),
@@ -216,6 +221,7 @@ class Seen:
     :ivar decided: what the arbiter says, at the source; what the mark says, at the destination.
         None where there is none.
     :ivar paused: whether it says, at the source, that the migration has paused the guest.
+    :ivar stopped: whether it says that somebody else has stopped the guest, which is to stay so.
     """
 
     reach: Reach
@@ -223,6 +229,7 @@ class Seen:
     migration: str = "none"
     decided: Side | None = None
     paused: bool = False
+    stopped: bool = False
 
     @property
     def answers(self) -> bool:
@@ -232,5 +239,6 @@ class Seen:
     def __str__(self) -> str:
         if not self.answers:
             return self.reach.value
-        said = f"{self.run}/{self.migration}{', paused by us' if self.paused else ''}"
+        said = f"{self.run}/{self.migration}"
+        said += ", paused by us" * self.paused + ", stopped by somebody else" * self.stopped
         return said if self.decided is None else f"{said}, decided for the {self.decided.value}"

@@ -53,6 +53,8 @@ class Stream:
     :ivar begun: whether QEMU may have been told to migrate.
     :ivar stands: whether the guest may have stopped since: it has said so, or says nothing now.
     :ivar went_on: whether the guest, since it stopped last, has gone on at the source.
+    :ivar stood_before: whether it stood before QEMU held it: it showed so, or QEMU looked at the
+        memory again after it had stopped, as it never does where it stops a guest to hold it (F40).
     :ivar transferred: bytes, as QEMU counts them.
     :ivar downtime: seconds for which the guest stood until all was sent, as QEMU tells it; None
         where it has not.
@@ -71,6 +73,7 @@ class Stream:
         self.begun = False
         self.stands = False
         self.went_on = False
+        self.stood_before = False
         self.transferred = 0
         self.downtime: float | None = None
         self._course = course
@@ -83,6 +86,7 @@ class Stream:
         self._channels = channels
         self._wire: Relay | Channels | None = None
         self._stopped: float | None = None
+        self._stands = False
         self._moving = Moving()
         self._limit: asyncio.Timeout | None = None
         self._longest = 0.0
@@ -182,7 +186,9 @@ class Stream:
             if not self.stands:
                 self.stands = True  # as long as it says nothing
                 self._count_from_now()
-            migration = await self._look()
+            migration, run = await self._vm.monitor.read("query-migrate", "query-status")
+            self._note(migration)
+            self.stood_before = self.stood_before or run["status"] == "paused"
             status = str(migration.get("status"))
             if status == "pre-switchover":
                 return
@@ -270,15 +276,17 @@ class Stream:
             self._stopped = told_at(event)
             self._course.stops(now)
             self.went_on = False
+            self._stands = True
             if self.begun:
                 self.stands = True
                 self._count_from_now()
         elif event["event"] == "RESUME":
             self.went_on = True
-            self.stands = False
+            self.stands = self._stands = self.stood_before = False
             self._until(None)
         elif event["event"] == "MIGRATION_PASS":
             self._course.passes_on(now, count(event.get("data", {}), "pass"))
+            self.stood_before = self._stands
         return True
 
     # -- the way back

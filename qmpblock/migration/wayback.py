@@ -19,14 +19,15 @@ from qmpblock.errors import (
     StalledError,
 )
 from qmpblock.migration.states import ACTIVE, SETTLING
-from qmpblock.names import is_of_run, paused_node
+from qmpblock.names import is_of_run, paused_node, stopped_node
+from qmpblock.qemu.instant import mark
 from qmpblock.qemu.refusals import no_node, tolerate
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["call_back", "cont", "cut", "quit_vm", "settle", "unmark_pause"]
+__all__ = ["call_back", "cont", "cut", "mark_stopped", "quit_vm", "settle", "unmark_pause"]
 
 _POLL = 0.02  # seconds
 _YANK = 2.0  # seconds for QEMU to cut what it is told to cut
@@ -114,6 +115,14 @@ async def unmark_pause(source: Connection, run: str) -> None:
     """Have nothing say any more that the migration paused the guest: it runs. Idempotent."""
     gone = source.monitor.execute("blockdev-del", {"node-name": paused_node(run)})
     await tolerate(no_node, gone)
+
+
+async def mark_stopped(source: Connection, run: str) -> None:
+    """Say at the source that somebody else has stopped the guest, which is to stay so. Idempotent.
+
+    It is a node of the change's, and goes with it.
+    """
+    await mark(source, stopped_node(run))
 
 
 async def quit_vm(vm: Connection, has_ended: Callable[[], bool]) -> bool:

@@ -15,8 +15,9 @@ from qmpblock.changes.survey import is_same_process
 from qmpblock.errors import ConnectError, Error
 from qmpblock.migration.arbiter import went_to
 from qmpblock.migration.migrate import migrate
-from qmpblock.names import handover_name, run_of
+from qmpblock.names import MIGRATION_LOCK, handover_name, run_of
 from qmpblock.policy.run import Connect, as_error, connect_to
+from qmpblock.qemu import lock
 
 if TYPE_CHECKING:
     from qmpblock.migration.job import MigrationResult
@@ -117,7 +118,10 @@ async def _tried(
 
 
 async def _gone_over(source: VM, destination: VM) -> bool:
-    """Whether the source has sent its guest there, by its arbiter, and the destination runs it."""
+    """Whether the source has sent its guest there, by its arbiter, and the destination has it.
+
+    It may be paused there, as it was on the way: once nothing is left there to be finished.
+    """
     status = (await source.monitor.execute("query-status"))["status"]
     if status != "postmigrate":
         return False
@@ -127,11 +131,18 @@ async def _gone_over(source: VM, destination: VM) -> bool:
     [place, *others] = [await went_to(source.monitor, run) for run in runs] or [None]
     if place is None or others or not is_same_process(place, await identify(destination)):
         return False
+    stands = await _what_came_is(destination, "paused")
+    if stands and MIGRATION_LOCK not in await lock.names(destination.monitor):
+        return True
     return await _runs_what_came(destination)
 
 
 async def _runs_what_came(destination: VM) -> bool:
     """Whether a guest runs there that came by a migration."""
+    return await _what_came_is(destination, "running")
+
+
+async def _what_came_is(destination: VM, wanted: str) -> bool:
     migration = await destination.monitor.execute("query-migrate")
     status = await destination.monitor.execute("query-status")
-    return (status["status"], migration.get("status")) == ("running", "completed")
+    return (status["status"], migration.get("status")) == (wanted, "completed")

@@ -16,7 +16,7 @@ from qmpblock.qemu.refusals import duplicate_node, no_node, tolerate
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["instant", "pause", "resume"]
+__all__ = ["instant", "mark", "pause", "resume"]
 
 
 @asynccontextmanager
@@ -44,11 +44,19 @@ async def pause(vm: Connection, node: str) -> bool:
     """
     if not (await vm.monitor.execute("query-status"))["running"]:
         return False
-    mark = {"driver": "null-co", "node-name": node, "size": 0, "read-zeroes": True}
     # It is there where a change is carried on whose controller died just before `stop`.
-    await tolerate(duplicate_node, vm.monitor.execute("blockdev-add", mark))
+    await mark(vm, node)
     await vm.monitor.execute("stop")
     return True
+
+
+async def mark(vm: Connection, node: str) -> None:
+    """Add a node that does nothing, and says by its name what is so. Idempotent.
+
+    :param node: its name.
+    """
+    says = {"driver": "null-co", "node-name": node, "size": 0, "read-zeroes": True}
+    await tolerate(duplicate_node, vm.monitor.execute("blockdev-add", says))
 
 
 async def resume(vm: Connection, node: str) -> None:

@@ -57,6 +57,13 @@ def test_what_the_guest_stands_in_is_drawn_large() -> None:
     assert [(bar.start, bar.stop) for bar in disk.bars] == [(1.0, 5.0), (5.0, 7.0)]
 
 
+def test_one_that_stays_paused_has_no_end_of_it() -> None:
+    line = timeline_of(replace(RESULT, resumed=None, longest_stall=0.0, destination="paused"))
+    assert line.moment is None
+    assert line.title == "migration: 7.5 s, the guest is paused, as somebody else had it"
+    assert [row.label for row in line.rows][-2:] == ["sent", "handed"]
+
+
 def test_what_it_was_paused_in_is_drawn_large_too() -> None:
     line = timeline_of(replace(RESULT, stopped=5.5, longest_stall=1.521, paused=1.5))
     assert [(row.label, row.said) for row in line.within][:3] == [

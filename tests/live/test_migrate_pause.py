@@ -9,7 +9,7 @@ import pytest
 from chains import cli
 from disturbed import nothing_of_ours
 from jsonschema import Draft202012Validator
-from migrating import arrived, at, dies_in, migrated, slow_wire, stays
+from migrating import ROOM, SPEED, arrived, at, busy, dies_in, migrated, slow_wire, stays
 
 import qmpblock
 from qmpblock import MigrationMeans
@@ -19,25 +19,7 @@ from qmpblock.migration.pause import Pause
 pytestmark = pytest.mark.live
 
 MIB = 1 << 20
-SPEED = 16 * MIB  # what a guest that is busy writes to its memory without end is more
-ROOM = ["-m", "64"]
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
-
-
-@contextlib.asynccontextmanager
-async def busy(vm):
-    """Have the guest write to much of its memory, again and again."""
-
-    async def write():
-        while True:
-            await vm.guest.dirty(32)
-
-    task = asyncio.create_task(write())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,15 @@ async def test_it_says_where_the_guest_went(tmp_path):
         assert await arbiter.went_to(vm.monitor, RUN) == to
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_the_mark_says_whether_the_guest_is_to_stay_stopped(tmp_path, stopped):
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        await arbiter.mark(vm.monitor, RUN, stopped=stopped)
+        await arbiter.mark(vm.monitor, RUN)  # by whoever comes next
+        assert await arbiter.decided(vm.monitor, RUN) is Side.DESTINATION
+        assert await arbiter.is_stopped(vm.monitor, RUN) is stopped
+
+
 async def test_what_was_decided_and_taken_away_again_is_not_free(tmp_path):
     async with fake_vm(tmp_path / "q", chain("d0")) as (vm, qemu):
         await arbiter.claim(vm.monitor, RUN, Side.SOURCE)

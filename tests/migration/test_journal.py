@@ -47,6 +47,19 @@ def test_what_was_entered_is_read_back(state):
     assert list(state.glob("*.migration")) == []
 
 
+def test_that_somebody_else_stopped_the_guest_is_read_back_and_stays_said(state):
+    journal = MigrationJournal.create(RECORD)
+    journal.enter(Phase.MEMORY)
+    [found] = journals()
+    assert not found.stopped
+    found.enter(Phase.SENT, stopped=True)
+    [found] = journals()
+    assert (found.phase, found.stopped) == (Phase.SENT, True)
+    found.enter(Phase.HANDED)
+    [found] = journals()
+    assert (found.phase, found.stopped) == (Phase.HANDED, True)
+
+
 def test_it_says_who_wrote_it(state):
     MigrationJournal.create(RECORD)
     first = json.loads(only(state).read_text().splitlines()[0])

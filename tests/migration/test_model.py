@@ -36,6 +36,14 @@ def test_a_guest_that_the_migration_paused_goes_on(stays):
     assert 0 < explored.asked < explored.ends
 
 
+@pytest.mark.parametrize("stays", [False, True], ids=["11.1", "7.2"])
+def test_a_guest_that_somebody_else_stopped_stays_so(stays):
+    explored = Model(Rules(halts=True, stays=stays), FAILURES - 1).explore()
+    print(explored)
+    assert explored.states > 20_000
+    assert 0 < explored.asked < explored.ends
+
+
 def test_without_a_failure_no_person_is_asked_who_reaches_both_sides():
     """Nor after the death of a controller, or of what it had sent."""
     asked = []
@@ -74,6 +82,9 @@ def test_without_a_failure_no_person_is_asked_who_reaches_both_sides():
         ({"order": SERVED, "daemon": True}, 0, "images that another process writes to"),
         ({"order": UNWRITTEN}, 3, "it is said to be the source's"),
         ({"pause": True, "marked": False}, 1, "nobody runs"),
+        ({"halts": True, "says": False}, 1, "somebody had stopped"),
+        ({"halts": True, "writes": False}, 2, "somebody had stopped"),
+        ({"halts": True, "marks": False}, 2, "somebody had stopped"),
     ],
     ids=str,
 )

@@ -126,6 +126,38 @@ def test_a_guest_that_the_migration_paused_goes_on(shown):
     assert str(ours) == f"{shown}, paused by us"
 
 
+STOPPED = "stopped as somebody had it"
+
+
+@pytest.mark.parametrize("known", ["source", "destination", "journal"])
+def test_a_guest_that_somebody_else_stopped_is_continued_nowhere(known):
+    """Whoever says so: all that is left is to be cleaned up."""
+
+    def decided(source, destination, **more):
+        if known == "journal":
+            more["stopped"] = True
+        elif known == "source":
+            source = replace(source, stopped=True)
+        else:
+            destination = replace(destination, stopped=True)
+        return decide(Phase.HANDED, source, destination, **more)
+
+    away, there = seen(("postmigrate", "completed")), seen(("paused", "completed"))
+    marked = replace(there, decided=Side.DESTINATION)
+    over = decided(replace(away, decided=Side.DESTINATION), marked)
+    assert (over.owner, over.move) == (Side.DESTINATION, Move.FINISH_DESTINATION)
+    assert over.last
+    assert STOPPED in over.why
+    unmarked = decided(replace(away, decided=Side.DESTINATION), there)
+    assert (unmarked.move, unmarked.last) == (Move.MARK, False)
+    assert decided(replace(away, decided=Side.SOURCE), there).move is Move.QUIT_DESTINATION
+    for side, force in ((Side.SOURCE, None), (Side.DESTINATION, Side.SOURCE)):
+        home = decided(replace(away, decided=side), GONE, force=force)
+        assert (home.owner, home.move, home.last) == (Side.SOURCE, Move.FINISH_SOURCE, True)
+    assert decided(GONE, marked).move is Move.FINISH_DESTINATION
+    assert str(replace(away, stopped=True)) == "postmigrate/completed, stopped by somebody else"
+
+
 def test_a_storage_daemon_ends_when_the_guest_is_home_and_before_anything_else():
     """Whatever else is to be done; and the guest does not wait for one that cannot be ended."""
     homeward = {

@@ -28,6 +28,27 @@ def test_whether_the_guest_has_gone_on_at_the_source_is_heard() -> None:
     assert went_on == [True, False, False, True, False]
 
 
+def test_whether_it_stood_before_qemu_held_it_is_heard() -> None:
+    """Between stopping a guest and holding it QEMU does not look at its memory again (F40)."""
+    heard: list[Any] = []
+    vm = cast(
+        "Any",
+        SimpleNamespace(monitor=SimpleNamespace(subscribe=lambda *_, match: heard.append(match))),
+    )
+
+    def stood(*names: str) -> bool:
+        stream = Stream(vm, RUN, cast("Any", None), lambda _: None, Course(0.0))
+        for name in names:
+            heard[-1]({"event": name, "data": {"pass": 1}})
+        return stream.stood_before
+
+    own = ("MIGRATION_PASS", "MIGRATION_PASS", "STOP")
+    assert not stood(*own)
+    assert stood("STOP", *own[:-1])
+    assert stood("MIGRATION_PASS", "STOP", "MIGRATION_PASS")
+    assert not stood("STOP", "MIGRATION_PASS", "RESUME", *own)
+
+
 async def test_what_is_counted_a_moment_after_the_end_is_asked_for_again() -> None:
     """As 7.2 counts its downtime: `completed` comes before."""
     told = [{"status": "completed", "downtime": one} for one in (0, 16, 99)]
