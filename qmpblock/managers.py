@@ -327,7 +327,9 @@ _WAYS = {
 }
 
 #: What a manager that lends its monitor is asked to do itself (`qmpblock.chains.owner`).
-_ASKED: Mapping[str, tuple[Verb, ...]] = {"libvirt": ("snapshot", "stream", "independent")}
+_ASKED: Mapping[str, tuple[Verb, ...]] = {
+    "libvirt": ("snapshot", "pivot", "commit", "stream", "independent")
+}
 
 _HOLDS: Mapping[str, Callable[[str, str], bool]] = {
     "libvirt": lambda chardev, _: chardev == "charmonitor",

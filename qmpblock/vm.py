@@ -519,7 +519,8 @@ class Disk(MappedDisk):
 
         As `stream`. Where `top` is the active layer, the guest moves on to `base` at the end
         (a pivot) once `job.complete()` asked for it, which leaving the `async with` does too;
-        the filters above stay. Its I/O is held for some milliseconds then. The VM is to be
+        the filters above stay. Its I/O is held for some milliseconds then; under libvirt, which
+        pivots itself, the VM is paused until it knows. The VM is to be
         started from `base` afterwards: what was the active image is stale.
 
         `base` is written to: nobody else may depend on it. Given up, it keeps what it got,
@@ -532,6 +533,6 @@ class Disk(MappedDisk):
         :raise StalledError: also when an active commit does not converge: the guest writes
             faster than it copies for the stall limit.
         """
-        from qmpblock.chains.jobs import commit
+        from qmpblock.chains.managed import commit
 
         return commit(self, top=top, base=base, speed=speed, throttle_guest=throttle_guest)

@@ -223,6 +223,17 @@ class LibvirtHost:
         assert self._daemon is not None
         self._daemon.wait()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the daemon is."""
+        return self._daemon is not None and self._daemon.poll() is None
+
+    @property
+    def daemon(self) -> int:
+        """The daemon's pid: `nsenter` becomes it."""
+        assert self._daemon is not None
+        return self._daemon.pid
+
     def virsh(self, *words: str) -> str:
         done = self._virsh(*words)
         assert done.returncode == 0, done.stderr

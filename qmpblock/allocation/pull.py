@@ -15,9 +15,8 @@ Whoever dies on the way: the content is the same, and the active image too.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from qmpblock.allocation.plan import below
 from qmpblock.allocation.thin import allocator
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains import jobs
+from qmpblock.chains.asking import Asking
 from qmpblock.chains.jobs import ChainJob, Outcome
 from qmpblock.chains.look import look
 from qmpblock.chains.owner import is_asked, manager_names
@@ -33,11 +33,10 @@ from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import flush
 from qmpblock.changes.identity import identify
 from qmpblock.changes.operations import ThinAllocation
-from qmpblock.errors import Error, GraphError, RequestError, StalledError, printable
+from qmpblock.errors import GraphError, RequestError, printable
 from qmpblock.host.imagefiles import image_files
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
-from qmpblock.qemu.job import Progress
 from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
 
 __all__ = ["stream"]
-
-_LOOK = 0.05  # seconds between looks at the manager's job
 
 
 @asynccontextmanager
@@ -103,6 +100,9 @@ class _Pulling:
         self._disk = disk
         self._plan = plan
         self._name = name
+        self._asking = Asking(
+            disk, name, standing="what was copied stays; the chain is as it was", verb="blockpull"
+        )
         self._speed = speed
         self._began = time.monotonic()
         self._seconds = 0.0
@@ -131,15 +131,14 @@ class _Pulling:
         ):
             await flush(vm, plan.device, plan.top.node.name)
             check_unchanged(await vm.graph(), plan.device)
-            layers = await vm.monitor.through(lambda lender: lender.layers(self._name))
-            self._check_same(layers)
-            base = "" if plan.base is None else self._named(layers[plan.base.depth])
+            layers = await self._asking.layers()
+            base = "" if plan.base is None else self._asking.named(layers[plan.base.depth])
             await ownership.ask(vm.monitor, [plan.device], standing=None)
             await vm.monitor.through(lambda lender: lender.pull(self._name, base))
             try:
-                await self._follow()
+                await self._asking.follow(self.job, "dropping")
             except BaseException:
-                await undisturbed(self._give_up())
+                await undisturbed(self._asking.give_up())
                 raise
             await undisturbed(self._look_again())
             await undisturbed(change.end())
@@ -153,56 +152,6 @@ class _Pulling:
             wanted = wanted & seen.where(seen.depth < base.depth)
         unit = self._plan.top.node.cluster_size or 512
         return wanted.align_out(unit, self._disk.size)
-
-    def _check_same(self, layers: Sequence[tuple[str, str]]) -> None:
-        """See that the manager has the chain that was planned for, which it counts as we do.
-
-        :raise GraphError: it has another one.
-        """
-        if len(layers) != len(self._disk.chain.layers):
-            files = ", ".join(printable(file) for file, _ in layers)
-            raise GraphError(
-                f"libvirt takes {files} for the chain of {self._name}, and QEMU has another one",
-                standing="what was copied stays; the chain is as it was",
-                remedy=f"compare them: virsh dumpxml DOMAIN; qmpblock disks {self._vm_address()}",
-            )
-
-    def _named(self, layer: tuple[str, str]) -> str:
-        """Return what names a layer: an empty name would have all of them go."""
-        file, name = layer
-        if not name:
-            raise GraphError(
-                f"libvirt does not say by what name it knows {printable(file)}",
-                standing="what was copied stays; the chain is as it was",
-                remedy=f"virsh blockpull DOMAIN {self._name} --base {printable(file)}",
-            )
-        return name
-
-    def _vm_address(self) -> str:
-        return printable(str(self._disk.vm.monitor.address))
-
-    async def _follow(self) -> None:
-        """Wait until the manager has no job on the disk any more.
-
-        :raise StalledError: it does not move.
-        """
-        vm = self._disk.vm
-        clock = asyncio.get_running_loop().time
-        last, moved = None, clock()
-        while (now := await vm.monitor.through(lambda lender: lender.job(self._name))) is not None:
-            if now != last:
-                last, moved = now, clock()
-                self.job.show(Progress("running", "dropping", *now))
-            if clock() - moved > vm.stall:
-                raise StalledError(
-                    f"libvirt's pull of {self._name} has not moved for {vm.stall:g} s",
-                    remedy="look whether its storage hangs, or give a longer --stall",
-                )
-            await asyncio.sleep(_LOOK)
-
-    async def _give_up(self) -> None:
-        with contextlib.suppress(Error):  # it has ended, or cannot be reached
-            await self._disk.vm.monitor.through(lambda lender: lender.abort(self._name))
 
     async def _look_again(self) -> None:
         """See that the chain is what it should be, for QEMU and for the manager.
@@ -220,7 +169,7 @@ class _Pulling:
                 standing="what was copied stays, its content is the same",
                 remedy="see why in libvirt's log, then run this again",
             )
-        self._check_same(await disk.vm.monitor.through(lambda lender: lender.layers(self._name)))
+        await self._asking.layers()
 
     def outcome(self) -> Outcome:
         """Return what it did."""

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["ChainJob", "Outcome", "carry_on", "commit", "stream"]
+__all__ = ["ChainJob", "Outcome", "carry_on", "commit", "make_explicit", "stream"]
 
 _ATTEMPTS = 4  # at making hidden zeros explicit while the guest discards
 
@@ -265,7 +265,7 @@ async def _prepare(disk: MappedDisk, plan: StreamPlan | CommitPlan, record: Reco
     if record.flush:
         # What will be needed at the end, after hours perhaps: rather be refused now.
         await flush(disk.vm, plan.device, record.flush)
-    explicit = await _make_explicit(disk, plan.hidden) if plan.hidden else 0
+    explicit = await make_explicit(disk, plan.hidden) if plan.hidden else 0
     for bitmap in plan.bitmaps if isinstance(plan, CommitPlan) else ():
         await disk.vm.monitor.execute(
             "block-dirty-bitmap-add",
@@ -291,7 +291,7 @@ def _refusal(vm: Connection, plan: StreamPlan | CommitPlan, error: CommandError)
     return refusal(error, written, command_line(vm.monitor.peer_pid))
 
 
-async def _make_explicit(disk: MappedDisk, hidden: tuple[Hidden, ...]) -> int:
+async def make_explicit(disk: MappedDisk, hidden: tuple[Hidden, ...]) -> int:
     """Make what short layers hide explicit zeros in the active layer; return the bytes.
 
     By NBD_CMD_CACHE of exactly those ranges (K20), and a look at what came of it.

@@ -25,7 +25,7 @@ from qmpblock.graph.model import BlockGraph, DiskDevice
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Spot", "put_filter", "spot_in", "take_out"]
+__all__ = ["Spot", "put_back", "put_filter", "spot_in", "take_out"]
 
 # What QEMU lets a node be called, by people or by itself; it goes into a command line.
 _NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
@@ -90,6 +90,18 @@ async def take_out(vm: Connection, node: str, graph: BlockGraph) -> None:
     for device in graph.disks():
         if device.chain.root.name == node:
             await _set_drive(vm, device.qom_path, below)
+
+
+async def put_back(vm: Connection, device: DiskDevice, node: str) -> None:
+    """Have a disk lie on another node than its active layer, below the filters that it has.
+
+    :raise Error: QEMU refused; the disk is as it was.
+    """
+    filters = device.chain.filters
+    if filters:
+        await _set_child(vm, filters[-1].name, "file", node)
+    else:
+        await _set_drive(vm, device.qom_path, node)
 
 
 def _root(graph: BlockGraph, node: str) -> str:

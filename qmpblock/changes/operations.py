@@ -8,7 +8,7 @@ journal and its locks are the same for all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from qmpblock.changes.copies import Copy, Migration, Move
@@ -19,14 +19,16 @@ from qmpblock.changes.step import Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
 from qmpblock.graph.layeruse import check_readers
-from qmpblock.graph.model import BlockGraph
-from qmpblock.names import fleecing_nodes, is_ours
+from qmpblock.graph.model import BlockGraph, JobInfo
+from qmpblock.names import fleecing_nodes, is_ours, paused_node
 from qmpblock.versioned import UnreadableError, read
 
 __all__ = [
     "ActiveCommit",
     "Commit",
     "FrozenCopy",
+    "ManagersCommit",
+    "ManagersPivot",
     "ManagersSnapshot",
     "PointInTime",
     "Snapshot",
@@ -98,6 +100,9 @@ class _Shortening(Record):
     :ivar leaving: the nodes that leave the chain, each with its file name.
     """
 
+    #: What QEMU calls its job.
+    job_type: ClassVar[str]
+
     top: str = ""
     base: str = ""
     top_file: str = ""
@@ -108,7 +113,7 @@ class _Shortening(Record):
         """Look once more, for somebody may have come since; `qmpblock.chains.plan` looks before."""
         for device in graph.devices:
             if device.qom_path in self.devices:
-                check_readers(graph, device, self.operation, self.top, self.base)
+                check_readers(graph, device, self.job_type, self.top, self.base)
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ class Stream(_Relinking):
     """
 
     operation: ClassVar[str] = "stream"
+    job_type: ClassVar[str] = "stream"
 
     merges: tuple[tuple[str, str, str], ...] = ()
 
@@ -172,6 +178,7 @@ class _Committing(_Shortening):
     """
 
     operation: ClassVar[str] = "commit"
+    job_type: ClassVar[str] = "commit"
 
     bitmaps: tuple[tuple[str, str], ...] = ()
     promotions: tuple[tuple[str, str, str, int], ...] = ()
@@ -268,6 +275,88 @@ class ActiveCommit(Pivoting, _Committing):
 
 
 @dataclass(frozen=True)
+class ManagersCommit(Commit):
+    """A commit of layers below the active one, by the manager that owns the chain.
+
+    Its job is ours, which copies first, and never comes to its end (`qmpblock.chains.managed`).
+    """
+
+    operation: ClassVar[str] = "commit by its manager"
+
+
+@dataclass(frozen=True)
+class ManagersPivot(Pivoting, _Committing):
+    """A commit of the active layer by the manager: the guest moves on to the base.
+
+    While the manager takes note the VM is paused, so that both images hold the same: whatever dies
+    then, the VM can be started from either.
+
+    :ivar known_as: what the manager calls the disk.
+    :ivar detect_zeroes: as of an `ActiveCommit`; likewise `discard`.
+    """
+
+    operation: ClassVar[str] = "commit by its manager"
+    needed: ClassVar[tuple[str, ...]] = ("images", "top_file", "base_file")
+    needs_journal: ClassVar[bool] = False
+
+    known_as: str = ""
+    detect_zeroes: str = ""
+    discard: str = ""
+
+    def of_manager(self, graph: BlockGraph) -> tuple[Step, ...]:
+        """Have it give its job up; or say where the guest is, before that goes on."""
+        works = [
+            job
+            for device in graph.disks()
+            if device.qom_path in self.devices
+            for job in device.jobs
+            if _is_managers(job)
+        ]
+        if works:
+            why = "the manager began it for us; the guest has not moved"
+            return (Step("give-up", self.known_as, why),)
+        # Whose manager has noted that the guest moved on, of that it has closed the top.
+        moved = self.took_effect(graph) and self.top in graph.nodes
+        if moved or paused_node(self.run) in graph.nodes:
+            why = "the manager and QEMU are to name the same image, before the guest goes on"
+            return (Step("agree", self.known_as, why),)
+        return ()
+
+    def check_readers(self, graph: BlockGraph) -> None:
+        """Look whether somebody reads what changes besides the manager's own job."""
+        others = tuple(job for job in graph.jobs if not _is_managers(job))
+        super().check_readers(replace(graph, jobs=others))
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Have the base be what the guest's disk was."""
+        if done:
+            why = "the guest's disk had it before the pivot"
+            yield from discard_and_zeroes_of(
+                graph, self.base, self.discard, self.detect_zeroes, why
+            )
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Name the base once the manager knew that the guest is there: until then either is right.
+
+        The guest wrote nothing between.
+        """
+        how = "; the manager starts the VM from what it knows (virsh domblklist DOMAIN)"
+        if pivoted(entries):
+            why = f"the commit was complete, and its manager knew{how}"
+            return ImageVerdict((self.base_file,), (self.top_file,), (), why)
+        return ImageVerdict(
+            self.active_files, (), (), f"the guest had not gone on in the base by then{how}"
+        )
+
+    def check(self) -> None:
+        """Look at what goes into a command line, too."""
+        super().check()
+        check_settings(self.detect_zeroes, self.discard, "")
+
+
+@dataclass(frozen=True)
 class ThinAllocation(Record):
     """What lies below a range comes up; nothing that it makes outlives QEMU."""
 
@@ -326,6 +415,8 @@ _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("stream", False): Stream,
     ("commit", False): Commit,
     ("commit", True): ActiveCommit,
+    ("commit by its manager", False): ManagersCommit,
+    ("commit by its manager", True): ManagersPivot,
     ("allocate", False): ThinAllocation,
     ("allocate", True): StagedCommit,
     ("point-in-time", False): PointInTime,
@@ -369,6 +460,11 @@ def read_record(data: Any, run: str | None = None) -> Record:
 
 def _says(name: str, said: Mapping[str, Any]) -> bool:
     return name not in _KNOWN or said[name] not in ("", [], ())
+
+
+def _is_managers(job: JobInfo) -> bool:
+    """Whether a job is what a manager began for us: nobody else's is on the disk by then."""
+    return job.type == "commit" and not job.ours
 
 
 def _below(graph: BlockGraph, node: str) -> str | None:

@@ -193,6 +193,10 @@ class Record:
         """Whether it is done, as far as the guest and the chain go; None: cannot tell."""
         return None
 
+    def of_manager(self, graph: BlockGraph) -> tuple[Step, ...]:
+        """Return what the manager that lends the monitor is to be asked, before anything else."""
+        return ()
+
     def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
         """Return what brings the guest back, where an overlay of ours holds its newest data.
 

@@ -17,6 +17,7 @@ from qmpblock.changes.bitmaps import delete_bitmap
 from qmpblock.changes.filters import take_out
 from qmpblock.changes.finalize import before_finalize, bring_home, pivot
 from qmpblock.changes.journal import Journal
+from qmpblock.changes.known import agree, give_up
 from qmpblock.changes.nodes import relink, restore_discard, restore_zeroes
 from qmpblock.changes.record import Record
 from qmpblock.changes.step import Choice, Step
@@ -29,7 +30,7 @@ from qmpblock.graph.model import BlockGraph, Device
 from qmpblock.graph.places import FileId
 from qmpblock.host import imagefiles, ourfiles
 from qmpblock.host.socketfolder import remove_socket
-from qmpblock.names import is_ours, is_socket_of, wire_credentials
+from qmpblock.names import is_ours, is_socket_of, paused_node, wire_credentials
 from qmpblock.qemu.instant import resume
 from qmpblock.qemu.job import Job
 from qmpblock.qemu.refusals import in_use, is_busy, no_node, not_owned
@@ -173,6 +174,15 @@ async def _end_export(its: _Settling, step: Step) -> None:
     await delete_export(its.vm.monitor, step.what, its.vm.stall)
 
 
+async def _give_up(its: _Settling, step: Step) -> None:
+    await give_up(its.vm, its.record, step.what)
+
+
+async def _agree(its: _Settling, step: Step) -> None:
+    await agree(its.vm, its.record, its.journal, step.what)
+    await resume(its.vm, paused_node(its.record.run))
+
+
 async def _take_out(its: _Settling, step: Step) -> None:
     await take_out(its.vm, step.what, await its.vm.graph())
 
@@ -223,6 +233,8 @@ _PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[None]]] = {
     "resume": _resume,
     "end-export": _end_export,
     "take-out": _take_out,
+    "give-up": _give_up,
+    "agree": _agree,
     "delete-bitmap": _delete_bitmap,
     "delete-node": _delete_node,
     **dict.fromkeys(("delete-file", "keep-file"), _delete_file),

@@ -66,6 +66,9 @@ def steps(
             return (*bitmaps, step)
     if ended:
         return tuple(ended)
+    asked = record.of_manager(graph)
+    if asked:
+        return asked
     paused = paused_node(record.run)
     if paused in graph.nodes:
         return (Step("resume", paused, "the VM was paused for a moment, and is to go on"),)

@@ -229,6 +229,37 @@ class Domain:
             lambda: self._domain.blockRebase(disk, base) if base else self._domain.blockPull(disk)
         )
 
+    async def commit(self, disk: str, base: str, top: str) -> None:
+        """Begin to commit layers of a disk into one below them, and to drop them.
+
+        Cancelling leaves the outcome unknown.
+
+        :param disk: libvirt's name of it; `base`, `top`: of the layers (`vda[3]`). An empty `top`
+            is the active one: then the job waits for `pivot`.
+        :raise Error: as of `command`.
+        """
+        flags = 0 if top else _library().VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        await self._act(lambda: self._domain.blockCommit(disk, base, top or None, 0, flags))
+
+    async def pivot(self, disk: str) -> None:
+        """Have the job on a disk pivot, without waiting until it has.
+
+        Cancelling leaves the outcome unknown.
+
+        :raise Error: as of `command`.
+        """
+        libvirt = _library()
+        flags = libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT | libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_ASYNC
+        await self._act(lambda: self._domain.blockJobAbort(disk, flags))
+
+    async def limit(self, disk: str, speed: int) -> None:
+        """Limit the job on a disk to so many bytes a second; 0 is no limit.
+
+        :raise Error: as of `command`.
+        """
+        flags = _library().VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+        await self._act(lambda: self._domain.blockJobSetSpeed(disk, speed, flags))
+
     async def job(self, disk: str) -> tuple[int, int] | None:
         """Return how far libvirt's job on a disk is, and how far it is to go; None: there is none.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["disk_chain", "disk_files", "disk_targets", "snapshot_xml"]
+__all__ = ["disk_chain", "disk_files", "disk_targets", "is_ready", "snapshot_xml"]
 
 
 def disk_targets(xml: str) -> dict[str, str]:
@@ -44,6 +44,16 @@ def disk_chain(xml: str, name: str) -> list[tuple[str, str]]:
         layers.append((source.get("file", ""), index or ""))
         at = at.find("backingStore")
     return layers
+
+
+def is_ready(xml: str, name: str) -> bool:
+    """Whether a job of libvirt's on a running domain's disk waits to pivot.
+
+    :raise ValueError: it is no XML.
+    """
+    disk = dict(_disks(xml)).get(name)
+    mirror = None if disk is None else disk.find("mirror")
+    return mirror is not None and mirror.get("ready") == "yes"
 
 
 def snapshot_xml(overlays: Mapping[str, str], others: Iterable[str]) -> str:

@@ -41,6 +41,25 @@ class Lender(Protocol):
         :param base: what names the layer that stays; empty: none does.
         """
 
+    async def commit(self, disk: str, base: str, top: str) -> None:
+        """Begin to copy what some layers of a disk hold into the one below them, and to drop them.
+
+        :param base: what names the layer that takes it; `top`: the uppermost that goes. Empty: the
+            active one; then the job waits, once it has caught up, for `pivot`.
+        """
+
+    async def pivot(self, disk: str) -> None:
+        """Have the guest go on in what the manager's job has made equal; its end is to be awaited.
+
+        :raise Error: the job is not `ready`.
+        """
+
+    async def ready(self, disk: str) -> bool:
+        """Whether the manager's job on a disk waits for `pivot`."""
+
+    async def limit(self, disk: str, speed: int) -> None:
+        """Limit the manager's job on a disk to so many bytes a second; 0 is no limit."""
+
     async def job(self, disk: str) -> tuple[int, int] | None:
         """Return how far the manager's job on a disk is, and how far it is to go; None: no job."""
 

@@ -136,7 +136,7 @@ class LibvirtMonitor:
             except GoneError as error:
                 if files or not command.startswith(_QUESTIONS):
                     raise self.lost(error) from None
-                self._come_back(domain)
+                self.come_back(domain)
             except NotRunningError as error:
                 raise self.lost(error) from None
             except FailedError as error:
@@ -200,7 +200,7 @@ class LibvirtMonitor:
             raise LostError
         return self._domain
 
-    def _come_back(self, lost: Domain) -> None:
+    def come_back(self, lost: Domain) -> None:
         """Begin to connect again, unless that is under way, or done, or to no end."""
         if lost is self._domain and self._coming_back is None and not (self.ended or self._closed):
             self._coming_back = asyncio.create_task(self._connect_again(lost))
@@ -264,7 +264,7 @@ class _Teller(Teller):
     def _look(self) -> None:
         domain = self._monitor._domain
         if domain is not None and domain.tell is self:
-            self._monitor._come_back(domain)
+            self._monitor.come_back(domain)
 
     def ended(self) -> None:
         self._soon(self._monitor._end, "the domain has ended")

@@ -4,7 +4,7 @@ import pytest
 from drawing import RUN, chain
 from fake_objects import fake_vm
 
-from qmpblock.changes.filters import Spot, put_filter, spot_in, take_out
+from qmpblock.changes.filters import Spot, put_back, put_filter, spot_in, take_out
 from qmpblock.errors import CommandError, Error, InUseError
 
 VD0 = "/machine/peripheral/vd0"
@@ -81,6 +81,15 @@ async def test_what_qemu_says_then_is_an_error(tmp_path):
     spot = Spot(VD0, "t t", "d0")
     with pytest.raises(Error, match="command line"):
         await asked(tmp_path, drawn, lambda vm: put_filter(vm, spot, FILTER))
+
+
+async def test_a_disk_is_put_back_below_its_filters(tmp_path):
+    drawn = stack()
+    put = await asked(tmp_path, drawn, lambda vm: put_back(vm, drawn.graph().device("vd0"), "d1"))
+    assert put == [drive("d1")]
+    drawn = stack(("t", "throttle"), ("c", "copy-on-read"))
+    put = await asked(tmp_path, drawn, lambda vm: put_back(vm, drawn.graph().device("vd0"), "d1"))
+    assert put == [reopened("c", "file=d1")]
 
 
 async def gone(tmp_path, drawn):

@@ -15,6 +15,8 @@ from qmpblock.changes.operations import (
     ActiveCommit,
     Commit,
     FrozenCopy,
+    ManagersCommit,
+    ManagersPivot,
     ManagersSnapshot,
     PointInTime,
     Snapshot,
@@ -70,6 +72,7 @@ FIELDS = {
     "discard": DISCARDS,
     "settings": some(st.tuples(ours, DISCARDS, ZEROES)),
     "images": some(words),
+    "known_as": words,
     "wires": some(st.tuples(ours, words)),
     "drawn": some(st.tuples(words, words)),
     "noted": some(st.tuples(words, ours)),
@@ -80,8 +83,11 @@ FIELDS = {
 }
 KINDS = (
     *(Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime),
-    *(Copy, Move, FrozenCopy, Migration, ManagersSnapshot),
+    *(Copy, Move, FrozenCopy, Migration, ManagersSnapshot, ManagersCommit, ManagersPivot),
 )
+
+
+PIVOTING = (ActiveCommit, StagedCommit, FrozenCopy, ManagersPivot)
 
 
 def of(kind):
@@ -89,9 +95,7 @@ def of(kind):
     names = [one.name for one in fields(kind)]
     made = st.builds(kind, **{name: FIELDS[name] for name in names})
     jobs = (ours.filter(lambda job: not job.endswith("-pivot")), st.just(f"{PREFIX}pivot"))
-    return st.tuples(made, jobs[kind in (ActiveCommit, StagedCommit, FrozenCopy)]).map(
-        lambda both: replace(both[0], job=both[1])
-    )
+    return st.tuples(made, jobs[kind in PIVOTING]).map(lambda both: replace(both[0], job=both[1]))
 
 
 records = st.sampled_from(KINDS).flatmap(of)

@@ -2,7 +2,13 @@
 
 import pytest
 
-from qmpblock.host.libvirtxml import disk_chain, disk_files, disk_targets, snapshot_xml
+from qmpblock.host.libvirtxml import (
+    disk_chain,
+    disk_files,
+    disk_targets,
+    is_ready,
+    snapshot_xml,
+)
 
 #: Of `virsh dumpxml`, libvirt 9.0.
 XML = """\
@@ -66,3 +72,18 @@ def test_the_layers_of_a_disk_and_their_indices():
     assert disk_chain(CHAIN, "vda") == layers
     assert disk_chain(CHAIN, "vdb") == []
     assert disk_chain(XML, "sda") == []
+
+
+@pytest.mark.parametrize(
+    ("mirror", "ready"),
+    [
+        ("<mirror type='file' job='active-commit' ready='yes'/>", True),
+        ("<mirror type='file' job='active-commit' ready='pivot'/>", False),  # asked already
+        ("<mirror type='file' job='active-commit'/>", False),
+        ("", False),
+    ],
+)
+def test_a_job_that_waits_to_pivot(mirror, ready):
+    xml = CHAIN.replace("<target", f"{mirror}<target")
+    assert is_ready(xml, "vda") is ready
+    assert not is_ready(xml, "vdb")

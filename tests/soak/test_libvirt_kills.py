@@ -3,7 +3,7 @@
 import pytest
 from libvirtcrossed import OURS, cross_all
 from libvirthost import libvirt_host
-from libvirtkills import OPERATIONS, kill_all
+from libvirtkills import COMMITS, OPERATIONS, kill_all
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
 
@@ -14,7 +14,7 @@ def host(qemu_binary):
         yield host
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+@pytest.mark.parametrize("operation", [*OPERATIONS, *COMMITS], ids=str)
 async def test_killed_at_every_command(operation, host, vm_dir, qemu_binary):
     await kill_all(host, operation, vm_dir, qemu_binary)
 

@@ -1,0 +1,104 @@
+"""Asking: a manager that lends its monitor at work on one of its disks, because we asked it.
+
+It counts the layers as we do, and calls each by a name of its own; its job is followed by what it
+tells of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from qmpblock.chains.jobs import ChainJob
+from qmpblock.errors import Error, GraphError, StalledError, printable
+from qmpblock.qemu.job import Progress
+
+if TYPE_CHECKING:
+    from qmpblock.mapping import MappedDisk
+
+__all__ = ["Asking"]
+
+_LOOK = 0.05  # seconds between looks at the manager's job
+
+
+class Asking:
+    """A disk that its manager is asked to work on.
+
+    :ivar name: what the manager calls it.
+    :param standing: what stands where it cannot.
+    :param verb: of virsh, that would do it, too.
+    """
+
+    def __init__(self, disk: MappedDisk, name: str, *, standing: str, verb: str) -> None:
+        self._disk = disk
+        self._vm = disk.vm
+        self._standing = standing
+        self._verb = verb
+        self.name = name
+
+    async def layers(self) -> Sequence[tuple[str, str]]:
+        """Return the manager's files and names of the disk's layers, which it counts as we do.
+
+        :raise GraphError: it has another chain.
+        """
+        layers = await self._vm.monitor.through(lambda lender: lender.layers(self.name))
+        if len(layers) != len(self._disk.chain.layers):
+            files = ", ".join(printable(file) for file, _ in layers)
+            address = printable(str(self._vm.monitor.address))
+            raise GraphError(
+                f"libvirt takes {files} for the chain of {self.name}, and QEMU has another one",
+                standing=self._standing,
+                remedy=f"compare them: virsh dumpxml DOMAIN; qmpblock disks {address}",
+            )
+        return layers
+
+    def named(self, layer: tuple[str, str]) -> str:
+        """Return what names a layer: an empty name would mean another one."""
+        file, name = layer
+        if not name:
+            raise GraphError(
+                f"libvirt does not say by what name it knows {printable(file)}",
+                standing=self._standing,
+                remedy=f"virsh {self._verb} DOMAIN {self.name} --base {printable(file)}",
+            )
+        return name
+
+    async def follow(
+        self,
+        job: ChainJob,
+        phase: str,
+        until: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        """Wait until the manager has no job on the disk any more, or is where it is to be.
+
+        :param job: to show it by; `phase`: what it does, for people.
+        :param until: whether it is there.
+        :raise StalledError: it does not move.
+        """
+        clock = asyncio.get_running_loop().time
+        last, moved = None, clock()
+        while (now := await self._vm.monitor.through(lambda lender: lender.job(self.name))) is not (
+            None
+        ):
+            if now != last:
+                last, moved = now, clock()
+                job.show(Progress("running", phase, *now))
+            if until is not None and await until():
+                return
+            if clock() - moved > self._vm.stall:
+                raise StalledError(
+                    f"libvirt's job on {self.name} has not moved for {self._vm.stall:g} s",
+                    remedy="look whether its storage hangs, or give a longer --stall",
+                )
+            await asyncio.sleep(_LOOK)
+
+    async def give_up(self) -> None:
+        """Have the manager give its job up, if it can be reached and has one."""
+        with contextlib.suppress(Error):  # it has ended, or cannot be reached
+            await self._vm.monitor.through(lambda lender: lender.abort(self.name))
+
+    async def limit(self, speed: int) -> None:
+        """Limit the manager's job to `speed` bytes a second from now on; 0 is no limit."""
+        await self._vm.monitor.through(lambda lender: lender.limit(self.name, speed))

@@ -1,0 +1,182 @@
+"""A manager that pivots a disk, and QEMU, come to name the same image. Real ones: live."""
+
+from types import SimpleNamespace
+
+import pytest
+from drawing import RUN, chain, record
+
+from qmpblock.changes.known import agree, give_up
+from qmpblock.changes.step import Choice
+from qmpblock.changes.unfinished import steps
+from qmpblock.errors import Error, StalledError, UnsupportedError
+
+COMMIT = "commit-vda-d0"  # as libvirt calls its job
+PAUSED = f"qmpblock-{RUN}-paused"
+
+
+def of_pivot(**changes):
+    said = {
+        "top": "d0",
+        "base": "d1",
+        "top_file": "/i/d0",
+        "base_file": "/i/d1",
+        "nodes": (PAUSED,),
+        "known_as": "vda",
+    }
+    return record("commit by its manager", True, **said | changes)
+
+
+class Managed:
+    """A VM whose manager lends its monitor, and what that says of the disk's image."""
+
+    def __init__(self, drawn, now="/i/d0", later="/i/d0", *, lent=True):
+        self.drawn = drawn
+        self.said = now, later
+        self.happens = []  # before each look at the graph
+        self.sent = []
+        self.marks = []
+        self.stall = 0.2
+        self.monitor = SimpleNamespace(is_lent=lent, through=self.through, execute=self.execute)
+
+    async def graph(self):
+        if self.happens:
+            self.happens.pop(0)()
+        return self.drawn.graph()
+
+    async def through(self, ask):
+        return await ask(self)
+
+    async def files(self):
+        now, later = self.said
+        return {"vda": now}, None if later is None else {"vda": later}
+
+    async def abort(self, name):
+        self.sent.append(name)
+        if len(self.sent) == 1:
+            raise Error("it is busy")
+        self.drawn.jobs.clear()
+
+    async def execute(self, command, arguments):
+        self.sent.append(arguments["value"])
+        self.drawn.device(arguments["value"])
+
+    def mark(self, **entry):
+        self.marks.append(entry)
+
+
+def working(status="ready"):
+    return chain("d0", "d1").job(COMMIT, "commit", status, "d0", "d1")
+
+
+def moved():
+    return chain("d0", "d1").device("d1")
+
+
+async def test_both_name_the_base():
+    """Noted before the guest goes on, for then the top is stale."""
+    vm = Managed(moved(), "/i/d1", "/i/d1")
+    assert await agree(vm, of_pivot(), vm, "vda") is True
+    assert vm.marks == [{"pivoted": True}]
+    assert await agree(Managed(moved(), "/i/d1", None), of_pivot(), None, "vda") is True
+
+
+async def test_both_name_the_top():
+    vm = Managed(chain("d0", "d1"))
+    assert await agree(vm, of_pivot(), vm, "vda") is False
+    assert (vm.sent, vm.marks) == ([], [])
+
+
+async def test_a_manager_that_is_still_at_it_is_waited_for():
+    """Its job is QEMU's until it has noted what came of it."""
+    vm = Managed(working())
+
+    def ends():
+        vm.drawn.device("d1")
+        vm.drawn.job(COMMIT, "commit", "concluded")
+
+    def notes():
+        vm.said = "/i/d1", "/i/d1"
+        vm.drawn.jobs.clear()
+
+    vm.happens = [lambda: None, ends, lambda: None, notes]
+    assert await agree(vm, of_pivot(), None, "vda") is True
+    assert vm.sent == []
+
+
+@pytest.mark.parametrize("later", ["/i/d0", None])
+async def test_what_it_has_forgotten_is_taken_back(later):
+    """The guest is paused: both images hold the same."""
+    vm = Managed(moved(), "/i/d0", later)
+    assert await agree(vm, of_pivot(), vm, "vda") is False
+    assert (vm.sent, vm.marks) == (["d0"], [])
+
+
+@pytest.mark.parametrize("said", [("/i/x", "/i/x"), ("/i/d0", "/i/d1")])
+async def test_they_do_not_come_to_agree(said):
+    vm = Managed(moved(), *said)
+    with pytest.raises(StalledError, match="do not name the same image"):
+        await agree(vm, of_pivot(), None, "vda")
+    assert vm.sent == []
+
+
+async def test_a_disk_that_was_unplugged_is_nowhere():
+    drawn = moved()
+    drawn.devices.clear()
+    assert await agree(Managed(drawn), of_pivot(), None, "vda") is False
+
+
+async def test_its_job_is_given_up():
+    vm = Managed(working())
+    await give_up(vm, of_pivot(), "vda")
+    assert vm.sent == ["vda", "vda"]
+
+
+async def test_one_that_it_does_not_give_up_is_said():
+    vm = Managed(working())
+
+    async def refuse(name):
+        raise Error("it is busy")
+
+    vm.abort = refuse
+    with pytest.raises(StalledError, match="does not give up"):
+        await give_up(vm, of_pivot(), "vda")
+
+
+async def test_by_another_monitor_nothing_is_done():
+    vm = Managed(moved(), lent=False)
+    for asked in (agree(vm, of_pivot(), None, "vda"), give_up(vm, of_pivot(), "vda")):
+        with pytest.raises(UnsupportedError, match="by the manager itself") as refused:
+            await asked
+        assert "qmpblock recover unix:/run/vm.qmp" in refused.value.remedy
+
+
+@pytest.mark.parametrize("choice", list(Choice))
+def test_what_is_left_of_it_when_its_controller_died(choice):
+    its = of_pivot()
+
+    def left(drawn):
+        return [(step.verb, step.what) for step in steps(its, drawn.graph(), choice)]
+
+    assert left(chain("d0", "d1")) == []
+    assert left(working()) == [("give-up", "vda")]
+    assert left(working().image(PAUSED)) == [("give-up", "vda")]
+    assert left(chain("d0", "d1").image(PAUSED)) == [("agree", "vda")]
+    assert left(moved()) == [("agree", "vda")]  # a manager that knows has closed the top
+    known = chain("d1")
+    assert left(known) == []
+    assert left(known.image(PAUSED)) == [("agree", "vda")]
+
+
+def test_which_image_holds_all_when_qemu_died():
+    its = of_pivot(images=("/i/d0", "/i/d1"))
+    before, after = its.verdict([], {}), its.verdict([{"pivoted": True}], {})
+    assert (before.start, before.stale) == (("/i/d0",), ())
+    assert (after.start, after.stale) == (("/i/d1",), ("/i/d0",))
+    assert all("virsh domblklist" in one.why for one in (before, after))
+
+
+def test_a_reader_besides_the_managers_job_is_seen():
+    its = of_pivot()
+    its.check_readers(working().graph())
+    with pytest.raises(Error, match="export theirs"):
+        its.check_readers(working().export("theirs", "d1").graph())
