@@ -100,6 +100,21 @@ def test_the_pages_outcomes_are_the_modules():
     assert {int(code): said for code, said in rows} == part("module_utils.command").OUTCOMES
 
 
+@pytest.mark.parametrize("role", sorted(path.name for path in (HOME / "roles").iterdir()))
+def test_the_variables_of_a_role_are_documented(role):
+    home = HOME / "roles" / role
+    main = yaml.safe_load((home / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]
+    told = main["options"]
+    defaults = yaml.safe_load((home / "defaults/main.yml").read_text())
+    assert {name: one["default"] for name, one in told.items() if "default" in one} == defaults
+    assert {name for name, one in told.items() if one.get("required")} == set(told) - set(defaults)
+    tasks = (home / "tasks/main.yml").read_text()
+    own = {"migrate_sides", *re.findall(r"register: (\w+)", tasks)}
+    assert set(re.findall(rf"\b{role}_\w+", tasks)) - own == set(told)
+    readme = set(re.findall(rf"\b{role}_\w+", (home / "README.md").read_text()))
+    assert readme <= set(told)
+
+
 def test_the_version_is_the_commands():
     galaxy = yaml.safe_load((HOME / "galaxy.yml").read_text())
     assert galaxy["version"] == qmpblock.__version__

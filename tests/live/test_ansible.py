@@ -30,6 +30,7 @@ images:
 CHANGED = {
     "disk": r"^(disappeared|appeared): (node|edge|open file): ",
     "copy": r"^appeared: file: .*/copy.qcow2$",
+    "interrupted": r"^(disappeared|appeared): (node|edge|open file): ",
     "snapshot": r"^(disappeared|appeared): (node|edge|open file|device|file): ",
 }
 COMMAND = """\
@@ -171,7 +172,17 @@ async def vms(control, start_qemu, vm_dir, qemu_binary):
     return found
 
 
-@pytest.mark.parametrize("target", sorted(path.name for path in TARGETS.iterdir()))
+#: Twice five seconds, in which a monitor that is held does not greet.
+LONG = {"interrupted"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(path.name, marks=[pytest.mark.soak] * (path.name in LONG))
+        for path in sorted(TARGETS.iterdir())
+    ],
+)
 async def test_a_target(target, control, vms, invariant):
     """A module does its work once, on all hosts at once, as it said before."""
     if target in CHANGED:
@@ -217,3 +228,41 @@ async def test_a_host_that_cannot_be_asked(vm_dir):
     _, err = await process.communicate()
     assert process.returncode
     assert "/no/where" in err.decode()
+
+
+@pytest.fixture
+async def other(host, vm_dir, monkeypatch):
+    """Give another host, and where playbooks are run that reach it from this one."""
+    try:
+        programs = await host.serve_ssh()
+    except CutOffError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    place = vm_dir / "p"
+    place.mkdir(mode=0o700)
+    return Control(place, [])
+
+
+async def test_a_guest_goes_to_another_host(other, host, begin, land):
+    """By the role; told of in check mode, done once, and there when it is asked for again."""
+    source = await begin()
+    destination = await land(source)
+    variables = {
+        "migrate_source": source.monitor_path,
+        "migrate_destination": f"ssh://root@{host.there}:{PORT}{destination.monitor_path}",
+        "migrate_executable": str(other.command),
+        "ansible_python_interpreter": sys.executable,
+    }
+    role = {"role": "qmpblock.qmpblock.migrate"}
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False}
+    playbook = other.written("play.yml", [{**play, "vars": variables, "roles": [role]}])
+    words = ("-i", "localhost,", playbook)
+    out = await other.run("ansible-playbook", "--check", *words)
+    assert (await source.execute("query-status"))["running"]
+    out = await other.run("ansible-playbook", *words)
+    assert "changed=1" in out
+    assert (await destination.execute("query-status"))["running"]
+    out = await other.run("ansible-playbook", *words)
+    assert "changed=0" in out
+    end = await (await destination.attach_guest()).stop_stress(0)
+    assert (end.bad, end.errors) == (0, 0), end
