@@ -7,6 +7,7 @@
     ssh://[user@]host[:port]/run/vm.qmp                    a UNIX socket on another host: monitors
     libvirt:DOMAIN   libvirt:URI?DOMAIN                    what libvirt's daemon lends: monitors
     incus:INSTANCE   incus:PROJECT_INSTANCE                a socket beside Incus's own: monitors
+    pve:VMID   /run/qemu-server/VMID.qmp                   Proxmox VE's own, by turns: monitors
 
 Without a prefix, a text with a slash, or without a `:PORT` at its end, is a path.
 """
@@ -26,6 +27,7 @@ __all__ = [
     "IncusAddress",
     "LibvirtAddress",
     "MonitorAddress",
+    "ProxmoxAddress",
     "SSHAddress",
     "TCPAddress",
     "UnixAddress",
@@ -47,6 +49,9 @@ _LIBVIRT = "libvirt:"
 _SYSTEM = "qemu:///system"
 _INCUS = "incus:"
 _INSTANCE = re.compile(r"\w[\w.-]*", re.ASCII)
+_PVE = "pve:"
+_VMID = re.compile(r"[1-9]\d{2,8}", re.ASCII)
+_PVE_SOCKET = re.compile(r".*/qemu-server/([1-9]\d{2,8})\.qmp", re.ASCII | re.DOTALL)
 _LOCAL_QEMU = re.compile(r"qemu(?:\+unix)?:///(?:system|session)(?:\?socket=[^?&#]+)?")
 _FOR_SSH = re.compile(r"[\w./+=@,~-]+", re.ASCII)  # of a path: what ssh takes as it is
 
@@ -144,6 +149,27 @@ class IncusAddress(UnixAddress):
         return f"{_INCUS}{self.instance}"
 
 
+@dataclass(frozen=True)
+class ProxmoxAddress(UnixAddress):
+    """The monitor that Proxmox VE made for itself: had by turns (`qmpblock.qemu.turns`)."""
+
+    @classmethod
+    def of(cls, vmid: str) -> ProxmoxAddress:
+        """Return that of a VM, by its number."""
+        return cls(f"/var/run/qemu-server/{vmid}.qmp")
+
+    @property
+    def vmid(self) -> str:
+        """The number of the VM."""
+        match = _PVE_SOCKET.fullmatch(self.path)
+        assert match is not None  # so it became one
+        return match[1]
+
+    def __str__(self) -> str:
+        named = self == ProxmoxAddress.of(self.vmid)
+        return f"{_PVE}{self.vmid}" if named else super().__str__()
+
+
 Address = UnixAddress | TCPAddress
 MonitorAddress = Address | SSHAddress | LibvirtAddress
 
@@ -169,17 +195,25 @@ def parse_address(text: str) -> Address:
 
 
 def parse_monitor(text: str) -> MonitorAddress:
-    """Read the address of a monitor: one of `parse_address`, ssh://, libvirt: or incus:.
+    """Read the address of a monitor: one of `parse_address`, ssh://, libvirt:, incus: or pve:.
+
+    The path of a monitor of Proxmox VE's own is as good as pve:.
 
     :raise RequestError: as of `parse_address`; or ssh would take it for another one; or libvirt's
-        URI is not that of a QEMU driver on this host; or no instance of Incus is called so.
+        URI is not that of a QEMU driver on this host; or no instance of Incus is called so, no VM
+        of Proxmox VE.
     """
+    if text.startswith(_PVE):
+        return _proxmox(text, text[len(_PVE) :])
     if text.startswith(_INCUS):
         return _incus(text, text[len(_INCUS) :])
     if text.startswith(_LIBVIRT):
         return _libvirt(text, text[len(_LIBVIRT) :])
     if not text.startswith(_SSH):
-        return parse_address(text)
+        address = parse_address(text)
+        if isinstance(address, UnixAddress) and _PVE_SOCKET.fullmatch(address.path):
+            return ProxmoxAddress(address.path)
+        return address
     match = _BY_SSH.fullmatch(text[len(_SSH) :])
     if match is None:
         raise RequestError(
@@ -196,6 +230,12 @@ def parse_monitor(text: str) -> MonitorAddress:
         )
     if len(path) > LONGEST_PATH:
         raise RequestError(f"the path in {printable(text)} is longer than {LONGEST_PATH} bytes")
+    if _PVE_SOCKET.fullmatch(path):
+        raise RequestError(
+            f"{printable(text)} is a monitor of Proxmox VE's own, which is had by turns, on its "
+            "host alone",
+            remedy="run qmpblock there, with the address pve:VMID",
+        )
     return SSHAddress(match["v6"] or match["host"], path, match["user"], port)
 
 
@@ -224,6 +264,15 @@ def _incus(text: str, instance: str) -> IncusAddress:
             remedy="instances by name: incus list",
         )
     return address
+
+
+def _proxmox(text: str, vmid: str) -> ProxmoxAddress:
+    if not _VMID.fullmatch(vmid):
+        raise RequestError(
+            f"the address {printable(text)!r} is not pve:VMID",
+            remedy="VMs by number: qm list",
+        )
+    return ProxmoxAddress.of(vmid)
 
 
 def _unix(text: str, path: str) -> UnixAddress:

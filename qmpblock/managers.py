@@ -136,6 +136,11 @@ class Manager:
         """
         return _HOLDS[self.name](chardev, description)
 
+    @property
+    def shares(self) -> bool:
+        """Whether its own monitor can be had by turns: it comes to that, and goes."""
+        return self.name == "Proxmox VE"
+
     def monitor_to_add(self) -> str:
         """Say how a VM of its gets a second monitor, for qmpblock.
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qmpblock.address import (
     IncusAddress,
     LibvirtAddress,
+    ProxmoxAddress,
     SSHAddress,
     TCPAddress,
     UnixAddress,
@@ -67,6 +68,10 @@ def test_text_form_reads_back(address):
         ("libvirt:web", LibvirtAddress("web", "qemu:///system")),
         ("incus:web", IncusAddress("/run/incus/web/qmpblock.qmp")),
         ("incus:dev_web-1", IncusAddress.of("dev_web-1")),
+        ("pve:104", ProxmoxAddress("/var/run/qemu-server/104.qmp")),
+        ("/run/qemu-server/104.qmp", ProxmoxAddress("/run/qemu-server/104.qmp")),
+        ("unix:/x/qemu-server/999999999.qmp", ProxmoxAddress("/x/qemu-server/999999999.qmp")),
+        ("/run/qemu-server/104.qga", UnixAddress("/run/qemu-server/104.qga")),
         ("libvirt:4444", LibvirtAddress("4444")),  # never TCP
         ("libvirt:qemu:///session?web:1", LibvirtAddress("web:1", "qemu:///session")),
         (
@@ -115,6 +120,38 @@ def test_what_is_no_instance_is_refused(text):
         parse_monitor(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pve:",
+        "pve:web",
+        "pve:99",
+        "pve:0104",
+        "pve:1234567890",
+        "pve:104 ",
+        "pve:104/x",
+        "pve:10\u0664",
+    ],
+)
+def test_what_is_no_number_of_a_vm_is_refused(text):
+    with pytest.raises(RequestError) as caught:
+        parse_monitor(text)
+    assert "qm list" in caught.value.remedy
+
+
+def test_the_monitor_of_proxmox_on_another_host_is_not_held():
+    with pytest.raises(RequestError, match="by turns") as caught:
+        parse_monitor("ssh://h/var/run/qemu-server/104.qmp")
+    assert "pve:VMID" in caught.value.remedy
+
+
+def test_a_vm_of_proxmox_is_reached_by_a_socket_of_this_host():
+    address = parse_monitor("pve:104")
+    assert isinstance(address, UnixAddress)
+    assert (address.vmid, str(address)) == ("104", "pve:104")
+    assert str(parse_monitor("/x/qemu-server/104.qmp")) == "unix:/x/qemu-server/104.qmp"
+
+
 def test_an_instance_is_reached_by_a_socket_of_this_host():
     address = parse_monitor("incus:dev_web")
     assert isinstance(address, UnixAddress)
@@ -137,6 +174,9 @@ def test_any_text_is_an_address_or_a_request_error(text):
         assert parse_monitor(str(parsed)) == parsed
     with contextlib.suppress(RequestError):
         parsed = parse_monitor(f"incus:{text}")
+        assert parse_monitor(str(parsed)) == parsed
+    with contextlib.suppress(RequestError):
+        parsed = parse_monitor(f"pve:{text}")
         assert parse_monitor(str(parsed)) == parsed
 
 

@@ -160,6 +160,11 @@ def test_which_monitors_are_the_managers_own(case, chardev, description, held):
     assert recognise(CASES[case][0]).holds(chardev, description) is held
 
 
+def test_proxmox_alone_has_room_for_others_at_its_own_monitor():
+    shared = {case for case, (traits, *_) in CASES.items() if recognise(traits).shares}
+    assert shared == {case for case in CASES if case.startswith("proxmox")}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_each_says_how_a_second_monitor_is_added(case):
     manager = recognise(CASES[case][0])

@@ -30,6 +30,7 @@ from qmpblock.allocation.room import (
 )
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import (
+    UNTOUCHED,
     BusyError,
     DisconnectedError,
     Error,
@@ -116,6 +117,13 @@ class _Watcher:
         :raise Error: this disk cannot be watched, or no more; nothing of ours is left then.
         """
         monitor = self._vm.monitor
+        if monitor.by_turns:
+            raise UnsupportedError(
+                f"the room of a disk is not watched by {monitor.address}: it is had by turns, and "
+                "an event tells when room becomes scarce",
+                standing=UNTOUCHED,
+                remedy="give the VM a second monitor; or run qmpblock apply without --watch, often",
+            )
         pid = monitor.peer_pid or 0
         start = start_time(pid)
         with monitor.subscribe(_EVENT, match=self._is_ours) as events:

@@ -93,7 +93,7 @@ def _group() -> None:
     """Disks of running QEMU virtual machines: maps, allocation, jobs.
 
     ADDRESS is a QMP monitor: a UNIX socket path, unix:PATH, HOST:PORT or tcp:HOST:PORT, or, on
-    another host, ssh://[USER@]HOST[:PORT]/PATH, or libvirt:DOMAIN, or incus:INSTANCE.
+    another host, ssh://[USER@]HOST[:PORT]/PATH, or libvirt:DOMAIN, incus:INSTANCE, pve:VMID.
     DISK is a qdev id, QOM path, drive id, node name, the active image's file name, or
     libvirt's name of it.
 

@@ -268,6 +268,7 @@ async def _of_disks(
                         file.check_place()  # or the guest would go over to what has no name
             if pauses:
                 await alone.enter_async_context(instant(vm, paused_node(record.run)))
+            alone.enter_context(vm.monitor.in_one_turn())  # the guest is about to be held
             yield pauses
 
     async def mark(*, over: bool) -> None:

@@ -106,6 +106,13 @@ async def look(
         if freezes:
             plan = replace(plan, opened=await check_frozen(vm, plan, graph))
         plans.append(plan)
+    if options.resume and vm.monitor.by_turns:
+        raise UnsupportedError(
+            f"a copy is not resumed by {vm.monitor.address}, which others have in between: the "
+            "VM stands while what is left is copied",
+            standing=UNTOUCHED,
+            remedy="copy it anew, or give the VM a second monitor",
+        )
     verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
     await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file), graph)
     return plans

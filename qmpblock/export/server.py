@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpblock.address import TCPAddress
-from qmpblock.errors import BusyError, CommandError, printable
+from qmpblock.errors import BusyError, CommandError, StalledError, printable
 from qmpblock.host.socketfolder import remove_socket
 from qmpblock.names import (
     credentials_name,
@@ -26,7 +26,7 @@ from qmpblock.names import (
 )
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.lock import Holder
-from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.monitor import Monitor, Subscription
 from qmpblock.qemu.refusals import already_shutting_down, in_use, not_found, not_running, tolerate
 from qmpblock.sockets import absolute, open_socket
 
@@ -48,7 +48,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _ACCEPTS = 0x10000  # __SO_ACCEPTCON, in the flags of /proc/net/unix
 _HANDSHAKE = 20.0  # seconds: QEMU gives a handshake ten, from 7.2.14 on
-_LOOK = 0.05  # seconds between looks at the connections
+_LOOK = 0.05  # seconds between looks at the connections, or the exports
 
 
 async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "hard") -> bool:
@@ -67,7 +67,7 @@ async def delete_export(monitor: Monitor, name: str, stall: float, mode: str = "
                 return False
             if not already_shutting_down(error):
                 raise
-        await deleted.get(stall)
+        await _until_gone(monitor, deleted, {name}, stall)
     return True
 
 
@@ -86,8 +86,24 @@ async def delete_exports(monitor: Monitor, names: Sequence[str], stall: float) -
                 if not not_found(said) and not already_shutting_down(said):
                     raise said
                 left -= {name} if not_found(said) else set()
-        while left:
-            left.discard((await deleted.get(stall))["data"]["id"])
+        await _until_gone(monitor, deleted, left, stall)
+
+
+async def _until_gone(
+    monitor: Monitor, deleted: Subscription, left: set[str], stall: float
+) -> None:
+    """Wait for the events of exports that go; where these may be missed, look.
+
+    :raise StalledError: one does not go.
+    """
+    late = asyncio.get_running_loop().time() + stall
+    while left:
+        try:
+            left.discard((await deleted.get(_LOOK if monitor.by_turns else stall))["data"]["id"])
+        except StalledError:
+            if not monitor.by_turns or asyncio.get_running_loop().time() > late:
+                raise
+            left &= {export["id"] for export in await monitor.execute("query-block-exports")}
 
 
 async def delete_object(monitor: Monitor, name: str) -> None:

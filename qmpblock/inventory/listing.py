@@ -3,7 +3,7 @@
 Every running VM is a process, whoever started it; so that is where they are found, libvirt's and
 Proxmox's too, whether or not their daemons run or may be asked. What is in a VM its monitor tells,
 by the address that is given for it; where the manager holds its own monitor, by the one that it
-lends, or by one that stands beside it.
+lends or shares, or by one that stands beside it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from qmpblock.address import IncusAddress, LibvirtAddress, MonitorAddress, UnixAddress
+from qmpblock.address import (
+    IncusAddress,
+    LibvirtAddress,
+    MonitorAddress,
+    ProxmoxAddress,
+    UnixAddress,
+    parse_monitor,
+)
 from qmpblock.errors import Error, printable
 from qmpblock.graph.model import Device
+from qmpblock.inventory.commandline import Listening
 from qmpblock.inventory.processes import QEMU, Found, find, qemus
 from qmpblock.managers import Manager, Traits, Work, recognise, refused
 from qmpblock.qemu import ownership
@@ -134,12 +142,23 @@ def _ways(qemu: QEMU, manager: Manager | None) -> list[_Way]:
     """Return what finds an address of a VM, or says why there is none; the best way first."""
     if manager is not None and manager.name == "libvirt":
         return [partial(_by_libvirt, qemu, manager)]
-    chardevs = qemu.started.chardevs
-    return [
-        partial(find, qemu, monitor)
-        for monitor in qemu.started.monitors
-        if manager is None or not manager.holds(monitor.chardev, chardevs[monitor.chardev])
-    ]
+    free: list[_Way] = []
+    shared: list[_Way] = []
+    for monitor in qemu.started.monitors:
+        said = qemu.started.chardevs[monitor.chardev]
+        if manager is None or not manager.holds(monitor.chardev, said):
+            free.append(partial(find, qemu, monitor))
+        elif manager.shares:
+            shared.append(partial(_by_turns, qemu, monitor))
+    return [*free, *shared]
+
+
+async def _by_turns(qemu: QEMU, monitor: Listening) -> Found:
+    found = await find(qemu, monitor)
+    address = None if found.address is None else parse_monitor(str(found.address))
+    if address is None or isinstance(address, ProxmoxAddress):
+        return replace(found, address=address)
+    return Found(None, f"is its manager's own ({found.address})")
 
 
 async def _found(ways: Iterable[_Way]) -> AsyncIterator[Found]:

@@ -149,6 +149,13 @@ def _pairs(
 async def _check_reach(source: Connection, destination: Connection, over: Over | None) -> None:
     for side, vm in (("source", source), ("destination", destination)):
         monitor = vm.monitor
+        if monitor.by_turns:
+            raise UnsupportedError(
+                f"the {side}'s monitor, {monitor.address}, is had by turns, and its events tell "
+                "how a migration goes",
+                standing=UNTOUCHED,
+                remedy="have its manager migrate it, or give the VM a second monitor",
+            )
         if monitor.can_pass_fds:
             await _check_is_its_own(monitor, side)
         elif side == "source" or (monitor.forward is None and over is None):

@@ -30,11 +30,12 @@ async def instant(vm: Connection, node: str) -> AsyncIterator[bool]:
 
     :param node: its name, of a node of ours.
     """
-    if not await pause(vm, node):
-        yield False
-        return
-    yield True
-    await resume(vm, node)
+    with vm.monitor.in_one_turn():
+        if not await pause(vm, node):
+            yield False
+            return
+        yield True
+        await resume(vm, node)
 
 
 async def pause(vm: Connection, node: str) -> bool:

@@ -47,6 +47,7 @@ class LibvirtMonitor:
     version: tuple[int, int, int] = (0, 0, 0)
     package = ""
     can_pass_fds = True  # the address is of this host
+    by_turns = False
     forward = None
 
     def __init__(
@@ -150,6 +151,9 @@ class LibvirtMonitor:
         """Have the next command take a descriptor along."""
         self._drop_files()
         self._files = [os.dup(fd)]
+
+    def keep_turn(self, kept: bool) -> None:
+        """Nothing: the daemon has room for others in between, and is asked by them."""
 
     def keep_unlogged(self, unlogged: bool) -> None:
         """Nothing: this process logs none of it."""

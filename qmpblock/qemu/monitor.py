@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from qmpblock.address import LibvirtAddress, MonitorAddress, parse_monitor
+from qmpblock.address import LibvirtAddress, MonitorAddress, ProxmoxAddress, parse_monitor
 from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError, UnsupportedError
 from qmpblock.host.forward import Forward
 from qmpblock.qemu.answers import checked
@@ -26,6 +27,7 @@ from qmpblock.qemu.lender import Lender
 from qmpblock.qemu.libvirtmonitor import LibvirtMonitor
 from qmpblock.qemu.qmpsocket import QMPSocket
 from qmpblock.qemu.transport import Event, LostError, Transport
+from qmpblock.qemu.turns import Turns
 
 __all__ = ["Event", "Monitor", "Subscription"]
 
@@ -131,11 +133,13 @@ class Monitor:
         self.stall = stall
         self.closed = False
         tell = (self._on_event, self._on_end)
-        self._transport: Transport = (
-            LibvirtMonitor(address, *tell)
-            if isinstance(address, LibvirtAddress)
-            else QMPSocket(address, *tell)
-        )
+        self._transport: Transport
+        if isinstance(address, LibvirtAddress):
+            self._transport = LibvirtMonitor(address, *tell)
+        elif isinstance(address, ProxmoxAddress):
+            self._transport = Turns(address, *tell)
+        else:
+            self._transport = QMPSocket(address, *tell)
         self._subscriptions: set[Subscription] = set()
         self._turn = asyncio.Lock()
 
@@ -163,6 +167,11 @@ class Monitor:
     def can_pass_fds(self) -> bool:
         """Whether file descriptors can be handed to QEMU."""
         return self._transport.can_pass_fds
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether others have it in between: events are missed, and a command may wait for them."""
+        return self._transport.by_turns
 
     @classmethod
     async def connect(
@@ -201,6 +210,18 @@ class Monitor:
         """
         self.closed = True
         await self._transport.close(self.stall)
+
+    @contextmanager
+    def in_one_turn(self) -> Iterator[None]:
+        """Let nobody have it before the body has ended, where others have it in between.
+
+        For what must not wait for them, since the guest does; for three seconds at most.
+        """
+        self._transport.keep_turn(True)
+        try:
+            yield
+        finally:
+            self._transport.keep_turn(False)
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run one QMP command and return what QEMU returned.

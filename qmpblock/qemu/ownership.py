@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.host.processes import command_line
-from qmpblock.managers import Manager, Traits, Work, recognise, refused
+from qmpblock.managers import Manager, Traits, Verb, Work, recognise, refused
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.runstate import MIGRATION_OVER, OF_ITS_OWN
 
@@ -64,6 +64,8 @@ class Situation:
 
 
 _HERE = Situation(Owner.THIS)
+_BY_TURNS: tuple[Verb, ...] = ("copy", "point")  # a monitor that others have too suffices for it
+_OF_PROXMOX = frozenset({"alloc-track", "zeroinit"})  # drivers of its QEMU alone
 _WAIT = (
     "wait for its end, or cancel it (migrate_cancel); then run this again, on the VM in which the "
     "guest goes on"
@@ -154,6 +156,30 @@ async def look(monitor: Monitor, devices: Iterable[Device] = ()) -> Situation:
 
     :param devices: whose images are meant; those of no device may be inactive unnoticed.
     """
+    known = tuple(devices)
+    owned = await _look(monitor, known)
+    return (_being_filled(known) or owned) if owned.owner is Owner.THIS else owned
+
+
+def _being_filled(devices: Iterable[Device]) -> Situation | None:
+    """Tell that Proxmox VE is at work below the guest of a disk; None where it is not.
+
+    Its QEMU has drivers for that of which no other knows, so neither do we what is where then.
+    """
+    for device in devices:
+        for layer in () if device.chain is None else device.chain.layers:
+            if layer.node.driver in _OF_PROXMOX:
+                return Situation(
+                    Owner.UNKNOWN,
+                    f"Proxmox VE is at work on {printable(device.name)}: it has the node "
+                    f"{printable(layer.node.name)} of its own QEMU's driver {layer.node.driver}, "
+                    "so what supplies which part of the disk cannot be told",
+                    "wait until its task (a live restore, a move of the disk) has ended",
+                )
+    return None
+
+
+async def _look(monitor: Monitor, known: tuple[Device, ...]) -> Situation:
     # In this order: a migration that has just ended is still seen in the run state (11.1 says
     # `completed` a moment before it leaves finish-migrate), and never the other way round.
     migrates, runs = await monitor.read("query-migrate", "query-status")
@@ -161,7 +187,6 @@ async def look(monitor: Monitor, devices: Iterable[Device] = ()) -> Situation:
     owned = situation(status, migration)
     if owned.owner is not Owner.THIS or status == "running":
         return owned  # while a guest runs, QEMU deactivates nothing under it
-    known = list(devices)
     if not known:
         return owned
     try:
@@ -220,11 +245,15 @@ async def ask_for_change(
     :param work: what is to be done, for the manager's own way.
     :param graph: as it has just been read, if it has.
     :param asked: whether a manager that lends its monitor will be asked to do it itself.
-    :raise UnsupportedError: a manager does; the reason, and its own way.
+    :raise UnsupportedError: a manager does; the reason, and its own way. Or it is not done by a
+        monitor that is had by turns.
     """
-    if vm.unmanaged:
+    if vm.unmanaged and not vm.monitor.by_turns:
         return
     manager = await manager_of(vm, await vm.graph() if graph is None else graph)
+    if vm.unmanaged:
+        _check_by_turns(vm, work, manager)
+        return
     if manager is not None and work.verb in refused(manager, lent=asked and vm.monitor.is_lent):
         raise UnsupportedError(
             f"this VM is managed by {manager.name} ({printable(manager.told_by)}), which would not "
@@ -232,3 +261,20 @@ async def ask_for_change(
             standing=UNTOUCHED,
             remedy=f"{manager.way(work)}; --unmanaged (unmanaged=True) does it all the same",
         )
+
+
+def _check_by_turns(vm: Connection, work: Work, manager: Manager | None) -> None:
+    """Refuse what is not done by a monitor that others have in between, whoever owns the chain.
+
+    In the midst of most changes the guest's I/O is held, or an event says how it ended.
+    """
+    if work.verb in _BY_TURNS:
+        return
+    manager = manager or Manager("Proxmox VE", "", "")
+    raise UnsupportedError(
+        f"{work.called} is not done by {vm.monitor.address}, which others have in between: the "
+        "guest could be held until they are done",
+        standing=UNTOUCHED,
+        remedy=f"give the VM a second monitor, and use that: {manager.monitor_to_add()}; then shut "
+        "it down, and start it again",
+    )

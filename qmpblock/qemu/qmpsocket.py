@@ -22,7 +22,7 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import ConnectError as _QMPConnectError
 from qemu.qmp.protocol import StateError
 
-from qmpblock.address import Address, IncusAddress, SSHAddress, UnixAddress
+from qmpblock.address import Address, IncusAddress, ProxmoxAddress, SSHAddress, UnixAddress
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import CommandError, ConnectError, GreetingError, MonitorHeldError, printable
 from qmpblock.host.forward import Forward
@@ -179,7 +179,7 @@ class QMPSocket:
     ) -> None:
         self._address = address
         self._client = _Client(on_event, on_end)
-        self._peer: Peer | None = None
+        self.peer: Peer | None = None  # that made the listening socket, where it is of this host
         self.forward: Forward | None = None
         self.version: tuple[int, int, int] = (0, 0, 0)
         self.package = ""
@@ -192,7 +192,7 @@ class QMPSocket:
     @property
     def peer_pid(self) -> int | None:
         """The process that made the listening socket: QEMU, or a manager. None: not known."""
-        return None if self._peer is None else self._peer.known()
+        return None if self.peer is None else self.peer.known()
 
     @property
     def ended(self) -> str:
@@ -222,7 +222,7 @@ class QMPSocket:
         try:
             await _await_greeting(sock, where, greeting_timeout)
             if isinstance(where, UnixAddress):
-                self._peer = Peer.of(sock)
+                self.peer = Peer.of(sock)
             async with asyncio.timeout(greeting_timeout):
                 await self._client.connect(sock)
         except TimeoutError:
@@ -298,9 +298,13 @@ class QMPSocket:
             raise LostError(printable(error)) from error
 
     lender = None
+    by_turns = False
 
     async def device_called(self, name: str) -> None:
         """Nothing: QEMU's own names are all that there are."""
+
+    def keep_turn(self, kept: bool) -> None:
+        """Nothing: nobody else has this connection."""
 
     def keep_unlogged(self, unlogged: bool) -> None:
         """Have no log show what is sent and read from now on."""
@@ -332,6 +336,12 @@ async def _connect_socket(
                 remedy=f"look whether it runs; Incus holds the monitor that it has, so give it one "
                 f"more: {Manager('Incus', address.instance, '').monitor_to_add()}; then stop it, "
                 "and start it again",
+            ) from None
+        if isinstance(address, ProxmoxAddress) and not isinstance(error, PermissionError):
+            raise ConnectError(
+                f"the VM {address.vmid} has no monitor at {address.path}: "
+                f"{error.strerror or error}",
+                remedy=f"look whether it runs on this host: qm status {address.vmid}",
             ) from None
         raise ConnectError(
             f"cannot connect to {address}: {error.strerror or error}",
@@ -374,12 +384,15 @@ async def _await_greeting(
 def _held(address: Address | SSHAddress, what: str) -> MonitorHeldError:
     """Say which processes hold a monitor, where that can be seen."""
     pids = holders(address)
+    remedy = _SECOND_MONITOR
+    if isinstance(address, ProxmoxAddress):
+        remedy = "wait for it to go, as all do that share this monitor, and run this again"
     if not pids:
         return MonitorHeldError(
             f"{what}. Most likely another client holds it; which, cannot be seen from here",
-            remedy=_SECOND_MONITOR,
+            remedy=remedy,
         )
     who = ", ".join(describe_process(pid) for pid in pids)
     return MonitorHeldError(
-        f"{what}: it serves one client at a time, and that is {who}", pids, remedy=_SECOND_MONITOR
+        f"{what}: it serves one client at a time, and that is {who}", pids, remedy=remedy
     )

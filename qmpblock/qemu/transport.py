@@ -2,7 +2,7 @@
 
 A monitor is the same whichever way it is reached: turns, limits, subscriptions and errors are
 `Monitor`'s. What differs is here: a socket of QEMU's own (`qmpblock.qemu.qmpsocket`), or the
-monitor that a manager holds, and lends.
+monitor that a manager holds, and lends, or one that it shares by turns (`qmpblock.qemu.turns`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class Transport(Protocol):
 
     version: tuple[int, int, int]
     package: str
+
+    @property
+    def by_turns(self) -> bool:
+        """Whether others have it in between: events are missed, and a command may wait for them."""
 
     @property
     def can_pass_fds(self) -> bool:
@@ -99,6 +103,9 @@ class Transport(Protocol):
 
         :raise LostError: the way is lost.
         """
+
+    def keep_turn(self, kept: bool) -> None:
+        """Have what is run from now on be one turn, or no longer, where it is had by turns."""
 
     def keep_unlogged(self, unlogged: bool) -> None:
         """Keep what is sent and read from now on out of this process's logs, or no longer."""

@@ -1,12 +1,14 @@
 """Whose images these are, from what QEMU says. Real migrations: live/test_ownership.py."""
 
+from typing import get_args
+
 import pytest
 from drawing import chain
 from fake_objects import fake_vm
 
 from qmpblock.errors import UnsupportedError
 from qmpblock.graph.model import Device
-from qmpblock.managers import Work
+from qmpblock.managers import Verb, Work
 from qmpblock.qemu.ownership import Owner, ask, ask_for_change, inactive_devices, look, situation
 
 # qapi/run-state.json, all of QEMU 7.2 and 11.1.
@@ -188,3 +190,32 @@ async def test_a_managed_chain_is_not_changed(tmp_path):
         assert "--unmanaged" in caught.value.remedy
         vm.unmanaged = True
         await ask_for_change(vm, work)
+
+
+@pytest.mark.parametrize("driver", ["alloc-track", "zeroinit"])
+async def test_a_disk_that_proxmox_is_at_work_on_is_not_looked_into(driver, tmp_path):
+    """Its QEMU's own drivers, of which no other knows."""
+    drawing = chain("d0", "d1").device("d0", "vd0")
+    async with fake_vm(tmp_path / "q", drawing) as (vm, _):
+        await ask(vm.monitor, (await vm.graph()).devices)
+        drawing.nodes["d0"]["drv"] = driver
+        with pytest.raises(UnsupportedError, match=f"the node d0 .* driver {driver}") as caught:
+            await ask(vm.monitor, (await vm.graph()).devices)
+    assert "live restore" in caught.value.remedy
+
+
+async def test_by_turns_a_chain_is_not_changed_even_if_its_manager_is_told_afterwards(tmp_path):
+    path = tmp_path / "qemu-server" / "104.qmp"
+    path.parent.mkdir()
+    async with fake_vm(path, chain("d0").device("d0", "vd0")) as (vm, qemu):
+        qemu["query-chardev"] = {"return": [{"label": "x", "filename": f"unix:{path},server=on"}]}
+        qemu["query-name"] = {"return": {}}
+        with pytest.raises(UnsupportedError, match="managed by Proxmox VE") as caught:
+            await ask_for_change(vm, Work("snapshot", "/images/d0"))
+        assert "qm snapshot 104 NAME" in caught.value.remedy
+        vm.unmanaged = True
+        for verb in set(get_args(Verb)) - {"copy", "point"}:
+            with pytest.raises(UnsupportedError, match="others have in between") as caught:
+                await ask_for_change(vm, Work(verb, "/images/d0"))
+            assert "qm set 104 --args" in caught.value.remedy
+            assert caught.value.standing == "nothing was touched"
