@@ -117,7 +117,7 @@ _REFUSED = 2
     "--allocation",
     type=click.Choice(["thin", "full", "same"]),
     help="What of the new images has host space: what they hold, but no zeros; every byte; or the "
-    "same as of the disk. [default: thin]",
+    "same as of the disk. Full, of a destination's command line too. [default: thin]",
 )
 @metrics_option
 async def command(
@@ -185,8 +185,10 @@ async def command(
             )
     if fmt and form not in ("command-line", "spawn"):
         raise click.UsageError("--format goes with --storage-only, --command-line and --spawn")
-    if allocation and form in ("command-line", "spawn"):
-        raise click.UsageError("--allocation is of a migration that is made, or of its --dry-run")
+    if allocation == "same" and form in ("command-line", "spawn"):
+        raise click.UsageError(
+            "--allocation same is of a migration that is made, or of its --dry-run"
+        )
     terms = DiskTerms(not memory_only, layers or "all", same_backing, allocation or "thin")
     terms.check()
     destination = targets[0] if len(targets) == 1 else None
@@ -208,12 +210,13 @@ async def command(
             raise click.UsageError("--svg is of a migration that is made")
         check_svg(svg)
     place = str(Path(directory).absolute())
-    how: dict[str, Any]
+    how: dict[str, Any] = {"qemu": qemu, "format": fmt, "layers": terms.layers}
+    how["preallocated"] = terms.allocation == "full"
     async with options.connect(source) as here:
         if form == "spawn":
             from qmpblock.migration.spawn import spawn
 
-            started = await spawn(here, place, qemu=qemu, format=fmt, layers=terms.layers)
+            started = await spawn(here, place, **how)
             warn(started.notes)
             emit(
                 json.dumps(asdict(started), indent=2) + "\n"
@@ -226,7 +229,6 @@ async def command(
             from qmpblock.migration.origin import read_origin
 
             origin = await read_origin(here)
-            how = {"qemu": qemu, "format": fmt, "layers": terms.layers}
             plan = launch(origin, directory=place, sockets=place, **how)
             emit(json.dumps(asdict(plan), indent=2) + "\n" if options.json else _written(plan))
             warn((*(f"to be added: {one}" for one in plan.missing), *plan.notes))
@@ -263,18 +265,20 @@ def _written(plan: Launch) -> str:
     from qmpblock.migration.options import joined
 
     made = [
-        shlex.join(["qemu-img", "create", "-f", one.format, *_on(one), one.file, str(one.size)])
+        shlex.join(["qemu-img", "create", "-f", one.format, *_how(one), one.file, str(one.size)])
         if one.secret is None
         else f"# {one.file}: {one.format}, {one.size} bytes, encrypted with the secret {one.secret}"
+        + ", preallocation=falloc" * one.preallocated
         for one in plan.images
     ]
     return "".join(f"{printable(line, 4000)}\n" for line in made) + joined(plan.words) + "\n"
 
 
-def _on(image: Image) -> list[str]:
-    if image.backing is None or image.backing_format is None:
-        return []
-    return ["-b", image.backing, "-F", image.backing_format]
+def _how(image: Image) -> list[str]:
+    words = ["-o", "preallocation=falloc"] if image.preallocated else []
+    if image.backing is not None and image.backing_format is not None:
+        words += ["-b", image.backing, "-F", image.backing_format]
+    return words
 
 
 def _say(planned: PlannedMigration) -> None:

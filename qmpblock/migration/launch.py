@@ -73,6 +73,7 @@ class Image:
 
     :ivar secret: the id of the secret object that encrypts it.
     :ivar backing: the file that it lies on, of the format `backing_format`; None: on none.
+    :ivar preallocated: whether every byte of it has host space from the start.
     """
 
     file: str
@@ -81,6 +82,7 @@ class Image:
     secret: str | None = None
     backing: str | None = None
     backing_format: str | None = None
+    preallocated: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def launch(
     qemu: str | None = None,
     format: str | None = None,  # noqa: A002 - the word of `copy`, and of the command
     layers: Layers = "all",
+    preallocated: bool = False,
 ) -> Launch:
     """Return a destination's command line.
 
@@ -132,6 +135,7 @@ def launch(
         is encrypted keeps its own.
     :param layers: what is to be copied to them: where it is the active layer alone (`top`), the
         image of a chain is qcow2, and lies on the disk's own backing image.
+    :param preallocated: whether its images have host space for every byte from the start.
     :raise UnsupportedError: a disk is of a kind that cannot be written anew.
     """
     started, words = program(origin.words)
@@ -155,7 +159,7 @@ def launch(
         on = device.chain.layers[1] if layers == "top" and len(device.chain.layers) > 1 else None
         node, image = _blockdev(disk, device, directory, origin, notes, format, on)
         nodes[disk.place] = node["node-name"]
-        images += [image] if image is not None else []
+        images += [replace(image, preallocated=preallocated)] if image is not None else []
         line += ["-blockdev", json.dumps(node)]
     for one in _devices(origin, nodes):
         line += ["-device", json.dumps(one)]

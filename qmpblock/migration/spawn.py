@@ -11,8 +11,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from qmpblock.errors import UNTOUCHED, ConnectError, ToolError, UnsupportedError, printable
+from qmpblock.changes.journalfile import FULL
+from qmpblock.errors import (
+    UNTOUCHED,
+    ConnectError,
+    NoRoomError,
+    ToolError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.host.contents import Contents
+from qmpblock.host.fallocate import keep_size
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.socketfolder import temporary_directory
 from qmpblock.migration.diskterms import Layers
@@ -53,6 +62,7 @@ async def spawn(
     qemu: str | None = None,
     format: str | None = None,  # noqa: A002 - the word of `copy`, and of the command
     layers: Layers = "all",
+    preallocated: bool = False,
 ) -> Spawned:
     """Start a destination for a source on this host.
 
@@ -62,9 +72,11 @@ async def spawn(
     :param directory: in which its images are made.
     :param qemu: its program; None: the source's.
     :param format: of its images: qcow2 or raw; None: each disk's own, where that can be made.
-    :param layers: what is to be copied to them (see `launch`).
-    :raise UnsupportedError: something is missing that only a person can add; nothing was touched.
+    :param layers: what is to be copied to them; `preallocated`: see `launch`.
+    :raise UnsupportedError: something is missing that only a person can add, or the file system
+        cannot give an image host space; nothing was touched.
     :raise ToolError: an image could not be made, or QEMU ended: its words; nothing is left.
+    :raise NoRoomError: there is no host space for all of an image; nothing is left.
     """
     origin = await read_origin(source)
     if not origin.words:
@@ -78,7 +90,13 @@ async def spawn(
     started = None
     try:
         plan = launch(
-            origin, directory=directory, sockets=folder, qemu=qemu, format=format, layers=layers
+            origin,
+            directory=directory,
+            sockets=folder,
+            qemu=qemu,
+            format=format,
+            layers=layers,
+            preallocated=preallocated,
         )
         _check(plan)
         for image in plan.images:
@@ -118,16 +136,31 @@ def _check(plan: Launch) -> None:
 
 
 async def _make(image: Image, stall: float) -> None:
-    """Make an empty image of a disk's size, for its user alone."""
+    """Make an empty image of a disk's size, for its user alone.
+
+    :raise NoRoomError: there is no host space for it; nothing is left.
+    :raise UnsupportedError: its file system cannot give it any; likewise.
+    """
     contents = Contents(image.size, ())
+    options = {"preallocation": "metadata"} if image.preallocated else {}
     if image.format != "raw":
         on = None
         if image.backing is not None and image.backing_format is not None:
             on = image.backing, image.backing_format
-        contents = await QemuImg(stall=stall).create(image.format, image.size, {}, backing=on)
+        contents = await QemuImg(stall=stall).create(image.format, image.size, options, backing=on)
     fd = os.open(image.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         contents.write_to(fd)
+        if image.preallocated:
+            keep_size(fd, 0, contents.length)
+    except OSError as error:
+        Path(image.file).unlink()
+        kind = NoRoomError if error.errno in FULL else UnsupportedError
+        raise kind(
+            f"{printable(image.file)} cannot be made: {error.strerror}",
+            standing=UNTOUCHED,
+            remedy="make room there, or name another --directory",
+        ) from None
     except BaseException:
         Path(image.file).unlink()
         raise

@@ -24,11 +24,16 @@ def test_what_does_not_go_together(words, capsys):
 
 
 def test_what_is_printed_can_be_run_by_a_shell():
-    images = (Image("/i/a b.qcow2", "qcow2", 65536), Image("/i/c", "luks", 512, "key"))
+    images = (
+        Image("/i/a b.qcow2", "qcow2", 65536),
+        Image("/i/c", "luks", 512, "key"),
+        Image("/i/d", "raw", 512, preallocated=True),
+    )
     text = _written(Launch(("qemu", "-m", "1G", "-S"), "/s/qmp", images))
     assert text == (
         "qemu-img create -f qcow2 '/i/a b.qcow2' 65536\n"
         "# /i/c: luks, 512 bytes, encrypted with the secret key\n"
+        "qemu-img create -f raw -o preallocation=falloc /i/d 512\n"
         "qemu \\\n  -m 1G \\\n  -S\n"
     )
 

@@ -134,6 +134,7 @@ SHARES = {
     "test_secrets": 0.34,
     "test_settings": 0.25,
     "test_snapshots::test_names_and_formats": 0.17,
+    "test_spawn::test_images_have_host_space_for_every_byte": 0.5,
     "test_spawn::test_a_key_is_never_shown": 0.5,
     "test_spawn::test_it_is_the_same_machine_and_takes_it_over": 0.3,
     "test_spawn::test_its_disks_come_along": 0.34,

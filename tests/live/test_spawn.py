@@ -144,6 +144,30 @@ async def test_of_a_chain_whose_active_layer_goes_the_image_lies_on_the_same(
             assert all(one.below for one in there.disks)
 
 
+@pytest.mark.parametrize("form", ["qcow2", "raw"])
+async def test_images_have_host_space_for_every_byte(
+    form, build_images, start_qemu, invariant, folder, ending
+):
+    """As a migration with --allocation full asks of them; it asks it of QEMU."""
+    vm = await start_qemu(await build_images())
+    invariant.forget(vm)
+    vm.expect_exit()
+    words = ("migrate", vm.monitor_path, "--spawn", "--directory", str(folder), "--json")
+    code, out, err = await cli(*words, "--format", form, "--allocation", "full")
+    assert code in (0, 4), err
+    started = json.loads(out)
+    ending(started["pid"], started["log"])
+    [file] = started["images"]
+    assert os.stat(file).st_blocks * 512 >= vm.disks[0].active.spec.size
+    code, _, err = await cli(
+        "migrate", vm.monitor_path, started["monitor"], "--allocation", "full", "--quit-source"
+    )
+    assert code == 0, err
+    assert os.stat(file).st_blocks * 512 >= vm.disks[0].active.spec.size
+    async with connected(started["monitor"]) as destination:
+        await destination.monitor.execute("quit")
+
+
 async def test_what_was_plugged_in_and_changed_later_is_there(
     build_images, start_qemu, invariant, vm_dir, folder, ending, qemu_binary
 ):
