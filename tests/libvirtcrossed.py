@@ -151,7 +151,8 @@ class Crossings(Matrix):
 
     def meetings(self):
         """Return (number, moment, theirs) before each change, and at the end."""
-        numbers = [n for n, sent in enumerate(self.trace, 1) if sent.startswith(_CHANGES)]
+        every = list(enumerate(self.trace, 1))
+        numbers = [n for n, sent in every if sent.startswith(_CHANGES)] or [n for n, _ in every]
         points = [*((number, "before") for number in numbers), (numbers[-1], "after")]
         return [(*point, theirs) for point in points for theirs in THEIRS]
 

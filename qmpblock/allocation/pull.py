@@ -169,7 +169,7 @@ class _Pulling:
                 standing="what was copied stays, its content is the same",
                 remedy="see why in libvirt's log, then run this again",
             )
-        await self._asking.layers()
+        await self._asking.agree()
 
     def outcome(self) -> Outcome:
         """Return what it did."""

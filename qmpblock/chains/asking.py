@@ -54,6 +54,26 @@ class Asking:
             )
         return layers
 
+    async def agree(self) -> None:
+        """Wait until the manager has the chain that QEMU has.
+
+        It notes the end of a job a moment after QEMU has no such job any more; where its daemon was
+        started again meanwhile, a longer one (K41).
+
+        :raise GraphError: it still has another one after the stall limit.
+        """
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self._vm.stall
+        while True:
+            try:
+                await self.layers()
+            except GraphError:
+                if clock() > deadline:
+                    raise
+            else:
+                return
+            await asyncio.sleep(_LOOK)
+
     def named(self, layer: tuple[str, str]) -> str:
         """Return what names a layer: an empty name would mean another one."""
         file, name = layer

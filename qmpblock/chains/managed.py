@@ -187,7 +187,7 @@ class _Committing:
                 standing="the content of the disk is the same",
                 remedy="see why in libvirt's log, then run this again",
             )
-        await self._asking.layers()
+        await self._asking.agree()
 
     def outcome(self) -> Outcome:
         """Return what it did."""
