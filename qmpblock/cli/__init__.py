@@ -17,9 +17,12 @@ def main() -> None:
     gc.set_threshold(100_000)
 
     try:
-        from qmpblock.cli.app import run
+        from qmpblock.cli.app import delivered, run
+        from qmpblock.cli.standardio import take_over
     except KeyboardInterrupt:  # the half second before anybody handles it
         sys.stderr.write("qmpblock: interrupted; nothing was touched\n")
         sys.exit(130)
 
-    sys.exit(run(sys.argv[1:]))
+    output, arguments = take_over(), sys.argv[1:]
+    code = run(arguments)
+    sys.exit(delivered(code, arguments, output.lost))

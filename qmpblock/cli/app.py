@@ -2,7 +2,8 @@
 
 It imports a command's module only when that is run, and turns errors into messages and exit
 codes (design.md, contracts): whatever happens, one message and never a traceback. All output
-passes `emit`, `_complain` or click's echo; what their stream cannot write is escaped.
+passes `emit`, `_complain` or click's echo; what their stream cannot write is escaped, and where it
+cannot be written at all (`qmpblock.cli.standardio`) the work goes on.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = [
     "Rate",
     "Size",
     "command",
+    "delivered",
     "emit",
     "pair",
     "run",
@@ -64,6 +66,7 @@ _COMMANDS = {
     "verify": "Compare two closed images byte for byte, holes and written zeros alike.",
     "vms": "List the VMs of this host, whoever runs them, and how each can be worked on.",
 }
+_READERS = frozenset({"disks", "doctor", "jobs", "map", "metrics", "plan", "verify", "vms"})
 WARNED = 4
 INTERRUPTED = 130
 _LONGEST = 10_000  # characters of a line of a message
@@ -126,16 +129,29 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; nothing of ours is left in the VM")
         return INTERRUPTED
-    except OSError as error:
-        # Whoever read our output has seen enough, or there is no room for it. Python would
-        # complain once more when it flushes stdout at exit.
-        if not isinstance(error, BrokenPipeError):
-            _complain(f"cannot write the output: {error.strerror or error}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         return _last_resort(error)
     return code if isinstance(code, int) else 0
+
+
+def delivered(code: int, arguments: Sequence[str], lost: OSError | None) -> int:
+    """Return the exit code of a command whose stdout could not be written; say so.
+
+    Of one that only reads, that was all that was asked for. What others have done stands, and is
+    no failure. Whoever has closed a pipe has seen enough, and is told nothing.
+
+    :param lost: why it could not; None where it could.
+    """
+    if lost is None:
+        return code
+    reads = not arguments or arguments[0] not in _COMMANDS or arguments[0] in _READERS
+    closed = isinstance(lost, BrokenPipeError)
+    if not closed:
+        stands = "" if reads or code not in (0, WARNED) else "\nwhat it was to tell of is done"
+        _complain(f"cannot write the output: {lost.strerror or lost}{stands}")
+    if reads:
+        return code or 1
+    return code if closed else code or WARNED
 
 
 def _last_resort(error: Exception) -> int:
