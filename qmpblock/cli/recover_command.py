@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+_NO_MIGRATION = (
+    "no migration of ours was broken off between these VMs, as far as they and the journals here "
+    "tell"
+)
+
 
 @make_command
 @click.argument("targets", nargs=-1, required=True, metavar="ADDRESS | IMAGE...")
@@ -99,10 +104,11 @@ async def command(
         return _unread(options, error, check=check)
     if migration is not None:
         return _show(options, [migration], planned=planned, check=check)
+    if len(targets) > 1 and check:
+        return _show(options, [], planned=True, check=True, none=_NO_MIGRATION)
     if len(targets) > 1 or force:
         raise NotFoundError(
-            "no migration of ours was broken off between these VMs, as far as they and the "
-            "journals here tell",
+            _NO_MIGRATION,
             remedy="to recover what else was left in one VM: qmpblock recover ADDRESS",
         )
     return await _recover_vm(options, targets[0], carry_on=carry_on, dry_run=dry_run, check=check)
@@ -179,11 +185,18 @@ async def _recover_vm(
     return _show(options, recoveries, planned=planned, check=check)
 
 
-def _show(options: Options, recoveries: Sequence[Recovery], *, planned: bool, check: bool) -> int:
+def _show(
+    options: Options,
+    recoveries: Sequence[Recovery],
+    *,
+    planned: bool,
+    check: bool,
+    none: str = "nothing of ours is left in this VM",
+) -> int:
     if options.json:
         emit(json.dumps([_document(one) for one in recoveries], indent=2) + "\n")
     elif not recoveries:
-        click.echo("nothing to recover: nothing of ours is left in this VM")
+        click.echo(f"nothing to recover: {none}")
     else:
         for one in recoveries:
             _say(one, planned=planned)

@@ -211,3 +211,13 @@ class Homeward:
         stands = await passage.landing.give_up()
         await passage.change.after_disconnect(said)
         said.standing = f"{said.standing}; {stands}"
+        if await passage.source_has_ended():
+            # By itself, with its guest, mostly. Where that cannot be at the destination, either,
+            # there is nothing that a recovery could find out.
+            passage.settled = passage.landing.gone or passage.job.phase.before(Phase.SENT)
+            said.standing = f"the source's QEMU has ended, and its images lack nothing; {stands}"
+            said.remedy = "unless the guest shut itself down, start it again from these" + (
+                "; those at the destination hold a part" if passage.plan.copied else ""
+            )
+        if isinstance(error, Error):
+            error.standing, error.remedy = said.standing, said.remedy

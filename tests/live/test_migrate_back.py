@@ -9,7 +9,9 @@ from disturbed import locks, nothing_of_ours
 from migrating import arrived, at, both, machine, migrated, stays
 
 import qmpblock
+from qmpblock.errors import DisconnectedError
 from qmpblock.migration import homeward, outward
+from qmpblock.migration.journal import journals
 from qmpblock.migration.landing import Landing
 
 pytestmark = pytest.mark.live
@@ -82,6 +84,29 @@ async def test_the_destination_dies(
     assert "the guest runs at the source" in str(failed.value)
     await stays(source, invariant)
     await again(source, start_destination)
+
+
+@pytest.mark.parametrize("phase", ["mirroring", "held"])
+async def test_the_source_ends(phase, begin, start_destination, monkeypatch):
+    """As it does by itself where its guest shuts down: there is nothing to be recovered."""
+    source = await begin(machine(1))
+    source.expect_exit()
+    destination = await start_destination(source)
+    destination.expect_exit()
+
+    async def killing():
+        await source.kill()
+
+    with at(monkeypatch, phase, killing), pytest.raises(DisconnectedError) as failed:
+        await migrated(source, destination)
+    assert "QEMU has ended, and its images lack nothing" in failed.value.standing
+    assert "unless the guest shut itself down, start it again" in failed.value.remedy
+    assert not [one for one in journals() if one.record.source.pid == source.pid]
+    if phase in SPOILT:
+        await ended(destination)
+    else:
+        assert "the destination waits as before" in failed.value.standing
+        await nothing_of_ours(destination)
 
 
 @pytest.mark.parametrize("phase", PHASES)
