@@ -214,7 +214,7 @@ async def _running(
             explicit = await _prepare(disk, plan, record)
             await ownership.ask(vm.monitor, [plan.device], standing=None)
             try:
-                await job.start(command, {**arguments, "on-error": "enospc"})
+                await job.start(command, {**arguments, "on-error": job.on_error("enospc")})
             except CommandError as error:
                 raise _refusal(disk.vm, plan, error) from None
             driver = asyncio.ensure_future(

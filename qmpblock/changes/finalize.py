@@ -169,7 +169,7 @@ async def bring_home(
                 if device.chain is not None and device.chain.active.node.name == record.top:
                     root = device.chain.root.name
             arguments = {"device": root, "top-node": record.top, "base-node": record.base}
-            await _start_home(vm, job, {**arguments, "on-error": "enospc"})
+            await _start_home(vm, job, {**arguments, "on-error": job.on_error("enospc")})
         job.complete()
         await drive(vm, record, journal, job, None)
     finally:

@@ -131,7 +131,7 @@ class Mirrors:
         async def start(*, resumed: bool) -> None:
             for job, target in every:
                 if target.resumed is resumed:
-                    await job.start("blockdev-mirror", self._arguments(target))
+                    await job.start("blockdev-mirror", self._arguments(job, target))
 
         left = [target for target in self.targets if target.resumed]
         if left:
@@ -140,15 +140,15 @@ class Mirrors:
             self.held = max(self.held, coming.held)
         await start(resumed=False)
 
-    def _arguments(self, target: CopyTarget) -> dict[str, Any]:
+    def _arguments(self, job: Job, target: CopyTarget) -> dict[str, Any]:
         chain = target.plan.device.chain
         arguments: dict[str, Any] = {
             "device": chain.root.name,
             "target": target.node,
             "sync": "none" if target.resumed else target.plan.sync_of_disk,
             "copy-mode": "background",
-            "on-source-error": "report",
-            "on-target-error": "enospc",
+            "on-source-error": job.on_error("report"),
+            "on-target-error": job.on_error("enospc"),
             "speed": self.job.share(),
         }
         if self.job.pacer is not None:

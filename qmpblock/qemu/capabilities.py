@@ -131,6 +131,15 @@ class Capabilities:
         return self.version < (10, 0, 0)
 
     @property
+    def flushes_break_over_ending_jobs(self) -> bool:
+        """Whether a job that ends while QEMU flushes all disks leaves its filter there (K34).
+
+        Measured: 7.2.22 does, mirrors, commits of the active layer, streams into it and backups of
+        it; 11.1.2 does not. What lies between counts as affected.
+        """
+        return self.version < (10, 0, 0)
+
+    @property
     def create_jobs_endanger_queries(self) -> bool:
         """Whether anybody's query-named-block-nodes can make QEMU abort during a create job.
 

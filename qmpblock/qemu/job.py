@@ -14,86 +14,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qmpblock.cancellation import end_is_wanted
 from qmpblock.errors import CommandError, JobError, StalledError
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.feed import Feed
+from qmpblock.qemu.jobcourse import Course, Progress, counts
 from qmpblock.qemu.jobstate import ENDED, GONE, Verb, allows
 from qmpblock.qemu.looks import Looks
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.sizes import human_size
-from qmpblock.speed import WINDOW, Convergence, RateMeter
 
 __all__ = ["Job", "Progress"]
 
 _TICK = 0.25  # seconds between two looks at a job that sends no event
 _MOST_MOVES = 4096  # that a job makes which is to end; a quarter of an hour, where all are seen
 _RETRY = 2.0  # seconds between attempts to go on after ENOSPC
-_BURST = 16 << 20  # bytes that a job may do at once, before it rests to keep within its speed
-# What waits for somebody; whatever else it says it should move, also what no QEMU says.
-_PATIENT = frozenset({"paused", "standby", "ready", "pending"})
 _MOVING = frozenset(
     {"running", "paused", "ready", "standby"}
 )  # at a speed, or for want of room not
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a job is, at one moment.
-
-    :ivar status: QEMU's job status.
-    :ivar phase: for people: `copying`, `paused`, `waiting for room`, `ready`, `converging`,
-        `finishing`, `ended`.
-    :ivar done: bytes, as QEMU counts them; also `total`.
-    :ivar rate: bytes a second, over the last seconds.
-    :ivar eta: seconds to go at that rate; None where that cannot be told.
-    :ivar idle: seconds since the job last moved, while it should.
-    :ivar lagging: passes in a row that did not become smaller: the guest outruns the job.
-    :ivar errors: I/O errors that it has met.
-    :ivar error: QEMU's verdict, once `status` is `concluded`; None is success.
-    :ivar latency: seconds that requests of the guest's took lately, where a copy holds that, by
-        `measure`: on average (`mean`), or all but the slowest in a hundred (`p99`); `limit`: bytes
-        a second that it keeps to therefore. Else None, and 0.
-    :ivar written: bytes a second that the guest writes meanwhile, which are to be copied, too; 0
-        where that is not known.
-    :ivar downtime: of a migration, seconds for which the guest will stand, as QEMU expects; None
-        while it cannot tell. `throttle`: percent of their time that its CPUs are held.
-    """
-
-    status: str
-    phase: str
-    done: int
-    total: int
-    rate: float = 0.0
-    eta: float | None = None
-    idle: float = 0.0
-    lagging: int = 0
-    errors: int = 0
-    error: str | None = None
-    latency: float | None = None
-    limit: int = 0
-    measure: str = "mean"
-    downtime: float | None = None
-    written: float = 0.0
-    throttle: int = 0
-
-    @property
-    def remaining(self) -> int:
-        """Bytes to go, as QEMU counts them; of a ready job, its distance from the guest."""
-        return max(0, self.total - self.done)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the job has caught up once, so that it can be completed."""
-        return self.status in ("ready", "standby")
-
-    @property
-    def stalled(self) -> bool:
-        """Whether it has not moved for some seconds, though it should."""
-        return self.idle >= WINDOW
 
 
 class Job(Feed[Progress]):
@@ -120,12 +61,14 @@ class Job(Feed[Progress]):
         self.to_catch_up: str | None = None  # what helps it, where that is not as for commits
         self.errors = 0
         self._verdict: str | None = None
+        self._operation = "request"  # of what failed last
+        self._failed = False
         self._monitor = monitor
         self._looks = looks
+        capabilities = Capabilities(monitor.version)
         # Where a concluded stream is deadly, it dismisses itself; its last event is its verdict.
-        self._dismisses_itself = (
-            type == "stream" and Capabilities(monitor.version).concluded_streams_kill
-        )
+        self._dismisses_itself = type == "stream" and capabilities.concluded_streams_kill
+        self._ends_by_us = capabilities.flushes_break_over_ending_jobs
         # Made before the job: its first events come before the start command's reply.
         self._events = monitor.subscribe(
             "JOB_STATUS_CHANGE",
@@ -189,6 +132,15 @@ class Job(Feed[Progress]):
             },
         )
 
+    def on_error(self, wanted: str) -> str:
+        """Return what QEMU is to do where a request of the job's fails: `wanted`, if it may.
+
+        Where a job must not end at any moment (K34) it stops, for `follow` to cancel it.
+
+        :param wanted: `report`, or `enospc`: wait for room, and report what else there is.
+        """
+        return "stop" if self._ends_by_us else wanted
+
     async def look(self) -> dict[str, Any] | None:
         """Return QEMU's record of the job; None if it is gone."""
         for info in await self._monitor.execute("query-jobs"):
@@ -216,7 +168,8 @@ class Job(Feed[Progress]):
         """Yield what is seen of the job, at each event and four times a second, to its end.
 
         After ENOSPC it is resumed every two seconds, for ever: whether there is room, only
-        writing tells (thin pools, quotas).
+        writing tells (thin pools, quotas). What stopped by another error is cancelled, when QEMU
+        answers: so it does not flush all disks (`on_error`).
 
         The last one is `concluded`; the job is then still to be dismissed, unless it was a
         stream where QEMU does not survive that (`Capabilities.concluded_streams_kill`).
@@ -229,8 +182,9 @@ class Job(Feed[Progress]):
         :raise JobError: somebody else dismissed it.
         """
         clock = asyncio.get_running_loop().time
-        course, retried = _Course(clock()), clock()
+        course, retried = Course(clock()), clock()
         while True:
+            known = self.errors
             info = await self._look_closely()
             # What came meanwhile may be newer than what the look saw: then there is one more.
             news = self._events.pending()
@@ -246,7 +200,10 @@ class Job(Feed[Progress]):
                     completion_asked=self.completion_asked,
                     ending=end_is_wanted(),
                     errors=self.errors,
+                    known=known,
                 )
+            if self._failed and progress.error is not None:
+                progress = replace(progress, error=self._why())
             self.show(progress)
             yield progress
             if progress.status == "concluded":
@@ -256,7 +213,10 @@ class Job(Feed[Progress]):
             if wanted and course.hopeless(now, converging):
                 distance = max(progress.remaining, course.distance)
                 raise self._diverging(progress, distance, converging)
-            if course.full and now - retried > _RETRY:
+            if course.failed and not self._failed:
+                self._failed = True
+                await self.cancel()
+            elif course.unexplained or (course.full and now - retried > _RETRY):
                 retried = now
                 with contextlib.suppress(CommandError):  # it was resumed, or ended, meanwhile
                     await self.send("resume")
@@ -275,6 +235,12 @@ class Job(Feed[Progress]):
             )
         last = self.progress or Progress("", "", 0, 0)
         return replace(last, status="concluded", phase="ended", eta=None, error=self._verdict)
+
+    def _why(self) -> str:
+        """Say by what a job failed that QEMU did not end: it keeps the reason to itself then."""
+        # A stream calls all that it does a read.
+        what = "request" if self.type == "stream" else self._operation
+        return f"I/O error (a {what} failed; this QEMU says no more of it)"
 
     def _check_moves(self, progress: Progress) -> None:
         if progress.idle > self._monitor.stall:
@@ -308,7 +274,9 @@ class Job(Feed[Progress]):
 
     def _take(self, event: Mapping[str, Any]) -> None:
         name, data = event["event"], event["data"]
-        self.errors += name == "BLOCK_JOB_ERROR"
+        if name == "BLOCK_JOB_ERROR":
+            self.errors += 1
+            self._operation = str(data.get("operation", "request"))
         if name == "BLOCK_JOB_CANCELLED":
             self._verdict = "Operation canceled"
         elif name == "BLOCK_JOB_COMPLETED" and data.get("error") is not None:
@@ -369,7 +337,7 @@ class Job(Feed[Progress]):
             if info is None or info["status"] in ("concluded", GONE):
                 error = None if info is None else info.get("error")
                 return None if error is None else str(error)
-            now = (info["status"], *_counts(info))
+            now = (info["status"], *counts(info))
             if now != last:
                 last, moved, moves = now, clock(), moves + 1
             if moves > _MOST_MOVES:
@@ -400,103 +368,3 @@ class Job(Feed[Progress]):
         :raise CommandError: it does not.
         """
         await self._monitor.execute(f"job-{verb}", {"id": self.id})
-
-
-class _Course:
-    """How a job comes on, from one look at it to the next. Pure.
-
-    :ivar full: whether it waits for room since it met ENOSPC.
-    """
-
-    def __init__(self, now: float) -> None:
-        self.full = False
-        self._meter = RateMeter()
-        self._growing = RateMeter()  # a total grows by what the guest writes
-        self._pace = Convergence()
-        self._stage = (False, False)  # whether it has been ready, and whether it is to pivot
-        self._last: tuple[str, int, int] | None = None
-        self._moved = now
-
-    def add(
-        self,
-        info: Mapping[str, Any],
-        now: float,
-        *,
-        completion_asked: bool,
-        ending: bool,
-        errors: int,
-    ) -> Progress:
-        """Take QEMU's records of a job in, and say how far it is.
-
-        :param ending: whether only what leads to its end counts as a move.
-        """
-        status, done, total = str(info["status"]), *_counts(info)
-        # `cont` of a VM that is out of room too resets the job's io-status, and leaves the
-        # job paused: so once full, full until it runs.
-        self.full = status == "paused" and (self.full or info.get("io-status", "ok") != "ok")
-        working = status not in _PATIENT or (status == "ready" and completion_asked)
-        # A job that is resumed, and finds no room again, has moved; but not to its end.
-        step = ("", done, 0) if ending else (status, done, total)
-        if step != self._last or not (working or ending):
-            self._last, self._moved = step, now
-        self._meter.add(now, done)
-        self._growing.add(now, total)
-        # How the guest did before it was to pivot says nothing. Once ready it stays so: a drain,
-        # of a map of ours say, has it stand by for a moment.
-        stage = status == "ready" or self._stage[0], completion_asked
-        if stage != self._stage:
-            self._stage, self._pace = stage, Convergence()
-        if status in ("running", "ready"):
-            self._pace.add(now, max(0, total - done), total)
-        rate, written = self._meter.rate, self._growing.rate
-        return Progress(
-            status=status,
-            phase=_phase(status, full=self.full, asked=completion_asked),
-            done=done,
-            total=total,
-            rate=rate,
-            eta=(total - done) / (rate - written)
-            if rate > written and status == "running"
-            else None,
-            idle=max(0.0, now - self._moved - _rest(info)),
-            lagging=self._pace.passes,
-            errors=errors,
-            error=None if info.get("error") is None else str(info["error"]),
-            written=written,
-        )
-
-    @property
-    def distance(self) -> int:
-        """How far it was behind the guest at best, in bytes."""
-        return self._pace.distance
-
-    def hopeless(self, now: float, converging: float) -> bool:
-        """Whether its passes have not become smaller for so many seconds."""
-        return self._pace.hopeless(now, converging)
-
-
-def _counts(info: Mapping[str, Any]) -> tuple[int, int]:
-    """Return bytes done and total; what is no number counts as none: QEMU is not trusted."""
-    counts = []
-    for key in ("current-progress", "total-progress"):
-        value = info.get(key)
-        counts.append(value if isinstance(value, int) and value >= 0 else 0)
-    return counts[0], counts[1]
-
-
-def _rest(info: Mapping[str, Any]) -> float:
-    """Return for how many seconds a job may rest to keep within its speed."""
-    speed = info.get("speed")
-    return _BURST / speed if isinstance(speed, int) and speed > 0 else 0.0
-
-
-def _phase(status: str, *, full: bool, asked: bool) -> str:
-    if full:
-        return "waiting for room"
-    if status in ("paused", "standby"):
-        return "paused"
-    if status == "ready":
-        return "converging" if asked else "ready"
-    if status in ("waiting", "pending"):
-        return "finishing"
-    return "ended" if status in ENDED else "copying"

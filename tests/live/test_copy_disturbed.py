@@ -381,10 +381,15 @@ async def test_the_source_cannot_be_read(way, start_qemu, vm_dir, qemu_binary, i
         lambda disk: inject(disk, "read_aio", "EIO", layer=2, offset=24 * MIB),
     )
     its = Disturbed(vm, vm_dir, way)
-    async with its.copying():
-        pass
+    with vm.control.subscribe("BLOCK_JOB_ERROR") as failures:
+        async with its.copying():
+            pass
+        actions = {event["data"]["action"] for event in failures.pending()}
     assert isinstance(its.error, JobError)
-    assert "Input/output error" in str(its.error)
+    # On 7.2 a mirror does not end by itself: that may not be while QEMU flushes (K34).
+    stops = vm.version < (8,) and way != "start"
+    assert ("I/O error (a read failed" if stops else "Input/output error") in str(its.error)
+    assert actions == {"stop" if stops else "report"}
     assert "copy.raw" in its.error.standing
     await its.ended()
     its.check()

@@ -234,6 +234,23 @@ async def test_a_server_that_dies(vm, vm_dir, qemu_binary, invariant, at):
         await unharmed(vm, invariant)
 
 
+async def test_a_server_that_dies_while_the_vm_stops(vm, vm_dir, qemu_binary, invariant):
+    """A job that ends while QEMU flushes all disks would break 7.2, in four of five (K34)."""
+    for _ in range(3):
+        async with daemon(vm_dir, qemu_binary) as server:
+            with pytest.raises(NBDDisconnectedError, match="server closed its end"):  # noqa: PT012
+                async with disturbed(vm, "end", server.uri("t"), stall=LONG, speed=16 * MIB):
+                    server.pause()
+                    with vm.control.subscribe("STOP") as stops:
+                        stopping = asyncio.create_task(vm.execute("stop"))
+                        await stops.get(SOON)
+                    await server.kill()  # by now QEMU waits for it
+                    await stopping
+                    await vm.execute("cont")
+        await nothing_of_ours(vm)
+    await unharmed(vm, invariant)
+
+
 @both
 @pytest.mark.parametrize("paused", [False, True])
 async def test_a_copy_that_is_given_up(vm, vm_dir, qemu_binary, invariant, at, paused):

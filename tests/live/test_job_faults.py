@@ -167,9 +167,13 @@ async def test_an_io_error_fails_the_job_and_changes_nothing(
     await vm.guest.stress(SPEC)
     async with qmpblock.connect(vm.monitor_path) as controller:
         found = await controller.disk("d0")
-        with pytest.raises(JobError, match="Input/output error") as caught:
-            async with begin(found, operation):
-                pass
+        with vm.control.subscribe("BLOCK_JOB_ERROR") as failures:
+            with pytest.raises(JobError, match=r"Input/output error|I/O error") as caught:
+                async with begin(found, operation):
+                    pass
+            actions = {event["data"]["action"] for event in failures.pending()}
+        # On 7.2 no job ends by itself: that may not be while QEMU flushes (K34).
+        assert actions == {"stop" if vm.version < (8,) else "report"}
         assert caught.value.standing == "the chain is as it was; nothing of ours is left in the VM"
         await found.refresh()
         assert len(found.chain.layers) == 3

@@ -28,6 +28,7 @@ def test_defects_are_gated(version, affected):
     assert capabilities.nbd_server_stop_hangs_in_handshake is affected
     assert capabilities.copy_on_read_breaks_subclusters is affected
     assert capabilities.concluded_streams_kill is affected
+    assert capabilities.flushes_break_over_ending_jobs is affected
     assert capabilities.polling_forgets_queues is affected
     assert capabilities.adding_over_iothreads_aborts is affected
     assert capabilities.create_jobs_endanger_queries is affected

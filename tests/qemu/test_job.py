@@ -246,6 +246,90 @@ async def test_waiting_for_room_is_no_stall(tmp_path):
                 break
 
 
+@pytest.mark.usefixtures("fast")
+async def test_a_ready_job_that_met_enospc_is_resumed_too(tmp_path):
+    looks = [
+        look("ready", 10, **{"io-status": "ok"}),
+        look("standby", 10, **{"io-status": "nospace"}),
+        look("ready", 20, **{"io-status": "ok"}),
+        look("concluded", 100),
+    ]
+    async with following(tmp_path, looks, kind="mirror") as (job, script, _):
+        seen = await whole(job)
+    assert [one.phase for one in seen] == ["ready", "waiting for room", "ready", "ended"]
+    assert script.verbs == ["job-resume"]
+
+
+# where a job must not end by itself (K34)
+
+
+@pytest.mark.parametrize(
+    ("version", "policies"), [(OLD, {"stop"}), (NEW, {"report", "enospc"})], ids=["old", "new"]
+)
+async def test_what_qemu_is_to_do_at_an_error(tmp_path, version, policies):
+    async with following(tmp_path, [None], version=version, kind="mirror") as (job, _, _):
+        assert {job.on_error("report"), job.on_error("enospc")} == policies
+
+
+@pytest.mark.parametrize(
+    ("kind", "halted", "what"),
+    [
+        ("mirror", "paused", "write"),
+        ("mirror", "standby", "write"),
+        ("stream", "paused", "request"),
+    ],
+)
+@pytest.mark.usefixtures("fast")
+async def test_what_stopped_by_an_error_is_cancelled(tmp_path, kind, halted, what):
+    """Not before it stands: its other requests are under way. QEMU's verdict would be ours."""
+    failed = {"io-status": "failed"}
+    looks = [
+        look("running", 10, **{"io-status": "ok"}),
+        look("running", 10, **failed),
+        look(halted, 10, **failed),
+        look(halted, 10, **failed),  # as `cancel` sees it
+        look("aborting", 10, **failed),
+        look("concluded", 10, error="Operation canceled"),
+    ]
+    async with following(tmp_path, looks, kind=kind) as (job, script, fake):
+        at = {}
+        script.on_verb["job-cancel"] = lambda: at.update(count=script.count)
+        fake.event("BLOCK_JOB_ERROR", device=NAME, operation="write", action="stop")
+        seen = await whole(job)
+    assert script.verbs == ["job-cancel"]
+    assert at["count"] > 2
+    assert seen[-1].error == f"I/O error (a {what} failed; this QEMU says no more of it)"
+
+
+@pytest.mark.usefixtures("fast")
+async def test_a_job_that_stopped_before_a_cont_is_asked_again(tmp_path):
+    """`cont` resets io-status: what it was is not known any more, until it meets it again."""
+    well, failed = {"io-status": "ok"}, {"io-status": "failed"}
+    standing = [look("paused", 10, **well, paused=True)]
+    async with following(tmp_path, standing, kind="mirror") as (job, script, fake):
+
+        def then(*looks):
+            script.looks, script.count = list(looks), 0
+
+        script.on_verb["job-resume"] = lambda: then(
+            look("running", 10, **well, paused=False), look("paused", 10, **failed, paused=True)
+        )
+        script.on_verb["job-cancel"] = lambda: then(look("concluded", error="Operation canceled"))
+        fake.event("BLOCK_JOB_ERROR", device=NAME, operation="read", action="stop")
+        seen = await whole(job)
+    assert script.verbs == ["job-resume", "job-cancel"]
+    assert {one.phase for one in seen} == {"paused", "copying", "ended"}
+    assert "a read failed" in seen[-1].error
+
+
+@pytest.mark.usefixtures("fast")
+async def test_what_succeeded_all_the_same_is_no_failure(tmp_path):
+    """Its end, and not what was seen on the way, is the verdict."""
+    looks = [*[look("paused", 10, **{"io-status": "failed"})] * 2, look("concluded", 100)]
+    async with following(tmp_path, looks, kind="mirror") as (job, _, _):
+        assert (await whole(job))[-1].error is None
+
+
 # stalls
 
 
@@ -331,42 +415,6 @@ async def test_a_guest_that_outruns_the_job_is_told_of(tmp_path):
             await whole(job, converging=0.0)
     assert "--throttle-guest" in caught.value.remedy
     assert job.progress.lagging >= 3
-
-
-def test_what_the_guest_writes_meanwhile_counts():
-    """A total grows by it; so does the time that is left."""
-    course = module._Course(0.0)
-    seen = None
-    for now in range(5):
-        said, _ = look("running", 100 * now, 1000 + 50 * now)
-        seen = course.add(said, now, completion_asked=False, ending=False, errors=0)
-    assert (seen.rate, seen.written) == (100, 50)
-    assert seen.eta == (1200 - 400) / 50
-    said, _ = look("running", 500, 2000)
-    seen = course.add(said, 5, completion_asked=False, ending=False, errors=0)
-    assert seen.written > seen.rate
-    assert seen.eta is None
-
-
-def test_how_it_was_before_a_pivot_was_asked_for_does_not_count():
-    """It may be ready for hours, as far behind as ever, until somebody asks it to pivot."""
-    course = module._Course(0.0)
-    for now, (said, _) in enumerate(sawtooth()):
-        course.add(said, now, completion_asked=False, ending=False, errors=0)
-    assert course.hopeless(100, 1.0)
-    course.add(said, 100, completion_asked=True, ending=False, errors=0)
-    assert not course.hopeless(100, 1.0)
-
-
-def test_a_job_that_stands_by_for_a_moment_is_no_nearer():
-    """Each map of the disk drains it, and may be seen to have the job stand by."""
-    course = module._Course(0.0)
-    for now, (said, _) in enumerate(sawtooth()):
-        for status in ("ready", "standby", "ready"):
-            course.add(
-                {**said, "status": status}, now, completion_asked=True, ending=False, errors=0
-            )
-    assert course.hopeless(100, 1.0)
 
 
 @pytest.mark.usefixtures("fast")
