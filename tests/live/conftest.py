@@ -192,6 +192,7 @@ EITHER = (
     "test_policy",
     "test_privileges",
     "test_proxmox::test_a_chain_is_not_changed_by_turns",
+    "test_proxmox::test_a_copy_for_who_keeps_proxmox_away_himself",
     "test_proxmox::test_another_vm_by_then",
     "test_proxmox::test_it_is_told_as_an_address",
     "test_proxmox::test_whoever_stays_is_waited_for",
