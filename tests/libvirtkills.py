@@ -325,6 +325,10 @@ class Point:
         _, image = await self.domain.chains()
         self.content = await self._holds(image, self.seen.flushed, self.seen.issued + 100_000)
         await self.domain.start()
+        now, _ = await self.domain.chains()
+        for file in self.images.glob("new-*"):  # an overlay: once libvirt was asked, it is left
+            if file.name not in now:
+                file.unlink()
         self.started_again = True
         self.spec = dataclasses.replace(self.spec, offset=6 << 20)  # zeros, as what was there was
         await self._let_write()

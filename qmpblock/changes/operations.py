@@ -90,6 +90,9 @@ class ManagersSnapshot(Snapshot):
         """Leave it to the manager, which may start the VM from overlays that hold nothing yet."""
         said = super().verdict(entries, empty)
         why = f"{said.why}; the manager starts it from what it knows (virsh domblklist DOMAIN)"
+        if said.unused:
+            left = ", ".join(printable(file) for file in said.unused)
+            why += f", and what that does not name of {left} can be removed"
         return ImageVerdict(said.start, (), (), why)
 
 

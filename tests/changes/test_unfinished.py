@@ -279,6 +279,7 @@ def test_a_managers_overlay_stays_when_qemu_dies(nothing):
     assert verdict.unused == ()
     assert verdict.start == (("/i/d0",) if nothing else ("/i/new",))
     assert "virsh domblklist" in verdict.why
+    assert ("does not name of /i/new can be removed" in verdict.why) is nothing
 
 
 # what is left over
