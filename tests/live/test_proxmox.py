@@ -89,7 +89,7 @@ async def test_a_copy_for_who_keeps_proxmox_away_himself(
 ):
     """The moment in which the guest is held for it is one turn."""
     vm, built = await started(start_qemu, vm_dir, qemu_binary, CHAIN, guest=True)
-    tools, target = built.tools, vm_dir / "copy.raw"
+    target = vm_dir / "copy.raw"
     await vm.guest.stress(STRESS)
     with daemons(vm_dir) as both:
         async with qmpblock.connect(monitor(vm_dir), unmanaged=True) as controller:
@@ -97,14 +97,36 @@ async def test_a_copy_for_who_keeps_proxmox_away_himself(
             with answered(both):
                 async with controller.copy({disk: target}, at=at, format="raw"):
                     pass
+    await check_but_for_the_guest(vm, built, target)
+
+
+async def check_but_for_the_guest(vm, built, target):
+    """See that a raw file is the disk, but for where the guest writes; ends the VM."""
     end = await vm.guest.stop_stress()
     assert (end.bad, end.errors) == (0, 0)
     await vm.quit()
-    await tools.run(tools.img, "convert", "-O", "raw", built.disks[0].active.path, vm_dir / "now")
-    now, then = (vm_dir / "now").read_bytes(), target.read_bytes()
+    active, whole = built.disks[0].active.path, target.with_suffix(".now")
+    await built.tools.run(built.tools.img, "convert", "-O", "raw", active, whole)
+    now, then = whole.read_bytes(), target.read_bytes()
     written = slice(STRESS.offset, STRESS.offset + STRESS.blocks * STRESS.block_size)
     assert now[: written.start] == then[: written.start]
     assert now[written.stop :] == then[written.stop :]
+
+
+@pytest.mark.needs_qemu(">= 10.0", reason="a disk in an iothread is exported to others")
+async def test_a_point_in_time_for_others(start_qemu, vm_dir, qemu_binary, invariant):
+    """Its readers have connections of their own, whoever has the monitor."""
+    vm, built = await started(start_qemu, vm_dir, qemu_binary, CHAIN, guest=True)
+    tools, target = built.tools, vm_dir / "then"
+    await vm.guest.stress(STRESS)
+    with daemons(vm_dir) as both:
+        async with qmpblock.connect(monitor(vm_dir), unmanaged=True) as controller:
+            disk = await controller.disk(DISK)
+            with answered(both):
+                async with controller.point_in_time([disk]) as points:
+                    uri = points[disk].uri
+                    await tools.run(tools.img, "convert", "-f", "raw", "-O", "raw", uri, target)
+    await check_but_for_the_guest(vm, built, target)
 
 
 async def test_a_chain_is_not_changed_by_turns(start_qemu, vm_dir, qemu_binary, invariant):
@@ -169,6 +191,9 @@ async def test_whoever_stays_is_waited_for(start_qemu, vm_dir, qemu_binary, inva
             done, _ = await asyncio.wait([asked], timeout=0.3)
             assert not done
         assert [disk.name for disk in await asked] == [DISK]
+        async with qmpblock.connect(monitor(vm_dir)) as second:  # who shares it can be we, too
+            both = await asyncio.gather(controller.disks(), second.disks())
+        assert [disk.name for disks in both for disk in disks] == [DISK, DISK]
 
 
 async def test_it_is_told_as_an_address(start_qemu, vm_dir, qemu_binary, invariant, monkeypatch):
