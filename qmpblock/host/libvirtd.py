@@ -195,6 +195,30 @@ class Domain:
 
         return await self._act(ask)
 
+    async def suspend(self) -> None:
+        """Pause the domain. Idempotent.
+
+        Cancelling leaves the outcome unknown.
+
+        :raise Error: as of `command`.
+        """
+        await self._act(lambda: self._domain.suspend())
+
+    async def resume(self) -> None:
+        """Have it go on. Idempotent.
+
+        Cancelling leaves the outcome unknown.
+
+        :raise Error: as of `command`.
+        """
+        libvirt = _library()
+
+        def ask() -> None:
+            if self._domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:  # which it refuses
+                self._domain.resume()
+
+        await self._act(ask)
+
     async def snapshot(self, overlays: Mapping[str, str]) -> None:
         """Have the domain go on in overlays that are there, all at one point or none.
 

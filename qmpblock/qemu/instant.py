@@ -47,7 +47,11 @@ async def pause(vm: Connection, node: str) -> bool:
         return False
     # It is there where a change is carried on whose controller died just before `stop`.
     await mark(vm, node)
-    await vm.monitor.execute("stop")
+    if vm.monitor.is_lent:
+        # Of a `stop` behind its back it hears, and lets its locks on the images go for good.
+        await vm.monitor.through(lambda lender: lender.suspend())
+    else:
+        await vm.monitor.execute("stop")
     return True
 
 
@@ -66,5 +70,8 @@ async def resume(vm: Connection, node: str) -> None:
     One that is not merely paused, but stopped for an error say, is left as it is.
     """
     if (await vm.monitor.execute("query-status"))["status"] == "paused":
-        await vm.monitor.execute("cont")
+        if vm.monitor.is_lent:
+            await vm.monitor.through(lambda lender: lender.resume())
+        else:
+            await vm.monitor.execute("cont")
     await tolerate(no_node, vm.monitor.execute("blockdev-del", {"node-name": node}))

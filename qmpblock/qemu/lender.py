@@ -66,5 +66,11 @@ class Lender(Protocol):
     async def abort(self, disk: str) -> None:
         """Have the manager give up its job on a disk, and wait until it has."""
 
+    async def suspend(self) -> None:
+        """Pause the VM."""
+
+    async def resume(self) -> None:
+        """Have a paused VM go on."""
+
     async def snapshot(self, overlays: Mapping[str, str]) -> None:
         """Have the guest go on in overlays that are there, on all these disks or on none."""

@@ -73,6 +73,15 @@ class LibvirtLender:
         """Give libvirt's job up; see `Lender`."""
         await self._ask("give its job up", lambda domain: domain.abort(disk))
 
+    async def suspend(self) -> None:
+        """Pause the domain; see `Lender`."""
+        # Asked again, it is done once: so is `resume`.
+        await self._ask("pause the domain", Domain.suspend, again=True)
+
+    async def resume(self) -> None:
+        """Have it go on; see `Lender`."""
+        await self._ask("have the domain go on", Domain.resume, again=True)
+
     async def snapshot(self, overlays: Mapping[str, str]) -> None:
         """Have the guest go on in overlays; see `Lender`."""
         await self._ask("take the snapshot", lambda domain: domain.snapshot(overlays))

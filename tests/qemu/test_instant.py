@@ -1,5 +1,7 @@
 """A VM that is paused for an instant, by QEMU's answers. With QEMUs: live/test_points.py."""
 
+from contextlib import nullcontext
+
 import pytest
 from drawing import chain
 from fake_objects import fake_vm
@@ -70,3 +72,40 @@ async def test_where_the_body_fails_it_is_for_whoever_undoes_it(tmp_path):
 async def test_only_what_is_paused_goes_on(tmp_path, status, goes_on):
     done = await sent(tmp_path, lambda vm: resume(vm, NODE), status)
     assert done == ["cont"] * goes_on + ["blockdev-del"]
+
+
+class Lent:
+    """A monitor that a manager lends: what it is told, and what the manager is asked."""
+
+    is_lent = True
+
+    def __init__(self):
+        self.told = []
+        self.status = "running"
+        self.monitor = self
+
+    async def execute(self, command, arguments=None):
+        self.told.append(command)
+        return {"status": self.status, "running": self.status == "running"}
+
+    def in_one_turn(self):
+        return nullcontext()
+
+    async def through(self, ask):
+        await ask(self)
+
+    async def suspend(self):
+        self.told.append("suspend")
+        self.status = "paused"
+
+    async def resume(self):
+        self.told.append("resume")
+        self.status = "running"
+
+
+async def test_a_manager_that_lends_its_monitor_pauses_the_vm_itself():
+    """It lets its locks on the images go at a `stop`, and takes them again in its own `resume`."""
+    vm = Lent()
+    await in_it(vm)
+    changing = [one for one in vm.told if one != "query-status"]
+    assert changing == ["blockdev-add", "suspend", "qom-list", "resume", "blockdev-del"]
