@@ -1,7 +1,11 @@
 """What the collection says of itself is so: options, examples, versions."""
 
-import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -129,5 +133,20 @@ def test_no_module_imports_qmpblock():
         assert not re.search(r"^\s*(from|import) qmpblock", path.read_text(), re.MULTILINE), path
 
 
-def test_ansible_is_here():
-    assert importlib.util.find_spec("ansible.cli") is not None
+def test_ansible_shows_it(tmp_path):
+    """What is documented is complete enough for its own reader."""
+    collection = tmp_path / "ansible_collections" / "qmpblock" / "qmpblock"
+    collection.parent.mkdir(parents=True)
+    collection.symlink_to(HOME)
+    settings = {"ANSIBLE_COLLECTIONS_PATH": str(tmp_path), "ANSIBLE_HOME": str(tmp_path / "a")}
+    for kind, names in (("module", MODULES), ("inventory", ["vms"])):
+        every = [f"qmpblock.qmpblock.{name}" for name in names]
+        done = subprocess.run(
+            [Path(sys.executable).with_name("ansible-doc"), "--json", "-t", kind, *every],
+            env={**os.environ, **settings, "LC_ALL": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert sorted(json.loads(done.stdout)) == every

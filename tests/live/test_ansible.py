@@ -5,12 +5,14 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from collections_of_ansible import HOME
+from disturbed import locks, nothing_of_ours, until
 from hosts import PORT, CutOffError, another_host
 
 from qmpblock.testing.images import Tools, build
@@ -45,6 +47,8 @@ class Control:
 
     def __init__(self, place, hosts):
         self.place = place
+        self.vms = {}
+        self.warned = ""
         self.hosts = {f"host{number}": host for number, host in enumerate(hosts)}
         self.command = place / "qmpblock"
         self.command.write_text(
@@ -96,9 +100,10 @@ class Control:
         return str(path)
 
     async def run(self, program, *words, code=0):
-        """Run one of Ansible's programs; return what it printed."""
+        """Run one of Ansible's programs; return what it printed, its warnings in `warned`."""
         process = await self.start(program, *words)
         out, err = await process.communicate()
+        self.warned = err.decode()
         assert process.returncode == code, f"{out.decode()}\n{err.decode()}"
         return out.decode()
 
@@ -160,7 +165,7 @@ async def vms(control, start_qemu, vm_dir, qemu_binary):
     for name in control.hosts:
         images = vm_dir / f"images-{name}"
         built = await build(parse_scenario(CHAIN, "text"), images, Tools.of(qemu_binary))
-        vm = await start_qemu(built)
+        vm = control.vms[name] = await start_qemu(built)
         (device,) = [one["qdev"] for one in await vm.execute("query-block") if one.get("qdev")]
         found[name] = {
             "qmpblock_address": vm.monitor_path,
@@ -190,9 +195,38 @@ async def test_a_target(target, control, vms, invariant):
     inventory = control.written("hosts.yml", {"all": {"hosts": vms}})
     play = {"hosts": "all", "gather_facts": False, "roles": [target]}
     playbook = control.written("play.yml", [play])
-    out = await control.run("ansible-playbook", "-i", inventory, playbook)
-    print(out)
-    assert "DEPRECATION" not in out
+    print(await control.run("ansible-playbook", "-i", inventory, playbook))
+    assert "DEPRECATION" not in control.warned
+
+
+@pytest.mark.soak
+async def test_what_ctrl_c_leaves_on_a_host(control, vms, invariant):
+    """It is at work there, until the next playbook ends it, which then does what is wanted."""
+    invariant.forget(control.vms["host0"])  # its chain is another one then
+    words = {
+        "address": "{{ qmpblock_address }}",
+        "disk": "{{ qmpblock_disk }}",
+        "executable": "{{ qmpblock_executable }}",
+        "backing": "independent",
+    }
+
+    def playbook(name, **more):
+        task = {"qmpblock.qmpblock.disk": {**words, **more}}
+        play = {"hosts": "host0", "gather_facts": False, "tasks": [task]}
+        inventory = control.written("hosts.yml", {"all": {"hosts": vms}})
+        return ("ansible-playbook", "-i", inventory, control.written(name, [play]))
+
+    process = await control.start(*playbook("begin.yml", speed="4K"))
+    vm = control.vms["host0"]
+    await until(lambda: locks(vm), "a run at work")
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert process.returncode
+    assert await locks(vm)
+    out = await control.run(*playbook("end.yml", end_running=True))
+    assert "which stood in the way" in control.warned
+    assert "changed=1" in out
+    await nothing_of_ours(vm)
 
 
 async def test_the_inventory(control, vms):
