@@ -19,6 +19,6 @@ async def test_killed_at_every_command(operation, host, vm_dir, qemu_binary):
     await kill_all(host, operation, vm_dir, qemu_binary)
 
 
-@pytest.mark.parametrize("operation", OURS, ids=str)
+@pytest.mark.parametrize("operation", [*OURS, *(one for one in COMMITS if not one.extra)], ids=str)
 async def test_libvirt_is_asked_at_every_change(operation, host, vm_dir, qemu_binary):
     await cross_all(host, operation, vm_dir, qemu_binary)
