@@ -17,6 +17,8 @@ from qmpblock.allocation.room import find_place, look_at
 from qmpblock.cancellation import task_group
 from qmpblock.errors import BusyError, Error, MonitorError, MonitorHeldError, RecordError
 from qmpblock.host.imagefiles import local_path
+from qmpblock.names import NBD_LOCK
+from qmpblock.qemu import lock
 
 if TYPE_CHECKING:
     from qmpblock.extents.allocationmap import AllocationMap
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["DiskFigures", "LayerFigures", "VMFigures", "examine", "free_beside", "gather"]
 
 _AT_ONCE = 64  # VMs that are looked at
+_MAPS = 0.5  # of the time for a VM; the rest is for whether it answers at all
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ async def _within(
 
     try:
         async with asyncio.timeout(limit), connect(address) as vm:
-            return await examine(vm, address, maps=maps)
+            return await examine(vm, address, maps=limit * _MAPS if maps else 0)
     except TimeoutError:
         return silent(f"it has not answered within {limit:g} s")
     except MonitorHeldError as error:  # or it hangs: where nobody is seen, nobody knows
@@ -135,15 +138,17 @@ async def _within(
         return silent(error.message)
 
 
-async def examine(vm: VM, address: str, *, maps: bool = True) -> VMFigures:
+async def examine(vm: VM, address: str, *, maps: float) -> VMFigures:
     """Look at one VM; see `gather`.
 
+    :param maps: seconds for those of all its disks; 0: none are taken.
     :raise MonitorError: it does not answer.
     :raise Error: what it says cannot be made sense of.
     """
     began = time.monotonic()
     needed = await _recovery_needed(vm)
-    disks = tuple([await _disk(disk, maps=maps) for disk in await vm.disks()])
+    until = asyncio.get_running_loop().time() + maps if maps else None
+    disks = tuple([await _disk(disk, until) for disk in await vm.disks()])
     jobs = await vm.jobs()
     seconds = time.monotonic() - began
     return VMFigures(address, True, False, None, seconds, needed, disks, jobs)
@@ -160,14 +165,21 @@ async def _recovery_needed(vm: VM) -> bool | None:
     return any(step.verb != "leave" for one in left for step in one.steps)
 
 
-async def _disk(disk: Disk, *, maps: bool) -> DiskFigures:
+async def _disk(disk: Disk, until: float | None) -> DiskFigures:
+    """Look at one disk.
+
+    :param until: by the event loop's clock, when its map has to be there; None: none is taken.
+    """
     seen: AllocationMap | None = None
     seconds, why = None, None
-    if maps:
+    if until is not None:
         began = time.monotonic()
         try:
-            seen = await disk.map(reserved=True)
+            async with asyncio.timeout_at(until):
+                seen = await disk.map(reserved=True)
             seconds = time.monotonic() - began
+        except TimeoutError:
+            why = await _too_long(disk)
         except MonitorError:
             raise
         except Error as error:
@@ -188,6 +200,14 @@ async def _disk(disk: Disk, *, maps: bool) -> DiskFigures:
         map_seconds=seconds,
         error=why,
     )
+
+
+async def _too_long(disk: Disk) -> str:
+    """Say why there was no map in time: a VM that takes a backup is not one that is silent."""
+    holder = await lock.read(disk.vm.monitor, NBD_LOCK)
+    if holder is None:
+        return "its map takes longer than there is time for"
+    return f"somebody else uses the VM's NBD server: {holder}"
 
 
 async def _room(disk: Disk) -> int | None:

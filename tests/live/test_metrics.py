@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 
 import qmpblock
-from qmpblock.metrics.figures import gather
+from qmpblock.metrics.figures import examine, gather
 from qmpblock.testing.scenario import parse_scenario
 
 pytestmark = pytest.mark.live
@@ -85,6 +85,24 @@ async def test_one_that_hangs_or_is_held_does_not_keep_the_others(start_qemu, in
     assert hanging.error
     assert well.up, well.error
     assert well.disks[0].layers is not None
+
+
+async def test_a_vm_whose_nbd_server_is_in_use_is_not_silent(start_qemu, invariant):
+    """As of a backup, which takes hours."""
+    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
+    async with (
+        qmpblock.connect(vm.monitor_path) as other,
+        other.point_in_time([await other.disk("vd0")]),
+        qmpblock.connect(vm.second_monitor_path) as watching,
+    ):
+        seen = await examine(watching, "vm", maps=0.2)
+        assert (seen.up, seen.error) == (True, None)
+        (disk,) = seen.disks
+        assert (disk.size, disk.layers) == (8 * MIB, None)
+        assert disk.error.startswith(
+            f"somebody else uses the VM's NBD server: process {os.getpid()}"
+        )
+    await nothing_of_ours(vm)
 
 
 async def test_whether_a_recovery_is_needed(start_qemu, vm_dir, invariant):
