@@ -432,7 +432,11 @@ def _make_file(vm: Connection, change: Change[Record], item: _Item) -> None:
 
 
 def _cannot_make(item: _Item, error: OSError) -> Error:
-    return Error(f"cannot make {printable(item.kept)}: {error.strerror}")
+    return Error(
+        f"cannot make {printable(item.kept)}: {error.strerror}",
+        remedy="name a directory that can be written to, and where there is room: "
+        "fleece=DIRECTORY (--fleece)",
+    )
 
 
 async def _have_filters(vm: Connection, plan: Plan, *, told: bool) -> None:

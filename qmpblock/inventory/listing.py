@@ -25,6 +25,7 @@ from qmpblock.address import (
 )
 from qmpblock.errors import Error, printable
 from qmpblock.graph.model import Device
+from qmpblock.host.processes import command_line
 from qmpblock.inventory.commandline import Listening
 from qmpblock.inventory.processes import QEMU, Found, find, qemus
 from qmpblock.managers import Manager, Traits, Work, recognise, refused
@@ -77,14 +78,17 @@ async def vms() -> tuple[RunningVM, ...]:
     """
     few = asyncio.Semaphore(_AT_ONCE)
 
-    async def ask(qemu: QEMU) -> RunningVM:
+    async def ask(qemu: QEMU) -> RunningVM | None:
         async with few:
-            return await _look(qemu)
+            vm = await _look(qemu)
+        # One that has ended meanwhile is no VM of this host, nor trouble for anybody.
+        return None if vm.trouble and command_line(qemu.pid) != qemu.words else vm
 
     found = await asyncio.to_thread(qemus)
     async with asyncio.TaskGroup() as group:
         asked = [group.create_task(ask(qemu)) for qemu in found]
-    return tuple(sorted((one.result() for one in asked), key=lambda vm: (vm.name, vm.pid)))
+    seen = (one.result() for one in asked)
+    return tuple(sorted((vm for vm in seen if vm), key=lambda vm: (vm.name, vm.pid)))
 
 
 async def _look(qemu: QEMU) -> RunningVM:
