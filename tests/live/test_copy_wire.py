@@ -226,29 +226,16 @@ async def test_a_server_that_stops_answering(vm, vm_dir, qemu_binary, invariant,
 @both
 async def test_a_server_that_dies(vm, vm_dir, qemu_binary, invariant, at):
     async with daemon(vm_dir, qemu_binary) as server:
-        with pytest.raises(NBDDisconnectedError, match="server closed its end"):  # noqa: PT012
-            async with disturbed(vm, at, server.uri("t"), stall=LONG):
-                began = time.monotonic()
-                await server.kill()
-        assert time.monotonic() - began < SOON
-        await unharmed(vm, invariant)
-
-
-async def test_a_server_that_dies_while_the_vm_stops(vm, vm_dir, qemu_binary, invariant):
-    """A job that ends while QEMU flushes all disks would break 7.2, in four of five (K34)."""
-    for _ in range(3):
-        async with daemon(vm_dir, qemu_binary) as server:
+        with vm.control.subscribe("BLOCK_JOB_ERROR") as failures:
             with pytest.raises(NBDDisconnectedError, match="server closed its end"):  # noqa: PT012
-                async with disturbed(vm, "end", server.uri("t"), stall=LONG, speed=16 * MIB):
-                    server.pause()
-                    with vm.control.subscribe("STOP") as stops:
-                        stopping = asyncio.create_task(vm.execute("stop"))
-                        await stops.get(SOON)
-                    await server.kill()  # by now QEMU waits for it
-                    await stopping
-                    await vm.execute("cont")
-        await nothing_of_ours(vm)
-    await unharmed(vm, invariant)
+                async with disturbed(vm, at, server.uri("t"), stall=LONG):
+                    began = time.monotonic()
+                    await server.kill()
+            actions = {event["data"]["action"] for event in failures.pending()}
+        assert time.monotonic() - began < SOON
+        # On 7.2 a mirror does not end by itself: that may not be while QEMU flushes (K34).
+        assert actions == {"stop" if at == "end" and vm.version < (8,) else "report"}
+        await unharmed(vm, invariant)
 
 
 @both
