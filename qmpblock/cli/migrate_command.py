@@ -203,8 +203,8 @@ async def command(
         )
     if storage_daemon and (form is not None or memory_only):
         raise click.UsageError("--storage-daemon is of a migration that is made, with its disks")
-    if over is not None and (form is not None or storage_daemon):
-        raise click.UsageError("--over is of a migration that is made, without --storage-daemon")
+    if over is not None and (form not in (None, "dry-run") or storage_daemon):
+        raise click.UsageError("--over is of a migration, without --storage-daemon")
     if svg is not None:
         if form is not None:
             raise click.UsageError("--svg is of a migration that is made")
@@ -250,7 +250,9 @@ async def command(
                 with recording(metrics) as recorder:
                     show = functools.partial(recorder.also, vm=source, what=WHAT)
                     return await migrated(options, here, there, also=show, svg=svg, **how)
-            planned = await plan_migration(here, there, terms=terms, speed=speed, means=means)
+            planned = await plan_migration(
+                here, there, terms=terms, speed=speed, means=means, over=over
+            )
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")
     else:

@@ -35,7 +35,7 @@ _PRESUMED = (
 
 async def migrated_list(options: Options, file: str, recorder: Recorder) -> int:
     """Migrate what a list says, and say how; return the exit code."""
-    from qmpblock.migration.migrate import way_over
+    from qmpblock.migration.way import way_over
     from qmpblock.policy.migrating import migrate_all
     from qmpblock.policy.migrations import load_migrations
     from qmpblock.qemu.connection import NBDAccess

@@ -40,9 +40,10 @@ def said(planned: PlannedMigration) -> Iterator[str]:
     dirtied = "not measured" if planned.dirtied is None else f"{_rate(planned.dirtied)} are written"
     yield f"memory: {human_size(planned.memory)}; {dirtied}"
     if planned.wire is not None:
+        by = f" by {printable(planned.over)}" if planned.over else ""
         yield (
-            f"wire: {_rate(planned.wire.rate)}, {planned.wire.latency * 1e3:.1f} ms there and back "
-            "(measured)" + (f", kept to {_rate(planned.speed)}" if planned.speed else "")
+            f"wire{by}: {_rate(planned.wire.rate)}, {planned.wire.latency * 1e3:.1f} ms there and "
+            "back (measured)" + (f", kept to {_rate(planned.speed)}" if planned.speed else "")
         )
     else:
         yield f"wire: not measured: {planned.unmeasured}"

@@ -22,27 +22,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.copying.job import working
-from qmpblock.copying.target import Credentials
-from qmpblock.copying.wire import credentials_in
-from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError
+from qmpblock.errors import UNTOUCHED, Error, RequestError
 from qmpblock.migration.diskterms import Allocation, DiskTerms, Layers
 from qmpblock.migration.homeward import Homeward
 from qmpblock.migration.job import MigrationJob
 from qmpblock.migration.look import look
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.outward import Outward
-from qmpblock.migration.over import Over, read_over
 from qmpblock.migration.passage import HANDED, Passage
+from qmpblock.migration.way import check_seen, way_over
 
 if TYPE_CHECKING:
-    from qmpblock.qemu.connection import Connection, NBDAccess
+    from qmpblock.qemu.connection import Connection
 
-__all__ = ["migrate", "way_over"]
+__all__ = ["migrate"]
 
 
 @asynccontextmanager
@@ -113,7 +110,7 @@ async def migrate(
     if memory_only and means.write_blocking_after:
         raise RequestError("no disk is copied whose writes could wait", standing=UNTOUCHED)
     way = None if over is None else way_over(over, source.nbd, destination.nbd)
-    _check_seen(terms, way)
+    check_seen(terms, way)
     plan = await look(source, destination, terms, over=way)
     job = MigrationJob(plan.warnings)
     passage = await Passage.of(
@@ -129,30 +126,6 @@ async def migrate(
             yield job
     finally:
         job.end()
-
-
-def _check_seen(terms: DiskTerms, way: Over | None) -> None:
-    """Refuse what has to be asked of the destination's images where they cannot be asked."""
-    asked = terms.layers == "top" or terms.allocation == "full"
-    if asked and way is not None and way.here is not None:
-        raise UnsupportedError(
-            "what the destination's images hold, as has to be known for active layers alone, or "
-            "for host space for all of them, is not seen through TLS (--over nbds://)",
-            standing=UNTOUCHED,
-            remedy="leave --over out, to have disks and memory go by ssh; or copy all layers, thin",
-        )
-
-
-def way_over(over: str, here: NBDAccess, there: NBDAccess) -> Over:
-    """Return the way that is named so, with what either VM is connected with.
-
-    :raise RequestError: it cannot be; nothing was touched.
-    """
-    mine = None if here.tls_creds is None else credentials_in(here.tls_creds)
-    theirs = None if there.tls_creds is None else Credentials(there.tls_creds)
-    if mine is not None and theirs is not None:
-        theirs = replace(theirs, kind=mine.kind)  # of what lies there nothing can be seen
-    return read_over(over, mine, theirs, insecure=here.insecure and there.insecure)
 
 
 @asynccontextmanager

@@ -37,11 +37,13 @@ from qmpblock.migration.settings import (
     wanted_at_source,
 )
 from qmpblock.migration.storage import check_can_block
+from qmpblock.migration.way import check_seen, way_over
 from qmpblock.migration.wirespeed import measure_wire
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
     from qmpblock.migration.machine import GuestDisk
+    from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
 
 __all__ = [
@@ -97,6 +99,7 @@ class PlannedMigration:
     :ivar memory: bytes of it; `dirtied`: that the guest writes to a second, None where that is not
         measured.
     :ivar speed: bytes a second that it is limited to; 0: to none.
+    :ivar over: by which network disks and memory would go; None: as the monitors.
     :ivar wire: what was measured of the wire; None where it was not, and `unmeasured` says why.
     :ivar prediction: None where it is refused: nothing is measured then.
     :ivar notices: what would be done on request, as its memory begins to go, for it to end.
@@ -110,6 +113,7 @@ class PlannedMigration:
     memory: int = 0
     dirtied: float | None = None
     speed: int = 0
+    over: str | None = None
     wire: WireSpeed | None = None
     unmeasured: str = ""
     prediction: Prediction | None = None
@@ -129,6 +133,7 @@ async def plan_migration(
     terms: DiskTerms | None = None,
     speed: int = 0,
     means: MigrationMeans | None = None,
+    over: str | None = None,
 ) -> PlannedMigration:
     """Say what a migration would be: what speaks against it, what it takes, whether it would end.
 
@@ -138,13 +143,18 @@ async def plan_migration(
     :param terms: what is done with the disks; None: they are copied, with all their layers.
     :param speed: bytes a second that it is limited to; 0: to none.
     :param means: what it may do to come to its end.
-    :raise RequestError: `means` or `terms` cannot be.
+    :param over: by which network disks and memory would go (`nbds://HOST[:PORT]`), as of
+        `migrate`; None: as the monitors.
+    :raise RequestError: `means`, `terms` or `over` cannot be.
+    :raise Error: nothing goes `over` there: a migration would fail before anything is copied.
     :raise UnsupportedError: one of both cannot do what `means` say.
     """
     means = MigrationMeans() if means is None else means
     means.check()
     terms = DiskTerms() if terms is None else terms
     terms.check()
+    way = None if over is None else way_over(over, source.nbd, destination.nbd)
+    check_seen(terms, way)
     if means.write_blocking_after:
         await check_can_block(source)
     check_channels(means, source.capabilities)
@@ -153,7 +163,9 @@ async def plan_migration(
     here, there = await describe_both(source, destination)
     found = compare(here, there, terms)
     notices = (*means.notices(), *filter(None, [means.pause_notice()]))
-    plan = PlannedMigration(found, memory=here.memory + here.plugged, speed=speed, notices=notices)
+    plan = PlannedMigration(
+        found, memory=here.memory + here.plugged, speed=speed, notices=notices, over=over
+    )
     if plan.refused:
         return plan
     devices = {device.name: device for device in (await source.graph()).disks()}
@@ -170,7 +182,7 @@ async def plan_migration(
     }
     full = terms.allocation == "full"
     room = {one.name: one.size if full else data[one.name] for one, _ in wanted}
-    wire, why = await _wire(source, destination)
+    wire, why = await _wire(source, destination, way)
     plan = replace(
         plan,
         wire=wire,
@@ -206,11 +218,19 @@ async def plan_migration(
     return replace(plan, prediction=expected, pause=pause)
 
 
-async def _wire(source: Connection, destination: Connection) -> tuple[WireSpeed | None, str]:
-    """Measure the wire; where that cannot be, say why: a migration might go all the same."""
+async def _wire(
+    source: Connection, destination: Connection, over: Over | None
+) -> tuple[WireSpeed | None, str]:
+    """Measure the wire; where that cannot be, say why: a migration might go all the same.
+
+    :raise Error: by the network that it was told to take it would not.
+    """
     try:
-        return await measure_wire(source, destination), ""
+        return await measure_wire(source, destination, over), ""
     except Error as error:
+        if over is not None:
+            error.standing = "nothing was migrated (--dry-run); a migration would fail as this did"
+            raise
         return None, printable(error)
 
 

@@ -33,6 +33,7 @@ from qmpblock.qemu.job import Job
 from qmpblock.qemu.refusals import no_node, tolerate
 
 if TYPE_CHECKING:
+    from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["measure_wire"]
@@ -42,9 +43,12 @@ _LONGEST = 4.0  # seconds
 _LOOK = 0.01
 
 
-async def measure_wire(source: Connection, destination: Connection) -> WireSpeed:
+async def measure_wire(
+    source: Connection, destination: Connection, over: Over | None = None
+) -> WireSpeed:
     """Send nothing to nowhere, for four seconds at most. Cancelling leaves nothing, either.
 
+    :param over: by which network; None: as the monitors.
     :raise BusyError: another controller is at work in one of them.
     :raise Error: it cannot be measured; nothing is left, or it says what.
     """
@@ -63,13 +67,14 @@ async def measure_wire(source: Connection, destination: Connection) -> WireSpeed
         images=images_of(source.monitor.peer_pid, [device.chain for device in disks]),
     )
     change = Change(source, record, journaled=False)
-    landing = Landing(destination, run, arriving, lambda: False)
+    landing = Landing(destination, run, arriving, lambda: False, over=over)
     await change.begin()
     try:
         await landing.lock(serving=1, nodes=[null])
         await _add_null(destination, null)
         [target] = await undisturbed(landing.serve_nodes([null]))
-        async with Wire.open(source, target, run=run) as wire:
+        here = None if over is None else over.here
+        async with Wire.open(source, target, run=run, credentials=here) as wire:
             await _add_null(source, null)
             job = Job(source.monitor, measuring_job(run), "backup")
             try:

@@ -1,12 +1,15 @@
 """Migrations to another host by TCP with TLS: certificates, keys, and what does not go together."""
 
 import contextlib
+import json
 import shlex
+import shutil
 
 import pki
 import pytest
 from chains import cli
 from disturbed import nothing_of_ours
+from jsonschema import Draft202012Validator
 from migrating import arrived, at, machine, stays
 from nbdservers import HOST, make_credentials_of
 from test_docs import ROOT, blocks
@@ -17,6 +20,7 @@ from qmpblock.migration import homeward, outward
 pytestmark = pytest.mark.live
 
 PAGE = ROOT / "docs/migration.md"
+SCHEMA = json.loads((ROOT / "docs/schema/migration-plan.schema.json").read_text())
 
 
 @pytest.fixture
@@ -117,6 +121,38 @@ async def test_the_worked_examples(line, host, begin, land, credentials):
     code, out, err = await cli(*shlex.split(said)[1:])
     assert code == 0, err
     assert "the guest runs at the destination" in out
+
+
+@pytest.mark.soak
+async def test_a_dry_run_measures_that_very_way(host, begin, land, credentials, invariant):
+    """And leaves nothing, so that it can be gone afterwards; what does not go it says."""
+    source = await begin()
+    destination = await land(source)
+    await invariant.begin(source)
+    folder = credentials("psk")
+    (folder / "both").mkdir()
+    shutil.copy(folder / "client/keys.psk", folder / "both")
+    words = ("migrate", source.monitor_path, destination.monitor_path, "--dry-run")
+    way = ("--over", over(host), "--tls-creds", str(folder / "both"))
+    code, out, err = await cli(*words, *way)
+    assert code in (0, 4), err
+    [wire] = [line for line in out.splitlines() if line.startswith("wire")]
+    assert f"wire by {over(host)}: " in wire
+    assert "(measured)" in wire
+    code, out, err = await cli(*words, *way, "--json")
+    planned = json.loads(out)
+    Draft202012Validator(SCHEMA).validate(planned)
+    assert planned["over"] == over(host)
+    assert planned["wire"]["rate"] > 0
+    (folder / "both/keys.psk").write_text("nobody:" + "11" * 32 + "\n")
+    code, out, err = await cli(*words, *way)
+    assert code == 1
+    assert "a migration would fail as this did" in err
+    await stays(source, invariant)
+    await nothing_of_ours(destination)
+    assert await settings(source) == await settings(destination) == ("", "")
+    result = await migrated(source, destination, folder, over(host))
+    await arrived(source, destination, result)
 
 
 @pytest.mark.parametrize("wrong", ["name", "keys", "authority", "nothing there"])
