@@ -64,7 +64,7 @@ EXPECTED = (
     "command: .*qemu.* -nodefaults",
     "VM: paused; jobs: none",
     "queue 0 of /machine/peripheral/vd0/virtio-backend: offered",
-    r"threads: 1 qemu\S* waits in \w+, at ",
+    r"threads: \d+ qemu\S* waits in \w+, at ",
     r"  < OK \d+",
     r"\S+Z control > \{\"execute\":",
     r"\S+Z A > \{\"execute\": \"object-add\", .*\(hidden\)",
