@@ -48,7 +48,9 @@ from qmpblock.qemu.refusals import no_node, tolerate
 __all__ = ["HOLD", "Wire", "check_target", "clear_wire", "credentials_in", "user_of", "wire_socket"]
 
 #: Seconds that a server has for an answer while the guest is held for it: by the opening and the
-#: closing of the node, and by each command of a copy's that drains it (`Relay.within`).
+#: closing of the node, and by each command of a copy's that drains it (`Relay.within`). Half the
+#: stall limit, where that is less: what waits for QEMU, which waits for the server, would be given
+#: up first, and stay.
 HOLD = 5.0
 _ANSWERS = 2  # in a row, by which a node shows that it is connected; shaking hands looks like one
 _LOOK = 0.01
@@ -59,12 +61,16 @@ class Wire:
 
     :ivar node: its name: a target of a job, or what a format node lies on.
     :ivar relay: what the bytes pass through: counters, `within`, `cut`.
+    :ivar hold: see `HOLD`; in seconds, of this one.
     """
 
-    def __init__(self, vm: Connection, target: NBDTarget, node: str, relay: Relay) -> None:
+    def __init__(
+        self, vm: Connection, target: NBDTarget, node: str, relay: Relay, hold: float
+    ) -> None:
         self.target = target
         self.node = node
         self.relay = relay
+        self.hold = hold
         self._monitor = vm.monitor
         self._stays = False
 
@@ -102,12 +108,13 @@ class Wire:
         """
         check_target(vm, target, credentials)
         name, stall = wire_node(run, number), vm.stall
+        hold = min(hold, stall / 2)
         if again:
             remove_socket(wire_socket(run, number))  # nothing asks meanwhile
         async with Relay.open(
             target.server, name=name, user=user_of(vm.monitor), patience=hold
         ) as relay:
-            wire = cls(vm, target, name, relay)
+            wire = cls(vm, target, name, relay, hold)
             kept = False
             try:
                 wire._stays = again

@@ -157,10 +157,14 @@ class WireTarget:
                 await stack.aclose()
 
     def bounded(self, patience: float | None = None) -> AbstractContextManager[object]:
-        """Give the server so many seconds for each answer, while this lasts; None: `HOLD`."""
+        """Give the server so many seconds for each answer, while this lasts; None: `HOLD`.
+
+        No more than the wire's own, which may be less than that.
+        """
         if self._wire is None:
             return contextlib.nullcontext()
-        return self._wire.relay.within(HOLD if patience is None else patience)
+        most = self._wire.hold
+        return self._wire.relay.within(most if patience is None else min(patience, most))
 
     async def flush(self, vm: Connection) -> None:
         """Have the server flush: when QEMU closes a node, nobody hears that that failed.

@@ -53,6 +53,8 @@ class Homeward:
     def __init__(self, passage: Passage) -> None:
         self._passage = passage
         self._runs = True
+        # Less than QEMU's answers are waited for: else the wires were never cut.
+        self._hold = min(HOLD, passage.source.stall / 2)
 
     async def go(self, error: BaseException) -> None:
         """Have the guest go on at the source, and leave nothing, or mirrors; say so in the error.
@@ -151,9 +153,9 @@ class Homeward:
                 self._runs = state[0] == "running" or passage.pause.stands
                 return
             late = time.monotonic() - began
-            if late > HOLD:
+            if late > self._hold:
                 self._cut()
-            if late > HOLD + passage.source.stall:
+            if late > self._hold + passage.source.stall:
                 raise StalledError(
                     f"the guest does not go on at the source: {state or 'its monitor is silent'}",
                     standing="the migration was given up; the destination was not continued",
@@ -167,7 +169,7 @@ class Homeward:
     ) -> tuple[str, str] | None:
         """Give a command some seconds, then cut every wire: QEMU may wait for one (K32)."""
         try:
-            async with asyncio.timeout(HOLD):
+            async with asyncio.timeout(self._hold):
                 return await command
         except TimeoutError:
             self._cut()

@@ -255,7 +255,7 @@ class Storage:
         The guest stands soon, and waits for all that QEMU waits for.
         """
         for wire in self._laid:
-            self._patience.enter_context(wire.relay.within(HOLD))
+            self._patience.enter_context(wire.relay.within(wire.hold))
 
     async def end(self) -> None:
         """Have all mirrors end, now that the guest stands: each disk is there what it is here.

@@ -291,6 +291,19 @@ async def test_what_drains_waits_for_the_server_until_the_wire_is_cut(vm, served
     await nothing_of_ours(vm)
 
 
+async def test_a_server_is_waited_for_less_long_than_qemu_is(vm, served):
+    """Else what waits for QEMU, which waits for the server, is given up first, and stays."""
+    async with connected(vm, stall=2) as controller:
+        with pytest.raises(StalledError, match=r"NBD server of .* did not answer"):  # noqa: PT012
+            async with Wire.open(controller, target(served), run=new_run()) as wire:
+                write = f'qemu-io {wire.node} "write 0 64k"'
+                await vm.execute("human-monitor-command", command_line=write)
+                served.pause()
+    await unharmed(vm)
+    await nothing_of_ours(vm)
+    await answers(vm)
+
+
 async def test_a_server_that_dies(vm, served):
     async with connected(vm) as controller:
         with controller.monitor.subscribe("BLOCK_JOB_COMPLETED") as events:
