@@ -88,7 +88,7 @@ async def test_what_a_short_layer_hides_stays_hidden(
 ):
     """Made explicit zeros in the active layer; left out, QEMU lets the base's old data appear."""
     if not explicit:
-        monkeypatch.setattr(chainjobs, "_make_explicit", nothing_explicit)
+        monkeypatch.setattr(chainjobs, "make_explicit", nothing_explicit)
     built = await build(scenario, vm_dir / "images", Tools.of(qemu_binary))
     subject = (await subjects(built, vm_dir))["d0"]
     active, short, _ = subject.layers
