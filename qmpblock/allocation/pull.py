@@ -33,7 +33,7 @@ from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import flush
 from qmpblock.changes.identity import identify
 from qmpblock.changes.operations import ThinAllocation
-from qmpblock.errors import GraphError, RequestError, printable
+from qmpblock.errors import RequestError
 from qmpblock.host.imagefiles import image_files
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
@@ -140,7 +140,10 @@ class _Pulling:
             except BaseException:
                 await undisturbed(self._asking.give_up())
                 raise
-            await undisturbed(self._look_again())
+            dropped = self._asking.has_dropped(
+                self._plan.leaving, "pull", "what was copied stays, its content is the same"
+            )
+            await undisturbed(dropped)
             await undisturbed(change.end())
         self._seconds = time.monotonic() - self._began
 
@@ -152,24 +155,6 @@ class _Pulling:
             wanted = wanted & seen.where(seen.depth < base.depth)
         unit = self._plan.top.node.cluster_size or 512
         return wanted.align_out(unit, self._disk.size)
-
-    async def _look_again(self) -> None:
-        """See that the chain is what it should be, for QEMU and for the manager.
-
-        :raise GraphError: it is not.
-        """
-        disk = self._disk
-        await disk.refresh()
-        names = {layer.node.name for layer in disk.chain.layers}
-        left = [layer for layer in self._plan.leaving if layer.node.name in names]
-        if left:
-            raise GraphError(
-                f"libvirt has ended its pull of {self._name}, but {printable(left[0].file)} is "
-                "still in the chain",
-                standing="what was copied stays, its content is the same",
-                remedy="see why in libvirt's log, then run this again",
-            )
-        await self._asking.agree()
 
     def outcome(self) -> Outcome:
         """Return what it did."""

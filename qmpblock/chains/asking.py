@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qmpblock.chains.jobs import ChainJob
@@ -16,6 +16,7 @@ from qmpblock.errors import Error, GraphError, StalledError, printable
 from qmpblock.qemu.job import Progress
 
 if TYPE_CHECKING:
+    from qmpblock.graph.model import Layer
     from qmpblock.mapping import MappedDisk
 
 __all__ = ["Asking"]
@@ -73,6 +74,24 @@ class Asking:
             else:
                 return
             await asyncio.sleep(_LOOK)
+
+    async def has_dropped(self, leaving: Iterable[Layer], job: str, standing: str) -> None:
+        """See that layers are gone, for QEMU and for the manager, whose job it was.
+
+        :param job: what it was, for people; `standing`: what stands where one is not.
+        :raise GraphError: one is there still.
+        """
+        await self._disk.refresh()
+        names = {layer.node.name for layer in self._disk.chain.layers}
+        left = [layer for layer in leaving if layer.node.name in names]
+        if left:
+            raise GraphError(
+                f"libvirt has ended its {job} of {self.name}, but {printable(left[0].file)} is "
+                "still in the chain",
+                standing=standing,
+                remedy="see why in libvirt's log, then run this again",
+            )
+        await self.agree()
 
     def named(self, layer: tuple[str, str]) -> str:
         """Return what names a layer: an empty name would mean another one."""

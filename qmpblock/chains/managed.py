@@ -43,7 +43,6 @@ from qmpblock.errors import (
     UNTOUCHED,
     DisconnectedError,
     Error,
-    GraphError,
     JobError,
     RequestError,
     StalledError,
@@ -171,23 +170,14 @@ class _Committing:
         check_unchanged(graph, self._plan.device)
         check_record(change.record, graph, self._vm.monitor.peer_pid)
 
-    async def _look_again(self) -> None:
+    async def _dropped(self) -> None:
         """See that the chain is what it should be, for QEMU and for the manager.
 
         :raise GraphError: it is not.
         """
-        disk = self._disk
-        await disk.refresh()
-        names = {layer.node.name for layer in disk.chain.layers}
-        left = [layer for layer in self._plan.leaving if layer.node.name in names]
-        if left:
-            raise GraphError(
-                f"libvirt has ended its commit of {self._name}, but {printable(left[0].file)} is "
-                "still in the chain",
-                standing="the content of the disk is the same",
-                remedy="see why in libvirt's log, then run this again",
-            )
-        await self._asking.agree()
+        await self._asking.has_dropped(
+            self._plan.leaving, "commit", "the content of the disk is the same"
+        )
 
     def outcome(self) -> Outcome:
         """Return what it did."""
@@ -241,7 +231,7 @@ class _Merging(_Committing):
             except BaseException:
                 await undisturbed(self._asking.give_up())
                 raise
-            await undisturbed(self._look_again())
+            await undisturbed(self._dropped())
             await undisturbed(settle(vm, self._record, change.journal, Choice.CONTINUE))
             await undisturbed(change.end())
         self._seconds = time.monotonic() - self._began
@@ -335,7 +325,7 @@ class _Pivoting(_Committing):
                 await until_unused(vm, self._record)
                 await undisturbed(self._pivot(change))
             await undisturbed(settle(vm, self._record, change.journal, Choice.CONTINUE))
-            await undisturbed(self._look_again())
+            await undisturbed(self._dropped())
             await undisturbed(change.end())
         self._seconds = time.monotonic() - self._began
 
