@@ -221,3 +221,10 @@ def _lost(plan: CopyPlan) -> Iterator[str]:
                 f"{printable(plan.device.chain.active.file)}: whoever makes increments by it has "
                 "to begin with a full backup"
             )
+    active = plan.device.chain.active
+    if active.node.snapshots:
+        names = ", ".join(map(printable, active.node.snapshots))
+        yield (
+            f"the internal snapshots (savevm) {names} of {plan.device.name} stay with "
+            f"{printable(active.file)}: the VM cannot load them any more"
+        )

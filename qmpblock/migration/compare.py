@@ -297,6 +297,9 @@ def _disk(
         yield "disk-plaintext", f"{name} is encrypted, {printable(there.file)} is not"
     if there.format == "raw" and there.holes is False and destination.version < (10, 0, 0):
         yield "disk-filled", f"{printable(there.file)} is open with discard=ignore"
+    if here.snapshots and not here.read_only:
+        names = ", ".join(map(printable, here.snapshots))
+        yield "snapshot-left", f"{name} holds the internal snapshots {names}"
     if here.jobs:
         jobs = ", ".join(map(printable, here.jobs))
         yield "source-job", f"on {name} of the source runs {jobs}"

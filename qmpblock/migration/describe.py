@@ -272,6 +272,7 @@ async def _disks(
                 ),
                 stored=stored.get(active.node.name, frozenset()),
                 keeps_bitmaps=active.format in WITH_BITMAPS,
+                snapshots=active.node.snapshots,
                 holes=None if discard is None else discard == "unmap",
                 iothread=await iothread_of(vm.monitor, device, threads),
                 jobs=tuple(job.id for job in device.jobs),

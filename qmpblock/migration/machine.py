@@ -65,6 +65,7 @@ class GuestDisk:
         is made of.
     :ivar stored: names of those that the image itself has.
     :ivar keeps_bitmaps: whether the active layer's format can store them.
+    :ivar snapshots: names of the internal snapshots (savevm) of its active layer.
     :ivar holes: whether what is discarded in it is given back; None where nothing tells.
     :ivar iothread: in which it runs; None: in none.
     :ivar jobs: that run on it.
@@ -88,6 +89,7 @@ class GuestDisk:
     lower: tuple[Bitmap, ...] = ()
     stored: frozenset[str] = frozenset()
     keeps_bitmaps: bool = False
+    snapshots: tuple[str, ...] = ()
     holes: bool | None = None
     iothread: str | None = None
     jobs: tuple[str, ...] = ()

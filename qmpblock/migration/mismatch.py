@@ -257,6 +257,13 @@ KINDS: Mapping[str, Kind] = {
         "copy what it tells of before, if that is needed",
         refused=False,
     ),
+    "snapshot-left": Kind(
+        "internal snapshots (savevm) of a disk that is copied",
+        _NEVER,
+        "they stay in the image at the source, and cannot be loaded at the destination",
+        "copy what they hold before, if that is needed: qemu-img convert -l",
+        refused=False,
+    ),
     "capability-unknown": Kind(
         "a capability that is needed and not known",
         _AT_ONCE,

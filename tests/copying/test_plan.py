@@ -103,3 +103,7 @@ def test_what_a_pivot_leaves_behind_is_said():
     assert plan(its).warnings == ()
     [warning] = plan(its, pivot=True).warnings
     assert "nightly" in warning
+    its = device(chain("d0"), snapshots=("before",))
+    assert plan(its).warnings == ()
+    [warning] = plan(its, pivot=True).warnings
+    assert "snapshots (savevm) before of vd0 stay with" in warning

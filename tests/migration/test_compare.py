@@ -137,6 +137,11 @@ CASES = {
         "p0",
     ),
     "bitmap-left": (with_disk(SOURCE, lower=(BITMAP,)), DESTINATION, "not written to"),
+    "snapshot-left": (
+        with_disk(SOURCE, snapshots=("before", "after")),
+        DESTINATION,
+        "before, after",
+    ),
     "capability-unknown": (replace(SOURCE, capabilities=WITHOUT), DESTINATION, "dirty-bitmaps"),
     "capability-differs": (
         SOURCE,
