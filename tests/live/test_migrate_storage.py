@@ -78,7 +78,6 @@ async def test_in_the_format_that_is_asked_for(how, begin, vm_dir, invariant):
         ["--storage-only", "--spawn", "vd0=new"],
         ["--storage-only", "--memory-only", "vd0=new"],
         ["--storage-only", "--quit-source", "vd0=new"],
-        ["--spawn", "--allocation", "full"],
         ["--storage-only", "--layers", "top", "--same-backing", "vd0=new"],
         ["there", "--format", "raw"],
         ["there", "elsewhere"],
