@@ -177,6 +177,7 @@ EITHER = (
     "test_job_control::test_without_convergence_it_says_so_and_undoes",
     "test_libvirt",
     "test_libvirt_chains",
+    "test_libvirt_commit",
     "test_libvirt_kills",
     "test_libvirt_shared",
     "test_linux",
