@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
+from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option, warn
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.joboutput import warn
 from qmpblock.cli.progress import reporting
 from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import printable

@@ -43,6 +43,7 @@ __all__ = [
     "run",
     "signals_go_to",
     "unmanaged_option",
+    "warn",
 ]
 
 _COMMANDS = {
@@ -370,3 +371,9 @@ def emit(text: str) -> None:
     """Write to stdout."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def warn(warnings: tuple[str, ...]) -> None:
+    """Say on stderr what is worth acting on."""
+    for warning in warnings:
+        click.echo(click.style("warning: ", fg="yellow", bold=True) + warning, err=True)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpblock.cli import copiesoutput
-from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
+from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option, warn
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.joboutput import warn
 from qmpblock.cli.plan_command import summary
 from qmpblock.cli.progress import Reporter, reporting_many
 from qmpblock.cli.recording import Recorder, metrics_option, recording

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, pair, unmanaged_option
+from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, pair, unmanaged_option, warn
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.joboutput import warn
 from qmpblock.cli.plannedcopy import said
 from qmpblock.cli.progress import reporting
 from qmpblock.cli.recording import metrics_option, recording

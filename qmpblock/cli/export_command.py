@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from qmpblock.cli.app import Options, Size, emit, signals_go_to, unmanaged_option
+from qmpblock.cli.app import Options, Size, emit, signals_go_to, unmanaged_option, warn
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.joboutput import warn
 from qmpblock.sizes import human_size
 
 __all__ = ["command"]

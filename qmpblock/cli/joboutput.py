@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.app import WARNED, Options, emit, warn
 from qmpblock.cli.progress import reporting
 from qmpblock.errors import printable
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qmpblock.cli.recording import Recorder
     from qmpblock.vm import Disk
 
-__all__ = ["run_job", "warn"]
+__all__ = ["run_job"]
 
 
 async def run_job(
@@ -46,12 +46,6 @@ async def run_job(
     else:
         _say(outcome)
     return WARNED if outcome.warnings else 0
-
-
-def warn(warnings: tuple[str, ...]) -> None:
-    """Say on stderr what is worth acting on."""
-    for warning in warnings:
-        click.echo(click.style("warning: ", fg="yellow", bold=True) + warning, err=True)
 
 
 def _say(outcome: Outcome) -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit
+from qmpblock.cli.app import WARNED, Options, emit, warn
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.joboutput import warn
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, Rate, emit
+from qmpblock.cli.app import WARNED, Options, Rate, emit, warn
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.joboutput import warn
 from qmpblock.cli.migration import WHAT, migrated
 from qmpblock.cli.migrationmeans import means_options
 from qmpblock.cli.picture import check_svg, svg_option

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit
-from qmpblock.cli.joboutput import warn
+from qmpblock.cli.app import WARNED, Options, emit, warn
 from qmpblock.cli.migration import WHAT, said_of_guest
 from qmpblock.cli.progress import Reporter, reporting_many
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit
-from qmpblock.cli.joboutput import warn
+from qmpblock.cli.app import WARNED, Options, emit, warn
 from qmpblock.cli.picture import write_svg
 from qmpblock.cli.progress import reporting
 from qmpblock.errors import RequestError, printable

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qmpblock.cli import copiesoutput
-from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option
+from qmpblock.cli.app import WARNED, Options, emit, unmanaged_option, warn
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.copiesoutput import plan_document
-from qmpblock.cli.joboutput import warn
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qmpblock.cli.joboutput import warn
+from qmpblock.cli.app import warn
 from qmpblock.errors import Error, RequestError
 
 if TYPE_CHECKING:

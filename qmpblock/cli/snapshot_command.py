@@ -8,9 +8,8 @@ from typing import Literal
 
 import click
 
-from qmpblock.cli.app import WARNED, Options, emit, pair, unmanaged_option
+from qmpblock.cli.app import WARNED, Options, emit, pair, unmanaged_option, warn
 from qmpblock.cli.app import command as make_command
-from qmpblock.cli.joboutput import warn
 from qmpblock.errors import printable
 
 __all__ = ["command"]
