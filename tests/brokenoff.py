@@ -69,6 +69,9 @@ class Broken:
     async def is_(self, vm, *wanted):
         return await self.shown(vm) in wanted
 
+    async def is_not(self, vm, *passed):
+        return not await self.is_(vm, *passed)
+
     async def _check(self):
         self.connections = [
             await self._stack.enter_async_context(Connection.open(vm.monitor_path, NBDAccess()))
@@ -155,6 +158,8 @@ class Broken:
     async def _continue(self):
         self.hold.enter(Phase.SENT)
         await self.source.execute("migrate-continue", state="pre-switchover")
+        held = ("finish-migrate", "pre-switchover")  # for a moment more (11.1)
+        await until(lambda: self.is_not(self.source, held), "a source that goes on")
 
     async def _land(self):
         away, there = ("postmigrate", "completed"), ("paused", "completed")
