@@ -249,7 +249,7 @@ class _Merging(_Committing):
                 "top-node": plan.top.node.name,
                 "base-node": plan.base.node.name,
                 "speed": self._speed,
-                "on-error": "enospc",
+                "on-error": job.on_error("enospc"),
             },
         )
         try:

@@ -149,7 +149,7 @@ class Storage:
                     **self._sync(pair, blank=zeros),
                     "copy-mode": "background",
                     "granularity": _GRANULARITY,
-                    "on-source-error": "report",
+                    "on-source-error": job.on_error("report"),
                     "on-target-error": "stop",  # or it would end when QEMU must not (K34)
                     "speed": self._share,
                     "auto-dismiss": False,

@@ -3,16 +3,18 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 from disturbed import locks, nothing_of_ours
-from migrating import arrived, at, both, machine, migrated, stays
+from migrating import arrived, at, both, machine, migrated, stays, stressed
 
 import qmpblock
-from qmpblock.errors import DisconnectedError
+from qmpblock.errors import DisconnectedError, JobError
 from qmpblock.migration import homeward, outward
 from qmpblock.migration.journal import journals
 from qmpblock.migration.landing import Landing
+from qmpblock.testing import Tools, build, inject, parse_scenario
 
 pytestmark = pytest.mark.live
 
@@ -84,6 +86,23 @@ async def test_the_destination_dies(
     assert "the guest runs at the source" in str(failed.value)
     await stays(source, invariant)
     await again(source, start_destination)
+
+
+async def test_a_disk_cannot_be_read(start_qemu, start_destination, vm_dir, qemu_binary, invariant):
+    """On 7.2 a mirror does not end by itself for it: that may not be while QEMU flushes (K34)."""
+    tools = Tools.of(qemu_binary)
+    built = await build(parse_scenario(machine(image="raw"), "source"), vm_dir / "images", tools)
+    spoilt = inject(built.disks[0], "read_aio", "EIO", offset=4 << 20)
+    source = await stressed(await start_qemu(replace(built, disks=(spoilt,)), guest=True))
+    destination = await start_destination(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+    with source.control.subscribe("BLOCK_JOB_ERROR") as failures:
+        with pytest.raises(JobError, match="an image, failed a request"):
+            await migrated(source, destination)
+        actions = {event["data"]["action"] for event in failures.pending()}
+    assert actions == {"stop" if source.version < (8,) else "report"}
+    await stays(source, invariant)
 
 
 @pytest.mark.parametrize("phase", ["mirroring", "held"])

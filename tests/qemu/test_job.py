@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import json
+import re
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from fake_qmp import GREETING, fake_qmp
 
+import qmpblock
 from qmpblock.cancellation import undisturbed
 from qmpblock.errors import CommandError, JobError, StalledError
 from qmpblock.qemu import job as module
@@ -686,3 +689,12 @@ async def test_a_job_that_somebody_else_has_asked_to_complete(tmp_path, left):
         else:
             await job.complete_now()
     assert script.verbs == ["job-complete"]
+
+
+def test_no_job_that_may_break_a_flush_says_itself_what_an_error_does():
+    """So `on_error` decides for each (K34). What is exempt is never what a device lies on."""
+    exempt = {"backups.py", "filling.py"}
+    own = re.compile(r'"on-(?:source-|target-)?error": "(?:report|enospc)"')
+    package = Path(qmpblock.__file__).parent
+    say = {path.name for path in package.rglob("*.py") if own.search(path.read_text("utf-8"))}
+    assert say == exempt
