@@ -14,10 +14,10 @@ Whoever dies on the way: the content is the same, and the active image too.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpblock.allocation.plan import below
@@ -25,7 +25,7 @@ from qmpblock.allocation.thin import allocator
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains import jobs
 from qmpblock.chains.asking import Asking
-from qmpblock.chains.jobs import ChainJob, Outcome
+from qmpblock.chains.jobs import ChainJob, Outcome, changed
 from qmpblock.chains.look import look
 from qmpblock.chains.owner import is_asked, manager_names
 from qmpblock.chains.plan import StreamPlan, check_unchanged, plan_stream
@@ -37,6 +37,7 @@ from qmpblock.errors import RequestError
 from qmpblock.host.imagefiles import image_files
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
+from qmpblock.qemu.feed import working
 from qmpblock.ranges import Ranges
 from qmpblock.speed import Speed
 
@@ -73,17 +74,8 @@ async def stream(
     [name] = await manager_names(disk.vm, [plan.device])
     pulling = _Pulling(disk, plan, name, Speed(speed))
     job = pulling.job
-    try:
-        driver = asyncio.ensure_future(pulling.run())
-        driver.add_done_callback(lambda _: job.end())
-        try:
-            yield job
-            await driver
-        finally:
-            driver.cancel()
-            await undisturbed(asyncio.wait({driver}))
-    finally:
-        job.end()
+    async with working(pulling.run(), job):
+        yield job
     job.outcome = pulling.outcome()
 
 
@@ -140,7 +132,7 @@ class _Pulling:
             except BaseException:
                 await undisturbed(self._asking.give_up())
                 raise
-            dropped = self._asking.has_dropped(
+            dropped = self._asking.check_dropped(
                 self._plan.leaving, "pull", "what was copied stays, its content is the same"
             )
             await undisturbed(dropped)
@@ -158,24 +150,7 @@ class _Pulling:
 
     def outcome(self) -> Outcome:
         """Return what it did."""
-        disk, plan = self._disk, self._plan
-        return Outcome(
-            "stream",
-            disk.name,
-            True,
-            disk.chain.active.file,
-            left=tuple(
-                layer.file if name is None else name
-                for layer, name in zip(plan.leaving, plan.names, strict=True)
-            ),
-            seconds=self._seconds,
-            warnings=plan.warnings,
-            nameless=tuple(
-                layer.file
-                for layer, name in zip(plan.leaving, plan.names, strict=True)
-                if name is None
-            ),
-        )
+        return replace(changed("stream", self._disk, self._plan), seconds=self._seconds)
 
 
 class _PullJob(ChainJob):

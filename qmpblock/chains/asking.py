@@ -75,7 +75,7 @@ class Asking:
                 return
             await asyncio.sleep(_LOOK)
 
-    async def has_dropped(self, leaving: Iterable[Layer], job: str, standing: str) -> None:
+    async def check_dropped(self, leaving: Iterable[Layer], job: str, standing: str) -> None:
         """See that layers are gone, for QEMU and for the manager, whose job it was.
 
         :param job: what it was, for people; `standing`: what stands where one is not.

@@ -17,7 +17,6 @@ Both are one `Change` around one QEMU job that waits for us before its end::
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -63,13 +62,14 @@ from qmpblock.host.openfiles import sees_directory
 from qmpblock.host.processes import command_line
 from qmpblock.names import new_run
 from qmpblock.qemu import ownership
+from qmpblock.qemu.feed import working
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["ChainJob", "Outcome", "carry_on", "commit", "make_explicit", "stream"]
+__all__ = ["ChainJob", "Outcome", "carry_on", "changed", "commit", "make_explicit", "stream"]
 
 _ATTEMPTS = 4  # at making hidden zeros explicit while the guest discards
 
@@ -191,10 +191,9 @@ async def _running(
     vm = disk.vm
     job = ChainJob(vm, record.job, record.operation)
     job.warnings = plan.warnings
-    nothing = Outcome(record.operation, disk.name, False, disk.chain.active.file)
     if not plan.leaving:
         job.end()
-        job.outcome = nothing
+        job.outcome = Outcome(record.operation, disk.name, False, disk.chain.active.file)
         yield job
         return
     if arguments["speed"] < 0:
@@ -217,45 +216,44 @@ async def _running(
                 await job.start(command, {**arguments, "on-error": job.on_error("enospc")})
             except CommandError as error:
                 raise _refusal(disk.vm, plan, error) from None
-            driver = asyncio.ensure_future(
-                drive(
-                    vm,
-                    record,
-                    change.journal,
-                    job,
-                    plan.device,
-                    throttle_guest=throttle_guest,
-                    held=change.held,
-                )
+            driving = drive(
+                vm,
+                record,
+                change.journal,
+                job,
+                plan.device,
+                throttle_guest=throttle_guest,
+                held=change.held,
             )
-            driver.add_done_callback(lambda _: job.end())
-            try:
+            async with working(driving, job):
                 yield job
                 job.complete()
-                await driver
-            finally:
-                driver.cancel()
-                await undisturbed(asyncio.wait({driver}))
             missing = await undisturbed(_finish(change, disk, plan))
     finally:
         job.end()
     job.outcome = replace(
-        nothing,
-        changed=True,
+        changed(record.operation, disk, plan),
         # What it was when looked up last: the disk may have been unplugged.
         active=plan.base.file if record.pivot and plan.base else disk.chain.active.file,
-        left=tuple(
-            layer.file if name is None else name
-            for layer, name in zip(plan.leaving, plan.names, strict=True)
-        ),
         made_explicit=explicit,
         pivoted=record.pivot,
         seconds=time.monotonic() - started,
         warnings=(*plan.warnings, *missing),
         opened=record.base_opened if isinstance(record, ActiveCommit) else "",
-        nameless=tuple(
-            layer.file for layer, name in zip(plan.leaving, plan.names, strict=True) if name is None
-        ),
+    )
+
+
+def changed(operation: str, disk: MappedDisk, plan: StreamPlan | CommitPlan) -> Outcome:
+    """Return what a stream or commit that was done has done, as far as its plan tells that."""
+    named = list(zip(plan.leaving, plan.names, strict=True))
+    return Outcome(
+        operation,
+        disk.name,
+        True,
+        disk.chain.active.file,
+        left=tuple(layer.file if name is None else name for layer, name in named),
+        warnings=plan.warnings,
+        nameless=tuple(layer.file for layer, name in named if name is None),
     )
 
 

@@ -22,13 +22,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains import jobs
 from qmpblock.chains.asking import Asking
-from qmpblock.chains.jobs import ChainJob, Outcome, make_explicit
+from qmpblock.chains.jobs import ChainJob, Outcome, changed, make_explicit
 from qmpblock.chains.look import look, record_of_commit, with_settings
 from qmpblock.chains.owner import is_asked, manager_names
 from qmpblock.chains.plan import CommitPlan, check_unchanged, plan_commit
@@ -51,6 +51,7 @@ from qmpblock.errors import (
 )
 from qmpblock.names import commit_job, new_run, paused_node
 from qmpblock.qemu import ownership
+from qmpblock.qemu.feed import working
 from qmpblock.qemu.instant import instant
 from qmpblock.qemu.job import Progress
 
@@ -97,18 +98,9 @@ async def commit(
     committing = (_Pivoting if plan.pivots else _Merging)(disk, plan, name, speed)
     await committing.prepare()
     job = committing.job
-    try:
-        driver = asyncio.ensure_future(committing.run())
-        driver.add_done_callback(lambda _: job.end())
-        try:
-            yield job
-            job.complete()
-            await driver
-        finally:
-            driver.cancel()
-            await undisturbed(asyncio.wait({driver}))
-    finally:
-        job.end()
+    async with working(committing.run(), job):
+        yield job
+        job.complete()
     job.outcome = committing.outcome()
 
 
@@ -175,25 +167,17 @@ class _Committing:
 
         :raise GraphError: it is not.
         """
-        await self._asking.has_dropped(
+        await self._asking.check_dropped(
             self._plan.leaving, "commit", "the content of the disk is the same"
         )
 
     def outcome(self) -> Outcome:
         """Return what it did."""
-        plan, disk = self._plan, self._disk
-        named = list(zip(plan.leaving, plan.names, strict=True))
-        return Outcome(
-            "commit",
-            disk.name,
-            True,
-            disk.chain.active.file,
-            left=tuple(layer.file if name is None else name for layer, name in named),
+        return replace(
+            changed("commit", self._disk, self._plan),
             made_explicit=self._explicit,
-            pivoted=plan.pivots,
+            pivoted=self._plan.pivots,
             seconds=self._seconds,
-            warnings=self.job.warnings,
-            nameless=tuple(layer.file for layer, name in named if name is None),
         )
 
 

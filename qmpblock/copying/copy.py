@@ -37,7 +37,7 @@ from qmpblock.copying.backups import Backups
 from qmpblock.copying.fleecing import Fleece, planned, take
 from qmpblock.copying.fleecing import Plan as FleecingPlan
 from qmpblock.copying.frozen import FrozenBackups, frozen
-from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy, working
+from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy
 from qmpblock.copying.latency import Pacer
 from qmpblock.copying.look import backing_name, freezes_layers, look
 from qmpblock.copying.mirrors import Mirrors
@@ -72,6 +72,7 @@ from qmpblock.names import (
     written_bitmaps,
 )
 from qmpblock.qemu import ownership
+from qmpblock.qemu.feed import working
 from qmpblock.qemu.instant import instant
 
 if TYPE_CHECKING:

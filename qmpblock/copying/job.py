@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qmpblock.cancellation import undisturbed
 from qmpblock.copying.plan import Point
 from qmpblock.errors import CommandError, printable
 from qmpblock.qemu.feed import Feed
@@ -21,7 +19,7 @@ from qmpblock.qemu.refusals import not_found, tolerate
 if TYPE_CHECKING:
     from qmpblock.copying.latency import GuestLatency, Pacer
 
-__all__ = ["CopyJob", "CopyResult", "DiskCopy", "is_worth", "joined", "working"]
+__all__ = ["CopyJob", "CopyResult", "DiskCopy", "is_worth", "joined"]
 
 
 @dataclass(frozen=True)
@@ -198,19 +196,6 @@ class CopyJob(Feed[Progress]):
         """Say that all is copied, and of one instant."""
         self.done.set()
         self.wake()
-
-
-@asynccontextmanager
-async def working(what: Coroutine[Any, Any, None], job: Feed[Any]) -> AsyncIterator[None]:
-    """Have jobs work while the body runs, and wait for their end; or break them off."""
-    work = asyncio.ensure_future(what)
-    work.add_done_callback(lambda _: job.end())
-    try:
-        yield
-        await work
-    finally:
-        work.cancel()
-        await undisturbed(asyncio.wait({work}))
 
 
 def is_worth(seen: Progress) -> bool:

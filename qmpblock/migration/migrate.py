@@ -25,7 +25,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.copying.job import working
 from qmpblock.errors import UNTOUCHED, Error, RequestError
 from qmpblock.migration.diskterms import Allocation, DiskTerms, Layers
 from qmpblock.migration.homeward import Homeward
@@ -35,6 +34,7 @@ from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.outward import Outward
 from qmpblock.migration.passage import HANDED, Passage
 from qmpblock.migration.way import check_seen, way_over
+from qmpblock.qemu.feed import working
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection

@@ -6,10 +6,13 @@ Nobody is waited for: who looks late sees where the work is by then, and not whe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Feed"]
+from qmpblock.cancellation import undisturbed
+
+__all__ = ["Feed", "working"]
 
 T = TypeVar("T")
 
@@ -55,3 +58,16 @@ class Feed(Generic[T]):
         """Have whoever waits look again."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+@asynccontextmanager
+async def working(what: Coroutine[Any, Any, None], job: Feed[Any]) -> AsyncIterator[None]:
+    """Have work done while the body runs, and wait for its end; or break it off. Ends its feed."""
+    work = asyncio.ensure_future(what)
+    work.add_done_callback(lambda _: job.end())
+    try:
+        yield
+        await work
+    finally:
+        work.cancel()
+        await undisturbed(asyncio.wait({work}))
