@@ -268,9 +268,9 @@ def test_whatever_the_disk_it_holds_it_and_comes_on(capacity, alone, rate, noise
     steady, waits = limits[len(limits) // 2 :], run.waits[len(limits) // 2 :]
     best = min(disk.bearable(0.02), ceiling or capacity)
     if best > FLOOR:
-        # Mostly as wanted, and never slow for long: of a guest with few requests chance has the
-        # word, up to 0.3 of 2259 disks that were drawn for it.
-        assert sum(wait > 0.02 for wait in waits) <= 0.4 * len(waits)
+        # Mostly as wanted, and never slow for long. Of 20216 disks that were drawn at random, with
+        # most of the noise, the worst had 0.3: chance has a word in it.
+        assert sum(wait > 0.02 for wait in waits) <= 0.35 * len(waits)
         assert sum(map(disk.speed, steady)) / len(steady) >= 0.4 * best
         # Up and down, as whoever tries must be, but not wildly.
         assert max(map(disk.speed, steady)) <= 6 * min(steady)

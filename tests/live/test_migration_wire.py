@@ -94,7 +94,7 @@ async def test_a_wire_that_is_long_is_found_to_be_long(pair, monkeypatch):
     source, destination = await pair()
     async with slow_wire(monkeypatch, 1 << 40, 0.02), both(source, destination) as vms:
         found = await measure_wire(*vms)
-    assert 0.03 < found.latency < 1  # 0.04, there and back, whatever the clocks of those between
+    assert 0.035 < found.latency < 0.2  # 0.04 there and back, by the clocks of those between
 
 
 async def test_a_destination_that_falls_silent_holds_nobody(pair, invariant):
