@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Asking"]
 
 _LOOK = 0.05  # seconds between looks at the manager's job
+_NEAR = 64 << 20  # bytes that the guest may be ahead by, when it is paused for the rest
 
 
 class Asking:
@@ -131,6 +132,44 @@ class Asking:
                     f"libvirt's job on {self.name} has not moved for {self._vm.stall:g} s",
                     remedy="look whether its storage hangs, or give a longer --stall",
                 )
+            await asyncio.sleep(_LOOK)
+
+    async def catch_up(self, job: ChainJob) -> None:
+        """Wait until the manager's job is asked to pivot, and the guest is near.
+
+        :param job: to show it by, and by which it is asked.
+        :raise StalledError: the guest writes faster than it copies.
+        """
+        name, through, ready = self.name, self._vm.monitor.through, False
+
+        async def caught_up() -> bool:
+            nonlocal ready
+            ready = await through(lambda lender: lender.ready(name))
+            return ready
+
+        await self.follow(job, "copying", caught_up)
+        if not ready:
+            raise Error(
+                f"libvirt has ended its job on {name} before it was whole",
+                remedy="see why in its log (no room?), then run this again",
+            )
+        clock = asyncio.get_running_loop().time
+        asked: float | None = None
+        while True:
+            seen = await through(lambda lender: lender.job(name))
+            if seen is None:
+                raise Error(f"somebody has ended libvirt's job on {name}")
+            job.show(Progress("ready", "ready", *seen))
+            if job.completion_asked:
+                if seen[1] - seen[0] <= _NEAR:
+                    return
+                asked = clock() if asked is None else asked
+                if clock() - asked > self._vm.stall:
+                    raise StalledError(
+                        f"libvirt's job on {name} does not converge: the guest writes faster than "
+                        "it copies",
+                        remedy="let the guest write less, or pause the VM while this runs again",
+                    )
             await asyncio.sleep(_LOOK)
 
     async def give_up(self) -> None:

@@ -18,7 +18,6 @@ Whoever dies on the way: the VM, started from what the manager names, has lost n
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -35,33 +34,25 @@ from qmpblock.chains.plan import CommitPlan, check_unchanged, plan_commit
 from qmpblock.changes.backingproof import check_record
 from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import drive, keep_exports_away, until_unused
-from qmpblock.changes.known import agree
+from qmpblock.changes.known import pivot
 from qmpblock.changes.operations import ActiveCommit, Commit, ManagersCommit, ManagersPivot
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
 from qmpblock.errors import (
     UNTOUCHED,
-    DisconnectedError,
-    Error,
     JobError,
     RequestError,
-    StalledError,
     UnsupportedError,
     printable,
 )
 from qmpblock.names import commit_job, new_run, paused_node
 from qmpblock.qemu import ownership
 from qmpblock.qemu.feed import working
-from qmpblock.qemu.instant import instant
-from qmpblock.qemu.job import Progress
 
 if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
 
 __all__ = ["commit"]
-
-_LOOK = 0.05  # seconds between looks whether the pivot was asked for, or is near
-_NEAR = 64 << 20  # bytes that the guest may be ahead by, when it is paused for the rest
 
 
 @asynccontextmanager
@@ -319,66 +310,15 @@ class _Pivoting(_Committing):
         :raise StalledError: the guest writes faster than it copies.
         """
         name, layer = self._name, self._layers[self._plan.base.depth]
-        through = self._vm.monitor.through
-        await through(lambda lender: lender.commit(name, layer, ""))
+        await self._vm.monitor.through(lambda lender: lender.commit(name, layer, ""))
         if self._speed:
             await self.job.set_speed(self._speed)
-        ready = False
-
-        async def caught_up() -> bool:
-            nonlocal ready
-            ready = await through(lambda lender: lender.ready(name))
-            return ready
-
-        await self._asking.follow(self.job, "copying", caught_up)
-        if not ready:
-            raise Error(
-                f"libvirt has ended its job on {name} before it was whole",
-                remedy="see why in its log (no room for the base?), then run this again",
-            )
-        clock = asyncio.get_running_loop().time
-        asked: float | None = None
-        while True:
-            seen = await through(lambda lender: lender.job(name))
-            if seen is None:
-                raise Error(f"somebody has ended libvirt's job on {name}")
-            self.job.show(Progress("ready", "ready", *seen))
-            if self.job.completion_asked:
-                if seen[1] - seen[0] <= _NEAR:
-                    break
-                asked = clock() if asked is None else asked
-                if clock() - asked > self._vm.stall:
-                    raise StalledError(
-                        f"libvirt's job on {name} does not converge: the guest writes faster than "
-                        "it copies",
-                        remedy="let the guest write less, or pause the VM while this runs again",
-                    )
-            await asyncio.sleep(_LOOK)
+        await self._asking.catch_up(self.job)
 
     async def _pivot(self, change: Change[ManagersPivot]) -> None:
-        """Pause, have the manager pivot and know of it, and go on.
-
-        :raise Error: its daemon has forgotten it; the guest is back where it was.
-        """
-        vm, name = self._vm, self._name
         if self._speed:
             await self.job.set_speed(0)  # the guest waits for it
-        async with instant(vm, paused_node(self._run)):
-            try:
-                await vm.monitor.through(lambda lender: lender.pivot(name))
-            except DisconnectedError:
-                raise
-            except Error:  # or its daemon went away over it, and it has been done
-                if await vm.monitor.through(lambda lender: lender.job(name)) is not None:
-                    raise
-            if not await agree(vm, self._record, change.journal, name):
-                raise Error(
-                    f"libvirt has forgotten its pivot of {name}: its daemon was ended in the "
-                    "middle",
-                    standing="the guest goes on in the image that libvirt names; nothing is lost",
-                    remedy="until the VM is started again libvirt takes this disk for busy, and "
-                    "changes its chain no more: virsh shutdown, virsh start",
-                )
+        await pivot(self._vm, self._record, change.journal, self._name)
 
 
 class _ManagersJob(ChainJob):

@@ -20,16 +20,41 @@ from typing import TYPE_CHECKING
 from qmpblock.changes.filters import put_back
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.record import PIVOTED, Record
-from qmpblock.errors import Error, StalledError, UnsupportedError, printable
+from qmpblock.errors import DisconnectedError, Error, StalledError, UnsupportedError, printable
 from qmpblock.graph.model import BlockGraph, DiskDevice
+from qmpblock.names import paused_node
+from qmpblock.qemu.instant import instant
 from qmpblock.qemu.jobstate import ACTIVE
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["agree", "give_up"]
+__all__ = ["agree", "give_up", "pivot"]
 
 _LOOK = 0.02  # seconds between looks
+
+
+async def pivot(vm: Connection, record: Record, journal: Journal | None, name: str) -> None:
+    """Pause the VM, have the manager pivot and know of it, and go on.
+
+    :param name: what it calls the disk.
+    :raise Error: its daemon has forgotten it; the guest is back where it was.
+    """
+    async with instant(vm, paused_node(record.run)):
+        try:
+            await vm.monitor.through(lambda lender: lender.pivot(name))
+        except DisconnectedError:
+            raise
+        except Error:  # or its daemon went away over it, and it has been done
+            if await vm.monitor.through(lambda lender: lender.job(name)) is not None:
+                raise
+        if not await agree(vm, record, journal, name):
+            raise Error(
+                f"libvirt has forgotten its pivot of {name}: its daemon was ended in the middle",
+                standing="the guest goes on in the image that libvirt names; nothing is lost",
+                remedy="until the VM is started again libvirt takes this disk for busy, and "
+                "changes its chain no more: virsh shutdown, virsh start",
+            )
 
 
 async def give_up(vm: Connection, record: Record, name: str) -> None:
