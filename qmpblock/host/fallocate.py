@@ -15,6 +15,8 @@ UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
 _KEEP_SIZE = 0x1
 _PUNCH_HOLE = 0x2
 
+_BLOCK = 1 << 16  # bytes; no file system of Linux has larger ones
+
 
 def keep_size(fd: int, offset: int, length: int) -> None:
     """Give blocks to a range of a file, past its end too, and touch no byte; in bytes.
@@ -27,8 +29,12 @@ def keep_size(fd: int, offset: int, length: int) -> None:
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Take the blocks of a range from a file; it reads as zeros then. In bytes.
 
+    A range to the file's end takes its last block, too, wherever in that the file ends.
+
     :raise OSError: the file system cannot.
     """
+    if offset + length >= os.fstat(fd).st_size:
+        length += _BLOCK  # of a block of which it is but a part none is taken
     _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
 
 

@@ -32,3 +32,13 @@ def test_what_is_taken_reads_as_zeros_and_the_size_stays(tmp_path):
     data = path.read_bytes()
     assert data == b"x" * 4096 + bytes(1 << 15) + b"x" * ((1 << 16) - (1 << 15) - 4096)
     assert path.stat().st_blocks * 512 <= 1 << 15
+
+
+@pytest.mark.parametrize("size", [1000448, 1 << 16, 1])
+def test_what_is_taken_to_the_end_leaves_no_block(tmp_path, size):
+    path = tmp_path / "file"
+    with path.open("w+b") as file:
+        file.truncate(size)
+        keep_size(file.fileno(), 0, size)
+        punch_hole(file.fileno(), 0, size)
+    assert (path.stat().st_size, path.stat().st_blocks) == (size, 0)
