@@ -180,7 +180,8 @@ async def copied(
         with telling_kept() as note:
             async with vm.copy(wanted, **words) as job:
                 note(job)
-                warn(job.warnings)
+                said = job.warnings  # more come while it goes
+                warn(said)
                 what = f"copy of {', '.join(disk.name for disk in wanted)}"
                 with reporting(what) as shown:
                     show = recorder.also(shown, address, what)
@@ -190,7 +191,7 @@ async def copied(
                             job.completion.set()
         result = job.result
     assert result is not None  # leaving without an error sets it
-    warn(result.warnings[len(job.warnings) :])
+    warn(result.warnings[len(said) :])
     if options.json:
         emit(json.dumps(asdict(result), indent=2) + "\n")
     else:
