@@ -79,6 +79,8 @@ async def _told(vm: Connection, target: CopyTarget, *, held: bool) -> Ranges:
 
 async def _not_zero(client: Client) -> Ranges:
     """Return where an export may read as other than zeros, in units: not too many."""
+    if not client.size:  # a server is not asked about nothing
+        return Ranges()
     if CONTEXT not in client.contexts:
         return Ranges([(0, client.size)])
     unit = 1 << max(_UNIT, client.size.bit_length() - _UNITS)

@@ -93,8 +93,9 @@ async def why_ended(vm: Connection, points: Mapping[DiskT, PointInTime]) -> Erro
     for disk, point in points.items():
         try:
             async with await opened(vm, point) as client:
-                least = max(_LITTLE, client.block_size.minimum)
-                await client.read(0, min(least, client.size))
+                least = min(max(_LITTLE, client.block_size.minimum), client.size)
+                if least:  # a disk of no bytes has nothing to be read
+                    await client.read(0, least)
         except (NBDError, StalledError) as error:
             return Error(
                 f"the point in time of {disk.name} has ended: {error.message}",
