@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.jobs import carry_on
 from qmpblock.chains.owner import check_manager_knows
+from qmpblock.chains.stranded import recover_stranded
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import Recovery, clear
@@ -35,6 +36,7 @@ async def recover(
     """Undo, or carry on, what controllers that died left in a VM. See `VM.recover`."""
     continued = _carry_on if choice is Choice.CONTINUE else None
     recoveries = await clear(vm, dry_run=dry_run, tell=tell, carry_on=continued)
+    recoveries += await recover_stranded(vm, dry_run=dry_run, tell=tell)
     await check_manager_knows(vm)
     return recoveries
 

@@ -61,7 +61,7 @@ def _theirs():
 
 THEIRS = tuple(_theirs())
 #: A kind of each: the iothread is no other to libvirt.
-OURS = tuple(one for one in OPERATIONS if "iothread" not in one.extra)
+OURS = tuple(one for one in OPERATIONS if "iothread" not in one.extra and one.name != "full")
 
 
 class Crossing(Point):
@@ -75,7 +75,7 @@ class Crossing(Point):
         asking = []
 
         async def meet():
-            self.seen = await self.domain.guest.progress()
+            self.seen = await self.domain.progress(self.seen)
             asking.append(asyncio.ensure_future(self._ask(theirs)))
             await asyncio.wait(asking, timeout=_PATIENCE)
 

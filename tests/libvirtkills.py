@@ -138,6 +138,11 @@ class Domain:
         os.kill(self.pid, signal.SIGKILL)
         await self.is_off()
 
+    async def progress(self, before):
+        """Return what the guest has written: of one that is paused for a moment, what it had."""
+        paused = "paused" in await self.virsh("domstate")
+        return before if paused else await self.guest.progress()
+
     async def is_off(self):
         async with asyncio.timeout(_STALL):
             while (await self.virsh("domstate")).strip() != "shut off":
@@ -164,6 +169,7 @@ def _operations():
     yield Operation("map", plain, {"do": "map", "disk": "vda"}, (chain,))
     yield Allocation("allocate", plain, allocate, (chain,))
     yield Allocation("full-raw", RAW, allocate | {"full": True}, (("d0-0.raw",),))
+    yield Allocation("full", plain, allocate | {"full": True}, (chain,))
     yield Allocation("independent", plain, allocate | {"independent": True}, alone)
     yield Operation("snapshot", plain, overlay, over)
     yield Operation("stream", plain, stream, alone)
@@ -276,7 +282,7 @@ class Point:
                 self.matrix.host.kill()
                 self.matrix.host.start()
             else:
-                self.seen = await self.domain.guest.progress()
+                self.seen = await self.domain.progress(self.seen)
                 await self.domain.kill()
 
         @contextlib.asynccontextmanager
@@ -457,9 +463,17 @@ class Matrix:
 
         A daemon that dies as a disk pivots may lose the domain (K41): that is looked at elsewhere.
         """
-        lost = ("daemon", "all") if self.operation.name.startswith("pivot") else ()
-        victims = [victim for victim in VICTIMS if victim not in lost]
-        return [(*point, victim) for point in self.points() for victim in victims]
+        pivots = range(0)
+        if self.operation.name.startswith("pivot"):
+            pivots = range(len(self.trace) + 1)
+        elif "block-commit" in self.trace:  # of a staged commit; what comes after it goes home
+            pivots = range(self.trace.index("block-commit"), len(self.trace) + 1)
+        return [
+            (number, moment, victim)
+            for number, moment in self.points()
+            for victim in VICTIMS
+            if number not in pivots or victim not in ("daemon", "all")
+        ]
 
     def points(self):
         """Return (number, moment) from the first change on, of what takes a lock for it."""

@@ -18,11 +18,12 @@ from libvirthost import make_chain, run
 from qmpblock.host.processes import start_time
 from qmpblock.testing.images import Tools
 
-__all__ = ["ACTIVE", "HELD", "MIDDLE", "killed", "make_four"]
+__all__ = ["ACTIVE", "FULL", "HELD", "MIDDLE", "killed", "make_four"]
 
-#: What is begun, in Python: a commit of the active layer of four, and of the next one.
+#: What is begun, in Python: a commit of the active layer of four, and of the next one; host space.
 ACTIVE = "async with disk.commit(base='@1'):\n    pass"
 MIDDLE = "async with disk.commit(top='@1', base='@2'):\n    pass"
+FULL = "await disk.allocate(full=True)"
 #: What each of the four holds, by (disk, KiB).
 HELD = {(0, 0): 1, (0, 1024): 2, (0, 3072): 3, (0, 4096): 4}
 

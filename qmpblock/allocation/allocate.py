@@ -19,6 +19,7 @@ from qmpblock.allocation.plan import dataless, growth_warning, rounded
 from qmpblock.allocation.rawfile import raw_file, reserve_ranges
 from qmpblock.allocation.staged import check_staged, reserve_by_staging
 from qmpblock.allocation.thin import AllocationResult, Report, allocator, check_thin
+from qmpblock.chains.stranded import bring_in
 from qmpblock.changes.leftovers import make_way
 from qmpblock.errors import UNTOUCHED, RequestError, printable
 from qmpblock.graph.writable import check_disk
@@ -54,6 +55,7 @@ async def allocate(
     await ownership.ask(disk.vm.monitor, [disk.device])
     await make_way(disk.vm, lock_names([disk.device]))
     await disk.refresh()
+    await bring_in(disk)
     active = disk.chain.active
     offset, length = check_range(disk.size, offset, length)
     cluster = active.node.cluster_size or 512
@@ -113,7 +115,7 @@ async def allocate_ranges(
         file = await check_staged(disk)
         if disk.chain.active.data_file is None:
             check_reservable(file, pid, [(0, where.total)], grows=True)
-        await ownership.ask_for_change(disk.vm, Work("reserve", disk.chain.active.file))
+        await ownership.ask_for_change(disk.vm, Work("reserve", disk.chain.active.file), asked=True)
     if not where:
         return result
     speed = speed or Speed()

@@ -14,6 +14,10 @@ What the guest writes meanwhile is in T, which comes home at once, whatever fail
 newest data from 1 to 5. So T lies beside D, as `D.qmpblock-RUN`, with a journal that says
 whether T or D is to be trusted; `qmpblock recover` brings T home after a crash.
 
+Where a manager owns the chain, and lends its monitor, it takes the snapshot (1) and commits (5), so
+that it knows of T from before the guest writes to it, and starts the VM from there: see
+`qmpblock.changes.known`. All between is as ever.
+
 A slice takes as long as its zeros take to be written, and some milliseconds: no step of it looks
 at the whole disk.
 """
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,11 +37,13 @@ from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
 from qmpblock.chains.home import home_file, open_home, written
 from qmpblock.chains.look import opened_as
-from qmpblock.chains.overlay import Item, make_overlay, prove, take
+from qmpblock.chains.overlay import Item
+from qmpblock.chains.owner import Owner, is_asked, manager_names, owner_of
 from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.changes.change import Change
 from qmpblock.changes.identity import identify
-from qmpblock.changes.operations import StagedCommit
+from qmpblock.changes.known import move_up
+from qmpblock.changes.operations import ManagersStaging, StagedCommit
 from qmpblock.changes.record import PIVOTED
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
@@ -54,12 +61,14 @@ from qmpblock.host.imagefiles import image_files
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.space import HostSpace
+from qmpblock.managers import Work
 from qmpblock.names import (
     create_job,
     lock_names,
     new_run,
     overlay_file,
     overlay_node,
+    paused_node,
     pivot_job,
     storage_node,
 )
@@ -108,6 +117,7 @@ async def reserve_by_staging(
     file = await check_staging(disk)
     secret = key_secret(active) if active.node.encrypted else None
     await by_qemu_img(vm, secret, local=True)  # or refuse
+    owner = await owner_of(vm, Work("reserve", active.file))
     run = new_run()
     device = disk.device
     how = as_text(await opened_as(disk.vm, active))
@@ -134,6 +144,8 @@ async def reserve_by_staging(
         files=(overlay, *parts.files),
         images=image_files(vm.monitor.peer_pid, disk.chain),
     )
+    if is_asked(vm):
+        record = await _by_its_manager(disk, record)
     change = Change(vm, record, beside=Path(file))
     done, held, had = 0, 0.0, [Ranges()]
     speed = speed or Speed()
@@ -145,9 +157,9 @@ async def reserve_by_staging(
         await change.begin()
         async with change.or_undo(
             lambda: (
-                f"{done} bytes were reserved. The guest is not back on {printable(file)}: somebody "
-                f"took a snapshot above the overlay {printable(overlay)}, which is a layer of the "
-                "chain now and needed there, or unplugged the disk"
+                f"{done} bytes were reserved. The guest is not back on {printable(file)}: the "
+                f"overlay {printable(overlay)} is a layer of the chain now, and needed there "
+                "(of a snapshot above it, say), or somebody unplugged the disk"
             ),
             done=lambda: (
                 f"the guest is back on {printable(file)}, with every write; {done} bytes were "
@@ -168,7 +180,7 @@ async def reserve_by_staging(
                 copied(0)
                 where = where.clip(int(left.starts[0]), end)
                 chosen, finished = await _slice(
-                    disk, change, where, slice_size, had, copied, directory
+                    disk, change, owner, where, slice_size, had, copied, directory
                 )
                 done += chosen.total
                 held = max([held, *(change.journal.held if change.journal else ())])
@@ -179,6 +191,15 @@ async def reserve_by_staging(
                 copied(0)
             await undisturbed(change.end())
     return done, held, reduce(Ranges.union, had)
+
+
+async def _by_its_manager(disk: MappedDisk, record: StagedCommit) -> ManagersStaging:
+    """Return the same, done by the manager that owns the chain: the overlay's nodes are its."""
+    [name] = await manager_names(disk.vm, [disk.device])
+    said = {one.name: getattr(record, one.name) for one in fields(record)}
+    nodes = tuple(node for node in record.nodes if node not in (record.top, f"{record.top}-file"))
+    said |= {"job": "", "helpers": record.helpers[1:], "top": ""}
+    return ManagersStaging(**said | {"nodes": (*nodes, paused_node(record.run)), "known_as": name})
 
 
 async def check_staging(disk: MappedDisk) -> str:
@@ -208,6 +229,8 @@ async def check_staged(disk: MappedDisk) -> str:
     await opened_as(disk.vm, active)
     secret = key_secret(active) if active.node.encrypted else None
     await by_qemu_img(disk.vm, secret, local=True)
+    if is_asked(disk.vm):
+        await _check_lent(disk, secret)
     await check_held_io(
         disk.vm.monitor,
         disk.device,
@@ -215,6 +238,28 @@ async def check_staged(disk: MappedDisk) -> str:
         "thin allocation works",
     )
     return file
+
+
+async def _check_lent(disk: MappedDisk, secret: str | None) -> None:
+    """Refuse what the manager that owns the chain is not asked for.
+
+    :raise UnsupportedError: it is that; nothing was touched.
+    """
+    active = disk.chain.active
+    what = ""
+    if secret is not None:
+        what = "is encrypted, and libvirt would have to be told the key of its overlay"
+    for bitmap in active.node.bitmaps:
+        what = (
+            f"has the dirty bitmap {printable(bitmap.name)}, and libvirt has its own way with those"
+        )
+    if what:
+        raise UnsupportedError(
+            f"{active.describe()} {what}",
+            standing=UNTOUCHED,
+            remedy="thin allocation works; a checkpoint's bitmap goes with virsh checkpoint-delete",
+        )
+    await manager_names(disk.vm, [disk.device])
 
 
 def _check_space(file: str, length: int) -> None:
@@ -243,6 +288,7 @@ async def _blank(disk: MappedDisk, where: Ranges) -> Ranges:
 async def _slice(
     disk: MappedDisk,
     change: Change[StagedCommit],
+    owner: Owner,
     where: Ranges,
     size: int,
     had: list[Ranges],
@@ -278,27 +324,33 @@ async def _slice(
         plan,
         record.top_file,
         record.top,
-        f"{record.top}-file",
-        record.helpers[0],
+        storage_node(record.top),
+        create_job(record.run, 0),
         posixpath.basename(record.base_file),
         # What the guest writes comes home in its clusters: no larger ones than the image's.
         min(active.node.cluster_size or _CLUSTER, _CLUSTER),
         directory=directory,
     )
-    await make_overlay(vm, change, item, "qcow2", local=True)
-    await prove(vm, change, [item])
+    await owner.make(change, item, "qcow2")
+    await owner.prove(change, [item])
     await ownership.ask(vm.monitor, [disk.device], standing=None)
-    await undisturbed(take(vm, [item]))
+    if isinstance(record, ManagersStaging):
+        await undisturbed(move_up(vm, record, journal, record.known_as))
+    else:
+        await undisturbed(owner.take([item]))
     chosen, finished = await _choose(disk, change, where, size, had)
+    item = replace(item, node=disk.chain.active.node.name)
     if chosen:
         await fill(vm, change, item, disk.chain.layers[1], chosen, tell)
-        await _prove(disk, record.top, chosen)
+        await _prove(disk, item.node, chosen)
     # The overlay comes home, and goes; all that is left is removed.
     await undisturbed(settle(vm, record, journal, Choice.UNDO))
     await disk.refresh()
     if disk.chain.active.node.name != record.base:
         raise GraphError(
-            f"somebody took a snapshot of {disk.name} while an overlay of ours was on top",
+            f"{disk.name} goes on in an overlay of ours: its manager could not bring it home"
+            if disk.chain.active.node.name == item.node
+            else f"somebody took a snapshot of {disk.name} while an overlay of ours was on top",
             standing=f"{printable(record.top_file)} is a layer of the chain now, and needed there",
             remedy="when the disk is idle, commit that layer into the one below: qmpblock commit "
             "ADDRESS DISK --top LAYER --base LAYER",
@@ -324,8 +376,8 @@ async def _choose(
     from qmpblock.ranges import Ranges
 
     await disk.refresh()
-    frozen = disk.chain.layers[1]
-    if frozen.node.name != change.record.base:
+    frozen = disk.chain.layers[min(1, len(disk.chain.layers) - 1)]
+    if frozen.node.name != change.record.base or frozen is disk.chain.active:
         raise GraphError(f"somebody else is at work on {disk.name}")
     cluster = frozen.node.cluster_size or 65536
     chosen, reach = Ranges(), size

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qmpblock.chains.jobs import ChainJob
-from qmpblock.errors import Error, GraphError, StalledError, printable
+from qmpblock.changes import known
+from qmpblock.errors import Error, GraphError, printable
 from qmpblock.qemu.job import Progress
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Asking"]
 
-_LOOK = 0.05  # seconds between looks at the manager's job
-_NEAR = 64 << 20  # bytes that the guest may be ahead by, when it is paused for the rest
+_LOOK = 0.05  # seconds between looks at the manager's chain
 
 
 class Asking:
@@ -117,22 +117,9 @@ class Asking:
         :param until: whether it is there.
         :raise StalledError: it does not move.
         """
-        clock = asyncio.get_running_loop().time
-        last, moved = None, clock()
-        while (now := await self._vm.monitor.through(lambda lender: lender.job(self.name))) is not (
-            None
-        ):
-            if now != last:
-                last, moved = now, clock()
-                job.show(Progress("running", phase, *now))
-            if until is not None and await until():
-                return
-            if clock() - moved > self._vm.stall:
-                raise StalledError(
-                    f"libvirt's job on {self.name} has not moved for {self._vm.stall:g} s",
-                    remedy="look whether its storage hangs, or give a longer --stall",
-                )
-            await asyncio.sleep(_LOOK)
+        await known.follow(
+            self._vm, self.name, lambda now: job.show(Progress("running", phase, *now)), until
+        )
 
     async def catch_up(self, job: ChainJob) -> None:
         """Wait until the manager's job is asked to pivot, and the guest is near.
@@ -140,37 +127,7 @@ class Asking:
         :param job: to show it by, and by which it is asked.
         :raise StalledError: the guest writes faster than it copies.
         """
-        name, through, ready = self.name, self._vm.monitor.through, False
-
-        async def caught_up() -> bool:
-            nonlocal ready
-            ready = await through(lambda lender: lender.ready(name))
-            return ready
-
-        await self.follow(job, "copying", caught_up)
-        if not ready:
-            raise Error(
-                f"libvirt has ended its job on {name} before it was whole",
-                remedy="see why in its log (no room?), then run this again",
-            )
-        clock = asyncio.get_running_loop().time
-        asked: float | None = None
-        while True:
-            seen = await through(lambda lender: lender.job(name))
-            if seen is None:
-                raise Error(f"somebody has ended libvirt's job on {name}")
-            job.show(Progress("ready", "ready", *seen))
-            if job.completion_asked:
-                if seen[1] - seen[0] <= _NEAR:
-                    return
-                asked = clock() if asked is None else asked
-                if clock() - asked > self._vm.stall:
-                    raise StalledError(
-                        f"libvirt's job on {name} does not converge: the guest writes faster than "
-                        "it copies",
-                        remedy="let the guest write less, or pause the VM while this runs again",
-                    )
-            await asyncio.sleep(_LOOK)
+        await known.catch_up(self._vm, self.name, job.show, lambda: job.completion_asked)
 
     async def give_up(self) -> None:
         """Have the manager give its job up, if it can be reached and has one."""

@@ -25,7 +25,7 @@ from qmpblock.graph.model import BlockGraph, DiskDevice
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["Spot", "put_back", "put_filter", "spot_in", "take_out"]
+__all__ = ["Spot", "put_back", "put_filter", "set_child", "spot_in", "take_out"]
 
 # What QEMU lets a node be called, by people or by itself; it goes into a command line.
 _NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
@@ -61,7 +61,7 @@ async def put_filter(vm: Connection, spot: Spot, node: str) -> None:
     :raise Error: QEMU refused; the disk is as it was.
     """
     if spot.above:
-        await _set_child(vm, spot.above, "file", node)
+        await set_child(vm, spot.above, "file", node)
     else:
         await _set_drive(vm, spot.device, node)
 
@@ -86,7 +86,7 @@ async def take_out(vm: Connection, node: str, graph: BlockGraph) -> None:
                 f"{printable(shown)} is used by {users or 'somebody'}, so the filter below it "
                 f"stays in the way of the guest's writes"
             )
-        await _set_child(vm, parent, edge, below)
+        await set_child(vm, parent, edge, below)
     for device in graph.disks():
         if device.chain.root.name == node:
             await _set_drive(vm, device.qom_path, below)
@@ -99,7 +99,7 @@ async def put_back(vm: Connection, device: DiskDevice, node: str) -> None:
     """
     filters = device.chain.filters
     if filters:
-        await _set_child(vm, filters[-1].name, "file", node)
+        await set_child(vm, filters[-1].name, "file", node)
     else:
         await _set_drive(vm, device.qom_path, node)
 
@@ -120,7 +120,12 @@ async def _set_drive(vm: Connection, device: str, node: str) -> None:
     await vm.monitor.execute("qom-set", what)
 
 
-async def _set_child(vm: Connection, node: str, edge: str, child: str) -> None:
+async def set_child(vm: Connection, node: str, edge: str, child: str) -> None:
+    """Have a node lie on another one, all else of it as it is.
+
+    :param edge: how it does: `file` or `backing`.
+    :raise Error: QEMU refused.
+    """
     for name in (node, child):
         if not _NODE_NAME.fullmatch(name):
             raise Error(f"the name of the node {printable(name)} cannot be put on a command line")

@@ -7,18 +7,19 @@ Of two of them the overlay is ours, and there for a while only: it comes home, w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qmpblock.changes.record import Record, lies_on_something, pivoted, without_bitmaps
 from qmpblock.changes.settings import check_settings, zeroes_of
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
+from qmpblock.errors import printable
 from qmpblock.graph.model import BlockGraph, JobInfo
-from qmpblock.names import is_ours
+from qmpblock.names import is_ours, paused_node
 from qmpblock.qemu.jobstate import ACTIVE
 
-__all__ = ["FrozenCopy", "Pivoting", "StagedCommit"]
+__all__ = ["FrozenCopy", "ManagersStaging", "Pivoting", "StagedCommit"]
 
 
 class Pivoting(Record):
@@ -155,6 +156,86 @@ class StagedCommit(Pivoting):
         """Look at what goes into a command line, too."""
         super().check()
         check_settings(self.detect_zeroes, "", self.base_opened)
+
+
+@dataclass(frozen=True)
+class ManagersStaging(StagedCommit):
+    """The same where a manager owns the chain: it takes the overlay, and brings it home.
+
+    So it knows of the overlay from before the guest writes to that, and whoever starts the VM
+    starts it from there, with nothing lost and nothing to be recovered first. What it calls the
+    overlay's node is seen in the graph alone.
+
+    :ivar known_as: what the manager calls the disk.
+    """
+
+    operation: ClassVar[str] = "allocate by its manager"
+    needed: ClassVar[tuple[str, ...]] = (*StagedCommit.needed, "known_as")
+
+    known_as: str = ""
+
+    def seen_in(self, graph: BlockGraph) -> ManagersStaging:
+        """Return it with the node of the overlay, where that is open."""
+        files = {name for name, node in graph.nodes.items() if node.filename == self.top_file}
+        on_them = (name for name, node in graph.nodes.items() if node.child("file") in files)
+        return replace(self, top=next(on_them, ""))
+
+    def took_effect(self, graph: BlockGraph) -> bool | None:
+        """Tell by where the guest is, as any that pivots."""
+        return super(ManagersStaging, self.seen_in(graph)).took_effect(graph)
+
+    def of_manager(self, graph: BlockGraph) -> tuple[Step, ...]:
+        """Have it end what it has begun for us, and then say where the guest is."""
+        active = self.active_nodes(graph)
+        disks = (device for device in graph.disks() if device.qom_path in self.devices)
+        jobs = (job for device in disks for job in device.jobs)
+        if self.top in active and any(job.type == "commit" and not job.ours for job in jobs):
+            return (Step("bring-home", self.top, "the manager is at it, as it was asked to"),)
+        if paused_node(self.run) in graph.nodes:
+            why = "the manager and QEMU are to name the same image, before the guest goes on"
+            return (Step("agree", self.known_as, why),)
+        return ()
+
+    def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
+        """Bring it home, unless somebody else has put something between it and its image."""
+        overlay = graph.nodes.get(self.top)
+        below = None if overlay is None else overlay.child("backing")
+        if below not in (self.base, *self.nodes):
+            return ()
+        return super().way_home(graph, stale=stale)
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Close an overlay that the manager opened, and forgot when its daemon was ended."""
+        yield from super().gives_back(graph, done=done)
+        if done and self.top in graph.nodes and not graph.users(self.top):
+            for node in (self.top, graph.nodes[self.top].child("file")):
+                if node is not None:
+                    yield Step("delete-node", node, "it is of an overlay of ours that is not used")
+
+    def holds(self, graph: BlockGraph, *, stale: bool | None) -> tuple[str, ...]:
+        """Keep the overlay where the guest was not seen to be back on the image."""
+        return () if stale or self.took_effect(graph) else (self.top_file,)
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Leave it to the manager, which starts the VM from the overlay if it was there."""
+        others = tuple(file for file in empty if file != self.top_file)
+        if self.top_file not in empty:
+            return ImageVerdict((self.base_file,), (), others, "no overlay of ours is left")
+        if pivoted(entries):
+            why = "the guest was back on the image, and its manager knew; the overlay is stale"
+            return ImageVerdict((self.base_file,), (), (*others, self.top_file), why)
+        held = "may hold" if empty[self.top_file] else "holds"
+        return ImageVerdict(
+            (self.top_file,) if held == "holds" else (self.base_file,),
+            (),
+            others,
+            f"{printable(self.top_file)} {held} what the guest wrote last, and the manager starts "
+            "the VM from what it knows (virsh domblklist DOMAIN, virsh start DOMAIN). While that "
+            f"runs, qmpblock recover {printable(self.vm.monitor)} brings it home",
+            waits=True,
+        )
 
 
 @dataclass(frozen=True)

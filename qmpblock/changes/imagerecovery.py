@@ -42,7 +42,7 @@ from qmpblock.names import journal_beside, partial_file
 if TYPE_CHECKING:
     pass
 
-__all__ = ["ImageRecovery", "is_about", "recover_images", "recover_journal"]
+__all__ = ["ImageRecovery", "holds_nothing", "is_about", "recover_images", "recover_journal"]
 
 _log = logging.getLogger(__name__)
 _INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
@@ -188,7 +188,7 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
         path = Path(file)
         with contextlib.suppress(FileNotFoundError), ourfiles.Directory(path.parent) as directory:
             if directory.holds(path.name, FileId(*identity)):
-                empty[file] = file not in formats or await _holds_nothing(
+                empty[file] = file not in formats or await holds_nothing(
                     file, formats[file], identity
                 )
     verdict = record.verdict(journal.entries, empty)
@@ -219,7 +219,8 @@ async def recover_journal(journal: Journal, *, dry_run: bool = False) -> ImageRe
             ourfiles.remove(file, FileId(*made[file]))
         for file in verdict.kept:
             ourfiles.keep(file, FileId(*made[file]), partial_file(file))
-        journal.remove()
+        if not verdict.waits:
+            journal.remove()
     return ImageRecovery(record.describe(), record.run, verdict, verdict.unused, verdict.opened)
 
 
@@ -295,7 +296,7 @@ async def _commit(
         raise
 
 
-async def _holds_nothing(file: str, fmt: str, made: tuple[int, int]) -> bool:
+async def holds_nothing(file: str, fmt: str, made: tuple[int, int]) -> bool:
     """Whether an overlay holds nothing; False where that cannot be told: it is kept then."""
     try:
         seen = await QemuImg().map(blockdev(fmt, file), [fmt], known=[made])

@@ -1,10 +1,13 @@
-"""Known: a manager that pivots a disk itself, and QEMU, are to name the same image.
+"""Known: a manager that moves a disk's guest itself, and QEMU, are to name the same image.
 
 A manager hears of QEMU's pivot when that is done, and notes it then. If its daemon is killed just
 between, it names the stale image for ever (K41). So the VM is paused from before the pivot until
 both say the same: nothing is written between, and a VM that is started from either image has lost
 nothing. Where the daemon has forgotten it, the guest goes back to the image that it names, which
 holds the same.
+
+So it is where the guest moves on to an overlay of ours that is to come home again: from before the
+snapshot until both name it. From then on whoever starts the VM starts it from there.
 
 Whoever answers our queries by the manager's monitor has no change of its own under way then: so
 where QEMU shows no job of its any more, what it says is its last word.
@@ -15,23 +18,191 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from qmpblock.cancellation import undisturbed
 from qmpblock.changes.filters import put_back
+from qmpblock.changes.finalize import keep_exports_away, until_unused
 from qmpblock.changes.journal import Journal
+from qmpblock.changes.nodes import set_writable
 from qmpblock.changes.record import PIVOTED, Record
-from qmpblock.errors import DisconnectedError, Error, StalledError, UnsupportedError, printable
+from qmpblock.errors import (
+    BusyError,
+    DisconnectedError,
+    Error,
+    GraphError,
+    StalledError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.graph.model import BlockGraph, DiskDevice
 from qmpblock.names import paused_node
 from qmpblock.qemu.instant import instant
+from qmpblock.qemu.job import Progress
 from qmpblock.qemu.jobstate import ACTIVE
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["agree", "give_up", "pivot"]
+__all__ = ["agree", "bring_home", "catch_up", "follow", "give_up", "move_up", "pivot"]
 
 _LOOK = 0.02  # seconds between looks
+_NEAR = 64 << 20  # bytes that the guest may be ahead by, when it is paused for the rest
+
+
+async def follow(
+    vm: Connection,
+    name: str,
+    show: Callable[[tuple[int, int]], None],
+    until: Callable[[], Awaitable[bool]] | None = None,
+) -> None:
+    """Wait until the manager has no job on a disk any more, or is where it is to be.
+
+    :param name: what it calls the disk.
+    :param show: is called with how far the job is, and how far it is to go.
+    :param until: whether it is there.
+    :raise StalledError: it does not move.
+    """
+    clock = asyncio.get_running_loop().time
+    last, moved = None, clock()
+    while (now := await vm.monitor.through(lambda lender: lender.job(name))) is not None:
+        if now != last:
+            last, moved = now, clock()
+            show(now)
+        if until is not None and await until():
+            return
+        if clock() - moved > vm.stall:
+            raise StalledError(
+                f"libvirt's job on {name} has not moved for {vm.stall:g} s",
+                remedy="look whether its storage hangs, or give a longer --stall",
+            )
+        await asyncio.sleep(_LOOK)
+
+
+async def catch_up(
+    vm: Connection,
+    name: str,
+    show: Callable[[Progress], None],
+    is_asked: Callable[[], bool] = lambda: True,
+) -> None:
+    """Wait until the manager's job may pivot: it was asked to, and the guest is near.
+
+    :param name: what it calls the disk.
+    :param show: is called with its progress; `is_asked`: whether it was asked.
+    :raise StalledError: the guest writes faster than it copies.
+    """
+    ready, through = False, vm.monitor.through
+
+    async def caught_up() -> bool:
+        nonlocal ready
+        ready = await through(lambda lender: lender.ready(name))
+        return ready
+
+    await follow(vm, name, lambda now: show(Progress("running", "copying", *now)), caught_up)
+    if not ready:
+        raise Error(
+            f"libvirt has ended its job on {name} before it was whole",
+            remedy="see why in its log (no room?), then run this again",
+        )
+    clock = asyncio.get_running_loop().time
+    asked: float | None = None
+    while True:
+        seen = await through(lambda lender: lender.job(name))
+        if seen is None:
+            raise Error(f"somebody has ended libvirt's job on {name}")
+        show(Progress("ready", "ready", *seen))
+        if is_asked():
+            if seen[1] - seen[0] <= _NEAR:
+                return
+            asked = clock() if asked is None else asked
+            if clock() - asked > vm.stall:
+                raise StalledError(
+                    f"libvirt's job on {name} does not converge: the guest writes faster than "
+                    "it copies",
+                    remedy="let the guest write less, or pause the VM while this runs again",
+                )
+        await asyncio.sleep(_LOOK)
+
+
+async def move_up(vm: Connection, record: Record, journal: Journal | None, name: str) -> None:
+    """Pause the VM, have the manager move the guest to an overlay of ours, and know of it; go on.
+
+    :param name: what it calls the disk.
+    :raise Error: it did not; the guest is where it was.
+    """
+    _check_lent(vm, record)
+    began = time.monotonic()
+    async with instant(vm, paused_node(record.run)):
+        now, later = await vm.monitor.through(lambda lender: lender.files())
+        said = [one.get(name, "") for one in (now, later) if one is not None]
+        if not all(_same(file, record.base_file) for file in said):
+            raise GraphError(f"somebody else is at work on {printable(name)}")
+        refused: Error | None = None
+        try:
+            await vm.monitor.through(lambda lender: lender.snapshot({name: record.top_file}))
+        except DisconnectedError:
+            raise
+        except Error as error:
+            refused = error
+        if await agree(vm, record, None, name):
+            raise refused or Error(
+                f"libvirt has forgotten its snapshot of {printable(name)}: its daemon was ended "
+                "in the middle"
+            )
+    if journal is not None:
+        journal.held.append(time.monotonic() - began)
+
+
+async def bring_home(vm: Connection, record: Record, journal: Journal | None, name: str) -> bool:
+    """Have the manager commit an overlay of ours into its image, and the guest go on there.
+
+    Carries on a job of its that does so already. Returns False where that cannot be before the VM
+    is started again: then the overlay stays, as a layer that the manager knows.
+
+    :param name: what it calls the disk.
+    :raise Error: the manager could not; the guest goes on in the overlay, which it knows.
+    """
+    _check_lent(vm, record)
+    if not _works(record, await vm.graph()):
+        if await vm.monitor.through(lambda lender: lender.ready(name)):
+            return False  # a job that QEMU does not have: its daemon has forgotten its end (K41)
+        await _begin_home(vm, record, name)
+    await catch_up(vm, name, lambda _: None)
+    async with AsyncExitStack() as alone:
+        await keep_exports_away(vm, (record.top,), alone)
+        await until_unused(vm, record)
+        await undisturbed(pivot(vm, record, journal, name))
+    return True
+
+
+async def _begin_home(vm: Connection, record: Record, name: str) -> None:
+    """Have the manager begin, as soon as it knows of the overlay, and has nothing else under way.
+
+    :raise Error: it refuses.
+    """
+    through, clock = vm.monitor.through, asyncio.get_running_loop().time
+    deadline = clock() + vm.stall
+    while True:
+        layers = await through(lambda lender: lender.layers(name))
+        called = {os.path.realpath(file): its for file, its in layers}
+        base = called.get(os.path.realpath(record.base_file), "")
+        try:
+            if base:
+                await through(lambda lender, base=base: lender.commit(name, base, ""))  # type: ignore[misc]
+                return
+        except BusyError:
+            if clock() > deadline:
+                raise
+        if clock() > deadline:
+            raise GraphError(
+                f"libvirt does not know {printable(record.base_file)} as a layer of "
+                f"{printable(name)}",
+                remedy="compare them: virsh dumpxml DOMAIN; qmpblock disks ADDRESS",
+            )
+        await asyncio.sleep(_LOOK)
 
 
 async def pivot(vm: Connection, record: Record, journal: Journal | None, name: str) -> None:
@@ -40,6 +211,7 @@ async def pivot(vm: Connection, record: Record, journal: Journal | None, name: s
     :param name: what it calls the disk.
     :raise Error: its daemon has forgotten it; the guest is back where it was.
     """
+    began = time.monotonic()
     async with instant(vm, paused_node(record.run)):
         try:
             await vm.monitor.through(lambda lender: lender.pivot(name))
@@ -55,6 +227,8 @@ async def pivot(vm: Connection, record: Record, journal: Journal | None, name: s
                 remedy="until the VM is started again libvirt takes this disk for busy, and "
                 "changes its chain no more: virsh shutdown, virsh start",
             )
+    if journal is not None:
+        journal.held.append(time.monotonic() - began)
 
 
 async def give_up(vm: Connection, record: Record, name: str) -> None:
@@ -89,6 +263,7 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
     deadline = clock() + vm.stall
     while True:
         graph = await vm.graph()
+        record = record.seen_in(graph)
         device = _device(record, graph)
         if device is None:
             return False  # it was unplugged
@@ -105,6 +280,7 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
                 all(_same(file, there[not moved]) for file in said)
                 and here[not moved] in graph.nodes
             ):
+                await set_writable(vm, here[not moved])
                 await put_back(vm, device, here[not moved])
                 continue
         if clock() > deadline:

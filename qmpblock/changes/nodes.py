@@ -6,9 +6,11 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
+from qmpblock.changes.filters import set_child
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
 from qmpblock.graph.model import BlockGraph, Layer, Node
 from qmpblock.graph.options import key_secret, overlay_options
+from qmpblock.names import is_ours
 from qmpblock.qemu.capabilities import Capabilities
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> No
     storage = top.child("file")
     assert storage is not None  # an overlay of ours has a file
     try:
+        if not is_ours(node):  # its manager opened it, with options that nothing tells
+            await set_child(vm, node, "backing", below)
+            return
         secret = key_secret(Layer(0, top, None)) if top.encrypted else None
         options = overlay_options(node, storage, top, secret, below)
         await vm.monitor.execute("blockdev-reopen", {"options": [options]})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from qmpblock.changes.copies import Copy, Migration, Move
-from qmpblock.changes.homing import FrozenCopy, Pivoting, StagedCommit
+from qmpblock.changes.homing import FrozenCopy, ManagersStaging, Pivoting, StagedCommit
 from qmpblock.changes.record import Link, Record, lies_on_something, pivoted, without_bitmaps
 from qmpblock.changes.settings import check_settings, discard_and_zeroes_of
 from qmpblock.changes.step import Step
@@ -30,6 +30,7 @@ __all__ = [
     "ManagersCommit",
     "ManagersPivot",
     "ManagersSnapshot",
+    "ManagersStaging",
     "PointInTime",
     "Snapshot",
     "StagedCommit",
@@ -422,6 +423,7 @@ _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("commit by its manager", True): ManagersPivot,
     ("allocate", False): ThinAllocation,
     ("allocate", True): StagedCommit,
+    ("allocate by its manager", True): ManagersStaging,
     ("point-in-time", False): PointInTime,
     ("copy", False): Copy,
     ("copy", True): FrozenCopy,

@@ -189,6 +189,17 @@ class Record:
         """What the VM depends on, once it is done, that it did not before; None if nothing."""
         return None
 
+    def seen_in(self, graph: BlockGraph) -> Record:
+        """Return it with the names that somebody else has given meanwhile, as far as they show."""
+        return self
+
+    def holds(self, graph: BlockGraph, *, stale: bool | None) -> tuple[str, ...]:
+        """Return the files that it made, and that may hold a guest's newest data unused.
+
+        :param stale: see `way_home`.
+        """
+        return ()
+
     def took_effect(self, graph: BlockGraph) -> bool | None:
         """Whether it is done, as far as the guest and the chain go; None: cannot tell."""
         return None

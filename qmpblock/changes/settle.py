@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qmpblock.changes import known
 from qmpblock.changes.bitmaps import delete_bitmap
 from qmpblock.changes.filters import take_out
 from qmpblock.changes.finalize import before_finalize, bring_home, pivot
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.known import agree, give_up
 from qmpblock.changes.nodes import relink, restore_discard, restore_zeroes
+from qmpblock.changes.operations import ManagersStaging
 from qmpblock.changes.record import Record
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.throttle import restore_limits
@@ -94,9 +96,9 @@ async def settle(
             if tell is not None and step not in again:
                 tell(step)
             if step not in wires:
-                await _PERFORM[step.verb](its, step)
-            if step.verb not in ("wait", "cancel", "bring-home"):
-                done.add(step)
+                settled = await _PERFORM[step.verb](its, step)
+                if settled or step.verb not in ("wait", "cancel", "bring-home"):
+                    done.add(step)
         if wires:
             await _clear_wires(its, wires)
         if not all(step.verb in _OUTSIDE for step in todo):
@@ -154,8 +156,13 @@ async def _restore_limits(its: _Settling, step: Step) -> None:
     await restore_limits(its.vm, device_of(its.record, its.graph), dict(limits), group)
 
 
-async def _bring_home(its: _Settling, step: Step) -> None:
-    await bring_home(its.vm, its.record, its.journal, its.graph)
+async def _bring_home(its: _Settling, step: Step) -> bool:
+    """Bring an overlay home; return whether it cannot be brought there, and stays."""
+    record = its.record.seen_in(its.graph)
+    if isinstance(record, ManagersStaging):
+        return not await known.bring_home(its.vm, record, its.journal, record.known_as)
+    await bring_home(its.vm, record, its.journal, its.graph)
+    return False
 
 
 async def _resume(its: _Settling, step: Step) -> None:
@@ -223,7 +230,7 @@ async def _delete_file(its: _Settling, step: Step) -> None:
 
 
 #: How each verb of a step is performed.
-_PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[None]]] = {
+_PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[bool | None]]] = {
     **dict.fromkeys(("cancel", "wait", "pivot", "finalize", "dismiss"), _on_job),
     "relink": _relink,
     "restore-zeroes": _restore_zeroes,

@@ -49,6 +49,7 @@ def steps(
     :param stale: whether the journal says that the overlay of a pivot is stale; None: there
         is no journal.
     """
+    record = record.seen_in(graph)
     ended: list[Step] = []
     for name in (record.job, *record.helpers):
         job = graph.job(name)
@@ -114,7 +115,7 @@ def _leftovers(
     used = {node.filename for node in graph.nodes.values()}
     ours = set(record.nodes) & set(graph.nodes)
     for file in made:
-        if file in used or ours:
+        if file in used or ours or file in record.holds(graph, stale=stale):
             continue
         if file in kept:
             yield Step("keep-file", file, "another copy can go on from it", partial_file(file))

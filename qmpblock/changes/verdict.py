@@ -21,6 +21,7 @@ class ImageVerdict:
         with that image.
     :ivar opened: the options that open the image to start from, where it is another one than
         before, and its file name and format do not suffice; else empty.
+    :ivar waits: whether more is to be done, once the VM has been started again.
     :ivar uncertain: whether a word of the journal that is missing would make it another one.
     """
 
@@ -32,3 +33,4 @@ class ImageVerdict:
     opened: str = ""
     uncertain: bool = False
     kept: tuple[str, ...] = ()
+    waits: bool = False

@@ -16,6 +16,7 @@ from qmpblock.allocation.rawfile import raw_file
 from qmpblock.allocation.room import RoomPlan, plan_room
 from qmpblock.allocation.staged import SLICE, check_staged
 from qmpblock.chains.plan import plan_stream
+from qmpblock.chains.stranded import bring_in, check_in
 from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.errors import (
     UNTOUCHED,
@@ -92,8 +93,10 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
     await ownership.ask(vm.monitor, [disk.device])
     if undo:
         await make_way(vm, lock_names([disk.device]))
+        await bring_in(disk)
     else:
         await check_way(vm, lock_names([disk.device]))
+        await check_in(disk)
     layers = await disk.layers()
     active = disk.chain.active
     today = Picture(tuple(one.layer.file for one in layers), tuple(one.map for one in layers))
@@ -167,7 +170,7 @@ async def _ask_manager(
     """
     layers, file = disk.chain.layers, disk.chain.active.file
     if reserving.staged and changes.reserves:
-        await ownership.ask_for_change(disk.vm, Work("reserve", file))
+        await ownership.ask_for_change(disk.vm, Work("reserve", file), asked=True)
     if changes.leaving:
         verb: Verb = "independent" if wanted.independent else "stream"
         kept = "" if base >= len(layers) else layers[base].file

@@ -4,7 +4,7 @@ import pytest
 from drawing import bitmap, chain
 from journaling import RUN, record
 
-from qmpblock.changes.homing import FrozenCopy, StagedCommit
+from qmpblock.changes.homing import FrozenCopy, ManagersStaging, StagedCommit
 from qmpblock.changes.step import Choice
 from qmpblock.changes.unfinished import steps
 from qmpblock.names import (
@@ -12,6 +12,7 @@ from qmpblock.names import (
     export_name,
     left_bitmap,
     overlay_node,
+    paused_node,
     pivot_job,
     storage_node,
     target_node,
@@ -109,3 +110,91 @@ def test_neither_bitmap_nor_export_of_a_resumed_one_stays(over):
     ]
     assert "theirs" not in " ".join(step.what for step in found)
     assert (found[-1].verb == "bring-home") is (over is not None)
+
+
+# -- the same where a manager owns the chain: its node is seen in the graph alone
+
+THEIRS, VIEW, PAUSED = "libvirt-2-format", "qmpblock-cafe0123-view", paused_node(RUN)
+
+
+def staging(**more):
+    """Return the record of host space for d0, whose manager calls its disk vda."""
+    said = {
+        "operation": "allocate by its manager",
+        "top_file": OVERLAY,
+        "base": "d0",
+        "base_file": IMAGE,
+        "base_format": "qcow2",
+        "nodes": (VIEW, PAUSED),
+        "files": (OVERLAY,),
+        "images": (IMAGE,),
+        "known_as": "vda",
+    }
+    return record(pivot=True, **said | more)
+
+
+def taken(over="d0", active=THEIRS):
+    """Draw d0 below the manager's overlay."""
+    return chain("d0", "d1").image(VIEW).image(THEIRS, file=OVERLAY, backing=over).device(active)
+
+
+def left(drawing, *, stale=False):
+    found = steps(staging(), drawing.graph(), Choice.UNDO, (OVERLAY,), stale=stale)
+    return [(step.verb, step.what) for step in found]
+
+
+def test_its_overlay_is_known_by_its_file():
+    its = staging()
+    assert isinstance(its, ManagersStaging)
+    its.check_journaled()
+    assert its.seen_in(taken().graph()).top == THEIRS
+    assert its.seen_in(chain("d0", "d1").graph()).top == ""
+    assert its.took_effect(taken().graph()) is False
+    assert its.took_effect(chain("d0", "d1").graph()) is True
+
+
+def test_it_comes_home_without_what_was_put_below_it():
+    assert left(taken())[-1] == ("bring-home", THEIRS)
+    assert left(taken(VIEW)) == [
+        ("relink", THEIRS),
+        ("delete-node", VIEW),
+        ("bring-home", THEIRS),
+    ]
+
+
+def test_what_the_manager_has_begun_comes_first():
+    working = taken().job("commit-vda-x", "commit", "ready", THEIRS, "d0")
+    assert left(working) == [("bring-home", THEIRS)]
+    assert left(working.image(PAUSED)) == [("bring-home", THEIRS)]
+    assert left(taken().image(PAUSED)) == [("agree", "vda")]
+
+
+def test_one_that_somebody_lies_upon_or_has_pulled_stays():
+    """It is a layer that the manager knows; nor is its file removed."""
+    over = taken().image("theirs", backing=THEIRS).device("theirs")
+    for drawing in (over, taken(None), taken("d1")):
+        assert [one for one in left(drawing) if one != ("delete-node", VIEW)] == []
+
+
+def test_one_that_was_never_taken_or_is_home_is_closed_and_goes():
+    assert ("delete-node", THEIRS) in left(taken(active="d0"))
+    assert left(chain("d0", "d1")) == [("delete-file", OVERLAY)]
+
+
+def test_of_a_disk_that_was_detached_the_overlay_stays_unless_it_is_stale():
+    drawing = chain("d0", "d1")
+    drawing.devices.clear()
+    assert left(drawing) == []
+    assert left(drawing, stale=True) == [("delete-file", OVERLAY)]
+
+
+def test_its_manager_starts_the_vm():
+    its = staging()
+    written = its.verdict([{"pivoted": False}], {OVERLAY: False, "/i/z": True})
+    assert (written.start, written.unused, written.commit) == ((OVERLAY,), ("/i/z",), ())
+    assert written.waits
+    assert "virsh start" in written.why
+    assert its.verdict([{"pivoted": False}], {OVERLAY: True}).start == (IMAGE,)
+    home = its.verdict([{"pivoted": True}], {OVERLAY: False})
+    assert (home.start, home.unused, home.waits) == ((IMAGE,), (OVERLAY,), False)
+    assert its.verdict([], {}).start == (IMAGE,)

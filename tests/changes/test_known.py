@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from drawing import RUN, chain, record
 
-from qmpblock.changes.known import agree, give_up
+from qmpblock.changes.known import agree, bring_home, give_up
 from qmpblock.changes.step import Choice
 from qmpblock.changes.unfinished import steps
 from qmpblock.errors import Error, StalledError, UnsupportedError
@@ -148,6 +148,32 @@ async def test_by_another_monitor_nothing_is_done():
         with pytest.raises(UnsupportedError, match="by the manager itself") as refused:
             await asked
         assert "qmpblock recover unix:/run/vm.qmp" in refused.value.remedy
+
+
+async def test_an_overlay_of_ours_stays_where_it_has_forgotten_that_it_went_home():
+    """Until the VM is started again it takes the disk for busy (K41)."""
+    vm = Managed(chain("d0", "d1"))
+
+    async def ready(name):
+        return True
+
+    vm.ready = ready
+    assert await bring_home(vm, of_pivot(), None, "vda") is False
+    assert vm.sent == []
+
+
+async def test_an_overlay_of_which_it_does_not_know_is_not_brought_home():
+    vm = Managed(chain("d0", "d1"))
+
+    async def ready(name):
+        return False
+
+    async def layers(name):
+        return [("/i/d1", "vda[1]")] if name == "vda" else []
+
+    vm.ready, vm.layers = ready, layers
+    with pytest.raises(Error, match="does not know /i/x as a layer of vda"):
+        await bring_home(vm, of_pivot(base_file="/i/x"), None, "vda")
 
 
 @pytest.mark.parametrize("choice", list(Choice))

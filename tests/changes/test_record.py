@@ -18,6 +18,7 @@ from qmpblock.changes.operations import (
     ManagersCommit,
     ManagersPivot,
     ManagersSnapshot,
+    ManagersStaging,
     PointInTime,
     Snapshot,
     StagedCommit,
@@ -84,10 +85,11 @@ FIELDS = {
 KINDS = (
     *(Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime),
     *(Copy, Move, FrozenCopy, Migration, ManagersSnapshot, ManagersCommit, ManagersPivot),
+    ManagersStaging,
 )
 
 
-PIVOTING = (ActiveCommit, StagedCommit, FrozenCopy, ManagersPivot)
+PIVOTING = (ActiveCommit, StagedCommit, FrozenCopy, ManagersPivot, ManagersStaging)
 
 
 def of(kind):
