@@ -56,6 +56,10 @@ class OtherHost:
         """What a command is preceded by that is to run there."""
         return ("nsenter", f"--target={self.keeper.pid}", "--net", "--")
 
+    def address(self, vm):
+        """Return that of a VM's monitor there, by ssh."""
+        return f"ssh://root@{self.there}:{PORT}{vm.monitor_path}"
+
     def program(self, path):
         """Return a program that runs another one there."""
         script = self.place / f"there-{Path(path).name}"
@@ -170,3 +174,15 @@ def land(host, start_destination, qemu_binary):
         return await start_destination(source, qemu=host.program(qemu_binary), **options)
 
     return start
+
+
+@pytest.fixture
+async def ssh_host(vm_dir, monkeypatch):
+    """Give another host, which `ssh` reaches."""
+    try:
+        async with another_host(vm_dir / "host") as made:
+            programs = await made.serve_ssh()
+            monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+            yield made
+    except CutOffError as error:
+        pytest.skip(str(error))

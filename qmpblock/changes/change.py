@@ -45,7 +45,15 @@ from qmpblock.changes.nomigration import allow_migration, forbid_migration
 from qmpblock.changes.record import Record
 from qmpblock.changes.settle import settle
 from qmpblock.changes.step import Choice
-from qmpblock.errors import UNTOUCHED, BusyError, DisconnectedError, Error, NoRoomError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    BusyError,
+    DisconnectedError,
+    Error,
+    NoRoomError,
+    StalledError,
+    printable,
+)
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import is_running
 from qmpblock.qemu import lock, ownership, polling
@@ -123,8 +131,10 @@ class Change(Generic[RecordT]):
             lock.abandon(self.record.run)
             await undisturbed(self._let_go_polling())
             raise
-        except BaseException:
+        except BaseException as error:
             await undisturbed(self.end())
+            if isinstance(error, StalledError):
+                self._say_left(error)
             raise
 
     async def _hold_polling(self) -> None:
@@ -195,17 +205,27 @@ class Change(Generic[RecordT]):
         self._allows = True
 
     async def end(self) -> None:
-        """Remove the journal, release the locks: the change is done, or undone. Idempotent."""
+        """Remove the journal, release the locks: the change is done, or undone. Idempotent.
+
+        Where that cannot be, because QEMU does not answer, say, the run counts as dead from then
+        on: whoever comes next takes away what is left of it.
+        """
         try:
-            # QEMU may die at any command: the journal must not go before.
-            if self._locked and not self._allows:
-                await allow_migration(self.vm.monitor, self.record.run)
-            if self.journal is not None:
-                self.journal.remove()
-        finally:
-            # Before the locks: who comes next sees these, if this process is killed here.
-            await self._let_go_polling()
-        await lock.release_all(self.vm.monitor, reversed(self._locked))
+            try:
+                # QEMU may die at any command: the journal must not go before.
+                if self._locked and not self._allows:
+                    await allow_migration(self.vm.monitor, self.record.run)
+                if self.journal is not None:
+                    self.journal.remove()
+            finally:
+                # Before the locks: who comes next sees these, if this process is killed here.
+                await self._let_go_polling()
+            await lock.release_all(self.vm.monitor, reversed(self._locked))
+        except BaseException as error:
+            lock.abandon(self.record.run)
+            if isinstance(error, StalledError):
+                self._say_left(error)
+            raise
         self._locked.clear()
 
     async def undo(self) -> bool:
@@ -226,8 +246,7 @@ class Change(Generic[RecordT]):
             lock.abandon(self.record.run)
             await undisturbed(self._let_go_polling())
             if isinstance(error, Error):
-                error.standing = self._left()
-                error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
+                self._say_left(error)
             raise
         return self.record.took_effect(graph) is True
 
@@ -253,8 +272,11 @@ class Change(Generic[RecordT]):
                 error.standing = done() if took_effect and done else undone()
             raise
 
-    def _left(self) -> str:
-        return f"left in the VM: the lock {', '.join(self.record.locks)} and what it is for"
+    def _say_left(self, error: Error) -> None:
+        error.standing = (
+            f"left in the VM: the lock {', '.join(self.record.locks)} and what it is for"
+        )
+        error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
 
     async def _undo_dead(self, dead: Holder) -> None:
         await undo_dead_change(self.vm, dead)
@@ -291,8 +313,7 @@ class Change(Generic[RecordT]):
                     error.remedy = None
             return
         lock.abandon(record.run)
-        error.standing = self._left()
-        error.remedy = f"run: qmpblock recover {monitor.address}"
+        self._say_left(error)
         with contextlib.suppress(Error, OSError):
             async with Connection.open(
                 monitor.address, self.vm.nbd, greeting_timeout=_RECONNECT, stall=monitor.stall

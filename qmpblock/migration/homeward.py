@@ -53,6 +53,7 @@ class Homeward:
     def __init__(self, passage: Passage) -> None:
         self._passage = passage
         self._runs = True
+        self._claimed = False
         # Less than QEMU's answers are waited for: else the wires were never cut.
         self._hold = min(HOLD, passage.source.stall / 2)
 
@@ -62,6 +63,25 @@ class Homeward:
         :param error: why.
         :raise Error: it does not, or something is left: the error says what.
         """
+        try:
+            await self._go(error)
+        except StalledError as failed:
+            if not self._passage.job.gone_over:
+                self._say_silent(failed)
+            raise
+
+    def _say_silent(self, failed: StalledError) -> None:
+        """Say what stands where the source does not do what it is told to."""
+        failed.standing = (
+            "the migration was broken off, and the destination was not continued; the source has "
+            "not done all that it was told to, and its guest may stand"
+        )
+        failed.remedy = (
+            "have the source's QEMU answer (is its process stopped? does its storage hang?), then "
+            f"run: qmpblock recover {self._passage.source.monitor.address}"
+        )
+
+    async def _go(self, error: BaseException) -> None:
         passage = self._passage
         # Where the guest stands, whether the destination answers is not waited for.
         stood = (
@@ -103,12 +123,16 @@ class Homeward:
         if not kept:
             await passage.change.undo()
         stands = await passage.landing.give_up()
+        keeper = ""
         if passage.landing.gone:
             # If it was needed: nobody else can run any more.
             await arbiter.withdraw(passage.source.monitor, passage.record.run)
+        elif self._claimed:
+            keeper = f" but the object {handover_name(passage.record.run)}, which keeps others of "
+            keeper += "ours from continuing the destination"
         passage.settled = True
         if isinstance(error, Error):  # whatever was said, before it was undone
-            left = _KEPT if kept else "nothing of ours is left"
+            left = _KEPT if kept else f"nothing of ours is left{keeper}"
             guest = "runs at the source" if self._runs else _STOPPED
             error.standing = f"the guest {guest}, where {left}; {stands}{fate}"
 
@@ -157,10 +181,7 @@ class Homeward:
                 self._cut()
             if late > self._hold + passage.source.stall:
                 raise StalledError(
-                    f"the guest does not go on at the source: {state or 'its monitor is silent'}",
-                    standing="the migration was given up; the destination was not continued",
-                    remedy="continue the source (cont), unless the object "
-                    f"{handover_name(passage.record.run)} in it says destination (qom-get)",
+                    f"the guest does not go on at the source: {state or 'its monitor is silent'}"
                 )
             await asyncio.sleep(_LOOK)
 
@@ -191,6 +212,7 @@ class Homeward:
                 standing=HANDED,
                 remedy="end the source (quit), and never continue it",
             )
+        self._claimed = True
         # First the one that must not run: where both have the same images, it has them locked.
         await passage.landing.give_up()
         if passage.stopped:

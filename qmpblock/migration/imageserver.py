@@ -236,7 +236,7 @@ class ImageServer:
         One that does not is killed: what a mirror that has ended wrote was on stable storage
         by then.
 
-        :return: how it had ended by itself, for people; empty where it had not.
+        :return: how it had ended, for people; empty where it did as it was told to.
         :raise StalledError: it is not even ended by that.
         """
         process, fate = self._process, ""
@@ -244,7 +244,9 @@ class ImageServer:
             killed = await _end(process.pid)
             code = process.wait()  # it is a child, which somebody has to hear of
             self.whole = code == 0 and not killed
-            if code and not killed:
+            if killed:
+                fate = "the storage daemon did not end by itself, and was killed"
+            elif code:
                 fate = f"the storage daemon has ended (exit code {code})"
                 fate += f": {printable(self.said(), 400)}" if self.said() else ""
             _left.remove(process)

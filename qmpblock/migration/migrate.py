@@ -32,7 +32,7 @@ from qmpblock.migration.job import MigrationJob
 from qmpblock.migration.look import look
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.outward import Outward
-from qmpblock.migration.passage import HANDED, Passage
+from qmpblock.migration.passage import Passage
 from qmpblock.migration.way import check_seen, way_over
 from qmpblock.qemu.feed import working
 
@@ -141,12 +141,8 @@ async def _there_or_home(
                 await undisturbed(Homeward(passage).go(error))
                 raise
             await undisturbed(outward.finish(quit_source=quit_source))
-            if isinstance(error, Error) and error.standing is None:
-                error.standing = HANDED
-                error.remedy = (
-                    "look whether it runs, else continue it (cont); if its QEMU has ended, "
-                    "start the guest from its images"
-                )
+            if isinstance(error, Error):
+                passage.say_handed(error)
             raise
         await undisturbed(outward.finish(quit_source=quit_source))
     finally:

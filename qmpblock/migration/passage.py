@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
-from qmpblock.errors import UNTOUCHED, BusyError, Error
+from qmpblock.errors import UNTOUCHED, BusyError, DisconnectedError, Error, StalledError
 from qmpblock.host.imagefiles import images_of
 from qmpblock.migration.bitmaps import Bitmaps
 from qmpblock.migration.hold import Hold
@@ -297,6 +297,20 @@ class Passage:
             warnings=tuple(self.warnings),
             notices=self.job.notices,
             paused=course.stood_before if self.pause.stands else 0.0,
+        )
+
+    def say_handed(self, error: Error) -> None:
+        """Say what stands where something failed when the guest was the destination's by then."""
+        if error.standing is not None and not isinstance(error, DisconnectedError | StalledError):
+            return  # of those nothing is said but that an outcome is unknown
+        error.standing = HANDED
+        both = f"{self.source.monitor.address} {self.landing.vm.monitor.address}"
+        error.remedy = (
+            "look whether it runs, else continue it (cont); if its QEMU has ended, start the guest "
+            "from its images"
+            if self.settled
+            else "have the destination answer, or see that its QEMU has ended; then, for the guest "
+            f"may stand there, run: qmpblock recover {both}"
         )
 
     async def close(self) -> None:

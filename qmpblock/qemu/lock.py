@@ -35,7 +35,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.errors import BusyError, CommandError, RecordError, printable
+from qmpblock.errors import (
+    BusyError,
+    CommandError,
+    DisconnectedError,
+    RecordError,
+    StalledError,
+    printable,
+)
 from qmpblock.host.processes import boot_id, pid_namespace, start_time
 from qmpblock.names import is_holders_run, is_ours, is_turn_of, turn_name
 from qmpblock.peerjson import read_json
@@ -392,10 +399,17 @@ async def _take_back(
 
 
 async def _add(monitor: Monitor, names: Sequence[str], me: Holder) -> list[str]:
-    """Add locks, and sweep them; return those that are there. Failed, none is added."""
+    """Add locks, and sweep them; return those that are there. Failed, none is added.
+
+    Where QEMU says nothing, they may be there: as those of a run that is dead.
+    """
     text = me.text()
     asked = [("object-add", {"qom-type": "secret", "id": name, "data": text}) for name in names]
-    *said, objects = await monitor.each(*asked, ("qom-list", {"path": "/objects"}))
+    try:
+        *said, objects = await monitor.each(*asked, ("qom-list", {"path": "/objects"}))
+    except (DisconnectedError, StalledError):
+        abandon(me.run)
+        raise
     bad = [
         one
         for one in (*said, objects)

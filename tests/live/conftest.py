@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import host, land  # noqa: F401  # fixtures
+from hosts import host, land, ssh_host  # noqa: F401  # fixtures
 from migrating import begin  # noqa: F401  # a fixture
 from otherusers import eve  # noqa: F401  # a fixture
 from pointing import in_memory  # noqa: F401  # a fixture
@@ -100,6 +100,7 @@ SHARES = {
     "test_migrate_back::test_the_memory_alone_is_broken_off": 0.25,
     "test_migrate_daemon::test_an_encrypted_image": 0.5,
     "test_migrate_pause::test_after_kill_9": 0.4,
+    "test_migrate_pause::test_by_every_way": 0.34,
     "test_migrate_pause::test_it_goes_on_at_the_source": 0.4,
     "test_migrate_daemon::test_every_kind_of_disk": 0.5,
     "test_migrate_daemon::test_the_daemon_dies": 0.5,

@@ -103,6 +103,47 @@ async def test_an_unknown_outcome_is_undone(command, foreign, scenario, start_qe
         await vm.execute("nbd-server-stop")
 
 
+@CHAIN
+@pytest.mark.parametrize("command", ["object-add", "blockdev-add", "object-del"])
+async def test_a_change_that_qemu_never_answered_is_nobodys(
+    command, scenario, start_qemu, invariant
+):
+    """A process that lives has given it up: its own next change takes away what is left."""
+    vm = await start_qemu(scenario)
+    invariant.forget(vm)  # its chain gets shorter
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        with silent_from(controller.monitor, vm, command):
+            with pytest.raises(StalledError) as failed:
+                async with disk.stream(base="@2"):
+                    pass
+            assert failed.value.remedy == f"run: qmpblock recover unix:{vm.monitor_path}"
+        [disk] = await controller.disks()
+        async with disk.stream():
+            pass
+    assert await locks(vm) == set()
+
+
+@contextlib.contextmanager
+def silent_from(monitor, vm, command):
+    """Have QEMU say nothing any more, from before `command` is sent until this is left."""
+    real, stall, process = monitor._execute, monitor.stall, os.pidfd_open(vm.pid)
+
+    async def execute(name, arguments):
+        if name == command:
+            signal.pidfd_send_signal(process, signal.SIGSTOP)
+            monitor.stall = 0.3
+        return await real(name, arguments)
+
+    monitor._execute = execute
+    try:
+        yield
+    finally:
+        signal.pidfd_send_signal(process, signal.SIGCONT)
+        os.close(process)
+        monitor._execute, monitor.stall = real, stall
+
+
 # `qmpblock map`, held inside its export.
 HELD = """
 import asyncio, sys

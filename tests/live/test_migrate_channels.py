@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from chains import cli
-from hosts import PORT, CutOffError, another_host
 from migrating import arrived, at, both, dies_in, machine, migrated, stays
 from nbdservers import HOST, make_credentials_of
 
@@ -70,27 +69,14 @@ async def test_to_a_destination_here(begin, start_destination, seen):
     await ended(source, destination, result, before)
 
 
-@pytest.fixture
-async def host(vm_dir, monkeypatch):
-    """Give another host, which `ssh` reaches."""
-    try:
-        async with another_host(vm_dir / "host") as host:
-            programs = await host.serve_ssh()
-            monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-            yield host
-    except CutOffError as error:
-        pytest.skip(str(error))
-
-
 @CHANNELS
-async def test_to_another_host_by_ssh(host, begin, start_destination, qemu_binary, seen):
+async def test_to_another_host_by_ssh(ssh_host, begin, start_destination, qemu_binary, seen):
     source = await begin()
-    destination = await start_destination(source, qemu=host.program(qemu_binary))
+    destination = await start_destination(source, qemu=ssh_host.program(qemu_binary))
     before = await settings(source)
-    address = f"ssh://root@{host.there}:{PORT}{destination.monitor_path}"
     async with (
         qmpblock.connect(source.monitor_path) as one,
-        qmpblock.connect(address) as other,
+        qmpblock.connect(ssh_host.address(destination)) as other,
         qmpblock.migrate(one, other, means=MEANS) as job,
     ):
         pass

@@ -45,10 +45,6 @@ async def host(host, monkeypatch):
     return host
 
 
-def url(host, vm):
-    return f"ssh://root@{host.there}:{PORT}{vm.monitor_path}"
-
-
 def no_socket_beside(vm):
     return [path.name for path in vm.directory.iterdir() if path.name.startswith("qmpblock")] == []
 
@@ -56,7 +52,7 @@ def no_socket_beside(vm):
 async def migrated(host, source, destination, *, stall=60.0, **options):
     async with (
         qmpblock.connect(source.monitor_path, stall=stall) as one,
-        qmpblock.connect(url(host, destination), stall=stall) as other,
+        qmpblock.connect(host.address(destination), stall=stall) as other,
         qmpblock.migrate(one, other, **options) as job,
     ):
         async for _ in job:
@@ -76,9 +72,11 @@ async def test_two_disks_and_the_memory(device, host, begin, land):
 async def test_the_command(host, begin, land):
     source = await begin()
     destination = await land(source)
-    code, out, err = await cli("migrate", source.monitor_path, url(host, destination), "--dry-run")
+    code, out, err = await cli(
+        "migrate", source.monitor_path, host.address(destination), "--dry-run"
+    )
     assert code in (0, 4), err
-    code, out, err = await cli("migrate", source.monitor_path, url(host, destination))
+    code, out, err = await cli("migrate", source.monitor_path, host.address(destination))
     assert code == 0, err
     assert "the guest runs at the destination" in out
     assert (await destination.execute("query-status"))["running"]
@@ -128,22 +126,45 @@ def stood(events):
     return longest
 
 
+async def kill_ssh():
+    [ssh] = [one for one in children() if "-L" in command_line(one)]
+    os.kill(ssh, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("phase", PHASES)
 async def test_ssh_is_killed(phase, host, begin, land, invariant, monkeypatch):
     source = await begin(machine(2))
     destination = await land(source)
     destination.expect_exit()
     await invariant.begin(source)
-
-    async def killing():
-        [ssh] = [one for one in children() if "-L" in command_line(one)]
-        os.kill(ssh, signal.SIGKILL)
-
-    await broken_off(host, phase, killing, source, destination, monkeypatch)
+    await broken_off(host, phase, kill_ssh, source, destination, monkeypatch)
     await stays(source, invariant)
     await destination.kill()
     destination = await land(source)
     await arrived(source, destination, await migrated(host, source, destination))
+
+
+async def test_ssh_is_killed_as_it_is_handed_over(host, begin, land, monkeypatch):
+    """There is no way back, and the destination could not be told: who recovers it tells it."""
+    source = await begin()
+    destination = await land(source)
+    source.expect_exit()
+    with at(monkeypatch, "handed", kill_ssh), pytest.raises(DisconnectedError) as failed:
+        await migrated(host, source, destination)
+    print(failed.value)
+    assert "never continue the source" in failed.value.standing
+    assert "run: qmpblock recover" in failed.value.remedy
+    assert (await source.execute("query-status"))["status"] == "postmigrate"
+    assert (await destination.execute("query-status"))["status"] == "paused"
+    *_, here, there = failed.value.remedy.split()
+    recovered = await qmpblock.recover_migration(here, there)
+    assert recovered.done is True
+    await until(lambda: not source.running, "the end of the source")
+    await nothing_of_ours(destination)
+    guest = await destination.attach_guest()
+    end = await guest.stop_stress(0)
+    assert (end.bad, end.errors) == (0, 0), end
+    assert await guest.check(0) > 0
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -170,14 +191,14 @@ async def test_the_controller_dies_and_is_recovered(said, host, begin, land, inv
     destination = await land(source)
     destination.expect_exit()
     await invariant.begin(source)
-    words = ("migrate", source.monitor_path, url(host, destination), "--speed", "1M")
+    words = ("migrate", source.monitor_path, host.address(destination), "--speed", "1M")
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "qmpblock", *words)
     await until(lambda: mirrors(source), "mirrors")
     [ssh] = children_of(process.pid)
     process.kill()
     await process.wait()
     await until(lambda: not Path(f"/proc/{ssh}/cmdline").exists(), "the end of ssh")
-    sides = {"source": [source.monitor_path], "destination": [url(host, destination)]}
+    sides = {"source": [source.monitor_path], "destination": [host.address(destination)]}
     given = sides.get(said, [*sides["destination"], *sides["source"]])
     code, out, err = await cli("recover", *given)
     print(out, err)
@@ -195,7 +216,7 @@ async def test_the_controller_dies_and_the_wire_is_cut(phase, host, begin, land)
     destination = await land(source)
     for vm in (source, destination):
         vm.expect_exit()
-    sides = source.monitor_path, url(host, destination)
+    sides = source.monitor_path, host.address(destination)
     await dies_in(phase.value, source, destination, address=sides[1])
     host.set_wire(up=False)
     wanted = migrationoutcomes.OUTCOMES[migrationoutcomes.WIRE][phase]
@@ -235,7 +256,7 @@ async def test_another_qemu_at_its_address_is_left_alone(host, begin, land, vm_d
     destination = await land(source, directory=place)
     destination.expect_exit()
     await invariant.begin(source)
-    words = ("migrate", source.monitor_path, url(host, destination), "--speed", "1M")
+    words = ("migrate", source.monitor_path, host.address(destination), "--speed", "1M")
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "qmpblock", *words)
     await until(lambda: source.execute("query-jobs"), "a mirror")
     process.kill()
@@ -244,7 +265,7 @@ async def test_another_qemu_at_its_address_is_left_alone(host, begin, land, vm_d
     shutil.rmtree(place)
     place.mkdir(mode=0o700)
     other = await land(source, directory=place)
-    code, out, err = await cli("recover", source.monitor_path, url(host, other))
+    code, out, err = await cli("recover", source.monitor_path, host.address(other))
     print(out, err)
     assert code == 0, err
     assert (await other.execute("query-status"))["status"] == "inmigrate"
@@ -258,13 +279,13 @@ async def test_no_file_and_no_process_is_left(host, begin, land, vm_dir, monkeyp
     private.mkdir(mode=0o700)
     monkeypatch.setenv("TMPDIR", str(private))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    async with qmpblock.connect(url(host, destination)) as vm:
+    async with qmpblock.connect(host.address(destination)) as vm:
         assert list(private.iterdir()) == []  # nor would a killed one leave any
         pid = vm.monitor.forward.pid
         assert pid in children()
         assert vm.monitor.peer_pid is None  # that is ssh's, not QEMU's
     assert pid not in children()
-    code, _, err = await cli("disks", url(host, destination))
+    code, _, err = await cli("disks", host.address(destination))
     assert code == 0, err
 
 
@@ -301,7 +322,7 @@ async def test_a_forward_of_somebody_elses_is_not_taken_for_qemu(
         assert code == 2
         assert "is passed on by process" in err
         assert "ssh://[USER@]HOST[:PORT]/PATH" in err
-        code, _, err = await cli("migrate", url(host, destination), source.monitor_path)
+        code, _, err = await cli("migrate", host.address(destination), source.monitor_path)
         assert code == 2
         assert "run qmpblock on the source's host" in err
     finally:
