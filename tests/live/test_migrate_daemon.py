@@ -112,6 +112,7 @@ async def test_the_daemon_falls_silent(
                 pass
     print(failed.value)
     assert "the guest runs at the source" in str(failed.value)
+    assert "the storage daemon did not end by itself, and was killed" in str(failed.value)
     await stays(source, invariant)
     await again(source, start_destination)
 
