@@ -10,6 +10,7 @@ from chains import cli
 from disturbed import nothing_of_ours
 from jsonschema import Draft202012Validator
 from migrating import ROOM, SPEED, arrived, at, busy, dies_in, migrated, slow_wire, stays
+from nbdservers import make_credentials_of
 
 import qmpblock
 from qmpblock import MigrationMeans
@@ -192,6 +193,38 @@ async def test_after_kill_9(phase, begin, start_destination, invariant):
     assert (await left.execute("query-status"))["status"] == "running"
     await nothing_of_ours(left)
     await writes_on(left)
+
+
+@pytest.mark.parametrize("way", ["storage daemon", "ssh", "tls"])
+async def test_by_every_way(way, ssh_host, begin, start_destination, qemu_binary, vm_dir):
+    source = await begin(extra=ROOM)
+    there = {} if way == "storage daemon" else {"qemu": ssh_host.program(qemu_binary)}
+    destination = await start_destination(source, extra=ROOM, **there)
+    address, ends, options = destination.monitor_path, ({}, {}), {}
+    if way == "ssh":
+        address = ssh_host.address(destination)
+    elif way == "tls":
+        folder = make_credentials_of("psk", vm_dir / "tls")
+        ends = [{"tls_creds": str(folder / end)} for end in ("client", "server")]
+        options["over"] = f"nbds://{ssh_host.there}"
+    else:
+        options["storage_daemon"] = True
+    means = MigrationMeans(pause_after=1.0)
+    async with (
+        qmpblock.connect(source.monitor_path, **ends[0]) as one,
+        qmpblock.connect(address, **ends[1]) as other,
+        busy(source),
+        qmpblock.migrate(one, other, speed=SPEED, means=means, **options) as job,
+    ):
+        pass
+    *_, paused = job.result.notices
+    assert "the guest is paused until" in paused.text
+    assert paused.at < job.result.stopped
+    assert 0 < job.result.paused < job.result.longest_stall
+    assert job.result.warnings == ()
+    assert (await destination.execute("query-status"))["status"] == "running"
+    await nothing_of_ours(destination)
+    await writes_on(destination)
 
 
 async def test_what_it_would_be(begin, start_destination):
