@@ -4,7 +4,8 @@ One run to the end tells the commands that a migration sends, to both QEMUs. The
 each that comes once anything is changed, with a pair of VMs of its own whose guest writes all the
 time, those of a row are struck, and what is left is recovered. One of both has the guest then, or
 none where a person is asked or its QEMU has ended; it reads back what it wrote, nothing of ours is
-left, and the next attempt succeeds.
+left, and the next attempt succeeds. Of what was only stopped, or is neither of both, nobody is
+asked: one of both has the guest, as soon as it goes on again.
 """
 
 import asyncio
@@ -14,17 +15,18 @@ import signal
 import sys
 from collections import Counter
 
-from disturbed import nothing_of_ours
+from disturbed import locks, nothing_of_ours
 from dying import deadly
 from killing import MOMENTS, Graveyard
-from migrating import arrived, both, migrated, spec, stressed
+from migrating import arrived, spec, stressed
+from migrationblows import STALL, blow, impatient
 from rounds import slice_of_soak
 
 import qmpblock
 from qmpblock.errors import DisconnectedError, UndecidedError
 from qmpblock.migration import arbiter
 from qmpblock.migration.journal import journals
-from qmpblock.migration.states import Side
+from qmpblock.migration.states import Phase, Side
 from qmpblock.testing import Tools, build, check_acknowledged, parse_scenario
 
 DISK = """
@@ -43,6 +45,11 @@ STRUCK = (
     "destination",
     "controller; two recover",
 )
+#: Likewise, under a controller that lives: what is stopped or cut goes on when it has given up.
+INTERRUPTED = ("source hangs", "destination hangs", "storage daemon hangs", "storage daemon")
+WIRE = "wire cut"  # to another host
+#: What connecting to both sends, before a monitor can be struck.
+_CONNECTING = ("query-status", "query-status")
 _MOST = 1 << 24  # writes that a guest can have issued by any moment of it
 _WAIT = 30.0  # seconds for a process to end
 
@@ -51,12 +58,15 @@ class Matrix:
     """All rows of the matrix of one sort of migration. `async with`.
 
     :param start_qemu: the fixtures: `start_destination`, `directory`, `qemu` likewise.
+    :param host: on which destinations are started, if that is another one.
     :param options: of the migration.
     """
 
-    def __init__(self, start_qemu, start_destination, directory, qemu, **options):
+    def __init__(self, start_qemu, start_destination, directory, qemu, host=None, **options):
         self._start = start_qemu, start_destination
+        self._there = {} if host is None else {"qemu": host.program(qemu)}
         self._directory = directory
+        self._host = host
         self._tools = Tools.of(qemu)
         self._options = options
         self._graveyard = Graveyard()
@@ -89,10 +99,12 @@ class Matrix:
         """Strike at one point, and see what comes of it; False: it was over before."""
         source, destination = await self._pair()
         try:
+            how = self._besides
             if struck in ("source", "destination"):
-                died, outcome = await self._under(struck, number, moment, source, destination)
-            else:
-                died, outcome = await self._besides(struck, number, moment, source, destination)
+                how = self._under
+            elif struck in (*INTERRUPTED, WIRE):
+                how = self._interrupted
+            died, outcome = await how(struck, number, moment, source, destination)
             await self._put_away(source, destination)
         except BaseException as error:
             error.add_note(f"{struck} struck {moment} command {number} of {self.commands}")
@@ -101,23 +113,53 @@ class Matrix:
         return died
 
     async def _pair(self):
-        start_qemu, start_destination = self._start
+        start_qemu, _ = self._start
         self._count += 1
         room = self._directory / f"pair{self._count}"
         built = await build(parse_scenario(DISK, "source"), room, self._tools)
         source = await stressed(await start_qemu(built, guest=True))
-        destination = await start_destination(source)
+        destination = await self._destination(source)
         for vm in (source, destination):
             vm.expect_exit()
         self._before = await source.guest.progress(0)
         return source, destination
+
+    async def _destination(self, source):
+        return await self._start[1](source, **self._there)
+
+    def _addresses(self, source, destination):
+        there = destination.monitor_path if self._host is None else self._host.address(destination)
+        return source.monitor_path, there
+
+    @contextlib.asynccontextmanager
+    async def _migrating(self, source, destination, number=0, moment="before", die=None, stall=60):
+        """Migrate under a controller that lives, which calls `die` at one of its commands.
+
+        That is called with the phase in which it then is.
+        """
+        job = None
+
+        async def fall():
+            await die(Phase.CHECKED if job is None else job.phase)
+
+        here, there = self._addresses(source, destination)
+        trace = list(_CONNECTING)
+        async with (
+            qmpblock.connect(here, stall=stall) as one,
+            qmpblock.connect(there, stall=stall) as other,
+        ):
+            for vm in (one, other):
+                deadly(vm.monitor, number, moment, fall, trace)
+            async with qmpblock.migrate(one, other, **self._options) as job:
+                yield job
 
     async def _put_away(self, *vms):
         for vm in vms:
             await vm.kill()
 
     async def _control(self, source, destination, number, moment, victims):
-        what = {"do": "migrate", "destination": destination.monitor_path, **self._options}
+        _, there = self._addresses(source, destination)
+        what = {"do": "migrate", "destination": there, **self._options}
         pids = [vm.pid for vm in victims]
         return await self._graveyard.control(source, what, number, moment, pids)
 
@@ -185,25 +227,23 @@ class Matrix:
 
     async def _under(self, struck, number, moment, source, destination):
         victim = source if struck == "source" else destination
-        trace, died = [], asyncio.Event()
+        died, failed = asyncio.Event(), None
 
-        async def die():
+        async def die(_):
             died.set()
             await victim.kill()
 
-        async with contextlib.AsyncExitStack() as stack:
-            vms = await stack.enter_async_context(both(source, destination, stall=10))
-            for vm in vms:
-                deadly(vm.monitor, number, moment, die, trace)
-            with contextlib.suppress(qmpblock.Error):
-                async with qmpblock.migrate(*vms, **self._options):
-                    pass
+        try:
+            async with self._migrating(source, destination, number, moment, die, stall=10):
+                pass
+        except qmpblock.Error as error:
+            failed = error
         if not died.is_set():
             await _whole(destination)
             return False, ""
         other = destination if victim is source else source
         if await _runs(other):
-            await self._goes_on(other, source, destination)
+            await self._goes_on(other, source, destination, kept=_kept(failed))
             return True, "destination" if other is destination else "source"
         try:
             await qmpblock.recover_migration(source.monitor_path, destination.monitor_path)
@@ -219,22 +259,76 @@ class Matrix:
         await self._holds(victim)
         return True, f"images of the {struck}"
 
+    # -- what is stopped or cut for a while, and a third process, under a controller that lives
+
+    async def _interrupted(self, struck, number, moment, source, destination):
+        stroke, failed = blow(struck, source, destination, self._directory, self._host), None
+        with impatient():
+            try:
+                async with self._migrating(
+                    source, destination, number, moment, stroke.strike, stall=STALL
+                ):
+                    pass
+            except qmpblock.Error as error:
+                failed = error
+            finally:
+                stroke.mend()
+        if not stroke.struck:
+            if failed is not None:
+                raise failed
+            await _whole(destination)
+            return False, ""
+        assert not (await _runs(source) and await _runs(destination)), f"both; {failed}"
+        stayed = failed is not None and "the guest runs at the source" in str(failed)
+        if not stayed:
+            # All that has to do with it answers now, so that nobody is asked.
+            addresses = self._addresses(source, destination)
+            recovered = await qmpblock.recover_migration(*addresses, stall=10)
+            if failed is not None:
+                assert f"qmpblock recover unix:{source.monitor_path}" in str(failed)
+            if recovered is None and failed is not None:  # but of it a disk's lock, say
+                async with qmpblock.connect(source.monitor_path) as vm:
+                    await vm.recover()
+        running = [vm for vm in (source, destination) if await _runs(vm)]
+        assert len(running) == 1, f"the guest is in {len(running)} of them; {failed}"
+        [owner] = running
+        if stayed:
+            assert owner is source, failed
+            await self._end_silent(source, destination, failed)
+        await self._goes_on(owner, source, destination, kept=_kept(failed))
+        return True, "destination" if owner is destination else "source"
+
+    async def _end_silent(self, source, destination, failed):
+        """Do what the error asks for of a destination that had all of the guest, and was silent."""
+        for left in await locks(source):
+            if left.endswith("-handover"):
+                assert f"but the object {left}" in str(failed)
+                assert "see that it is ended, and never continue it" in str(failed)
+                assert await arbiter.decided(source.control, left.split("-")[1]) is Side.SOURCE
+                await destination.kill()
+                await source.execute("object-del", id=left)
+
     # -- the verdict
 
-    async def _goes_on(self, owner, source, destination):
-        """See that the guest is whole, and where it stayed that the next attempt succeeds."""
+    async def _goes_on(self, owner, source, destination, *, kept=False):
+        """See that the guest is whole, and where it stayed that the next attempt succeeds.
+
+        :param kept: whether mirrors stay at the source, as the error said.
+        """
         if owner is destination:
             await _whole(destination)
             return
         assert (await source.guest.progress(0)).bad == 0
-        await nothing_of_ours(source)
+        if not kept:
+            await nothing_of_ours(source)
         assert await source.execute("query-block-exports") == []
         assert list(journals()) == []
         if destination.running:
             await destination.kill()
-        again = await self._start[1](source)
-        result = await migrated(source, again, **self._options)
-        await arrived(source, again, result)
+        again = await self._destination(source)
+        async with self._migrating(source, again) as job:
+            pass
+        await arrived(source, again, job.result)
 
     async def _holds(self, vm):
         """See that the images of a VM that has ended lack nothing."""
@@ -251,7 +345,7 @@ class Matrix:
 
 
 async def kill_matrix(struck, *where, **options):
-    """Strike before and after every command of this slice."""
+    """Strike before and after every command of this slice; `options` are those of `Matrix`."""
     chosen, tried, total = slice_of_soak(), 0, 0
     async with Matrix(*where, **options) as matrix:
         for number, moment in matrix.points():
@@ -272,6 +366,11 @@ async def _whole(vm):
     end = await guest.stop_stress(0)
     assert (end.bad, end.errors) == (0, 0), end
     assert await guest.check(0) > 0
+
+
+def _kept(failed):
+    """Whether an error says that mirrors stay."""
+    return failed is not None and "mirrors stay, paused" in str(failed)
 
 
 async def _runs(vm):

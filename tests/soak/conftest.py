@@ -1,6 +1,7 @@
 """Every VM must end as it began here too."""
 
 import pytest
+from hosts import ssh_host  # noqa: F401  # a fixture
 
 
 @pytest.fixture(autouse=True)

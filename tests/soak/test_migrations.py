@@ -10,7 +10,7 @@ import pytest
 from disturbed import nothing_of_ours
 from migrating import arrived, machine, migrated, stressed, to_newer
 from migratinglinux import log_goes_over
-from migrationkills import STRUCK, kill_matrix
+from migrationkills import INTERRUPTED, STRUCK, WIRE, kill_matrix
 from migrationrounds import migrations_under_stress
 from rounds import rounds
 
@@ -47,13 +47,28 @@ async def test_a_linux_goes_over(vm_dir, qemu_binary):
         await log_goes_over(image, image, room, qemu_binary)
 
 
-@pytest.mark.parametrize("way", ["exports", "daemon"])
-@pytest.mark.parametrize("struck", STRUCK)
+WAYS = ("exports", "daemon")
+ROWS = [
+    (struck, way)
+    for struck in (*STRUCK, *INTERRUPTED)
+    for way in WAYS
+    if way == "daemon" or not struck.startswith("storage daemon")
+]
+
+
+@pytest.mark.parametrize(("struck", "way"), ROWS)
 async def test_struck_at_every_command(
     struck, way, start_qemu, start_destination, vm_dir, qemu_binary
 ):
     where = (start_qemu, start_destination, vm_dir, qemu_binary)
     await kill_matrix(struck, *where, storage_daemon=way == "daemon")
+
+
+async def test_the_wire_cut_at_every_command(
+    ssh_host, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    await kill_matrix(WIRE, *where, host=ssh_host)
 
 
 #: Those in which it is broken off; it comes to no other, for one guest is to stay.
