@@ -20,6 +20,7 @@ from dying import deadly
 from killing import MOMENTS, Graveyard
 from migrating import arrived, spec, stressed
 from migrationblows import STALL, blow, impatient
+from migrationoutcomes import INTERRUPTED, allowed
 from rounds import slice_of_soak
 
 import qmpblock
@@ -45,9 +46,6 @@ STRUCK = (
     "destination",
     "controller; two recover",
 )
-#: Likewise, under a controller that lives: what is stopped or cut goes on when it has given up.
-INTERRUPTED = ("source hangs", "destination hangs", "storage daemon hangs", "storage daemon")
-WIRE = "wire cut"  # to another host
 #: What connecting to both sends, before a monitor can be struck.
 _CONNECTING = ("query-status", "query-status")
 _MOST = 1 << 24  # writes that a guest can have issued by any moment of it
@@ -102,7 +100,7 @@ class Matrix:
             how = self._besides
             if struck in ("source", "destination"):
                 how = self._under
-            elif struck in (*INTERRUPTED, WIRE):
+            elif struck in INTERRUPTED:
                 how = self._interrupted
             died, outcome = await how(struck, number, moment, source, destination)
             await self._put_away(source, destination)
@@ -296,7 +294,9 @@ class Matrix:
             assert owner is source, failed
             await self._end_silent(source, destination, failed)
         await self._goes_on(owner, source, destination, kept=_kept(failed))
-        return True, "destination" if owner is destination else "source"
+        outcome = "destination" if owner is destination else "source"
+        assert allowed(struck, stroke.phase, outcome), f"{outcome}, struck in {stroke.phase}"
+        return True, f"{outcome} ({stroke.phase.value})"
 
     async def _end_silent(self, source, destination, failed):
         """Do what the error asks for of a destination that had all of the guest, and was silent."""

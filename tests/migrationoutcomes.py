@@ -1,7 +1,8 @@
 """Who has the guest when a migration was struck in a phase, and recovered: what the page says.
 
 The page is made of this, and each cell is what a run gives (tests/live/test_migration_kills.py);
-that of a wire is of a destination on another host (tests/live/test_migrate_ssh.py).
+that of a wire is of a destination on another host (tests/live/test_migrate_ssh.py). Of what is
+struck while the controller lives, every point of the kill matrix is held against it.
 """
 
 from qmpblock.migration.states import Phase
@@ -34,10 +35,39 @@ OUTCOMES = {
 }
 
 
+EITHER = f"{SOURCE} or {DESTINATION}"  # by which command of the phase it was
+_OF_IMAGES = _from(SOURCE, (Phase.HELD, EITHER), (Phase.ENDED, DESTINATION))
+_OF_THE_DESTINATION = _from(SOURCE, (Phase.LANDED, EITHER), (Phase.HANDED, DESTINATION))
+#: Likewise, while the controller lives: what was stopped or cut goes on when that has given up.
+INTERRUPTED = {
+    "storage daemon": _OF_IMAGES,
+    "storage daemon hangs": _OF_IMAGES,
+    "source hangs": _from(SOURCE, (Phase.LANDED, EITHER), (Phase.HANDED, DESTINATION)),
+    "destination hangs": _OF_THE_DESTINATION,
+    "wire cut": _OF_THE_DESTINATION,
+}
+
+
+def allowed(struck, phase, outcome):
+    """Whether the guest may be there, as the page says, where that was struck in a phase."""
+    if phase is Phase.CHECKED:
+        return outcome == SOURCE
+    return outcome in INTERRUPTED[struck][phase].split(" or ")
+
+
 def table():
     """Return the table of the page."""
-    head = "| in | " + " | ".join(OUTCOMES) + " |\n" + "|---" * (len(OUTCOMES) + 1) + "|\n"
+    return _table(OUTCOMES)
+
+
+def table_of_interrupted():
+    """Return the other one."""
+    return _table(INTERRUPTED)
+
+
+def _table(outcomes):
+    head = "| in | " + " | ".join(outcomes) + " |\n" + "|---" * (len(outcomes) + 1) + "|\n"
     return head + "".join(
-        f"| `{phase.value}` | " + " | ".join(OUTCOMES[one][phase] for one in OUTCOMES) + " |\n"
+        f"| `{phase.value}` | " + " | ".join(outcomes[one][phase] for one in outcomes) + " |\n"
         for phase in PHASES
     )

@@ -254,7 +254,15 @@ def table_of_questions():
     return head + "".join(rows)
 
 
-@pytest.mark.parametrize("table", [table_of_states, table_of_questions, migrationoutcomes.table])
+@pytest.mark.parametrize(
+    "table",
+    [
+        table_of_states,
+        table_of_questions,
+        migrationoutcomes.table,
+        migrationoutcomes.table_of_interrupted,
+    ],
+)
 def test_the_page_has_what_the_code_has(table):
     """Prints what belongs into the page where it does not stand there."""
     assert table() in PAGE.read_text(encoding="utf-8"), table()
