@@ -333,7 +333,7 @@ _WAYS = {
 
 #: What a manager that lends its monitor is asked to do itself (`qmpblock.chains.owner`).
 _ASKED: Mapping[str, tuple[Verb, ...]] = {
-    "libvirt": ("snapshot", "pivot", "commit", "stream", "independent", "reserve")
+    "libvirt": ("snapshot", "pivot", "commit", "stream", "independent", "reserve", "move")
 }
 
 _HOLDS: Mapping[str, Callable[[str, str], bool]] = {

@@ -52,7 +52,8 @@ class Domain:
         io = Tools.of(self.qemu).io
         for (disk, where), pattern in self.written.items():
             image = self.file("vd" + "ab"[disk])
-            run(io, "-r", "-f", "qcow2", "-c", f"read -P {pattern} {where}k 64k", image)
+            fmt = "raw" if image.endswith(".raw") else "qcow2"
+            run(io, "-r", "-f", fmt, "-c", f"read -P {pattern} {where}k 64k", image)
 
     def file(self, disk):
         """Return the image that libvirt starts a disk from the next time."""

@@ -190,8 +190,21 @@ def _commits():
     yield Operation("pivot-iothread", plain, pivot, (chain[1:],), extra=("iothread",))
 
 
+def _moves():
+    chain = ("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw")
+    plain, copy = CHAIN.format(attach=""), {"do": "copy", "pivot": True}
+    new, raw = {"targets": {"vda": "{}/new-0.qcow2"}}, {"targets": {"vda": "{}/new-0.raw"}}
+    yield Operation("move", plain, copy | new, (("new-0.qcow2",),))
+    yield Operation(
+        "move-top", plain, copy | new | {"layers": "top"}, (("new-0.qcow2", *chain[1:]),)
+    )
+    yield Operation("move-raw", plain, copy | raw | {"format": "raw"}, (("new-0.raw",),))
+    yield Operation("move-iothread", plain, copy | new, (("new-0.qcow2",),), extra=("iothread",))
+
+
 OPERATIONS = tuple(_operations())
 COMMITS = tuple(_commits())
+MOVES = tuple(_moves())
 
 
 class Point:
@@ -464,7 +477,7 @@ class Matrix:
         A daemon that dies as a disk pivots may lose the domain (K41): that is looked at elsewhere.
         """
         pivots = range(0)
-        if self.operation.name.startswith("pivot"):
+        if self.operation.name.startswith(("pivot", "move")):
             pivots = range(len(self.trace) + 1)
         elif "block-commit" in self.trace:  # of a staged commit; what comes after it goes home
             pivots = range(self.trace.index("block-commit"), len(self.trace) + 1)

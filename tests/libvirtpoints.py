@@ -18,12 +18,14 @@ from libvirthost import make_chain, run
 from qmpblock.host.processes import start_time
 from qmpblock.testing.images import Tools
 
-__all__ = ["ACTIVE", "FULL", "HELD", "MIDDLE", "killed", "make_four"]
+__all__ = ["ACTIVE", "FULL", "HELD", "MIDDLE", "MOVE", "killed", "make_four"]
 
 #: What is begun, in Python: a commit of the active layer of four, and of the next one; host space.
 ACTIVE = "async with disk.commit(base='@1'):\n    pass"
 MIDDLE = "async with disk.commit(top='@1', base='@2'):\n    pass"
 FULL = "await disk.allocate(full=True)"
+#: A copy with a pivot, of a disk whose images are in the directory FOLDER.
+MOVE = "async with vm.copy({disk: 'FOLDER/copy.qcow2'}, pivot=True):\n    pass"
 #: What each of the four holds, by (disk, KiB).
 HELD = {(0, 0): 1, (0, 1024): 2, (0, 3072): 3, (0, 4096): 4}
 
@@ -37,10 +39,10 @@ class Deadly:
         self.lender = lender
     def __getattr__(self, name):
         real = getattr(self.lender, name)
-        async def asked(*words):
+        async def asked(*words, **more):
             if name == call and moment == "before":
                 await kill()
-            answer = await real(*words)
+            answer = await real(*words, **more)
             if name == call and moment == "after":
                 await kill()
             return answer
@@ -93,6 +95,7 @@ async def killed(host, chain, qemu, what, victim, call, moment):
     domain = Domain(host, name, qemu, chain)
     domain.written |= HELD
     domain.write(5, _WHERE)
+    what = what.replace("FOLDER", str(chain.parent))
     told = await _begin(domain, what, victim, call, moment)
     return told[1], await _judge(domain, victim, told)
 

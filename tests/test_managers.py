@@ -191,7 +191,7 @@ def test_whoever_manages_a_vm_all_that_he_would_not_know_is_refused():
 def test_what_a_manager_that_lends_its_monitor_is_asked_for_is_not_refused():
     libvirt, incus = (Manager(name, "web", "") for name in ("libvirt", "Incus"))
     assert set(refused(libvirt)) - set(refused(libvirt, lent=True)) == {
-        *("snapshot", "pivot", "commit", "stream", "independent", "reserve"),
+        *("snapshot", "pivot", "commit", "stream", "independent", "reserve", "move"),
     }
     assert refused(incus, lent=True) == refused(incus)
     assert refused(None, lent=True) == ()

@@ -11,10 +11,10 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from qmpblock.chains.jobs import ChainJob
 from qmpblock.changes import known
+from qmpblock.changes.known import NEAR
 from qmpblock.errors import Error, GraphError, printable
-from qmpblock.qemu.job import Progress
+from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import Layer
@@ -29,6 +29,7 @@ class Asking:
     """A disk that its manager is asked to work on.
 
     :ivar name: what the manager calls it.
+    :ivar near: bytes by which the guest may be ahead when it is paused for the rest.
     :param standing: what stands where it cannot.
     :param verb: of virsh, that would do it, too.
     """
@@ -39,6 +40,7 @@ class Asking:
         self._standing = standing
         self._verb = verb
         self.name = name
+        self.near = NEAR
 
     async def layers(self) -> Sequence[tuple[str, str]]:
         """Return the manager's files and names of the disk's layers, which it counts as we do.
@@ -107,7 +109,7 @@ class Asking:
 
     async def follow(
         self,
-        job: ChainJob,
+        job: Job,
         phase: str,
         until: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
@@ -121,13 +123,20 @@ class Asking:
             self._vm, self.name, lambda now: job.show(Progress("running", phase, *now)), until
         )
 
-    async def catch_up(self, job: ChainJob) -> None:
+    async def catch_up(self, job: Job) -> None:
         """Wait until the manager's job is asked to pivot, and the guest is near.
 
         :param job: to show it by, and by which it is asked.
         :raise StalledError: the guest writes faster than it copies.
         """
-        await known.catch_up(self._vm, self.name, job.show, lambda: job.completion_asked)
+        await known.catch_up(
+            self._vm, self.name, job.show, lambda: job.completion_asked, lambda: self.near
+        )
+
+    async def is_near(self) -> bool:
+        """Whether the guest is still near, where it has to wait until others are."""
+        seen = await self._vm.monitor.through(lambda lender: lender.job(self.name))
+        return seen is not None and seen[1] - seen[0] <= self.near
 
     async def give_up(self) -> None:
         """Have the manager give its job up, if it can be reached and has one."""

@@ -8,20 +8,27 @@ copies, all do or none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qmpblock.changes.record import Record, pivoted, without_bitmaps, worth_keeping
+from qmpblock.changes.record import (
+    Passage,
+    Record,
+    asked,
+    pivoted,
+    without_bitmaps,
+    worth_keeping,
+)
 from qmpblock.changes.settings import check_settings, discard_and_zeroes_of
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
 from qmpblock.errors import printable
 from qmpblock.graph.model import BlockGraph, JobInfo
-from qmpblock.names import is_of_run
+from qmpblock.names import is_of_run, paused_node
 from qmpblock.versioned import UnreadableError
 
-__all__ = ["Copy", "Migration", "Move"]
+__all__ = ["Copy", "ManagersMove", "Migration", "Move"]
 
 
 @dataclass(frozen=True)
@@ -175,3 +182,100 @@ class Move(Copy):
         """Say what it is, for people."""
         names = ", ".join(map(printable, self.names))
         return f"copy with pivot of {names} (run {self.run})"
+
+
+@dataclass(frozen=True)
+class ManagersMove(Record):
+    """Disks go over to copies of them by the manager that owns their chains.
+
+    Its jobs are the manager's. While it pivots, and takes note, the VM is paused, so that old image
+    and copy hold the same: whatever dies then, the VM can be started from either.
+
+    :ivar managed_as: what the manager calls the disks.
+    :ivar sources: the nodes of the active layers; `source_files`: what the manager calls these.
+    """
+
+    operation: ClassVar[str] = "copy by its manager"
+    needed: ClassVar[tuple[str, ...]] = ("images", "files", "managed_as", "source_files")
+
+    managed_as: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    source_files: tuple[str, ...] = ()
+
+    @property
+    def _passages(self) -> dict[str, Passage]:
+        every = zip(
+            *(self.managed_as, self.devices, self.sources, self.source_files, self.files),
+            strict=False,
+        )
+        return {
+            name: Passage(device, (node, ""), (before, after))
+            for name, device, node, before, after in every
+        }
+
+    def passage(self, name: str) -> Passage:
+        """Return how a disk goes over that the manager calls so."""
+        return self._passages[name]
+
+    def took_effect(self, graph: BlockGraph) -> bool | None:
+        """Tell by where the guest is, on all disks that there are."""
+        there = {disk.qom_path for disk in graph.disks()}
+        over = {one.is_over(graph) for one in self._passages.values() if one.device in there}
+        return over.pop() if len(over) == 1 else None
+
+    def of_manager(self, graph: BlockGraph) -> tuple[Step, ...]:
+        """Have it give its jobs up; or say where the guest is, before that goes on."""
+        passages = self._passages
+        works = {
+            disk.qom_path
+            for disk in graph.disks()
+            for job in disk.jobs
+            if job.type == "mirror" and not job.ours
+        }
+        why = "the manager began it for us; the guest has not moved"
+        given_up = [name for name, one in passages.items() if one.device in works]
+        if given_up:
+            return tuple(Step("give-up", name, why) for name in given_up)
+        # Whose manager has noted that the guest moved on, of that it has closed the old image.
+        moved = any(one.is_over(graph) and one.nodes[0] in graph.nodes for one in passages.values())
+        if moved or paused_node(self.run) in graph.nodes:
+            why = "the manager and QEMU are to name the same images, before the guest goes on"
+            return (Step("agree", ", ".join(passages), why, tuple(passages)),)
+        return ()
+
+    def may_start(
+        self, graph: BlockGraph, entries: Iterable[Mapping[str, object]]
+    ) -> Collection[str]:
+        """Keep a copy from when the manager was asked on, unless its disk is where it was."""
+        if not asked(entries):
+            return ()
+        there = {disk.qom_path for disk in graph.disks()}
+        return [
+            one.files[1]
+            for one in self._passages.values()
+            if one.device not in there or one.is_over(graph)
+        ]
+
+    def verdict(
+        self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
+    ) -> ImageVerdict:
+        """Name the copies once the manager knew that the guest is there; else either is right.
+
+        The guest wrote nothing between.
+        """
+        said = tuple(entries)
+        how = "the manager starts the VM from what it knows (virsh domblklist DOMAIN)"
+        if pivoted(said):
+            why = f"the copies were whole, and their manager knew; {how}"
+            return ImageVerdict(self.files, self.active_files, (), why)
+        if asked(said):
+            left = ", ".join(printable(file) for file in empty)
+            why = f"copies and old images held the same; {how}, and what that does not name of "
+            return ImageVerdict(self.active_files, (), (), f"{why}{left} can be removed")
+        why = f"the guest had not gone over to the copies, which are not whole; {how}"
+        return ImageVerdict(self.active_files, (), tuple(empty), why)
+
+    def describe(self) -> str:
+        """Say what it is, for people."""
+        names = ", ".join(map(printable, self.names))
+        return f"copy with pivot of {names} by its manager (run {self.run})"

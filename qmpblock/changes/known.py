@@ -47,10 +47,11 @@ from qmpblock.qemu.jobstate import ACTIVE
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["agree", "bring_home", "catch_up", "follow", "give_up", "move_up", "pivot"]
+__all__ = ["NEAR", "agree", "bring_home", "catch_up", "follow", "give_up", "move_up", "pivot"]
 
 _LOOK = 0.02  # seconds between looks
-_NEAR = 64 << 20  # bytes that the guest may be ahead by, when it is paused for the rest
+#: Bytes that the guest may be ahead by, at the most, when it is paused for the rest.
+NEAR = 64 << 20
 
 
 async def follow(
@@ -87,11 +88,13 @@ async def catch_up(
     name: str,
     show: Callable[[Progress], None],
     is_asked: Callable[[], bool] = lambda: True,
+    near: Callable[[], int] = lambda: NEAR,
 ) -> None:
     """Wait until the manager's job may pivot: it was asked to, and the guest is near.
 
     :param name: what it calls the disk.
     :param show: is called with its progress; `is_asked`: whether it was asked.
+    :param near: returns the bytes by which the guest may be ahead.
     :raise StalledError: the guest writes faster than it copies.
     """
     ready, through = False, vm.monitor.through
@@ -115,7 +118,7 @@ async def catch_up(
             raise Error(f"somebody has ended libvirt's job on {name}")
         show(Progress("ready", "ready", *seen))
         if is_asked():
-            if seen[1] - seen[0] <= _NEAR:
+            if seen[1] - seen[0] <= near():
                 return
             asked = clock() if asked is None else asked
             if clock() - asked > vm.stall:
@@ -166,7 +169,7 @@ async def bring_home(vm: Connection, record: Record, journal: Journal | None, na
     :raise Error: the manager could not; the guest goes on in the overlay, which it knows.
     """
     _check_lent(vm, record)
-    if not _works(record, await vm.graph()):
+    if not _works(record.passage(name).device, await vm.graph()):
         if await vm.monitor.through(lambda lender: lender.ready(name)):
             return False  # a job that QEMU does not have: its daemon has forgotten its end (K41)
         await _begin_home(vm, record, name)
@@ -205,30 +208,35 @@ async def _begin_home(vm: Connection, record: Record, name: str) -> None:
         await asyncio.sleep(_LOOK)
 
 
-async def pivot(vm: Connection, record: Record, journal: Journal | None, name: str) -> None:
+async def pivot(vm: Connection, record: Record, journal: Journal | None, *names: str) -> None:
     """Pause the VM, have the manager pivot and know of it, and go on.
 
-    :param name: what it calls the disk.
+    :param names: what it calls the disks.
     :raise Error: its daemon has forgotten it; the guest is back where it was.
     """
     began = time.monotonic()
     async with instant(vm, paused_node(record.run)):
-        try:
-            await vm.monitor.through(lambda lender: lender.pivot(name))
-        except DisconnectedError:
-            raise
-        except Error:  # or its daemon went away over it, and it has been done
-            if await vm.monitor.through(lambda lender: lender.job(name)) is not None:
-                raise
-        if not await agree(vm, record, journal, name):
-            raise Error(
-                f"libvirt has forgotten its pivot of {name}: its daemon was ended in the middle",
-                standing="the guest goes on in the image that libvirt names; nothing is lost",
-                remedy="until the VM is started again libvirt takes this disk for busy, and "
-                "changes its chain no more: virsh shutdown, virsh start",
-            )
+        for name in names:
+            await _pivot(vm, record, journal, name)
     if journal is not None:
         journal.held.append(time.monotonic() - began)
+
+
+async def _pivot(vm: Connection, record: Record, journal: Journal | None, name: str) -> None:
+    try:
+        await vm.monitor.through(lambda lender: lender.pivot(name))
+    except DisconnectedError:
+        raise
+    except Error:  # or its daemon went away over it, and it has been done
+        if await vm.monitor.through(lambda lender: lender.job(name)) is not None:
+            raise
+    if not await agree(vm, record, journal, name):
+        raise Error(
+            f"libvirt has forgotten its pivot of {name}: its daemon was ended in the middle",
+            standing="the guest goes on in the image that libvirt names; nothing is lost",
+            remedy="until the VM is started again libvirt takes this disk for busy, and "
+            "changes its chain no more: virsh shutdown, virsh start",
+        )
 
 
 async def give_up(vm: Connection, record: Record, name: str) -> None:
@@ -239,7 +247,8 @@ async def give_up(vm: Connection, record: Record, name: str) -> None:
     """
     _check_lent(vm, record)
     deadline = asyncio.get_running_loop().time() + vm.stall
-    while _works(record, await vm.graph()):
+    device = record.passage(name).device
+    while _works(device, await vm.graph()):
         if asyncio.get_running_loop().time() > deadline:
             raise StalledError(
                 f"libvirt does not give up its job on {printable(name)}",
@@ -253,7 +262,7 @@ async def give_up(vm: Connection, record: Record, name: str) -> None:
 async def agree(vm: Connection, record: Record, journal: Journal | None, name: str) -> bool:
     """Wait until the manager names the image that QEMU has, or have QEMU use the one that it names.
 
-    The VM is paused. Returns whether the guest is on the base.
+    The VM is paused. Returns whether the guest has gone over.
 
     :param name: what the manager calls the disk.
     :raise StalledError: its job does not come to its end.
@@ -264,16 +273,18 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
     while True:
         graph = await vm.graph()
         record = record.seen_in(graph)
-        device = _device(record, graph)
+        passage = record.passage(name)
+        here, there = passage.nodes, passage.files
+        device = _device(passage.device, graph)
         if device is None:
             return False  # it was unplugged
-        if not _works(record, graph):
+        if not _works(passage.device, graph):
             now, later = await vm.monitor.through(lambda lender: lender.files())
-            said = {one.get(name, "") for one in (now, later) if one is not None}
-            moved = record.took_effect(graph) is True
-            here, there = (record.top, record.base), (record.top_file, record.base_file)
+            # One that was plugged into the running VM alone is not there at the next start.
+            said = {one[name] for one in (now, later) if one is not None and name in one}
+            moved = passage.is_over(graph)
             if all(_same(file, there[moved]) for file in said):
-                if journal is not None and moved:
+                if journal is not None and record.took_effect(graph) is True:
                     journal.mark(**{PIVOTED: True})
                 return moved
             if (
@@ -306,16 +317,16 @@ def _check_lent(vm: Connection, record: Record) -> None:
         )
 
 
-def _device(record: Record, graph: BlockGraph) -> DiskDevice | None:
+def _device(path: str, graph: BlockGraph) -> DiskDevice | None:
     for device in graph.disks():
-        if device.qom_path in record.devices:
+        if device.qom_path == path:
             return device
     return None
 
 
-def _works(record: Record, graph: BlockGraph) -> bool:
+def _works(path: str, graph: BlockGraph) -> bool:
     """Whether somebody's job is on the disk, or one has ended that its owner has yet to note."""
-    device = _device(record, graph)
+    device = _device(path, graph)
     on_it = () if device is None else device.jobs
     ended = (job for job in graph.jobs if job.status not in ACTIVE)
     return any(not job.ours for job in (*on_it, *ended))

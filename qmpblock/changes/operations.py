@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
-from qmpblock.changes.copies import Copy, Migration, Move
+from qmpblock.changes.copies import Copy, ManagersMove, Migration, Move
 from qmpblock.changes.homing import FrozenCopy, ManagersStaging, Pivoting, StagedCommit
 from qmpblock.changes.record import Link, Record, lies_on_something, pivoted, without_bitmaps
 from qmpblock.changes.settings import check_settings, discard_and_zeroes_of
@@ -28,6 +28,7 @@ __all__ = [
     "Commit",
     "FrozenCopy",
     "ManagersCommit",
+    "ManagersMove",
     "ManagersPivot",
     "ManagersSnapshot",
     "ManagersStaging",
@@ -428,6 +429,7 @@ _KINDS: Mapping[tuple[str, bool], type[Record]] = {
     ("copy", False): Copy,
     ("copy", True): FrozenCopy,
     ("move", False): Move,
+    ("copy by its manager", False): ManagersMove,
     ("migrate", False): Migration,
 }
 #: What the record of any of them may say. Older versions wrote all of it, most of it empty.

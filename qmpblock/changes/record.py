@@ -8,7 +8,7 @@ undoes and carries on (`qmpblock.changes.unfinished`) asks, and knows no operati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,17 +21,23 @@ from qmpblock.qemu.jobstate import ACTIVE
 from qmpblock.versioned import UnreadableError, plain
 
 __all__ = [
+    "ASKED",
     "PIVOTED",
     "WORTH",
     "Link",
+    "Passage",
     "Record",
     "VMIdentity",
+    "asked",
+    "is_in",
     "lies_on_something",
     "pivoted",
     "without_bitmaps",
     "worth_keeping",
 ]
 
+#: The key of the entry that says that a manager may have the guest go over from now on.
+ASKED = "asked"
 #: The key of the entry that says whether the base is the image to trust now.
 PIVOTED = "pivoted"
 #: That of the entry that says whether a file that was made is worth to be gone on from.
@@ -68,6 +74,32 @@ class Link:
     keeper: str
     base: str
     name: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One disk whose manager has the guest go over from one image to another.
+
+    :ivar device: its QOM path.
+    :ivar nodes: of both images, as they are before; the latter's is empty where the manager makes
+        it: by its file it is known then.
+    :ivar files: of both images, as the manager calls them.
+    """
+
+    device: str
+    nodes: tuple[str, str]
+    files: tuple[str, str]
+
+    def is_over(self, graph: BlockGraph) -> bool:
+        """Whether the guest has gone over."""
+        before, after = self.nodes
+        for disk in graph.disks():
+            if disk.qom_path == self.device:
+                layers = [layer.node.name for layer in disk.chain.layers]
+                if after:
+                    return before not in layers and after in layers
+                return layers[0] != before and is_in(graph, layers[0], self.files[1])
+        return False
 
 
 @dataclass(frozen=True)
@@ -204,6 +236,19 @@ class Record:
         """Whether it is done, as far as the guest and the chain go; None: cannot tell."""
         return None
 
+    def passage(self, name: str) -> Passage:
+        """Return how a disk goes over that the manager calls so."""
+        return Passage(self.devices[0], (self.top, self.base), (self.top_file, self.base_file))
+
+    def may_start(
+        self, graph: BlockGraph, entries: Iterable[Mapping[str, object]]
+    ) -> Collection[str]:
+        """Return files that it made from which a manager may start the VM: they stay.
+
+        :param entries: of the journal.
+        """
+        return ()
+
     def of_manager(self, graph: BlockGraph) -> tuple[Step, ...]:
         """Return what the manager that lends the monitor is to be asked, before anything else."""
         return ()
@@ -328,6 +373,18 @@ class Record:
 def lies_on_something(graph: BlockGraph, node: str) -> bool:
     """Whether a node has a backing image."""
     return graph.nodes[node].child("backing") is not None
+
+
+def is_in(graph: BlockGraph, node: str, file: str) -> bool:
+    """Whether an image is in a file, by what QEMU opened it by."""
+    nodes = graph.nodes
+    opened = (node, nodes[node].child("file"))
+    return any(name in nodes and nodes[name].filename == file for name in opened if name)
+
+
+def asked(entries: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these entries say that a manager may have the guest go over."""
+    return any(ASKED in entry for entry in entries)
 
 
 def pivoted(entries: Iterable[Mapping[str, Any]]) -> bool:

@@ -72,7 +72,7 @@ async def settle(
     rounds = 0
     while rounds < _ROUNDS:
         graph = await vm.graph() if graph is None else graph
-        made = _made(journal)
+        made = _made(record, journal, graph)
         stale = None if journal is None else journal.pivoted
         kept = () if journal is None else journal.kept()
         left = steps(record, graph, choice, made, kept=kept, stale=stale)
@@ -186,7 +186,9 @@ async def _give_up(its: _Settling, step: Step) -> None:
 
 
 async def _agree(its: _Settling, step: Step) -> None:
-    await agree(its.vm, its.record, its.journal, step.what)
+    names = step.to if isinstance(step.to, tuple) else (step.what,)
+    for name in names:
+        await agree(its.vm, its.record, its.journal, name)
     await resume(its.vm, paused_node(its.record.run))
 
 
@@ -262,12 +264,14 @@ async def _perform_on_job(its: _Settling, job: Job, verb: str) -> None:
         await job.wait_concluded()
 
 
-def _made(journal: Journal | None) -> list[str]:
-    """Return the image files that the change made, are there, and are still those."""
+def _made(record: Record, journal: Journal | None, graph: BlockGraph) -> list[str]:
+    """Return the image files that the change made, are there, are still those, and may go."""
     if journal is None:
         return []
-    files = []
+    files, stay = [], record.may_start(graph, journal.entries)
     for file, identity in journal.made().items():
+        if file in stay:
+            continue
         path = Path(file)
         with contextlib.suppress(OSError), ourfiles.Directory(path.parent) as directory:
             if directory.holds(path.name, FileId(*identity)):

@@ -24,22 +24,32 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.heldio import must_pause
-from qmpblock.chains.plan import check_unchanged
+from qmpblock.chains.owner import is_asked
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.finalize import keep_exports_away, until_unused
 from qmpblock.changes.identity import identify
 from qmpblock.changes.operations import PointInTime
 from qmpblock.changes.record import PIVOTED, WORTH
-from qmpblock.changes.settle import settle
-from qmpblock.changes.step import Choice
 from qmpblock.copying.backups import Backups
 from qmpblock.copying.fleecing import Fleece, planned, take
 from qmpblock.copying.fleecing import Plan as FleecingPlan
+from qmpblock.copying.frame import (
+    done,
+    finish,
+    finish_all,
+    names_of,
+    note_made,
+    remove_marked,
+    unchanged,
+    undone,
+    whole,
+)
 from qmpblock.copying.frozen import FrozenBackups, frozen
 from qmpblock.copying.job import CopyJob, CopyResult, DiskCopy
 from qmpblock.copying.latency import Pacer
 from qmpblock.copying.look import backing_name, freezes_layers, look
+from qmpblock.copying.managed import Moving, record_of
 from qmpblock.copying.mirrors import Mirrors
 from qmpblock.copying.options import CopyOptions, CopyWords
 from qmpblock.copying.pacing import paced
@@ -54,13 +64,10 @@ from qmpblock.copying.wiretarget import bounded, cut_on_error
 from qmpblock.errors import (
     DisconnectedError,
     Error,
-    GraphError,
     JobError,
     NotFoundError,
     RequestError,
-    printable,
 )
-from qmpblock.graph.places import FileId
 from qmpblock.host.imagefiles import images_of
 from qmpblock.host.openfiles import sees_directory
 from qmpblock.names import (
@@ -121,12 +128,14 @@ async def copy(
                 files.append(stack.enter_context(made))
             await prepare(targets, files)
         try:
-            running: AbstractAsyncContextManager[Mirrors | Backups]
+            running: AbstractAsyncContextManager[Mirrors | Moving | Backups]
             if freezes_layers(vm, options):
                 running = _of_layers(vm, files, job, verify=verify)
             elif at == "start":
                 views = list(targets), Fleece(options.fleece, options.fleece_limit)
                 running = _of_views(vm, *views, files, job, verify=verify)
+            elif pivots and is_asked(vm):
+                running = _by_manager(vm, run, list(targets), files, job)
             else:
                 pauses = pivots and await _must_pause(vm, files)
                 record = await _record(vm, run, files, pivot=pivots, pauses=pauses)
@@ -140,7 +149,7 @@ async def copy(
             if isinstance(error, Error) and not (pivots and gone):  # its journal has said so
                 say_kept(error, job)
             if isinstance(error, DisconnectedError) and job.whole and not pivots:
-                error.standing = f"{error.standing}; {_whole(files)}"
+                error.standing = f"{error.standing}; {whole(files)}"
             raise
         finally:
             job.end()
@@ -171,16 +180,16 @@ async def _look_again(disks: Iterable[DiskT], files: Sequence[CopyTarget], *, pi
                 await disk.refresh()
     except DisconnectedError as error:
         # The change has ended: only words are left.
-        error.standing = _whole(files)
+        error.standing = whole(files)
         if pivots:
             error.standing = (
-                f"the guest had gone over. If QEMU has ended, start the VM from {_names(files)}: "
+                f"the guest had gone over. If QEMU has ended, start the VM from {names_of(files)}: "
                 "there the guest went on"
             )
         raise
 
 
-def _copied(file: CopyTarget, jobs: Mirrors | Backups) -> DiskCopy:
+def _copied(file: CopyTarget, jobs: Mirrors | Moving | Backups) -> DiskCopy:
     plan = file.plan
     source = plan.device.chain.active.file
     left, shape = file.left, plan.shape
@@ -284,22 +293,47 @@ async def _of_disks(
     mirrors = Mirrors(vm, record.run, files, job, pivots, mark, quiet, note)
     await change.begin()
     mirrors.migrates_not = change.held
-    async with change.or_undo(lambda: _undone(files, job, mirrors), lambda: _done(files)):
+    async with change.or_undo(lambda: undone(files, job, mirrors.over), lambda: done(files)):
         try:
             async with cut_on_error(vm, record.helpers, files):
-                await _unchanged(vm, files)
+                await unchanged(vm, files)
                 for file in files:
-                    await file.make(vm, partial(_note, change, file))
+                    await file.make(vm, partial(note_made, change, file))
                     await file.open(vm)
                 devices = [file.plan.device for file in files]
                 await ownership.ask(vm.monitor, devices, standing=None)
                 async with storing(files), working(paced(vm, job, files, mirrors.work), job):
                     yield mirrors
                     job.completion.set()
-                await undisturbed(_finish(change, files, job))
+                await undisturbed(finish(change, files, job))
         except BaseException:
-            await undisturbed(_remove_marked(change, files, job))
+            await undisturbed(remove_marked(change, files, job))
             raise
+
+
+@asynccontextmanager
+async def _by_manager(
+    vm: Connection,
+    run: str,
+    disks: Sequence[MappedDisk],
+    files: Sequence[CopyTarget],
+    job: CopyJob,
+) -> AsyncIterator[Moving]:
+    """Have the manager copy while the body runs, and the guest go over on leaving it; or undo."""
+    change = Change(vm, await record_of(vm, run, files))
+    moving = Moving(change, disks, files, job)
+    await change.begin()
+    async with change.or_undo(lambda: undone(files, job, moving.over), lambda: done(files)):
+        await unchanged(vm, files)
+        for file in files:
+            assert isinstance(file, TargetFile)  # a copy with a pivot makes files
+            file.managed = True
+            await file.make(vm, partial(note_made, change, file))
+        await ownership.ask(vm.monitor, [file.plan.device for file in files], standing=None)
+        async with storing(files), working(paced(vm, job, files, moving.work), job):
+            yield moving
+            job.completion.set()
+        await undisturbed(finish(change, files, job))
 
 
 @asynccontextmanager
@@ -326,7 +360,7 @@ async def _of_views(
             await change.begin()
             backups = Backups(vm, change.record.helpers, files, job, stays=change.held)
             async with (
-                change.or_undo(lambda: _undone(files, job)),
+                change.or_undo(lambda: undone(files, job)),
                 cut_on_error(vm, change.record.helpers, files),
             ):
                 for file, item in zip(files, plan.items, strict=True):
@@ -345,7 +379,7 @@ async def _of_views(
                             "the guest writes less"
                         )
                     raise
-                await undisturbed(_finish(change, files, job))
+                await undisturbed(finish(change, files, job))
     except BaseException:
         await undisturbed(give_up(files, job))
         raise
@@ -358,7 +392,7 @@ async def _of_layers(
     """Copy disks as they are when this is entered, while the guest's writes go to overlays."""
 
     async def prepare() -> None:
-        await _unchanged(vm, files)
+        await unchanged(vm, files)
         for file in files:
             await file.make(vm, lambda _: None)
             await file.open(vm)
@@ -372,9 +406,9 @@ async def _of_layers(
                 yield backups
         backups.held = layers.held_guest
         try:
-            await undisturbed(_finish_all(vm, files, job))
+            await undisturbed(finish_all(vm, files, job))
         except Error as error:
-            error.standing = error.standing or _undone(files, job)
+            error.standing = error.standing or undone(files, job)
             raise
     except BaseException:
         await undisturbed(give_up(files, job))
@@ -405,87 +439,3 @@ def _beside(vm: Connection, record: Copy) -> Path | None:
     local = Path(record.home)
     elsewhere = sees_directory(vm.monitor.peer_pid, str(local.parent))
     return local if elsewhere is None and local.exists() else None
-
-
-def _note(change: Change[Copy], file: CopyTarget, made: FileId) -> None:
-    """Have the journal, where there is one, say which file is ours, and whether it is kept."""
-    if change.journal is not None:
-        if file.resumed:
-            change.journal.add(**{"file": file.path, WORTH: True})
-        change.journal.add(made=file.path, dev=made.device, ino=made.inode)
-
-
-async def _unchanged(vm: Connection, files: Sequence[CopyTarget]) -> None:
-    """Look again, now that no controller of ours can change the disks."""
-    graph = await vm.graph()
-    for file in files:
-        check_unchanged(graph, file.plan.device)
-
-
-async def _finish(
-    change: Change[Copy | PointInTime], files: Sequence[CopyTarget], job: CopyJob
-) -> None:
-    """Remove what the jobs left, give the targets their names, and end.
-
-    What the guest did not go over to QEMU closes, which flushes it.
-    """
-    for file in files:
-        await file.flush(change.vm)
-    with bounded(files):
-        graph = await settle(change.vm, change.record, change.journal, Choice.UNDO)
-    if isinstance(change.record, Move) and change.record.took_effect(graph) is False:
-        raise GraphError(
-            "QEMU reports success, but the guest is not on the copies",
-            remedy="somebody else changed it at the same time; look at it: qmpblock disks ADDRESS",
-        )
-    await _finish_all(change.vm, files, job)
-    await change.end()
-
-
-async def _finish_all(vm: Connection, files: Sequence[CopyTarget], job: CopyJob) -> None:
-    for file in files:
-        await file.finish(vm)
-    job.whole = True
-
-
-async def _remove_marked(change: Change[Copy], files: Sequence[CopyTarget], job: CopyJob) -> None:
-    """Leave of targets that are not whole what `give_up` does: QEMU closes them first."""
-    if isinstance(change.record, Move):
-        # Its journal tells which are ours, which are kept, and whether the guest is there.
-        for file in files:
-            if change.journal is not None and not file.keeps and file.path in change.journal.kept():
-                with contextlib.suppress(Error):
-                    change.journal.add(**{"file": file.path, WORTH: False})
-        return
-    with contextlib.suppress(Error):  # whoever undoes it says why
-        await settle(change.vm, change.record, change.journal, Choice.UNDO)
-    await give_up(files, job)
-
-
-def _undone(files: Sequence[CopyTarget], job: CopyJob, mirrors: Mirrors | None = None) -> str:
-    if mirrors is not None and mirrors.over:
-        names = ", ".join(mirrors.over)
-        return (
-            f"gone over to their copies: {names}, and no other disk; look: qmpblock disks ADDRESS"
-        )
-    if job.whole:
-        return f"{_whole(files)}; nothing of ours is left in the VM"
-    names = _names(files)
-    stays = any(file.plan.server or file.plan.block_device for file in files)
-    return (
-        f"there is no copy {names}"
-        + (", whatever was written there" if stays else "")
-        + "; the guest is where it was; nothing of ours is left in the VM"
-    )
-
-
-def _done(files: Sequence[CopyTarget]) -> str:
-    return f"the guest had gone over to {_names(files)} already; nothing of ours is left in the VM"
-
-
-def _whole(files: Sequence[CopyTarget]) -> str:
-    return f"whole, and on stable storage: {_names(files)}"
-
-
-def _names(files: Sequence[CopyTarget]) -> str:
-    return ", ".join(printable(file.plan.file) for file in files)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar, Unpack
 
 from qmpblock.chains.heldio import must_pause
 from qmpblock.chains.home import home_file, open_home
+from qmpblock.chains.owner import is_asked
 from qmpblock.copying.fleecing import Fleece, planned
 from qmpblock.copying.frozen import room_wanted
 from qmpblock.copying.look import backing_name, freezes_layers, look
@@ -100,11 +101,12 @@ async def dry_run(
         (HostSpace.of(one.room.path).device, one.room) for one in disks if one.room is not None
     ]
     paced = [one.paced for one in moved if one is not None]
+    managed, pauses = _is_managed(vm, options), await _pauses(vm, plans, way, options)
     return PlannedCopy(
         options.point,
         way,
-        why(way, vm.capabilities, reflink=options.reflink),
-        tuple(felt(options, way, plans, pauses=await _pauses(vm, plans, way, options))),
+        why(way, vm.capabilities, reflink=options.reflink, managed=managed),
+        tuple(felt(options, way, plans, pauses=pauses, managed=managed)),
         disks,
         options.speed,
         seconds(paced, options.speed) if len(paced) == len(plans) else None,
@@ -199,11 +201,16 @@ def _room_in(directory: str, needed: int) -> Room:
     return Room(directory, needed, HostSpace.of(directory).free)
 
 
+def _is_managed(vm: Connection, options: CopyOptions) -> bool:
+    """Whether the manager copies, and has the guest go over."""
+    return options.point == "pivot" and is_asked(vm)
+
+
 async def _pauses(
     vm: Connection, plans: Sequence[CopyPlan], way: Way, options: CopyOptions
 ) -> bool:
-    """Whether the VM has to be paused at the end."""
-    if way == "views" or options.point == "end":
+    """Whether the VM has to be paused at the end for QEMU's sake (K26)."""
+    if way == "views" or options.point == "end" or _is_managed(vm, options):
         return False
     for plan in plans:
         onto = plan.format if options.point == "pivot" else plan.device.chain.active.format

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qmpblock.chains.headers import by_qemu_img
 from qmpblock.chains.heldio import check_held_io
+from qmpblock.chains.owner import is_asked
 from qmpblock.chains.settings import lost_by_snapshot
 from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.copying.alone import check_alone
 from qmpblock.copying.devicetarget import check_unused, is_block_device
 from qmpblock.copying.frozen import check_frozen
+from qmpblock.copying.managed import check_asked
 from qmpblock.copying.options import CopyOptions
 from qmpblock.copying.plan import CopyPlan, plan_copy
 from qmpblock.copying.resuming import check_target
@@ -102,6 +104,8 @@ async def look(
             )
         if pivot:
             await _check_filters(vm, plan)
+            if is_asked(vm):
+                await check_asked(vm, plan, options)
             plan = await _with_losses(vm, plan)
         if freezes:
             plan = replace(plan, opened=await check_frozen(vm, plan, graph))
@@ -114,7 +118,8 @@ async def look(
             remedy="copy it anew, or give the VM a second monitor",
         )
     verb: Verb = "move" if pivot else "freeze" if freezes else "copy"
-    await ownership.ask_for_change(vm, Work(verb, plans[0].device.chain.active.file), graph)
+    work = Work(verb, plans[0].device.chain.active.file)
+    await ownership.ask_for_change(vm, work, graph, asked=pivot)
     return plans
 
 

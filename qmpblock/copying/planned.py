@@ -209,11 +209,17 @@ def way_of(point: Point, *, misread: bool) -> Way:
     return "frozen layers" if misread else "views"
 
 
-def why(way: Way, version: object, *, reflink: bool = False) -> str:
+def why(way: Way, version: object, *, reflink: bool = False, managed: bool = False) -> str:
     """Say why it is done so.
 
     :param reflink: whether blocks are to be shared.
+    :param managed: whether the manager copies, and has the guest go over.
     """
+    if managed:
+        return (
+            "libvirt is to start the VM from the copies the next time, so it copies, by a "
+            "background mirror, which is not in the guest's way, and has the guest go over"
+        )
     if reflink:
         return (
             "blocks that are shared are those of the images themselves (--reflink): so these are "
@@ -238,11 +244,17 @@ def why(way: Way, version: object, *, reflink: bool = False) -> str:
 
 
 def felt(
-    options: CopyOptions, way: Way, plans: Sequence[CopyPlan], *, pauses: bool
+    options: CopyOptions,
+    way: Way,
+    plans: Sequence[CopyPlan],
+    *,
+    pauses: bool,
+    managed: bool = False,
 ) -> Iterator[str]:
     """Say what the guest feels.
 
     :param pauses: whether the VM is paused at the end.
+    :param managed: as of `why`.
     """
     if way == "views":
         yield "its first write to each 64K waits until what was there is kept, 5 seconds at most"
@@ -254,6 +266,8 @@ def felt(
             "should QEMU or the host die meanwhile, qmpblock recover IMAGE has to run before the "
             "VM is started again"
         )
+    elif managed:
+        yield "the VM is paused at the end until libvirt names the copies: milliseconds, as a rule"
     else:
         yield "its I/O is held for the instant at the end: milliseconds, 2 seconds at the most"
         if options.resume:

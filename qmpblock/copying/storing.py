@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -25,12 +26,13 @@ from typing import TYPE_CHECKING
 from qmpblock.cancellation import undisturbed
 from qmpblock.copying.devicetarget import DeviceTarget
 from qmpblock.copying.targetfile import TargetFile
+from qmpblock.errors import Error, StalledError, printable
 from qmpblock.host.writeback import begin_writeback
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
 
-__all__ = ["storing"]
+__all__ = ["store", "storing"]
 
 _PAUSE = 0.05  # seconds between two times
 _PATIENCE = 1.0  # seconds in which a thread has ended, where storage does not hang
@@ -57,6 +59,44 @@ async def storing(targets: Iterable[CopyTarget]) -> AsyncIterator[None]:
     finally:
         stop.set()
         await undisturbed(_ended(threads))
+
+
+async def store(target: TargetFile | DeviceTarget, patience: float) -> float:
+    """Have what a target holds by now on stable storage; return the seconds that it took.
+
+    Cancelling waits for nothing that hangs in the kernel.
+
+    :raise StalledError: it took longer than `patience` seconds.
+    :raise Error: it cannot be.
+    """
+    failed: list[OSError] = []
+
+    def sync() -> None:
+        try:
+            fd = target.look_into()
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=sync, name="storing", daemon=True)
+    began = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        if time.monotonic() - began > patience:
+            raise StalledError(
+                f"{printable(target.path)} has not been brought to stable storage for "
+                f"{patience:g} s",
+                remedy="look whether its storage hangs",
+            )
+        await asyncio.sleep(_LOOK)
+    if failed:
+        raise Error(
+            f"{printable(target.path)} cannot be brought to stable storage: {failed[0].strerror}"
+        )
+    return time.monotonic() - began
 
 
 def _store(target: TargetFile | DeviceTarget, stop: threading.Event) -> None:

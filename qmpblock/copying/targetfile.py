@@ -66,6 +66,7 @@ class TargetFile(LocalTarget):
     :ivar replaces: whether what bears its name goes, and what another copy left unfinished.
     :ivar made: which file it is, once it is made; from the start where it is resumed.
     :ivar model: of the disk, with what is reserved, where the copy is to have host space like it.
+    :ivar managed: whether a manager has QEMU open it, and copy: its zeros take host space away.
     :ivar warnings: once it is settled: what is worth acting on.
     """
 
@@ -83,6 +84,7 @@ class TargetFile(LocalTarget):
     left: Left | None = None
     keeps: bool = False
     model: AllocationMap | None = None
+    managed: bool = False
     warnings: tuple[str, ...] = ()
     _settled: bool = False
 
@@ -325,7 +327,8 @@ class TargetFile(LocalTarget):
     def _wanted(self) -> Ranges:
         """What is to have host space once all is copied, besides that."""
         if self.plan.shape.allocation == "full":  # it has, where it was made for this copy
-            return Ranges([(0, self.plan.size)]) if self.resumed else Ranges()
+            lost = self.resumed or self.managed
+            return Ranges([(0, self.plan.size)]) if lost else Ranges()
         return Ranges() if self.model is None else space_of(self.model)
 
     async def _lacking(self, vm: Connection, wanted: Ranges) -> Ranges:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from qmpblock.address import LibvirtAddress
 from qmpblock.errors import BusyError, ConnectError, printable
-from qmpblock.host.libvirtxml import disk_files, snapshot_xml
+from qmpblock.host.libvirtxml import copy_xml, disk_files, snapshot_xml
 from qmpblock.host.processes import Peer, command_line, start_time, users_of
 
 __all__ = [
@@ -264,6 +264,26 @@ class Domain:
         """
         flags = 0 if top else _library().VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
         await self._act(lambda: self._domain.blockCommit(disk, base, top or None, 0, flags))
+
+    async def copy(self, disk: str, image: str, fmt: str, *, top: bool, speed: int) -> None:
+        """Begin to copy a disk into an image that is there; the job waits for `pivot` then.
+
+        Cancelling leaves the outcome unknown.
+
+        :param disk: libvirt's name of it.
+        :param top: whether it is only what the active layer holds.
+        :param speed: bytes a second; 0 is no limit.
+        :raise Error: as of `command`.
+        """
+        libvirt = _library()
+        flags = (
+            libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+            # QEMU's job ends with it; else libvirt refuses where the domain outlives that.
+            | libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+            | (libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW if top else 0)
+        )
+        limits = {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: speed} if speed else {}
+        await self._act(lambda: self._domain.blockCopy(disk, copy_xml(image, fmt), limits, flags))
 
     async def pivot(self, disk: str) -> None:
         """Have the job on a disk pivot, without waiting until it has.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["disk_chain", "disk_files", "disk_targets", "is_ready", "snapshot_xml"]
+__all__ = ["copy_xml", "disk_chain", "disk_files", "disk_targets", "is_ready", "snapshot_xml"]
 
 
 def disk_targets(xml: str) -> dict[str, str]:
@@ -54,6 +54,17 @@ def is_ready(xml: str, name: str) -> bool:
     disk = dict(_disks(xml)).get(name)
     mirror = None if disk is None else disk.find("mirror")
     return mirror is not None and mirror.get("ready") == "yes"
+
+
+def copy_xml(image: str, fmt: str) -> str:
+    """Describe the image into which a disk is to be copied.
+
+    :param image: its file; `fmt`: its format.
+    """
+    disk = ElementTree.Element("disk", type="file")
+    ElementTree.SubElement(disk, "driver", name="qemu", type=fmt)
+    ElementTree.SubElement(disk, "source", file=image)
+    return ElementTree.tostring(disk, encoding="unicode")
 
 
 def snapshot_xml(overlays: Mapping[str, str], others: Iterable[str]) -> str:

@@ -48,6 +48,15 @@ class Lender(Protocol):
             active one; then the job waits, once it has caught up, for `pivot`.
         """
 
+    async def copy(self, disk: str, image: str, fmt: str, *, top: bool, speed: int) -> None:
+        """Begin to copy a disk into an image that is there, and what its guest writes meanwhile.
+
+        The job waits, once it has caught up, for `pivot`.
+
+        :param top: whether what its active layer holds is copied, and no more.
+        :param speed: bytes a second; 0 is no limit.
+        """
+
     async def pivot(self, disk: str) -> None:
         """Have the guest go on in what the manager's job has made equal; its end is to be awaited.
 

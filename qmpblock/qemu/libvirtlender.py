@@ -52,6 +52,12 @@ class LibvirtLender:
         """Begin to commit; see `Lender`."""
         await self._ask("commit its layers", lambda domain: domain.commit(disk, base, top))
 
+    async def copy(self, disk: str, image: str, fmt: str, *, top: bool, speed: int) -> None:
+        """Begin to copy; see `Lender`."""
+        await self._ask(
+            "copy a disk", lambda domain: domain.copy(disk, image, fmt, top=top, speed=speed)
+        )
+
     async def pivot(self, disk: str) -> None:
         """Have libvirt's job pivot; see `Lender`."""
         # Asked again, it is done once: what has pivoted has no job any more.

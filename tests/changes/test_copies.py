@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from drawing import RUN, bitmap, chain, record
+from drawing import RUN, Drawing, bitmap, chain, record
 
 from qmpblock.changes.copies import Copy, Move
 from qmpblock.changes.step import Choice
@@ -157,3 +157,93 @@ class TestMove:
         assert (left.kept, left.unused) == (("/i/t0",), ("/i/t1",))
         after = its.verdict([{"pivoted": True}], {})
         assert (after.start, after.stale, after.unused) == (its.files, its.images, ())
+
+
+class TestManagersMove:
+    """Disks that their manager has go over, one after the other, while the VM is paused."""
+
+    PAUSED = f"{PREFIX}paused"
+
+    def drawn(self, over=(), *, noted=(), paused=False):
+        """Draw the disks as they are.
+
+        :param over: those that went over; `noted`: those of which the manager has noted it.
+        """
+        drawn = Drawing()
+        for number in (0, 1):
+            if number not in noted:
+                drawn.image(f"d{number}")
+            drawn.image(f"new{number}", file=f"/i/t{number}")
+            drawn.device(f"new{number}" if number in over else f"d{number}", f"vd{number}")
+        return drawn.image(self.PAUSED) if paused else drawn
+
+    def its(self):
+        paths = [one.qom_path for one in self.drawn().graph().devices]
+        return record(
+            "copy by its manager",
+            devices=tuple(paths),
+            names=("vd0", "vd1"),
+            images=("/i/d0", "/i/d1"),
+            nodes=(self.PAUSED,),
+            files=("/i/t0", "/i/t1"),
+            managed_as=("vda", "vdb"),
+            sources=("d0", "d1"),
+            source_files=("/i/d0", "/i/d1"),
+        )
+
+    def test_whether_it_took_effect(self):
+        its = self.its()
+        assert its.took_effect(self.drawn().graph()) is False
+        assert its.took_effect(self.drawn((0, 1)).graph()) is True
+        assert its.took_effect(self.drawn((0,)).graph()) is None
+        unplugged = self.drawn((0, 1))
+        del unplugged.devices["vd1"]
+        assert its.took_effect(unplugged.graph()) is True
+        unplugged.devices.clear()
+        assert its.took_effect(unplugged.graph()) is None
+
+    def test_an_image_that_is_the_storage_itself(self):
+        drawn = self.drawn()
+        drawn._node("alone", "file", 1 << 20, "/i/t0")
+        drawn.device("alone", "vd0").device("new1", "vd1")
+        assert self.its().took_effect(drawn.graph()) is True
+
+    @pytest.mark.parametrize("choice", list(Choice))
+    def test_its_jobs_are_given_up(self, choice):
+        drawn = self.drawn()
+        drawn.job("copy-vda-d0", "mirror", "ready", "d0").job("copy-vdb-d1", "mirror", "run", "d1")
+        left = [("give-up", "vda"), ("give-up", "vdb")]
+        assert plan(self.its(), drawn.graph(), choice=choice) == left
+        drawn.image(self.PAUSED)
+        assert plan(self.its(), drawn.graph(), choice=choice) == left
+
+    @pytest.mark.parametrize(
+        ("over", "noted", "paused"), [((), (), True), ((0,), (), False), ((0, 1), (0, 1), True)]
+    )
+    def test_all_are_to_be_the_same_to_both_before_the_guest_goes_on(self, over, noted, paused):
+        found = self.drawn(over, noted=noted, paused=paused).graph()
+        [step] = steps(self.its(), found, Choice.UNDO)
+        assert (step.verb, step.what, step.to) == ("agree", "vda, vdb", ("vda", "vdb"))
+
+    def test_nothing_is_left_of_what_is_done(self):
+        assert plan(self.its(), self.drawn((0, 1), noted=(0, 1)).graph()) == []
+
+    def test_a_copy_from_which_the_manager_may_start_the_vm_stays(self):
+        its, asked = self.its(), [{"asked": True}]
+        assert its.may_start(self.drawn((0, 1)).graph(), []) == ()
+        assert its.may_start(self.drawn().graph(), asked) == []
+        assert its.may_start(self.drawn((1,)).graph(), asked) == ["/i/t1"]
+        unplugged = self.drawn()
+        del unplugged.devices["vd0"]
+        assert its.may_start(unplugged.graph(), asked) == ["/i/t0"]
+
+    def test_which_images_hold_the_newest_data(self):
+        its, made = self.its(), {"/i/t0": False, "/i/t1": False}
+        before = its.verdict([], made)
+        assert (before.start, before.stale, before.unused) == (its.images, (), its.files)
+        between = its.verdict([{"asked": True}], made)
+        assert (between.start, between.stale, between.unused) == (its.images, (), ())
+        assert "of /i/t0, /i/t1 can be removed" in between.why
+        after = its.verdict([{"asked": True}, {"pivoted": True}], made)
+        assert (after.start, after.stale, after.unused) == (its.files, its.images, ())
+        assert all("virsh domblklist" in one.why for one in (before, between, after))

@@ -1,11 +1,12 @@
 """A manager that pivots a disk, and QEMU, come to name the same image. Real ones: live."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 from drawing import RUN, chain, record
 
-from qmpblock.changes.known import agree, bring_home, give_up
+from qmpblock.changes.known import agree, bring_home, give_up, pivot
 from qmpblock.changes.step import Choice
 from qmpblock.changes.unfinished import steps
 from qmpblock.errors import Error, StalledError, UnsupportedError
@@ -48,7 +49,7 @@ class Managed:
 
     async def files(self):
         now, later = self.said
-        return {"vda": now}, None if later is None else {"vda": later}
+        return {"vda": now}, None if later is None else {"vda": later} if later else {}
 
     async def abort(self, name):
         self.sent.append(name)
@@ -78,6 +79,8 @@ async def test_both_name_the_base():
     assert await agree(vm, of_pivot(), vm, "vda") is True
     assert vm.marks == [{"pivoted": True}]
     assert await agree(Managed(moved(), "/i/d1", None), of_pivot(), None, "vda") is True
+    vm = Managed(moved(), "/i/d1", "")  # plugged into the running VM alone
+    assert await agree(vm, of_pivot(), None, "vda") is True
 
 
 async def test_both_name_the_top():
@@ -123,6 +126,77 @@ async def test_a_disk_that_was_unplugged_is_nowhere():
     drawn = moved()
     drawn.devices.clear()
     assert await agree(Managed(drawn), of_pivot(), None, "vda") is False
+
+
+class Two(Managed):
+    """One with two disks, which go over to copies."""
+
+    PATHS = ("/machine/peripheral/vd0", "/machine/peripheral/vd1")
+
+    def __init__(self):
+        drawn = chain("d0").image("d1").image("t0").image("t1").device("d1", "vd1")
+        super().__init__(drawn.device("d0", "vd0"))
+        self.names = {"vda": "/i/d0", "vdb": "/i/d1"}
+        self.held = []
+        self.forgets = ""
+
+    async def files(self):
+        return self.names, self.names
+
+    async def pivot(self, name):
+        number = {"vda": 0, "vdb": 1}[name]
+        self.sent.append(f"pivot {name}")
+        self.drawn.device(f"t{number}", f"vd{number}")
+        if name != self.forgets:
+            self.names = self.names | {name: f"/i/t{number}"}
+
+    async def suspend(self):
+        self.sent.append("suspend")
+
+    async def resume(self):
+        self.sent.append("resume")
+
+    async def execute(self, command, arguments=None):
+        if command == "query-status":
+            paused = "suspend" in self.sent
+            return {"running": not paused, "status": "paused" if paused else "running"}
+        if command == "qom-set":
+            self.sent.append((arguments["path"], arguments["value"]))
+            self.drawn.device(arguments["value"], arguments["path"].rpartition("/")[2])
+        return {}
+
+    def record(self):
+        return record(
+            "copy by its manager",
+            devices=self.PATHS,
+            names=("vd0", "vd1"),
+            nodes=(PAUSED,),
+            files=("/i/t0", "/i/t1"),
+            managed_as=("vda", "vdb"),
+            sources=("d0", "d1"),
+            source_files=("/i/d0", "/i/d1"),
+        )
+
+
+async def test_the_guest_goes_on_when_all_disks_are_over():
+    vm = Two()
+    vm.monitor.in_one_turn = contextlib.nullcontext
+    await pivot(vm, vm.record(), vm, "vda", "vdb")
+    assert vm.sent == ["suspend", "pivot vda", "pivot vdb", "resume"]
+    assert vm.marks == [{"pivoted": True}]
+
+
+async def test_of_two_one_is_forgotten():
+    """That goes back; the other one is over; the guest waits for whoever undoes it."""
+    vm = Two()
+    vm.monitor.in_one_turn = contextlib.nullcontext
+    vm.forgets = "vdb"
+    with pytest.raises(Error, match="forgotten its pivot of vdb"):
+        await pivot(vm, vm.record(), vm, "vda", "vdb")
+    assert vm.sent == ["suspend", "pivot vda", "pivot vdb", (Two.PATHS[1], "d1")]
+    assert vm.marks == []
+    its = vm.record()
+    assert [its.passage(name).is_over(vm.drawn.graph()) for name in ("vda", "vdb")] == [True, False]
 
 
 async def test_its_job_is_given_up():

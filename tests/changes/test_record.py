@@ -16,6 +16,7 @@ from qmpblock.changes.operations import (
     Commit,
     FrozenCopy,
     ManagersCommit,
+    ManagersMove,
     ManagersPivot,
     ManagersSnapshot,
     ManagersStaging,
@@ -74,6 +75,8 @@ FIELDS = {
     "settings": some(st.tuples(ours, DISCARDS, ZEROES)),
     "images": some(words),
     "known_as": words,
+    "managed_as": some(words),
+    "source_files": some(words),
     "wires": some(st.tuples(ours, words)),
     "drawn": some(st.tuples(words, words)),
     "noted": some(st.tuples(words, ours)),
@@ -85,7 +88,7 @@ FIELDS = {
 KINDS = (
     *(Snapshot, Stream, Commit, ActiveCommit, ThinAllocation, StagedCommit, PointInTime),
     *(Copy, Move, FrozenCopy, Migration, ManagersSnapshot, ManagersCommit, ManagersPivot),
-    ManagersStaging,
+    *(ManagersStaging, ManagersMove),
 )
 
 

@@ -154,3 +154,12 @@ def test_what_is_shared_takes_no_room_and_is_of_frozen_layers():
     assert shared.taken < 2 * M < amounts(plan, CopyOptions(), "views", seen).taken
     assert "--reflink" in why("frozen layers", "11.1.2", reflink=True)
     assert "--reflink" not in why("frozen layers", "7.2.22")
+
+
+def test_by_a_manager_the_vm_is_paused_for_it():
+    said = list(felt(CopyOptions(pivot=True), "mirrors", [plan()], pauses=False, managed=True))
+    assert said == [
+        "the VM is paused at the end until libvirt names the copies: milliseconds, as a rule",
+        "it is on the copies from then on: the old images are stale",
+    ]
+    assert "libvirt is to start the VM from the copies" in why("mirrors", "7.2", managed=True)

@@ -11,6 +11,7 @@ from qmpblock.copying import storing
 from qmpblock.copying.devicetarget import DeviceTarget
 from qmpblock.copying.plan import CopyPlan
 from qmpblock.copying.targetfile import TargetFile
+from qmpblock.errors import Error, StalledError
 from qmpblock.graph.places import FileId
 from qmpblock.host.ourfiles import Directory
 
@@ -102,3 +103,30 @@ async def test_what_hangs_is_not_waited_for(target, monkeypatch):
     assert threads()  # it hangs as before
     goes_on.set()
     await until(lambda: not threads())
+
+
+async def test_what_is_there_is_brought_to_storage_now(target, monkeypatch):
+    synced = []
+    monkeypatch.setattr(storing.os, "fsync", lambda fd: synced.append(os.readlink(f"/dev/fd/{fd}")))
+    assert await storing.store(target, 60) >= 0
+    assert synced == [target.path]
+
+
+async def test_that_fails(target, monkeypatch):
+    def fail(fd):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storing.os, "fsync", fail)
+        with pytest.raises(Error, match=r"copy\.partial cannot be brought .* Input/output error"):
+            await storing.store(target, 60)
+
+
+async def test_that_hangs(target, monkeypatch):
+    goes_on = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(storing.os, "fsync", lambda _: goes_on.wait())
+        with pytest.raises(StalledError, match="has not been brought to stable storage"):
+            await storing.store(target, 0.05)
+        goes_on.set()
+        await until(lambda: not threads())

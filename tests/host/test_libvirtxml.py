@@ -3,6 +3,7 @@
 import pytest
 
 from qmpblock.host.libvirtxml import (
+    copy_xml,
     disk_chain,
     disk_files,
     disk_targets,
@@ -50,6 +51,13 @@ def test_a_snapshot_is_of_the_disks_that_are_named_alone():
         '<driver type="qcow2" /><source file="/i/&lt;&amp;\'&quot;.qcow2" /></disk>'
         '<disk name="sda" snapshot="no" /><disk name="vdb" snapshot="no" /></disks>'
         "</domainsnapshot>"
+    )
+
+
+def test_a_copy_is_of_a_format_that_is_said():
+    assert copy_xml("/i/<&.raw", "raw") == (
+        '<disk type="file"><driver name="qemu" type="raw" /><source file="/i/&lt;&amp;.raw" />'
+        "</disk>"
     )
 
 

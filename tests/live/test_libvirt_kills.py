@@ -6,7 +6,7 @@ One of the two a run, at one point.
 import pytest
 from libvirtcrossed import OURS, cross_some
 from libvirthost import libvirt_host
-from libvirtkills import OPERATIONS, kill_some
+from libvirtkills import MOVES, OPERATIONS, kill_some
 
 pytestmark = pytest.mark.live
 
@@ -17,6 +17,8 @@ def host(qemu_binary):
         yield host
 
 
-@pytest.mark.parametrize(("some", "operations"), [(kill_some, OPERATIONS), (cross_some, OURS)])
+@pytest.mark.parametrize(
+    ("some", "operations"), [(kill_some, OPERATIONS + MOVES), (cross_some, OURS)]
+)
 async def test_at_any_command(some, operations, host, vm_dir, qemu_binary):
     assert await some(host, operations, 1, vm_dir, qemu_binary) > 0

@@ -1,14 +1,15 @@
-"""Whoever is killed, at each thing that libvirt is asked for in a commit: `make soak`."""
+"""Whoever is killed, at each thing that libvirt is asked for in a commit or a copy: `make soak`."""
 
 import pytest
 from libvirthost import libvirt_host
-from libvirtpoints import ACTIVE, MIDDLE, killed, make_four
+from libvirtpoints import ACTIVE, MIDDLE, MOVE, killed, make_four
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
 
 CALLS = {
     ACTIVE: ("layers", "commit", "ready", "pivot", "files"),
     MIDDLE: ("layers", "commit", "job"),
+    MOVE: ("copy", "ready", "limit", "pivot"),
 }
 
 
@@ -25,7 +26,7 @@ def host(qemu_binary):
     [(what, call) for what, calls in CALLS.items() for call in calls],
     ids=[
         f"{name}-{call}"
-        for what, name in ((ACTIVE, "active"), (MIDDLE, "middle"))
+        for what, name in ((ACTIVE, "active"), (MIDDLE, "middle"), (MOVE, "move"))
         for call in CALLS[what]
     ],
 )
@@ -36,8 +37,9 @@ async def test_somebody_is_killed(what, call, victim, moment, host, vm_dir, qemu
     assert told == ("paused" if moves else "running")
 
 
+@pytest.mark.parametrize("what", [ACTIVE, MOVE], ids=["active", "move"])
 @pytest.mark.parametrize("number", range(20))
-async def test_the_daemon_is_killed_as_it_takes_note(number, host, vm_dir, qemu_binary):
+async def test_the_daemon_is_killed_as_it_takes_note(number, what, host, vm_dir, qemu_binary):
     """Between QEMU's doing and its own note nothing of ours can stop it: a matter of luck."""
     chain = make_four(vm_dir, qemu_binary)
-    await killed(host, chain, qemu_binary, ACTIVE, "daemon", "pivot", "after")
+    await killed(host, chain, qemu_binary, what, "daemon", "pivot", "after")

@@ -3,7 +3,7 @@
 import pytest
 from libvirtcrossed import OURS, cross_all
 from libvirthost import libvirt_host
-from libvirtkills import COMMITS, OPERATIONS, kill_all
+from libvirtkills import COMMITS, MOVES, OPERATIONS, kill_all
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
 
@@ -14,11 +14,13 @@ def host(qemu_binary):
         yield host
 
 
-@pytest.mark.parametrize("operation", [*OPERATIONS, *COMMITS], ids=str)
+@pytest.mark.parametrize("operation", [*OPERATIONS, *COMMITS, *MOVES], ids=str)
 async def test_killed_at_every_command(operation, host, vm_dir, qemu_binary):
     await kill_all(host, operation, vm_dir, qemu_binary)
 
 
-@pytest.mark.parametrize("operation", [*OURS, *(one for one in COMMITS if not one.extra)], ids=str)
+@pytest.mark.parametrize(
+    "operation", [*OURS, *(one for one in (*COMMITS, *MOVES) if not one.extra)], ids=str
+)
 async def test_libvirt_is_asked_at_every_change(operation, host, vm_dir, qemu_binary):
     await cross_all(host, operation, vm_dir, qemu_binary)
