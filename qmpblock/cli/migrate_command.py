@@ -232,9 +232,13 @@ async def command(
             emit(json.dumps(asdict(plan), indent=2) + "\n" if options.json else _written(plan))
             warn((*(f"to be added: {one}" for one in plan.missing), *plan.notes))
             return WARNED if plan.missing or plan.notes else 0
+        from qmpblock.migration.managed import ask_manager
         from qmpblock.migration.rehearsal import plan_migration
 
         assert destination is not None  # see above
+        if form is None:  # nobody has to have made a destination to be told that it is of no use
+            tls = over is not None and over.startswith("nbds:")
+            await ask_manager(here, terms, tls=tls)
         async with options.connect(destination) as there:
             if form is None:
                 how = {

@@ -20,10 +20,10 @@ from qmpblock.errors import (
 )
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import describe_process
-from qmpblock.managers import Work
 from qmpblock.migration.diskterms import Allocation, DiskTerms
 from qmpblock.migration.kept import Kept, find_kept
 from qmpblock.migration.likeness import check_likeness, reserved_zeros
+from qmpblock.migration.managed import ask_manager
 from qmpblock.migration.pairing import check_pairing
 from qmpblock.names import lock_names, new_run, stream_socket
 from qmpblock.qemu import lock, ownership
@@ -96,6 +96,7 @@ async def look(
     await _check_reach(source, destination, over)
     if _is_same(source, destination):
         raise RequestError("source and destination are the same VM", standing=UNTOUCHED)
+    await ask_manager(source, terms, tls=over is not None and over.here is not None)
     graph, arriving = await asyncio.gather(source.graph(), destination.graph())
     disks = graph.disks()
     await _check_source(source, disks)
@@ -117,8 +118,6 @@ async def look(
         check_idle(device, jobs)
     if terms.allocation == "same":
         pairs = tuple([await _alike(source, destination, pair) for pair in pairs])
-    first = disks[0].chain.active.file if disks else ""
-    await ownership.ask_for_change(source, Work("migrate", first), graph)
     copied = pairs if terms.copies else ()
     return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings, kept)
 
