@@ -16,6 +16,7 @@ from qmpblock.chains.plan import (
     StreamPlan,
 )
 from qmpblock.chains.settings import discard_to_restore, lost_by_commit
+from qmpblock.chains.storedbitmaps import check_frozen_ones
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import make_way
 from qmpblock.changes.nodes import check_copy_on_read
@@ -86,6 +87,7 @@ async def look(disk: MappedDisk, make: Any, *, lent: bool = False) -> StreamPlan
             remedy="stream, which leaves the guest on its active image; or commit by qemu-img when "
             "the VM is off",
         )
+        await check_frozen_ones(disk.vm.monitor, plan.base)
     if plan.leaving:
         await ownership.ask_for_change(disk.vm, _work(disk, plan), graph, asked=lent)
     return _named(plan, files, places)

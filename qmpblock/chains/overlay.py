@@ -27,6 +27,7 @@ from qmpblock import luks
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import CLUSTER, Header, by_qemu_img, make
 from qmpblock.chains.plan import SnapshotPlan
+from qmpblock.chains.storedbitmaps import check_opened_anew
 from qmpblock.changes.backingproof import check_made, check_name
 from qmpblock.changes.change import Change
 from qmpblock.changes.record import Record
@@ -121,9 +122,11 @@ async def make_overlay(
     """Make one overlay's file, header and node; it lies on nothing yet.
 
     :param local: whether QEMU sees the same files as this process.
+    :raise UnsupportedError: see `check_opened_anew`.
     """
     execute = vm.monitor.execute
     plan, header = item.plan, item.header(fmt)
+    await check_opened_anew(vm.monitor, plan.active, item.storage)
     ours = await by_qemu_img(vm, plan.key_secret, local=local)
     contents = await make(vm, header) if ours else Contents(0, ())
     if local:

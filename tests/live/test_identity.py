@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from chains import cli
+from disturbed import until
 
 import qmpblock
 from qmpblock.errors import Error
@@ -187,16 +188,15 @@ async def test_an_overlay_of_ours_lies_beside_the_real_file(
     assert seen == {image.parent}
 
 
-async def test_a_vm_that_left_its_directory(images, start_qemu, vm_dir, qemu_binary):
-    """-daemonize goes to the root directory; what a relative name was, the descriptors tell."""
-    image = await images.make("store/disk.qcow2", (7, MIB, MIB))
-    other = await images.make("other/disk.qcow2", (8, MIB, MIB))
+@contextlib.asynccontextmanager
+async def left_its_directory(vm_dir, qemu_binary, *disks):
+    """Start a VM that does; yields its monitor."""
     monitor, pidfile = vm_dir / "qmp", vm_dir / "pid"
     (vm_dir / "idle.rom").touch()
     command = [qemu_binary, "-nodefaults", "-no-user-config", "-display", "none", "-m", "16"]
     command += ["-machine", "pc,accel=tcg", "-daemonize", "-pidfile", str(pidfile)]
     command += ["-qmp", f"unix:{monitor},server=on,wait=off"]
-    command += [*disk("store/disk.qcow2"), *disk(other, node="d1")]
+    command += disks
     started = await asyncio.create_subprocess_exec(
         *command, cwd=vm_dir, env={**os.environ, "PWD": "/"}, stdout=-3, stderr=-3
     )
@@ -204,18 +204,66 @@ async def test_a_vm_that_left_its_directory(images, start_qemu, vm_dir, qemu_bin
     pid = int(pidfile.read_text())
     try:
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
-        code, _, err = await cli("allocate", str(monitor), "vd0", "--full")
-        assert code == 0, err
-        overlay = vm_dir / "over.qcow2"
-        code, _, err = await cli("snapshot", str(monitor), f"vd0={overlay}")
-        assert code == 0, err
+        yield str(monitor)
     finally:
         os.kill(pid, 15)
         while Path(f"/proc/{pid}").exists():
             await asyncio.sleep(0.01)
+
+
+async def test_a_vm_that_left_its_directory(images, vm_dir, qemu_binary):
+    """-daemonize goes to the root directory; what a relative name was, the descriptors tell."""
+    image = await images.make("store/disk.qcow2", (7, MIB, MIB))
+    other = await images.make("other/disk.qcow2", (8, MIB, MIB))
+    disks = (*disk("store/disk.qcow2"), *disk(other, node="d1"))
+    async with left_its_directory(vm_dir, qemu_binary, *disks) as monitor:
+        code, _, err = await cli("allocate", monitor, "vd0", "--full")
+        assert code == 0, err
+        overlay = vm_dir / "over.qcow2"
+        code, _, err = await cli("snapshot", monitor, f"vd0={overlay}")
+        assert code == 0, err
     assert image.stat().st_blocks * 512 >= SIZE - MIB
     assert await images.backing(overlay) == "store/disk.qcow2"
     assert await images.content(overlay) == await images.content(image)
+
+
+async def test_bitmaps_of_an_image_that_cannot_be_opened_anew(images, vm_dir, qemu_binary):
+    """K42: it is not frozen; one that somebody else has frozen, the guest does not go over to."""
+    image = await images.make("store/disk.qcow2", (7, MIB, MIB))
+    other = await images.make("other.qcow2", (8, MIB, MIB))
+    await images.img("bitmap", "--add", image, "kept")
+    file = "file.driver=file,file.filename=store/disk.qcow2"
+    disks = ("-blockdev", f"qcow2,node-name=d0,{file}", "-device", "virtio-blk-pci,drive=d0,id=vd0")
+    async with left_its_directory(vm_dir, qemu_binary, *disks) as monitor:
+        for words in (
+            ("allocate", monitor, "vd0", "--full"),
+            ("snapshot", monitor, f"vd0={vm_dir}/over"),
+        ):
+            code, _, err = await cli(*words)
+            assert code == 2, err
+            assert "cannot be opened anew by QEMU" in err
+        node = {"driver": "qcow2", "node-name": "over", "backing": None}
+        async with qmpblock.connect(monitor) as vm:
+            execute = vm.monitor.execute
+            await execute(
+                "blockdev-add", node | {"file": {"driver": "file", "filename": str(other)}}
+            )
+            await execute("blockdev-snapshot", {"node": "d0", "overlay": "over"})
+            frozen = (await vm.graph()).nodes["d0"]
+            assert (frozen.read_only, frozen.bitmaps[0].recording) == (False, True)
+        code, _, err = await cli("commit", monitor, "vd0")
+        assert code == 2, err
+        assert "nothing can be written to store/disk.qcow2 any more" in err
+        async with qmpblock.connect(monitor) as vm:  # as it would be without that
+            job = {"job-id": "job", "device": "over", "auto-dismiss": False}
+            await vm.monitor.execute("block-commit", job)
+            said = await until(lambda: concluded(vm.monitor), "its end")
+        assert said["error"] == "Operation not permitted"
+
+
+async def concluded(monitor):
+    [job] = await monitor.execute("query-jobs")
+    return job if job["status"] == "concluded" else None
 
 
 @pytest.mark.parametrize("link", [False, True])
