@@ -28,8 +28,8 @@ HOSTS_OWN = names(
     " share-rw tpmdev werror"
 )
 #: Those that the guest has set itself, as registers, which go along: where its firmware has put the
-#: PCI Express configuration space, and the numbers that it gave to buses.
-GUESTS_OWN = names("MCFG busnr")
+#: PCI Express configuration space and the ports of the SMBus (PIIX4), and the numbers of buses.
+GUESTS_OWN = names("MCFG busnr smb_io_base")
 #: How many queues it has: without them the stream of a device's state does not fit.
 QUEUES = names("max_ports num-queues num-request-queues num_queues ports queues vectors")
 #: Features of virtio that a guest may have accepted, which a destination then has to have.
