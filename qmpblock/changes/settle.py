@@ -95,10 +95,9 @@ async def settle(
         for step in todo:
             if tell is not None and step not in again:
                 tell(step)
-            if step not in wires:
-                settled = await _PERFORM[step.verb](its, step)
-                if settled or step.verb not in ("wait", "cancel", "bring-home"):
-                    done.add(step)
+            settled = step not in wires and await _PERFORM[step.verb](its, step)
+            if settled or step.verb not in ("wait", "cancel", "bring-home"):
+                done.add(step)
         if wires:
             await _clear_wires(its, wires)
         if not all(step.verb in _OUTSIDE for step in todo):

@@ -51,6 +51,16 @@ async def test_an_unused_file_of_ours_is_removed(tmp_path, overlay):
         assert wanted.took_effect(graph) is False  # idempotent
 
 
+async def test_what_belongs_to_a_wire_is_cleared_once(tmp_path):
+    """It would be without end: nothing in the graph tells whether it is there."""
+    wire = f"qmpblock-{RUN}-0-wire"
+    wanted = record(operation="copy", nodes=(wire,), wires=((wire, f"/tmp/{wire}/nbd"),))
+    told = []
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        await settle(vm, wanted, None, Choice.UNDO, told.append)
+    assert [step.verb for step in told] == ["clear-wire"]
+
+
 async def test_one_that_another_copy_can_go_on_from_gets_its_name(tmp_path, overlay):
     """Also where whoever recovers was killed when it had it already, or half."""
     path, wanted, journal = overlay
