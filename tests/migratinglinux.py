@@ -14,7 +14,8 @@ while [ ! -e /tmp/enough ]; do
   echo $n >>/mnt/log
   dd if=/dev/urandom of=/mnt/noise bs=64k count=4 seek=$((n % 50)) conv=notrunc 2>/dev/null
   sync
-  echo $n >/tmp/synced
+  echo $n >/tmp/next
+  mv /tmp/next /tmp/synced  # whoever reads it finds a number, whenever
 done
 touch /tmp/ended
 """

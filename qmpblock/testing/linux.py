@@ -197,20 +197,29 @@ class LinuxImage:
     :param qemu: that QEMU. No other can restore it for sure.
     :param boot: its kernel and initramfs.
     :param snapshot: the migration stream.
+    :param options: more QEMU options, of the machine that was saved.
     """
 
     qemu: str
     boot: Boot
     snapshot: Path
+    options: tuple[str, ...] = ()
 
     @classmethod
-    async def prepare(cls, qemu: str | None = None, cache: Path | None = None) -> Self:
+    async def prepare(
+        cls,
+        qemu: str | None = None,
+        cache: Path | None = None,
+        *,
+        options: Sequence[str] = (),
+    ) -> Self:
         """Return the image for a QEMU from the cache; download and boot it first if need be.
 
         Two that prepare at once wait for each other. Cancelling leaves the cache as it was.
 
         :param qemu: default: the QEMU under test.
         :param cache: default: `$QMPBLOCK_CACHE`, or `qmpblock` in the user's cache folder.
+        :param options: more QEMU options, for a machine that another QEMU knows, too.
         :raise LinuxUnavailableError: the packages cannot be had here; a test is to be skipped.
         :raise QemuFailure: QEMU did not start, or ended.
         :raise StalledError: the guest did not start.
@@ -221,7 +230,8 @@ class LinuxImage:
             folder.mkdir(parents=True, exist_ok=True)
             async with _locked(folder / ".lock"):
                 boot = await asyncio.to_thread(build, folder)
-                image = cls(program, boot, folder / f"saved-{_key(program, boot)}")
+                saved = folder / f"saved-{_key(program, boot, options)}"
+                image = cls(program, boot, saved, tuple(options))
                 if not image.snapshot.exists():
                     await image._save()
                 image.snapshot.touch()
@@ -302,7 +312,8 @@ class LinuxImage:
         directory = private_directory()
         try:
             async with _Shell.listen(directory / "serial") as shell:
-                options = [*_machine(self.boot, directory / "serial"), *extra]
+                machine = _machine(self.boot, directory / "serial")
+                options = [*machine, *self.options, *extra]
                 vm = QemuProcess(machine="q35", qemu=self.qemu, directory=directory, extra=options)
                 async with vm:
                     try:
@@ -329,7 +340,7 @@ def _machine(boot: Boot, serial: Path) -> list[str]:
     ]
 
 
-def _key(qemu: str, boot: Boot) -> str:
+def _key(qemu: str, boot: Boot, options: Sequence[str]) -> str:
     """Name what a saved guest depends on: this very QEMU, the kernel and the machine."""
     version = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True)
     program = Path(shutil.which(qemu) or qemu).resolve()
@@ -337,7 +348,7 @@ def _key(qemu: str, boot: Boot) -> str:
     for path in (program, boot.kernel, boot.initrd):
         status = path.stat()
         facts.append(f"{status.st_size} {status.st_mtime_ns}")
-    facts += _machine(boot, Path("serial"))
+    facts += [*_machine(boot, Path("serial")), *options]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 

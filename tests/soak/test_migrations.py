@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from disturbed import nothing_of_ours
-from migrating import arrived, machine, migrated, stressed, to_newer
+from migrating import ALIKE, arrived, machine, migrated, stressed, to_newer
 from migratinglinux import log_goes_over
 from migrationblows import WIRE
 from migrationkills import STRUCK, kill_matrix
@@ -47,6 +48,22 @@ async def test_a_linux_goes_over(vm_dir, qemu_binary):
         room = vm_dir / f"round{number}"
         room.mkdir()
         await log_goes_over(image, image, room, qemu_binary)
+
+
+#: `max` is another CPU to each QEMU; this one says as much by CPUID to both.
+BOTH_KNOW = ("-cpu", "qemu64,+rdrand", *ALIKE)
+
+
+@pytest.mark.needs_qemu("< 8", reason="the machine type of 7.2 is what both know")
+async def test_a_linux_goes_over_to_a_newer_qemu(vm_dir, qemu_binary):
+    newer = to_newer()["there"]["qemu"]
+    count, _ = rounds(10)
+    image = await LinuxImage.prepare(qemu_binary, options=BOTH_KNOW)
+    there = replace(image, qemu=newer, options=(*BOTH_KNOW, "-machine", "pc-q35-7.2"))
+    for number in range(count):
+        room = vm_dir / f"round{number}"
+        room.mkdir()
+        await log_goes_over(image, there, room, qemu_binary)
 
 
 WAYS = ("exports", "daemon")
