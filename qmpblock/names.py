@@ -45,8 +45,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-null          what measuring a migration's wire reads, and
                                                      what it writes to: nothing
                           qmpblock-RUN-paused        meanwhile the VM is paused by us
-                          qmpblock-RUN-stopped       at a migration's source: somebody else has
-                                                     stopped the guest, which is to stay so
+                          qmpblock-RUN-stopped       at a migration's source: the guest had
+                                                     stopped, and is to stay so
     exports               qmpblock-RUN-N             export N, and its export name
     named descriptors     qmpblock-RUN-N             our end of its connection
                           qmpblock-RUN-listen        listening socket
@@ -520,7 +520,7 @@ def paused_node(run: str) -> str:
 
 
 def stopped_node(run: str) -> str:
-    """Return the node that says that somebody else has stopped a guest that migrates."""
+    """Return the node that says that a guest that migrates had stopped, and is to stay so."""
     return _named(run, "stopped")
 
 

@@ -35,12 +35,14 @@ from qmpblock.qemu.monitor import Monitor
 source, destination, phase, options = sys.argv[1:]
 options = json.loads(options)
 options["means"] = qmpblock.MigrationMeans(**options.pop("means", {}))
-stop = options.pop("stop", "")
+stop, by = options.pop("stop", ""), options.pop("by", "")
 enter = Passage.enter
 
 async def die(self, now):
     await enter(self, now)
-    if now.value == stop:
+    if now.value == stop and by:
+        await self.source.monitor.execute("human-monitor-command", {"command-line": by})
+    elif now.value == stop:
         await self.source.monitor.execute("stop")
     if now.value == phase:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -138,7 +140,7 @@ async def arrived(source, destination, result):
         f"{result.seconds:.3f} s, downtime {result.downtime * 1e3:.1f} ms: "
         + ", ".join(f"{one.phase} {one.seconds * 1e3:.0f}" for one in result.phases)
     )
-    assert result.warnings == ()
+    assert result.warnings == (), result.warnings
     guest = await destination.attach_guest()
     await nothing_of_ours(destination)
     numbers = range(len(destination.disks))
@@ -291,7 +293,8 @@ async def dies_in(phase, source, destination, *, address=None, **options):
     `marked`: about to pause the guest; `paused`: it has.
 
     `address`: of the destination, where that is not its monitor's path; `means`: fields of
-    `MigrationMeans`; `stop`: a phase in which somebody else stops the guest.
+    `MigrationMeans`; `stop`: a phase in which somebody else stops the guest; `by`: what its human
+    monitor is told instead.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", CONTROLLER, source.monitor_path),

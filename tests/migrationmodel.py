@@ -10,7 +10,8 @@ here, as measured. Everything may happen in any order, between any two steps:
   may be killed and run again;
 - either QEMU dies, the wire between them is cut or falls silent, each as often as `failures` says;
   the storage daemon that has the destination's images dies, or cannot be ended;
-- somebody else stops the guest, and may continue it, as long as the source does not hold it;
+- somebody else stops the guest, and may continue it, as long as the source does not hold it; or
+  it stops itself, which both sides show;
 - on request the engine pauses the guest, at any moment until the source holds it. QEMU takes what
   its monitors are sent in turn: the `stop` of one that was killed is carried out before what a
   recovery sees, or never.
@@ -42,6 +43,10 @@ SOURCE = {
     "active, stands": ("paused", "active"),
     "failed, stands": ("paused", "failed"),
     "cancelled, stands": ("paused", "cancelled"),
+    "home, stopped": ("io-error", "none"),
+    "active, stopped": ("io-error", "active"),
+    "failed, stopped": ("io-error", "failed"),
+    "cancelled, stopped": ("io-error", "cancelled"),
     "failed, stays": ("postmigrate", "failed"),
     "cancelled, stays": ("postmigrate", "cancelled"),
 }
@@ -49,6 +54,7 @@ DESTINATION = {
     "waits": ("inmigrate", "none"),
     "comes": ("inmigrate", "active"),
     "there": ("paused", "completed"),
+    "there, stopped": ("io-error", "completed"),
     "runs": ("running", "completed"),
 }
 GONE = "gone"
@@ -133,6 +139,7 @@ class Rules:
     marked: bool = True  # whether it says so at the source
     stays: bool = False  # whether a guest that stood before it was held is `postmigrate` (7.2)
     halts: bool = False  # whether somebody else may stop the guest
+    itself: bool = False  # whether it stops itself, then
     says: bool = True  # whether the source says so; the journal; the mark
     writes: bool = True
     marks: bool = True
@@ -418,7 +425,7 @@ class Model:
                 yield f"{name}: begins", become(Recoverer("look", reaches))
         elif one.at == "look":
             here = self._shown(world) if one.reaches != THERE else UNREACHED
-            there = world.destination if one.reaches != HERE else UNREACHED
+            there = self._shown_there(world) if one.reaches != HERE else UNREACHED
             phase = world.phase if name == "with_journal" else ""
             written = self.rules.writes and not (phase and Phase(phase).before(Phase.SENT))
             stopped = (
@@ -451,7 +458,13 @@ class Model:
         if not world.stands or source not in MAY_STAND:
             return source
         stays = self.rules.stays and source in ("failed", "cancelled")
-        return f"{source}, {'stays' if stays else 'stands'}"
+        stands = "stopped" if self.rules.itself and world.halted else "stands"
+        return f"{source}, {'stays' if stays else stands}"
+
+    def _shown_there(self, world: World) -> str:
+        """Return what the destination shows."""
+        stopped = self.rules.itself and world.halted and world.destination == "there"
+        return "there, stopped" if stopped else world.destination
 
     # -- failures
 

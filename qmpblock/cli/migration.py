@@ -128,13 +128,24 @@ def _say(result: MigrationResult) -> None:
     )
 
 
+#: By run states, why a guest does not run at the destination, and what there is to be done.
+_STANDS = {
+    "paused": ("as somebody else had it at the source", "cont has it go on"),
+    "suspended": ("as it was", "system_wakeup wakes it"),
+    "io-error": (
+        "for a request of its disk failed",
+        "cont has it try that again: see that the disk there is well",
+    ),
+    "shutdown": ("for it has powered itself off", "quit ends its QEMU"),
+}
+
+
 def said_of_guest(result: MigrationResult) -> str:
     """Say where it is, and for how long it stood."""
-    if result.destination == "paused":
-        return (
-            "the guest is at the destination, paused there, as somebody else had it at the source "
-            "(cont has it go on)"
-        )
+    if result.destination != "running":
+        shown = printable(result.destination)
+        how, what = _STANDS.get(shown, ("as it had stopped at the source", "see why"))
+        return f"the guest is at the destination, {shown} there, {how} ({what})"
     paused = f" ({result.paused:.1f} s of them paused)" if result.paused else ""
     return f"the guest runs at the destination; it stood for {result.downtime * 1e3:.0f} ms{paused}"
 

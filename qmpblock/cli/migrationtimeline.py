@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from qmpblock.errors import printable
 from qmpblock.pictures.timeline import Bar, Row, Timeline, duration
 from qmpblock.sizes import human_size
 
@@ -58,8 +59,8 @@ def timeline_of(result: MigrationResult) -> Timeline:
             if name in shown and bar.stop > moment[0] and bar.start < moment[1]
         )
     stood = f"the guest stood for {duration(result.longest_stall)}"
-    if result.destination == "paused":
-        stood = "the guest is paused, as somebody else had it"
+    if result.resumed is None and result.destination != "running":
+        stood = f"the guest stays {printable(result.destination)}, as it had stopped"
     return Timeline(
         f"migration: {duration(result.seconds)}, {stood}",
         result.seconds,

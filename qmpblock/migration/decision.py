@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 
 from qmpblock.changes.step import Choice
 from qmpblock.migration.states import ACTIVE, SETTLING, Move, Phase, Reach, Seen, Side
-from qmpblock.qemu.runstate import MIGRATION_OVER, OF_ITS_OWN
+from qmpblock.qemu.runstate import MIGRATION_OVER, OF_ITS_OWN, STANDS, STOPPED_ITSELF
 
 __all__ = ["Decision", "decide"]
 
@@ -79,16 +79,20 @@ def decide(
     """Return what is to be done next.
 
     :param phase: what the journal says; None where there is none.
-    :param stopped: whether it says that somebody else has stopped the guest, which stays so then.
+    :param stopped: whether it says that the guest had stopped, by itself or somebody else: it stays
+        so then.
     :param images: what can be known of the storage daemon that has the destination's images.
     :param choice: which way it is to go where both are safe: UNDO, back to the source.
     :param force: the side on which a person says that the guest is to go on. Used where it cannot
         be told, and never against what can be seen.
     """
+    stopped = stopped or source.stopped or destination.stopped or source.run in STOPPED_ITSELF
+    if stopped and destination.run in STANDS:  # it came so, and nobody has continued it (F42)
+        destination = replace(destination, run="paused")
     decision = _of_both(phase, source, destination, choice, force)
-    if decision.move in _STANDING and (stopped or source.stopped or destination.stopped):
+    if decision.move in _STANDING and stopped:
         owner, move = _STANDING[decision.move]
-        why = f"{decision.why}, stopped as somebody had it"
+        why = f"{decision.why}, stopped as it was"
         decision = replace(decision, owner=owner, move=move, why=why, last=True)
     if images is Reach.GONE or (decision.move in _HOMEWARD and not decision.last):
         return decision

@@ -111,7 +111,7 @@ class Hold:
         Those that the two sides tell themselves are not written: some are entered while the guest
         stands. `handed` cannot fail: arbiter and mark say it too, and there is no way back.
 
-        :param stopped: whether somebody else has stopped the guest, which is to stay so.
+        :param stopped: whether the guest had stopped, which is to stay so.
         :raise Error: it cannot be written.
         """
         if phase not in _WRITTEN or self._journal is None:

@@ -29,6 +29,7 @@ from qmpblock.migration.passage import HANDED
 from qmpblock.migration.states import Phase, Side
 from qmpblock.migration.stream import OVER
 from qmpblock.names import handover_name
+from qmpblock.qemu.runstate import OF_ITS_OWN, STOPPED_ITSELF
 
 if TYPE_CHECKING:
     from qmpblock.migration.passage import Passage
@@ -36,12 +37,18 @@ if TYPE_CHECKING:
 __all__ = ["Homeward"]
 
 _LOOK = 0.02
-#: What a source shows that has its guest again: the others, where that was paused before (F40).
-_AT_HOME = frozenset({"running", "paused", "postmigrate"})
+_POWERED_OFF = "guest-shutdown"  # why QEMU shuts down, in its word
+#: What a source shows that has its guest again: `postmigrate`, where that had stopped before (F42).
+_AT_HOME = OF_ITS_OWN | {"postmigrate"}
 _KEPT = (
     "the disks' mirrors stay, paused, for another attempt (to a destination with the same images "
     "it copies what the guest writes meanwhile, no more; qmpblock recover takes them away)"
 )
+_STANDING = {
+    "": "is at the source",
+    "running": "runs at the source",
+    "suspended": "is at the source, suspended as it was",
+}
 _STOPPED = "is at the source, stopped as somebody had it"
 
 _log = logging.getLogger(__name__)
@@ -52,7 +59,6 @@ class Homeward:
 
     def __init__(self, passage: Passage) -> None:
         self._passage = passage
-        self._runs = True
         self._claimed = False
         # Less than QEMU's answers are waited for: else the wires were never cut.
         self._hold = min(HOLD, passage.source.stall / 2)
@@ -133,8 +139,22 @@ class Homeward:
         passage.settled = True
         if isinstance(error, Error):  # whatever was said, before it was undone
             left = _KEPT if kept else f"nothing of ours is left{keeper}"
-            guest = "runs at the source" if self._runs else _STOPPED
+            guest = await self._guest()
             error.standing = f"the guest {guest}, where {left}; {stands}{fate}"
+
+    async def _guest(self) -> str:
+        """Say where it is, and whether it runs."""
+        shown = ""
+        with contextlib.suppress(DisconnectedError):  # it has just ended
+            shown, _ = await self._within(self._passage.stream.state()) or ("", "")
+        if shown in _STANDING:
+            return _STANDING[shown]
+        # 7.2 shows `postmigrate` of any that had stopped before it was held (F42).
+        passage = self._passage
+        itself = {shown, passage.stream.shown, passage.shows} & STOPPED_ITSELF
+        if not itself:
+            return _STOPPED
+        return f"is at the source, as it stopped itself ({', '.join(itself)})"
 
     async def _keep(self) -> bool:
         """Leave the mirrors for another attempt; return whether they are left."""
@@ -174,7 +194,6 @@ class Homeward:
                 await self._reclaim()
                 return
             if state is not None and state[0] in _AT_HOME and state[1] in OVER:
-                self._runs = state[0] == "running" or passage.pause.stands
                 return
             late = time.monotonic() - began
             if late > self._hold:
@@ -215,15 +234,14 @@ class Homeward:
         self._claimed = True
         # First the one that must not run: where both have the same images, it has them locked.
         await passage.landing.give_up()
-        if passage.stopped:
-            self._runs = False
-            return
-        await wayback.cont(passage.source)
+        if not passage.stopped:
+            await wayback.cont(passage.source)
 
     async def _lost(self, error: BaseException) -> None:
         """Say what stands where the source cannot be reached any more."""
         passage = self._passage
         said = error if isinstance(error, DisconnectedError) else DisconnectedError("lost")
+        off = passage.stream.shutdown
         if passage.job.phase is Phase.LANDED:
             await passage.change.after_disconnect(said)
             said.standing = "all of the guest is at the destination, which stands (paused)"
@@ -240,8 +258,14 @@ class Homeward:
             # there is nothing that a recovery could find out.
             passage.settled = passage.landing.gone or passage.job.phase.before(Phase.SENT)
             said.standing = f"the source's QEMU has ended, and its images lack nothing; {stands}"
-            said.remedy = "unless the guest shut itself down, start it again from these" + (
+            if off:
+                said.message = f"the source's QEMU was shut down meanwhile ({off})"
+            if off == _POWERED_OFF:
+                said.message = "the guest has powered itself off, and its QEMU has ended with it"
+            when = "when it is to run again" if off else "unless the guest shut itself down"
+            said.remedy = f"{when}, start it again from these" + (
                 "; those at the destination hold a part" if passage.plan.copied else ""
             )
         if isinstance(error, Error):
+            error.message = said.message if off else error.message
             error.standing, error.remedy = said.standing, said.remedy

@@ -94,8 +94,9 @@ class MigrationResult:
     :ivar phases: what each took, in their order.
     :ivar passes: over the memory, as far as they were seen.
     :ivar source: what became of the source's QEMU: `postmigrate`, or `ended`.
-    :ivar destination: whether the guest is `running` there; or `paused`, for somebody else stopped
-        it on the way.
+    :ivar destination: in which run state the guest is there: `running`; `paused`, for somebody else
+        stopped it on the way; `suspended`, as it was; or as what it stopped by itself, in QEMU's
+        word (`io-error`, `guest-panicked`, ...).
     :ivar warnings: what is worth acting on.
     :ivar notices: what was done on request for it to end, and when that was said.
     :ivar paused: seconds of that standstill for which it was paused, on request, until the source
@@ -117,7 +118,7 @@ class MigrationResult:
     warnings: tuple[str, ...]
     notices: tuple[Notice, ...] = ()
     paused: float = 0.0
-    destination: Literal["running", "paused"] = "running"
+    destination: str = "running"
 
 
 class MigrationJob(Feed[Progress]):

@@ -32,7 +32,7 @@ class MigrationJournal:
     All I/O is synchronous: a phase is on stable storage when the call returns.
 
     :ivar phase: which was entered last.
-    :ivar stopped: whether it says that somebody else has stopped the guest, which is to stay so.
+    :ivar stopped: whether it says that the guest had stopped, which is to stay so.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class MigrationJournal:
     def enter(self, phase: Phase, *, stopped: bool = False) -> None:
         """Say that what a phase stands for is about to be done.
 
-        :param stopped: whether somebody else has stopped the guest; once said it stays so.
+        :param stopped: whether the guest had stopped; once said it stays so.
         :raise Error: it cannot be written; then it must not be done.
         """
         if phase is self.phase:

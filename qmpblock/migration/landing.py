@@ -50,6 +50,7 @@ from qmpblock.qemu import lock
 from qmpblock.qemu.connection import NBDAccess
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.refusals import not_found, tolerate
+from qmpblock.qemu.runstate import STANDS
 from qmpblock.sockets import open_socket
 
 if TYPE_CHECKING:
@@ -368,13 +369,20 @@ class Landing:
         if self._images is not None:
             await self._images.end()
 
-    async def until_it_has_all(self) -> None:
-        """Wait until all of the guest is there, and it stands still; for ever, if need be."""
+    async def until_it_has_all(self) -> str:
+        """Wait until all of the guest is there, and it stands still; for ever, if need be.
+
+        Return its run state: `paused`, or what it stood as when it was sent (F42).
+        """
         while True:
             migrates, runs = await self.vm.monitor.read("query-migrate", "query-status")
-            if (runs["status"], migrates.get("status")) == ("paused", "completed"):
-                return
+            if runs["status"] in STANDS and migrates.get("status") == "completed":
+                return str(runs["status"])
             await asyncio.sleep(_POLL)
+
+    async def run_state(self) -> str:
+        """Return what it shows of its guest."""
+        return str((await self.vm.monitor.execute("query-status"))["status"])
 
     async def run(self) -> Event:
         """Have the guest go on there: only whoever has the arbiter may. Return the word of that.

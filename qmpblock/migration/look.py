@@ -37,6 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Pair", "Plan", "look"]
 
+#: What to do about a source whose guest does not run, by its run state.
+_REMEDIES = {
+    "paused": "continue it first (cont)",
+    "prelaunch": "continue it first (cont)",
+    "suspended": "wake it first (system_wakeup)",
+    "shutdown": "it has powered itself off: start it at the destination, from a copy of its images",
+}
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -203,5 +211,5 @@ async def _check_source(source: Connection, disks: tuple[DiskDevice, ...]) -> No
             f"the source does not run (query-status says {printable(status)}): whether the guest "
             "is to go on at the destination cannot be told",
             standing=UNTOUCHED,
-            remedy="continue it first (cont)",
+            remedy=_REMEDIES.get(status, "see why it stopped; continue it first (cont)"),
         )

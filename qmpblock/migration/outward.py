@@ -14,6 +14,7 @@ from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.likeness import reserve_alike
 from qmpblock.migration.states import ORDER, Move, Phase, Side
 from qmpblock.migration.stream import told_at
+from qmpblock.qemu.runstate import STOPPED_ITSELF
 
 if TYPE_CHECKING:
     from qmpblock.migration.passage import Passage
@@ -58,8 +59,9 @@ class Outward:
         await self._through(Move.MIRROR)
         try:
             async with self._passage.stream.standing(STANDSTILL):
-                pausing = self._passage.pause.at_the_deadline(self._passage.storage.hurry)
-                async with pausing, self._passage.storage.watched():
+                passage = self._passage
+                pausing = passage.pause.at_the_deadline(passage.storage.hurry)
+                async with passage.stream.powered(), pausing, passage.storage.watched():
                     await self._through(Move.AWAIT_HELD)
                 await self._through(Move.AWAIT_LANDED)
         except TimeoutError:
@@ -168,8 +170,11 @@ class Outward:
             # Without a last word; whether it had sent all the destination knows.
             if not await self._passage.source_has_ended_standing():
                 raise
-        await self._passage.landing.until_it_has_all()
-        await self._passage.bitmaps.check()
+        passage = self._passage
+        passage.shows = await passage.landing.until_it_has_all()
+        # It stopped itself after the last look at it: only what was sent tells of that.
+        passage.stopped = passage.stopped or passage.shows in STOPPED_ITSELF
+        await passage.bitmaps.check()
 
     async def _claim(self) -> None:
         """Have the arbiter say where the guest runs."""
@@ -200,7 +205,7 @@ class Outward:
     async def _cont(self) -> None:
         passage = self._passage
         if passage.stopped:
-            passage.job.say("the guest stays paused: somebody else had stopped it at the source")
+            passage.job.say(_stays(passage.shows))
             return
         runs, stood = told_at(await passage.landing.run()), passage.stream.stopped
         passage.job.course.resumes(time.monotonic())
@@ -228,6 +233,7 @@ class Outward:
     async def _clear_destination(self) -> None:
         passage = self._passage
         try:
+            passage.shows = await passage.landing.run_state()
             await passage.landing.leave()
             await arbiter.withdraw(passage.landing.vm.monitor, passage.record.run)  # the mark
             await passage.bitmaps.restore(passage.landing.vm)
@@ -255,3 +261,10 @@ class Outward:
 
     def _warn(self, where: str, error: Error) -> None:
         self._passage.warnings.append(f"the guest has gone over, but {where}: {printable(error)}")
+
+
+def _stays(shown: str) -> str:
+    """Say that a guest is not continued, and why."""
+    if shown in STOPPED_ITSELF:
+        return f"the guest stays as it is: it stopped itself at the source ({shown})"
+    return "the guest stays paused: somebody else had stopped it at the source"

@@ -63,7 +63,9 @@ class Passage:
     `qmpblock.migration.outward` has the guest go over, `qmpblock.migration.homeward` has it stay.
 
     :ivar settled: whether nothing is left to recover.
-    :ivar stopped: whether somebody else has stopped the guest, which stays so, wherever it ends.
+    :ivar stopped: whether the guest had stopped, by itself or somebody else: it stays so, wherever
+        it ends.
+    :ivar shows: in which run state it is at the destination, once it is there.
     :ivar downtime: seconds for which the guest stood; 0: not known.
     :ivar warnings: what is worth acting on.
     """
@@ -91,6 +93,7 @@ class Passage:
         self.hold = hold
         self.settled = False
         self.stopped = False
+        self.shows = "running"
         self.storage = storage
         self.means = means
         self.images = images
@@ -293,7 +296,7 @@ class Passage:
             phases=course.phases(now),
             passes=course.passes(),
             source="ended" if ended else "postmigrate",
-            destination="paused" if self.stopped else "running",
+            destination=self.shows,
             warnings=tuple(self.warnings),
             notices=self.job.notices,
             paused=course.stood_before if self.pause.stands else 0.0,

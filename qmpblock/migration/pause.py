@@ -143,6 +143,8 @@ class Pause:
     async def _begin(self) -> bool:
         self.stands = True  # from here on it may
         self.stands = await pause(self._vm, paused_node(self._run))
+        if self.stands and (await self._vm.monitor.execute("query-status"))["status"] != "paused":
+            await self._forget()  # it stopped itself before
         return self.stands
 
     async def end(self) -> None:

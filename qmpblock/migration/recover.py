@@ -40,6 +40,7 @@ from qmpblock.names import MIGRATION_LOCK, is_of_run, new_run
 from qmpblock.qemu import lock
 from qmpblock.qemu.connection import Connection, NBDAccess
 from qmpblock.qemu.lock import Holder
+from qmpblock.qemu.runstate import STANDS
 from qmpblock.sockets import absolute
 
 __all__ = ["recover_migration"]
@@ -235,7 +236,7 @@ class _Recovering:
 
     @property
     def _stopped(self) -> bool:
-        """Whether anything says that somebody else has stopped the guest, which is to stay so."""
+        """Whether anything says that the guest had stopped, which is to stay so."""
         journal = self._migration.journal
         written = journal is not None and journal.stopped
         return written or any(side.stopped for side in self._seen)
@@ -435,7 +436,7 @@ class _Recovering:
             await arbiter.withdraw(there.monitor, self._record.run)
             await _drop_credentials(there, self._record.run)
             await lock.release(there.monitor, MIGRATION_LOCK)
-            await _clear(there, known=destination.run == "paused")
+            await _clear(there, known=destination.run in STANDS)
         self._leave_no_trace()
 
     def _leave_no_trace(self) -> None:

@@ -16,8 +16,8 @@ What makes it one owner, whatever dies::
     the mark, an object at the destination  says there that the arbiter decided for it, so that this
                                             can be told when the source is gone
 
-A guest that somebody else stops on the way stays so, wherever it ends: a node at the source says it
-before the rest is sent, then the journal, and the mark.
+A guest that somebody else stops on the way, or that stops itself, stays so, wherever it ends: a
+node at the source says it before the rest is sent, then the journal, and the mark.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Move(Enum):
     AWAIT_READY = "wait until every mirror is ready"
     MIGRATE = "migrate, with return-path and pause-before-switchover"
     AWAIT_HELD = "wait until the source holds the guest"
-    SAY_STOPPED = "say at the source that somebody else has stopped the guest, where that is so"
+    SAY_STOPPED = "say at the source that the guest had stopped, where that is so"
     END_MIRRORS = "end every mirror, without an error"
     UNEXPORT = "remove the exports at the destination, or end its storage daemon"
     CONTINUE = "let the source send the rest (migrate-continue)"
@@ -221,7 +221,7 @@ class Seen:
     :ivar decided: what the arbiter says, at the source; what the mark says, at the destination.
         None where there is none.
     :ivar paused: whether it says, at the source, that the migration has paused the guest.
-    :ivar stopped: whether it says that somebody else has stopped the guest, which is to stay so.
+    :ivar stopped: whether it says that the guest had stopped, which is to stay so.
     """
 
     reach: Reach
@@ -240,5 +240,5 @@ class Seen:
         if not self.answers:
             return self.reach.value
         said = f"{self.run}/{self.migration}"
-        said += ", paused by us" * self.paused + ", stopped by somebody else" * self.stopped
+        said += ", paused by us" * self.paused + ", stopped before" * self.stopped
         return said if self.decided is None else f"{said}, decided for the {self.decided.value}"

@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from qmpblock.cancellation import task_group
 from qmpblock.copying.relay import Relay
 from qmpblock.copying.target import credentials_object
 from qmpblock.copying.wire import user_of
@@ -29,6 +30,7 @@ from qmpblock.migration.channels import Channels
 from qmpblock.migration.moving import PASSES, Moving, count
 from qmpblock.names import stream_socket, stream_wire, wire_credentials
 from qmpblock.qemu.refusals import not_found, tolerate
+from qmpblock.qemu.runstate import STANDS
 
 if TYPE_CHECKING:
     from qmpblock.migration.course import Course
@@ -37,11 +39,18 @@ if TYPE_CHECKING:
     from qmpblock.migration.settings import Preset
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.job import Progress
+    from qmpblock.qemu.monitor import Subscription
 
 __all__ = ["OVER", "Stream", "told_at"]
 
 #: States of a migration that is none, or that has ended with the guest still here.
 OVER = frozenset({"none", "failed", "cancelled"})
+#: Events that say before the guest stops that it is about to stop itself, and as what.
+_STOPPING = {
+    "BLOCK_IO_ERROR": "io-error",
+    "GUEST_PANICKED": "guest-panicked",
+    "WATCHDOG": "watchdog",
+}
 _LOOK = 0.1  # seconds between looks, where no event wakes us
 _SOON = 0.01  # likewise, while the guest stands
 _AT_ONCE = 0.001  # likewise, of what follows without an event
@@ -54,7 +63,11 @@ class Stream:
     :ivar stands: whether the guest may have stopped since: it has said so, or says nothing now.
     :ivar went_on: whether the guest, since it stopped last, has gone on at the source.
     :ivar stood_before: whether it stood before QEMU held it: it showed so, or QEMU looked at the
-        memory again after it had stopped, as it never does where it stops a guest to hold it (F40).
+        memory again after it had stopped, as it never does where it stops a guest to hold it (F40);
+        or it was about to stop itself, of which there is an event before (F42).
+    :ivar shown: as what it stood then, in QEMU's word; empty where that was not seen.
+    :ivar shutdown: why QEMU was told to shut down, by the guest or not, in its word; empty: it was
+        not.
     :ivar transferred: bytes, as QEMU counts them.
     :ivar downtime: seconds for which the guest stood until all was sent, as QEMU tells it; None
         where it has not.
@@ -74,6 +87,8 @@ class Stream:
         self.stands = False
         self.went_on = False
         self.stood_before = False
+        self.shown = ""
+        self.shutdown = ""
         self.transferred = 0
         self.downtime: float | None = None
         self._course = course
@@ -92,7 +107,13 @@ class Stream:
         self._longest = 0.0
         # Before the migration: what it says comes before a reply.
         self._events = vm.monitor.subscribe(
-            "MIGRATION", "MIGRATION_PASS", "RESUME", "STOP", match=self._hears
+            "MIGRATION",
+            "MIGRATION_PASS",
+            "RESUME",
+            "SHUTDOWN",
+            "STOP",
+            *_STOPPING,
+            match=self._hears,
         )
 
     # -- what QEMU is told before
@@ -168,6 +189,27 @@ class Stream:
             finally:
                 self._limit = None
 
+    @asynccontextmanager
+    async def powered(self) -> AsyncIterator[None]:
+        """Have the body broken off where the guest powers itself off, and its QEMU stays.
+
+        :raise Error: it has: there is no guest that could go over.
+        """
+        with self._vm.monitor.subscribe("SHUTDOWN") as heard:
+            async with task_group() as group:
+                watching = group.create_task(self._until_powered_off(heard))
+                yield
+                watching.cancel()
+
+    async def _until_powered_off(self, heard: Subscription) -> None:
+        while True:
+            await heard.get()  # most end with that word, and answer nothing more
+            if (await self._vm.monitor.execute("query-status"))["status"] == "shutdown":
+                raise Error(
+                    f"the guest has powered itself off ({self.shutdown})",
+                    remedy="end its QEMU (quit); to have it run again: system_reset, then cont",
+                )
+
     def _count_from_now(self) -> None:
         self._until(asyncio.get_running_loop().time() + self._longest)
 
@@ -188,7 +230,8 @@ class Stream:
                 self._count_from_now()
             migration, run = await self._vm.monitor.read("query-migrate", "query-status")
             self._note(migration)
-            self.stood_before = self.stood_before or run["status"] == "paused"
+            if run["status"] in STANDS:
+                self.stood_before, self.shown = True, run["status"]
             status = str(migration.get("status"))
             if status == "pre-switchover":
                 return
@@ -283,10 +326,15 @@ class Stream:
         elif event["event"] == "RESUME":
             self.went_on = True
             self.stands = self._stands = self.stood_before = False
+            self.shown = ""
             self._until(None)
         elif event["event"] == "MIGRATION_PASS":
             self._course.passes_on(now, count(event.get("data", {}), "pass"))
-            self.stood_before = self._stands
+            self.stood_before = self._stands or bool(self.shown)
+        elif event["event"] == "SHUTDOWN":
+            self.shutdown = printable(event.get("data", {}).get("reason") or "it does not say why")
+        elif event.get("data", {}).get("action") in ("pause", "stop") and not self._stands:
+            self.stood_before, self.shown = True, _STOPPING[event["event"]]
         return True
 
     # -- the way back

@@ -22,6 +22,7 @@ from qmpblock.migration.states import ACTIVE, SETTLING
 from qmpblock.names import is_of_run, paused_node, stopped_node
 from qmpblock.qemu.instant import mark
 from qmpblock.qemu.refusals import no_node, tolerate
+from qmpblock.qemu.runstate import STOPPED_ITSELF
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["call_back", "cont", "cut", "mark_stopped", "quit_vm", "settle", "unmark_pause"]
 
+_WENT_ON = STOPPED_ITSELF | {"running", "suspended"}
 _POLL = 0.02  # seconds
 _YANK = 2.0  # seconds for QEMU to cut what it is told to cut
 _OWN_DECISION = 10.0  # seconds for a source to decide how its migration ends
@@ -105,10 +107,12 @@ async def settle(source: Connection, run: str) -> None:
 async def cont(vm: Connection) -> None:
     """Have a guest go on, and wait until it does. Only for whoever may.
 
+    It may be asleep, or stop itself at once: at an I/O error that is still there, say.
+
     :raise StalledError: it does not.
     """
     await vm.monitor.execute("cont")
-    await _until(vm, lambda state, _: state == "running", "the guest was continued, and stands")
+    await _until(vm, lambda state, _: state in _WENT_ON, "the guest was continued, and stands")
 
 
 async def unmark_pause(source: Connection, run: str) -> None:
@@ -118,7 +122,7 @@ async def unmark_pause(source: Connection, run: str) -> None:
 
 
 async def mark_stopped(source: Connection, run: str) -> None:
-    """Say at the source that somebody else has stopped the guest, which is to stay so. Idempotent.
+    """Say at the source that the guest had stopped, which is to stay so. Idempotent.
 
     It is a node of the change's, and goes with it.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +19,7 @@ from qmpblock.migration.migrate import migrate
 from qmpblock.names import MIGRATION_LOCK, handover_name, run_of
 from qmpblock.policy.run import Connect, as_error, connect_to
 from qmpblock.qemu import lock
+from qmpblock.qemu.runstate import STANDS
 
 if TYPE_CHECKING:
     from qmpblock.migration.job import MigrationResult
@@ -120,7 +122,7 @@ async def _tried(
 async def _gone_over(source: VM, destination: VM) -> bool:
     """Whether the source has sent its guest there, by its arbiter, and the destination has it.
 
-    It may be paused there, as it was on the way: once nothing is left there to be finished.
+    It may stand there, as it did on the way: once nothing is left there to be finished.
     """
     status = (await source.monitor.execute("query-status"))["status"]
     if status != "postmigrate":
@@ -131,7 +133,7 @@ async def _gone_over(source: VM, destination: VM) -> bool:
     [place, *others] = [await went_to(source.monitor, run) for run in runs] or [None]
     if place is None or others or not is_same_process(place, await identify(destination)):
         return False
-    stands = await _what_came_is(destination, "paused")
+    stands = await _what_came_is(destination, STANDS | {"suspended"})
     if stands and MIGRATION_LOCK not in await lock.names(destination.monitor):
         return True
     return await _runs_what_came(destination)
@@ -139,10 +141,10 @@ async def _gone_over(source: VM, destination: VM) -> bool:
 
 async def _runs_what_came(destination: VM) -> bool:
     """Whether a guest runs there that came by a migration."""
-    return await _what_came_is(destination, "running")
+    return await _what_came_is(destination, {"running"})
 
 
-async def _what_came_is(destination: VM, wanted: str) -> bool:
+async def _what_came_is(destination: VM, wanted: AbstractSet[str]) -> bool:
     migration = await destination.monitor.execute("query-migrate")
     status = await destination.monitor.execute("query-status")
-    return (status["status"], migration.get("status")) == (wanted, "completed")
+    return status["status"] in wanted and migration.get("status") == "completed"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
+from qmpblock.cli.migration import said_of_guest
 from qmpblock.cli.migrationtimeline import timeline_of
 from qmpblock.migration.job import (
     MemoryPass,
@@ -57,10 +60,25 @@ def test_what_the_guest_stands_in_is_drawn_large() -> None:
     assert [(bar.start, bar.stop) for bar in disk.bars] == [(1.0, 5.0), (5.0, 7.0)]
 
 
-def test_one_that_stays_paused_has_no_end_of_it() -> None:
-    line = timeline_of(replace(RESULT, resumed=None, longest_stall=0.0, destination="paused"))
+@pytest.mark.parametrize(
+    ("shown", "words"),
+    [
+        ("running", "the guest runs at the destination; it stood for 31 ms"),
+        ("paused", "as somebody else had it at the source (cont has it go on)"),
+        ("io-error", "io-error there, for a request of its disk failed (cont has it try that"),
+        ("suspended", "suspended there, as it was (system_wakeup wakes it)"),
+        ("watchdog", "watchdog there, as it had stopped at the source (see why)"),
+    ],
+)
+def test_what_is_said_of_the_guest(shown: str, words: str) -> None:
+    assert words in said_of_guest(replace(RESULT, downtime=0.031, destination=shown))
+
+
+@pytest.mark.parametrize("shown", ["paused", "io-error"])
+def test_one_that_stays_stopped_has_no_end_of_it(shown: str) -> None:
+    line = timeline_of(replace(RESULT, resumed=None, longest_stall=0.0, destination=shown))
     assert line.moment is None
-    assert line.title == "migration: 7.5 s, the guest is paused, as somebody else had it"
+    assert line.title == f"migration: 7.5 s, the guest stays {shown}, as it had stopped"
     assert [row.label for row in line.rows][-2:] == ["sent", "handed"]
 
 

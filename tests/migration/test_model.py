@@ -36,9 +36,11 @@ def test_a_guest_that_the_migration_paused_goes_on(stays):
     assert 0 < explored.asked < explored.ends
 
 
+@pytest.mark.parametrize("itself", [False, True], ids=["somebody", "itself"])
 @pytest.mark.parametrize("stays", [False, True], ids=["11.1", "7.2"])
-def test_a_guest_that_somebody_else_stopped_stays_so(stays):
-    explored = Model(Rules(halts=True, stays=stays), FAILURES - 1).explore()
+def test_a_guest_that_had_stopped_stays_so(stays, itself):
+    """Somebody else had stopped it, or it had stopped itself."""
+    explored = Model(Rules(halts=True, itself=itself, stays=stays), FAILURES - 1).explore()
     print(explored)
     assert explored.states > 20_000
     assert 0 < explored.asked < explored.ends
@@ -85,6 +87,7 @@ def test_without_a_failure_no_person_is_asked_who_reaches_both_sides():
         ({"halts": True, "says": False}, 1, "somebody had stopped"),
         ({"halts": True, "writes": False}, 2, "somebody had stopped"),
         ({"halts": True, "marks": False}, 2, "somebody had stopped"),
+        ({"halts": True, "itself": True, "says": False}, 0, "asked what can be told"),
     ],
     ids=str,
 )

@@ -21,14 +21,26 @@ def state(status):
     return {"return": {"status": status, "running": status == "running"}}
 
 
-async def told(tmp_path, act, *, after=0.01, longest=60.0, phase=Phase.MEMORY, rate=10 * MIB):
-    """Return what the VM was told, and what was said, with 40 MiB to go at that rate."""
+async def told(
+    tmp_path,
+    act,
+    *,
+    after=0.01,
+    longest=60.0,
+    phase=Phase.MEMORY,
+    rate=10 * MIB,
+    stands="paused",
+):
+    """Return what the VM was told, and what was said, with 40 MiB to go at that rate.
+
+    It shows `stands` after it was told to stop.
+    """
     async with fake_vm(tmp_path / "q", chain("d0"), **MEMORY) as (vm, qemu):
         plain = qemu.get
 
         def get(command, default=None):
             if command in ("stop", "cont"):
-                qemu["query-status"] = state("paused" if command == "stop" else "running")
+                qemu["query-status"] = state(stands if command == "stop" else "running")
             return plain(command, default)
 
         qemu.get = get
@@ -74,6 +86,12 @@ async def test_how_long_it_takes_is_said_before(tmp_path, phase, takes):
     assert changed == ["blockdev-add", "stop"]
     assert "where it has not gone over in 0.01 s" in said[0]
     assert f"that takes about {takes} s" in said[1]
+
+
+async def test_one_that_stopped_itself_just_before_is_not_paused(tmp_path):
+    """It would be continued as one that was (F42)."""
+    changed, _ = await told(tmp_path, for_a_while, stands="io-error")
+    assert changed == ["blockdev-add", "stop", "blockdev-del"]
 
 
 async def test_what_is_written_during_a_pass_is_reckoned_with(tmp_path):

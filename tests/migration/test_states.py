@@ -9,6 +9,7 @@ import pytest
 from qmpblock.changes.step import Choice
 from qmpblock.migration.decision import decide
 from qmpblock.migration.states import ORDER, STATES, Move, Phase, Reach, Seen, Side
+from qmpblock.qemu.runstate import STOPPED_ITSELF
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/migration.md"
 GONE = Seen(Reach.GONE)
@@ -126,7 +127,7 @@ def test_a_guest_that_the_migration_paused_goes_on(shown):
     assert str(ours) == f"{shown}, paused by us"
 
 
-STOPPED = "stopped as somebody had it"
+STOPPED = "stopped as it was"
 
 
 @pytest.mark.parametrize("known", ["source", "destination", "journal"])
@@ -155,7 +156,27 @@ def test_a_guest_that_somebody_else_stopped_is_continued_nowhere(known):
         home = decided(replace(away, decided=side), GONE, force=force)
         assert (home.owner, home.move, home.last) == (Side.SOURCE, Move.FINISH_SOURCE, True)
     assert decided(GONE, marked).move is Move.FINISH_DESTINATION
-    assert str(replace(away, stopped=True)) == "postmigrate/completed, stopped by somebody else"
+    assert str(replace(away, stopped=True)) == "postmigrate/completed, stopped before"
+
+
+@pytest.mark.parametrize("state", sorted(STOPPED_ITSELF))
+def test_a_guest_that_stopped_itself_is_no_guest_that_was_continued(state):
+    """As what it stands at the destination it came, where it is known that it had stopped (F42)."""
+    away, there = Seen(Reach.ANSWERS, "postmigrate", "completed"), seen((state, "completed"))
+    knows = replace(away, stopped=True)
+    assert decide(Phase.SENT, knows, there).move is Move.CLAIM_SOURCE
+    onward = decide(Phase.SENT, knows, there, choice=Choice.CONTINUE)
+    assert onward.move is Move.CLAIM_DESTINATION
+    for source in (
+        seen((state, "failed")),
+        replace(seen(("postmigrate", "failed")), stopped=True),
+    ):
+        assert decide(Phase.SENT, source, there).move is Move.QUIT_DESTINATION
+        assert decide(Phase.SENT, source, GONE).move is Move.FINISH_SOURCE
+    # Else somebody may have continued it there, before it stopped.
+    assert decide(Phase.SENT, away, there).move is Move.CLAIM_DESTINATION
+    over = decide(Phase.SENT, replace(away, decided=Side.DESTINATION), there)
+    assert (over.owner, over.move) == (Side.DESTINATION, Move.FINISH_DESTINATION)
 
 
 def test_a_storage_daemon_ends_when_the_guest_is_home_and_before_anything_else():

@@ -49,6 +49,31 @@ def test_whether_it_stood_before_qemu_held_it_is_heard() -> None:
     assert not stood("STOP", "MIGRATION_PASS", "RESUME", *own)
 
 
+def test_that_it_is_about_to_stop_itself_is_heard() -> None:
+    """Before its STOP: one that comes after it is of a guest that QEMU holds (F42)."""
+    heard: list[Any] = []
+    vm = cast(
+        "Any",
+        SimpleNamespace(monitor=SimpleNamespace(subscribe=lambda *_, match: heard.append(match))),
+    )
+
+    def stood(*events: tuple[str, str]) -> tuple[bool, str]:
+        stream = Stream(vm, RUN, cast("Any", None), lambda _: None, Course(0.0))
+        for name, action in events:
+            heard[-1]({"event": name, "data": {"action": action}})
+        return stream.stood_before, stream.shown
+
+    failed, stop = ("BLOCK_IO_ERROR", "stop"), ("STOP", "")
+    assert stood(failed, stop) == (True, "io-error")
+    assert stood(failed, ("MIGRATION_PASS", ""), stop) == (True, "io-error")
+    assert stood(("GUEST_PANICKED", "pause"), stop) == (True, "guest-panicked")
+    assert stood(("WATCHDOG", "pause"), stop) == (True, "watchdog")
+    assert stood(stop, failed) == (False, "")
+    assert stood(failed, stop, ("RESUME", "")) == (False, "")
+    for action in ("report", "ignore", "run", "poweroff"):
+        assert stood(("BLOCK_IO_ERROR", action), stop) == (False, "")
+
+
 async def test_what_is_counted_a_moment_after_the_end_is_asked_for_again() -> None:
     """As 7.2 counts its downtime: `completed` comes before."""
     told = [{"status": "completed", "downtime": one} for one in (0, 16, 99)]
