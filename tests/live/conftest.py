@@ -184,6 +184,7 @@ EITHER = (
     "test_libvirt",
     "test_libvirt_chains",
     "test_libvirt_commit",
+    "test_libvirt_copy",
     "test_libvirt_kills",
     "test_libvirt_shared",
     "test_linux",

@@ -1,13 +1,13 @@
 """A copy to which the guest goes over, under libvirt: libvirt's own, so that it knows.
 
-The judge is libvirt, as in `test_libvirt_chains`.
+The judge is libvirt, as in `test_libvirt_chains`. Who is killed in its midst: `test_libvirt_kills`,
+and all of it in tests/soak.
 """
 
 import pytest
 from chains import cli
 from libvirtdomain import Domain
 from libvirthost import libvirt_host, make_chain, run
-from libvirtpoints import MOVE, killed, make_four
 
 from qmpblock.testing.images import Tools
 from qmpblock.testing.whichqemu import version_of
@@ -90,11 +90,3 @@ async def test_the_guest_goes_over_and_libvirt_knows(host, chain, second, qemu_b
     assert "type='raw'" in domain.virsh("dumpxml", "--inactive")
     domain.write(9, 8448)
     domain.end()
-
-
-async def test_the_daemon_is_killed_as_the_guest_goes_over(host, vm_dir, qemu_binary):
-    """The VM is paused then, so that either image has it all, and goes on when they agree."""
-    chain = make_four(vm_dir, qemu_binary)
-    told, now = await killed(host, chain, qemu_binary, MOVE, "daemon", "pivot", "after")
-    assert told == "paused"
-    assert now in (["copy.qcow2"], ["now.qcow2", "mid.qcow2", "top.qcow2", "base.qcow2"])
