@@ -5,11 +5,12 @@ Read as policies are: strictly, and before any VM is touched.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.address import TCPAddress, parse_monitor
+from qmpblock.address import TCPAddress, UnixAddress, parse_monitor
 from qmpblock.errors import RequestError, printable
 from qmpblock.migration.diskterms import ALLOCATIONS, Allocation, DiskTerms, Layers
 from qmpblock.migration.means import LONGEST_PAUSE, MOST_CHANNELS, MigrationMeans
@@ -184,6 +185,8 @@ def _address(entry: Mapping, key: str, seen: set[MonitorAddress]) -> str:
         parsed = parse_monitor(text)
     except RequestError as error:
         entry.refuse(key, error.message)
+    if isinstance(parsed, UnixAddress):  # one socket has many names
+        parsed = UnixAddress(os.path.realpath(parsed.path))
     if parsed in seen:
         entry.refuse(key, f"{printable(text)} stands here twice: a VM takes part once")
     seen.add(parsed)

@@ -79,6 +79,8 @@ def test_the_whole_is_shared_by_those_at_once(parallel: int, speed: str, each: i
         (f"speed: 1\nparallel: 2\nvms:\n{ONE}{TWO}", "speed: is not a byte a second"),
         (f"vms:\n{ONE}{ONE}", "vms[1].source: a.qmp stands here twice"),
         ("vms:\n  - {source: a.qmp, destination: unix:a.qmp}\n", "stands here twice"),
+        ("vms:\n  - {source: a.qmp, destination: ./a.qmp}\n", "stands here twice"),
+        ("vms:\n  - {source: /run/a, destination: /run/b/../a}\n", "stands here twice"),
         ("vms:\n  - {source: a.qmp}\n", "vms[0].destination: is missing"),
         ("vms:\n  - {source: a, destination: b, pivot: yes}\n", "pivot: is not a key"),
         ("vms:\n  - {source: a, destination: 'tcp:'}\n", "vms[0].destination: "),
