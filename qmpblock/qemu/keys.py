@@ -87,7 +87,13 @@ async def _read_file(pid: int | None, name: str, file: str) -> bytes:
             here = files.image({"driver": "file", "filename": _here(pid, file)}, said=True)
             text, code = await _output(files, files.command("cat", [here["filename"]]))
     except NotFoundError:
-        raise UnsupportedError(f"{where} cannot be read here: No such file or directory") from None
+        why = "No such file or directory"
+        if not file.startswith("/"):
+            why += (
+                " where QEMU is now (with -daemonize it leaves the directory in which it was "
+                "started: start the VM with the key's absolute path)"
+            )
+        raise UnsupportedError(f"{where} cannot be read here: {why}") from None
     except UnsupportedError as error:
         raise UnsupportedError(f"{where} cannot be read here: {error.message}") from None
     if code:

@@ -53,7 +53,8 @@ async def test_a_relative_file_is_qemus(tmp_path, monkeypatch):
     ("key", "why"),
     [
         ({"type": "secret_keyring", "serial": "5"}, "only QEMU itself can read"),
-        ({"file": "/no/such/file"}, "No such file"),
+        ({"file": "/no/such/file"}, "No such file or directory$"),
+        ({"file": "no-such-file"}, "with the key's absolute path"),
         ({"file": "/dev/fd/11"}, "open file of QEMU's own"),
         ({"file": "/dev/stdin"}, "open file of QEMU's own"),
         ({"file": "/proc/self/fd/11"}, "open file of QEMU's own"),
