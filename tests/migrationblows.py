@@ -10,10 +10,10 @@ import signal
 
 import pytest
 from migrating import storage_daemons
+from migrationoutcomes import WIRE_CUT
 
 from qmpblock.migration import hold, homeward, imageserver, landing, outward, storage, wayback
 
-WIRE = "wire cut"  # to another host
 #: Seconds that the controller waits for QEMU: of a guest that stands, of an answer.
 STALL = 1.0
 #: That is what other limits of the engine are brought down to: they are of tens of seconds.
@@ -92,7 +92,7 @@ def blow(struck, source, destination, place, host=None):
     :param place: where storage daemons have their images.
     :param host: on which the destination is, if it is on another one.
     """
-    if struck == WIRE:
+    if struck == WIRE_CUT:
         return Cut(host)
     found = {
         "source hangs": lambda: [source.pid],

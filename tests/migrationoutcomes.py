@@ -21,7 +21,7 @@ def _from(first, *changes):
     }
 
 
-WIRE = "controller; wire cut"
+WIRE, WIRE_CUT = "controller; wire cut", "wire cut"  # to another host
 #: By what was struck, for each phase.
 OUTCOMES = {
     "controller": _from(SOURCE, (Phase.HANDED, DESTINATION)),
@@ -44,7 +44,7 @@ INTERRUPTED = {
     "storage daemon hangs": _OF_IMAGES,
     "source hangs": _from(SOURCE, (Phase.LANDED, EITHER), (Phase.HANDED, DESTINATION)),
     "destination hangs": _OF_THE_DESTINATION,
-    "wire cut": _OF_THE_DESTINATION,
+    WIRE_CUT: _OF_THE_DESTINATION,
 }
 
 

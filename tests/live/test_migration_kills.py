@@ -8,7 +8,20 @@ import signal
 import pytest
 from disturbed import nothing_of_ours, writes_on
 from migrating import dies_in, machine, migrated, storage_daemons, stressed
-from migrationoutcomes import ASKED, DESTINATION, HERE, OUTCOMES, PHASES, SOURCE, THERE, WIRE
+from migrationkills import Matrix
+from migrationoutcomes import (
+    ASKED,
+    DESTINATION,
+    HERE,
+    INTERRUPTED,
+    OUTCOMES,
+    PHASES,
+    SOURCE,
+    THERE,
+    WIRE,
+    WIRE_CUT,
+)
+from rounds import rounds
 
 import qmpblock
 from qmpblock.errors import DisconnectedError, UndecidedError
@@ -177,6 +190,20 @@ async def runs(vm):
     except DisconnectedError:  # it is ending, and its process is not gone yet
         await vm.wait(30)
         return False
+
+
+@pytest.mark.parametrize("struck", INTERRUPTED)
+async def test_struck_at_some_command(
+    struck, ssh_host, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    """One point of the kill matrix, which `make soak` goes through whole."""
+    _, chance = rounds(1)
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    how = {"host": ssh_host} if struck == WIRE_CUT else {"storage_daemon": "daemon" in struck}
+    async with Matrix(*where, **how) as matrix:
+        number, moment = chance.choice(list(matrix.points()))
+        await matrix.strike(struck, number, moment)
+    print(f"{moment} command {number}: {dict(matrix.outcomes)}")
 
 
 @pytest.mark.parametrize(("struck", "phase"), CELLS, ids=str)

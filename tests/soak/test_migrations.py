@@ -11,9 +11,8 @@ import pytest
 from disturbed import nothing_of_ours
 from migrating import ALIKE, arrived, machine, migrated, stressed, to_newer
 from migratinglinux import log_goes_over
-from migrationblows import WIRE
 from migrationkills import STRUCK, kill_matrix
-from migrationoutcomes import INTERRUPTED
+from migrationoutcomes import INTERRUPTED, WIRE_CUT
 from migrationrounds import migrations_under_stress
 from rounds import rounds
 
@@ -70,7 +69,7 @@ WAYS = ("exports", "daemon")
 ROWS = [
     (struck, way)
     for struck in (*STRUCK, *INTERRUPTED)
-    if struck != WIRE
+    if struck != WIRE_CUT
     for way in WAYS
     if way == "daemon" or not struck.startswith("storage daemon")
 ]
@@ -88,7 +87,7 @@ async def test_the_wire_cut_at_every_command(
     ssh_host, start_qemu, start_destination, vm_dir, qemu_binary
 ):
     where = (start_qemu, start_destination, vm_dir, qemu_binary)
-    await kill_matrix(WIRE, *where, host=ssh_host)
+    await kill_matrix(WIRE_CUT, *where, host=ssh_host)
 
 
 #: Those in which it is broken off; it comes to no other, for one guest is to stay.
