@@ -169,8 +169,12 @@ async def bring_home(vm: Connection, record: Record, journal: Journal | None, na
     :raise Error: the manager could not; the guest goes on in the overlay, which it knows.
     """
     _check_lent(vm, record)
-    if not _works(record.passage(name).device, await vm.graph()):
-        if await vm.monitor.through(lambda lender: lender.ready(name)):
+    graph = await vm.graph()
+    path = record.passage(name).device
+    device = _device(path, graph)
+    if device is None or not any(job.type == "commit" and not job.ours for job in device.jobs):
+        forgotten = await vm.monitor.through(lambda lender: lender.ready(name))
+        if forgotten and not _works(path, graph):
             return False  # a job that QEMU does not have: its daemon has forgotten its end (K41)
         await _begin_home(vm, record, name)
     await catch_up(vm, name, lambda _: None)
@@ -182,24 +186,34 @@ async def bring_home(vm: Connection, record: Record, journal: Journal | None, na
 
 
 async def _begin_home(vm: Connection, record: Record, name: str) -> None:
-    """Have the manager begin, as soon as it knows of the overlay, and has nothing else under way.
+    """Have the manager begin, as soon as it knows of the overlay, and nobody's job is on the disk.
 
+    :raise BusyError: somebody's is, for the stall limit.
     :raise Error: it refuses.
     """
     through, clock = vm.monitor.through, asyncio.get_running_loop().time
-    deadline = clock() + vm.stall
+    deadline, path = clock() + vm.stall, record.passage(name).device
     while True:
+        graph = await vm.graph()
+        device, works = _device(path, graph), _works(path, graph)
+        below = () if device is None else (one.node.name for one in device.chain.layers[1:])
+        late = clock() > deadline or (not works and record.base not in below)
         layers = await through(lambda lender: lender.layers(name))
         called = {os.path.realpath(file): its for file, its in layers}
         base = called.get(os.path.realpath(record.base_file), "")
         try:
-            if base:
+            if base and not works:
                 await through(lambda lender, base=base: lender.commit(name, base, ""))  # type: ignore[misc]
                 return
         except BusyError:
-            if clock() > deadline:
+            if late:
                 raise
-        if clock() > deadline:
+        if late and works:
+            raise BusyError(
+                f"an overlay of ours cannot come home: somebody else's job is at work on "
+                f"{printable(name)}, for {vm.stall:g} s by now"
+            )
+        if late:
             raise GraphError(
                 f"libvirt does not know {printable(record.base_file)} as a layer of "
                 f"{printable(name)}",

@@ -9,7 +9,7 @@ from drawing import RUN, chain, record
 from qmpblock.changes.known import agree, bring_home, give_up, pivot
 from qmpblock.changes.step import Choice
 from qmpblock.changes.unfinished import steps
-from qmpblock.errors import Error, StalledError, UnsupportedError
+from qmpblock.errors import BusyError, Error, StalledError, UnsupportedError
 
 COMMIT = "commit-vda-d0"  # as libvirt calls its job
 PAUSED = f"qmpblock-{RUN}-paused"
@@ -248,6 +248,22 @@ async def test_an_overlay_of_which_it_does_not_know_is_not_brought_home():
     vm.ready, vm.layers = ready, layers
     with pytest.raises(Error, match="does not know /i/x as a layer of vda"):
         await bring_home(vm, of_pivot(base_file="/i/x"), None, "vda")
+
+
+async def test_an_overlay_of_ours_waits_for_somebody_elses_job():
+    """Also where that is ready to pivot, as a copy of libvirt's is."""
+    vm = Managed(chain("d0", "d1").job("backup-vda", "backup", "running", "d0", "d1"))
+
+    async def ready(name):
+        return True
+
+    async def layers(name):
+        return [("/i/d0", f"{name}[2]"), ("/i/d1", f"{name}[1]")]
+
+    vm.ready, vm.layers = ready, layers
+    with pytest.raises(BusyError, match="somebody else's job is at work on vda"):
+        await bring_home(vm, of_pivot(), None, "vda")
+    assert vm.sent == []
 
 
 @pytest.mark.parametrize("choice", list(Choice))

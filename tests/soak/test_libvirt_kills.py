@@ -19,8 +19,10 @@ async def test_killed_at_every_command(operation, host, vm_dir, qemu_binary):
     await kill_all(host, operation, vm_dir, qemu_binary)
 
 
-@pytest.mark.parametrize(
-    "operation", [*OURS, *(one for one in (*COMMITS, *MOVES) if not one.extra)], ids=str
-)
+LONG = tuple(one for one in OPERATIONS if one.name == "full")
+MORE = (*LONG, *(one for one in (*COMMITS, *MOVES) if not one.extra))
+
+
+@pytest.mark.parametrize("operation", [*OURS, *MORE], ids=str)
 async def test_libvirt_is_asked_at_every_change(operation, host, vm_dir, qemu_binary):
     await cross_all(host, operation, vm_dir, qemu_binary)
