@@ -52,9 +52,14 @@ async def test_a_failure_is_not_hidden_by_being_cancelled():
 async def test_what_is_undisturbed_knows_when_its_end_is_wanted():
     seen = []
 
+    began = asyncio.Event()
+
     async def inner():
         seen.append(end_is_wanted())
-        await asyncio.sleep(0.05)
+        began.set()
+        async with asyncio.timeout(30):
+            while not end_is_wanted():
+                await asyncio.sleep(0)
         seen.append(end_is_wanted())
 
     async def undo():
@@ -67,7 +72,7 @@ async def test_what_is_undisturbed_knows_when_its_end_is_wanted():
             await undisturbed(undo())  # whose caller was cancelled before
 
     task = asyncio.create_task(outer())
-    await asyncio.sleep(0.01)
+    await began.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
