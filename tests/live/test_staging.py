@@ -57,13 +57,20 @@ async def holds(vm, built, expected):
 
 def writing_before_the_freeze(monkeypatch, vm, at, length, byte):
     """Have the guest write between the plan and the freeze, the latest moment there is."""
-    real = staging.take
+    real = staging.owner_of
 
-    async def take(*arguments):
-        await vm.guest.fill(0, at, length, byte)
-        await real(*arguments)
+    async def owner_of(*arguments):
+        owner = await real(*arguments)
+        taken = owner.take
 
-    monkeypatch.setattr(staging, "take", take)
+        async def take(items):
+            await vm.guest.fill(0, at, length, byte)
+            await taken(items)
+
+        owner.take = take
+        return owner
+
+    monkeypatch.setattr(staging, "owner_of", owner_of)
 
 
 async def test_a_write_between_plan_and_freeze_is_kept(
