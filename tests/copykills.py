@@ -15,6 +15,10 @@ class Copying(Operation):
         return self.what["at"] == "pivot"
 
     @property
+    def keeps(self):
+        return self.moves  # the others' targets lie elsewhere
+
+    @property
     def leaves_nodes(self):
         return self.moves
 

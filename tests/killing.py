@@ -103,6 +103,11 @@ class Operation:
         return True
 
     @property
+    def keeps(self):
+        """Whether an image that is not whole may stay beside the others, to be gone on from."""
+        return False
+
+    @property
     def leaves_nodes(self):
         """Whether nodes of ours are in the guest's chains afterwards."""
         return self.what["do"] == "snapshot"
@@ -533,7 +538,7 @@ class _Point:
     async def _is(self, wanted):
         deadline = asyncio.get_running_loop().time() + _SETTLE
         while True:
-            now = await self.state()
+            now = self._without_kept(await self.state(), wanted)
             # Relaxed only where QEMU itself leaves files open for writing after a cancelled job.
             same = _without_modes if self.operation.scars else _same
             if same(now) == same(wanted):
@@ -547,6 +552,14 @@ class _Point:
                 )
                 raise AssertionError(f"{self.label}: the VM is not as it should be:\n{left}")
             await asyncio.sleep(0.05)
+
+    def _without_kept(self, now, wanted):
+        """Return a state without what another copy can go on from, which stays where it was."""
+        if not self.operation.keeps:
+            return now
+        more = now - wanted
+        kept = {line for line in more if re.fullmatch(r"file: DIR/images/.*\.partial", line)}
+        return VMState({line: count for line, count in now.lines.items() if line not in kept})
 
     async def _image_holds(self, number, path, fmt, acked, issued, chain=None):
         """A closed image: sound, reopenable as recorded, every write there, the rest as it was."""
@@ -655,7 +668,7 @@ class _Point:
         files = {path.name for path in self.images.iterdir()}
         known = {path.name for path in self.matrix.built.directory.iterdir()}
         used = {Path(file).name for file in start}
-        if self.operation.moves:  # what another copy can go on from
+        if self.operation.keeps:
             used |= {path.name for path in self.images.glob("*.partial")}
         assert files - known <= used, files
         await self._recover_images(chain, again=True)
