@@ -81,10 +81,9 @@ async def recover_stranded(
 
 async def bring_in(disk: MappedDisk) -> None:
     """Bring in what is stranded on a disk, before it is planned for."""
-    for one in await _find(disk.vm):
-        if one.device is not None and one.device.qom_path == disk.device.qom_path:
-            await _bring_in(disk.vm, one, None)
-            await disk.refresh()
+    for one in await _find_on(disk):
+        await _bring_in(disk.vm, one, None)
+        await disk.refresh()
 
 
 async def check_in(disk: MappedDisk) -> None:
@@ -92,15 +91,20 @@ async def check_in(disk: MappedDisk) -> None:
 
     :raise BusyError: something is.
     """
-    for one in await _find(disk.vm):
-        if one.device is not None and one.device.qom_path == disk.device.qom_path:
-            raise BusyError(
-                f"{disk.name} was started from {printable(one.record.top_file)}, an overlay of "
-                "an allocation whose QEMU died",
-                standing=UNTOUCHED,
-                remedy="whatever allocates there next brings it home first; so does: qmpblock "
-                "recover ADDRESS",
-            )
+    for one in await _find_on(disk):
+        raise BusyError(
+            f"{disk.name} was started from {printable(one.record.top_file)}, an overlay of "
+            "an allocation whose QEMU died",
+            standing=UNTOUCHED,
+            remedy="whatever allocates there next brings it home first; so does: qmpblock "
+            "recover ADDRESS",
+        )
+
+
+async def _find_on(disk: MappedDisk) -> list[_Stranded]:
+    path = disk.device.qom_path
+    found = await _find(disk.vm)
+    return [one for one in found if one.device is not None and one.device.qom_path == path]
 
 
 async def _find(vm: Connection) -> list[_Stranded]:

@@ -212,25 +212,27 @@ class ManagersStaging(StagedCommit):
                 if node is not None:
                     yield Step("delete-node", node, "it is of an overlay of ours that is not used")
 
-    def holds(self, graph: BlockGraph, *, stale: bool | None) -> tuple[str, ...]:
+    def may_start(
+        self, graph: BlockGraph, entries: Iterable[Mapping[str, object]]
+    ) -> tuple[str, ...]:
         """Keep the overlay where the guest was not seen to be back on the image."""
-        return () if stale or self.took_effect(graph) else (self.top_file,)
+        return () if pivoted(entries) or self.took_effect(graph) else (self.top_file,)
 
     def verdict(
         self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]
     ) -> ImageVerdict:
         """Leave it to the manager, which starts the VM from the overlay if it was there."""
-        others = tuple(file for file in empty if file != self.top_file)
+        said = tuple(entries)
         if self.top_file not in empty:
-            return ImageVerdict((self.base_file,), (), others, "no overlay of ours is left")
-        if pivoted(entries):
+            return super().verdict(said, empty)
+        if pivoted(said):
             why = "the guest was back on the image, and its manager knew; the overlay is stale"
-            return ImageVerdict((self.base_file,), (), (*others, self.top_file), why)
+            return replace(super().verdict(said, empty), why=why)
         held = "may hold" if empty[self.top_file] else "holds"
         return ImageVerdict(
             (self.top_file,) if held == "holds" else (self.base_file,),
             (),
-            others,
+            tuple(file for file in empty if file != self.top_file),
             f"{printable(self.top_file)} {held} what the guest wrote last, and the manager starts "
             "the VM from what it knows (virsh domblklist DOMAIN, virsh start DOMAIN). While that "
             f"runs, qmpblock recover {printable(self.vm.monitor)} brings it home",

@@ -38,7 +38,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.graph.model import BlockGraph, DiskDevice
+from qmpblock.graph.model import BlockGraph
 from qmpblock.names import paused_node
 from qmpblock.qemu.instant import instant
 from qmpblock.qemu.job import Progress
@@ -171,7 +171,7 @@ async def bring_home(vm: Connection, record: Record, journal: Journal | None, na
     _check_lent(vm, record)
     graph = await vm.graph()
     path = record.passage(name).device
-    device = _device(path, graph)
+    device = graph.disk_at(path)
     if device is None or not any(job.type == "commit" and not job.ours for job in device.jobs):
         forgotten = await vm.monitor.through(lambda lender: lender.ready(name))
         if forgotten and not _works(path, graph):
@@ -195,7 +195,7 @@ async def _begin_home(vm: Connection, record: Record, name: str) -> None:
     deadline, path = clock() + vm.stall, record.passage(name).device
     while True:
         graph = await vm.graph()
-        device, works = _device(path, graph), _works(path, graph)
+        device, works = graph.disk_at(path), _works(path, graph)
         below = () if device is None else (one.node.name for one in device.chain.layers[1:])
         late = clock() > deadline or (not works and record.base not in below)
         layers = await through(lambda lender: lender.layers(name))
@@ -289,7 +289,7 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
         record = record.seen_in(graph)
         passage = record.passage(name)
         here, there = passage.nodes, passage.files
-        device = _device(passage.device, graph)
+        device = graph.disk_at(passage.device)
         if device is None:
             return False  # it was unplugged
         if not _works(passage.device, graph):
@@ -331,16 +331,9 @@ def _check_lent(vm: Connection, record: Record) -> None:
         )
 
 
-def _device(path: str, graph: BlockGraph) -> DiskDevice | None:
-    for device in graph.disks():
-        if device.qom_path == path:
-            return device
-    return None
-
-
 def _works(path: str, graph: BlockGraph) -> bool:
     """Whether somebody's job is on the disk, or one has ended that its owner has yet to note."""
-    device = _device(path, graph)
+    device = graph.disk_at(path)
     on_it = () if device is None else device.jobs
     ended = (job for job in graph.jobs if job.status not in ACTIVE)
     return any(not job.ours for job in (*on_it, *ended))

@@ -92,14 +92,14 @@ class Passage:
 
     def is_over(self, graph: BlockGraph) -> bool:
         """Whether the guest has gone over."""
+        disk = graph.disk_at(self.device)
+        if disk is None:
+            return False
         before, after = self.nodes
-        for disk in graph.disks():
-            if disk.qom_path == self.device:
-                layers = [layer.node.name for layer in disk.chain.layers]
-                if after:
-                    return before not in layers and after in layers
-                return layers[0] != before and is_in(graph, layers[0], self.files[1])
-        return False
+        layers = [layer.node.name for layer in disk.chain.layers]
+        if after:
+            return before not in layers and after in layers
+        return layers[0] != before and is_in(graph, layers[0], self.files[1])
 
 
 @dataclass(frozen=True)
@@ -225,13 +225,6 @@ class Record:
         """Return it with the names that somebody else has given meanwhile, as far as they show."""
         return self
 
-    def holds(self, graph: BlockGraph, *, stale: bool | None) -> tuple[str, ...]:
-        """Return the files that it made, and that may hold a guest's newest data unused.
-
-        :param stale: see `way_home`.
-        """
-        return ()
-
     def took_effect(self, graph: BlockGraph) -> bool | None:
         """Whether it is done, as far as the guest and the chain go; None: cannot tell."""
         return None
@@ -244,6 +237,8 @@ class Record:
         self, graph: BlockGraph, entries: Iterable[Mapping[str, object]]
     ) -> Collection[str]:
         """Return files that it made from which a manager may start the VM: they stay.
+
+        They may hold the guest's newest data, though nothing uses them.
 
         :param entries: of the journal.
         """

@@ -115,7 +115,7 @@ def _leftovers(
     used = {node.filename for node in graph.nodes.values()}
     ours = set(record.nodes) & set(graph.nodes)
     for file in made:
-        if file in used or ours or file in record.holds(graph, stale=stale):
+        if file in used or ours:
             continue
         if file in kept:
             yield Step("keep-file", file, "another copy can go on from it", partial_file(file))

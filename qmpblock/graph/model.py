@@ -366,6 +366,10 @@ class BlockGraph:
         """Return the job of that id, or None."""
         return next((job for job in self.jobs if job.id == name), None)
 
+    def disk_at(self, path: str) -> DiskDevice | None:
+        """Return the disk of that QOM path, or None."""
+        return next((disk for disk in self.disks() if disk.qom_path == path), None)
+
     def disks(self) -> tuple[DiskDevice, ...]:
         """Return the devices that hold a disk, in their order."""
         return tuple(one for one in self.devices if isinstance(one, DiskDevice))

@@ -139,7 +139,9 @@ def taken(over="d0", active=THEIRS):
 
 
 def left(drawing, *, stale=False):
-    found = steps(staging(), drawing.graph(), Choice.UNDO, (OVERLAY,), stale=stale)
+    its, graph = staging(), drawing.graph()
+    made = {OVERLAY}.difference(its.may_start(graph, [{"pivoted": stale}]))
+    found = steps(its, graph, Choice.UNDO, made, stale=stale)
     return [(step.verb, step.what) for step in found]
 
 
