@@ -28,15 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 from qmpblock.chains.headers import Header, make
 from qmpblock.chains.overlay import Item, make_file, make_overlay
-from qmpblock.changes.filters import set_child
-from qmpblock.changes.nodes import set_detect_zeroes, set_writable
+from qmpblock.changes.nodes import lay, set_detect_zeroes, set_writable
 from qmpblock.errors import JobError
 from qmpblock.host.qemuio import QemuIo, null_data
 from qmpblock.names import (
     create_job,
     filling_job,
     filling_nodes,
-    is_ours,
     joint_node,
     joint_nodes,
     kept_file,
@@ -153,7 +151,7 @@ async def fill(
     ):
         await execute("blockdev-add", node)
     await joint.put_on(record.base, item.plan.device)
-    await _lay(vm, item, view)
+    await lay(vm, item.node, view, item.node_options(view))
     job = Job(vm.monitor, parts.job, "commit")
     try:
         # Never waited for if there is no room: the overlay is to come home, and grows meanwhile.
@@ -164,18 +162,10 @@ async def fill(
         await _copied(vm, job, tell)
     finally:
         job.end()
-    await _lay(vm, item, record.base)
+    await lay(vm, item.node, record.base, item.node_options(record.base))
     for name in (z, window, view, filter_, kept):
         await execute("blockdev-del", {"node-name": name})
     await joint.remove()
-
-
-async def _lay(vm: Connection, item: Item, below: str) -> None:
-    """Have the overlay lie on another node, all else of it as it is."""
-    if is_ours(item.node):
-        await vm.monitor.execute("blockdev-reopen", {"options": [item.node_options(below)]})
-    else:  # its manager opened it, with options that nothing tells
-        await set_child(vm, item.node, "backing", below)
 
 
 async def _make_zeros(

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -196,10 +196,15 @@ async def reserve_by_staging(
 async def _by_its_manager(disk: MappedDisk, record: StagedCommit) -> ManagersStaging:
     """Return the same, done by the manager that owns the chain: the overlay's nodes are its."""
     [name] = await manager_names(disk.vm, [disk.device])
-    said = {one.name: getattr(record, one.name) for one in fields(record)}
-    nodes = tuple(node for node in record.nodes if node not in (record.top, f"{record.top}-file"))
-    said |= {"job": "", "helpers": record.helpers[1:], "top": ""}
-    return ManagersStaging(**said | {"nodes": (*nodes, paused_node(record.run)), "known_as": name})
+    its = (record.top, storage_node(record.top))
+    return record.to(
+        ManagersStaging,
+        job="",
+        helpers=record.helpers[1:],
+        nodes=(*(node for node in record.nodes if node not in its), paused_node(record.run)),
+        top="",
+        known_as=name,
+    )
 
 
 async def check_staging(disk: MappedDisk) -> str:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import undisturbed
@@ -185,7 +185,7 @@ class _Merging(_Committing):
         said = await record_of_commit(self._disk, self._plan, self._run)
         assert isinstance(said, Commit)
         # Whose nodes go is the manager's to close.
-        self._record = ManagersCommit(**{**_fields(said), "leaving": ()})
+        self._record = said.to(ManagersCommit, leaving=())
 
     async def run(self) -> None:
         vm, plan, name = self._vm, self._plan, self._name
@@ -271,17 +271,14 @@ class _Pivoting(_Committing):
                 standing=UNTOUCHED,
                 remedy="virsh blockcommit, which knows disks of other types than files",
             )
-        known = {one.name for one in fields(ManagersPivot)}
-        self._record = ManagersPivot(
-            **{
-                **{key: value for key, value in _fields(said).items() if key in known},
-                "job": "",
-                "leaving": (),
-                "nodes": (paused_node(self._run),),
-                "known_as": self._name,
-                "top_file": top,
-                "base_file": base,
-            }
+        self._record = said.to(
+            ManagersPivot,
+            job="",
+            leaving=(),
+            nodes=(paused_node(self._run),),
+            known_as=self._name,
+            top_file=top,
+            base_file=base,
         )
 
     async def run(self) -> None:
@@ -329,7 +326,3 @@ class _ManagersJob(ChainJob):
     async def set_speed(self, speed: int) -> None:
         """Limit it to `speed` bytes a second from now on; 0 is no limit."""
         await self.manager.limit(speed)
-
-
-def _fields(record: Commit | ActiveCommit) -> dict[str, Any]:
-    return {one.name: getattr(record, one.name) for one in fields(record)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from qmpblock.changes.filters import set_child
 from qmpblock.errors import UNTOUCHED, CommandError, UnsupportedError, printable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_copy_on_read",
+    "lay",
     "relink",
     "restore_discard",
     "restore_zeroes",
@@ -44,6 +46,18 @@ def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
         )
 
 
+async def lay(vm: Connection, node: str, below: str, options: Mapping[str, Any]) -> None:
+    """Have an overlay of ours lie on another node, all else of it as it is.
+
+    :param options: the whole description of its node, then; of use where that is ours.
+    :raise Error: QEMU refused.
+    """
+    if is_ours(node):
+        await vm.monitor.execute("blockdev-reopen", {"options": [options]})
+    else:  # its manager opened it, with options that nothing tells
+        await set_child(vm, node, "backing", below)
+
+
 async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> None:
     """Have an overlay of ours lie on its image itself, without what was put between.
 
@@ -55,12 +69,8 @@ async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> No
     storage = top.child("file")
     assert storage is not None  # an overlay of ours has a file
     try:
-        if not is_ours(node):  # its manager opened it, with options that nothing tells
-            await set_child(vm, node, "backing", below)
-            return
         secret = key_secret(Layer(0, top, None)) if top.encrypted else None
-        options = overlay_options(node, storage, top, secret, below)
-        await vm.monitor.execute("blockdev-reopen", {"options": [options]})
+        await lay(vm, node, below, overlay_options(node, storage, top, secret, below))
     except (CommandError, UnsupportedError) as error:
         _log.warning("%s stays where it is: %s", node, error)
 

@@ -9,8 +9,8 @@ undoes and carries on (`qmpblock.changes.unfinished`) asks, and knows no operati
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
@@ -36,6 +36,7 @@ __all__ = [
     "worth_keeping",
 ]
 
+RecordT = TypeVar("RecordT", bound="Record")
 #: The key of the entry that says that a manager may have the guest go over from now on.
 ASKED = "asked"
 #: The key of the entry that says whether the base is the image to trust now.
@@ -220,6 +221,15 @@ class Record:
     def link(self) -> Link | None:
         """What the VM depends on, once it is done, that it did not before; None if nothing."""
         return None
+
+    def to(self, kind: type[RecordT], **otherwise: Any) -> RecordT:
+        """Return the record of another kind of change that says the same, as far as it can.
+
+        :param otherwise: what it says otherwise, or besides.
+        """
+        its = {one.name: getattr(self, one.name) for one in fields(self)}
+        known = {one.name for one in fields(kind)}
+        return kind(**{name: said for name, said in its.items() if name in known} | otherwise)
 
     def seen_in(self, graph: BlockGraph) -> Record:
         """Return it with the names that somebody else has given meanwhile, as far as they show."""
