@@ -104,6 +104,9 @@ class Matrix:
                 how = self._interrupted
             died, outcome = await how(struck, number, moment, source, destination)
             await self._put_away(source, destination)
+            if outcome == "a person decides":  # who would take it away; the next has its own
+                for journal in journals():
+                    journal.remove()
         except BaseException as error:
             error.add_note(f"{struck} struck {moment} command {number} of {self.commands}")
             raise
