@@ -10,6 +10,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-nbd               lock of QEMU's NBD server
                           qmpblock-polling           lock under which guards come and go
                           qmpblock-migration         lock of a VM that leaves, or is to come
+                          qmpblock-backup-SET        lock of a VM whose disks are backed up into
+                                                     the directory SET; RUN-like, as POINT is
                           qmpblock-RUN-handover      at a migration's source: its arbiter; at the
                                                      destination: says that it decided for that
                           qmpblock-poll-RUN          guard: meanwhile no iothread polls
@@ -57,12 +59,21 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-to-N-left     what of disk N is left to copy
                           qmpblock-RUN-to-N-even, -to-N-odd
                                                      what the guest writes to disk N meanwhile
+                          qmpblock-backup-SET-POINT  stays: what the guest writes from backup
+                                                     POINT on
+                          qmpblock-backup-SET-POINT-end
+                                                     stays: tells whether that is all of it
 
     on a host, files      IMAGE.qmpblock-RUN         temporary overlay of an allocation
                           OVERLAY-z, OVERLAY-k       beside it: zeros; what the filter keeps
                           IMAGE.qmpblock-RUN-fleece-N
                                                      what disk N held when it was written to
                           TARGET.partial             what is to be TARGET once it is whole
+                          WHEN-DISK.qcow2            in a directory of backups, and only there:
+                                                     a disk as it was
+                          WHEN.json                  the backup that it is of: it is made
+                          WHEN.begun                 that one was begun
+                          .qmpblock-backup.lock      held by whoever makes one
                           IMAGE.qmpblock-RUN.journal
                           IMAGE.qmpblock-RUN.elsewhere
                                                      empty: that journal is not here
@@ -103,6 +114,7 @@ from pathlib import PurePath
 from typing import Protocol
 
 __all__ = [
+    "BACKUP_LOCK_FILE",
     "DEMO_FOLDER",
     "MIGRATION_LOCK",
     "NBD_LOCK",
@@ -115,12 +127,17 @@ __all__ = [
     "LockKind",
     "ahead_lock_name",
     "arrival_wire",
+    "backup_bitmap",
+    "backup_lock_name",
+    "backup_when",
+    "begun_file",
     "blocker_name",
     "commit_job",
     "copy_job",
     "create_job",
     "credentials_name",
     "elsewhere_beside",
+    "end_bitmap",
     "export_name",
     "filling_job",
     "filling_nodes",
@@ -133,6 +150,7 @@ __all__ = [
     "helper_bitmap",
     "holder_node",
     "image_node",
+    "is_backup_bitmap",
     "is_beside",
     "is_create_job",
     "is_elsewhere",
@@ -168,6 +186,7 @@ __all__ = [
     "partial_file",
     "paused_node",
     "pivot_job",
+    "point_file",
     "prefix_of_run",
     "run_of",
     "run_of_journal",
@@ -195,6 +214,8 @@ POLLING_LOCK = f"{OURS}polling"
 MIGRATION_LOCK = f"{OURS}migration"
 #: The name of a socket of ours, in a directory of its own.
 SOCKET = "nbd"
+#: The name of the file that whoever makes a backup holds a lock of, in the directory of backups.
+BACKUP_LOCK_FILE = f".{OURS}backup.lock"
 #: What the directory of a demonstration begins with.
 DEMO_FOLDER = f"{OURS}demo-"
 
@@ -205,12 +226,16 @@ READ_FOLDER = f"{OURS}read-"
 
 _DISK_LOCKS = f"{OURS}disk-"
 _AHEAD_LOCKS = f"{OURS}ahead-"
+_BACKUPS = f"{OURS}backup-"
 _GUARDS = f"{OURS}poll-"
 _TURN = "-undo-"
 _BESIDE = f".{OURS}"
 _JOURNAL = ".journal"
 _ELSEWHERE = ".elsewhere"
 _MIGRATION = ".migration"
+_POINT = ".json"
+_BEGUN = ".begun"
+_END = "-end"
 
 _RUN = re.compile(r"[0-9a-f]{8}")
 _HOLDERS_RUN = re.compile(r"[0-9a-z]{1,32}")
@@ -301,6 +326,7 @@ class LockKind(Enum):
     POLLING = "the coming and going of guards"
     GUARD = "iothreads, which do not poll"
     MIGRATION = "the VM, while it is migrated"
+    BACKUP = "a directory, while disks are backed up into it"
 
 
 def lock_name(device: Device) -> str:
@@ -321,6 +347,11 @@ def ahead_lock_name(device: Device) -> str:
 def guard_name(run: str) -> str:
     """Return the guard with which a run has no iothread poll."""
     return _GUARDS + run
+
+
+def backup_lock_name(backups: str) -> str:
+    """Return the lock of a VM whose disks are backed up; `backups`: the id of the directory."""
+    return _BACKUPS + backups
 
 
 def handover_name(run: str) -> str:
@@ -368,7 +399,12 @@ _SINGLE = {
     POLLING_LOCK: LockKind.POLLING,
     MIGRATION_LOCK: LockKind.MIGRATION,
 }
-_MANY = {_DISK_LOCKS: LockKind.DISK, _AHEAD_LOCKS: LockKind.AHEAD, _GUARDS: LockKind.GUARD}
+_MANY = {
+    _DISK_LOCKS: LockKind.DISK,
+    _AHEAD_LOCKS: LockKind.AHEAD,
+    _GUARDS: LockKind.GUARD,
+    _BACKUPS: LockKind.BACKUP,
+}
 
 # -- jobs
 
@@ -584,6 +620,24 @@ def helper_bitmap(run: str, bitmap: str) -> str:
     return _named(run, bitmap)
 
 
+def backup_bitmap(backups: str, point: str) -> str:
+    """Return the dirty bitmap of what the guest writes from a backup on, which stays.
+
+    :param backups: the id of the directory; `point`: that of the backup.
+    """
+    return f"{_BACKUPS}{backups}-{point}"
+
+
+def end_bitmap(bitmap: str) -> str:
+    """Return the dirty bitmap, of a disk's end alone, that vouches for that one."""
+    return f"{bitmap}{_END}"
+
+
+def is_backup_bitmap(name: str, backups: str) -> bool:
+    """Whether a dirty bitmap is of a backup in that directory, or vouches for one."""
+    return name.startswith(f"{_BACKUPS}{backups}-")
+
+
 def _named(run: str, what: str) -> str:
     return f"{prefix_of_run(run)}{what}"
 
@@ -614,6 +668,27 @@ def fleecing_file(image: str, run: str, number: int) -> str:
 def partial_file(target: str) -> str:
     """Return what a copy is called until it is whole."""
     return f"{target}.partial"
+
+
+def point_file(when: str) -> str:
+    """Return the file, in a directory of backups, that says that one is made."""
+    return f"{when}{_POINT}"
+
+
+def begun_file(when: str) -> str:
+    """Return the file, beside it, that says that one was begun."""
+    return f"{when}{_BEGUN}"
+
+
+def backup_when(name: str) -> tuple[str, bool] | None:
+    """Return when the backup was begun that a file is of, and whether it says that it is made.
+
+    :return: None where it is neither such a file.
+    """
+    for end, made in ((_POINT, True), (_BEGUN, False)):
+        if name.endswith(end) and not name.startswith("."):
+            return name.removesuffix(end), made
+    return None
 
 
 def journal_beside(image: str, run: str) -> str:

@@ -29,6 +29,15 @@ TABLE = [
     (names.NBD_LOCK, "qmpblock-nbd"),
     (names.POLLING_LOCK, "qmpblock-polling"),
     (names.MIGRATION_LOCK, "qmpblock-migration"),
+    (names.backup_lock_name(RUN), "qmpblock-backup-0123abcd"),
+    (names.backup_bitmap(RUN, "89efcdab"), "qmpblock-backup-0123abcd-89efcdab"),
+    (
+        names.end_bitmap(names.backup_bitmap(RUN, "89efcdab")),
+        "qmpblock-backup-0123abcd-89efcdab-end",
+    ),
+    (names.point_file("20261130T110500Z"), "20261130T110500Z.json"),
+    (names.begun_file("20261130T110500Z"), "20261130T110500Z.begun"),
+    (names.BACKUP_LOCK_FILE, ".qmpblock-backup.lock"),
     (names.handover_name(RUN), "qmpblock-0123abcd-handover"),
     (names.guard_name(RUN), "qmpblock-poll-0123abcd"),
     (names.turn_name("qmpblock-nbd", RUN), "qmpblock-nbd-undo-0123abcd"),
@@ -144,7 +153,7 @@ def test_no_name_ever_changes(name, is_what):
 
 def test_every_function_that_gives_a_name_is_in_the_table():
     source = Path(__file__).read_text(encoding="utf-8")
-    reading = ("is_", "lock_kind", "lock_names", "lock_of_turn", "new_run", "run_of")
+    reading = ("backup_when", "is_", "lock_kind", "lock_names", "lock_of_turn", "new_run", "run_of")
     giving = [
         name
         for name in names.__all__
@@ -223,6 +232,7 @@ def test_locks_and_turns_are_told_apart(device, run, dead):
         names.NBD_LOCK: LockKind.NBD,
         names.POLLING_LOCK: LockKind.POLLING,
         names.MIGRATION_LOCK: LockKind.MIGRATION,
+        names.backup_lock_name(run): LockKind.BACKUP,
     }
     assert len(locks) == len(LockKind)
     for lock, kind in locks.items():
@@ -240,6 +250,32 @@ def test_locks_and_turns_are_told_apart(device, run, dead):
             assert names.lock_of_turn(turn) == lock
             # Whoever undoes for the dead one may die, too.
             assert names.lock_of_turn(names.turn_name(turn, run)) == turn
+
+
+@given(runs, runs, runs)
+def test_the_bitmaps_of_a_directory_of_backups(backups, point, other):
+    bitmap = names.backup_bitmap(backups, point)
+    for name in (bitmap, names.end_bitmap(bitmap)):
+        assert names.is_ours(name)
+        assert names.run_of(name) == ""  # no run's: it stays
+        assert names.is_backup_bitmap(name, backups)
+        assert names.is_backup_bitmap(name, other) is (other == backups)
+    assert not names.is_backup_bitmap(names.backup_lock_name(backups), backups)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_of"),
+    [
+        ("20261130T110500Z.json", ("20261130T110500Z", True)),
+        ("20261130T110500Z-2.begun", ("20261130T110500Z-2", False)),
+        ("20261130T110500Z.json.partial", None),
+        ("20261130T110500Z-vd0.qcow2", None),
+        (".json", None),
+        (".x.json", None),
+    ],
+)
+def test_what_is_a_file_about_a_backup(name, is_of):
+    assert names.backup_when(name) == is_of
 
 
 def test_a_disk_with_a_name_like_a_turn():
@@ -360,7 +396,10 @@ def literals(path):
     ]
 
 
-SIGNS = ("qmpblock-", "-undo-", "-pivot", "-create-", "-no-migration", ".journal", ".elsewhere")
+SIGNS = (
+    *("qmpblock-", "-undo-", "-pivot", "-create-", "-no-migration"),
+    *(".journal", ".elsewhere", ".begun"),
+)
 ALLOWED = {
     "managers.py": ("-pivot", "-create-"),  # options and commands of virsh
     "cli/copy_command.py": ("-pivot",),  # an option

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qmpblock.cancellation import task_group
 from qmpblock.copying.crowded import check_crowded
 from qmpblock.copying.held import draw_held
+from qmpblock.copying.increment import draw_increments
 from qmpblock.copying.job import CopyJob, is_worth
 from qmpblock.copying.resuming import find_left
 from qmpblock.copying.shape import LARGEST_CLUSTER
@@ -70,6 +71,7 @@ class Backups:
         """
         await find_left(self.vm, self.targets, self.job, held=self.stays)
         await draw_held(self.vm, self.targets, held=self.stays)
+        await draw_increments(self.vm, self.targets)
         jobs = tuple(Job(self.vm.monitor, name, "backup") for name in self.ids)
         self.job.runs(jobs)
         try:
@@ -111,7 +113,7 @@ class Backups:
         async for seen in job.follow(converging=self.vm.stall):
             self.last[name] = seen
             self.job.publish(name, seen)
-            target.keeps = target.resumed or is_worth(seen)
+            target.keeps = target.resumed or (target.plan.kept and is_worth(seen))
             if seen.phase == "waiting for room":
                 await check_crowded(self.vm, target)
             if seen.status == "pending" and not finalized:

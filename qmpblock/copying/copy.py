@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
@@ -84,6 +85,7 @@ from qmpblock.qemu.instant import instant
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
+    from qmpblock.copying.plan import Since
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
@@ -96,9 +98,16 @@ DiskT = TypeVar("DiskT", bound="MappedDisk")
 async def copy(
     vm: Connection,
     targets: Mapping[DiskT, str | os.PathLike[str]],
+    *,
+    since: Mapping[DiskT, Since] | None = None,
+    kept: bool = True,
     **words: Unpack[CopyWords],
 ) -> AsyncIterator[CopyJob]:
-    """Copy running disks. See `VM.copy`."""
+    """Copy running disks. See `VM.copy`.
+
+    :param since: of those of which the copy is to be an increment: of what. Of the start only.
+    :param kept: whether what there is of a copy that fails is kept, to be gone on from.
+    """
     started = time.monotonic()
     options = CopyOptions(**words)
     at, force, verify = options.point, options.force, options.verify
@@ -107,6 +116,11 @@ async def copy(
         raise RequestError("a copy of no disk is none")
     async with vm.unless_gone():
         plans = await look(vm, targets, options)
+    increments = since or {}
+    plans = [
+        replace(plan, since=increments.get(disk), kept=kept)
+        for disk, plan in zip(targets, plans, strict=True)
+    ]
     check_servers(vm, plans, credentials)
     if verify:
         await check_provable(vm, plans, at)

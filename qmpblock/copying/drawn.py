@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
     from qmpblock.ranges import Ranges
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_node"]
 
 _AT_ONCE = 64  # requests: of QEMU's 16 none waits for us
 _BLOCK = 4096  # bytes, at most
@@ -46,9 +46,7 @@ async def draw(vm: Connection, target: CopyTarget, ranges: Ranges, *, held: bool
     """
     execute = vm.monitor.execute
     name, source = left_bitmap(target.node), target.source
-    grain = _grain(ranges, target.plan.size)
-    if not await _have_read(vm, target, ranges, grain):
-        await _have_noted(vm, target, ranges, grain, held=held)
+    grain = await draw_node(vm, name, target.plan.size, ranges, held=held)
     bitmap = {"name": name, "granularity": grain, "disabled": True}
     await execute("block-dirty-bitmap-add", {"node": source, **bitmap})
     drawn = [{"node": name, "name": name}]
@@ -57,12 +55,28 @@ async def draw(vm: Connection, target: CopyTarget, ranges: Ranges, *, held: bool
     target.bitmap = name
 
 
-async def _have_read(vm: Connection, target: CopyTarget, ranges: Ranges, grain: int) -> bool:
+async def draw_node(
+    vm: Connection, name: str, size: int, ranges: Ranges, *, held: bool = False
+) -> int:
+    """Make a node that has a dirty bitmap of these ranges, called as it is; return its grain.
+
+    Cancelled or failed, what was added is for whoever asked.
+
+    :param name: one of a run's (`left_bitmap`); `size`: in bytes.
+    :param held: whether QEMU refuses to migrate meanwhile.
+    :raise Error: QEMU refused, or its NBD server cannot be had.
+    """
+    grain = _grain(ranges, size)
+    if not await _have_read(vm, name, size, ranges, grain):
+        await _have_noted(vm, name, size, ranges, grain, held=held)
+    return grain
+
+
+async def _have_read(vm: Connection, name: str, size: int, ranges: Ranges, grain: int) -> bool:
     """Have QEMU read the bitmap from an image in memory; False where it does not."""
-    name = left_bitmap(target.node)
-    image = bitmap_image(name, target.plan.size, ranges, grain)
+    image = bitmap_image(name, size, ranges, grain)
     # Nothing else has this descriptor: the node that it is for is there, or cannot be had.
-    descriptor = blocker_name(run_of(target.node))
+    descriptor = blocker_name(run_of(name))
     try:
         return image is not None and await add_memory_node(
             vm.monitor, name, "qcow2", image, descriptor=descriptor
@@ -72,11 +86,10 @@ async def _have_read(vm: Connection, target: CopyTarget, ranges: Ranges, grain: 
 
 
 async def _have_noted(
-    vm: Connection, target: CopyTarget, ranges: Ranges, grain: int, *, held: bool
+    vm: Connection, name: str, size: int, ranges: Ranges, grain: int, *, held: bool
 ) -> None:
     """Have QEMU note what is written to a node that holds nothing."""
     execute = vm.monitor.execute
-    name, size = left_bitmap(target.node), target.plan.size
     paper = {"driver": "null-co", "node-name": name, "size": size, "read-zeroes": True}
     await execute("blockdev-add", paper)
     bitmap = {"name": name, "granularity": grain}

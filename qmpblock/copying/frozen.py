@@ -234,7 +234,7 @@ async def _planned(vm: Connection, target: CopyTarget, stack: AsyncExitStack) ->
     if plan.sync_of_disk == "full" and plan.asks:
         target.told_by = (active.node.name,)
     nodes = (*target.nodes, node, storage_node(node))
-    draws = target.resumed or target.told_by
+    draws = target.resumed or target.told_by or plan.since is not None
     pauses = await must_pause(vm, device, active.format)
     record = FrozenCopy(
         run=run,

@@ -17,7 +17,7 @@ from qmpblock.graph.writable import check_disk
 if TYPE_CHECKING:
     from qmpblock.ranges import Ranges
 
-__all__ = ["FORMATS", "CopyPlan", "Layers", "Point", "plan_copy"]
+__all__ = ["FORMATS", "CopyPlan", "Layers", "Point", "Since", "plan_copy"]
 
 #: What a target's file can be.
 FORMATS = ("qcow2", "raw")
@@ -29,6 +29,20 @@ _STEPS = 1 << 16
 
 Layers = Literal["all", "top"]
 Point = Literal["start", "end", "pivot"]
+
+
+@dataclass(frozen=True)
+class Since:
+    """What an increment is to hold, and lie on: what was written since that was made.
+
+    :ivar bitmaps: dirty bitmaps of the active layer that tell it between them.
+    :ivar file: of the image that it lies on, as its header is to name it.
+    :ivar format: of that one.
+    """
+
+    bitmaps: tuple[str, ...]
+    file: str
+    format: str = "qcow2"
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,8 @@ class CopyPlan:
     :ivar block_device: whether that file is one.
     :ivar shape: what the target is to be like.
     :ivar opened: where the layers are to be frozen: how the active one is opened, for a record.
+    :ivar since: of an increment; None where it holds all.
+    :ivar kept: whether, should the copy fail, what there is of it is kept, to be gone on from.
     """
 
     device: DiskDevice
@@ -56,6 +72,8 @@ class CopyPlan:
     block_device: bool = False
     shape: Shape = field(default_factory=Shape)
     opened: str = ""
+    since: Since | None = None
+    kept: bool = True
 
     @property
     def kind(self) -> Kind:
@@ -93,7 +111,7 @@ class CopyPlan:
         reserved for.
         """
         new = self.kind == "file" and self.backing is None and self.shape.allocation != "full"
-        return new and (self.size >= _LARGE or self.format == "raw")
+        return new and self.since is None and (self.size >= _LARGE or self.format == "raw")
 
     def gone_over(self, held: Ranges) -> Ranges:
         """Return what a job goes over that is to copy these ranges: in steps, not too many.

@@ -162,11 +162,14 @@ class TargetFile(LocalTarget):
         await QemuImgCheck(stall=vm.stall).free_leaks(path, self.plan.format, made, keys)
 
     def _header(self) -> Header:
-        backing = self.plan.backing
+        backing, since = self.plan.backing, self.plan.since
+        below = None if since is None else (since.file, since.format)
+        if backing is not None:
+            below = self.backing_name or backing.file, backing.format
         return Header(
             self.plan.format,
             self.plan.size,
-            None if backing is None else (self.backing_name or backing.file, backing.format),
+            below,
             cluster=self.plan.shape.unit,
             preallocated=self.plan.shape.allocation == "full",
             key_secret=self.plan.secret,

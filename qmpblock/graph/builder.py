@@ -231,6 +231,7 @@ class _Builder:
                     persistent=bitmap.get("persistent") is True,
                     busy=bitmap.get("busy") is True,
                     inconsistent=bitmap.get("inconsistent") is True,
+                    count=_number(bitmap.get("count", 0)),
                 )
                 for bitmap in _records(info.get("dirty-bitmaps", []))
                 if isinstance(bitmap.get("name"), str)  # those of jobs have none

@@ -64,6 +64,7 @@ class Bitmap:
     :ivar recording: whether writes to the node set bits in it.
     :ivar busy: whether a job or an export uses it.
     :ivar inconsistent: whether it was not stored when QEMU last ended; it can only be removed.
+    :ivar count: bytes that its set bits stand for, as the guest writes on.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Bitmap:
     persistent: bool
     busy: bool = False
     inconsistent: bool = False
+    count: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
