@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from qmpblock.allocation.allocate import AllocationResult
     from qmpblock.allocation.room import RoomResult
     from qmpblock.allocation.thin import Allocator
+    from qmpblock.backups.decision import Kind
+    from qmpblock.backups.job import BackupJob
+    from qmpblock.backups.run import BackupWords
     from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.step import Step
@@ -270,6 +273,46 @@ class VM(Connection):
         from qmpblock.copying.dryrun import dry_run
 
         return await dry_run(self, targets, **options)
+
+    def backup(
+        self,
+        directory: str | os.PathLike[str],
+        disks: Sequence[Disk],
+        *,
+        kind: Kind | None = None,
+        **options: Unpack[BackupWords],
+    ) -> AbstractAsyncContextManager[BackupJob]:
+        """Back up running disks into a directory, all at one instant, while the guest goes on.
+
+        `async with vm.backup("/srv/backups/web", await vm.disks()) as job:`; leaving it waits for
+        the end. Iterating over `job` yields its progress, of all disks together; `job.decisions`
+        says which backups are incremental, and why others are not, `job.result` what was made.
+
+        The backup is of the instant in which this is entered, as a `copy` of the start is, by the
+        same means and with the same bounds for the guest. Each disk becomes a qcow2 image in the
+        directory; that of an increment lies on the one before. It is made once its point file
+        (WHEN.json) is there, which is after all of it is on stable storage. In each disk's active
+        layer dirty bitmaps stay, called qmpblock-backup-..., by which the next backup can be an
+        increment. Cancelled or failed, there is no backup, those before count, and the next one
+        can be what this one was to be.
+
+        :param directory: of the backups of this VM alone; it is made if it is not there.
+        :param disks: which.
+        :param kind: `full` or `incremental`; None: incremental where it can be, else full, of which
+            `job.warnings` tells where an increment was to be expected.
+        :param compress: what the images hold.
+        :param speed: bytes a second at most, of all disks; 0 is no limit.
+        :param latency: as of `copy`; so are `fleece`, `fleece_limit` and `verify`.
+        :raise RequestError: the directory holds other things, or another VM's backups; or an
+            increment is asked for and cannot be; nothing was touched.
+        :raise UnsupportedError: as of `copy`.
+        :raise BusyError: another backup is being made there; or as of `copy`.
+        :raise RecordError: a point file in the directory cannot be read.
+        :raise JobError: on leaving: the directory's storage failed, or the guest's image did.
+        """
+        from qmpblock.backups.run import backup
+
+        return backup(self, directory, disks, kind, **options)
 
     async def recover(
         self,

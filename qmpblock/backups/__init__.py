@@ -1,0 +1,1 @@
+"""Backups: chains of copies over time, each of all its disks at one instant, in a directory."""

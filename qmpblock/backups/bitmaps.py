@@ -1,0 +1,105 @@
+"""The dirty bitmaps of a backup in the VM: what is written from it on, and what vouches for that.
+
+Each disk has two of each backup, on its active layer's node, which stay there until the next one:
+
+- one that records, from before the backup's instant on. It is never cleared: the next backup has
+  one of its own, and what this has from between the two is copied as it is then;
+- one of the last of the disk's granules alone, which records nothing. A disk that is made smaller
+  loses it, and what its bitmaps say of the rest, for good (F39).
+
+Where the image can, it holds both (qcow2), so that they outlive QEMU; else they live in QEMU alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from qmpblock.copying.comparing import GRAIN
+from qmpblock.copying.drawn import draw_node
+from qmpblock.errors import CommandError
+from qmpblock.names import end_bitmap, is_backup_bitmap, left_bitmap, target_node
+from qmpblock.ranges import Ranges
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import BlockGraph, DiskDevice
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["drawing_nodes", "make_bitmaps", "others_there", "survived"]
+
+_STORING = ("qcow2",)  # formats whose images can hold dirty bitmaps
+
+
+def drawing_nodes(run: str, disks: int) -> tuple[str, ...]:
+    """Return the nodes on which a run draws, one for each disk."""
+    return tuple(left_bitmap(target_node(run, number)) for number in range(disks))
+
+
+async def make_bitmaps(
+    vm: Connection, devices: Sequence[DiskDevice], name: str, run: str
+) -> list[bool]:
+    """Have what the guest writes to disks be noted from now on; return whether the images hold it.
+
+    Failed or cancelled, what was added is for whoever asked.
+
+    :param name: of the bitmaps; `run`: by which the nodes are called on which one is drawn.
+    :raise Error: QEMU refused, or its NBD server is needed and cannot be had.
+    """
+    nodes, stored = drawing_nodes(run, len(devices)), []
+    for device, drawing in zip(devices, nodes, strict=True):
+        active, size = device.chain.active, device.chain.active.size
+        last = Ranges([((size - 1) // GRAIN * GRAIN, size)])
+        await draw_node(vm, drawing, size, last)
+        node, end = active.node.name, end_bitmap(name)
+        keeps = await _add(vm, node, end, stores=active.format in _STORING, disabled=True)
+        await vm.monitor.execute(
+            "block-dirty-bitmap-merge",
+            {"node": node, "target": end, "bitmaps": [{"node": drawing, "name": drawing}]},
+        )
+        await vm.monitor.execute("blockdev-del", {"node-name": drawing})
+        stored.append(await _add(vm, node, name, stores=keeps) and keeps)
+    return stored
+
+
+async def _add(
+    vm: Connection, node: str, name: str, *, stores: bool, disabled: bool = False
+) -> bool:
+    """Add a dirty bitmap, which the image holds where it can; return whether it does."""
+    options = {"node": node, "name": name, "granularity": GRAIN, "disabled": disabled}
+    if stores:
+        try:
+            await vm.monitor.execute("block-dirty-bitmap-add", {**options, "persistent": True})
+        except CommandError:
+            pass  # of an older version, or for reading only: what else is wrong is said next
+        else:
+            return True
+    await vm.monitor.execute("block-dirty-bitmap-add", options)
+    return False
+
+
+def survived(graph: BlockGraph, device: DiskDevice, name: str) -> bool:
+    """Whether the bitmap of a backup is where the guest writes to a disk, as the backup ends.
+
+    Somebody may have changed the chain meanwhile.
+    """
+    for now in graph.devices:
+        if now.qom_path == device.qom_path and now.chain is not None:
+            return any(one.name == name and one.recording for one in now.chain.active.node.bitmaps)
+    return False
+
+
+def others_there(
+    devices: Iterable[DiskDevice], backups: str, name: str
+) -> tuple[tuple[str, str], ...]:
+    """Return the bitmaps of all other backups into a directory that disks have, as (node, name).
+
+    :param backups: the id of the directory; `name`: of those that are to stay.
+    """
+    stay = (name, end_bitmap(name))
+    return tuple(
+        (layer.node.name, one.name)
+        for device in devices
+        for layer in device.chain.layers[:1]
+        for one in layer.node.bitmaps
+        if is_backup_bitmap(one.name, backups) and one.name not in stay
+    )

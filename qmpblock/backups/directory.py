@@ -1,0 +1,344 @@
+"""A directory of backups: what is in it, who is at work on it, and the step by which one is made.
+
+::
+
+    WHEN-DISK.qcow2       images; those of increments name, beside them, what they lie on
+    WHEN.json             the point: written when all of that is on stable storage, and renamed into
+                          place. That it is there is what makes the backup one
+    WHEN.begun            which files are about to be made
+    .qmpblock-backup.lock held (flock) by whoever makes one
+
+Whoever is killed leaves WHEN.begun. Without WHEN.json what it lists is nothing, and goes when the
+next one begins; with it, only itself does. What no such file lists is nobody's to remove.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import posixpath
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qmpblock.backups.point import Point
+from qmpblock.errors import UNTOUCHED, BusyError, Error, RecordError, RequestError, printable
+from qmpblock.graph.places import FileId
+from qmpblock.host.ourfiles import Directory
+from qmpblock.names import BACKUP_LOCK_FILE, backup_when, begun_file, partial_file, point_file
+from qmpblock.peerjson import read_json
+from qmpblock.versioned import UnreadableError, stamped, unstamped
+
+__all__ = ["Backups", "open_backups", "read_points"]
+
+_LARGEST = 64 << 20  # bytes of a point file
+_KNOWN = (BACKUP_LOCK_FILE, "lost+found")  # what an empty directory may hold
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass
+class Backups:
+    """An open directory of backups.
+
+    :ivar path: absolute.
+    :ivar points: what is made, oldest first.
+    """
+
+    path: str
+    files: Directory
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        """Of the directory; empty where nothing is made yet."""
+        return self.points[-1].backups if self.points else ""
+
+    def place(self, name: str) -> str:
+        """Return the path of a file in it."""
+        return posixpath.join(self.path, name)
+
+    def identity(self) -> tuple[int, int]:
+        """Return its device and inode."""
+        status = os.fstat(self.files.fd)
+        return status.st_dev, status.st_ino
+
+    def names(self) -> list[str]:
+        """Return the names of what lies there."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.files.fd)
+        try:
+            return sorted(os.listdir(fd))  # noqa: PTH208  it has no path
+        finally:
+            os.close(fd)
+
+    def status(self, name: str) -> os.stat_result | None:
+        """Look at a regular file in it; None where there is none of that name.
+
+        :raise OSError: it cannot be looked at.
+        """
+        status = self.files.status(name)
+        return status if status is not None and stat.S_ISREG(status.st_mode) else None
+
+    def open(self, name: str) -> int:
+        """Open a regular file in it, to read it.
+
+        :raise OSError: it cannot be opened, or is none.
+        """
+        fd = os.open(name, _READ, dir_fd=self.files.fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise FileNotFoundError(errno.ENOENT, "it is no regular file", name)
+        return fd
+
+    # -- by whoever makes one, under the lock
+
+    def begin(self, when: str, images: Sequence[str]) -> None:
+        """Say, on stable storage, which images are about to be made.
+
+        :raise Error: it cannot be said.
+        """
+        self._write(begun_file(when), stamped({"images": list(images)}))
+
+    def make(self, point: Point) -> None:
+        """Have a backup be made: all of its images are on stable storage.
+
+        :raise Error: it is not certain that it is.
+        """
+        self._write(point_file(point.when), point.as_json())
+        self.points.append(point)
+
+    def end(self, when: str) -> None:
+        """Remove what says that a backup was begun; and, where it is not made, its images.
+
+        :raise Error: they cannot be removed.
+        """
+        name = begun_file(when)
+        try:
+            if self.status(point_file(when)) is None:
+                for image in self._begun(when):
+                    self._remove(image)
+                    self._remove(partial_file(image))
+                self._remove(partial_file(point_file(when)))
+            self._remove(name)
+            self._remove(partial_file(name))
+            self.files.sync()
+        except OSError as error:
+            raise Error(
+                f"cannot remove what a backup left in {printable(self.path)}: {error.strerror}",
+            ) from None
+
+    def sweep(self) -> None:
+        """Remove what backups left that were broken off; nobody is at work, for we have the lock.
+
+        :raise Error: it cannot be removed, or read.
+        """
+        for name in self.names():
+            known = backup_when(name)
+            if known is not None and not known[1]:
+                self.end(known[0])
+
+    def _begun(self, when: str) -> list[str]:
+        """Return the images that a backup that was begun lists, as far as they can be of it."""
+        try:
+            said = unstamped(self._read(begun_file(when)))["images"]
+        except FileNotFoundError:
+            return []
+        except (UnreadableError, KeyError, ValueError) as error:
+            raise _unreadable(self.place(begun_file(when)), error) from None
+        return [
+            one
+            for one in said
+            if isinstance(one, str) and "/" not in one and one.startswith(f"{when}-")
+        ]
+
+    def _remove(self, name: str) -> None:
+        status = self.status(name)
+        file = None if status is None else FileId.of(status)
+        if file is not None:
+            self.files.remove(name, file)
+
+    def _write(self, name: str, document: Any) -> None:
+        """Write a file that is never there in part."""
+        data = (json.dumps(document, indent=1) + "\n").encode()
+        part = partial_file(name)
+
+        def fill(fd: int) -> None:
+            os.fchmod(fd, 0o644)
+            with os.fdopen(os.dup(fd), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+
+        try:
+            self._remove(part)
+            made: list[FileId] = []
+            os.close(self.files.make(part, made.append, fill))
+            self.files.rename(part, made[-1], name)
+            self.files.sync()
+        except OSError as error:
+            raise Error(
+                f"cannot write {printable(self.place(name))}: {error.strerror}",
+            ) from None
+
+    def _read(self, name: str) -> Any:
+        """Return the JSON of a file in it.
+
+        :raise FileNotFoundError: there is none.
+        :raise ValueError: it is none.
+        :raise OSError: it cannot be read.
+        """
+        with os.fdopen(self.open(name), "rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
+            raise ValueError("it is too large")
+        return read_json(data)
+
+    # -- reading
+
+    def read(self) -> dict[str, RecordError]:
+        """Read the points; return why those cannot be read that cannot, by their files' names."""
+        points, unread = [], {}
+        for name in self.names():
+            known = backup_when(name)
+            if known is None or not known[1]:
+                continue
+            try:
+                points.append(Point.from_json(self._read(name), known[0]))
+            except FileNotFoundError:
+                continue  # a link, a directory
+            except (UnreadableError, ValueError) as error:
+                unread[name] = _unreadable(self.place(name), error)
+            except OSError as error:
+                unread[name] = _unreadable(self.place(name), error.strerror)
+        self.points = sorted(points, key=lambda point: (point.moment, point.when))
+        return unread
+
+    def check_one(self) -> None:
+        """Refuse a directory that was put together from more than one.
+
+        :raise RequestError: it was.
+        """
+        for point in self.points:
+            if point.backups != self.id:
+                raise RequestError(
+                    f"{printable(self.path)} holds backups of more than one directory: "
+                    f"{self.points[-1].when} and {point.when}",
+                    standing=UNTOUCHED,
+                    remedy="keep each directory's backups apart",
+                )
+
+    def check_new(self) -> None:
+        """Refuse a directory that holds anything, but no backup.
+
+        :raise RequestError: it does.
+        """
+        if self.points:
+            return
+        others = [name for name in self.names() if name not in _KNOWN]
+        if others:
+            raise RequestError(
+                f"{printable(self.path)} holds no backups, but other things, such as "
+                f"{printable(others[0])}",
+                standing=UNTOUCHED,
+                remedy="name a directory of backups, an empty one, or one that is to be made",
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only one who makes a backup there, while this lasts.
+
+        :raise BusyError: somebody else does.
+        :raise Error: there are no locks there.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(BACKUP_LOCK_FILE, flags, 0o644, dir_fd=self.files.fd)
+        except OSError as error:
+            raise Error(
+                f"cannot make {printable(self.place(BACKUP_LOCK_FILE))}: {error.strerror}",
+                standing=UNTOUCHED,
+            ) from None
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who = os.pread(fd, 100, 0).decode(errors="replace").strip()
+                raise BusyError(
+                    f"a backup is being made in {printable(self.path)}"
+                    + (f", by process {printable(who)}" if who else ""),
+                    standing=UNTOUCHED,
+                    remedy="wait for it, or name another directory",
+                ) from None
+            except OSError as error:
+                raise Error(
+                    f"{printable(self.path)} is on a file system that knows no locks: "
+                    f"{error.strerror}",
+                    standing=UNTOUCHED,
+                    remedy="name a directory on another one",
+                ) from None
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            yield
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+
+@contextmanager
+def open_backups(path: str | os.PathLike[str], *, make: bool = False) -> Iterator[Backups]:
+    """Open a directory of backups, while this lasts.
+
+    :param make: make it, if it is not there; what it lies in is. It goes again where no backup is
+        made in it.
+    :raise RequestError: there is none.
+    """
+    name = os.path.normpath(Path.cwd() / os.fspath(path))  # without resolving links
+    fresh = False
+    try:
+        if make:
+            with contextlib.suppress(FileExistsError):
+                Path(name).mkdir(mode=0o755)
+                fresh = True
+        files = Directory(name)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(
+            f"cannot open the directory {printable(name)}: {why}", standing=UNTOUCHED
+        ) from None
+    with files:
+        backups = Backups(name, files)
+        try:
+            yield backups
+        finally:
+            if fresh and not backups.points:
+                with contextlib.suppress(OSError):  # it is not empty
+                    os.unlink(BACKUP_LOCK_FILE, dir_fd=files.fd)
+                    Path(name).rmdir()
+
+
+def read_points(path: str | os.PathLike[str]) -> tuple[Point, ...]:
+    """Return the backups that a directory holds, oldest first. Nothing else is read.
+
+    :raise RequestError: there is no such directory.
+    :raise RecordError: one of its point files cannot be read.
+    """
+    with open_backups(path) as backups:
+        for error in backups.read().values():
+            raise error
+        return tuple(backups.points)
+
+
+def _unreadable(path: str, why: object) -> RecordError:
+    return RecordError(
+        f"{printable(path)} cannot be read: {printable(why)}",
+        standing="nothing that it tells of was touched",
+        remedy="have the qmpblock that wrote it, or a newer one, read it; if it is damaged, move "
+        "it away: what it tells of counts for nothing then",
+        path=Path(path),
+    )

@@ -1,0 +1,395 @@
+"""One backup, from the look at its directory to the last trace of it.
+
+::
+
+    lock        of the directory; and, in the VM, of the directory's id
+    sweep       what backups that were broken off left in it
+    decide      incremental or full, disk by disk; or a refusal: nothing is touched before
+    begin       which images are about to be made; which bitmaps, in the VM
+    bitmaps     of what the guest writes from now on
+    copy        all disks at one instant (`qmpblock.copying.copy`); increments what the bitmaps of
+                the backup before say; whole, on stable storage, under their names
+    digests     of the images, as they lie there
+    make        the point file gets its name: the backup is made, from here on
+    end         the bitmaps of the backup before go, then what said that one was begun
+
+What fails before it is made is taken back, and the bitmaps of the backup before count as ever: so a
+backup that failed costs no full one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack
+
+from qmpblock.backups.bitmaps import drawing_nodes, make_bitmaps, others_there, survived
+from qmpblock.backups.decision import Kind, SeenDisk, check_vm, decide, parents_wanted
+from qmpblock.backups.directory import Backups, open_backups
+from qmpblock.backups.imagefile import digest_of, first_broken
+from qmpblock.backups.job import BackupJob, BackupResult
+from qmpblock.backups.point import (
+    BackedUpVM,
+    DiskBackup,
+    Point,
+    image_names,
+    images_of,
+    when_of,
+)
+from qmpblock.cancellation import undisturbed
+from qmpblock.changes.backupnote import BackupNote, delete_bitmaps, undo_dead_backup
+from qmpblock.changes.identity import identify
+from qmpblock.changes.leftovers import make_way
+from qmpblock.copying.copy import copy
+from qmpblock.copying.look import look
+from qmpblock.copying.meter import Meter
+from qmpblock.copying.options import CopyOptions
+from qmpblock.copying.plan import Since
+from qmpblock.errors import (
+    UNTOUCHED,
+    DisconnectedError,
+    Error,
+    RequestError,
+)
+from qmpblock.names import (
+    backup_bitmap,
+    backup_lock_name,
+    end_bitmap,
+    lock_names,
+    new_run,
+    point_file,
+)
+from qmpblock.qemu import lock, ownership
+from qmpblock.qemu.lock import Holder
+from qmpblock.qemu.refusals import no_node, tolerate
+from qmpblock.versioned import plain
+
+if TYPE_CHECKING:
+    from qmpblock.copying.job import CopyJob, CopyResult
+    from qmpblock.mapping import MappedDisk
+    from qmpblock.qemu.connection import Connection
+
+__all__ = ["BackupWords", "backup"]
+
+DiskT = TypeVar("DiskT", bound="MappedDisk")
+
+
+class BackupWords(TypedDict, total=False):
+    """The options of a backup that are those of a copy (`qmpblock.copying.options`)."""
+
+    compress: bool
+    speed: int
+    latency: float
+    fleece: str | os.PathLike[str] | None
+    fleece_limit: int | None
+    verify: bool
+
+
+@asynccontextmanager
+async def backup(
+    vm: Connection,
+    directory: str | os.PathLike[str],
+    disks: Sequence[DiskT],
+    kind: Kind | None = None,
+    **words: Unpack[BackupWords],
+) -> AsyncIterator[BackupJob]:
+    """Back up running disks. See `VM.backup`."""
+    job, begun = BackupJob(), asyncio.Event()
+    run = _Run(vm, directory, list(disks), kind, words, job, begun)
+    work = asyncio.ensure_future(run.run())
+    work.add_done_callback(lambda _: begun.set())
+    work.add_done_callback(lambda _: job.end())
+    try:
+        await begun.wait()
+        if work.done():
+            await work
+        yield job
+        await work
+    except BaseException:
+        work.cancel()
+        await undisturbed(asyncio.wait({work}))
+        if not work.cancelled() and (failed := work.exception()) is not None:
+            raise failed from None  # what could not be undone, where it was cancelled
+        raise
+
+
+@dataclass
+class _Run:
+    """One backup while it is made.
+
+    :ivar begun: is set once the instant has passed of which it is.
+    """
+
+    vm: Connection
+    directory: str | os.PathLike[str]
+    disks: list[MappedDisk]
+    kind: Kind | None
+    words: BackupWords
+    job: BackupJob
+    begun: asyncio.Event
+    run_id: str = field(default_factory=new_run)
+    note: BackupNote | None = None
+
+    async def run(self) -> None:
+        """Make it.
+
+        :raise Error: it cannot be made, or has failed; what stands is said.
+        """
+        started = time.monotonic()
+        if not self.disks:
+            raise RequestError("a backup of no disk is none", standing=UNTOUCHED)
+        paths = [disk.device.qom_path for disk in self.disks]
+        if len(set(paths)) < len(paths):
+            raise RequestError("a disk is named twice", standing=UNTOUCHED)
+        with open_backups(self.directory, make=True) as backups, backups.locked():
+            for error in backups.read().values():
+                raise error
+            backups.check_one()
+            async with self._alone(backups) as backups_id:
+                point, done = await self._make(backups, backups_id)
+        self.job.result = BackupResult(
+            backups.path,
+            point,
+            time.monotonic() - started,
+            done.held,
+            done.verified,
+            self.job.warnings,
+        )
+
+    @asynccontextmanager
+    async def _alone(self, backups: Backups) -> AsyncIterator[str]:
+        """Have no other backup into this directory be made of this VM; yield its id."""
+        vm, backups_id = self.vm, backups.id or new_run()
+        name = backup_lock_name(backups_id)
+        devices = [disk.device for disk in self.disks]
+        await ownership.ask(vm.monitor, devices)
+        await make_way(vm, lock_names(devices))  # or what is below could not be undone
+
+        async def undo(dead: Holder) -> None:
+            await undo_dead_backup(vm, dead, name)
+
+        await lock.acquire(vm.monitor, name, Holder.me(self.run_id), undo, stall=0)
+        try:
+            yield backups_id
+        finally:
+            await undisturbed(self._release(name))
+
+    async def _release(self, name: str) -> None:
+        try:
+            await lock.release(self.vm.monitor, name)
+        except DisconnectedError:
+            lock.abandon(self.run_id)  # whoever comes next undoes what is there
+
+    async def _make(self, backups: Backups, backups_id: str) -> tuple[Point, CopyResult]:
+        vm, job = self.vm, self.job
+        seen = await self._look()
+        me = await identify(vm)
+        check_vm(backups.points, me.name, me.uuid, seen, backups.path)
+        backups.sweep()
+        backups.check_new()
+        broken = await _broken(backups, seen)
+        job.decisions = tuple(decide(backups.points, disk, broken, self.kind) for disk in seen)
+        job.warnings = tuple(
+            f"the backup of {one.disk.disk} is full: {one.reason}"
+            for one in job.decisions
+            if one.fell_back
+        )
+        point_id = new_run()
+        when = when_of(datetime.now(UTC), _taken(backups))
+        names = image_names(when, [disk.name for disk in self.disks])
+        targets = {disk: backups.place(name) for disk, name in zip(self.disks, names, strict=True)}
+        await look(vm, targets, CopyOptions(format="qcow2", **self.words))  # or refuse
+        bitmap = backup_bitmap(backups_id, point_id)
+        draft = Point(backups_id, point_id, when, "", BackedUpVM(me.name, me.uuid), ())
+        try:
+            await self._say(backups, draft, bitmap, names)
+            stored = await self._bitmaps(bitmap)
+            done, moment = await self._copy(targets)
+            draft = replace(draft, time=moment)
+            point = await self._point(backups, draft, names, done, bitmap, stored)
+            backups.make(point)
+        except BaseException as error:
+            await undisturbed(self._take_back(backups, when, error))
+            raise
+        await undisturbed(self._end(backups, when))
+        return point, done
+
+    async def _look(self) -> list[SeenDisk]:
+        """See how the disks are now."""
+        graph = await self.vm.graph()
+        seen = []
+        for disk in self.disks:
+            disk.device = graph.device(disk.device.qom_path)
+            active, *below = disk.device.chain.layers
+            seen.append(
+                SeenDisk(
+                    disk.name,
+                    disk.device.qom_path,
+                    active.size,
+                    active.file,
+                    active.node.bitmaps,
+                    frozenset(one.name for layer in below for one in layer.node.bitmaps),
+                )
+            )
+        return seen
+
+    async def _say(self, backups: Backups, draft: Point, bitmap: str, names: Sequence[str]) -> None:
+        """Say what is about to be made, where whoever finds it knows how to undo it."""
+        backups.begin(draft.when, names)
+        devices = [disk.device for disk in self.disks]
+        device, inode = backups.identity()
+        self.note = BackupNote(
+            directory=backups.path,
+            device=device,
+            inode=inode,
+            point=point_file(draft.when),
+            made=tuple(
+                (one.chain.active.node.name, name)
+                for one in devices
+                for name in (bitmap, end_bitmap(bitmap))
+            ),
+            before=others_there(devices, draft.backups, bitmap),
+            nodes=drawing_nodes(self.run_id, len(devices)),
+        )
+        me = Holder.me(self.run_id, **plain(self.note))
+        await lock.update(self.vm.monitor, backup_lock_name(draft.backups), me)
+
+    async def _bitmaps(self, bitmap: str) -> list[bool]:
+        return await make_bitmaps(
+            self.vm, [disk.device for disk in self.disks], bitmap, self.run_id
+        )
+
+    async def _copy(self, targets: dict[MappedDisk, str]) -> tuple[CopyResult, str]:
+        """Copy the disks; return also of which moment that is."""
+        since = {
+            disk: Since((one.bitmap, end_bitmap(one.bitmap)), one.parent.file)
+            for disk, one in zip(self.disks, self.job.decisions, strict=True)
+            if one.parent is not None
+        }
+        made = copy(self.vm, targets, since=since, kept=False, format="qcow2", **self.words)
+        async with made as copying:
+            moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+            self.job.copying = copying
+            self.job.warnings += copying.warnings
+            self.begun.set()
+            await self._show(copying)
+        done = copying.result
+        assert done is not None  # leaving without an error sets it
+        self.job.warnings += done.warnings[len(copying.warnings) :]
+        return done, moment
+
+    async def _show(self, copying: CopyJob) -> None:
+        async for seen in copying:
+            self.job.show(seen)
+
+    async def _point(
+        self,
+        backups: Backups,
+        draft: Point,
+        names: Sequence[str],
+        done: CopyResult,
+        bitmap: str,
+        stored: Sequence[bool],
+    ) -> Point:
+        """Say what was made, image by image, and take their digests."""
+        states = [backups.files.status(name) for name in names]
+        lengths = [0 if state is None else state.st_size for state in states]
+        graph = await self.vm.graph()
+        meter, read = Meter("digesting", sum(lengths), self.job.show), 0
+
+        def tell(more: int) -> None:
+            nonlocal read
+            read += more
+            meter.set(read)
+
+        backed_up = []
+        every = zip(self.job.decisions, self.disks, names, done.disks, stored, strict=True)
+        for decision, disk, name, copied, keeps in every:
+            fd = backups.open(name)
+            try:
+                digest, status = await digest_of(fd, tell), os.fstat(fd)
+            finally:
+                os.close(fd)
+            there = survived(graph, disk.device, bitmap)
+            if not there:
+                self._warn(
+                    f"somebody changed {disk.name} while it was backed up: its dirty bitmap is not "
+                    "where it writes now, and its next backup will be full"
+                )
+            backed_up.append(
+                DiskBackup(
+                    disk=disk.name,
+                    path=disk.device.qom_path,
+                    size=copied.size,
+                    source=copied.source,
+                    format=disk.device.chain.active.format,
+                    file=name,
+                    parent=None if decision.parent is None else decision.parent.file,
+                    reason=decision.reason,
+                    length=status.st_size,
+                    modified=status.st_mtime_ns,
+                    digest=digest,
+                    copied=copied.copied,
+                    encrypted=any(one.node.encrypted for one in disk.device.chain.layers),
+                    bitmap=bitmap if there else "",
+                    persistent=there and keeps,
+                )
+            )
+        return replace(draft, disks=tuple(backed_up))
+
+    def _warn(self, words: str) -> None:
+        self.job.warnings = (*self.job.warnings, words)
+
+    async def _end(self, backups: Backups, when: str) -> None:
+        """Remove what the backup replaces, and what said that it was begun."""
+        assert self.note is not None  # it was said
+        try:
+            await delete_bitmaps(self.vm, self.note.before)
+        except Error as error:
+            error.standing = f"the backup {when} is made; bitmaps of the one before are still there"
+            raise
+        backups.end(when)
+
+    async def _take_back(self, backups: Backups, when: str, why: BaseException) -> None:
+        """Undo all: there is no backup."""
+        backups.end(when)
+        if isinstance(why, Error):
+            said = "there is no backup, and the next one can be what this one was to be"
+            why.standing = f"{why.standing}; {said}" if why.standing else said
+        if self.note is None or isinstance(why, DisconnectedError):
+            return  # QEMU has ended, or whoever comes next does it
+        for node in self.note.nodes:
+            await tolerate(no_node, self.vm.monitor.execute("blockdev-del", {"node-name": node}))
+        await delete_bitmaps(self.vm, self.note.made)
+
+
+async def _broken(backups: Backups, seen: Sequence[SeenDisk]) -> dict[str, str]:
+    """Return what is wrong with the images that increments could lie on, by their files."""
+    broken = {}
+    for disk in seen:
+        for one in parents_wanted(backups.points, disk):
+            try:
+                why = await first_broken(backups, images_of(backups.points, one.file))
+            except RequestError as error:
+                why = error.message
+            if why is not None:
+                broken[one.file] = f"of what it would lie on, {why}"
+    return broken
+
+
+def _taken(backups: Backups) -> list[str]:
+    """Return by what times files there are called."""
+    names = backups.names()
+    return [*(point.when for point in backups.points), *(_begin(name) for name in names)]
+
+
+def _begin(name: str) -> str:
+    """Return the time in a file's name, with its number if it has one."""
+    first, _, rest = name.partition(".")[0].partition("-")
+    number = rest.partition("-")[0]
+    return f"{first}-{number}" if number.isdecimal() else first

@@ -1,0 +1,100 @@
+"""Backups of running disks: chains of them over time, and what decides what the next one is."""
+
+import json
+
+import pytest
+from fleecing import MIB, ran
+
+import qmpblock
+from qmpblock import names
+from qmpblock.testing.scenario import parse_scenario
+from qmpblock.testing.stamps import StressSpec, check_point_in_time
+
+pytestmark = pytest.mark.live
+
+TWO = """
+about: Two disks, one of them a chain.
+disks:
+  - images: [{format: raw, size: 16M, content: [write 0 6M 0xaa]}, {content: [write 1M 1M 0xcc]}]
+  - images: [{size: 16M, content: [write 0 6M 0xbb]}]
+"""
+#: The guest stamps the last half of each disk.
+SPECS = tuple(
+    StressSpec(
+        disk=number, offset=8 * MIB, blocks=2048, block_size=4096, queue_depth=8, seed=5, rate=400
+    )
+    for number in (0, 1)
+)
+
+
+#: What the invariant finds, and the pages promise.
+STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}(-end)? of d\d, .*"
+
+
+async def backed_up(vm, directory, **options):
+    """Back up all disks of a VM; return the result, and what of its guest's writes is in it."""
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disks = await controller.disks()
+        job = controller.backup(directory, disks, **options)
+        async with vm.guest.bounds(0, 1) as bounds:
+            made = await job.__aenter__()
+        await job.__aexit__(None, None, None)
+    return made.result, bounds
+
+
+async def content(directory, image):
+    """Return what a guest would read from an image, by qemu-img alone."""
+    raw = directory.parent / "content.raw"
+    path = directory / image
+    code, out = await ran("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, raw)
+    assert code == 0, out
+    data = raw.read_bytes()
+    raw.unlink()
+    return data
+
+
+async def check_content(directory, result, bounds):
+    """See that each image, with what it lies on, is its disk as it was at one instant."""
+    for number, one in enumerate(result.point.disks):
+        data = await content(directory, one.file)
+        found = check_point_in_time(data[8 * MIB :], SPECS[number], bounds[number])
+        assert found.ok, (one, found)
+        code, out = await ran("qemu-img", "check", "-f", "qcow2", directory / one.file)
+        assert code == 0, out
+
+
+async def bitmaps_of(vm):
+    """Return the dirty bitmaps of a VM's nodes, as (node, name)."""
+    nodes = await vm.execute("query-named-block-nodes", flat=True)
+    return sorted(
+        (node["node-name"], one["name"]) for node in nodes for one in node.get("dirty-bitmaps", ())
+    )
+
+
+async def check_left(vm, result):
+    """See that what stays in the VM is what the result documents, and nothing else of backups."""
+    name = names.backup_bitmap(result.point.backups, result.point.id)
+    wanted = [(f"d{n}", one) for n in (0, 1) for one in (name, f"{name}-end")]
+    assert await bitmaps_of(vm) == wanted
+    assert [one.bitmap for one in result.point.disks] == [name, name]
+
+
+async def test_increments_hold_the_instant(start_qemu, vm_dir, invariant):
+    """Of disks that a guest writes to all the time, each chain read by qemu-img alone."""
+    vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
+    invariant.expect(STAYS)
+    for spec in SPECS:
+        await vm.guest.stress(spec)
+    place = vm_dir / "backups"
+    made = [await backed_up(vm, place) for _ in range(4)]
+    await vm.guest.stop_stress()
+    kinds = [[one.kind for one in result.point.disks] for result, _ in made]
+    assert kinds == [["full", "full"], *[["incremental", "incremental"]] * 3]
+    for result, bounds in made:
+        await check_content(place, result, bounds)
+        assert json.loads((place / f"{result.point.when}.json").read_text())["format"] == 1
+    await check_left(vm, made[-1][0])
+    assert all(result.warnings == () for result, _ in made)
+    files = {path.name for path in place.iterdir()}
+    listed = {one.file for result, _ in made for one in result.point.disks}
+    assert files == listed | {f"{r.point.when}.json" for r, _ in made} | {names.BACKUP_LOCK_FILE}
