@@ -24,10 +24,12 @@ __all__ = [
     "find_point",
     "image_names",
     "images_of",
+    "restored_format",
+    "restored_names",
     "when_of",
 ]
 
-FORMATS = ("qcow2", "raw")  # in which a disk is restored
+_RESTORED = ("qcow2", "raw")  # formats
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")  # for a file's name, which QEMU takes for no protocol
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LONGEST = 100  # characters of a disk's name in that of its file
@@ -44,7 +46,7 @@ class BackedUpVM:
 
     name: str
     uuid: str
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class DiskBackup:
     encrypted: bool
     bitmap: str
     persistent: bool
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def kind(self) -> str:
@@ -103,7 +105,7 @@ class Point:
     time: str
     vm: BackedUpVM
     disks: tuple[DiskBackup, ...]
-    more: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return the document of docs/schema/backup-point.schema.json."""
@@ -253,11 +255,29 @@ def image_names(when: str, disks: Sequence[str]) -> list[str]:
 
     :param disks: what people call them, who may call them anything.
     """
+    return _names([f"{when}-{_fit(disk)}" for disk in disks], ["qcow2"] * len(disks))
+
+
+def restored_format(one: DiskBackup) -> str:
+    """Return the format in which a disk is restored: that which it had, if that can be. Pure."""
+    return one.format if one.format in _RESTORED else "qcow2"
+
+
+def restored_names(disks: Sequence[DiskBackup]) -> list[str]:
+    """Return what disks are called that are restored. Pure."""
+    return _names([_fit(one.disk) for one in disks], [restored_format(one) for one in disks])
+
+
+def _fit(disk: str) -> str:
+    return _UNFIT.sub("_", disk).strip("._-")[-_LONGEST:].lstrip("._-") or "disk"
+
+
+def _names(stems: Sequence[str], formats: Sequence[str]) -> list[str]:
+    """Return names of files, no two of which are one."""
     names: list[str] = []
-    for disk in disks:
-        fit = _UNFIT.sub("_", disk).strip("._-")[-_LONGEST:].lstrip("._-") or "disk"
+    for stem, fmt in zip(stems, formats, strict=True):
         number = 1
-        while (name := f"{when}-{fit}{'' if number == 1 else f'-{number}'}.qcow2") in names:
+        while (name := f"{stem}{'' if number == 1 else f'-{number}'}.{fmt}") in names:
             number += 1
         names.append(name)
     return names

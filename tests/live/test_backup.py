@@ -1,12 +1,17 @@
 """Backups of running disks: chains of them over time, and what decides what the next one is."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from fleecing import MIB, ran
 
 import qmpblock
 from qmpblock import names
+from qmpblock.backups.check import check_backups
+from qmpblock.backups.restore import restore
+from qmpblock.errors import Error, RequestError
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import StressSpec, check_point_in_time
 
@@ -21,7 +26,7 @@ disks:
 #: The guest stamps the last half of each disk.
 SPECS = tuple(
     StressSpec(
-        disk=number, offset=8 * MIB, blocks=2048, block_size=4096, queue_depth=8, seed=5, rate=400
+        disk=number, offset=8 * MIB, blocks=2048, block_size=4096, queue_depth=8, seed=5, rate=150
     )
     for number in (0, 1)
 )
@@ -98,3 +103,57 @@ async def test_increments_hold_the_instant(start_qemu, vm_dir, invariant):
     files = {path.name for path in place.iterdir()}
     listed = {one.file for result, _ in made for one in result.point.disks}
     assert files == listed | {f"{r.point.when}.json" for r, _ in made} | {names.BACKUP_LOCK_FILE}
+
+
+async def test_it_is_tested_and_restored_without_the_vm(start_qemu, vm_dir, invariant):
+    vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
+    invariant.expect(STAYS)
+    for spec in SPECS:
+        await vm.guest.stress(spec)
+    place = vm_dir / "backups"
+    made = [(await backed_up(vm, place))[0] for _ in range(3)]
+    checked = await check_backups(place)
+    assert checked.whole
+    assert checked.others == ()
+    assert [one.when for one in checked.points] == [one.point.when for one in made]
+    assert checked.read == sum(one.length for result in made for one in result.point.disks)
+    for result in made:
+        target = vm_dir / f"restored-{result.point.when}"
+        restored = await restore(place, target, at=result.point.when)
+        assert [one.target for one in restored.disks] == [
+            str(target / "vd0.qcow2"),
+            str(target / "vd1.qcow2"),
+        ]
+        for one, backup in zip(restored.disks, result.point.disks, strict=True):
+            assert await content(target, Path(one.target).name) == await content(place, backup.file)
+            code, out = await ran("qemu-img", "info", "--output=json", one.target)
+            assert code == 0
+            assert "backing-filename" not in out
+    last = made[-1].point
+    with pytest.raises(RequestError, match="exists already"):
+        await restore(place, target)
+    again = await restore(place, target, disks=["vd1"], force=True)
+    assert [one.disk for one in again.disks] == ["vd1"]
+    assert again.time == last.time
+    await damaged(place, made, vm_dir / "damaged")
+
+
+async def damaged(place, made, target):
+    """See that a byte that is another one is found, and nothing is restored of it."""
+    first, second, third = (result.point for result in made)
+    file = place / second.disks[0].file
+    data, state = bytearray(file.read_bytes()), file.stat()
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    checked = await check_backups(place)
+    faults = {one.when: one.faults for one in checked.points}
+    wrong = (f"{file.name} holds something else than it did",)
+    assert faults == {first.when: (), second.when: wrong, third.when: wrong}
+    assert not checked.whole
+    with pytest.raises(Error, match="holds something else than it did") as caught:
+        await restore(place, target)
+    assert caught.value.standing == "nothing was touched"
+    assert not target.exists()
+    await restore(place, target, at=first.when)
+    assert sorted(one.name for one in target.iterdir()) == ["vd0.qcow2", "vd1.qcow2"]

@@ -1,0 +1,150 @@
+"""Testing a directory of backups: all that can be told without the VM.
+
+Of each image: that it is there, that every byte of it is what it was (its digest), that its header
+is of the size and names the image below that its backup says, and that its tables are sound
+(qemu-img check). A backup is whole where its images are, and all on which these lie.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qmpblock.backups.directory import Backups, open_backups
+from qmpblock.backups.imagefile import why_wrong
+from qmpblock.backups.point import Image, Point, images_of
+from qmpblock.copying.meter import Meter
+from qmpblock.copying.partialfile import wrong_header
+from qmpblock.errors import Error, RequestError, printable
+from qmpblock.host.qemuimgcheck import QemuImgCheck
+from qmpblock.names import BACKUP_LOCK_FILE, backup_when, point_file
+
+if TYPE_CHECKING:
+    from qmpblock.qemu.job import Progress
+
+__all__ = ["BackupsChecked", "PointChecked", "check_backups"]
+
+_HEAD = 64 << 10  # bytes: the header of our images, with what it names
+
+
+@dataclass(frozen=True)
+class PointChecked:
+    """What was found of one backup.
+
+    :ivar faults: what is wrong with it; none: it is whole.
+    """
+
+    when: str
+    time: str
+    disks: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BackupsChecked:
+    """What was found of a directory of backups.
+
+    :ivar points: its backups, oldest first.
+    :ivar unread: why point files cannot be read, where some cannot.
+    :ivar others: what lies there and no backup tells of.
+    :ivar read: bytes that were read.
+    """
+
+    directory: str
+    points: tuple[PointChecked, ...]
+    unread: tuple[str, ...]
+    others: tuple[str, ...]
+    read: int
+    seconds: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether every backup there is."""
+        return not self.unread and not any(point.faults for point in self.points)
+
+
+async def check_backups(
+    directory: str | os.PathLike[str],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    stall: float = 60.0,
+) -> BackupsChecked:
+    """Test all backups in a directory, without their VM; nothing is written.
+
+    Every byte of every image is read. Cancelling stops at once.
+
+    :param progress: is told how far it is.
+    :param stall: seconds in which qemu-img does nothing that count as a failure.
+    :raise RequestError: there is no such directory.
+    :raise ToolError: qemu-img is not here.
+    """
+    started = time.monotonic()
+    with open_backups(directory) as backups:
+        unread = tuple(error.message for error in backups.read().values())
+        images = {one.file: Image(point, one) for point in backups.points for one in point.disks}
+        meter = Meter("digesting", sum(one.backup.length for one in images.values()), progress)
+        read = 0
+
+        def tell(more: int) -> None:
+            nonlocal read
+            read += more
+            meter.set(read)
+
+        faults = {name: await _fault(backups, image, tell, stall) for name, image in images.items()}
+        points = tuple(_checked(backups.points, point, faults) for point in backups.points)
+        known = {point_file(point.when) for point in backups.points} | set(images)
+        others = tuple(
+            name
+            for name in backups.names()
+            if name not in known and name != BACKUP_LOCK_FILE and not _is_point(name)
+        )
+        return BackupsChecked(
+            backups.path, points, unread, others, read, time.monotonic() - started
+        )
+
+
+def _is_point(name: str) -> bool:
+    said = backup_when(name)
+    return said is not None and said[1]
+
+
+async def _fault(
+    backups: Backups, image: Image, tell: Callable[[int], None], stall: float
+) -> str | None:
+    """Say what is wrong with one image itself; None: nothing."""
+    why = await why_wrong(backups, image, tell)
+    if why is not None:
+        return why
+    backup = image.backup
+    fd = backups.open(image.file)
+    try:
+        head = os.pread(fd, _HEAD, 0)
+    finally:
+        os.close(fd)
+    why = wrong_header(head, backup.size, backup.parent, encrypted=backup.encrypted)
+    if why is None and not backup.encrypted:  # only its key would show
+        try:
+            why = await QemuImgCheck(stall=stall).fault(backups.place(image.file), "qcow2")
+        except RequestError as error:
+            why = error.message
+    return None if why is None else f"{image.file}: {why}"
+
+
+def _checked(points: list[Point], point: Point, faults: dict[str, str | None]) -> PointChecked:
+    found: list[str] = []
+    for one in point.disks:
+        try:
+            chain = images_of(points, one.file)
+        except Error as error:
+            found.append(f"{printable(one.disk)}: {error.message}")
+            continue
+        for image in chain:
+            fault = faults[image.file]
+            if fault is not None and fault not in found:
+                found.append(fault)
+    return PointChecked(
+        point.when, point.time, tuple(one.disk for one in point.disks), tuple(found)
+    )

@@ -1,0 +1,86 @@
+"""qemu-img convert: what a guest would see of a closed image, into a new one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from qmpblock.errors import NoRoomError, ToolError, printable
+from qmpblock.graph.jsonname import as_name
+from qmpblock.host.handed import HandedFiles, MoreFiles
+from qmpblock.host.imagechain import blockdev
+from qmpblock.host.qemuimg import QemuImg
+from qmpblock.host.toolwords import in_use_by_another, lacks_space, progress_in
+from qmpblock.host.writers import in_use
+
+if TYPE_CHECKING:
+    from qmpblock.graph.places import FileId
+
+__all__ = ["QemuImgConvert"]
+
+
+class QemuImgConvert(QemuImg):
+    """The qemu-img program, converting."""
+
+    async def convert(
+        self,
+        source: Mapping[str, Any],
+        target: str,
+        fmt: str,
+        file: FileId,
+        *,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Copy what a guest would see of a closed image into an empty one; zeros take no space.
+
+        Both are opened with the rights of the source's owner. Cancelling ends the program.
+
+        :param source: as for blockdev-add, without `node-name`, with all that lies below it.
+        :param target: an image of that format, and of that size, which holds nothing.
+        :param file: that the target must be.
+        :param progress: is told how much is done, from 0 to 1.
+        :raise NotFoundError: there is no such file.
+        :raise UnsupportedError: the owner may not open one of them.
+        :raise InUseError: a running VM has one of them open for writing.
+        :raise NoRoomError: there is no space for it.
+        :raise ToolError: qemu-img failed.
+        :raise StalledError: it did nothing for the stall limit.
+        """
+        more: dict[str, Sequence[str]] = {}
+        while True:
+            with HandedFiles(more=more) as files:
+                name = as_name(files.image(source))
+                into = files.image(blockdev(fmt, target), writable=1)
+                descriptor = str(into["file"]["filename"])
+                options = f"driver={fmt},file.driver=file,file.filename={descriptor}"
+                words = ("-n", "--target-is-zero", "--target-image-opts", name, options)
+                try:
+                    await self._convert(files, words, target, progress)
+                except MoreFiles as found:  # nothing was run
+                    more[found.file] = found.names
+                else:
+                    return
+
+    async def _convert(
+        self,
+        files: HandedFiles,
+        words: Sequence[str],
+        target: str,
+        progress: Callable[[float], None] | None,
+    ) -> None:
+        try:
+            run = self._run(("convert", "-p", *words), files, exclusive=False, separator=b"\r")
+            async with aclosing(run) as pieces:
+                async for piece in pieces:
+                    done = progress_in(piece)
+                    if done is not None and progress is not None:
+                        progress(done / 100)
+        except ToolError as error:
+            if in_use_by_another(error.stderr):
+                raise in_use("one of the images", error.stderr) from None
+            if lacks_space(error.stderr):
+                raise NoRoomError(
+                    f"there is no room for {printable(target)}: {printable(error.stderr.strip())}"
+                ) from None
+            raise
