@@ -49,6 +49,7 @@ __all__ = [
 _COMMANDS = {
     "allocate": "Make a range of a running disk stand in its active layer, thin or in full.",
     "apply": "Make the disks of running VMs as a policy says.",
+    "backup": "Back up disks of a running VM, all at one instant; list or check backups.",
     "commit": "Copy what upper layers of a running disk hold into a lower one, and drop them.",
     "copy": "Copy disks of a running VM into new images, all at one instant.",
     "demo": "Boot a tiny guest on a chain of three images and map its disk while it writes.",
@@ -62,6 +63,7 @@ _COMMANDS = {
     "migrate": "Have the guest of a running VM go on in another QEMU, with its disks.",
     "plan": "Show what a policy would do to the disks of running VMs; change nothing.",
     "recover": "Undo, or carry on, what a qmpblock that died left in a VM, or to images.",
+    "restore": "Restore disks from backups; no VM is needed.",
     "snapshot": "Freeze the active layers of running disks at one point in time.",
     "stream": "Copy what lower layers hold into a layer of a running disk, and drop them.",
     "verify": "Compare two closed images byte for byte, holes and written zeros alike.",

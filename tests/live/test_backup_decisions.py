@@ -1,0 +1,244 @@
+"""What happens to a disk between two backups, and what the next one is then: right in any case."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from fleecing import MIB, ran
+
+import qmpblock
+from qmpblock.errors import BusyError, RequestError, UnsupportedError
+from qmpblock.testing.images import Tools, build
+from qmpblock.testing.scenario import parse_scenario
+
+pytestmark = pytest.mark.live
+
+QCOW2 = "about: A disk.\nimages: [{size: 16M, content: [write 0 6M 0xbb]}]"
+RAW = "about: A raw one.\nimages: [{format: raw, size: 16M, content: [write 0 6M 0xbb]}]"
+#: As a guest writes data, zeros and discards.
+WRITES = ("write -P {} 1M 300k", "write -z 3M 1M", "discard 5M 1M", "write -P {} 15M 1M")
+
+
+@pytest.fixture
+def begin(start_qemu, vm_dir, qemu_binary, invariant):
+    """Start a VM on the images of a scenario, or again on those that there are."""
+    built = []
+
+    async def started(scenario=None):
+        if scenario is not None:
+            tools = Tools.of(qemu_binary)
+            built[:] = [await build(parse_scenario(scenario, "d"), vm_dir / "images", tools)]
+        vm = await start_qemu(built[0])
+        invariant.forget(vm)  # bitmaps stay, and what is done to it here is beyond description
+        return vm
+
+    return started
+
+
+async def backed_up(vm, place, **options):
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disks = await controller.disks()
+        async with controller.backup(place, disks, **options) as job:
+            pass
+    [one] = job.result.point.disks
+    return one, job.result
+
+
+async def write(vm, byte):
+    for command in WRITES:
+        await vm.qemu_io("d0", command.format(byte))
+
+
+async def raw_of(fmt, path):
+    """Return what a closed image holds, for QEMU's own tools."""
+    raw = path.parent / "content.raw"
+    code, out = await ran("qemu-img", "convert", "-U", "-f", fmt, "-O", "raw", path, raw)
+    assert code == 0, out
+    data = raw.read_bytes()
+    raw.unlink()
+    return data
+
+
+async def held(vm, place, one):
+    """See that a backup holds what the disk does, when the VM is off."""
+    found = await raw_of("qcow2", place / one.file)
+    await vm.quit()
+    assert found == await raw_of(one.format, place.parent / "images" / Path(one.source).name)
+
+
+async def test_dirty_zeros_are_zeros(begin, vm_dir):
+    """Neither data, nor left out: what lies below would be seen."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    await backed_up(vm, place)
+    await write(vm, 7)
+    one, result = await backed_up(vm, place)
+    assert (one.kind, result.warnings) == ("incremental", ())
+    code, out = await ran("qemu-img", "map", "-f", "qcow2", "--output=json", place / one.file)
+    assert code == 0
+    zeros = [e for e in json.loads(out) if e["start"] <= 3 * MIB < e["start"] + e["length"]]
+    assert (zeros[0]["depth"], zeros[0]["zero"], zeros[0]["data"]) == (0, True, False)
+    assert one.copied < 6 * MIB
+    await held(vm, place, one)
+
+
+async def test_a_vm_that_was_shut_down_goes_on(begin, vm_dir):
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    one, _ = await backed_up(vm, place)
+    assert one.persistent
+    await write(vm, 7)
+    await vm.quit()
+    vm = await begin()
+    one, result = await backed_up(vm, place)
+    assert (one.kind, result.warnings) == ("incremental", ())
+    await held(vm, place, one)
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["of-its-life", "stored"])
+async def test_a_vm_that_was_killed(stored, begin, vm_dir):
+    """QEMU has stored no bitmap, or one that does not count any more."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    await backed_up(vm, place)
+    if stored:
+        await vm.quit()
+        vm = await begin()
+    await write(vm, 7)
+    await vm.kill()
+    vm = await begin()
+    with pytest.raises(RequestError, match="cannot be incremental"):
+        await backed_up(vm, place, kind="incremental")
+    one, result = await backed_up(vm, place)
+    assert one.kind == "full"
+    said = "QEMU or its host died since" if not stored else "QEMU or its host died since the last"
+    assert said in one.reason
+    assert result.warnings == (f"the backup of vd0 is full: {one.reason}",)
+    one, _ = await backed_up(vm, place)
+    assert one.kind == "incremental"
+    await held(vm, place, one)
+
+
+async def test_a_raw_disk_is_incremental_while_qemu_lives(begin, vm_dir):
+    vm, place = await begin(RAW), vm_dir / "b"
+    one, _ = await backed_up(vm, place)
+    assert one.bitmap
+    assert not one.persistent
+    await write(vm, 7)
+    one, _ = await backed_up(vm, place)
+    assert one.kind == "incremental"
+    await vm.quit()
+    vm = await begin()
+    one, result = await backed_up(vm, place)
+    assert "an image of format raw keeps none" in one.reason
+    assert len(result.warnings) == 1
+    await held(vm, place, one)
+
+
+async def test_a_disk_that_was_smaller_for_a_while(begin, vm_dir):
+    """Its bitmap has lost what was there, and does not say so."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    await backed_up(vm, place)
+    await vm.qemu_io("d0", "write -P 7 15M 64k")
+    for size in (8 * MIB, 16 * MIB):
+        await vm.execute("block_resize", node_name="d0", size=size)
+    one, _ = await backed_up(vm, place)
+    assert "was made smaller meanwhile" in one.reason
+    await held(vm, place, one)
+
+
+async def test_a_disk_that_has_grown(begin, vm_dir):
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    await backed_up(vm, place)
+    await vm.execute("block_resize", node_name="d0", size=24 * MIB)
+    await vm.qemu_io("d0", "write -P 7 20M 64k")
+    one, _ = await backed_up(vm, place)
+    assert one.reason == "the disk has 25165824 bytes, and had 16777216 at the last backup"
+    await held(vm, place, one)
+
+
+async def test_a_snapshot_between_two(begin, vm_dir):
+    """The bitmap goes on in the overlay, where it begins empty: it is not all there."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    first, _ = await backed_up(vm, place)
+    await write(vm, 7)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        await controller.snapshot({await controller.disk("vd0"): vm_dir / "images" / "new.qcow2"})
+    await vm.qemu_io("d0", "write -P 8 9M 64k")
+    one, _ = await backed_up(vm, place)
+    assert "another image lies below it since" in one.reason
+    await vm.qemu_io("d0", "write -P 9 10M 64k")
+    one, _ = await backed_up(vm, place)
+    assert one.kind == "incremental"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disk = await controller.disk("vd0")
+        async with disk.commit():
+            pass
+    one, _ = await backed_up(vm, place)
+    assert one.parent == first.file  # home again, the first bitmap has got all of it
+    await held(vm, place, one)
+
+
+async def test_an_image_that_was_put_back(begin, vm_dir):
+    """Its bitmap is of the backup before the last, and so is nothing that the last one wrote."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    first, _ = await backed_up(vm, place)
+    await vm.quit()
+    image = vm_dir / "images" / "d0-0.qcow2"
+    old = image.read_bytes()
+    vm = await begin()
+    await write(vm, 7)
+    await backed_up(vm, place)
+    await vm.quit()
+    image.write_bytes(old)
+    vm = await begin()
+    await vm.qemu_io("d0", "write -P 8 9M 64k")
+    one, result = await backed_up(vm, place)
+    assert (one.parent, result.warnings) == (first.file, ())  # of which it is an increment
+    await held(vm, place, one)
+
+
+async def test_what_it_would_lie_on(begin, vm_dir):
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    first, _ = await backed_up(vm, place)
+    file = place / first.file
+    os.utime(file)  # copied, say: it is read, and is what it was
+    one, _ = await backed_up(vm, place)
+    assert one.parent == first.file
+    state = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        opened.write(b"?")
+    one, _ = await backed_up(vm, place)
+    assert one.reason == f"of what it would lie on, {first.file} holds something else than it did"
+    file.rename(place.parent / "away")
+    one, _ = await backed_up(vm, place)
+    assert one.kind == "incremental"  # on the one that is full since
+    os.utime(place.parent / "away", ns=(state.st_atime_ns, state.st_mtime_ns))
+    (place / one.parent).unlink()
+    with pytest.raises(RequestError, match="is gone"):
+        await backed_up(vm, place, kind="incremental")
+    one, _ = await backed_up(vm, place)
+    assert "is gone" in one.reason
+    await held(vm, place, one)
+
+
+async def test_a_refusal_touches_nothing(begin, vm_dir):
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disks = await controller.disks()
+
+        async def refused(where, error, said, **options):
+            with pytest.raises(error, match=said) as caught:
+                async with controller.backup(where, disks, **options):
+                    pass
+            assert caught.value.standing == "nothing was touched"
+
+        await refused(place, RequestError, "no backup of this disk yet", kind="incremental")
+        await refused(vm_dir / "images", RequestError, "holds no backups, but other things")
+        await refused(vm_dir / "no" / "b", RequestError, "cannot open the directory")
+        assert not place.exists()
+        await vm.execute("blockdev-add", driver="null-co", node_name="n", size=16 * MIB)
+        await vm.execute("blockdev-mirror", device="d0", target="n", sync="full", job_id="j")
+        await refused(place, (BusyError, UnsupportedError), "job")
+    nodes = await vm.execute("query-named-block-nodes", flat=True)
+    assert [b for node in nodes for b in node.get("dirty-bitmaps", ()) if "name" in b] == []
+    assert not place.exists()
