@@ -16,6 +16,7 @@ import traceback
 
 import qmpblock
 import qmpblock.allocation.allocate
+import qmpblock.backups.run
 import qmpblock.chains.jobs
 import qmpblock.chains.snapshot
 import qmpblock.copying.pointintime
@@ -78,6 +79,12 @@ async def perform(vm, what):
         del arguments["targets"]
         named = {await vm.disk(disk): file for disk, file in what["targets"].items()}
         async with copy(vm, named, **arguments) as job:
+            pass
+        return job.result
+    if what["do"] == "backup":
+        disks = [await vm.disk(disk) for disk in what["disks"]]
+        speed = what.get("speed", 0)
+        async with vm.backup(what["directory"], disks, speed=speed) as job:
             pass
         return job.result
     if what["do"] == "migrate":

@@ -120,6 +120,17 @@ class Operation:
     async def prepare(self, tools, directory):
         """Make what has to be there besides the images, before the VM is started."""
 
+    @property
+    def stays(self):
+        """What of the VM's state, as a pattern, the operation looks at by itself; None: nothing."""
+        return None
+
+    async def begin(self, address, directory):
+        """Do what has to be done to the VM before it."""
+
+    async def check_settled(self, vm, directory):
+        """See that what it has done, or not, is all right, while the guest goes on."""
+
     async def check_done(self, address, directory):
         """See that it is done to the VM at an address, where that shows in more than the chains."""
 
@@ -415,6 +426,7 @@ class _Point:
         ]
         try:
             await self.vm.start()
+            await self.operation.begin(self.vm.monitor_path, self.images)
             self.before = await self.state()
             for spec in self.specs:
                 await self.vm.guest.stress(spec)
@@ -447,6 +459,8 @@ class _Point:
         lines = Counter()
         for line, count in seen.lines.items():
             line = line.replace(str(self.directory), "DIR")
+            if self.operation.stays and re.search(self.operation.stays, line):
+                continue
             lines[re.sub(r"qmpblock-[0-9a-f]{8}", "qmpblock-RUN", line)] += count
         return VMState(dict(lines))
 
@@ -523,6 +537,7 @@ class _Point:
             assert self.operation.leaves_nodes == bool(ours), ours
             assert all(line.startswith(("node:", "edge:", "device:")) for line in ours), ours
         await self._is(wanted[0])
+        await self.operation.check_settled(self.vm, self.images)
         done = []
         for number, _ in enumerate(self.specs):
             done.append(await self.vm.guest.stop_stress(number))

@@ -21,7 +21,7 @@ import json
 import os
 import posixpath
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +33,23 @@ from qmpblock.graph.places import FileId
 from qmpblock.host.ourfiles import Directory
 from qmpblock.names import BACKUP_LOCK_FILE, backup_when, begun_file, partial_file, point_file
 from qmpblock.peerjson import read_json
-from qmpblock.versioned import UnreadableError, stamped, unstamped
+from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
+from qmpblock.versioned import read as read_fields
 
 __all__ = ["Backups", "open_backups", "read_points"]
 
 _LARGEST = 64 << 20  # bytes of a point file
 _KNOWN = (BACKUP_LOCK_FILE, "lost+found")  # what an empty directory may hold
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What WHEN.begun says: the id of the directory, and which images are about to be made."""
+
+    backups: str
+    images: tuple[str, ...]
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,8 +66,13 @@ class Backups:
 
     @property
     def id(self) -> str:
-        """Of the directory; empty where nothing is made yet."""
-        return self.points[-1].backups if self.points else ""
+        """Of the directory; empty where nothing was ever begun.
+
+        Also that of one that was broken off: by it is called what it has left in the VM.
+        """
+        if self.points:
+            return self.points[-1].backups
+        return next((one.backups for when in self._every_begun() if (one := self._begun(when))), "")
 
     def place(self, name: str) -> str:
         """Return the path of a file in it."""
@@ -97,12 +112,13 @@ class Backups:
 
     # -- by whoever makes one, under the lock
 
-    def begin(self, when: str, images: Sequence[str]) -> None:
+    def begin(self, when: str, backups: str, images: Sequence[str]) -> None:
         """Say, on stable storage, which images are about to be made.
 
+        :param backups: the id of the directory.
         :raise Error: it cannot be said.
         """
-        self._write(begun_file(when), stamped({"images": list(images)}))
+        self._write(begun_file(when), stamped(plain(_Begun(backups, tuple(images)))))
 
     def make(self, point: Point) -> None:
         """Have a backup be made: all of its images are on stable storage.
@@ -120,10 +136,8 @@ class Backups:
         name = begun_file(when)
         try:
             if self.status(point_file(when)) is None:
-                for image in self._begun(when):
-                    self._remove(image)
-                    self._remove(partial_file(image))
-                self._remove(partial_file(point_file(when)))
+                for left in self._left(when):
+                    self._remove(left)
             self._remove(name)
             self._remove(partial_file(name))
             self.files.sync()
@@ -132,29 +146,36 @@ class Backups:
                 f"cannot remove what a backup left in {printable(self.path)}: {error.strerror}",
             ) from None
 
-    def sweep(self) -> None:
+    def sweep(self, but: str) -> None:
         """Remove what backups left that were broken off; nobody is at work, for we have the lock.
 
+        :param but: which one has just begun.
         :raise Error: it cannot be removed, or read.
         """
-        for name in self.names():
-            known = backup_when(name)
-            if known is not None and not known[1]:
-                self.end(known[0])
+        for when in self._every_begun():
+            if when != but:
+                self.end(when)
 
-    def _begun(self, when: str) -> list[str]:
-        """Return the images that a backup that was begun lists, as far as they can be of it."""
+    def _every_begun(self) -> list[str]:
+        """Return what the backups are called that were begun, and have not ended."""
+        known = [backup_when(name) for name in self.names()]
+        return [one[0] for one in known if one is not None and not one[1]]
+
+    def _begun(self, when: str) -> _Begun | None:
+        """Return what a backup that was begun says; None where none was."""
         try:
-            said = unstamped(self._read(begun_file(when)))["images"]
+            return read_fields(_Begun, unstamped(self._read(begun_file(when))))
         except FileNotFoundError:
-            return []
-        except (UnreadableError, KeyError, ValueError) as error:
+            return None
+        except (UnreadableError, ValueError) as error:
             raise _unreadable(self.place(begun_file(when)), error) from None
-        return [
-            one
-            for one in said
-            if isinstance(one, str) and "/" not in one and one.startswith(f"{when}-")
-        ]
+
+    def _left(self, when: str) -> list[str]:
+        """Return the names of all that a backup that was begun may have left, besides its file."""
+        begun = self._begun(when)
+        images = begun.images if begun is not None else ()
+        ours = [one for one in images if "/" not in one and one.startswith(f"{when}-")]
+        return [*ours, *map(partial_file, (*ours, point_file(when), begun_file(when)))]
 
     def _remove(self, name: str) -> None:
         status = self.status(name)
@@ -239,7 +260,10 @@ class Backups:
         """
         if self.points:
             return
-        others = [name for name in self.names() if name not in _KNOWN]
+        known = {*_KNOWN}
+        for when in self._every_begun():
+            known |= {begun_file(when), *self._left(when)}
+        others = [name for name in self.names() if name not in known]
         if others:
             raise RequestError(
                 f"{printable(self.path)} holds no backups, but other things, such as "

@@ -150,8 +150,20 @@ class _Run:
             for error in backups.read().values():
                 raise error
             backups.check_one()
-            async with self._alone(backups) as backups_id:
-                point, done = await self._make(backups, backups_id)
+            draft = await self._drafted(backups)
+            names = image_names(draft.when, [disk.name for disk in self.disks])
+            try:
+                # First, for its id is that of what is done in the VM from here on.
+                backups.begin(draft.when, draft.backups, names)
+                backups.sweep(but=draft.when)
+                async with self._alone(draft):
+                    point, done = await self._make(backups, draft, names)
+            except BaseException as error:
+                if not backups.points or backups.points[-1].id != draft.id:
+                    backups.end(draft.when)
+                    _say_none(error)
+                raise
+            backups.end(draft.when)
         self.job.result = BackupResult(
             backups.path,
             point,
@@ -161,21 +173,29 @@ class _Run:
             self.job.warnings,
         )
 
-    @asynccontextmanager
-    async def _alone(self, backups: Backups) -> AsyncIterator[str]:
-        """Have no other backup into this directory be made of this VM; yield its id."""
-        vm, backups_id = self.vm, backups.id or new_run()
-        name = backup_lock_name(backups_id)
+    async def _drafted(self, backups: Backups) -> Point:
+        """See that the directory is of this VM; return what is known of the backup by now."""
+        vm = self.vm
         devices = [disk.device for disk in self.disks]
         await ownership.ask(vm.monitor, devices)
-        await make_way(vm, lock_names(devices))  # or what is below could not be undone
+        await make_way(vm, lock_names(devices))
+        me = await identify(vm)
+        check_vm(backups.points, me.name, me.uuid, await self._look(), backups.path)
+        backups.check_new()
+        when = when_of(datetime.now(UTC), _taken(backups))
+        return Point(backups.id or new_run(), new_run(), when, "", BackedUpVM(me.name, me.uuid), ())
+
+    @asynccontextmanager
+    async def _alone(self, draft: Point) -> AsyncIterator[None]:
+        """Have no other backup into this directory be made of this VM; undo what one left."""
+        name = backup_lock_name(draft.backups)
 
         async def undo(dead: Holder) -> None:
-            await undo_dead_backup(vm, dead, name)
+            await undo_dead_backup(self.vm, dead, name)
 
-        await lock.acquire(vm.monitor, name, Holder.me(self.run_id), undo, stall=0)
+        await lock.acquire(self.vm.monitor, name, Holder.me(self.run_id), undo, stall=0)
         try:
-            yield backups_id
+            yield
         finally:
             await undisturbed(self._release(name))
 
@@ -185,13 +205,11 @@ class _Run:
         except DisconnectedError:
             lock.abandon(self.run_id)  # whoever comes next undoes what is there
 
-    async def _make(self, backups: Backups, backups_id: str) -> tuple[Point, CopyResult]:
-        vm, job = self.vm, self.job
-        seen = await self._look()
-        me = await identify(vm)
-        check_vm(backups.points, me.name, me.uuid, seen, backups.path)
-        backups.sweep()
-        backups.check_new()
+    async def _make(
+        self, backups: Backups, draft: Point, names: Sequence[str]
+    ) -> tuple[Point, CopyResult]:
+        job = self.job
+        seen = await self._look()  # anew: what was undone is gone
         broken = await _broken(backups, seen)
         job.decisions = tuple(decide(backups.points, disk, broken, self.kind) for disk in seen)
         job.warnings = tuple(
@@ -199,24 +217,20 @@ class _Run:
             for one in job.decisions
             if one.fell_back
         )
-        point_id = new_run()
-        when = when_of(datetime.now(UTC), _taken(backups))
-        names = image_names(when, [disk.name for disk in self.disks])
         targets = {disk: backups.place(name) for disk, name in zip(self.disks, names, strict=True)}
-        await look(vm, targets, CopyOptions(format="qcow2", **self.words))  # or refuse
-        bitmap = backup_bitmap(backups_id, point_id)
-        draft = Point(backups_id, point_id, when, "", BackedUpVM(me.name, me.uuid), ())
+        await look(self.vm, targets, CopyOptions(format="qcow2", **self.words))  # or refuse
+        bitmap = backup_bitmap(draft.backups, draft.id)
         try:
-            await self._say(backups, draft, bitmap, names)
+            await self._say(backups, draft, bitmap)
             stored = await self._bitmaps(bitmap)
             done, moment = await self._copy(targets)
             draft = replace(draft, time=moment)
             point = await self._point(backups, draft, names, done, bitmap, stored)
             backups.make(point)
         except BaseException as error:
-            await undisturbed(self._take_back(backups, when, error))
+            await undisturbed(self._take_back(error))
             raise
-        await undisturbed(self._end(backups, when))
+        await undisturbed(self._end(draft.when))
         return point, done
 
     async def _look(self) -> list[SeenDisk]:
@@ -238,9 +252,8 @@ class _Run:
             )
         return seen
 
-    async def _say(self, backups: Backups, draft: Point, bitmap: str, names: Sequence[str]) -> None:
-        """Say what is about to be made, where whoever finds it knows how to undo it."""
-        backups.begin(draft.when, names)
+    async def _say(self, backups: Backups, draft: Point, bitmap: str) -> None:
+        """Say what is about to be made in the VM, so that whoever finds it can undo it."""
         devices = [disk.device for disk in self.disks]
         device, inode = backups.identity()
         self.note = BackupNote(
@@ -345,27 +358,29 @@ class _Run:
     def _warn(self, words: str) -> None:
         self.job.warnings = (*self.job.warnings, words)
 
-    async def _end(self, backups: Backups, when: str) -> None:
-        """Remove what the backup replaces, and what said that it was begun."""
+    async def _end(self, when: str) -> None:
+        """Remove what the backup replaces."""
         assert self.note is not None  # it was said
         try:
             await delete_bitmaps(self.vm, self.note.before)
         except Error as error:
             error.standing = f"the backup {when} is made; bitmaps of the one before are still there"
             raise
-        backups.end(when)
 
-    async def _take_back(self, backups: Backups, when: str, why: BaseException) -> None:
-        """Undo all: there is no backup."""
-        backups.end(when)
-        if isinstance(why, Error):
-            said = "there is no backup, and the next one can be what this one was to be"
-            why.standing = f"{why.standing}; {said}" if why.standing else said
+    async def _take_back(self, why: BaseException) -> None:
+        """Undo what was done in the VM: there is no backup."""
         if self.note is None or isinstance(why, DisconnectedError):
             return  # QEMU has ended, or whoever comes next does it
         for node in self.note.nodes:
             await tolerate(no_node, self.vm.monitor.execute("blockdev-del", {"node-name": node}))
         await delete_bitmaps(self.vm, self.note.made)
+
+
+def _say_none(why: BaseException) -> None:
+    """Have an error say that there is no backup."""
+    if isinstance(why, Error) and why.standing != UNTOUCHED:
+        said = "there is no backup, and the next one can be what this one was to be"
+        why.standing = f"{why.standing}; {said}" if why.standing else said
 
 
 async def _broken(backups: Backups, seen: Sequence[SeenDisk]) -> dict[str, str]:

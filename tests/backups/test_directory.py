@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from backuppoints import disk, point
+from backuppoints import BACKUPS, disk, point
 
 from qmpblock.backups.directory import open_backups, read_points
 from qmpblock.errors import BusyError, RecordError, RequestError
@@ -21,7 +21,7 @@ def names(path):
 
 def test_a_backup_is_made_in_one_step(tmp_path):
     with open_backups(tmp_path) as backups:
-        backups.begin(WHEN, [IMAGE])
+        backups.begin(WHEN, BACKUPS, [IMAGE])
         (tmp_path / IMAGE).write_bytes(b"x")
         assert read_points(tmp_path) == ()
         backups.make(POINT)
@@ -34,24 +34,38 @@ def test_a_backup_is_made_in_one_step(tmp_path):
 def test_what_was_broken_off_goes(tmp_path):
     (tmp_path / "20261130T110400Z-vd0.qcow2").touch()  # which no such file lists
     with open_backups(tmp_path) as backups:
-        backups.begin(WHEN, [IMAGE, f"{WHEN}-vd1.qcow2"])
+        backups.begin(WHEN, BACKUPS, [IMAGE, f"{WHEN}-vd1.qcow2"])
         (tmp_path / IMAGE).touch()
         (tmp_path / f"{WHEN}-vd1.qcow2.partial").touch()
         (tmp_path / f"{WHEN}.json.partial").touch()
-        backups.sweep()
+        backups.sweep(but="")
     assert names(tmp_path) == ["20261130T110400Z-vd0.qcow2"]
+
+
+def test_the_first_one_that_was_broken_off_has_given_the_directory_its_id(tmp_path):
+    """By which what it left in the VM is called."""
+    with open_backups(tmp_path) as backups:
+        assert backups.id == ""
+        backups.begin(WHEN, BACKUPS, [IMAGE])
+        (tmp_path / f"{IMAGE}.partial").touch()
+        backups.check_new()  # it holds nothing else
+        assert backups.id == BACKUPS
+        backups.begin("20261130T120500Z", BACKUPS, [])
+        backups.sweep(but="20261130T120500Z")
+        assert backups.id == BACKUPS
+    assert names(tmp_path) == ["20261130T120500Z.begun"]
 
 
 def test_what_was_made_stays(tmp_path):
     with open_backups(tmp_path) as backups:
-        backups.begin(WHEN, [IMAGE])
+        backups.begin(WHEN, BACKUPS, [IMAGE])
         (tmp_path / IMAGE).touch()
         backups.make(POINT)
-        backups.sweep()
+        backups.sweep(but="")
     assert names(tmp_path) == [IMAGE, f"{WHEN}.json"]
 
 
-@pytest.mark.parametrize("listed", ["other.qcow2", "../x", f"{WHEN}-../../x", 1, f"{WHEN}-d"])
+@pytest.mark.parametrize("listed", ["other.qcow2", "../x", f"{WHEN}-../../x", f"{WHEN}-d"])
 def test_what_is_listed_by_mistake_stays(listed, tmp_path):
     """Or by malice: nothing of another name, nothing elsewhere, no directory."""
     place = tmp_path / "b"
@@ -59,18 +73,20 @@ def test_what_is_listed_by_mistake_stays(listed, tmp_path):
     for one in (place / "other.qcow2", tmp_path / "x"):
         one.touch()
     (place / f"{WHEN}-d").mkdir()
-    (place / f"{WHEN}.begun").write_text(json.dumps({"images": [listed]}))
+    (place / f"{WHEN}.begun").write_text(json.dumps({"backups": BACKUPS, "images": [listed]}))
     with open_backups(place) as backups:
-        backups.sweep()
+        backups.sweep(but="")
     assert names(place) == [f"{WHEN}-d", "other.qcow2"]
     assert (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99, "images": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"format": 99, "images": []}', '{"backups": "a", "images": [1]}']
+)
 def test_what_cannot_be_read_is_not_removed(text, tmp_path):
     (tmp_path / f"{WHEN}.begun").write_text(text)
     with open_backups(tmp_path) as backups, pytest.raises(RecordError, match="cannot be read"):
-        backups.sweep()
+        backups.sweep(but="")
     assert names(tmp_path) == [f"{WHEN}.begun"]
 
 

@@ -1,0 +1,125 @@
+"""Kill matrices of backups: the operations, for `killing.Matrix`."""
+
+import hashlib
+
+from fleecing import ran
+from killing import AREA, CHAIN, IOTHREAD, TWO, Operation
+
+import qmpblock
+from qmpblock import names
+from qmpblock.backups import read_points
+from qmpblock.testing.stamps import StressSpec, check_point_in_time
+
+_BITMAP = r"bitmap: (qmpblock-backup-\S+) of "
+
+
+class BackingUp(Operation):
+    """A backup after another one, in a directory beside that of the images.
+
+    What the next one makes of what was left is looked at, too: it is where the killed one shows.
+    """
+
+    @property
+    def moves(self):
+        """Never: what it puts in the guest's way comes home."""
+        return False
+
+    @property
+    def leaves_nodes(self):
+        return False
+
+    @property
+    def stays(self):
+        """Its bitmaps, which are those of the last backup (`check_settled`)."""
+        return _BITMAP
+
+    def place(self, directory):
+        return directory.parent / "backups"
+
+    async def begin(self, address, directory):
+        """Make the backup that this one is an increment of, unless it is to be the first."""
+        if not self.what["first"]:
+            await self.back_up(address, directory)
+
+    async def back_up(self, address, directory):
+        async with qmpblock.connect(address) as controller:
+            disks = [await controller.disk(disk) for disk in self.what["disks"]]
+            async with controller.backup(self.place(directory), disks) as job:
+                pass
+        return job.result
+
+    async def check_done(self, address, directory):
+        assert len(read_points(self.place(directory))) == (1 if self.what["first"] else 2)
+
+    async def check_settled(self, vm, directory):
+        """See that the bitmaps are those of the last backup, and that the next one is right."""
+        place, count = self.place(directory), len(self.what["disks"])
+        points = read_points(place) if place.exists() else ()
+        assert await self.bitmaps(vm) == sorted(points[-1:] and _bitmaps(points[-1], count))
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            disks = [await controller.disk(disk) for disk in self.what["disks"]]
+            making = controller.backup(place, disks)
+            async with vm.guest.bounds(*range(count)) as bounds:
+                job = await making.__aenter__()
+            await making.__aexit__(None, None, None)
+        made = job.result.point
+        wanted = "incremental" if points else "full"
+        assert [one.kind for one in made.disks] == [wanted] * count, job.result.warnings
+        assert await self.bitmaps(vm) == sorted(_bitmaps(made, count))
+        for number, one in enumerate(made.disks):
+            raw = place.parent / "content.raw"
+            code, out = await ran(
+                *("qemu-img", "convert", "-f", "qcow2", "-O", "raw", place / one.file, raw)
+            )
+            assert code == 0, out
+            data = raw.read_bytes()
+            raw.unlink()
+            spec = StressSpec(disk=number, seed=number + 1, flush_every=64, read_percent=20, **AREA)
+            start, stop = spec.offset, spec.offset + spec.length
+            found = check_point_in_time(data[start:stop], spec, bounds[number])
+            assert found.ok, found
+        self.check_tidy(directory)
+
+    async def bitmaps(self, vm):
+        nodes = await vm.execute("query-named-block-nodes", flat=True)
+        return sorted(
+            (node["node-name"], one["name"])
+            for node in nodes
+            for one in node.get("dirty-bitmaps", ())
+            if "name" in one
+        )
+
+    def check_tidy(self, directory):
+        """See that nothing of a backup that was broken off is left, once another one was made."""
+        place = self.place(directory)
+        points = read_points(place)
+        known = {one.file for point in points for one in point.disks}
+        known |= {names.point_file(point.when) for point in points} | {names.BACKUP_LOCK_FILE}
+        assert {path.name for path in place.iterdir()} == known
+
+    def check_left(self, directory):
+        """See that what says that it is made is all there, whoever died."""
+        place = self.place(directory)
+        for point in read_points(place) if place.exists() else ():
+            for one in point.disks:
+                data = (place / one.file).read_bytes()
+                assert hashlib.blake2b(data, digest_size=32).hexdigest() == one.digest, one.file
+
+
+def _bitmaps(point, count):
+    name = names.backup_bitmap(point.backups, point.id)
+    return [(f"d{n}", one) for n in range(count) for one in (name, names.end_bitmap(name))]
+
+
+def _operations():
+    chain = ("d0-3.qcow2", "d0-2.qcow2", "d0-1.qcow2", "d0-0.raw")
+    two = (("d0-1.qcow2", "d0-0.raw"), ("d1-0.qcow2",))
+    one = {"do": "backup", "directory": "{}/../backups", "disks": ["vd0"], "first": False}
+    plain, iothread = CHAIN.format(attach=""), CHAIN.format(attach=IOTHREAD)
+    yield BackingUp("backup", plain, one, (chain,))
+    yield BackingUp("backup-first", plain, one | {"first": True}, (chain,))
+    yield BackingUp("backup-iothread", iothread, one, (chain,))
+    yield BackingUp("backup-of-two", TWO.format(), one | {"disks": ["vd0", "vd1"]}, two)
+
+
+BACKUPS = tuple(_operations())
