@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from qmpblock.allocation.thin import Allocator
     from qmpblock.backups.decision import Kind
     from qmpblock.backups.job import BackupJob
-    from qmpblock.backups.run import BackupWords
     from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.step import Step
@@ -280,7 +279,12 @@ class VM(Connection):
         disks: Sequence[Disk],
         *,
         kind: Kind | None = None,
-        **options: Unpack[BackupWords],
+        compress: bool = False,
+        speed: int = 0,
+        latency: float = 0.0,
+        fleece: str | os.PathLike[str] | None = None,
+        fleece_limit: int | None = None,
+        verify: bool = False,
     ) -> AbstractAsyncContextManager[BackupJob]:
         """Back up running disks into a directory, all at one instant, while the guest goes on.
 
@@ -312,7 +316,18 @@ class VM(Connection):
         """
         from qmpblock.backups.run import backup
 
-        return backup(self, directory, disks, kind, **options)
+        return backup(
+            self,
+            directory,
+            disks,
+            kind,
+            compress=compress,
+            speed=speed,
+            latency=latency,
+            fleece=fleece,
+            fleece_limit=fleece_limit,
+            verify=verify,
+        )
 
     async def recover(
         self,

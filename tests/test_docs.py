@@ -3,7 +3,7 @@
 How a fenced block is tested depends on the word after its fence:
 
 - `console`: those of README and of docs/map.md, jobs.md, allocate.md, policy.md,
-  copy.md, export.md, metrics.md and verify.md
+  copy.md, backup.md, export.md, metrics.md and verify.md
   are run, one after the other, on a real QEMU, and print
   what stands there (`...` is anything; the numbers of QEMU's own node names do not count);
 - `python run=script`: run as a program of its own, at that place;
@@ -48,7 +48,7 @@ README, MAP, PYTHON = ROOT / "README.md", ROOT / "docs/map.md", ROOT / "docs/pyt
 JOBS, ALLOCATE = ROOT / "docs/jobs.md", ROOT / "docs/allocate.md"
 POLICY, VERIFY = ROOT / "docs/policy.md", ROOT / "docs/verify.md"
 COPY, EXPORT = ROOT / "docs/copy.md", ROOT / "docs/export.md"
-METRICS = ROOT / "docs/metrics.md"
+BACKUP, METRICS = ROOT / "docs/backup.md", ROOT / "docs/metrics.md"
 ARCHITECTURE = ROOT / "docs/architecture.md"
 EXIT_CODES = {0, 1, 2, 3, 4, 130}
 
@@ -553,7 +553,8 @@ async def test_a_newcomer_can_follow(vm_dir, qemu_binary, monkeypatch):
     readme = steps(README)
     assert "kill $(cat vm.pid)" in readme[-1].body
     try:
-        for page in (MAP, VERIFY, PYTHON, JOBS, COPY, EXPORT, METRICS, ALLOCATE, POLICY):
+        pages = (MAP, VERIFY, PYTHON, JOBS, COPY, BACKUP, EXPORT, METRICS, ALLOCATE, POLICY)
+        for page in pages:
             readme[-1:-1] = steps(page)
         for block in readme[:-1]:
             walk.follow(block)

@@ -5,7 +5,7 @@ Each disk has two of each backup, on its active layer's node, which stay there u
 - one that records, from before the backup's instant on. It is never cleared: the next backup has
   one of its own, and what this has from between the two is copied as it is then;
 - one of the last of the disk's granules alone, which records nothing. A disk that is made smaller
-  loses it, and what its bitmaps say of the rest, for good (F39).
+  loses it, and what its bitmaps say of the rest, for good (F43).
 
 Where the image can, it holds both (qcow2), so that they outlive QEMU; else they live in QEMU alone.
 """

@@ -6,7 +6,7 @@ An increment is right where three things are known, each by what proves it:
   consistent, and records;
 - that this is all of it: the bitmap of the disk's end, which vouches for it, still holds that. A
   disk that was made smaller has lost it, and whatever else lay there, though it may be as large
-  as before (F39); so has a bitmap that records on in an overlay, where it began empty;
+  as before (F43); so has a bitmap that records on in an overlay, where it began empty;
 - that what it is to lie on is what it was (`broken`).
 
 Where one is not known, the backup is full. That is never wrong, and says why.

@@ -177,6 +177,18 @@ async def test_a_snapshot_between_two(begin, vm_dir):
     await held(vm, place, one)
 
 
+async def test_an_internal_snapshot_is_not_gone_back_to(begin, vm_dir):
+    """The bitmap would know nothing of it. QEMU refuses that by itself."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    await vm.hmp("savevm before")
+    await backed_up(vm, place)
+    assert "active dirty bitmaps" in await vm.hmp("loadvm before")
+    await vm.quit()
+    image = vm_dir / "images" / "d0-0.qcow2"
+    code, out = await ran("qemu-img", "snapshot", "-a", "before", image)
+    assert (code, "active dirty bitmaps" in out) == (1, True)
+
+
 async def test_an_image_that_was_put_back(begin, vm_dir):
     """Its bitmap is of the backup before the last, and so is nothing that the last one wrote."""
     vm, place = await begin(QCOW2), vm_dir / "b"
