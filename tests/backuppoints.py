@@ -1,5 +1,7 @@
 """Backups that tests of what is made of them have: what a point file says of them."""
 
+import zlib
+
 from qmpblock.backups.point import BackedUpVM, DiskBackup, Point
 from qmpblock.names import backup_bitmap
 
@@ -36,7 +38,7 @@ def point(when, disks, number=0, name="web", uuid=""):
     time = f"{digits[:4]}-{digits[4:6]}-{digits[6:8]}T{digits[9:11]}:{digits[11:13]}:00.250+00:00"
     if not when[:1].isdecimal():
         time = "2026-11-30T00:00:00+00:00"
-    which = f"{number:08x}" if number else f"{abs(hash(when)) % (1 << 32):08x}"
+    which = f"{number:08x}" if number else f"{zlib.crc32(when.encode()):08x}"
     return Point(BACKUPS, which, when, time, BackedUpVM(name, uuid), tuple(disks))
 
 

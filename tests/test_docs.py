@@ -553,7 +553,7 @@ async def test_a_newcomer_can_follow(vm_dir, qemu_binary, monkeypatch):
     readme = steps(README)
     assert "kill $(cat vm.pid)" in readme[-1].body
     try:
-        pages = (MAP, VERIFY, PYTHON, JOBS, COPY, BACKUP, EXPORT, METRICS, ALLOCATE, POLICY)
+        pages = (MAP, VERIFY, PYTHON, JOBS, COPY, EXPORT, METRICS, ALLOCATE, POLICY, BACKUP)
         for page in pages:
             readme[-1:-1] = steps(page)
         for block in readme[:-1]:

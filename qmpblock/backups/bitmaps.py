@@ -8,6 +8,7 @@ Each disk has two of each backup, on its active layer's node, which stay there u
   loses it, and what its bitmaps say of the rest, for good (F43).
 
 Where the image can, it holds both (qcow2), so that they outlive QEMU; else they live in QEMU alone.
+So they do where QEMU does not find the image by its name any more (K42).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from qmpblock.chains.storedbitmaps import may_hold_bitmaps
 from qmpblock.copying.comparing import GRAIN
 from qmpblock.copying.drawn import draw_node
 from qmpblock.errors import CommandError
@@ -48,10 +50,12 @@ async def make_bitmaps(
     nodes, stored = drawing_nodes(run, len(devices)), []
     for device, drawing in zip(devices, nodes, strict=True):
         active, size = device.chain.active, device.chain.active.size
+        # Where QEMU could not open it anew, it could not be written to after a freeze (K42).
+        holds = active.format in _STORING and await may_hold_bitmaps(vm.monitor, active, drawing)
         last = Ranges([((size - 1) // GRAIN * GRAIN, size)])
         await draw_node(vm, drawing, size, last)
         node, end = active.node.name, end_bitmap(name)
-        keeps = await _add(vm, node, end, stores=active.format in _STORING, disabled=True)
+        keeps = await _add(vm, node, end, stores=holds, disabled=True)
         await vm.monitor.execute(
             "block-dirty-bitmap-merge",
             {"node": node, "target": end, "bitmaps": [{"node": drawing, "name": drawing}]},

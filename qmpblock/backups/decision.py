@@ -162,7 +162,7 @@ def _why_gone(disk: SeenDisk, backup: DiskBackup, name: str) -> str:
     gone = f"the dirty bitmap of the last backup, {printable(name)}, is not there"
     if not backup.persistent:
         return (
-            f"{gone}: QEMU was started anew, and an image of format {backup.format} keeps none; or "
+            f"{gone}: QEMU was started anew, and the image, {backup.format}, did not keep it; or "
             "another image was put there"
         )
     return (

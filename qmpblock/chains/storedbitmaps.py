@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qmpblock.graph.model import Layer
     from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["check_frozen_ones", "check_opened_anew"]
+__all__ = ["check_frozen_ones", "check_opened_anew", "may_hold_bitmaps"]
 
 _FILES = ("file", "host_device")
 
@@ -31,6 +31,31 @@ async def check_opened_anew(monitor: Monitor, layer: Layer, node: str) -> None:
     kept = [bitmap.name for bitmap in layer.node.bitmaps if bitmap.persistent]
     if not kept:
         return
+    refused = await _refused(monitor, layer, node)
+    if refused is not None:
+        name, error = refused
+        raise UnsupportedError(
+            f"{printable(name)} cannot be opened anew by QEMU, which a snapshot would "
+            f"have it do ({printable(error.description)}); it has the persistent dirty bitmap "
+            f"{printable(kept[0])}, and so could never be written to again: each write of the "
+            "guest's would fail once it is back on it",
+            remedy="start the VM with absolute paths of its images (with -daemonize it leaves "
+            "the directory of relative ones), which its user may open; a set of descriptors "
+            "needs one for reading, too. Or remove the bitmap first "
+            "(block-dirty-bitmap-remove)",
+        ) from error
+
+
+async def may_hold_bitmaps(monitor: Monitor, layer: Layer, node: str) -> bool:
+    """Whether an image could be frozen, too, if it had persistent bitmaps: QEMU can open it anew.
+
+    :param node: a name of ours, under which it is tried.
+    """
+    return await _refused(monitor, layer, node) is None
+
+
+async def _refused(monitor: Monitor, layer: Layer, node: str) -> tuple[str, CommandError] | None:
+    """Return the name by which QEMU does not open an image anew, and its words; None: it does."""
     for file in (storage_of(layer), layer.data_file):
         if file is None or file.driver not in _FILES or file.filename.startswith("json:"):
             continue
@@ -41,17 +66,9 @@ async def check_opened_anew(monitor: Monitor, layer: Layer, node: str) -> None:
         except CommandError as error:
             if not could_not_open(error):
                 raise
-            raise UnsupportedError(
-                f"{printable(file.filename)} cannot be opened anew by QEMU, which a snapshot would "
-                f"have it do ({printable(error.description)}); it has the persistent dirty bitmap "
-                f"{printable(kept[0])}, and so could never be written to again: each write of the "
-                "guest's would fail once it is back on it",
-                remedy="start the VM with absolute paths of its images (with -daemonize it leaves "
-                "the directory of relative ones), which its user may open; a set of descriptors "
-                "needs one for reading, too. Or remove the bitmap first "
-                "(block-dirty-bitmap-remove)",
-            ) from error
+            return file.filename, error
         await monitor.execute("blockdev-del", {"node-name": node})
+    return None
 
 
 async def check_frozen_ones(monitor: Monitor, base: Layer) -> None:

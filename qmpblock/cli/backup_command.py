@@ -179,7 +179,7 @@ def _next(one: DiskBackup) -> str:
         return "the next one will be full"
     if not one.persistent:
         return (
-            "the next one can be incremental as long as this QEMU runs: the image, "
-            f"{printable(one.format)}, cannot hold what was written since"
+            "the next one can be incremental as long as this QEMU runs: the disk's image, "
+            f"{printable(one.format)}, does not keep what was written since"
         )
     return "the next one can be incremental, also when the VM was shut down"

@@ -75,7 +75,7 @@ def test_what_it_would_lie_on_is_not_what_it_was():
 @pytest.mark.parametrize(
     ("last", "said"),
     [
-        (disk("vd0", "b.qcow2", persistent=False), "started anew, and an image of format qcow2"),
+        (disk("vd0", "b.qcow2", persistent=False), "started anew, and the image, qcow2, did not"),
         (disk("vd0", "b.qcow2", bitmap=""), "no dirty bitmap could be made"),
     ],
 )

@@ -128,7 +128,7 @@ async def test_a_raw_disk_is_incremental_while_qemu_lives(begin, vm_dir):
     await vm.quit()
     vm = await begin()
     one, result = await backed_up(vm, place)
-    assert "an image of format raw keeps none" in one.reason
+    assert "the image, raw, did not keep it" in one.reason
     assert len(result.warnings) == 1
     await held(vm, place, one)
 
