@@ -15,20 +15,17 @@ on. Somebody may have taken a snapshot on either side of it.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qmpblock.errors import CommandError, Error, InUseError, printable
+from qmpblock.errors import CommandError, InUseError, printable
 from qmpblock.graph.model import BlockGraph, DiskDevice
+from qmpblock.qemu.qemuio import check_taken, line_of, qemu_io, takes
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Spot", "put_back", "put_filter", "set_child", "spot_in", "take_out"]
-
-# What QEMU lets a node be called, by people or by itself; it goes into a command line.
-_NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def spot_in(device: DiskDevice) -> Spot:
     """Choose where it goes. Pure."""
     above = ""
     for node in device.chain.filters:
-        if node.driver != "throttle" or not _NODE_NAME.fullmatch(node.name):
+        if node.driver != "throttle" or not takes(node.name):
             return Spot(device.qom_path, above, node.name)
         above = node.name
     return Spot(device.qom_path, above, device.chain.active.node.name)
@@ -126,10 +123,9 @@ async def set_child(vm: Connection, node: str, edge: str, child: str) -> None:
     :param edge: how it does: `file` or `backing`.
     :raise Error: QEMU refused.
     """
-    for name in (node, child):
-        if not _NODE_NAME.fullmatch(name):
-            raise Error(f"the name of the node {printable(name)} cannot be put on a command line")
-    line = f'qemu-io {node} "reopen -o {edge}={child}"'
-    said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    check_taken(child)
+    command = f"reopen -o {edge}={child}"
+    said = await qemu_io(vm.monitor, node, command)
     if said:
-        raise CommandError("human-monitor-command", {"command-line": line}, "GenericError", said)
+        line = line_of(node, command)
+        raise CommandError("human-monitor-command", line, "GenericError", said)

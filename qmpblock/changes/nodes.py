@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from qmpblock.graph.model import BlockGraph, Layer, Node
 from qmpblock.graph.options import key_secret, overlay_options
 from qmpblock.names import is_ours
 from qmpblock.qemu.capabilities import Capabilities
+from qmpblock.qemu.qemuio import qemu_io
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
@@ -28,8 +28,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-# What QEMU lets a node be called, by people or by itself; it goes into a command line.
-_NODE_NAME = re.compile(r"[A-Za-z#][A-Za-z0-9_.-]*")
 
 
 def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
@@ -78,8 +76,7 @@ async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> No
 async def set_detect_zeroes(vm: Connection, node: str, value: str) -> None:
     """Change one option of a node, and see that it is so.
 
-    blockdev-reopen would give all others their defaults, what they are no command tells, and
-    it refuses nodes that QEMU named itself (those of -drive). qemu-io's `reopen` keeps them.
+    By qemu-io, which keeps all others: what they are no command tells.
 
     :param value: `off`, `on` or `unmap`.
     :raise UnsupportedError: it had no effect.
@@ -111,10 +108,7 @@ async def set_writable(vm: Connection, node: str) -> None:
 
 async def _reopen(vm: Connection, node: str, options: str) -> tuple[Node | None, str]:
     """Reopen a node by qemu-io; return it as it is afterwards, and what QEMU said."""
-    said = "the node's name cannot be put on a command line"
-    if _NODE_NAME.fullmatch(node):
-        line = f'qemu-io {node} "reopen {options}"'
-        said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    said = await qemu_io(vm.monitor, node, f"reopen {options}")
     # By the graph, which waits where a query of the nodes would crash QEMU 7.2 (K7).
     return (await vm.graph()).nodes.get(node), said
 
@@ -132,15 +126,11 @@ async def restore_discard(vm: Connection, node: str, value: str) -> None:
 
     Nothing tells whether it is so, but that QEMU does not complain. Idempotent.
     """
-    if not _NODE_NAME.fullmatch(node):
-        _log.warning("the name of %s cannot be put on a command line", printable(node))
-        return
-    line = f'qemu-io {node} "reopen -o discard={value}"'
-    said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+    try:
+        said = await qemu_io(vm.monitor, node, f"reopen -o discard={value}")
+    except UnsupportedError as error:
+        said = str(error)
     if said:
         _log.warning(
-            "QEMU does not set discard of %s to %s: %s",
-            printable(node),
-            value,
-            printable(said.strip()),
+            "QEMU does not set discard of %s to %s: %s", printable(node), value, printable(said)
         )

@@ -43,6 +43,7 @@ from qmpblock.host.socketfolder import SocketFolder, remove_socket
 from qmpblock.names import wire_credentials, wire_node
 from qmpblock.qemu.connection import Connection
 from qmpblock.qemu.monitor import Monitor
+from qmpblock.qemu.qemuio import qemu_io
 from qmpblock.qemu.refusals import no_node, tolerate
 
 __all__ = ["HOLD", "Wire", "check_target", "clear_wire", "credentials_in", "user_of", "wire_socket"]
@@ -162,7 +163,6 @@ class Wire:
 
         :raise NBDConnectError: it does not.
         """
-        line = f'qemu-io {self.node} "flush"'
         relay, answered = self.relay, 0
         deadline = time.monotonic() + HOLD
         while answered < _ANSWERS:
@@ -170,7 +170,7 @@ class Wire:
                 raise NBDConnectError(f"QEMU does not connect to {printable(self.target)} again")
             await asyncio.sleep(_LOOK)
             before = relay.received
-            await self._monitor.execute("human-monitor-command", {"command-line": line})
+            await qemu_io(self._monitor, self.node, "flush")
             answered = answered + 1 if relay.received > before else 0
 
     async def _add(self, credentials: Credentials | None, discard: str) -> None:

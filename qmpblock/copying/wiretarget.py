@@ -35,6 +35,7 @@ from qmpblock.export.session import Request, exports
 from qmpblock.graph.places import FileId
 from qmpblock.names import left_bitmap, run_of, wire_node
 from qmpblock.qemu.job import Job
+from qmpblock.qemu.qemuio import qemu_io
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
@@ -174,11 +175,10 @@ class WireTarget:
         """
         assert self._wire is not None  # open() went before
         node = self._wire.node if self.plan.format == "raw" else self.node  # with its tables
-        line = f'qemu-io {node} "flush"'
         with self.bounded():
-            said = await vm.monitor.execute("human-monitor-command", {"command-line": line})
+            said = await qemu_io(vm.monitor, node, "flush")
         if said or self.broken:
-            raise _no_more(self, printable(said.strip()) or "before it had all on its storage")
+            raise _no_more(self, printable(said) or "before it had all on its storage")
 
     def cut(self) -> None:
         """Cut the wire."""
