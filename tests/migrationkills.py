@@ -33,8 +33,8 @@ from qmpblock.testing import Tools, build, check_acknowledged, parse_scenario
 DISK = """
 about: A disk.
 disks:
-  - {name: d0, images: [{size: 64M, content: [write 0 8M 0xaa]}], attach: {id: vd0}}
-"""
+  - {name: d0, images: [{size: 20M, content: [write 0 8M 0xaa]}], attach: {id: vd0}}
+"""  # which ends where the guest's writes do: thousands of points look into all of it
 #: What is struck. A controller that dies is followed by a recovery; `hangs`: the QEMU is stopped.
 STRUCK = (
     "controller",
@@ -50,6 +50,9 @@ STRUCK = (
 _CONNECTING = ("query-status", "query-status")
 _MOST = 1 << 24  # writes that a guest can have issued by any moment of it
 _WAIT = 30.0  # seconds for a process to end
+_BUSY = "given up before it was struck"  # on a busy host so little patience ends, too, what is well
+_TRIES = 5  # to strike, there
+_REDS = 8  # points that fail, after which the others are not tried
 
 
 class Matrix:
@@ -69,6 +72,7 @@ class Matrix:
         self._options = options
         self._graveyard = Graveyard()
         self._count = 0
+        self._started = []
         self.commands = self._first = 0
         self.outcomes = Counter()
 
@@ -78,7 +82,7 @@ class Matrix:
         died, trace = await self._control(source, destination, 0, "before", [])
         assert not died
         await _whole(destination)
-        await self._put_away(source, destination)
+        await self._put_away()
         # What is asked before is asked of both, and nothing is there yet.
         self._first = next(n for n, sent in enumerate(trace, 1) if sent.startswith("object-add"))
         self.commands = len(trace)
@@ -95,30 +99,41 @@ class Matrix:
 
     async def strike(self, struck, number, moment):
         """Strike at one point, and see what comes of it; False: it was over before."""
-        source, destination = await self._pair()
+        for _ in range(_TRIES):
+            died, outcome = await self._strike(struck, number, moment)
+            if outcome != _BUSY:
+                break
+        self.outcomes[outcome] += died or outcome == _BUSY
+        return died
+
+    async def _strike(self, struck, number, moment):
+        how, settled = self._besides, False
+        if struck in ("source", "destination"):
+            how = self._under
+        elif struck in INTERRUPTED:
+            how = self._interrupted
+        self._started.clear()
         try:
-            how = self._besides
-            if struck in ("source", "destination"):
-                how = self._under
-            elif struck in INTERRUPTED:
-                how = self._interrupted
-            died, outcome = await how(struck, number, moment, source, destination)
-            await self._put_away(source, destination)
-            if outcome == "a person decides":  # who would take it away; the next has its own
-                for journal in journals():
-                    journal.remove()
+            died, outcome = await how(struck, number, moment, *await self._pair())
+            settled = outcome != "a person decides"
         except BaseException as error:
             error.add_note(f"{struck} struck {moment} command {number} of {self.commands}")
             raise
-        self.outcomes[outcome] += died
-        return died
+        finally:
+            await self._put_away()
+            if not settled:  # who would take it away; the next has its own
+                for journal in journals():
+                    journal.remove()
+        return died, outcome
 
     async def _pair(self):
         start_qemu, _ = self._start
         self._count += 1
         room = self._directory / f"pair{self._count}"
         built = await build(parse_scenario(DISK, "source"), room, self._tools)
-        source = await stressed(await start_qemu(built, guest=True))
+        source = await start_qemu(built, guest=True)
+        self._started.append(source)
+        await stressed(source)
         destination = await self._destination(source)
         for vm in (source, destination):
             vm.expect_exit()
@@ -126,7 +141,8 @@ class Matrix:
         return source, destination
 
     async def _destination(self, source):
-        return await self._start[1](source, **self._there)
+        self._started.append(await self._start[1](source, **self._there))
+        return self._started[-1]
 
     def _addresses(self, source, destination):
         there = destination.monitor_path if self._host is None else self._host.address(destination)
@@ -154,8 +170,8 @@ class Matrix:
             async with qmpblock.migrate(one, other, **self._options) as job:
                 yield job
 
-    async def _put_away(self, *vms):
-        for vm in vms:
+    async def _put_away(self):
+        for vm in self._started:
             await vm.kill()
 
     async def _control(self, source, destination, number, moment, victims):
@@ -276,7 +292,6 @@ class Matrix:
                 failed = error
             finally:
                 stroke.mend()
-        # On a busy host so little patience ends, too, with what goes well.
         if not stroke.struck and clean:
             await _whole(destination)
             return False, ""
@@ -300,7 +315,7 @@ class Matrix:
         await self._goes_on(owner, source, destination, kept=_kept(failed))
         outcome = "destination" if owner is destination else "source"
         if not stroke.struck:
-            return False, ""
+            return False, _BUSY
         assert stayed or allowed(struck, stroke.phase, outcome), f"{outcome}, in {stroke.phase}"
         return True, f"{outcome} ({stroke.phase.value})"
 
@@ -351,14 +366,22 @@ class Matrix:
 
 
 async def kill_matrix(struck, *where, **options):
-    """Strike before and after every command of this slice; `options` are those of `Matrix`."""
-    chosen, tried, total = slice_of_soak(), 0, 0
+    """Strike before and after every command of this slice; `options` are those of `Matrix`.
+
+    One that fails does not keep it from the others; they are raised together.
+    """
+    chosen, tried, total, reds = slice_of_soak(), 0, 0, []
     async with Matrix(*where, **options) as matrix:
         for number, moment in matrix.points():
             total += 1
-            if chosen(total):
-                tried += await matrix.strike(struck, number, moment)
+            if chosen(total) and len(reds) < _REDS:
+                try:
+                    tried += await matrix.strike(struck, number, moment)
+                except Exception as error:
+                    reds.append(error)
     print(f"kill matrix: {tried} of {total} points, {struck}: {dict(matrix.outcomes)}")
+    if reds:
+        raise ExceptionGroup(f"{struck}: {len(reds)} points failed", reds)
 
 
 async def _whole(vm):
