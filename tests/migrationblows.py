@@ -12,14 +12,13 @@ import pytest
 from migrating import storage_daemons
 from migrationoutcomes import WIRE_CUT
 
-from qmpblock.migration import hold, homeward, imageserver, landing, outward, storage, wayback
+from qmpblock.migration import hold, imageserver, landing, outward, storage, wayback
 
 #: Seconds that the controller waits for QEMU: of a guest that stands, of an answer.
 STALL = 1.0
 #: That is what other limits of the engine are brought down to: they are of tens of seconds.
 _LIMITS = (
     (outward, "STANDSTILL", 1.0),
-    (homeward, "HOLD", 0.5),
     (storage, "HOLD", 0.3),
     (wayback, "_OWN_DECISION", 0.5),
     (landing, "_ANSWER", 0.3),

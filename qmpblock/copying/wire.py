@@ -46,12 +46,19 @@ from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.qemuio import qemu_io
 from qmpblock.qemu.refusals import no_node, tolerate
 
-__all__ = ["HOLD", "Wire", "check_target", "clear_wire", "credentials_in", "user_of", "wire_socket"]
+__all__ = [
+    "HOLD",
+    "Wire",
+    "check_target",
+    "clear_wire",
+    "credentials_in",
+    "hold_of",
+    "user_of",
+    "wire_socket",
+]
 
 #: Seconds that a server has for an answer while the guest is held for it: by the opening and the
-#: closing of the node, and by each command of a copy's that drains it (`Relay.within`). Half the
-#: stall limit, where that is less: what waits for QEMU, which waits for the server, would be given
-#: up first, and stay.
+#: closing of the node, and by each command of a copy's that drains it (`Relay.within`).
 HOLD = 5.0
 _ANSWERS = 2  # in a row, by which a node shows that it is connected; shaking hands looks like one
 _LOOK = 0.01
@@ -62,7 +69,7 @@ class Wire:
 
     :ivar node: its name: a target of a job, or what a format node lies on.
     :ivar relay: what the bytes pass through: counters, `within`, `cut`.
-    :ivar hold: see `HOLD`; in seconds, of this one.
+    :ivar hold: see `hold_of`; in seconds, of this one.
     """
 
     def __init__(
@@ -85,7 +92,6 @@ class Wire:
         run: str,
         number: int = 0,
         credentials: Credentials | None = None,
-        hold: float = HOLD,
         discard: str = "unmap",
         again: bool = False,
     ) -> AsyncIterator[Wire]:
@@ -99,7 +105,6 @@ class Wire:
 
         :param run: of the copy; `number`: of this wire among its wires.
         :param credentials: for TLS.
-        :param hold: see `HOLD`.
         :param discard: see `qmpblock.copying.target.nbd_node`.
         :param again: the node is there, of a wire that was left, and whatever lies on it is paused.
             Where it is not reached, it stays for whoever undoes what lies there.
@@ -108,8 +113,7 @@ class Wire:
         :raise StalledError: on leaving: the server did not answer to the last flush.
         """
         check_target(vm, target, credentials)
-        name, stall = wire_node(run, number), vm.stall
-        hold = min(hold, stall / 2)
+        name, stall, hold = wire_node(run, number), vm.stall, hold_of(vm)
         if again:
             remove_socket(wire_socket(run, number))  # nothing asks meanwhile
         async with Relay.open(
@@ -195,6 +199,15 @@ class Wire:
                 "both sides agree about TLS; if QEMU cannot find or use the socket, it runs in "
                 "another container or is confined: set TMPDIR to a place that both can use",
             ) from error
+
+
+def hold_of(vm: Connection) -> float:
+    """Return how many seconds a server has for an answer while a VM's guest is held for it.
+
+    `HOLD`, or half the stall limit, where that is less: what waits for QEMU, which waits for the
+    server, would be given up first, and stay.
+    """
+    return min(HOLD, vm.stall / 2)
 
 
 def credentials_in(directory: str) -> Credentials:

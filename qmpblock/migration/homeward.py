@@ -22,7 +22,7 @@ import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.copying.wire import HOLD
+from qmpblock.copying.wire import hold_of
 from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError
 from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.passage import HANDED
@@ -60,8 +60,7 @@ class Homeward:
     def __init__(self, passage: Passage) -> None:
         self._passage = passage
         self._claimed = False
-        # Less than QEMU's answers are waited for: else the wires were never cut.
-        self._hold = min(HOLD, passage.source.stall / 2)
+        self._hold = hold_of(passage.source)
 
     async def go(self, error: BaseException) -> None:
         """Have the guest go on at the source, and leave nothing, or mirrors; say so in the error.

@@ -10,8 +10,9 @@ from disturbed import locks, nothing_of_ours
 from migrating import arrived, at, both, machine, migrated, stays, stressed
 
 import qmpblock
+from qmpblock.copying import wire as wire_module
 from qmpblock.errors import DisconnectedError, JobError
-from qmpblock.migration import homeward, outward
+from qmpblock.migration import outward
 from qmpblock.migration.journal import journals
 from qmpblock.migration.landing import Landing
 from qmpblock.testing import Tools, build, inject, parse_scenario
@@ -133,7 +134,7 @@ async def test_the_destination_falls_silent(
     phase, begin, start_destination, invariant, monkeypatch
 ):
     monkeypatch.setattr(outward, "STANDSTILL", 3.0)
-    monkeypatch.setattr(homeward, "HOLD", 2.0)
+    monkeypatch.setattr(wire_module, "HOLD", 2.0)
     source = await begin(machine(2))
     destination = await start_destination(source)
     destination.expect_exit()

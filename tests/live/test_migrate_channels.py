@@ -13,8 +13,9 @@ from migrating import arrived, at, both, dies_in, machine, migrated, stays
 from nbdservers import HOST, make_credentials_of
 
 import qmpblock
+from qmpblock.copying import wire as wire_module
 from qmpblock.errors import CommandError
-from qmpblock.migration import homeward, outward
+from qmpblock.migration import outward
 from qmpblock.migration.passage import Passage
 
 pytestmark = pytest.mark.live
@@ -194,7 +195,7 @@ async def test_the_guest_stays(phase, how, begin, start_destination, invariant, 
 
     with monkeypatch.context() as patch:
         patch.setattr(outward, "STANDSTILL", 3.0)
-        patch.setattr(homeward, "HOLD", 2.0)
+        patch.setattr(wire_module, "HOLD", 2.0)
         with at(patch, phase, breaking), pytest.raises(qmpblock.Error) as failed:
             async with (
                 both(source, destination, stall=4) as vms,

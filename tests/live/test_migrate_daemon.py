@@ -11,9 +11,10 @@ from migrating import arrived, at, both, machine, migrated, stays, storage_daemo
 from otherusers import EVE
 
 import qmpblock
+from qmpblock.copying import wire as wire_module
 from qmpblock.errors import ToolError, UnsupportedError
 from qmpblock.host.processes import users_of
-from qmpblock.migration import homeward, imageserver
+from qmpblock.migration import imageserver
 from qmpblock.names import new_run
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.testing import Tools, build, parse_scenario, read_area
@@ -89,7 +90,7 @@ async def test_the_daemon_dies(phase, begin, start_destination, invariant, monke
 async def test_the_daemon_falls_silent(
     phase, begin, start_destination, invariant, monkeypatch, daemons
 ):
-    monkeypatch.setattr(homeward, "HOLD", 2.0)
+    monkeypatch.setattr(wire_module, "HOLD", 2.0)
     source = await begin(machine(2))
     destination = await start_destination(source)
     destination.expect_exit()

@@ -21,9 +21,10 @@ from migrating import arrived, at, dies_in, machine, stays
 from test_docs import ROOT, blocks, console, same
 
 import qmpblock
+from qmpblock.copying import wire as wire_module
 from qmpblock.errors import ConnectError, DisconnectedError, MonitorError, UndecidedError
 from qmpblock.host.processes import command_line
-from qmpblock.migration import homeward, outward
+from qmpblock.migration import outward
 from qmpblock.migration.states import Phase
 from qmpblock.migration.stream import told_at
 
@@ -93,7 +94,7 @@ def children_of(pid):
 
 async def broken_off(host, phase, breaking, source, destination, monkeypatch):
     monkeypatch.setattr(outward, "STANDSTILL", 3.0)
-    monkeypatch.setattr(homeward, "HOLD", 2.0)
+    monkeypatch.setattr(wire_module, "HOLD", 2.0)
     with source.control.subscribe("STOP", "RESUME") as events:
         with at(monkeypatch, phase, breaking), pytest.raises(qmpblock.Error) as failed:
             await migrated(host, source, destination, stall=4)

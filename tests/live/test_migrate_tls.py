@@ -15,7 +15,8 @@ from nbdservers import HOST, make_credentials_of
 from test_docs import ROOT, blocks
 
 import qmpblock
-from qmpblock.migration import homeward, outward
+from qmpblock.copying import wire as wire_module
+from qmpblock.migration import outward
 
 pytestmark = pytest.mark.live
 
@@ -197,7 +198,7 @@ async def test_the_wire_is_cut(phase, host, begin, land, credentials, invariant,
     destination.expect_exit()
     await invariant.begin(source)
     monkeypatch.setattr(outward, "STANDSTILL", 3.0)
-    monkeypatch.setattr(homeward, "HOLD", 2.0)
+    monkeypatch.setattr(wire_module, "HOLD", 2.0)
     folder = credentials("x509")
 
     async def cutting():
