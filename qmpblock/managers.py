@@ -196,7 +196,8 @@ def _libvirts_way(vm: str, work: Work) -> str:
         "copy": f"virsh blockcopy {domain} {disk} TARGET --wait --finish",
         "freeze": f"virsh backup-begin {domain}, with mode='push' in its XML",
         "move": f"virsh blockcopy {domain} {disk} TARGET --wait --pivot",
-        "migrate": f"virsh migrate --live --copy-storage-all {domain} DESTURI",
+        "migrate": "virsh migrate --live --persistent --undefinesource --copy-storage-all "
+        f"{domain} DESTURI",
     }
     if work.verb == "stream" and work.top:
         return (

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ FOLDERS = {
     "cache": "/var/cache",
     "etc": "/etc",
 }
+_APART = ("unshare", "--mount", "--net", "--uts")
 _OVERLAY = '[ "$2" = / ] || mount -t overlay -o "lowerdir=$2/usr:/usr" overlay /usr'
 _ENTER = "\n".join(
     [
@@ -61,9 +63,11 @@ _ENTER = "\n".join(
         ),
         _OVERLAY,
         "umount -R -l /sys/fs/cgroup || true",
+        'hostname "libvirt-$$"',
         'echo && exec sleep "infinity"',
     ]
 )
+_WIRE = ("10.231.0.1", "10.231.0.2")
 _START = 60.0  # seconds for the daemon; a loaded machine needs some
 _DOMAIN = """\
 <domain type='qemu'>
@@ -102,7 +106,7 @@ def _why_no_namespaces(unpacked: Path) -> str:
     """Say why this host lets nobody have what is mounted here; empty where it does."""
     trying = f"mount --make-rprivate /\n{_OVERLAY}"
     done = subprocess.run(
-        ["unshare", "--mount", "--net", "sh", "-ec", trying, "sh", "", str(unpacked)],
+        [*_APART, "sh", "-ec", trying, "sh", "", str(unpacked)],
         capture_output=True,
         text=True,
         check=False,
@@ -169,26 +173,30 @@ class LibvirtHost:
     """A libvirtd of its own; see `libvirt_host`.
 
     :ivar uri: for virsh and qmpblock.
+    :ivar inside: what a command is preceded by that is to run there.
     """
 
-    def __init__(self, folder: Path, unpacked: Path) -> None:
+    def __init__(self, folder: Path, unpacked: Path, reached_at: str = "") -> None:
         self._folder = folder
         self._daemon: subprocess.Popen[bytes] | None = None
         for name in FOLDERS:
             (folder / name).mkdir(parents=True)
         (folder / "etc" / "qemu.conf").write_text(
             'security_driver = "none"\nuser = "root"\ngroup = "root"\nstdio_handler = "file"\n'
+            + (f'migration_host = "{reached_at}"\n' if reached_at else "")
         )
-        (folder / "etc" / "libvirtd.conf").write_text('auth_unix_rw = "none"\n')
+        (folder / "etc" / "libvirtd.conf").write_text(
+            f'auth_unix_rw = "none"\nhost_uuid = "{uuid.uuid4()}"\n'
+        )
         self._holder = subprocess.Popen(
-            ["unshare", "--mount", "--net", "sh", "-ec", _ENTER, "sh", str(folder), str(unpacked)],
+            [*_APART, "sh", "-ec", _ENTER, "sh", str(folder), str(unpacked)],
             stdout=subprocess.PIPE,
             preexec_fn=die_with_parent(),
         )
         assert self._holder.stdout is not None
         with self._holder.stdout as told:
             assert told.readline() == b"\n", "no namespaces of its own"
-        self._inside = ("nsenter", "-m", "-n", "-t", str(self._holder.pid))
+        self.inside = ("nsenter", "-m", "-n", "-u", "-t", str(self._holder.pid))
         self.socket = Path(f"/proc/{self._holder.pid}/root/run/libvirt/libvirt-sock")
         self.uri = f"qemu+unix:///system?socket={self.socket}"
 
@@ -200,7 +208,7 @@ class LibvirtHost:
         log = (self._folder / "daemon.log").open("ab")
         self._daemon = subprocess.Popen(
             # Its pid file would be in /run itself, where all would meet.
-            [*self._inside, "libvirtd", "--pid-file", "/run/libvirt/libvirtd.pid"],
+            [*self.inside, "libvirtd", "--pid-file", "/run/libvirt/libvirtd.pid"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -241,7 +249,7 @@ class LibvirtHost:
 
     def _virsh(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*self._inside, "virsh", "-q", "-c", self.uri, *words],
+            [*self.inside, "virsh", "-q", "-c", self.uri, *words],
             capture_output=True,
             text=True,
             timeout=120,
@@ -296,11 +304,14 @@ def _kill(pid: int) -> None:
 
 
 @contextmanager
-def libvirt_host() -> Iterator[LibvirtHost]:
-    """Run one for as long as the body does; end it then, and its domains. Or skip the test."""
+def libvirt_host(reached_at: str = "") -> Iterator[LibvirtHost]:
+    """Run one for as long as the body does; end it then, and its domains. Or skip the test.
+
+    :param reached_at: the address that it tells who migrates a domain to it.
+    """
     unpacked = _required()
     folder = private_directory()
-    host = LibvirtHost(folder / "libvirt", unpacked)
+    host = LibvirtHost(folder / "libvirt", unpacked, reached_at)
     with pytest.MonkeyPatch.context() as patched:
         try:
             if not _has_binding():
@@ -310,6 +321,22 @@ def libvirt_host() -> Iterator[LibvirtHost]:
         finally:
             host.end()
             leave(folder)
+
+
+@contextmanager
+def two_libvirt_hosts(here: Path, there: Path) -> Iterator[tuple[LibvirtHost, LibvirtHost]]:
+    """Run two, and a wire between them, along which domains are migrated.
+
+    :param here: a directory of the first; at the second `there` is what has this name.
+    """
+    with libvirt_host() as first, libvirt_host(_WIRE[1]) as second:
+        end = ("peer", "name", "wire", "netns", second.inside[-1])
+        run(*first.inside, "ip", "link", "add", "wire", "type", "veth", *end)
+        for host, address in zip((first, second), _WIRE, strict=True):
+            run(*host.inside, "ip", "address", "add", f"{address}/30", "dev", "wire")
+            run(*host.inside, "ip", "link", "set", "wire", "up")
+        run(*second.inside, "mount", "--bind", there, here)
+        yield first, second
 
 
 def run(*words: object) -> str:

@@ -50,10 +50,7 @@ _DOMAIN = """\
   <features><acpi/></features>
   <devices>
     <emulator>{emulator}</emulator>
-    <disk type='file' device='disk'>
-      <driver name='qemu' type='{kind}'{iothread}/><source file='{image}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>
+    {disks}
     <serial type='unix'><source mode='connect' path='{serial}'/><target port='0'/></serial>
     <controller type='usb' model='none'/><memballoon model='none'/>
   </devices>
@@ -61,14 +58,21 @@ _DOMAIN = """\
 """
 
 
+_DISK = """<disk type='file' device='disk'>
+      <driver name='qemu' type='{kind}'{more}/><source file='{image}'/>
+      <target dev='{name}' bus='virtio'/>
+    </disk>
+"""
+
+
 class Domain:
-    """A domain with one disk, whose firmware is the tiny guest. `async with`.
+    """A domain, mostly with one disk, whose firmware is the tiny guest. `async with`.
 
     :ivar monitor_path: of it, as an address.
     :ivar pid: QEMU's.
     """
 
-    def __init__(self, host, name, image, directory, emulator, *, iothread=False):
+    def __init__(self, host, name, image, directory, emulator, *, second=None, iothread=False):
         self.host, self.name, self.image = host, name, image
         self.monitor_path = host.address(name)
         self.console = GuestConsole(str(directory / "serial"))
@@ -78,11 +82,10 @@ class Domain:
                 name=name,
                 firmware=FIRMWARE,
                 emulator=emulator,
-                kind="raw" if image.suffix == ".raw" else "qcow2",
-                image=image,
+                disks=_disk_xml("vda", image, " iothread='1'" if iothread else "")
+                + ("" if second is None else _disk_xml("vdb", second)),
                 serial=self.console.path,
                 threads="<iothreads>1</iothreads>" if iothread else "",
-                iothread=" iothread='1'" if iothread else "",
             )
         )
 
@@ -153,6 +156,11 @@ class Domain:
         now = re.findall("<source file='(.*?)'", _disk(await self.virsh("dumpxml")))
         later = re.findall("<source file='(.*?)'", _disk(await self.virsh("dumpxml", "--inactive")))
         return tuple(Path(file).name for file in now), Path(later[0])
+
+
+def _disk_xml(name, image, more=""):
+    kind = "raw" if image.suffix == ".raw" else "qcow2"
+    return _DISK.format(name=name, kind=kind, image=image, more=more)
 
 
 def _disk(xml):
@@ -321,6 +329,8 @@ class Point:
                 break
         died, _ = await dying
         if died and everybody:
+            for left in (self.directory / "t").iterdir():  # as a host does that starts again
+                shutil.rmtree(left)
             self.matrix.host.kill()
             self.matrix.host.start()
             await self.domain.is_off()

@@ -88,6 +88,7 @@ SHARES = {
     "test_layer_readers": 0.34,
     "test_libvirt_chains::test_the_controller_is_killed": 0.5,
     "test_libvirt_kills": 0.5,
+    "test_libvirt_migrate": 0.67,
     "test_map::test_every_scenario_maps_as_qemu_img_and_nbdinfo_do": 0.2,
     "test_map::test_every_scenarios_disks_and_layers": 0.15,
     "test_opened::test_both_die_in_the_window": 0.3,
