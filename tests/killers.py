@@ -32,6 +32,17 @@ async def kill_recoveries(operation, way, directory, qemu):
     print(f"kill matrix: {tried} of {total} points, recovery ({way}) of {operation}")
 
 
+async def recover_by_two(operation, ways, directory, qemu):
+    """Kill a controller before and after each command, and have two others go on at once."""
+    chosen, tried, total = slice_of_soak(), 0, 0
+    async with Matrix(operation, directory, qemu) as matrix:
+        for number, moment in changing(matrix):
+            total += 1
+            if chosen(total):
+                tried += await matrix.recovered_by_two(number, moment, ways)
+    print(f"kill matrix: {tried} of {total} points, {operation}, then {' and '.join(ways)} at once")
+
+
 async def kill_qemus(operation, death, directory, qemu):
     """Kill QEMU before and after each command, its controller with it or not."""
     chosen, tried, total = slice_of_soak(), 0, 0

@@ -26,14 +26,14 @@ from pathlib import Path
 from dying import DIED, deadly, run
 
 import qmpblock
-from qmpblock.errors import DisconnectedError, MonitorError, RequestError, ToolError
+from qmpblock.errors import BusyError, DisconnectedError, MonitorError, RequestError, ToolError
 from qmpblock.names import POLLING_LOCK
 from qmpblock.testing.guest import GuestError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.invariant import VMState, snapshot
 from qmpblock.testing.qemu import QemuProcess
 from qmpblock.testing.scenario import parse_scenario
-from qmpblock.testing.stamps import StressSpec, check_acknowledged
+from qmpblock.testing.stamps import Bounds, StressSpec, check_acknowledged
 
 MOMENTS = ("before", "after")
 #: Ways to go on after the controller was killed; `slow`: while its job is still copying.
@@ -130,6 +130,15 @@ class Operation:
 
     async def check_settled(self, vm, directory):
         """See that what it has done, or not, is all right, while the guest goes on."""
+
+    async def check_kept(self, point, bounds):
+        """See that what it has made, or had before, holds what it should, whoever died.
+
+        :param bounds: between which of the guest's writes it was at work, disk by disk.
+        """
+
+    async def check_restarted(self, point):
+        """See that all is right in a VM that is started anew, after QEMU died."""
 
     async def check_done(self, address, directory):
         """See that it is done to the VM at an address, where that shows in more than the chains."""
@@ -332,8 +341,9 @@ class Matrix:
         async with self.point(label) as point:
             request = self.operation.request(point.images)
             await self.graveyard.control(point.vm, request, *first)
-            recover = {"do": "recover", "carry_on": way == "carry-on"}
-            died, _ = await self.graveyard.control(point.vm, recover, number, moment)
+            died, _ = await self.graveyard.control(
+                point.vm, _recovery(way, request), number, moment
+            )
             assert point.vm.running, point.vm.evidence()
             await point.go_on("undo")
             await point.settled()
@@ -344,10 +354,27 @@ class Matrix:
         async with self.point(f"killed at {first}, then recovered") as point:
             request = self.operation.request(point.images)
             await self.graveyard.control(point.vm, request, *first)
-            recover = {"do": "recover", "carry_on": way == "carry-on"}
-            _, trace = await self.graveyard.control(point.vm, recover)
+            _, trace = await self.graveyard.control(point.vm, _recovery(way, request))
             await point.settled()
         return trace
+
+    async def recovered_by_two(self, number, moment, ways):
+        """Kill a controller, and have two others go on at once, as `ways` say."""
+        async with self.point(f"killed {moment} command {number}, then {ways} at once") as point:
+            request = self.operation.request(point.images)
+            died, _ = await self.graveyard.control(point.vm, request, number, moment)
+            vm = point.vm
+            await asyncio.gather(
+                *(
+                    _unless_busy(address, _recovery(way, request))
+                    for address, way in zip(
+                        (vm.monitor_path, vm.second_monitor_path), ways, strict=True
+                    )
+                )
+            )
+            await point.go_on("undo")
+            await point.settled()
+        return died
 
     def representative(self):
         """Choose points after which there is something to recover: one for each stage."""
@@ -357,7 +384,11 @@ class Matrix:
             "blockdev-add": "after",
             "block-stream": "after",
             "block-commit": "after",
+            "block-dirty-bitmap-add": "after",
+            "block-dirty-bitmap-merge": "after",
+            "block-dirty-bitmap-remove": "after",
             "job-complete": "after",
+            "blockdev-backup": "after",
             "blockdev-mirror": "after",
             "job-finalize": "before",
             "transaction": "after",
@@ -380,6 +411,8 @@ class Matrix:
             await point.images_hold()
             if point.standing is not None:
                 self.operation.check_said(point.images, point.standing)
+            await self.operation.check_kept(point, point.bounds())
+            await self.operation.check_restarted(point)
         return True
 
 
@@ -413,13 +446,8 @@ class _Point:
             dataclasses.replace(disk, active=_moved(disk.active, self.images))
             for disk in self.matrix.built.disks
         ]
-        self.vm = QemuProcess(
-            built,
-            guest=True,
-            qemu=self.matrix.qemu,
-            directory=self.directory,
-            extra=self.operation.extra,
-        )
+        self.built = built
+        self.vm = self.started_from(self.directory)
         self.specs = [
             StressSpec(disk=number, seed=number + 1, flush_every=64, read_percent=20, **AREA)
             for number in range(len(built))
@@ -436,10 +464,31 @@ class _Point:
                     await self.vm.guest.stop_stress(spec.disk)
                     await self.vm.guest.flush(spec.disk)
             await self._note_progress()
+            self.first = list(self.progress)
         except BaseException:
             await self.vm.close()
             raise
         return self
+
+    def started_from(self, directory):
+        """Return a QEMU on the images, which has `directory` for itself."""
+        return QemuProcess(
+            self.built,
+            guest=True,
+            qemu=self.matrix.qemu,
+            directory=directory,
+            extra=self.operation.extra,
+        )
+
+    def bounds(self, more=100_000):
+        """Return between which of the guest's writes a controller was at work, disk by disk.
+
+        :param more: what the guest may have written since it was last asked.
+        """
+        return [
+            Bounds(acked=first.acked, issued=now.issued + more)
+            for first, now in zip(self.first, self.progress, strict=True)
+        ]
 
     async def __aexit__(self, kind, error, trace):
         if error is not None:
@@ -537,6 +586,8 @@ class _Point:
             assert self.operation.leaves_nodes == bool(ours), ours
             assert all(line.startswith(("node:", "edge:", "device:")) for line in ours), ours
         await self._is(wanted[0])
+        await self._note_progress()
+        await self.operation.check_kept(self, self.bounds(more=0))
         await self.operation.check_settled(self.vm, self.images)
         done = []
         for number, _ in enumerate(self.specs):
@@ -728,6 +779,17 @@ class _Point:
             return None
         match = re.search(r"start the VM from (.+?): ", self.standing)
         return match[1].split(", ") if match else None
+
+
+def _recovery(way, request):
+    """Return what dying.py is asked to do after a controller died; `request`: what that one was."""
+    return request if way == "again" else {"do": "recover", "carry_on": way == "carry-on"}
+
+
+async def _unless_busy(address, request):
+    """Do what a request says, unless another controller is at work there."""
+    with contextlib.suppress(BusyError):
+        await run(address, request)
 
 
 def _moved(image, directory):

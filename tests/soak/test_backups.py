@@ -2,7 +2,7 @@
 
 import pytest
 from backupkills import BACKUPS
-from killers import kill_controllers, kill_qemus, kill_recoveries
+from killers import kill_controllers, kill_qemus, kill_recoveries, recover_by_two
 from killing import DEATHS, WAYS
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
@@ -14,10 +14,16 @@ async def test_a_controller_killed_at_every_command(operation, way, vm_dir, qemu
     await kill_controllers(operation, way, vm_dir, qemu_binary)
 
 
-@pytest.mark.parametrize("way", ["undo"])
+@pytest.mark.parametrize("way", WAYS[:3])
 @pytest.mark.parametrize("operation", BACKUPS, ids=str)
 async def test_a_recovery_killed_at_every_command(operation, way, vm_dir, qemu_binary):
     await kill_recoveries(operation, way, vm_dir, qemu_binary)
+
+
+@pytest.mark.parametrize("ways", [("undo", "carry-on"), ("undo", "again")], ids="-".join)
+@pytest.mark.parametrize("operation", BACKUPS, ids=str)
+async def test_two_go_on_at_once(operation, ways, vm_dir, qemu_binary):
+    await recover_by_two(operation, ways, vm_dir, qemu_binary)
 
 
 @pytest.mark.parametrize("death", DEATHS)
