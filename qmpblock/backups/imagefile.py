@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from qmpblock.errors import printable
@@ -23,23 +24,29 @@ _LENGTH = 32  # bytes of a digest
 async def digest_of(fd: int, tell: Callable[[int], None] | None = None) -> str:
     """Return the digest of a file, from its beginning to its end: blake2b of 256 bits.
 
-    It is read in a thread, piece by piece. Cancelling stops at once.
+    It is read in a thread, piece by piece. Cancelling stops at once; the piece that is being read
+    is read to its end, by a descriptor of its own.
 
     :param tell: is told how many bytes more are done.
     :raise OSError: it cannot be read.
     """
-    digest, at = hashlib.blake2b(digest_size=_LENGTH), 0
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    digest, at, own = hashlib.blake2b(digest_size=_LENGTH), 0, os.dup(fd)
+    thread = ThreadPoolExecutor(1)
 
     def take() -> int:
-        data = os.pread(fd, _PIECE, at)
+        data = os.pread(own, _PIECE, at)
         digest.update(data)
         return len(data)
 
-    while done := await asyncio.to_thread(take):
-        at += done
-        if tell is not None:
-            tell(done)
+    try:
+        os.posix_fadvise(own, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while done := await asyncio.wrap_future(thread.submit(take)):
+            at += done
+            if tell is not None:
+                tell(done)
+    finally:
+        thread.submit(os.close, own)  # after what it is still about
+        thread.shutdown(wait=False)
     return digest.hexdigest()
 
 

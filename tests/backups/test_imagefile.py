@@ -1,8 +1,11 @@
 """One image file of a backup: whether it is what its backup says, at once or by all of it."""
 
+import asyncio
 import hashlib
 import os
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from backuppoints import disk, point
@@ -46,6 +49,44 @@ async def test_the_digest_of_a_file(tmp_path):
         assert found == hashlib.blake2b(data, digest_size=32).hexdigest()
     assert sum(told) == len(DATA)
     assert len(told) > 1
+
+
+async def test_whoever_is_cancelled_closes_nothing_that_is_being_read(tmp_path, monkeypatch):
+    """Or its thread would go on with whatever got that number next."""
+    file, other = tmp_path / "x", tmp_path / "y"
+    file.write_bytes(DATA)
+    other.write_bytes(b"another")
+    reading, on, found = threading.Event(), threading.Event(), []
+    read = os.pread
+
+    def slowly(fd, length, at):
+        reading.set()
+        on.wait()
+        found.append(os.fstat(fd).st_ino)
+        return read(fd, length, at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(imagefile.os, "pread", slowly)
+        fd = os.open(file, os.O_RDONLY)
+        digest = asyncio.ensure_future(digest_of(fd))
+        await asyncio.to_thread(reading.wait)
+        threads = {one for one in threading.enumerate() if one is not threading.main_thread()}
+        digest.cancel()
+        await asyncio.wait({digest})
+        os.close(fd)
+        again = os.open(other, os.O_RDONLY)
+        assert again == fd
+        on.set()
+        for one in threads:
+            if one.name.startswith("ThreadPoolExecutor"):
+                await asyncio.to_thread(one.join)
+    os.close(again)
+    assert digest.cancelled()
+    assert found == [file.stat().st_ino]
+    assert not any(
+        Path(f"/proc/self/fd/{n}").exists() and os.path.samestat(os.fstat(n), file.stat())
+        for n in map(int, os.listdir("/proc/self/fd"))
+    )
 
 
 async def test_what_it_was(there):
