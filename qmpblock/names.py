@@ -130,6 +130,7 @@ __all__ = [
     "backup_bitmap",
     "backup_lock_name",
     "backup_when",
+    "backups_of",
     "begun_file",
     "blocker_name",
     "commit_job",
@@ -165,6 +166,7 @@ __all__ = [
     "is_socket",
     "is_socket_of",
     "is_turn_of",
+    "is_when",
     "joint_node",
     "joint_nodes",
     "journal_beside",
@@ -236,6 +238,7 @@ _MIGRATION = ".migration"
 _POINT = ".json"
 _BEGUN = ".begun"
 _END = "-end"
+_WHEN = re.compile(r"[0-9]{8}T[0-9]{6}Z(-[0-9]+)?")
 
 _RUN = re.compile(r"[0-9a-f]{8}")
 _HOLDERS_RUN = re.compile(r"[0-9a-z]{1,32}")
@@ -633,6 +636,11 @@ def end_bitmap(bitmap: str) -> str:
     return f"{bitmap}{_END}"
 
 
+def backups_of(lock: str) -> str:
+    """Return the id of the directory of backups that a lock is of (`backup_lock_name`)."""
+    return lock.removeprefix(_BACKUPS)
+
+
 def is_backup_bitmap(name: str, backups: str) -> bool:
     """Whether a dirty bitmap is of a backup in that directory, or vouches for one."""
     return name.startswith(f"{_BACKUPS}{backups}-")
@@ -686,9 +694,14 @@ def backup_when(name: str) -> tuple[str, bool] | None:
     :return: None where it is neither such a file.
     """
     for end, made in ((_POINT, True), (_BEGUN, False)):
-        if name.endswith(end) and not name.startswith("."):
+        if name.endswith(end) and is_when(name.removesuffix(end)):
             return name.removesuffix(end), made
     return None
+
+
+def is_when(text: str) -> bool:
+    """Whether a backup can be called so: by the time at which it was begun, in UTC."""
+    return _WHEN.fullmatch(text) is not None
 
 
 def journal_beside(image: str, run: str) -> str:

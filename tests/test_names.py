@@ -30,6 +30,7 @@ TABLE = [
     (names.POLLING_LOCK, "qmpblock-polling"),
     (names.MIGRATION_LOCK, "qmpblock-migration"),
     (names.backup_lock_name(RUN), "qmpblock-backup-0123abcd"),
+    (names.backups_of("qmpblock-backup-0123abcd"), RUN),
     (names.backup_bitmap(RUN, "89efcdab"), "qmpblock-backup-0123abcd-89efcdab"),
     (
         names.end_bitmap(names.backup_bitmap(RUN, "89efcdab")),
@@ -271,6 +272,9 @@ def test_the_bitmaps_of_a_directory_of_backups(backups, point, other):
         ("20261130T110500Z.json.partial", None),
         ("20261130T110500Z-vd0.qcow2", None),
         (".json", None),
+        ("x.json", None),
+        ("20261130T110500Z-a.json", None),
+        ("20261130T110500Z.json/../x.json", None),
         (".x.json", None),
     ],
 )

@@ -27,11 +27,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qmpblock.backups.point import Point
+from qmpblock.backups.point import Point, is_image_name
 from qmpblock.errors import UNTOUCHED, BusyError, Error, RecordError, RequestError, printable
 from qmpblock.graph.places import FileId
 from qmpblock.host.ourfiles import Directory
-from qmpblock.names import BACKUP_LOCK_FILE, backup_when, begun_file, partial_file, point_file
+from qmpblock.names import (
+    BACKUP_LOCK_FILE,
+    backup_when,
+    begun_file,
+    is_run,
+    partial_file,
+    point_file,
+)
 from qmpblock.peerjson import read_json
 from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
 from qmpblock.versioned import read as read_fields
@@ -50,6 +57,17 @@ class _Begun:
     backups: str
     images: tuple[str, ...]
     more: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, when: str) -> None:
+        """See that it can be: whoever wrote it may have been anybody.
+
+        :raise UnreadableError: it cannot.
+        """
+        if not is_run(self.backups):
+            raise UnreadableError("its id is none")
+        for name in self.images:
+            if not (is_image_name(name) and name.startswith(f"{when}-")):
+                raise UnreadableError(f"{printable(name)} is the name of no image of it")
 
 
 @dataclass
@@ -123,9 +141,15 @@ class Backups:
     def make(self, point: Point) -> None:
         """Have a backup be made: all of its images are on stable storage.
 
-        :raise Error: it is not certain that it is.
+        :raise Error: it is not.
         """
-        self._write(point_file(point.when), point.as_json())
+        name = point_file(point.when)
+        try:
+            self._write(name, point.as_json())
+        except Error:
+            with contextlib.suppress(OSError):
+                self._remove(name)  # it may have got its name: then it is not certain to keep it
+            raise
         self.points.append(point)
 
     def end(self, when: str) -> None:
@@ -138,8 +162,8 @@ class Backups:
             if self.status(point_file(when)) is None:
                 for left in self._left(when):
                     self._remove(left)
-            self._remove(name)
-            self._remove(partial_file(name))
+            for done in (partial_file(point_file(when)), name, partial_file(name)):
+                self._remove(done)
             self.files.sync()
         except OSError as error:
             raise Error(
@@ -157,24 +181,31 @@ class Backups:
                 self.end(when)
 
     def _every_begun(self) -> list[str]:
-        """Return what the backups are called that were begun, and have not ended."""
-        known = [backup_when(name) for name in self.names()]
-        return [one[0] for one in known if one is not None and not one[1]]
+        """Return what the backups are called that were begun, and have not ended.
+
+        Also one of which only that was about to be said.
+        """
+        known = {backup_when(name.removesuffix(partial_file(""))) for name in self.names()}
+        return sorted(one[0] for one in known if one is not None and not one[1])
 
     def _begun(self, when: str) -> _Begun | None:
         """Return what a backup that was begun says; None where none was."""
         try:
-            return read_fields(_Begun, unstamped(self._read(begun_file(when))))
+            begun = read_fields(_Begun, unstamped(self._read(begun_file(when))))
+            begun.check(when)
         except FileNotFoundError:
             return None
         except (UnreadableError, ValueError) as error:
             raise _unreadable(self.place(begun_file(when)), error) from None
+        except OSError as error:
+            raise _unreadable(self.place(begun_file(when)), error.strerror) from None
+        return begun
 
     def _left(self, when: str) -> list[str]:
         """Return the names of all that a backup that was begun may have left, besides its file."""
         begun = self._begun(when)
-        images = begun.images if begun is not None else ()
-        ours = [one for one in images if "/" not in one and one.startswith(f"{when}-")]
+        made = {one.file for point in self.points for one in point.disks}
+        ours = [one for one in begun.images if one not in made] if begun is not None else []
         return [*ours, *map(partial_file, (*ours, point_file(when), begun_file(when)))]
 
     def _remove(self, name: str) -> None:
@@ -279,6 +310,19 @@ class Backups:
         :raise BusyError: somebody else does.
         :raise Error: there are no locks there.
         """
+        while (fd := self._locked_file()) is None:  # whoever had it has removed it
+            pass
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            yield
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+
+    def _locked_file(self) -> int | None:
+        """Return the descriptor of the file that is locked; None where it is another one by now."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             fd = os.open(BACKUP_LOCK_FILE, flags, 0o644, dir_fd=self.files.fd)
@@ -287,31 +331,29 @@ class Backups:
                 f"cannot make {printable(self.place(BACKUP_LOCK_FILE))}: {error.strerror}",
                 standing=UNTOUCHED,
             ) from None
+        locked = False
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who = os.pread(fd, 100, 0).decode(errors="replace").strip()
-                raise BusyError(
-                    f"a backup is being made in {printable(self.path)}"
-                    + (f", by process {printable(who)}" if who else ""),
-                    standing=UNTOUCHED,
-                    remedy="wait for it, or name another directory",
-                ) from None
-            except OSError as error:
-                raise Error(
-                    f"{printable(self.path)} is on a file system that knows no locks: "
-                    f"{error.strerror}",
-                    standing=UNTOUCHED,
-                    remedy="name a directory on another one",
-                ) from None
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-            yield
-            with contextlib.suppress(OSError):
-                os.ftruncate(fd, 0)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = self.files.status(BACKUP_LOCK_FILE)
+            locked = there is not None and os.path.samestat(there, os.fstat(fd))
+        except BlockingIOError:
+            who = os.pread(fd, 100, 0).decode(errors="replace").strip()
+            raise BusyError(
+                f"a backup is being made in {printable(self.path)}"
+                + (f", by process {printable(who)}" if who else ""),
+                standing=UNTOUCHED,
+                remedy="wait for it, or name another directory",
+            ) from None
+        except OSError as error:
+            raise Error(
+                f"{printable(self.path)} is on a file system that knows no locks: {error.strerror}",
+                standing=UNTOUCHED,
+                remedy="name a directory on another one",
+            ) from None
         finally:
-            os.close(fd)
+            if not locked:
+                os.close(fd)
+        return fd if locked else None
 
 
 @contextmanager
@@ -341,7 +383,8 @@ def open_backups(path: str | os.PathLike[str], *, make: bool = False) -> Iterato
             yield backups
         finally:
             if fresh and not backups.points:
-                with contextlib.suppress(OSError):  # it is not empty
+                # It is not empty; or somebody else has begun one there.
+                with contextlib.suppress(OSError, Error), backups.locked():
                     os.unlink(BACKUP_LOCK_FILE, dir_fd=files.fd)
                     Path(name).rmdir()
 

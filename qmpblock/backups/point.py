@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qmpblock.errors import NotFoundError, RequestError, printable
-from qmpblock.names import is_run
+from qmpblock.names import is_run, is_when
 from qmpblock.versioned import UnreadableError, plain, read, stamped, unstamped
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "find_point",
     "image_names",
     "images_of",
+    "is_image_name",
     "restored_format",
     "restored_names",
     "when_of",
@@ -33,7 +34,7 @@ _RESTORED = ("qcow2", "raw")  # formats
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")  # for a file's name, which QEMU takes for no protocol
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LONGEST = 100  # characters of a disk's name in that of its file
-_WHEN = re.compile(r"\d{8}T\d{6}Z(-\d+)?")
+_MOST = 200  # characters of a file's name
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _check(one: DiskBackup) -> None:
     :raise UnreadableError: it cannot.
     """
     for name in (one.file, *([] if one.parent is None else [one.parent])):
-        if _UNFIT.search(name) or name.startswith(".") or not name:
+        if not is_image_name(name):
             raise UnreadableError(f"{printable(name)} is the name of no image in a directory")
     if one.parent == one.file:
         raise UnreadableError(f"{one.file} is said to lie on itself")
@@ -226,7 +227,7 @@ def find_point(points: Sequence[Point], at: str | None) -> Point:
     for point in points:
         if at in (point.when, point.id):
             return point
-    if _WHEN.fullmatch(at) and "-" in at:
+    if is_when(at) and "-" in at:
         raise NotFoundError(f"there is no backup {at}; there are:", listed)
     try:
         moment = datetime.fromisoformat(at).astimezone(UTC)
@@ -248,6 +249,14 @@ def when_of(moment: datetime, taken: Iterable[str]) -> str:
     while (name := when if number == 1 else f"{when}-{number}") in names:
         number += 1
     return name
+
+
+def is_image_name(name: str) -> bool:
+    """Whether an image of a backup can be called so: a file in its directory, and no other. Pure.
+
+    Whatever reads of such a name does so in a file that anybody may have written.
+    """
+    return 0 < len(name) <= _MOST and not (_UNFIT.search(name) or name.startswith("."))
 
 
 def image_names(when: str, disks: Sequence[str]) -> list[str]:

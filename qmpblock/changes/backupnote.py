@@ -8,20 +8,23 @@ way round. So whoever finds the note of a controller that died looks whether tha
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.changes.bitmaps import delete_bitmap
 from qmpblock.errors import printable
+from qmpblock.host.ourfiles import Directory
+from qmpblock.names import backup_when, backups_of, is_backup_bitmap, is_of_run
+from qmpblock.qemu import lock
 from qmpblock.qemu.refusals import no_node, tolerate
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
     from qmpblock.qemu.lock import Holder
 
-__all__ = ["BackupNote", "delete_bitmaps", "undo_dead_backup"]
+__all__ = ["BackupNote", "delete_bitmaps", "read_note", "undo_dead_backup"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,13 +51,28 @@ class BackupNote:
     def is_made(self) -> bool | None:
         """Whether the backup is; None where its directory is not there, or another one is."""
         try:
-            place = Path(self.directory)
-            status = place.stat()
-            if (status.st_dev, status.st_ino) != (self.device, self.inode):
-                return None
-            return (place / self.point).exists()
+            with Directory(self.directory) as there:
+                status = os.fstat(there.fd)
+                if (status.st_dev, status.st_ino) != (self.device, self.inode):
+                    return None
+                return there.status(self.point) is not None
         except OSError:
             return None
+
+
+def read_note(dead: Holder, name: str) -> BackupNote:
+    """Return what the holder of the lock of a backup says, which may be anybody in that QEMU.
+
+    :param name: of the lock.
+    :raise RecordError: it is not what this version understands, or tells of what is not ours.
+    """
+    note, backups = dead.says(BackupNote, name), backups_of(name)
+    said = backup_when(note.point)
+    ours = said is not None and said[1]
+    ours = ours and all(is_backup_bitmap(one, backups) for _, one in (*note.made, *note.before))
+    if not (ours and all(is_of_run(one, dead.run) for one in note.nodes)):
+        raise lock.unreadable(name, "it tells of what is not a backup's", dead.run)
+    return note
 
 
 async def delete_bitmaps(vm: Connection, bitmaps: Iterable[tuple[str, str]]) -> None:
@@ -76,7 +94,7 @@ async def undo_dead_backup(vm: Connection, dead: Holder, name: str) -> None:
     """
     if dead.is_idle:
         return  # it died before it did anything
-    note = dead.says(BackupNote, name)
+    note = read_note(dead, name)
     for node in note.nodes:
         await tolerate(no_node, vm.monitor.execute("blockdev-del", {"node-name": node}))
     made = note.is_made()

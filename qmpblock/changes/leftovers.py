@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from qmpblock.cancellation import undisturbed
-from qmpblock.changes.backupnote import BackupNote, undo_dead_backup
+from qmpblock.changes.backupnote import read_note, undo_dead_backup
 from qmpblock.changes.finalize import pivot
 from qmpblock.changes.identity import identify
 from qmpblock.changes.journal import discard_torn
@@ -156,7 +156,7 @@ _KINDS = {
     LockKind.GUARD: _Kind(lambda name, dead, _: dead.says(polling.Guard, name), None),
     LockKind.POLLING: _Kind(lambda *_: None, None),  # it says nothing
     LockKind.MIGRATION: _Kind(lambda *_: None, _refuse_migration),  # it is of two VMs
-    LockKind.BACKUP: _Kind(lambda name, dead, _: dead.says(BackupNote, name), undo_dead_backup),
+    LockKind.BACKUP: _Kind(lambda name, dead, _: read_note(dead, name), undo_dead_backup),
 }
 
 

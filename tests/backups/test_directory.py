@@ -2,13 +2,16 @@
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 
+import oldrecords
 import pytest
 from backuppoints import BACKUPS, disk, point
 
 from qmpblock.backups.directory import open_backups, read_points
-from qmpblock.errors import BusyError, RecordError, RequestError
+from qmpblock.errors import BusyError, Error, RecordError, RequestError
+from qmpblock.names import BACKUP_LOCK_FILE
 
 WHEN = "20261130T110500Z"
 IMAGE = f"{WHEN}-vd0.qcow2"
@@ -65,23 +68,48 @@ def test_what_was_made_stays(tmp_path):
     assert names(tmp_path) == [IMAGE, f"{WHEN}.json"]
 
 
-@pytest.mark.parametrize("listed", ["other.qcow2", "../x", f"{WHEN}-../../x", f"{WHEN}-d"])
-def test_what_is_listed_by_mistake_stays(listed, tmp_path):
-    """Or by malice: nothing of another name, nothing elsewhere, no directory."""
+def test_what_is_listed_by_mistake_stays(tmp_path):
+    """No directory; and what a backup tells of that is made."""
+    other = point(f"{WHEN}-2", [disk("vd0", f"{WHEN}-2-vd0.qcow2")])
+    (tmp_path / f"{WHEN}-d").mkdir()
+    (tmp_path / f"{WHEN}-2-vd0.qcow2").touch()
+    with open_backups(tmp_path) as backups:
+        backups.make(other)
+        backups.begin(WHEN, BACKUPS, [f"{WHEN}-d", f"{WHEN}-2-vd0.qcow2"])
+        backups.sweep(but="")
+    assert names(tmp_path) == [f"{WHEN}-2-vd0.qcow2", f"{WHEN}-2.json", f"{WHEN}-d"]
+
+
+@pytest.mark.parametrize(
+    "listed", ["other.qcow2", "../x", f"{WHEN}-../../x", f"{WHEN}-{'a' * 200}", ""]
+)
+def test_what_only_malice_lists(listed, tmp_path):
+    """Then nothing goes at all."""
     place = tmp_path / "b"
     place.mkdir()
     for one in (place / "other.qcow2", tmp_path / "x"):
         one.touch()
-    (place / f"{WHEN}-d").mkdir()
     (place / f"{WHEN}.begun").write_text(json.dumps({"backups": BACKUPS, "images": [listed]}))
-    with open_backups(place) as backups:
+    with (
+        open_backups(place) as backups,
+        pytest.raises(RecordError, match=f"{WHEN}.begun cannot be read") as caught,
+    ):
         backups.sweep(but="")
-    assert names(place) == [f"{WHEN}-d", "other.qcow2"]
+    assert caught.value.path == place / f"{WHEN}.begun"
+    assert names(place) == [f"{WHEN}.begun", "other.qcow2"]
     assert (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"format": 99, "images": []}', '{"backups": "a", "images": [1]}']
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"format": 99, "images": []}',
+        '{"backups": "0123abcd", "images": [1]}',
+        '{"backups": "../x", "images": []}',
+    ],
 )
 def test_what_cannot_be_read_is_not_removed(text, tmp_path):
     (tmp_path / f"{WHEN}.begun").write_text(text)
@@ -97,6 +125,30 @@ def test_a_point_that_cannot_be_read(text, tmp_path):
         read_points(tmp_path)
 
 
+def test_what_older_versions_wrote(tmp_path):
+    (tmp_path / f"{WHEN}.json").write_text(oldrecords.BACKUP_POINT)
+    [read] = read_points(tmp_path)
+    wanted = replace(disk("vd0", IMAGE), bitmap="qmpblock-backup-0123abcd-89efcdab")
+    assert read == replace(POINT, id="89efcdab", disks=(wanted,))
+    (tmp_path / f"{WHEN}.json").unlink()
+    (tmp_path / f"{WHEN}.begun").write_text(oldrecords.BACKUP_BEGUN)
+    (tmp_path / IMAGE).touch()
+    with open_backups(tmp_path) as backups:
+        assert backups.id == BACKUPS
+        backups.sweep(but="")
+    assert names(tmp_path) == []
+
+
+def test_one_of_a_newer_version_says_so(tmp_path):
+    document = json.loads(oldrecords.BACKUP_POINT) | {"format": 2, "version": "9.0"}
+    (tmp_path / f"{WHEN}.json").write_text(json.dumps(document))
+    with pytest.raises(RecordError) as caught:
+        read_points(tmp_path)
+    assert str(tmp_path / f"{WHEN}.json") in caught.value.message
+    assert "of format 2, written by qmpblock 9.0" in caught.value.message
+    assert "newer one" in caught.value.remedy
+
+
 def test_a_link_is_no_point(tmp_path):
     (tmp_path / "x").write_text(json.dumps(POINT.as_json()))
     (tmp_path / f"{WHEN}.json").symlink_to("x")
@@ -104,6 +156,103 @@ def test_a_link_is_no_point(tmp_path):
     os.mkfifo(tmp_path / "z.json")
     with pytest.raises(RecordError):
         read_points(tmp_path)
+
+
+#: What is done to files, one system call a time.
+CALLS = ("open", "link", "rename", "unlink", "fsync", "write")
+
+
+def dying_after(count, what):
+    """Do it in a process of its own, which is gone before its call number `count`; return if so."""
+    pid = os.fork()
+    if pid == 0:
+        left = count
+        for name in CALLS:
+            real = getattr(os, name)
+
+            def called(*words, real=real, **more):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+                return real(*words, **more)
+
+            setattr(os, name, called)
+        what()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_whoever_is_killed_at_any_step(first, tmp_path):
+    """The backup is made or it is not; the next one says which, and leaves no other trace."""
+    before = point("20261130T100500Z", [disk("vd0", "20261130T100500Z-vd0.qcow2")])
+    made, number = set(), 0
+    while True:
+        place = tmp_path / str(number)
+        place.mkdir()
+        with open_backups(place) as backups:
+            if not first:
+                backups.make(before)
+        there = names(place)
+
+        def back_up(place=place):
+            with open_backups(place) as backups, backups.locked():
+                backups.read()
+                backups.begin(WHEN, BACKUPS, [IMAGE])
+                (place / f"{IMAGE}.partial").touch()
+                (place / f"{IMAGE}.partial").rename(place / IMAGE)
+                backups.make(POINT)
+                backups.end(WHEN)
+
+        died = dying_after(number, back_up)
+        with open_backups(place) as backups, backups.locked():
+            backups.read()
+            backups.check_one()
+            backups.check_new()
+            assert backups.id in ("", BACKUPS)
+            backups.begin("20261130T120500Z", BACKUPS, [])
+            backups.sweep(but="20261130T120500Z")
+            backups.end("20261130T120500Z")
+            made.add(WHEN in [one.when for one in backups.points])
+        new = [IMAGE, f"{WHEN}.json"] if WHEN in [one.when for one in backups.points] else []
+        assert names(place) == sorted({*there, *new, ".qmpblock-backup.lock"})
+        if not died:
+            break
+        number += 1
+    assert number > 20
+    assert made == {True, False}
+
+
+def test_it_is_not_certain_that_it_is_made(tmp_path, monkeypatch):
+    """Then it is not."""
+    with open_backups(tmp_path) as backups:
+        backups.begin(WHEN, BACKUPS, [IMAGE])
+        (tmp_path / IMAGE).touch()
+        with monkeypatch.context() as patched:
+            patched.setattr(backups.files, "sync", lambda: os.listdir(tmp_path / "none"))
+            with pytest.raises(Error, match=f"cannot write .*{WHEN}.json"):
+                backups.make(POINT)
+        backups.end(WHEN)
+        assert backups.points == []
+    assert names(tmp_path) == []
+
+
+def test_who_has_the_lock_has_the_file_that_is_there(tmp_path):
+    """Whoever made the directory in vain takes that away again, but from nobody at work."""
+    with open_backups(tmp_path) as one, open_backups(tmp_path) as other, one.locked():
+        (tmp_path / BACKUP_LOCK_FILE).unlink()
+        twice = pytest.raises(BusyError)
+        with other.locked(), twice, open_backups(tmp_path) as third, third.locked():
+            pass
+    place = tmp_path / "b"
+    with open_backups(place, make=True), open_backups(place) as other, other.locked():
+        pass
+    assert not place.exists()
+    with ExitStack() as stack:
+        with open_backups(place, make=True):
+            stack.enter_context(stack.enter_context(open_backups(place)).locked())
+        assert names(place) == [BACKUP_LOCK_FILE]
 
 
 def test_their_order_is_that_of_their_instants(tmp_path):

@@ -7,22 +7,29 @@ comes out of it, a failed assertion about what was read among it, is a fault.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import backuppoints
 import drawing
 import driving
 import fake_server as fake
 import numpy as np
 
 from fuzz.source import Source, disturbed, words_of
+from qmpblock.backups.directory import open_backups
+from qmpblock.backups.imagefile import why_changed
+from qmpblock.backups.point import find_point, image_names, images_of, restored_names
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.journalfile import JournalFile
 from qmpblock.changes.operations import read_record
+from qmpblock.cli.backupsoutput import list_document, said_points
 from qmpblock.copying.target import NBDTarget, PathTarget, parse_target
-from qmpblock.errors import Error, RequestError, UnsupportedError
+from qmpblock.errors import Error, RecordError, RequestError, UnsupportedError
 from qmpblock.extents.allocationmap import AllocationMap
 from qmpblock.extents.blockstatus import NBDMapBuilder
 from qmpblock.graph.builder import Replies, build
@@ -271,6 +278,87 @@ def journal(data: bytes) -> None:
             assert found.record.describe().isprintable()
 
 
+# -- directories of backups
+
+
+_WHEN = "20261130T110500Z"
+_POINT = json.loads(
+    json.dumps(
+        backuppoints.point(
+            _WHEN,
+            [
+                backuppoints.disk("vd0", f"{_WHEN}-vd0.qcow2", parent="20261130T100500Z-vd0.qcow2"),
+                backuppoints.disk("vd1", f"{_WHEN}-vd1.qcow2"),
+            ],
+        ).as_json()
+    )
+)
+_POINT_WORDS = [*words_of(_POINT), "../x", "/etc/passwd", ".x", "nbd:x", f"{_WHEN}-2", "20261130"]
+_BEGUN = {"format": 1, "backups": backuppoints.BACKUPS, "images": [f"{_WHEN}-vd0.qcow2"]}
+
+
+def backup_point(data: bytes) -> None:
+    """A point file, and all that is said and done by what it says."""
+    said = _written(data, _POINT, _POINT_WORDS)
+    with _directory({f"{_WHEN}.json": said}) as place, open_backups(place) as backups:
+        unread = backups.read()
+        for error in unread.values():
+            assert error.path == place / f"{_WHEN}.json"
+            assert str(error).replace("\n", "").isprintable()
+        assert len(unread) + len(backups.points) == 1
+        for point in backups.points:
+            assert point.as_json()["when"] == _WHEN
+            json.dumps(list_document(place, backups.points))
+            assert all(line.isprintable() for line in said_points(backups.points))
+            files = image_names(_WHEN, [one.disk for one in point.disks])
+            files += restored_names(point.disks)
+            files += [name for one in point.disks for name in (one.file, one.parent) if name]
+            for file in files:
+                assert os.path.normpath(backups.place(file)) == str(place / file)
+            with suppress(Error):
+                find_point(backups.points, "2026-11-30T12:00Z")
+                for one in point.disks:
+                    point.disk(one.disk)
+                    for image in images_of(backups.points, one.file):
+                        why_changed(backups, image)
+        assert [path.name for path in place.iterdir()] == [f"{_WHEN}.json"]
+
+
+def backup_begun(data: bytes) -> None:
+    """What says that a backup was begun: nothing goes by it that is not of that backup."""
+    said = _written(data, _BEGUN, [f"{_WHEN}-vd1.qcow2", "../x", "/etc/passwd", f"{_WHEN}-/../y"])
+    others = {"x": b"", "holiday.jpg": b"", f"{_WHEN}-2-vd0.qcow2": b""}
+    ours = {f"{_WHEN}-vd0.qcow2": b"", f"{_WHEN}-vd1.qcow2.partial": b""}
+    with _directory({f"{_WHEN}.begun": said, **others, **ours}) as place:
+        with open_backups(place) as backups, suppress(RecordError):
+            assert backups.id == "" or len(backups.id) == 8
+            backups.sweep(but="")
+        left = {path.name for path in place.iterdir()}
+        assert others.keys() <= left
+        assert (place.parent / "x").exists()
+
+
+def _written(data: bytes, document: Any, words: list[str]) -> bytes:
+    source = Source(data)
+    if source.byte() < 64:
+        return source.bytes(source.left)
+    return _text(disturbed(document, source, words)).encode("utf-8", "surrogatepass")
+
+
+@contextmanager
+def _directory(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Have these files in a directory, beside which lies x."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        place = Path(name) / "backups"
+        place.mkdir()
+        for path, content in (
+            (place.parent / "x", b""),
+            *((place / n, b) for n, b in files.items()),
+        ):
+            path.write_bytes(content)
+        yield place
+
+
 # -- policies and maps
 
 
@@ -350,6 +438,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         lock,
         record,
         journal,
+        backup_point,
+        backup_begun,
         policy,
         lockstep,
         maprecords,
@@ -379,6 +469,8 @@ SEEDS: dict[str, tuple[bytes, ...]] = {
     ),
     "policy": (_POLICY, b"[" * 64, b"a: &x [*x]\n"),
     "lock": (b"\0" + json.dumps(_HOLDER).encode(),),
+    "backup_point": (b"\0" + json.dumps(_POINT).encode(),),
+    "backup_begun": (b"\0" + json.dumps(_BEGUN).encode(),),
     "journal": (b"\0" + json.dumps(_RECORD).encode() + b"\n",),
     "nbd_handshake": (bytes([1, 64, 0, 5, 0, 2, 0, 4, 0, 1]), bytes([2, 64, 0, 5, 0, 4, 0, 1])),
 }
