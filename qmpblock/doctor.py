@@ -37,7 +37,9 @@ _NEWEST_TOO_OLD = (7, 1)  # of qemu-img; as of QEMU itself (README)
 _CREATE_RULESET = 444  # landlock_create_ruleset(2), on every architecture
 _SECCOMP = Path("/proc/sys/kernel/seccomp/actions_avail")
 #: What the VM's process and its open files are looked at for.
-_PROVING = "copy; allocate --full; proving the names that snapshot, stream and commit record"
+_PROVING = (
+    "copy; backup; allocate --full; proving the names that snapshot, stream and commit record"
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,14 @@ def examine_host() -> list[Finding]:
     return [
         _program(
             "qemu-img",
-            "map of an image, verify, copy, snapshot, allocate --full of qcow2, recover IMAGE",
+            "map of an image, verify, copy, backup, restore, snapshot, allocate --full of qcow2, "
+            "recover IMAGE",
         ),
         _program("qemu-io", "allocate --full of qcow2 and QED"),
-        _program("qemu-nbd", "verify: which byte differs first, and how many do; copy --verify"),
+        _program(
+            "qemu-nbd",
+            "verify: which byte differs first, and how many do; copy and backup --verify",
+        ),
         _landlock(),
         _seccomp(),
         _state(),
@@ -155,7 +161,7 @@ def _seccomp() -> Finding:
 
 def _state() -> Finding:
     path = state_directory().absolute()
-    needed_for = "snapshot, stream, commit, copy, allocate --full, apply, recover"
+    needed_for = "snapshot, stream, commit, copy, backup, allocate --full, apply, recover"
     name = "state directory"
     shown = printable(path)
     elsewhere = "set QMPBLOCK_STATE to a directory of this user's that survives a reboot"
