@@ -42,7 +42,7 @@ def test_the_shared_words_are_all_that_the_command_has():
     known = {word for one in disks.params for word in one.opts if word.startswith("--")}
     every = {"stall": 1.0, "nbd": "n", "tls_creds": "t", "insecure": True}
     assert {word for word in command.shared_words(every) if word.startswith("--")} == known
-    assert set(command.OPTIONS) == {"address", "executable", *every}
+    assert set(command.VM) == {"address", "executable", *every}
 
 
 def test_an_answer():

@@ -93,7 +93,7 @@ def tasks_of(page):
 
 def test_the_pages_examples_use_what_there_is(monkeypatch):
     found = list(tasks_of(HOME.parent / "docs" / "ansible.md"))
-    assert {name for name, _ in found} >= {"disk", "snapshot", "copy"}
+    assert {name for name, _ in found} >= {"disk", "snapshot", "copy", "backup", "backup_info"}
     for name, given in found:
         assert set(given) <= set(spec_of(part(f"modules.{name}"), monkeypatch)["argument_spec"])
 
@@ -126,6 +126,11 @@ def test_the_version_is_the_commands():
     for path in [*(HOME / "plugins/modules").glob("*.py"), HOME / "plugins/inventory/vms.py"]:
         text = re.search(r"version_added: (\S+)", path.read_text())
         assert text is not None, path
+
+
+def test_defaults_for_the_group_are_all_modules():
+    runtime = yaml.safe_load((HOME / "meta/runtime.yml").read_text())
+    assert runtime["action_groups"] == {"qmpblock": MODULES}
 
 
 def test_no_module_imports_qmpblock():

@@ -1,5 +1,6 @@
 """Runs that an interrupted playbook left: told by the command's words, ended only if its own."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,8 +8,10 @@ import sys
 import pytest
 from collections_of_ansible import part
 
+from qmpblock.backups.directory import open_backups
 from qmpblock.errors import BusyError, MonitorHeldError
 from qmpblock.host.processes import describe_process
+from qmpblock.names import BACKUP_LOCK_FILE
 from qmpblock.qemu.lock import Holder
 
 runs = part("module_utils.runs")
@@ -40,24 +43,41 @@ def start(tmp_path):
 
 
 def held_by(process):
-    """Return what the command says of a monitor that a process holds, and of a lock."""
+    """Return what the command says of what a process holds: a monitor, a lock, a directory."""
     monitor = MonitorHeldError(
         "no greeting: it serves one client at a time, and that is " + describe_process(process.pid)
     )
-    holder = Holder("r", "here", process.pid, 1, "b", "p", {})
+    holder = Holder("r", os.uname().nodename, process.pid, 1, "b", "p", {})
     lock = BusyError(f"another controller holds qmpblock-x-lock in this VM: {holder}")
     return [(3, str(monitor)), (1, str(lock))]
 
 
-def test_it_is_found_by_what_the_command_says(start):
+def directory_of(process, place, host):
+    """Return what the command says of a directory of backups where a process makes one."""
+    file = place / BACKUP_LOCK_FILE
+    file.write_text(f"{process.pid} on {host}\n")
+    with file.open() as held, open_backups(place) as there:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BusyError) as busy, there.locked():
+            pass
+    return 1, str(busy.value)
+
+
+def test_it_is_found_by_what_the_command_says(start, tmp_path):
     process = start()
-    for code, complaint in held_by(process):
+    held = [*held_by(process), directory_of(process, tmp_path, os.uname().nodename)]
+    for code, complaint in held:
         (found,) = runs.in_the_way(code, complaint)
         assert found.pid == process.pid
         assert found.by_ansible
         assert found.is_there()
         assert "apply p.yaml" in str(found)
         assert str(process.pid) in runs.said([found])[0]
+
+
+def test_another_hosts_process_is_none_of_this_one(start, tmp_path):
+    """Its directory of backups may be a share; this process has the same number by chance."""
+    assert runs.in_the_way(*directory_of(start(), tmp_path, "elsewhere.example")) == []
 
 
 @pytest.mark.parametrize("code", [0, 2, 130])

@@ -39,7 +39,7 @@ SHARES = {
     "test_allocate_full": 0.05,
     "test_allocate_kills": 0.2,
     "test_allocate_proof": 0.5,
-    "test_ansible::test_a_target": 0.25,
+    "test_ansible::test_a_target": 0.13,
     "test_attacks::test_a_recovery_that_died_when_it_had_taken_a_lock_over": 0.34,
     "test_attacks::test_an_unknown_outcome_is_undone": 0.2,
     "test_backup_decisions": 0.34,

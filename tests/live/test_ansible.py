@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,8 +29,12 @@ images:
   - {size: 8M, content: [write 0 1M 0xaa]}
   - {content: [write 1M 64K 0xbb]}
 """
+BACKUPS = r"^appeared: (file: .*/backups/|bitmap: qmpblock-backup-)"
 #: What a target changes for good.
 CHANGED = {
+    "backup": BACKUPS,
+    "backup_info": BACKUPS,
+    "backup_interrupted": BACKUPS,
     "disk": r"^(disappeared|appeared): (node|edge|open file): ",
     "copy": r"^appeared: file: .*/copy.qcow2$",
     "interrupted": r"^(disappeared|appeared): (node|edge|open file): ",
@@ -178,7 +183,7 @@ async def vms(control, start_qemu, vm_dir, qemu_binary):
 
 
 #: Twice five seconds, in which a monitor that is held does not greet.
-LONG = {"interrupted"}
+LONG = {"backup_interrupted", "interrupted"}
 
 
 @pytest.mark.parametrize(
@@ -227,6 +232,54 @@ async def test_what_ctrl_c_leaves_on_a_host(control, vms, invariant):
     assert "which stood in the way" in control.warned
     assert "changed=1" in out
     await nothing_of_ours(vm)
+
+
+def plays_of_the_page(directory):
+    """Return the plays of docs/ansible.md that are of backups, by name, with theirs in another."""
+    page = (ROOT / "docs" / "ansible.md").read_text().replace("/srv/backups", str(directory))
+    found = {}
+    for text in re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        for play in yaml.safe_load(text):
+            if isinstance(play, dict) and "name" in play and "tasks" in play:
+                found[play["name"]] = play
+    return found
+
+
+async def test_every_night(control, vms, vm_dir, invariant):
+    """As the page has it: one host fails, one is not there; the others have their backups."""
+    directory = vm_dir / "b"
+    (directory / "host1").mkdir(parents=True)
+    (directory / "host1" / "letter").write_text("Somebody else's.")
+    plays = plays_of_the_page(directory)
+    plays["Nightly"]["tasks"][0]["poll"] = 1
+    program = {"executable": str(control.command)}
+    for play in plays.values():
+        del play["become"]  # the sshd is root's, and sudo need not be here
+        play["module_defaults"] = {"group/qmpblock.qmpblock.qmpblock": program}
+    gone = {"ansible_host": "nowhere.invalid", "qmpblock_address": "/no.qmp"}
+    source = {"qmpblock_vms": {"hosts": {**vms, "host3": gone}}}
+    words = ("-i", control.written("hosts.yml", source))
+    nightly = control.written("nightly.yml", [plays["Nightly"]])
+    out = await control.run("ansible-playbook", *words, nightly, code=2)
+    assert "DEPRECATION" not in control.warned
+    await invariant.verify(control.vms["host1"])
+    invariant.expect(r"^appeared: bitmap: qmpblock-backup-")
+    report = json.loads((control.place / "report.json").read_text())
+    said = {host: one.get("msg", "") for host, one in report.items()}
+    assert [host for host, one in report.items() if one.get("failed")] == ["host1"], said
+    for host in ("host0", "host2"):
+        (image,) = report[host]["images"]
+        assert (image["kind"], Path(image["file"]).parent) == ("full", directory / host)
+    assert report["host1"]["rc"] == 2
+    assert "holds no backups, but other things, such as letter" in report["host1"]["msg"]
+    assert report["host1"]["msg"].splitlines()[0] in out
+    assert report["host3"]["unreachable"]
+    weekly = plays["Weekly"]
+    weekly["hosts"] = "host0"
+    weekly["environment"] = {"PATH": f"{control.place}:{os.environ['PATH']}"}
+    words = (*words, "-e", f"restore_to={vm_dir / 'b' / 'restored'}")
+    await control.run("ansible-playbook", *words, control.written("weekly.yml", [weekly]))
+    assert (directory / "restored" / f"{vms['host0']['qmpblock_disk']}.qcow2").is_file()
 
 
 async def test_the_inventory(control, vms):

@@ -1,4 +1,4 @@
-"""What is said of the options that every module has, and of those that change something."""
+"""What is said of the options of every module, of those of one VM, of those that change something."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ from __future__ import annotations
 class ModuleDocFragment:
     DOCUMENTATION = r"""
 options:
-  address:
-    description:
-      - The VM's monitor, as qmpblock takes it on the host where the module runs.
-      - A UNIX socket path, V(unix:PATH), V(HOST:PORT), V(libvirt:DOMAIN), V(incus:INSTANCE).
-    type: str
-    required: true
   executable:
     description:
       - The command qmpblock on that host, by a name in the path, or a path.
@@ -21,6 +15,21 @@ options:
     description:
       - No progress for so many seconds is a failure. By default what the command has, a minute.
     type: float
+requirements:
+  - qmpblock on the host where the module runs
+notes:
+  - The module fails in the words of the command; C(rc) is its exit code, and C(outcome) says what that means. Runs
+    of an earlier playbook that stand in the way are in C(running).
+"""
+
+    VM = r"""
+options:
+  address:
+    description:
+      - The VM's monitor, as qmpblock takes it on the host where the module runs.
+      - A UNIX socket path, V(unix:PATH), V(HOST:PORT), V(libvirt:DOMAIN), V(incus:INSTANCE).
+    type: str
+    required: true
   nbd:
     description:
       - The address of a foreign NBD server that already runs in this VM.
@@ -34,11 +43,6 @@ options:
       - Allow NBD over TCP without TLS.
     type: bool
     default: false
-requirements:
-  - qmpblock on the host where the module runs
-notes:
-  - The module fails in the words of the command; C(rc) is its exit code, and C(outcome) says what that means. Runs
-    of an earlier playbook that stand in the way are in C(running).
 """
 
     CHANGES = r"""

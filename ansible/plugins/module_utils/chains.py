@@ -15,13 +15,14 @@ def missing_overlays(disks, overlays, real):
         for disk, overlay in overlays.items()
         if not any(
             real(layer["file"]) == real(overlay)
-            for one in _called(disks, disk) or disks
+            for one in called(disks, disk) or disks
             for layer in one["layers"]
         )
     ]
 
 
-def _called(disks, name):
+def called(disks, name):
+    """Return those disks, of the document of `qmpblock disks`, that a name selects."""
     return [
         one
         for one in disks

@@ -14,16 +14,20 @@ from pathlib import Path
 
 from ansible_collections.qmpblock.qmpblock.plugins.module_utils import runs
 
-#: Of every module; described in doc_fragments/command.py.
+#: Of every module; described in doc_fragments/command.py, as what follows.
 OPTIONS = {
-    "address": {"type": "str", "required": True},
     "executable": {"type": "path", "default": "qmpblock"},
     "stall": {"type": "float"},
+}
+#: Of every module that is about one running VM.
+VM = {
+    **OPTIONS,
+    "address": {"type": "str", "required": True},
     "nbd": {"type": "str"},
     "tls_creds": {"type": "path"},
     "insecure": {"type": "bool", "default": False},
 }
-#: Of every module that changes something; described in doc_fragments/changes.py.
+#: Of every module that changes something there.
 CHANGES = {
     "unmanaged": {"type": "bool", "default": False},
     "end_running": {"type": "bool", "default": False},
@@ -87,11 +91,23 @@ def _document(out):
 
 
 def _errors_of(document):
-    """Return why some of what `plan` and `apply` are about failed; empty for none."""
+    """Return why some of what a document is about failed, or is not whole; empty for none.
+
+    Of `plan` and `apply` each disk and copy says it, of `backup check` each backup: of many that
+    lie on one image its fault is said once.
+    """
     if not isinstance(document, dict):
         return ""
     entries = document.get("disks", []) + document.get("copies", [])
-    return "\n".join(one["error"] for one in entries if one.get("error"))
+    faulty = {}
+    for point in document.get("points", []):
+        for fault in point.get("faults", []):
+            faulty.setdefault(fault, []).append(point["when"])
+    return "\n".join(
+        [one["error"] for one in entries if one.get("error")]
+        + document.get("unread", [])
+        + ["{}: {}".format(", ".join(whens), fault) for fault, whens in faulty.items()]
+    )
 
 
 def _complaint(err):
@@ -163,5 +179,6 @@ class Command:
             rc=answer.code,
             cmd=self._line(words),
             stderr=answer.err,
+            document=answer.document,
             running=[one.document() for one in found],
         )

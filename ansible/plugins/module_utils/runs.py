@@ -18,8 +18,12 @@ from pathlib import Path
 #: In the environment of every run that a module begins.
 MARK = {"QMPBLOCK_STARTED_BY": "ansible"}
 
-_IN_THE_WAY = ("it serves one client at a time", "another controller holds")
-_PROCESS = re.compile(r"\bprocess (\d+)")
+_IN_THE_WAY = (
+    "it serves one client at a time",
+    "another controller holds",
+    "a backup is being made in",
+)
+_PROCESS = re.compile(r"\bprocess (\d+)(?: on (\S+))?")
 _POLL = 0.1  # seconds between looks at whether a run has ended
 
 
@@ -45,10 +49,14 @@ class Run:
 
 
 def in_the_way(code, complaint):
-    """Return the runs that the command has named as those that it had to give way to."""
+    """Return the runs of this host that the command has named as those that it had to give way to.
+
+    A directory of backups may be another host's, too: its processes are none of ours.
+    """
     if code not in (1, 3) or not any(words in complaint for words in _IN_THE_WAY):
         return []
-    pids = sorted({int(pid) for pid in _PROCESS.findall(complaint)})
+    here = ("", os.uname().nodename)
+    pids = sorted({int(pid) for pid, host in _PROCESS.findall(complaint) if host in here})
     return [run for run in map(look, pids) if run is not None]
 
 

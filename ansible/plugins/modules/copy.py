@@ -13,12 +13,14 @@ description:
   - A copy that bears its name is whole, and left alone, however old it is. To have a newer one, name another
     file, or move the old one away.
   - What an interrupted copy left is gone on from.
-  - It makes copies for whatever is to be done with them; it keeps no history and no increments.
+  - It makes copies for whatever is to be done with them; it keeps no history and no increments, which
+    M(qmpblock.qmpblock.backup) does.
 version_added: 0.1.0
 author:
   - The qmpblock authors (@qmpblock)
 extends_documentation_fragment:
   - qmpblock.qmpblock.command
+  - qmpblock.qmpblock.command.vm
   - qmpblock.qmpblock.command.changes
 attributes:
   check_mode:
@@ -138,7 +140,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.qmpblock.qmpblock.plugins.module_utils import policies
 from ansible_collections.qmpblock.qmpblock.plugins.module_utils.command import (
     CHANGES,
-    OPTIONS,
+    VM,
     Command,
     changing_words,
 )
@@ -154,7 +156,7 @@ _CHOICES = {
 def main():
     module = AnsibleModule(
         argument_spec=dict(
-            OPTIONS,
+            VM,
             copies={"type": "dict", "required": True},
             cluster_size={"type": "str"},
             compress={"type": "bool", "default": False},

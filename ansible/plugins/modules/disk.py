@@ -16,6 +16,7 @@ author:
   - The qmpblock authors (@qmpblock)
 extends_documentation_fragment:
   - qmpblock.qmpblock.command
+  - qmpblock.qmpblock.command.vm
   - qmpblock.qmpblock.command.changes
 attributes:
   check_mode:
@@ -121,7 +122,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.qmpblock.qmpblock.plugins.module_utils import policies
 from ansible_collections.qmpblock.qmpblock.plugins.module_utils.command import (
     CHANGES,
-    OPTIONS,
+    VM,
     Command,
     changing_words,
 )
@@ -138,7 +139,7 @@ def _only(qmpblock, verb, policy):
 def main():
     module = AnsibleModule(
         argument_spec=dict(
-            OPTIONS,
+            VM,
             disk={"type": "str", "required": True},
             backing={"type": "str", "choices": ["keep", "independent"]},
             base={"type": "str"},

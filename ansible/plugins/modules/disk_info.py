@@ -15,6 +15,7 @@ author:
   - The qmpblock authors (@qmpblock)
 extends_documentation_fragment:
   - qmpblock.qmpblock.command
+  - qmpblock.qmpblock.command.vm
 attributes:
   check_mode:
     support: full
@@ -82,13 +83,13 @@ runs:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.qmpblock.qmpblock.plugins.module_utils.command import OPTIONS, Command
+from ansible_collections.qmpblock.qmpblock.plugins.module_utils.command import VM, Command
 
 
 def main():
     module = AnsibleModule(
         argument_spec=dict(
-            OPTIONS,
+            VM,
             totals={"type": "bool", "default": False},
             runs={"type": "bool", "default": False},
         ),

@@ -17,6 +17,7 @@ author:
   - The qmpblock authors (@qmpblock)
 extends_documentation_fragment:
   - qmpblock.qmpblock.command
+  - qmpblock.qmpblock.command.vm
   - qmpblock.qmpblock.command.changes
 attributes:
   check_mode:
@@ -77,7 +78,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.qmpblock.qmpblock.plugins.module_utils.chains import missing_overlays
 from ansible_collections.qmpblock.qmpblock.plugins.module_utils.command import (
     CHANGES,
-    OPTIONS,
+    VM,
     Command,
     changing_words,
 )
@@ -87,7 +88,7 @@ from ansible_collections.qmpblock.qmpblock.plugins.module_utils.policies import 
 def main():
     module = AnsibleModule(
         argument_spec=dict(
-            OPTIONS,
+            VM,
             overlays={"type": "dict", "required": True},
             format={"type": "str", "choices": ["qcow2", "qed"], "default": "qcow2"},
             backing_name={
