@@ -32,6 +32,7 @@ Verb = Literal[
     "point",
     "copy",
     "freeze",
+    "backup",
     "move",
     "migrate",
 ]
@@ -50,6 +51,8 @@ _EFFECTS: Mapping[str, str] = {
     "(a snapshot, a pull, a backup) may fail, or have QEMU abort",
     "freeze": "the newest data is in an overlay for a while: a start, a save or a backup in that "
     "time would not see it",
+    "backup": "a job that it does not know is on the disk for a while, when what it begins itself "
+    "may fail, or have QEMU abort; nor that dirty bitmaps stay in the image",
     "move": "the VM goes on in another image: started again, it would be from a stale one",
     "migrate": "the VM goes on in another QEMU: started again, there would be two",
 }
@@ -65,6 +68,7 @@ _CALLED: Mapping[Verb, str] = {
     "point": "a point in time",
     "copy": "copy",
     "freeze": "copy of frozen layers",
+    "backup": "backup",
     "move": "copy --pivot",
     "migrate": "migrate",
 }
@@ -195,6 +199,7 @@ def _libvirts_way(vm: str, work: Work) -> str:
         "point": f"virsh backup-begin {domain}, with mode='pull' in its XML",
         "copy": f"virsh blockcopy {domain} {disk} TARGET --wait --finish",
         "freeze": f"virsh backup-begin {domain}, with mode='push' in its XML",
+        "backup": f"virsh backup-begin {domain} BACKUP.xml CHECKPOINT.xml",
         "move": f"virsh blockcopy {domain} {disk} TARGET --wait --pivot",
         "migrate": "virsh migrate --live --persistent --undefinesource --copy-storage-all "
         f"{domain} DESTURI",
@@ -258,6 +263,7 @@ def _proxmoxs_way(vm: str, work: Work) -> str:
         "point": f"vzdump {vmid} --mode snapshot",
         "copy": f"vzdump {vmid} --mode snapshot",
         "freeze": f"vzdump {vmid} --mode snapshot",
+        "backup": f"vzdump {vmid} --mode snapshot",
         "move": move,
         "migrate": f"qm migrate {vmid} TARGET --online --with-local-disks",
     }[work.verb]
@@ -290,6 +296,7 @@ def _incuss_way(command: str, vm: str, work: Work) -> str:
         "snapshot": f"{command} snapshot create {instance}",
         "pivot": f"{command} snapshot delete {instance} SNAPSHOT",
         "commit": f"{command} snapshot delete {instance} SNAPSHOT",
+        "backup": f"{command} export {instance}",
         "migrate": f"{command} move {instance} --target MEMBER",
     }.get(work.verb, f"{command} copy {instance} NEW makes an instance of its own")
 

@@ -64,7 +64,7 @@ class Situation:
 
 
 _HERE = Situation(Owner.THIS)
-_BY_TURNS: tuple[Verb, ...] = ("copy", "point")  # a monitor that others have too suffices for it
+_BY_TURNS: tuple[Verb, ...] = ("backup", "copy", "point")  # a monitor that others have suffices
 _OF_PROXMOX = frozenset({"alloc-track", "zeroinit"})  # drivers of its QEMU alone
 _WAIT = (
     "wait for its end, or cancel it (migrate_cancel); then run this again, on the VM in which the "
