@@ -59,9 +59,10 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                           qmpblock-RUN-to-N-left     what of disk N is left to copy
                           qmpblock-RUN-to-N-even, -to-N-odd
                                                      what the guest writes to disk N meanwhile
-                          qmpblock-backup-SET-POINT  stays: what the guest writes from backup
-                                                     POINT on
-                          qmpblock-backup-SET-POINT-end
+                          qmpblock-backup-SET-POINT-N
+                                                     stays: what the guest writes to disk N from
+                                                     backup POINT on
+                          qmpblock-backup-SET-POINT-N-end
                                                      stays: tells whether that is all of it
 
     on a host, files      IMAGE.qmpblock-RUN         temporary overlay of an allocation
@@ -623,12 +624,15 @@ def helper_bitmap(run: str, bitmap: str) -> str:
     return _named(run, bitmap)
 
 
-def backup_bitmap(backups: str, point: str) -> str:
-    """Return the dirty bitmap of what the guest writes from a backup on, which stays.
+def backup_bitmap(backups: str, point: str, disk: int) -> str:
+    """Return the dirty bitmap of what the guest writes to a disk from a backup on, which stays.
 
-    :param backups: the id of the directory; `point`: that of the backup.
+    Each disk's is called otherwise: two images may have changed places at the next backup.
+
+    :param backups: the id of the directory; `point`: that of the backup; `disk`: the number of the
+        disk in it.
     """
-    return f"{_BACKUPS}{backups}-{point}"
+    return f"{_BACKUPS}{backups}-{point}-{disk}"
 
 
 def end_bitmap(bitmap: str) -> str:

@@ -178,8 +178,8 @@ async def _content(place, one):
 
 
 def _bitmaps(point, count):
-    name = names.backup_bitmap(point.backups, point.id)
-    return [(f"d{n}", one) for n in range(count) for one in (name, names.end_bitmap(name))]
+    every = [names.backup_bitmap(point.backups, point.id, number) for number in range(count)]
+    return [(f"d{n}", one) for n in range(count) for one in (every[n], names.end_bitmap(every[n]))]
 
 
 def _operations():

@@ -42,6 +42,6 @@ def point(when, disks, number=0, name="web", uuid=""):
     return Point(BACKUPS, which, when, time, BackedUpVM(name, uuid), tuple(disks))
 
 
-def bitmap_of(one):
-    """Return the name of the bitmap of a backup."""
-    return backup_bitmap(one.backups, one.id)
+def bitmap_of(one, number=0):
+    """Return the name of the bitmap of a disk of a backup."""
+    return backup_bitmap(one.backups, one.id, number)

@@ -31,10 +31,10 @@ TABLE = [
     (names.MIGRATION_LOCK, "qmpblock-migration"),
     (names.backup_lock_name(RUN), "qmpblock-backup-0123abcd"),
     (names.backups_of("qmpblock-backup-0123abcd"), RUN),
-    (names.backup_bitmap(RUN, "89efcdab"), "qmpblock-backup-0123abcd-89efcdab"),
+    (names.backup_bitmap(RUN, "89efcdab", 0), "qmpblock-backup-0123abcd-89efcdab-0"),
     (
-        names.end_bitmap(names.backup_bitmap(RUN, "89efcdab")),
-        "qmpblock-backup-0123abcd-89efcdab-end",
+        names.end_bitmap(names.backup_bitmap(RUN, "89efcdab", 0)),
+        "qmpblock-backup-0123abcd-89efcdab-0-end",
     ),
     (names.point_file("20261130T110500Z"), "20261130T110500Z.json"),
     (names.begun_file("20261130T110500Z"), "20261130T110500Z.begun"),
@@ -255,7 +255,7 @@ def test_locks_and_turns_are_told_apart(device, run, dead):
 
 @given(runs, runs, runs)
 def test_the_bitmaps_of_a_directory_of_backups(backups, point, other):
-    bitmap = names.backup_bitmap(backups, point)
+    bitmap = names.backup_bitmap(backups, point, 0)
     for name in (bitmap, names.end_bitmap(bitmap)):
         assert names.is_ours(name)
         assert names.run_of(name) == ""  # no run's: it stays

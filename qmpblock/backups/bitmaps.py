@@ -38,18 +38,21 @@ def drawing_nodes(run: str, disks: int) -> tuple[str, ...]:
 
 
 async def make_bitmaps(
-    vm: Connection, devices: Sequence[DiskDevice], name: str, run: str
+    vm: Connection, devices: Sequence[DiskDevice], names: Sequence[str], run: str
 ) -> list[bool]:
     """Have what the guest writes to disks be noted from now on; return whether the images hold it.
 
     Failed or cancelled, what was added is for whoever asked.
 
-    :param name: of the bitmaps; `run`: by which the nodes are called on which one is drawn.
+    :param names: of their bitmaps; `run`: by which the nodes are called on which one is drawn.
     :raise Error: QEMU refused, or its NBD server is needed and cannot be had.
     """
     nodes, stored = drawing_nodes(run, len(devices)), []
-    for device, drawing in zip(devices, nodes, strict=True):
+    for device, name, drawing in zip(devices, names, nodes, strict=True):
         active, size = device.chain.active, device.chain.active.size
+        if not size:
+            stored.append(False)  # no bit to set: each backup of it is full
+            continue
         # Where QEMU could not open it anew, it could not be written to after a freeze (K42).
         holds = active.format in _STORING and await may_hold_bitmaps(vm.monitor, active, drawing)
         last = Ranges([((size - 1) // GRAIN * GRAIN, size)])
@@ -93,13 +96,13 @@ def survived(graph: BlockGraph, device: DiskDevice, name: str) -> bool:
 
 
 def others_there(
-    devices: Iterable[DiskDevice], backups: str, name: str
+    devices: Iterable[DiskDevice], backups: str, names: Sequence[str]
 ) -> tuple[tuple[str, str], ...]:
     """Return the bitmaps of all other backups into a directory that disks have, as (node, name).
 
-    :param backups: the id of the directory; `name`: of those that are to stay.
+    :param backups: the id of the directory; `names`: of those that are to stay.
     """
-    stay = (name, end_bitmap(name))
+    stay = {*names, *map(end_bitmap, names)}
     return tuple(
         (layer.node.name, one.name)
         for device in devices

@@ -78,11 +78,7 @@ def parents_wanted(points: Sequence[Point], disk: SeenDisk) -> tuple[DiskBackup,
 
     :param points: in their order.
     """
-    return tuple(
-        one
-        for point, one in _backups_of(points, disk)
-        if disk.bitmap(backup_bitmap(point.backups, point.id)) is not None
-    )
+    return tuple(one for one, name in _backups_of(points, disk) if disk.bitmap(name) is not None)
 
 
 def decide(
@@ -101,10 +97,11 @@ def decide(
     """
     if kind == "full":
         return Decision(disk, reason="it was asked for")
+    if not disk.size:
+        return Decision(disk, reason="it has no bytes")
     reasons = []
     backups = _backups_of(points, disk)
-    for point, one in backups:
-        name = backup_bitmap(point.backups, point.id)
+    for one, name in backups:
         why = _why_not(disk, one, name) or broken.get(one.file)
         if why is None:
             return Decision(disk, one, name)
@@ -119,10 +116,13 @@ def decide(
     return Decision(disk, reason=reason, fell_back=bool(backups))
 
 
-def _backups_of(points: Sequence[Point], disk: SeenDisk) -> list[tuple[Point, DiskBackup]]:
-    """Return the backups of a disk, newest first."""
+def _backups_of(points: Sequence[Point], disk: SeenDisk) -> list[tuple[DiskBackup, str]]:
+    """Return the backups of a disk, newest first, and how the bitmap of each is called."""
     return [
-        (point, one) for point in reversed(points) for one in point.disks if one.path == disk.path
+        (one, backup_bitmap(point.backups, point.id, number))
+        for point in reversed(points)
+        for number, one in enumerate(point.disks)
+        if one.path == disk.path
     ]
 
 

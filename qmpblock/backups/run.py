@@ -20,9 +20,11 @@ backup that failed costs no full one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shlex
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -55,7 +57,10 @@ from qmpblock.errors import (
     DisconnectedError,
     Error,
     RequestError,
+    UnsupportedError,
+    printable,
 )
+from qmpblock.managers import Work
 from qmpblock.names import (
     backup_bitmap,
     backup_lock_name,
@@ -178,6 +183,7 @@ class _Run:
         vm = self.vm
         devices = [disk.device for disk in self.disks]
         await ownership.ask(vm.monitor, devices)
+        await ownership.ask_for_change(vm, Work("backup", devices[0].chain.active.file))
         await make_way(vm, lock_names(devices))
         me = await identify(vm)
         check_vm(backups.points, me.name, me.uuid, await self._look(), backups.path)
@@ -218,14 +224,14 @@ class _Run:
             if one.fell_back
         )
         targets = {disk: backups.place(name) for disk, name in zip(self.disks, names, strict=True)}
-        await look(self.vm, targets, CopyOptions(format="qcow2", **self.words))  # or refuse
-        bitmap = backup_bitmap(draft.backups, draft.id)
+        await self._check(targets)
+        bitmaps = [backup_bitmap(draft.backups, draft.id, n) for n in range(len(self.disks))]
         try:
-            await self._say(backups, draft, bitmap)
-            stored = await self._bitmaps(bitmap)
+            await self._say(backups, draft, bitmaps)
+            stored = await self._bitmaps(bitmaps)
             done, moment = await self._copy(targets)
             draft = replace(draft, time=moment)
-            point = await self._point(backups, draft, names, done, bitmap, stored)
+            point = await self._point(backups, draft, names, done, bitmaps, stored)
             backups.make(point)
         except BaseException as error:
             await undisturbed(self._take_back(error))
@@ -252,7 +258,28 @@ class _Run:
             )
         return seen
 
-    async def _say(self, backups: Backups, draft: Point, bitmap: str) -> None:
+    async def _check(self, targets: Mapping[MappedDisk, str]) -> None:
+        """Refuse what no copy can be made of; say of which disks one can.
+
+        None is left out unasked: whoever restores the VM may need it.
+
+        :raise Error: of one it cannot.
+        """
+        options = CopyOptions(format="qcow2", **self.words)
+        try:
+            await look(self.vm, targets, options)
+        except UnsupportedError as error:
+            fit = []
+            for disk, place in targets.items():
+                with contextlib.suppress(UnsupportedError):
+                    await look(self.vm, {disk: place}, options)
+                    fit.append(f"--disk {shlex.quote(printable(disk.name))}")
+            if 0 < len(fit) < len(targets):
+                others = f"back up the others alone: {' '.join(fit)}"
+                error.remedy = f"{error.remedy}; or {others}" if error.remedy else others
+            raise
+
+    async def _say(self, backups: Backups, draft: Point, bitmaps: Sequence[str]) -> None:
         """Say what is about to be made in the VM, so that whoever finds it can undo it."""
         devices = [disk.device for disk in self.disks]
         device, inode = backups.identity()
@@ -263,18 +290,18 @@ class _Run:
             point=point_file(draft.when),
             made=tuple(
                 (one.chain.active.node.name, name)
-                for one in devices
+                for one, bitmap in zip(devices, bitmaps, strict=True)
                 for name in (bitmap, end_bitmap(bitmap))
             ),
-            before=others_there(devices, draft.backups, bitmap),
+            before=others_there(devices, draft.backups, bitmaps),
             nodes=drawing_nodes(self.run_id, len(devices)),
         )
         me = Holder.me(self.run_id, **plain(self.note))
         await lock.update(self.vm.monitor, backup_lock_name(draft.backups), me)
 
-    async def _bitmaps(self, bitmap: str) -> list[bool]:
+    async def _bitmaps(self, bitmaps: Sequence[str]) -> list[bool]:
         return await make_bitmaps(
-            self.vm, [disk.device for disk in self.disks], bitmap, self.run_id
+            self.vm, [disk.device for disk in self.disks], bitmaps, self.run_id
         )
 
     async def _copy(self, targets: dict[MappedDisk, str]) -> tuple[CopyResult, str]:
@@ -306,7 +333,7 @@ class _Run:
         draft: Point,
         names: Sequence[str],
         done: CopyResult,
-        bitmap: str,
+        bitmaps: Sequence[str],
         stored: Sequence[bool],
     ) -> Point:
         """Say what was made, image by image, and take their digests."""
@@ -321,15 +348,15 @@ class _Run:
             meter.set(read)
 
         backed_up = []
-        every = zip(self.job.decisions, self.disks, names, done.disks, stored, strict=True)
-        for decision, disk, name, copied, keeps in every:
+        every = zip(self.job.decisions, self.disks, names, done.disks, bitmaps, stored, strict=True)
+        for decision, disk, name, copied, bitmap, keeps in every:
             fd = backups.open(name)
             try:
                 digest, status = await digest_of(fd, tell), os.fstat(fd)
             finally:
                 os.close(fd)
             there = survived(graph, disk.device, bitmap)
-            if not there:
+            if not there and copied.size:
                 self._warn(
                     f"somebody changed {disk.name} while it was backed up: its dirty bitmap is not "
                     "where it writes now, and its next backup will be full"

@@ -137,3 +137,23 @@ def test_whose_directory_it_is(name, uuid, disk_, same):
 
 def test_an_empty_directory_is_anybodys():
     check_vm([], "web", NONE, [seen()], "/b")
+
+
+def test_a_disk_of_no_bytes():
+    """Nobody is told each time that there was something to be expected; or refused it."""
+    empty = seen(size=0)
+    for kind in (None, "incremental"):
+        found = decide(POINTS, empty, {}, kind)
+        assert (found.kind, found.reason, found.fell_back) == ("full", "it has no bytes", False)
+
+
+def test_images_that_changed_places():
+    """Each has a bitmap of the last backup, of the other disk."""
+    last = point("20261130T120500Z", [disk("vd0", "b.qcow2"), disk("vd1", "c.qcow2")], number=2)
+    name = bitmap_of(last, 1)
+    other = (replace(BITMAP, name=name), replace(END, name=end_bitmap(name)))
+    found = decide([last], seen(*other), {})
+    assert (found.kind, found.fell_back) == ("full", True)
+    assert f"{bitmap_of(last)}, is not there" in found.reason
+    path = "/machine/peripheral/vd1"
+    assert decide([last], seen(*other, path=path), {}).parent == last.disks[1]

@@ -33,7 +33,7 @@ SPECS = tuple(
 
 
 #: What the invariant finds, and the pages promise.
-STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}(-end)? of d\d, .*"
+STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}-\d(-end)? of d\d, .*"
 
 
 async def backed_up(vm, directory, **options):
@@ -78,10 +78,11 @@ async def bitmaps_of(vm):
 
 async def check_left(vm, result):
     """See that what stays in the VM is what the result documents, and nothing else of backups."""
-    name = names.backup_bitmap(result.point.backups, result.point.id)
-    wanted = [(f"d{n}", one) for n in (0, 1) for one in (name, f"{name}-end")]
+    point = result.point
+    every = [names.backup_bitmap(point.backups, point.id, number) for number in (0, 1)]
+    wanted = [(f"d{n}", one) for n in (0, 1) for one in (every[n], f"{every[n]}-end")]
     assert await bitmaps_of(vm) == wanted
-    assert [one.bitmap for one in result.point.disks] == [name, name]
+    assert [one.bitmap for one in point.disks] == every
 
 
 async def test_increments_hold_the_instant(start_qemu, vm_dir, invariant):
