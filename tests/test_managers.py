@@ -75,7 +75,7 @@ CASES = {
 }
 VERBS = (
     *("snapshot", "pivot", "commit", "stream", "independent", "reserve"),
-    *("point", "copy", "freeze", "move", "migrate"),
+    *("point", "copy", "freeze", "backup", "move", "migrate"),
 )
 
 

@@ -88,6 +88,12 @@ async def test_what_the_manager_would_not_know_is_refused(name, managed, vm_dir)
             assert any(one in caught.value.remedy for one in words)
             assert caught.value.standing == "nothing was touched"
             assert caught.value.exit_code == 2
+        with pytest.raises(
+            UnsupportedError, match="that dirty bitmaps stay in the image"
+        ) as caught:
+            async with controller.backup(vm_dir / "backups", [disk]):
+                pass
+        assert caught.value.standing == "nothing was touched"
         await disk.refresh()
         assert disk.chain.shape == before
         assert (await disk.map()).not_in_active()
@@ -97,6 +103,7 @@ async def test_what_the_manager_would_not_know_is_refused(name, managed, vm_dir)
         assert await controller.jobs() == ()
         assert await controller.recover() == []
     assert not (vm_dir / "overlay.qcow2").exists()
+    assert not (vm_dir / "backups").exists()
 
 
 async def test_raw_is_reserved_under_a_manager(managed):
