@@ -33,7 +33,7 @@ from qmpblock.changes.change import Change
 from qmpblock.changes.finalize import flush
 from qmpblock.changes.identity import identify
 from qmpblock.changes.operations import ThinAllocation
-from qmpblock.errors import RequestError
+from qmpblock.errors import GraphError, RequestError, printable
 from qmpblock.host.imagefiles import image_files
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
@@ -136,8 +136,25 @@ class _Pulling:
                 self._plan.leaving, "pull", "what was copied stays, its content is the same"
             )
             await undisturbed(dropped)
+            await undisturbed(self._check_active())
             await undisturbed(change.end())
         self._seconds = time.monotonic() - self._began
+
+    async def _check_active(self) -> None:
+        """See that it was pulled into the layer into which it was to be: libvirt takes no name.
+
+        :raise GraphError: somebody has put another layer on that before.
+        """
+        active = self._disk.chain.active
+        if active.node.name != self._plan.top.node.name:
+            await flush(self._disk.vm, self._disk.device, active.node.name)
+            raise GraphError(
+                f"somebody else has taken a snapshot of {self._name} in the last moment: libvirt "
+                f"has pulled all into {printable(active.file)}",
+                standing="the content of the disk is the same; "
+                f"{printable(self._plan.top.file)} is not in its chain any more",
+                remedy="see whether whoever took the snapshot still wants that image",
+            )
 
     def _between(self, seen: AllocationMap) -> Ranges:
         """Return what the layers that go supply, or hide, in whole clusters of the active one."""

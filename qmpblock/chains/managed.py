@@ -200,7 +200,7 @@ class _Merging(_Committing):
             top, base = self._layers[plan.top.depth], self._layers[plan.base.depth]
             await self._asking.layers()
             await ownership.ask(vm.monitor, [plan.device], standing=None)
-            await vm.monitor.through(lambda lender: lender.commit(name, base, top))
+            await vm.monitor.through(lambda lender: lender.commit(name, base, top, active=False))
             try:
                 await self._asking.follow(self.job, "dropping")
             except BaseException:
@@ -306,8 +306,9 @@ class _Pivoting(_Committing):
 
         :raise StalledError: the guest writes faster than it copies.
         """
-        name, layer = self._name, self._layers[self._plan.base.depth]
-        await self._vm.monitor.through(lambda lender: lender.commit(name, layer, ""))
+        name, plan = self._name, self._plan
+        top, base = self._layers[plan.top.depth], self._layers[plan.base.depth]
+        await self._vm.monitor.through(lambda lender: lender.commit(name, base, top, active=True))
         if self._speed:
             await self.job.set_speed(self._speed)
         await self._asking.catch_up(self.job)

@@ -214,6 +214,36 @@ class _Lender:
             for said in (now, later):
                 if said is not None and said.get(name) != item.file:
                     raise _disagrees(name, said.get(name, ""), item.file)
+        between = [await self._put_between(graph, item) for item in items]
+        if any(between):
+            raise next(filter(None, between))
+
+    async def _put_between(self, graph: BlockGraph, item: Item) -> GraphError | None:
+        """Have an overlay's header name what it lies on, and say that this is another's.
+
+        libvirt puts it on the active layer, whichever that is by then.
+        """
+        chain = graph.device(item.plan.device.qom_path).chain
+        over, under = chain.layers[:2]
+        if under.node.name == item.plan.active.node.name:
+            return None
+        name, file = item.plan.device.name, printable(under.file)
+        error = GraphError(
+            f"somebody else has taken a snapshot of {name} in the last moment: the guest goes on "
+            f"in {printable(item.file)}, over {file}",
+            standing="nothing is lost: its header names that image",
+            remedy="look at the chain: qmpblock disks ADDRESS",
+        )
+        if under.format == over.format:  # which is what QEMU records as the format of that
+            asked = {"device": chain.root.name, "image-node-name": over.node.name}
+            asked["backing-file"] = under.file
+            await self._vm.monitor.execute("change-backing-file", asked)
+        else:
+            error.standing = "nothing is lost while this VM runs; started again, it would be "
+            error.standing += f"without what was written to {file}"
+            error.remedy = "bring the guest back to that before the VM ends: "
+            error.remedy += f"qmpblock commit ADDRESS {name} --base @1"
+        return error
 
     def nodes(self, item: Item) -> tuple[str, ...]:
         return ()

@@ -21,6 +21,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
@@ -199,11 +200,14 @@ async def _begin_home(vm: Connection, record: Record, name: str) -> None:
         below = () if device is None else (one.node.name for one in device.chain.layers[1:])
         late = clock() > deadline or (not works and record.base not in below)
         layers = await through(lambda lender: lender.layers(name))
-        called = {os.path.realpath(file): its for file, its in layers}
-        base = called.get(os.path.realpath(record.base_file), "")
+        ours = [
+            (its, below)
+            for (over, its), (under, below) in pairwise(layers)
+            if its and below and _same(over, record.top_file) and _same(under, record.base_file)
+        ]
         try:
-            if base and not works:
-                await through(lambda lender, base=base: lender.commit(name, base, ""))  # type: ignore[misc]
+            if ours and not works:
+                await _commit(vm, name, *ours[0])
                 return
         except BusyError:
             if late:
@@ -215,11 +219,15 @@ async def _begin_home(vm: Connection, record: Record, name: str) -> None:
             )
         if late:
             raise GraphError(
-                f"libvirt does not know {printable(record.base_file)} as a layer of "
-                f"{printable(name)}",
+                f"libvirt does not know {printable(record.base_file)} as the layer of "
+                f"{printable(name)} below {printable(record.top_file)}",
                 remedy="compare them: virsh dumpxml DOMAIN; qmpblock disks ADDRESS",
             )
         await asyncio.sleep(_LOOK)
+
+
+async def _commit(vm: Connection, name: str, top: str, base: str) -> None:
+    await vm.monitor.through(lambda lender: lender.commit(name, base, top, active=True))
 
 
 async def pivot(vm: Connection, record: Record, journal: Journal | None, *names: str) -> None:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
     from qmpblock.copying.options import CopyOptions
     from qmpblock.copying.plan import CopyPlan
+    from qmpblock.graph.model import DiskDevice
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
@@ -186,6 +187,7 @@ class Moving:
         try:
             for one, file in zip(self._jobs, self._files, strict=True):
                 await one.begin(file, self._job.share())
+            await self._check_sources()
             await self._catch_up()
             await self._go_over()
         finally:
@@ -202,6 +204,23 @@ class Moving:
         while not all([await one.manager.is_near() for one in self._jobs]):
             for one in self._jobs:
                 await one.catch_up()
+
+    async def _check_sources(self) -> None:
+        """See that the jobs copy what was planned: now that they run nobody puts layers on it.
+
+        What lies below a copy of the top alone would lack a layer that came meanwhile.
+
+        :raise GraphError: somebody has put another layer on a disk before.
+        """
+        graph = await self._vm.graph()
+        for file in self._files:
+            before = file.plan.device
+            now = graph.device(before.qom_path)
+            if _layers(now) != _layers(before):
+                raise GraphError(
+                    f"the chain of {printable(before.name)} has just been changed by somebody else",
+                    remedy="look at it, then copy again: qmpblock disks ADDRESS",
+                )
 
     async def _ask(self) -> None:
         await self._job.completion.wait()
@@ -270,6 +289,10 @@ class Moving:
             for name, known in zip(record.names, record.managed_as, strict=True)
             if record.passage(known).is_over(graph)
         ]
+
+
+def _layers(device: DiskDevice) -> list[str]:
+    return [layer.node.name for layer in device.chain.layers]
 
 
 class _ManagersJob(Job):

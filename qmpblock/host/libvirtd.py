@@ -253,17 +253,18 @@ class Domain:
             lambda: self._domain.blockRebase(disk, base) if base else self._domain.blockPull(disk)
         )
 
-    async def commit(self, disk: str, base: str, top: str) -> None:
+    async def commit(self, disk: str, base: str, top: str, *, active: bool) -> None:
         """Begin to commit layers of a disk into one below them, and to drop them.
 
         Cancelling leaves the outcome unknown.
 
-        :param disk: libvirt's name of it; `base`, `top`: of the layers (`vda[3]`). An empty `top`
-            is the active one: then the job waits for `pivot`.
+        :param disk: libvirt's name of it; `base`, `top`: of the layers (`vda[3]`).
+        :param active: whether `top` is the active one: then the job waits for `pivot`, and where
+            it is not, it is refused.
         :raise Error: as of `command`.
         """
-        flags = 0 if top else _library().VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
-        await self._act(lambda: self._domain.blockCommit(disk, base, top or None, 0, flags))
+        flags = _library().VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0
+        await self._act(lambda: self._domain.blockCommit(disk, base, top, 0, flags))
 
     async def copy(self, disk: str, image: str, fmt: str, *, top: bool, speed: int) -> None:
         """Begin to copy a disk into an image that is there; the job waits for `pivot` then.

@@ -38,20 +38,25 @@ class Lender(Protocol):
     async def pull(self, disk: str, base: str) -> None:
         """Begin to pull what lies below into a disk's active layer, and to drop it.
 
+        Which one that is cannot be said.
+
         :param base: what names the layer that stays; empty: none does.
         """
 
-    async def commit(self, disk: str, base: str, top: str) -> None:
+    async def commit(self, disk: str, base: str, top: str, *, active: bool) -> None:
         """Begin to copy what some layers of a disk hold into the one below them, and to drop them.
 
-        :param base: what names the layer that takes it; `top`: the uppermost that goes. Empty: the
-            active one; then the job waits, once it has caught up, for `pivot`.
+        :param base: what names the layer that takes it; `top`: the uppermost that goes.
+        :param active: whether that is the active one; then the job waits, once it has caught up,
+            for `pivot`.
+        :raise Error: somebody has put another layer on it meanwhile.
         """
 
     async def copy(self, disk: str, image: str, fmt: str, *, top: bool, speed: int) -> None:
         """Begin to copy a disk into an image that is there, and what its guest writes meanwhile.
 
-        The job waits, once it has caught up, for `pivot`.
+        The job waits, once it has caught up, for `pivot`. Which layer is the active one cannot be
+        said; from here on nobody puts another one on it.
 
         :param top: whether what its active layer holds is copied, and no more.
         :param speed: bytes a second; 0 is no limit.

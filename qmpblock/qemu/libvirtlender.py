@@ -48,9 +48,11 @@ class LibvirtLender:
         """Begin to pull; see `Lender`."""
         await self._ask("pull its backing images", lambda domain: domain.pull(disk, base))
 
-    async def commit(self, disk: str, base: str, top: str) -> None:
+    async def commit(self, disk: str, base: str, top: str, *, active: bool) -> None:
         """Begin to commit; see `Lender`."""
-        await self._ask("commit its layers", lambda domain: domain.commit(disk, base, top))
+        await self._ask(
+            "commit its layers", lambda domain: domain.commit(disk, base, top, active=active)
+        )
 
     async def copy(self, disk: str, image: str, fmt: str, *, top: bool, speed: int) -> None:
         """Begin to copy; see `Lender`."""

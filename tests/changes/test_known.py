@@ -236,18 +236,39 @@ async def test_an_overlay_of_ours_stays_where_it_has_forgotten_that_it_went_home
     assert vm.sent == []
 
 
-async def test_an_overlay_of_which_it_does_not_know_is_not_brought_home():
+def of_layers(*files):
+    """Return a VM whose manager knows these layers, and refuses to commit any."""
     vm = Managed(chain("d0", "d1"))
 
     async def ready(name):
         return False
 
     async def layers(name):
-        return [("/i/d1", "vda[1]")] if name == "vda" else []
+        return [(file, f"{name}[{len(files) - at}]") for at, file in enumerate(files)]
 
-    vm.ready, vm.layers = ready, layers
-    with pytest.raises(Error, match="does not know /i/x as a layer of vda"):
-        await bring_home(vm, of_pivot(base_file="/i/x"), None, "vda")
+    async def commit(name, base, top, *, active):
+        vm.sent.append((name, base, top, active))
+        raise Error("no")
+
+    vm.ready, vm.layers, vm.commit = ready, layers, commit
+    return vm
+
+
+@pytest.mark.parametrize("files", [["/i/d1"], ["/i/d0", "/i/theirs", "/i/d1"]])
+async def test_an_overlay_that_lies_elsewhere_for_it_is_not_brought_home(files):
+    """It knows of none, or somebody has put a layer between."""
+    vm = of_layers(*files)
+    with pytest.raises(Error, match="does not know /i/d1 as the layer of vda below /i/d0"):
+        await bring_home(vm, of_pivot(), None, "vda")
+    assert vm.sent == []
+
+
+async def test_it_is_told_which_layer_comes_home_and_where():
+    """So it refuses where somebody has put a layer on it."""
+    vm = of_layers("/i/d0", "/i/d1", "/i/d2")
+    with pytest.raises(Error, match="no"):
+        await bring_home(vm, of_pivot(), None, "vda")
+    assert vm.sent == [("vda", "vda[2]", "vda[3]", True)]
 
 
 async def test_an_overlay_of_ours_waits_for_somebody_elses_job():

@@ -86,6 +86,7 @@ SHARES = {
     "test_job_refusals::test_what_would_store_plaintext_is_refused": 0.6,
     "test_killing": 0.3,
     "test_layer_readers": 0.34,
+    "test_libvirt_between": 0.5,
     "test_libvirt_chains::test_the_controller_is_killed": 0.5,
     "test_libvirt_kills": 0.5,
     "test_libvirt_migrate": 0.67,
