@@ -323,6 +323,13 @@ def libvirt_host(reached_at: str = "") -> Iterator[LibvirtHost]:
             leave(folder)
 
 
+@pytest.fixture(scope="module")
+def libvirt(qemu_binary: str) -> Iterator[LibvirtHost]:
+    """Give a module's tests a libvirt of their own."""
+    with libvirt_host() as host:
+        yield host
+
+
 @contextmanager
 def two_libvirt_hosts(here: Path, there: Path) -> Iterator[tuple[LibvirtHost, LibvirtHost]]:
     """Run two, and a wire between them, along which domains are migrated.

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from hosts import host, land, ssh_host  # noqa: F401  # fixtures
+from libvirthost import libvirt  # noqa: F401  # a fixture
 from migrating import begin  # noqa: F401  # a fixture
 from otherusers import eve  # noqa: F401  # a fixture
 from pointing import in_memory  # noqa: F401  # a fixture

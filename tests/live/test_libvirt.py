@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from chains import cli
-from libvirthost import libvirt_host, make_chain, run, start
+from libvirthost import make_chain, run, start
 
 import qmpblock
 from qmpblock.address import LibvirtAddress
@@ -26,23 +26,17 @@ pytestmark = pytest.mark.live
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
-
-
 @pytest.fixture
 def chain(vm_dir, qemu_binary):
     return make_chain(vm_dir, qemu_binary)
 
 
-async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(host, chain, qemu_binary):
+async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(libvirt, chain, qemu_binary):
     expected = json.loads(
         run(Tools.of(qemu_binary).img, "map", "-f", "qcow2", "--output=json", chain)
     )
-    shown = start(host, "web", chain, qemu_binary)
-    before, address = shown(), host.address("web")
+    shown = start(libvirt, "web", chain, qemu_binary)
+    before, address = shown(), libvirt.address("web")
     code, out, _ = await cli("map", address, "vda", "--json")
     keys = ("start", "length", "depth", "present", "zero", "data")
     assert code == 0
@@ -53,10 +47,10 @@ async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(host, chai
         "base.qcow2",
     ]
     code, out, _ = await cli("doctor", address)
-    assert f"{host.pid('web')}, of root" in out
+    assert f"{libvirt.pid('web')}, of root" in out
     assert await cli("jobs", address) == (0, "This VM has no jobs.\n", "")
     async with qmpblock.connect(address) as vm:
-        assert vm.monitor.peer_pid == host.pid("web")
+        assert vm.monitor.peer_pid == libvirt.pid("web")
         disk = await vm.disk("vda")
         assert disk.name == (await vm.disk("virtio-disk0")).name
         with pytest.raises(NotFoundError, match="no disk called vdb"):
@@ -68,18 +62,18 @@ async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(host, chai
     assert (await cli("recover", address))[0] == 0
     assert shown() == before
     # And libvirt's own verbs go on from there.
-    host.virsh("snapshot-create-as", "web", "--disk-only", "--no-metadata")
-    host.virsh("blockcommit", "web", "vda", "--shallow", "--active", "--pivot")
-    assert str(chain) in host.virsh("domblklist", "web")
-    host.virsh("destroy", "web")
+    libvirt.virsh("snapshot-create-as", "web", "--disk-only", "--no-metadata")
+    libvirt.virsh("blockcommit", "web", "vda", "--shallow", "--active", "--pivot")
+    assert str(chain) in libvirt.virsh("domblklist", "web")
+    libvirt.virsh("destroy", "web")
     assert run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 1 0 512k", chain)
     assert run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 2 512k 1M", chain)
 
 
-async def test_its_domains_are_among_the_vms_of_this_host(host, chain, qemu_binary, monkeypatch):
+async def test_its_domains_are_among_the_vms_of_this_host(libvirt, chain, qemu_binary, monkeypatch):
     """The daemon is in a namespace of the tests', so the address is made to lead there."""
-    pid = host.domain("listed", chain, "qcow2", qemu_binary)
-    address, every = LibvirtAddress("listed", host.uri), listing.qemus
+    pid = libvirt.domain("listed", chain, "qcow2", qemu_binary)
+    address, every = LibvirtAddress("listed", libvirt.uri), listing.qemus
     with monkeypatch.context() as patched:
         patched.setattr(listing, "qemus", lambda: [one for one in every() if one.pid == pid])
         patched.setattr(listing, "_by_libvirt", lambda *_: asyncio.sleep(0, Found(address)))
@@ -97,11 +91,11 @@ async def test_its_domains_are_among_the_vms_of_this_host(host, chain, qemu_bina
 
 
 async def test_what_libvirt_would_not_know_is_refused_with_its_own_command(
-    host, chain, qemu_binary
+    libvirt, chain, qemu_binary
 ):
-    shown = start(host, "kept", chain, qemu_binary)
+    shown = start(libvirt, "kept", chain, qemu_binary)
     before = shown()
-    async with qmpblock.connect(host.address("kept")) as vm:
+    async with qmpblock.connect(libvirt.address("kept")) as vm:
         disk = await vm.disk("vda")
         with pytest.raises(UnsupportedError, match="libvirt") as refused:
             await disk.snapshot(chain.parent / "overlay.qcow2", format="qed")
@@ -112,29 +106,29 @@ async def test_what_libvirt_would_not_know_is_refused_with_its_own_command(
         assert "virsh" in refused.value.remedy
     assert shown() == before
     assert not (chain.parent / "overlay.qcow2").exists()
-    host.virsh("destroy", "kept")
+    libvirt.virsh("destroy", "kept")
 
 
-async def test_a_raw_image_gets_its_host_space(host, vm_dir, qemu_binary):
+async def test_a_raw_image_gets_its_host_space(libvirt, vm_dir, qemu_binary):
     image = vm_dir / "disk.raw"
     run("qemu-img", "create", "-q", "-f", "raw", image, "8M")
-    shown = start(host, "raw", image, qemu_binary, "raw")
+    shown = start(libvirt, "raw", image, qemu_binary, "raw")
     before = shown()
-    assert (await cli("allocate", host.address("raw"), "vda", "--full"))[0] == 0
+    assert (await cli("allocate", libvirt.address("raw"), "vda", "--full"))[0] == 0
     assert image.stat().st_blocks * 512 >= 8 * MIB
     policy = vm_dir / "policy.yaml"
     disk = "{disk: vda, allocation: full}"
-    policy.write_text(f"vms: [{{address: '{host.address('raw')}', disks: [{disk}]}}]")
+    policy.write_text(f"vms: [{{address: '{libvirt.address('raw')}', disks: [{disk}]}}]")
     code, out, err = await cli("plan", str(policy))
     assert (code, "nothing to do" in out) == (0, True), out + err
     assert shown() == before
-    host.virsh("destroy", "raw")
+    libvirt.virsh("destroy", "raw")
 
 
-async def test_the_daemon_is_killed_and_comes_back(host, chain, qemu_binary):
-    shown = start(host, "lasting", chain, qemu_binary)
+async def test_the_daemon_is_killed_and_comes_back(libvirt, chain, qemu_binary):
+    shown = start(libvirt, "lasting", chain, qemu_binary)
     before = shown()
-    async with qmpblock.connect(host.address("lasting")) as vm:
+    async with qmpblock.connect(libvirt.address("lasting")) as vm:
         disk, monitor = await vm.disk("vda"), vm.monitor
         real, struck = monitor._execute, []
 
@@ -142,8 +136,8 @@ async def test_the_daemon_is_killed_and_comes_back(host, chain, qemu_binary):
             answer = await real(command, arguments, **how)
             if command == "block-export-add" and not struck:
                 struck.append(command)
-                host.kill()
-                host.start()
+                libvirt.kill()
+                libvirt.start()
             return answer
 
         with pytest.MonkeyPatch.context() as patched:
@@ -156,37 +150,37 @@ async def test_the_daemon_is_killed_and_comes_back(host, chain, qemu_binary):
             await events.get(timeout=120)
         await monitor.execute("cont")
     assert shown() == before
-    host.virsh("destroy", "lasting")
+    libvirt.virsh("destroy", "lasting")
 
 
-async def test_what_was_under_way_when_the_daemon_died(host, chain, qemu_binary):
-    host.domain("torn", chain, "qcow2", qemu_binary)
-    async with qmpblock.connect(host.address("torn")) as vm:
-        host.signal(signal.SIGSTOP)  # so that it has the question, and no answer
+async def test_what_was_under_way_when_the_daemon_died(libvirt, chain, qemu_binary):
+    libvirt.domain("torn", chain, "qcow2", qemu_binary)
+    async with qmpblock.connect(libvirt.address("torn")) as vm:
+        libvirt.signal(signal.SIGSTOP)  # so that it has the question, and no answer
         asked = asyncio.create_task(vm.monitor.execute("query-status"))
         await asyncio.sleep(0)
-        host.kill()
-        host.start()
+        libvirt.kill()
+        libvirt.start()
         assert (await asked)["status"] == "running"
-        host.signal(signal.SIGSTOP)
+        libvirt.signal(signal.SIGSTOP)
         asked = asyncio.create_task(vm.monitor.execute("cont"))
         await asyncio.sleep(0)
-        host.kill()
+        libvirt.kill()
         with pytest.raises(DisconnectedError, match=r"lost during cont .*went away") as lost:
             await asked
         assert lost.value.standing == "whether QEMU carried it out is unknown"
         with pytest.raises(DisconnectedError, match="went away"):
             await vm.monitor.execute("query-status")
-    host.start()
-    async with qmpblock.connect(host.address("torn")) as vm:
+    libvirt.start()
+    async with qmpblock.connect(libvirt.address("torn")) as vm:
         assert (await vm.monitor.execute("query-status"))["running"]
-    host.virsh("destroy", "torn")
+    libvirt.virsh("destroy", "torn")
 
 
-async def test_the_controller_is_killed_and_what_it_left_goes(host, chain, qemu_binary):
+async def test_the_controller_is_killed_and_what_it_left_goes(libvirt, chain, qemu_binary):
     """Its descriptors are the daemon's, so whoever comes next can close them."""
-    shown = start(host, "left", chain, qemu_binary)
-    before, address = shown(), host.address("left")
+    shown = start(libvirt, "left", chain, qemu_binary)
+    before, address = shown(), libvirt.address("left")
     code = (
         "import asyncio, os, signal, sys, qmpblock\n"
         "async def main():\n"
@@ -204,31 +198,31 @@ async def test_the_controller_is_killed_and_what_it_left_goes(host, chain, qemu_
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, address)
     assert await process.wait() == -signal.SIGKILL
     assert shown()[-1] > before[-1]
-    host.kill()
-    host.start()
+    libvirt.kill()
+    libvirt.start()
     code, _, err = await cli("recover", address)
     assert code == 0, err
     assert shown() == before
-    host.virsh("destroy", "left")
+    libvirt.virsh("destroy", "left")
 
 
-async def test_the_domain_ends(host, chain, qemu_binary):
-    pid = host.domain("ending", chain, "qcow2", qemu_binary)
-    async with qmpblock.connect(host.address("ending")) as vm:
+async def test_the_domain_ends(libvirt, chain, qemu_binary):
+    pid = libvirt.domain("ending", chain, "qcow2", qemu_binary)
+    async with qmpblock.connect(libvirt.address("ending")) as vm:
         with vm.monitor.subscribe("NOTHING") as events:
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(DisconnectedError, match="the domain has ended"):
                 await events.get(timeout=60)
         with pytest.raises(DisconnectedError, match="the domain has ended"):
             await vm.monitor.execute("query-status")
-    code, _, err = await cli("disks", host.address("ending"))
+    code, _, err = await cli("disks", libvirt.address("ending"))
     assert code == 3
     assert "libvirt runs no domain ending" in err
 
 
-async def test_what_is_not_there_is_said(host, tmp_path):
+async def test_what_is_not_there_is_said(libvirt, tmp_path):
     with pytest.raises(ConnectError, match="runs no domain nosuch"):
-        async with qmpblock.connect(host.address("nosuch")):
+        async with qmpblock.connect(libvirt.address("nosuch")):
             pass
     with pytest.raises(ConnectError, match="libvirt does not answer") as refused:
         async with qmpblock.connect(f"libvirt:qemu+unix:///system?socket={tmp_path}/none?web"):

@@ -8,7 +8,7 @@ import asyncio
 
 import pytest
 from libvirtdomain import Domain
-from libvirthost import libvirt_host, make_chain
+from libvirthost import make_chain
 
 import qmpblock
 from qmpblock.errors import Error
@@ -53,12 +53,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
-
-
 class Between:
     """A `Lender`, of which something is asked in between."""
 
@@ -77,9 +71,9 @@ class Between:
 
 
 @pytest.mark.parametrize("case", CASES)
-async def test_a_snapshot_in_between(case, host, vm_dir, qemu_binary):
+async def test_a_snapshot_in_between(case, libvirt, vm_dir, qemu_binary):
     do, call, why, chain = CASES[case]
-    domain = Domain(host, f"between-{case}", qemu_binary, make_chain(vm_dir, qemu_binary))
+    domain = Domain(libvirt, f"between-{case}", qemu_binary, make_chain(vm_dir, qemu_binary))
     domain.written |= {(0, 0): 1, (0, 1024): 2}
     domain.write(5, 8192)
     taken = []

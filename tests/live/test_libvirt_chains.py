@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from chains import cli
 from libvirtdomain import Domain
-from libvirthost import libvirt_host, make_chain, run
+from libvirthost import make_chain, run
 
 import qmpblock
 from qmpblock.errors import DisconnectedError, GraphError
@@ -24,12 +24,6 @@ from qmpblock.testing.whichqemu import version_of
 pytestmark = pytest.mark.live
 
 KIB = 1 << 10
-
-
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
 
 
 @pytest.fixture
@@ -45,8 +39,8 @@ def second(vm_dir, qemu_binary):
     return image
 
 
-async def test_a_snapshot_is_one_that_libvirt_took(host, chain, second, qemu_binary):
-    domain = Domain(host, "web", qemu_binary, chain, second, iothread=True)
+async def test_a_snapshot_is_one_that_libvirt_took(libvirt, chain, second, qemu_binary):
+    domain = Domain(libvirt, "web", qemu_binary, chain, second, iothread=True)
     domain.write(3, 4096)
     domain.write(3, 1024, 1)
     folder = chain.parent
@@ -68,7 +62,7 @@ async def test_a_snapshot_is_one_that_libvirt_took(host, chain, second, qemu_bin
     assert domain.chains() == (["top.qcow2", "base.qcow2"], "top.qcow2")
     if version_of(qemu_binary) < (11, 0, 0):  # libvirt 9.0 saves by `migrate` with `detach`, gone
         domain.virsh("save", str(folder / "saved"))
-        host.virsh("restore", str(folder / "saved"))
+        libvirt.virsh("restore", str(folder / "saved"))
     domain.end()
     domain.virsh("start")
     domain.write(6, 4288)
@@ -76,7 +70,9 @@ async def test_a_snapshot_is_one_that_libvirt_took(host, chain, second, qemu_bin
     domain.end()
 
 
-async def test_a_stream_is_libvirts_own_pull_with_nothing_left_to_copy(host, vm_dir, qemu_binary):
+async def test_a_stream_is_libvirts_own_pull_with_nothing_left_to_copy(
+    libvirt, vm_dir, qemu_binary
+):
     """A part of the chain first, in which a layer that is too short hides what lies below."""
     tools = Tools.of(qemu_binary)
     base, short, top = (vm_dir / f"{name}.qcow2" for name in ("base", "short", "top"))
@@ -85,7 +81,7 @@ async def test_a_stream_is_libvirts_own_pull_with_nothing_left_to_copy(host, vm_
     for image, below, size in ((short, base, "4M"), (top, short, "16M")):
         run(tools.img, "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", image, size)
     run(tools.io, "-f", "qcow2", "-c", "write -P 2 1M 1M", short)
-    domain = Domain(host, "streamed", qemu_binary, top)
+    domain = Domain(libvirt, "streamed", qemu_binary, top)
     domain.write(3, 2048)
     domain.written |= {(0, 0): 1, (0, 1024): 2, (0, 8192): 0}
     code, _, err = await cli("stream", domain.address, "vda", "--top", "@1")
@@ -116,9 +112,9 @@ async def test_a_stream_is_libvirts_own_pull_with_nothing_left_to_copy(host, vm_
 
 
 @pytest.mark.parametrize("victim", ["controller", "qemu"])
-async def test_a_stream_is_broken_off(victim, host, chain, qemu_binary):
+async def test_a_stream_is_broken_off(victim, libvirt, chain, qemu_binary):
     """When libvirt's pull has begun: the content is the same, and the next one goes on."""
-    domain = Domain(host, f"broken-{victim}", qemu_binary, chain)
+    domain = Domain(libvirt, f"broken-{victim}", qemu_binary, chain)
     domain.write(3, 4096)
     domain.written |= {(0, 0): 1, (0, 1024): 2}
     code = BROKEN.format(pid="os.getpid()" if victim == "controller" else domain.pid)
@@ -159,8 +155,8 @@ asyncio.run(main())
 """
 
 
-async def test_the_vm_starts_from_the_overlay_when_qemu_is_killed(host, chain, qemu_binary):
-    domain = Domain(host, "killed", qemu_binary, chain)
+async def test_the_vm_starts_from_the_overlay_when_qemu_is_killed(libvirt, chain, qemu_binary):
+    domain = Domain(libvirt, "killed", qemu_binary, chain)
     async with qmpblock.connect(domain.address) as vm:
         disk = await vm.disk("vda")
         result = await disk.snapshot(chain.parent / "now.qcow2")
@@ -202,9 +198,9 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("point", [3, 4, 5, 6])  # asked for names twice, then for the snapshot
-async def test_the_controller_is_killed(point, host, chain, qemu_binary):
+async def test_the_controller_is_killed(point, libvirt, chain, qemu_binary):
     """It is taken, or not, and libvirt and QEMU agree."""
-    domain = Domain(host, f"left{point}", qemu_binary, chain)
+    domain = Domain(libvirt, f"left{point}", qemu_binary, chain)
     overlay = chain.parent / "now.qcow2"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", KILL, domain.address, str(overlay), str(point)
@@ -221,12 +217,12 @@ async def test_the_controller_is_killed(point, host, chain, qemu_binary):
 
 
 @pytest.mark.parametrize("point", ["asked", "opened"])
-async def test_the_daemon_is_killed(point, host, chain, qemu_binary):
+async def test_the_daemon_is_killed(point, libvirt, chain, qemu_binary):
     """While it takes a snapshot: it knows of it, or there is none, or it is said that it does not.
 
     Between QEMU's doing and its own note it is not held up, so which of these is a matter of luck.
     """
-    domain = Domain(host, f"torn-{point}", qemu_binary, chain)
+    domain = Domain(libvirt, f"torn-{point}", qemu_binary, chain)
     overlay = chain.parent / "now.qcow2"
     async with qmpblock.connect(domain.address) as vm:
         disk, real = await vm.disk("vda"), vm.monitor.through
@@ -240,14 +236,14 @@ async def test_the_daemon_is_killed(point, host, chain, qemu_binary):
             asking = asyncio.create_task(real(ask))
             while point == "opened" and not asking.done() and not opened(domain.pid, overlay):
                 await asyncio.sleep(0)
-            host.kill()
+            libvirt.kill()
             return await asking
 
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(vm.monitor, "through", through)
             with pytest.raises(DisconnectedError, match="went away"):
                 await disk.snapshot(overlay)
-    host.start()
+    libvirt.start()
     async with qmpblock.connect(domain.address) as vm:  # its process lives, but gave it up
         try:
             await vm.recover()
@@ -272,9 +268,9 @@ def opened(pid, file):
     return False
 
 
-async def test_what_libvirt_does_not_know_is_said(host, chain, qemu_binary):
+async def test_what_libvirt_does_not_know_is_said(libvirt, chain, qemu_binary):
     """As where its daemon ended between QEMU's doing and its own note."""
-    domain = Domain(host, "unknown", qemu_binary, chain)
+    domain = Domain(libvirt, "unknown", qemu_binary, chain)
     wanted = f"vda={chain.parent / 'now.qcow2'}"
     assert (await cli("snapshot", domain.address, wanted, "--unmanaged"))[0] == 0
     code, _, err = await cli("recover", domain.address)
@@ -287,9 +283,9 @@ async def test_what_libvirt_does_not_know_is_said(host, chain, qemu_binary):
     domain.end()
 
 
-async def test_libvirt_was_faster(host, chain, qemu_binary):
+async def test_libvirt_was_faster(libvirt, chain, qemu_binary):
     """What it does between our look and our asking is seen: ours is not done then."""
-    domain = Domain(host, "faster", qemu_binary, chain)
+    domain = Domain(libvirt, "faster", qemu_binary, chain)
     folder = chain.parent
     async with qmpblock.connect(domain.address) as vm:
         disk, real = await vm.disk("vda"), vm.monitor.through

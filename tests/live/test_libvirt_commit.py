@@ -6,7 +6,6 @@ The judge is libvirt, as in `test_libvirt_chains`.
 import pytest
 from chains import cli
 from libvirtdomain import Domain
-from libvirthost import libvirt_host
 from libvirtpoints import ACTIVE, HELD, killed, make_four
 
 from qmpblock.testing.whichqemu import version_of
@@ -14,20 +13,14 @@ from qmpblock.testing.whichqemu import version_of
 pytestmark = pytest.mark.live
 
 
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
-
-
 @pytest.fixture
 def chain(vm_dir, qemu_binary):
     return make_four(vm_dir, qemu_binary)
 
 
-async def test_a_commit_is_libvirts_own(host, chain, qemu_binary):
+async def test_a_commit_is_libvirts_own(libvirt, chain, qemu_binary):
     """Of middle layers, then of the active one; libvirt goes on from there."""
-    domain = Domain(host, "shorter", qemu_binary, chain, iothread=True)
+    domain = Domain(libvirt, "shorter", qemu_binary, chain, iothread=True)
     domain.written |= HELD
     domain.write(5, 8192)
     code, out, err = await cli("commit", domain.address, "vda", "--top", "@1", "--base", "@2")
@@ -52,7 +45,7 @@ async def test_a_commit_is_libvirts_own(host, chain, qemu_binary):
     assert domain.chains() == (["top.qcow2", "base.qcow2"], "top.qcow2")
     if version_of(qemu_binary) < (11, 0, 0):  # libvirt 9.0 saves by `migrate` with `detach`, gone
         domain.virsh("save", str(folder / "saved"))
-        host.virsh("restore", str(folder / "saved"))
+        libvirt.virsh("restore", str(folder / "saved"))
     domain.end()
     domain.virsh("start")
     code, _, err = await cli("commit", domain.address, "vda")
@@ -62,7 +55,7 @@ async def test_a_commit_is_libvirts_own(host, chain, qemu_binary):
 
 
 @pytest.mark.parametrize("victim", ["qemu", "daemon"])
-async def test_somebody_is_killed_as_the_guest_moves(victim, host, chain, qemu_binary):
+async def test_somebody_is_killed_as_the_guest_moves(victim, libvirt, chain, qemu_binary):
     """The VM is paused then, so that either image has it all, and goes on when they agree."""
-    told, _ = await killed(host, chain, qemu_binary, ACTIVE, victim, "pivot", "after")
+    told, _ = await killed(libvirt, chain, qemu_binary, ACTIVE, victim, "pivot", "after")
     assert told == "paused"

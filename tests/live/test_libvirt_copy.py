@@ -7,7 +7,7 @@ and all of it in tests/soak.
 import pytest
 from chains import cli
 from libvirtdomain import Domain
-from libvirthost import libvirt_host, make_chain, run
+from libvirthost import make_chain, run
 
 from qmpblock.testing.images import Tools
 from qmpblock.testing.whichqemu import version_of
@@ -19,12 +19,6 @@ REFUSED = {
     ("--resume",): "copies anew each time",
     ("--allocation", "full", "--format", "qcow2"): "host space",
 }
-
-
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
 
 
 @pytest.fixture
@@ -46,9 +40,12 @@ async def moved(domain, *words):
     return out
 
 
-async def test_the_guest_goes_over_and_libvirt_knows(host, chain, second, qemu_binary):
+async def test_the_guest_goes_over_and_libvirt_knows(libvirt, chain, second, qemu_binary):
     """Two disks at once, then one as it lies on its backing image; libvirt goes on from there."""
-    domain, folder = Domain(host, "over", qemu_binary, chain, second, iothread=True), chain.parent
+    domain, folder = (
+        Domain(libvirt, "over", qemu_binary, chain, second, iothread=True),
+        chain.parent,
+    )
     domain.written |= {(0, 0): 1, (0, 1024): 2}
     domain.write(5, 8192)
     domain.write(6, 8192, disk=1)
@@ -76,7 +73,7 @@ async def test_the_guest_goes_over_and_libvirt_knows(host, chain, second, qemu_b
     assert domain.chains() == (["one.qcow2"], "one.qcow2")
     if version_of(qemu_binary) < (11, 0, 0):  # libvirt 9.0 saves by `migrate` with `detach`, gone
         domain.virsh("save", str(folder / "saved"))
-        host.virsh("restore", str(folder / "saved"))
+        libvirt.virsh("restore", str(folder / "saved"))
     domain.end()
     domain.virsh("start")
     raw = folder / "raw.raw"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from chains import cli
 from libvirtdomain import Domain
-from libvirthost import libvirt_host, run
+from libvirthost import run
 from libvirtpoints import FULL, HELD, killed, make_four
 
 import qmpblock
@@ -24,12 +24,6 @@ pytestmark = pytest.mark.live
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
-
-
 @pytest.fixture
 def chain(vm_dir, qemu_binary):
     return make_four(vm_dir, qemu_binary)
@@ -40,9 +34,9 @@ def made(folder):
     return [path.name for path in folder.iterdir() if "qmpblock-" in path.name]
 
 
-async def test_an_image_gets_its_host_space(host, chain, qemu_binary):
+async def test_an_image_gets_its_host_space(libvirt, chain, qemu_binary):
     """By a command, and independent of what is below; libvirt goes on from there."""
-    domain, folder = Domain(host, "full", qemu_binary, chain, iothread=True), chain.parent
+    domain, folder = Domain(libvirt, "full", qemu_binary, chain, iothread=True), chain.parent
     domain.written |= HELD
     domain.write(5, 8192)
     policy = folder / "policy.yaml"
@@ -67,17 +61,17 @@ async def test_an_image_gets_its_host_space(host, chain, qemu_binary):
     domain.virsh("blockcommit", "vda", "--shallow", "--active", "--pivot")
     if version_of(qemu_binary) < (11, 0, 0):  # libvirt 9.0 saves by `migrate` with `detach`, gone
         domain.virsh("save", str(folder / "saved"))
-        host.virsh("restore", str(folder / "saved"))
+        libvirt.virsh("restore", str(folder / "saved"))
     assert domain.chains() == (["now.qcow2"], "now.qcow2")
     domain.end()
 
 
-async def test_several_slices_of_a_qed_image(host, vm_dir, qemu_binary):
+async def test_several_slices_of_a_qed_image(libvirt, vm_dir, qemu_binary):
     """Each by an overlay of its own; and what libvirt is not asked for is refused."""
     image = vm_dir / "disk.qed"
     run(Tools.of(qemu_binary).img, "create", "-q", "-f", "qed", image, "8M")
-    host.domain("qed", image, "qed", qemu_binary)
-    async with qmpblock.connect(host.address("qed")) as vm:
+    libvirt.domain("qed", image, "qed", qemu_binary)
+    async with qmpblock.connect(libvirt.address("qed")) as vm:
         disk = await vm.disk("vda")
         bitmap = {"node": disk.chain.active.node.name, "name": "theirs"}
         await vm.monitor.execute("block-dirty-bitmap-add", bitmap)
@@ -89,28 +83,28 @@ async def test_several_slices_of_a_qed_image(host, vm_dir, qemu_binary):
         assert (done, bool(had)) == (8 * MIB, False)
         assert held > 0
         assert (await disk.map()).holes().total == 0
-    assert str(image) in host.virsh("domblklist", "qed")
+    assert str(image) in libvirt.virsh("domblklist", "qed")
     assert made(vm_dir) == []
-    host.virsh("destroy", "qed")
+    libvirt.virsh("destroy", "qed")
 
 
-async def test_qemu_dies_while_the_newest_data_is_in_the_overlay(host, chain, qemu_binary):
+async def test_qemu_dies_while_the_newest_data_is_in_the_overlay(libvirt, chain, qemu_binary):
     """A plain start has it all, from the overlay; that comes home when it is convenient."""
-    told, layers = await killed(host, chain, qemu_binary, FULL, "qemu", "commit", "before")
+    told, layers = await killed(libvirt, chain, qemu_binary, FULL, "qemu", "commit", "before")
     assert told == "running"
     below = ["now.qcow2", "mid.qcow2", "top.qcow2", "base.qcow2"]
     assert layers[1:] == below
     assert {layers[0], f"{layers[0]}.journal"} == set(made(chain.parent))
     domain = f"{chain.parent.name}-qemu"
-    host.virsh("start", domain)
-    code, out, err = await cli("recover", host.address(domain))
+    libvirt.virsh("start", domain)
+    code, out, err = await cli("recover", libvirt.address(domain))
     assert code == 0, err
     assert f"bring-home {chain.parent / layers[0]}" in out
-    listed = host.virsh("domblklist", domain), host.virsh("domblklist", "--inactive", domain)
+    listed = libvirt.virsh("domblklist", domain), libvirt.virsh("domblklist", "--inactive", domain)
     assert all(Path(one.split()[1]) == chain for one in listed)
     assert made(chain.parent) == []
-    assert (await cli("recover", host.address(domain)))[1].startswith("nothing to recover")
-    host.virsh("destroy", domain)
+    assert (await cli("recover", libvirt.address(domain)))[1].startswith("nothing to recover")
+    libvirt.virsh("destroy", domain)
     tools = Tools.of(qemu_binary)
     for pattern, where in ((99, 8192), (9, 12288), *((HELD[key], key[1]) for key in HELD)):
         run(tools.io, "-r", "-f", "qcow2", "-c", f"read -P {pattern} {where}k 64k", chain)

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 from chains import cli
-from libvirthost import libvirt_host, run
+from libvirthost import run
 from libvirtkills import Domain
 
 from qmpblock.testing.images import Tools
@@ -23,12 +23,6 @@ VERBS = (
 )
 
 
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
-
-
 @pytest.fixture
 def images(vm_dir, qemu_binary):
     """Return the active images of two domains over one base."""
@@ -41,14 +35,14 @@ def images(vm_dir, qemu_binary):
     return found
 
 
-async def test_two_domains_over_one_base(host, images, vm_dir, qemu_binary):
+async def test_two_domains_over_one_base(libvirt, images, vm_dir, qemu_binary):
     base = vm_dir / "base.qcow2"
     before = hashlib.sha256(base.read_bytes()).hexdigest()
     folders = [vm_dir / name for name in ("t1", "t2")]
     for folder in folders:
         folder.mkdir()
-    one = Domain(host, "one", images[0], folders[0], qemu_binary, iothread=True)
-    other = Domain(host, "other", images[1], folders[1], qemu_binary)
+    one = Domain(libvirt, "one", images[0], folders[0], qemu_binary, iothread=True)
+    other = Domain(libvirt, "other", images[1], folders[1], qemu_binary)
     async with one, other:
         for domain in (one, other):
             await domain.guest.stress(SPEC)

@@ -1,7 +1,6 @@
 """Whoever is killed, at each thing that libvirt is asked for in a commit or a copy: `make soak`."""
 
 import pytest
-from libvirthost import libvirt_host
 from libvirtpoints import ACTIVE, MIDDLE, MOVE, killed, make_four
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
@@ -11,12 +10,6 @@ CALLS = {
     MIDDLE: ("layers", "commit", "job"),
     MOVE: ("copy", "ready", "limit", "pivot"),
 }
-
-
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -30,16 +23,16 @@ def host(qemu_binary):
         for call in CALLS[what]
     ],
 )
-async def test_somebody_is_killed(what, call, victim, moment, host, vm_dir, qemu_binary):
+async def test_somebody_is_killed(what, call, victim, moment, libvirt, vm_dir, qemu_binary):
     chain = make_four(vm_dir, qemu_binary)
-    told, _ = await killed(host, chain, qemu_binary, what, victim, call, moment)
+    told, _ = await killed(libvirt, chain, qemu_binary, what, victim, call, moment)
     moves = call in ("pivot", "files")
     assert told == ("paused" if moves else "running")
 
 
 @pytest.mark.parametrize("what", [ACTIVE, MOVE], ids=["active", "move"])
 @pytest.mark.parametrize("number", range(20))
-async def test_the_daemon_is_killed_as_it_takes_note(number, what, host, vm_dir, qemu_binary):
+async def test_the_daemon_is_killed_as_it_takes_note(number, what, libvirt, vm_dir, qemu_binary):
     """Between QEMU's doing and its own note nothing of ours can stop it: a matter of luck."""
     chain = make_four(vm_dir, qemu_binary)
-    await killed(host, chain, qemu_binary, what, "daemon", "pivot", "after")
+    await killed(libvirt, chain, qemu_binary, what, "daemon", "pivot", "after")

@@ -2,21 +2,14 @@
 
 import pytest
 from libvirtcrossed import OURS, cross_all
-from libvirthost import libvirt_host
 from libvirtkills import COMMITS, MOVES, OPERATIONS, kill_all
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
 
 
-@pytest.fixture(scope="module")
-def host(qemu_binary):
-    with libvirt_host() as host:
-        yield host
-
-
 @pytest.mark.parametrize("operation", [*OPERATIONS, *COMMITS, *MOVES], ids=str)
-async def test_killed_at_every_command(operation, host, vm_dir, qemu_binary):
-    await kill_all(host, operation, vm_dir, qemu_binary)
+async def test_killed_at_every_command(operation, libvirt, vm_dir, qemu_binary):
+    await kill_all(libvirt, operation, vm_dir, qemu_binary)
 
 
 LONG = tuple(one for one in OPERATIONS if one.name == "full")
@@ -24,5 +17,5 @@ MORE = (*LONG, *(one for one in (*COMMITS, *MOVES) if not one.extra))
 
 
 @pytest.mark.parametrize("operation", [*OURS, *MORE], ids=str)
-async def test_libvirt_is_asked_at_every_change(operation, host, vm_dir, qemu_binary):
-    await cross_all(host, operation, vm_dir, qemu_binary)
+async def test_libvirt_is_asked_at_every_change(operation, libvirt, vm_dir, qemu_binary):
+    await cross_all(libvirt, operation, vm_dir, qemu_binary)
