@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import oldrecords
@@ -158,33 +158,35 @@ def test_a_link_is_no_point(tmp_path):
         read_points(tmp_path)
 
 
-#: What is done to files, one system call a time.
-CALLS = ("open", "link", "rename", "unlink", "fsync", "write")
+class _DeadError(BaseException):
+    """Whoever did it is gone: it catches nothing, and does nothing more."""
 
 
-def dying_after(count, what):
-    """Do it in a process of its own, which is gone before its call number `count`; return if so."""
-    pid = os.fork()
-    if pid == 0:
-        left = count
-        for name in CALLS:
-            real = getattr(os, name)
+@contextmanager
+def dying_after(count, monkeypatch):
+    """Be gone before call number `count` that does anything to a file; yield whom that befell."""
+    left, died = count, []
 
-            def called(*words, real=real, **more):
-                nonlocal left
-                left -= 1
-                if left < 0:
-                    os._exit(9)
-                return real(*words, **more)
+    def dying(real):
+        def called(*words, **more):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                died.append(real)
+                raise _DeadError
+            return real(*words, **more)
 
-            setattr(os, name, called)
-        what()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+        return called
+
+    with monkeypatch.context() as patched:
+        for name in ("open", "link", "rename", "unlink", "fsync", "write", "ftruncate"):
+            patched.setattr(os, name, dying(getattr(os, name)))
+        with suppress(_DeadError):
+            yield died
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_whoever_is_killed_at_any_step(first, tmp_path):
+def test_whoever_is_killed_at_any_step(first, tmp_path, monkeypatch):
     """The backup is made or it is not; the next one says which, and leaves no other trace."""
     before = point("20261130T100500Z", [disk("vd0", "20261130T100500Z-vd0.qcow2")])
     made, number = set(), 0
@@ -196,16 +198,17 @@ def test_whoever_is_killed_at_any_step(first, tmp_path):
                 backups.make(before)
         there = names(place)
 
-        def back_up(place=place):
-            with open_backups(place) as backups, backups.locked():
-                backups.read()
-                backups.begin(WHEN, BACKUPS, [IMAGE])
-                (place / f"{IMAGE}.partial").touch()
-                (place / f"{IMAGE}.partial").rename(place / IMAGE)
-                backups.make(POINT)
-                backups.end(WHEN)
-
-        died = dying_after(number, back_up)
+        with (
+            dying_after(number, monkeypatch) as died,
+            open_backups(place) as backups,
+            backups.locked(),
+        ):
+            backups.read()
+            backups.begin(WHEN, BACKUPS, [IMAGE])
+            (place / f"{IMAGE}.partial").touch()
+            (place / f"{IMAGE}.partial").rename(place / IMAGE)
+            backups.make(POINT)
+            backups.end(WHEN)
         with open_backups(place) as backups, backups.locked():
             backups.read()
             backups.check_one()
