@@ -1,5 +1,6 @@
 """A directory of backups: the step by which one is made, what is left by whoever was killed."""
 
+import fcntl
 import json
 import os
 from contextlib import ExitStack, contextmanager, suppress
@@ -241,13 +242,29 @@ def test_it_is_not_certain_that_it_is_made(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_who_has_the_lock_has_the_file_that_is_there(tmp_path):
-    """Whoever made the directory in vain takes that away again, but from nobody at work."""
-    with open_backups(tmp_path) as one, open_backups(tmp_path) as other, one.locked():
-        (tmp_path / BACKUP_LOCK_FILE).unlink()
-        twice = pytest.raises(BusyError)
-        with other.locked(), twice, open_backups(tmp_path) as third, third.locked():
+def test_who_has_the_lock_has_the_file_that_is_there(tmp_path, monkeypatch):
+    """Not one that somebody removed between opening and locking it."""
+    lock, calls = fcntl.flock, []
+
+    def late(fd, how):
+        if not calls:
+            (tmp_path / BACKUP_LOCK_FILE).unlink()
+        calls.append(fd)
+        lock(fd, how)
+
+    with open_backups(tmp_path) as one, open_backups(tmp_path) as other:
+        with monkeypatch.context() as patched:
+            patched.setattr(fcntl, "flock", late)
+            held = one.locked()
+            held.__enter__()
+        with pytest.raises(BusyError), other.locked():
             pass
+        held.__exit__(None, None, None)
+    assert len(calls) == 2
+
+
+def test_a_directory_that_was_made_in_vain(tmp_path):
+    """It goes again, but not from under anybody who is at work in it."""
     place = tmp_path / "b"
     with open_backups(place, make=True), open_backups(place) as other, other.locked():
         pass

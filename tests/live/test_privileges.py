@@ -15,6 +15,7 @@ from chains import cli
 from jsonschema import Draft202012Validator
 from otherusers import GROUP, USERS, VM_USER, Runner, UsersQemu
 
+import qmpblock
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -77,6 +78,13 @@ class Site:
         )
         return self.vm
 
+    async def back_up(self):
+        """Make a backup, as whoever runs this, to be read by all of them."""
+        async with qmpblock.connect(self.vm.monitor_path) as vm:
+            disk = await vm.disk("vd1")
+            async with vm.backup(self.images / "made", [disk]):
+                pass
+
     def runner(self, user):
         """Return what runs commands as a user, who has a state directory of their own."""
         own = {}
@@ -119,8 +127,8 @@ class Site:
             "stream": ("stream", address, "vd0"),
             # Last, for what it leaves ends with a layer that is committed, which is a warning.
             "backup": ("backup", address, images / "backups", "--disk", "vd0"),
-            "backup check": ("backup", "check", images / "backups"),
-            "restore": ("restore", images / "backups", images / "restored"),
+            "backup check": ("backup", "check", images / "made"),
+            "restore": ("restore", images / "made", images / "restored"),
             "plan": ("plan", self.policy()),
             "apply": ("apply", self.policy()),
             "jobs": ("jobs", address),
@@ -137,6 +145,7 @@ async def test_what_works_with_whose_rights(vm_dir, qemu_binary, name):
     site = Site(vm_dir, qemu_binary)
     measured, printed = {}, {}
     async with await site.start():
+        await site.back_up()
         runner = site.runner(USERS[name])
         try:
             for what, arguments in site.commands().items():
