@@ -100,6 +100,7 @@ class Passage:
         self.stream = Stream(
             source, record.run, preset, self._show, job.course, over, means.multifd
         )
+        storage.rest_while(lambda: self.stream.stands)
         self.landing = Landing(
             destination,
             record.run,

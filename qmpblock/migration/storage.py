@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence, Set
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qmpblock.migration.look import Pair
     from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.monitor import Subscription
 
 __all__ = ["Storage", "check_can_block"]
 
@@ -87,6 +88,7 @@ class Storage:
             for (node, _), pair in zip(self.wires, pairs, strict=True)
         )
         self._vm = vm
+        self._looks = Looks(vm.monitor)
         self._run = run
         self._credentials = None if over is None else over.here
         self._pairs = pairs
@@ -104,6 +106,13 @@ class Storage:
         self._ready = asyncio.Event()
         self.patience = 0.0
 
+    def rest_while(self, guest_stands: Callable[[], bool]) -> None:
+        """Have nobody look at the mirrors while it may stand: QEMU has something else to do then.
+
+        They are looked at as they end.
+        """
+        self._looks.rest_while(guest_stands)
+
     @property
     def copied(self) -> tuple[int, ...]:
         """Bytes that each mirror went over."""
@@ -120,7 +129,6 @@ class Storage:
         :param blank: whether a target reads as zeros, all of it: then none is zeroed first (F36).
         :raise Error: it cannot be; what was begun is left to whoever undoes it.
         """
-        looks = Looks(self._vm.monitor)
         every = zip(self.jobs, self._pairs, targets, blank, self.shields, strict=True)
         for number, (name, pair, target, zeros, shield) in enumerate(every):
             laying = Wire.open(
@@ -134,7 +142,7 @@ class Storage:
             wire = await self._stack.enter_async_context(laying)
             self._laid.append(wire)
             end = await self._shielded(shield, wire)
-            job = Job(self._vm.monitor, name, "mirror", looks)
+            job = Job(self._vm.monitor, name, "mirror", self._looks)
             job.to_catch_up = _TO_CATCH_UP
             self._jobs.append(job)
             if self._again:
@@ -266,13 +274,13 @@ class Storage:
         """
         self._may_stay = False
         monitor, left = self._vm.monitor, set(self.jobs)
-        asked = (("block-job-cancel", {"device": name, "force": False}) for name in self.jobs)
+        asked = (("block-job-cancel", {"device": name}) for name in self.jobs)  # not by force
         with monitor.subscribe("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as changes:
             for said in await monitor.each(*asked):
                 if isinstance(said, CommandError):
                     raise said
             while left:
-                changes.pending()
+                await self._until_told(left, changes)
                 for one in await monitor.execute("query-block-jobs"):  # of all at once
                     name = one["device"]
                     if name in left and one.get("io-status", "ok") != "ok":  # it would never end
@@ -282,9 +290,20 @@ class Storage:
                         if "error" in one:
                             raise JobError(name, "mirror", str(one["error"]))
                         self._note(name, replace(self._seen[name], done=one["offset"]))
-                if left:
-                    with contextlib.suppress(StalledError):  # no event is no news
-                        await changes.get(_LOOK)
+
+    async def _until_told(self, left: Set[str], changes: Subscription) -> None:
+        """Wait until all of these are said to have ended, or one to have failed; or for no news.
+
+        To look at every change would take QEMU longer than to end them, and the guest stands.
+        """
+        told: set[str] = set()
+        with contextlib.suppress(StalledError):
+            while not left <= told:
+                said = await changes.get(_LOOK)
+                if said["event"] == "BLOCK_JOB_ERROR":
+                    return
+                if said["data"].get("status") == "concluded":
+                    told.add(said["data"]["id"])
 
     async def take_away(self) -> None:
         """Take away the mirrors, which have ended, and all that they lay on, at once.

@@ -28,6 +28,7 @@ from qmpblock.copying.wire import user_of
 from qmpblock.errors import Error, StalledError, printable
 from qmpblock.migration.channels import Channels
 from qmpblock.migration.moving import PASSES, Moving, count
+from qmpblock.migration.states import ACTIVE
 from qmpblock.names import stream_socket, stream_wire, wire_credentials
 from qmpblock.qemu.refusals import not_found, tolerate
 from qmpblock.qemu.runstate import STANDS
@@ -45,6 +46,7 @@ __all__ = ["OVER", "Stream", "told_at"]
 
 #: States of a migration that is none, or that has ended with the guest still here.
 OVER = frozenset({"none", "failed", "cancelled"})
+_ON_ITS_WAY = ACTIVE | {"device"}
 #: Events that say before the guest stops that it is about to stop itself, and as what.
 _STOPPING = {
     "BLOCK_IO_ERROR": "io-error",
@@ -52,7 +54,8 @@ _STOPPING = {
     "WATCHDOG": "watchdog",
 }
 _LOOK = 0.1  # seconds between looks, where no event wakes us
-_SOON = 0.01  # likewise, while the guest stands
+_SOON = 0.05  # likewise, while the guest stands
+_BY_TURNS = 0.01  # likewise, where events may be missed
 _AT_ONCE = 0.001  # likewise, of what follows without an event
 
 
@@ -258,6 +261,8 @@ class Stream:
 
         :raise Error: it has not: the guest goes on at the source by itself.
         """
+        # Not before it says so: what QEMU is asked it answers between the parts that it sends.
+        await self._until_told()
         while True:
             # In this order: 11.1 says `completed` a moment before it leaves finish-migrate.
             migration, status = await self._vm.monitor.read("query-migrate", "query-status")
@@ -268,7 +273,16 @@ class Stream:
                     return
                 await self._nap(_AT_ONCE)
             else:
-                await self._nap(_SOON)
+                await self._until_told()
+
+    async def _until_told(self) -> None:
+        """Wait until QEMU says that it has ended, however; or for no news."""
+        limit = _BY_TURNS if self._vm.monitor.by_turns else _SOON
+        with contextlib.suppress(StalledError):
+            while True:
+                said = await self._events.get(limit)
+                if said["event"] == "MIGRATION" and said["data"].get("status") not in _ON_ITS_WAY:
+                    return
 
     async def look_back(self) -> None:
         """Note what QEMU counted: it says `completed` a moment before it has counted the downtime.

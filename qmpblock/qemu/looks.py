@@ -8,15 +8,18 @@ next one with all who do.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from qmpblock.qemu.monitor import Monitor
 
 __all__ = ["Looks"]
 
+_REST = 0.01  # seconds
+
 
 class Looks:
-    """Those of one VM. `closely`."""
+    """Those of one VM. `closely`; `rest_while`, where looks have to wait."""
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
@@ -24,6 +27,17 @@ class Looks:
         self._begun = 0
         self._ended = 0  # the last one that has brought an answer
         self._jobs: dict[str, dict[str, Any]] = {}
+        self._rests: Callable[[], bool] = lambda: False
+
+    def rest_while(self, rests: Callable[[], bool]) -> None:
+        """Have looks wait while that is so."""
+        self._rests = rests
+
+    async def _rested(self) -> None:
+        while True:
+            if not self._rests():
+                return
+            await asyncio.sleep(_REST)
 
     async def closely(self, name: str) -> dict[str, Any] | None:
         """Return QEMU's records of a job, of no earlier moment than this; None if it is gone.
@@ -32,6 +46,7 @@ class Looks:
 
         :raise Error: as of `Monitor.execute`.
         """
+        await self._rested()
         before = self._begun
         async with self._turn:
             if self._ended <= before:  # none that began since

@@ -63,3 +63,14 @@ async def test_one_that_gives_up_keeps_no_other_from_its_look(cancelled, seen):
     for _ in range(3):
         monitor.let.release()
     assert [one["number"] for one in await asyncio.gather(*asked)] == seen
+
+
+async def test_while_they_rest_nobody_looks():
+    monitor, stands = Counting(), True
+    looks = Looks(monitor)
+    looks.rest_while(lambda: stands)
+    monitor.let.release()
+    (asked,) = await asking(looks, "a")
+    assert monitor.asked == 0
+    stands = False
+    assert (await asked)["number"] == 1
