@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -134,9 +135,9 @@ class Control:
 
     async def leave(self):
         """End the connections that are kept from one task to the next."""
-        for name in self.hosts:
+        for socket in [*self.place.glob("s-*"), *self.place.glob(".ansible/cp/*")]:
             process = await asyncio.create_subprocess_exec(
-                *("ssh", "-F", str(self.ssh_config), "-O", "exit", name),
+                *("ssh", "-F", "none", "-S", str(socket), "-O", "exit", "there"),
                 stderr=asyncio.subprocess.DEVNULL,
             )
             await process.wait()
@@ -202,6 +203,31 @@ async def test_a_target(target, control, vms, invariant):
     playbook = control.written("play.yml", [play])
     print(await control.run("ansible-playbook", "-i", inventory, playbook))
     assert "DEPRECATION" not in control.warned
+
+
+@pytest.mark.soak
+async def test_by_ansibles_own_runner(control, vms, invariant):
+    """As whoever changes the collection runs the targets: from a copy of it, host by host."""
+    invariant.expect(BACKUPS)
+    home = control.place / "t" / "ansible_collections" / "qmpblock" / "qmpblock"
+    shutil.copytree(HOME, home, ignore=shutil.ignore_patterns("__pycache__", "output"))
+    for name, host in control.hosts.items():
+        settings = {key: value for key, value in vms[name].items() if key.startswith("qmpblock_")}
+        (home / "tests/integration/integration_config.yml").write_text(yaml.safe_dump(settings))
+        python = f"{sys.version_info.major}.{sys.version_info.minor}@{sys.executable}"
+        process = await asyncio.create_subprocess_exec(
+            *(Path(sys.executable).with_name("ansible-test"), "integration", "disk_info", "backup"),
+            *("--allow-unsupported", "--controller", f"origin:python={python}"),
+            *("--target", f"ssh:root@{host.there}:{PORT},python={python}"),
+            cwd=home,
+            env={**control.environment, "PATH": f"{host.place}/bin:{os.environ['PATH']}"},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0, out.decode()
+        assert out.decode().count("failed=0") == 2
 
 
 @pytest.mark.soak
