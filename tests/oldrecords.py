@@ -31,9 +31,9 @@ LOCK = (
 BACKUP_LOCK = (
     '{"format":1,"version":"0.1.0","run":"deadbeef","host":"host","pid":4194305,"start":1,"boot":'
     '"no-such-boot","pids":"pid:[1]","details":{"directory":"/b","device":1,"inode":2,"point":'
-    '"20261130T110500Z.json","made":[["d0","qmpblock-backup-0123abcd-89efcdab"],["d0",'
-    '"qmpblock-backup-0123abcd-89efcdab-end"]],"before":[["d0",'
-    '"qmpblock-backup-0123abcd-00000001"],["d0","qmpblock-backup-0123abcd-00000001-end"]],'
+    '"20261130T110500Z.json","made":[["d0","qmpblock-backup-0123abcd-89efcdab-0"],["d0",'
+    '"qmpblock-backup-0123abcd-89efcdab-0-end"]],"before":[["d0",'
+    '"qmpblock-backup-0123abcd-00000001-0"],["d0","qmpblock-backup-0123abcd-00000001-0-end"]],'
     '"nodes":["qmpblock-deadbeef-to-0-left"]}}'
 )
 BACKUP_BEGUN = (
@@ -48,6 +48,6 @@ BACKUP_POINT = (
     '"qcow2",\n   "file": "20261130T110500Z-vd0.qcow2",\n   "parent": null,\n   "reason": "it was '
     'asked for",\n   "length": 1000,\n   "modified": 1,\n   "digest": '
     '"0000000000000000000000000000000000000000000000000000000000000000",\n   "copied": 10,\n   '
-    '"encrypted": false,\n   "bitmap": "qmpblock-backup-0123abcd-89efcdab",\n   "persistent": true'
-    "\n  }\n ]\n}\n"
+    '"encrypted": false,\n   "bitmap": "qmpblock-backup-0123abcd-89efcdab-0",\n   "persistent": '
+    "true\n  }\n ]\n}\n"
 )

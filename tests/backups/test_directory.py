@@ -129,7 +129,7 @@ def test_a_point_that_cannot_be_read(text, tmp_path):
 def test_what_older_versions_wrote(tmp_path):
     (tmp_path / f"{WHEN}.json").write_text(oldrecords.BACKUP_POINT)
     [read] = read_points(tmp_path)
-    wanted = replace(disk("vd0", IMAGE), bitmap="qmpblock-backup-0123abcd-89efcdab")
+    wanted = replace(disk("vd0", IMAGE), bitmap="qmpblock-backup-0123abcd-89efcdab-0")
     assert read == replace(POINT, id="89efcdab", disks=(wanted,))
     (tmp_path / f"{WHEN}.json").unlink()
     (tmp_path / f"{WHEN}.begun").write_text(oldrecords.BACKUP_BEGUN)

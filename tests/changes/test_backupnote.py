@@ -26,8 +26,8 @@ def said(**changed):
 def test_what_an_older_version_wrote():
     note = read_note(OLD, LOCK)
     assert (note.directory, note.device, note.inode, note.point) == ("/b", 1, 2, f"{WHEN}.json")
-    assert note.made[1] == ("d0", "qmpblock-backup-0123abcd-89efcdab-end")
-    assert note.before[0] == ("d0", "qmpblock-backup-0123abcd-00000001")
+    assert note.made[1] == ("d0", "qmpblock-backup-0123abcd-89efcdab-0-end")
+    assert note.before[0] == ("d0", "qmpblock-backup-0123abcd-00000001-0")
     assert note.nodes == ("qmpblock-deadbeef-to-0-left",)
     assert json.loads(json.dumps(plain(note))) == OLD.details
 
@@ -41,7 +41,7 @@ def test_what_a_newer_version_adds_is_kept():
     [
         {"made": [["d0", "bitmap0"]]},
         {"before": [["d0", "bitmap0"]]},
-        {"before": [["d0", "qmpblock-backup-ffffffff-00000001"]]},  # of another directory
+        {"before": [["d0", "qmpblock-backup-ffffffff-00000001-0"]]},  # of another directory
         {"nodes": ["d0"]},
         {"nodes": ["qmpblock-0badcafe-to-0-left"]},  # of another run
         {"point": "x.json"},
