@@ -42,7 +42,8 @@ _OF_THE_DESTINATION = _from(SOURCE, (Phase.LANDED, EITHER), (Phase.HANDED, DESTI
 INTERRUPTED = {
     "storage daemon": _OF_IMAGES,
     "storage daemon hangs": _OF_IMAGES,
-    "source hangs": _from(SOURCE, (Phase.LANDED, EITHER), (Phase.HANDED, DESTINATION)),
+    # Once it has sent all, the word that the destination is to run may wait in its monitor.
+    "source hangs": _from(SOURCE, (Phase.SENT, EITHER), (Phase.HANDED, DESTINATION)),
     "destination hangs": _OF_THE_DESTINATION,
     WIRE_CUT: _OF_THE_DESTINATION,
 }
