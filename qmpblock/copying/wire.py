@@ -132,7 +132,7 @@ class Wire:
                 if not kept:
                     relay.cut()
                 if not wire._stays:
-                    with relay.within(hold):
+                    with relay.within(hold), vm.monitor.once_silent(hold):
                         await undisturbed(clear_wire(vm.monitor, name))
             if relay.ended is End.STALLED:
                 raise StalledError(

@@ -142,6 +142,8 @@ class Monitor:
             self._transport = QMPSocket(address, *tell)
         self._subscriptions: set[Subscription] = set()
         self._turn = asyncio.Lock()
+        self._silent = False  # since an answer was waited for in vain; then these count
+        self._patience: list[float] = []
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -222,6 +224,19 @@ class Monitor:
             yield
         finally:
             self._transport.keep_turn(False)
+
+    @contextmanager
+    def once_silent(self, patience: float) -> Iterator[None]:
+        """Wait no longer than so many seconds for an answer, where one was waited for in vain.
+
+        While the body runs. For what takes much away: a QEMU that is stopped would be waited for
+        again with each command.
+        """
+        self._patience.append(patience)
+        try:
+            yield
+        finally:
+            self._patience.remove(patience)
 
     async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Run one QMP command and return what QEMU returned.
@@ -304,13 +319,19 @@ class Monitor:
     ) -> Any:
         if self.closed:
             raise self._lost(command, sent=False)
+        stall = min(self.stall, *self._patience) if self._silent and self._patience else self.stall
         try:
-            async with asyncio.timeout(self.stall):
+            async with asyncio.timeout(stall):
                 answer = await self._transport.execute(command, arguments, out_of_band=out_of_band)
+            self._silent = False
             return checked(command, answer)
+        except CommandError:
+            self._silent = False
+            raise
         except TimeoutError:
+            self._silent = True
             raise StalledError(
-                f"QEMU did not answer {command} for {self.stall:g} s",
+                f"QEMU did not answer {command} for {stall:g} s",
                 standing="whether it will still be carried out is unknown",
                 remedy="look whether the QEMU process is stopped or its storage hangs",
             ) from None

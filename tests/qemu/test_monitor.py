@@ -366,6 +366,28 @@ async def test_no_answer_is_a_stall(tmp_path, monkeypatch):
         assert await monitor.execute("cont") == {}
 
 
+async def test_who_was_silent_is_waited_for_less_long(tmp_path, monkeypatch):
+    refused = {"error": {"class": "GenericError", "desc": "no"}}
+    async with (
+        fake_qmp(tmp_path / "q", replies={"stop": b"", "cont": refused}),
+        await Monitor.connect(str(tmp_path / "q"), stall=60) as monitor,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(monitor, "stall", 0.1)
+            with monitor.once_silent(0.01), pytest.raises(StalledError, match=r"for 0\.1 s"):
+                await monitor.execute("stop")
+            with pytest.raises(StalledError, match=r"for 0\.1 s"):
+                await monitor.execute("stop")
+            with monitor.once_silent(0.2), pytest.raises(StalledError, match=r"for 0\.1 s"):
+                await monitor.execute("stop")
+            with monitor.once_silent(0.01), pytest.raises(StalledError, match=r"for 0\.01 s"):
+                await monitor.execute("stop")
+            with pytest.raises(CommandError):  # that is an answer, too
+                await monitor.execute("cont")
+            with monitor.once_silent(0.01), pytest.raises(StalledError, match=r"for 0\.1 s"):
+                await monitor.execute("stop")
+
+
 async def test_events_are_heard_from_the_moment_of_subscription(tmp_path):
     async with (
         fake_qmp(tmp_path / "q") as fake,
