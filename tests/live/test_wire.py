@@ -18,6 +18,7 @@ from nbdservers import HOST, make_credentials, serving, tls_options
 from otherusers import USERS, VM_USER, UsersQemu
 
 from qmpblock.address import UnixAddress
+from qmpblock.copying import wire as wire_module
 from qmpblock.copying.relay import End
 from qmpblock.copying.target import Credentials, NBDTarget, parse_target
 from qmpblock.copying.wire import Wire, clear_wire, wire_socket
@@ -387,7 +388,10 @@ async def test_a_controller_that_is_killed(vm, vm_dir, served, stalled):
     assert not os.path.exists(os.path.dirname(wire_socket(run)))
 
 
-async def test_a_server_that_goes_silent_in_the_handshake_holds_the_guest_no_longer(vm, vm_dir):
+async def test_a_server_that_goes_silent_in_the_handshake_holds_the_guest_no_longer(
+    vm, vm_dir, monkeypatch
+):
+    monkeypatch.setattr(wire_module, "HOLD", 0.5)
     before = await nodes(vm)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(vm_dir / "s"))
@@ -405,7 +409,7 @@ async def test_a_server_that_goes_silent_in_the_handshake_holds_the_guest_no_lon
     began = time.monotonic()
     async with connected(vm) as controller:
         with pytest.raises(NBDConnectError, match=r"did not go on for 0\.5 s") as caught:
-            async with Wire.open(controller, silent, run=new_run(), hold=0.5):
+            async with Wire.open(controller, silent, run=new_run()):
                 pytest.fail("there is a wire")
     assert 0.5 < time.monotonic() - began < 0.5 + AT_ONCE
     assert caught.value.standing == "nothing of ours is left in the VM"
