@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qmpblock.backups.point import DiskBackup, Point
 from qmpblock.errors import UNTOUCHED, RequestError, printable
 from qmpblock.graph.model import Bitmap
 from qmpblock.names import backup_bitmap, end_bitmap
+
+if TYPE_CHECKING:
+    from qmpblock.graph.model import DiskDevice
 
 __all__ = ["Decision", "Kind", "SeenDisk", "check_vm", "decide", "parents_wanted"]
 
@@ -45,6 +48,19 @@ class SeenDisk:
     source: str
     bitmaps: tuple[Bitmap, ...]
     below: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, device: DiskDevice) -> SeenDisk:
+        """Return what is seen of a disk."""
+        active, *below = device.chain.layers
+        return cls(
+            device.name,
+            device.qom_path,
+            active.size,
+            active.file,
+            active.node.bitmaps,
+            frozenset(one.name for layer in below for one in layer.node.bitmaps),
+        )
 
     def bitmap(self, name: str) -> Bitmap | None:
         """Return a bitmap of its active layer; None where there is none of that name."""
@@ -179,6 +195,7 @@ def check_vm(
     By the UUID, where both have one. Where not, a bitmap of one of the backups proves it to be the
     same, else the name; else one of its images.
 
+    :param disks: all of this VM, for what was backed up last may have been others.
     :raise RequestError: it is another one, or that cannot be told.
     """
     if not points:

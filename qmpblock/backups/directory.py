@@ -92,6 +92,11 @@ class Backups:
             return self.points[-1].backups
         return next((one.backups for when in self._every_begun() if (one := self._begun(when))), "")
 
+    @property
+    def next_number(self) -> int:
+        """Of the next backup."""
+        return self.points[-1].number + 1 if self.points else 1
+
     def place(self, name: str) -> str:
         """Return the path of a file in it."""
         return posixpath.join(self.path, name)
@@ -267,7 +272,7 @@ class Backups:
                 unread[name] = _unreadable(self.place(name), error)
             except OSError as error:
                 unread[name] = _unreadable(self.place(name), error.strerror)
-        self.points = sorted(points, key=lambda point: (point.moment, point.when))
+        self.points = sorted(points, key=lambda one: (one.number, one.moment, one.when))
         return unread
 
     def check_one(self) -> None:

@@ -97,7 +97,8 @@ class Point:
 
     :ivar backups: the id of the directory: of all backups in it.
     :ivar id: of this one; `when`: what its files are called, by the time at which it was begun.
-    :ivar time: of the instant of which it is, in UTC (ISO 8601).
+    :ivar time: of the instant of which it is, in UTC (ISO 8601), by its host's clock.
+    :ivar number: of this one in the directory, by which they are in order: a clock may be set back.
     """
 
     backups: str
@@ -106,6 +107,7 @@ class Point:
     time: str
     vm: BackedUpVM
     disks: tuple[DiskBackup, ...]
+    number: int = 0
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def as_json(self) -> dict[str, Any]:

@@ -186,10 +186,12 @@ class _Run:
         await ownership.ask_for_change(vm, Work("backup", devices[0].chain.active.file))
         await make_way(vm, lock_names(devices))
         me = await identify(vm)
-        check_vm(backups.points, me.name, me.uuid, await self._look(), backups.path)
+        every = [SeenDisk.of(one) for one in (await vm.graph()).disks()]
+        check_vm(backups.points, me.name, me.uuid, every, backups.path)
         backups.check_new()
         when = when_of(datetime.now(UTC), _taken(backups))
-        return Point(backups.id or new_run(), new_run(), when, "", BackedUpVM(me.name, me.uuid), ())
+        of, number = BackedUpVM(me.name, me.uuid), backups.next_number
+        return Point(backups.id or new_run(), new_run(), when, "", of, (), number)
 
     @asynccontextmanager
     async def _alone(self, draft: Point) -> AsyncIterator[None]:
@@ -242,21 +244,9 @@ class _Run:
     async def _look(self) -> list[SeenDisk]:
         """See how the disks are now."""
         graph = await self.vm.graph()
-        seen = []
         for disk in self.disks:
             disk.device = graph.device(disk.device.qom_path)
-            active, *below = disk.device.chain.layers
-            seen.append(
-                SeenDisk(
-                    disk.name,
-                    disk.device.qom_path,
-                    active.size,
-                    active.file,
-                    active.node.bitmaps,
-                    frozenset(one.name for layer in below for one in layer.node.bitmaps),
-                )
-            )
-        return seen
+        return [SeenDisk.of(disk.device) for disk in self.disks]
 
     async def _check(self, targets: Mapping[MappedDisk, str]) -> None:
         """Refuse what no copy can be made of; say of which disks one can.

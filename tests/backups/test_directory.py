@@ -11,6 +11,7 @@ import pytest
 from backuppoints import BACKUPS, disk, point
 
 from qmpblock.backups.directory import open_backups, read_points
+from qmpblock.backups.point import find_point
 from qmpblock.errors import BusyError, Error, RecordError, RequestError
 from qmpblock.names import BACKUP_LOCK_FILE
 
@@ -281,6 +282,21 @@ def test_their_order_is_that_of_their_instants(tmp_path):
         for one in (later, POINT):
             backups.make(one)
     assert read_points(tmp_path) == (POINT, later)
+
+
+def test_their_order_is_that_in_which_they_were_made(tmp_path):
+    """A clock that was wrong has been set back."""
+    ahead = replace(point("20330101T000000Z", [disk("vd0", "20330101T000000Z-vd0.qcow2")]))
+    with open_backups(tmp_path) as backups:
+        made = []
+        for one in (ahead, POINT):
+            made.append(replace(one, number=backups.next_number))
+            backups.make(made[-1])
+            backups.read()
+    assert [one.number for one in made] == [1, 2]
+    assert read_points(tmp_path) == tuple(made)
+    assert find_point(made, None) == made[-1]
+    assert find_point(made, "2026-12-31") == made[-1]
 
 
 def test_one_at_a_time(tmp_path):
