@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.changes.bitmaps import delete_bitmap
+from qmpblock.changes.nomigration import allow_migration
 from qmpblock.errors import printable
 from qmpblock.host.ourfiles import Directory
 from qmpblock.names import backup_when, backups_of, is_backup_bitmap, is_of_run
@@ -97,6 +98,7 @@ async def undo_dead_backup(vm: Connection, dead: Holder, name: str) -> None:
     note = read_note(dead, name)
     for node in note.nodes:
         await tolerate(no_node, vm.monitor.execute("blockdev-del", {"node-name": node}))
+    await allow_migration(vm.monitor, dead.run)  # by that name such a node's image came, too
     made = note.is_made()
     if made is None:
         _log.warning(
