@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, DiskDevice
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["drawing_nodes", "make_bitmaps", "others_there", "survived"]
+__all__ = ["drawing_nodes", "make_bitmaps", "others_there", "survived", "vouched"]
 
 _STORING = ("qcow2",)  # formats whose images can hold dirty bitmaps
 
@@ -93,6 +93,18 @@ def survived(graph: BlockGraph, device: DiskDevice, name: str) -> bool:
         if now.qom_path == device.qom_path and now.chain is not None:
             return any(one.name == name and one.recording for one in now.chain.active.node.bitmaps)
     return False
+
+
+def vouched(graph: BlockGraph, device: DiskDevice, name: str) -> bool:
+    """Whether what vouches for a bitmap still does, once all was taken from it.
+
+    Somebody may have made the disk smaller, and as large again, since it was looked at: no bit
+    that went comes back. Where the node is gone by now, it was there when all was taken.
+
+    :param device: as it was looked at.
+    """
+    node = graph.nodes.get(device.chain.active.node.name)
+    return node is None or any(one.name == end_bitmap(name) and one.count for one in node.bitmaps)
 
 
 def others_there(

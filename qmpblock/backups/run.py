@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack
 
-from qmpblock.backups.bitmaps import drawing_nodes, make_bitmaps, others_there, survived
+from qmpblock.backups.bitmaps import drawing_nodes, make_bitmaps, others_there, survived, vouched
 from qmpblock.backups.decision import Kind, SeenDisk, check_vm, decide, parents_wanted
 from qmpblock.backups.directory import Backups, open_backups
 from qmpblock.backups.imagefile import digest_of, first_broken
@@ -337,6 +337,13 @@ class _Run:
             read += more
             meter.set(read)
 
+        for decision, disk in zip(self.job.decisions, self.disks, strict=True):
+            if decision.parent is not None and not vouched(graph, disk.device, decision.bitmap):
+                raise Error(
+                    f"{printable(disk.name)} was made smaller while it was backed up, so its dirty "
+                    "bitmap does not tell all that was written",
+                    remedy="make the backup again: of that disk it will be full",
+                )
         backed_up = []
         every = zip(self.job.decisions, self.disks, names, done.disks, bitmaps, stored, strict=True)
         for decision, disk, name, copied, bitmap, keeps in every:
