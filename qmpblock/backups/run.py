@@ -82,6 +82,7 @@ if TYPE_CHECKING:
 __all__ = ["BackupWords", "backup"]
 
 DiskT = TypeVar("DiskT", bound="MappedDisk")
+_NONE = "there is no backup"  # how it stands where one failed
 
 
 class BackupWords(TypedDict, total=False):
@@ -342,6 +343,7 @@ class _Run:
                 raise Error(
                     f"{printable(disk.name)} was made smaller while it was backed up, so its dirty "
                     "bitmap does not tell all that was written",
+                    standing=_NONE,
                     remedy="make the backup again: of that disk it will be full",
                 )
         backed_up = []
@@ -402,8 +404,8 @@ class _Run:
 
 def _say_none(why: BaseException) -> None:
     """Have an error say that there is no backup."""
-    if isinstance(why, Error) and why.standing != UNTOUCHED:
-        said = "there is no backup, and the next one can be what this one was to be"
+    if isinstance(why, Error) and why.standing not in (UNTOUCHED, _NONE):
+        said = f"{_NONE}, and the next one can be what this one was to be"
         why.standing = f"{why.standing}; {said}" if why.standing else said
 
 

@@ -8,7 +8,9 @@ import pytest
 from fleecing import MIB, ran
 
 import qmpblock
-from qmpblock.errors import BusyError, RequestError, UnsupportedError
+from qmpblock.backups import run
+from qmpblock.backups.bitmaps import make_bitmaps
+from qmpblock.errors import BusyError, Error, RequestError, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -16,6 +18,12 @@ pytestmark = pytest.mark.live
 
 QCOW2 = "about: A disk.\nimages: [{size: 16M, content: [write 0 6M 0xbb]}]"
 RAW = "about: A raw one.\nimages: [{format: raw, size: 16M, content: [write 0 6M 0xbb]}]"
+TWO = """\
+about: Two disks.
+disks:
+- images: [{format: raw, size: 1M}]
+- images: [{size: 1M}]
+"""
 #: As a guest writes data, zeros and discards.
 WRITES = ("write -P {} 1M 300k", "write -z 3M 1M", "discard 5M 1M", "write -P {} 15M 1M")
 
@@ -36,9 +44,9 @@ def begin(start_qemu, vm_dir, qemu_binary, invariant):
     return started
 
 
-async def backed_up(vm, place, **options):
+async def backed_up(vm, place, disk=None, **options):
     async with qmpblock.connect(vm.monitor_path) as controller:
-        disks = await controller.disks()
+        disks = [one for one in await controller.disks() if disk in (None, one.name)]
         async with controller.backup(place, disks, **options) as job:
             pass
     [one] = job.result.point.disks
@@ -143,6 +151,35 @@ async def test_a_disk_that_was_smaller_for_a_while(begin, vm_dir):
     one, _ = await backed_up(vm, place)
     assert "was made smaller meanwhile" in one.reason
     await held(vm, place, one)
+
+
+async def test_a_disk_that_was_smaller_while_it_is_backed_up(begin, vm_dir, monkeypatch):
+    """After the look at its bitmap: an increment would leave out what that has lost."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    await backed_up(vm, place)
+    await vm.qemu_io("d0", "write -P 7 15M 64k")
+
+    async def resized(*arguments):
+        for size in (8 * MIB, 16 * MIB):
+            await vm.execute("block_resize", node_name="d0", size=size)
+        return await make_bitmaps(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "make_bitmaps", resized)
+        with pytest.raises(Error, match="was made smaller while it was backed up") as refused:
+            await backed_up(vm, place)
+    assert refused.value.standing == "there is no backup"
+    one, _ = await backed_up(vm, place)
+    assert "was made smaller meanwhile" in one.reason
+    await held(vm, place, one)
+
+
+async def test_disks_in_turn_of_a_vm_that_nothing_tells(begin, vm_dir):
+    """It has no UUID and no name: that a directory is its own all of its disks tell."""
+    vm, place = await begin(TWO), vm_dir / "b"
+    made = [await backed_up(vm, place, disk=name) for name in ("vd0", "vd1", "vd0", "vd1")]
+    kinds = [one.kind for one, _ in made]
+    assert kinds == ["full", "full", "incremental", "incremental"]
 
 
 async def test_a_disk_that_has_grown(begin, vm_dir):
