@@ -65,24 +65,30 @@ OURS = tuple(one for one in OPERATIONS if "iothread" not in one.extra and one.na
 
 
 class Crossing(Point):
-    """A domain of which both want something at once."""
+    """A domain of which both want something at once.
+
+    :ivar held: whether ours held the domain, or was just about to, as libvirt was asked.
+    """
+
+    held = False
 
     async def meet(self, number, moment, theirs):
         """Run ours, and theirs at a point; return why each was refused.
 
         Of theirs None where ours never came to that point.
         """
-        asking = []
+        asking, sent = [], []
 
         async def meet():
             self.seen = await self.domain.progress(self.seen)
+            self.held = sent[-1] == ASKED or not await self._runs()
             asking.append(asyncio.ensure_future(self._ask(theirs)))
             await asyncio.wait(asking, timeout=_PATIENCE)
 
         @contextlib.asynccontextmanager
         async def connect(address):
             async with qmpblock.connect(address) as vm:
-                deadly(vm.monitor, number, moment, meet)
+                deadly(vm.monitor, number, moment, meet, sent)
                 yield vm
 
         ours = ""
@@ -103,6 +109,9 @@ class Crossing(Point):
             await self.domain.is_off()
         return ""
 
+    async def _runs(self):
+        return "running" in await self.domain.virsh("domstate")
+
     async def _virsh(self, verb, *words):
         spare, saved = self.directory / "spare.qcow2", self.directory / "saved"
         if verb == "attach-disk":
@@ -117,6 +126,8 @@ class Crossing(Point):
 
     async def comes_back(self, theirs):
         """Do what is due after theirs was done."""
+        if theirs.name == "suspend" and self.held and await self._runs():
+            return  # libvirt does nothing to a domain that stands: nobody can see that it was asked
         for words in theirs.then:
             await self._virsh(*words)
         if theirs.ends == "start":

@@ -43,16 +43,24 @@ async def pause(vm: Connection, node: str) -> bool:
 
     :param node: its name, of a node of ours.
     """
-    if not (await vm.monitor.execute("query-status"))["running"]:
-        return False
-    # It is there where a change is carried on whose controller died just before `stop`.
-    await mark(vm, node)
+    with vm.monitor.subscribe("STOP") as stops:
+        if not await _runs(vm):
+            return False
+        # It is there where a change is carried on whose controller died just before `stop`.
+        await mark(vm, node)
+        if stops.pending() and not await _runs(vm):
+            await tolerate(no_node, vm.monitor.execute("blockdev-del", {"node-name": node}))
+            return False  # somebody has paused it since: it is not ours to go on
     if vm.monitor.is_lent:
         # Of a `stop` behind its back it hears, and lets its locks on the images go for good.
         await vm.monitor.through(lambda lender: lender.suspend())
     else:
         await vm.monitor.execute("stop")
     return True
+
+
+async def _runs(vm: Connection) -> bool:
+    return (await vm.monitor.execute("query-status"))["running"] is True
 
 
 async def mark(vm: Connection, node: str) -> None:

@@ -1,6 +1,7 @@
 """A VM that is paused for an instant, by QEMU's answers. With QEMUs: live/test_points.py."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 from drawing import chain
@@ -75,18 +76,32 @@ async def test_only_what_is_paused_goes_on(tmp_path, status, goes_on):
 
 
 class Lent:
-    """A monitor that a manager lends: what it is told, and what the manager is asked."""
+    """A monitor that a manager lends: what it is told, and what the manager is asked.
+
+    :ivar meanwhile: what somebody else does to the VM as it is marked.
+    """
 
     is_lent = True
 
-    def __init__(self):
+    def __init__(self, *meanwhile):
         self.told = []
         self.status = "running"
         self.monitor = self
+        self.meanwhile = meanwhile
+        self.stops = []
 
     async def execute(self, command, arguments=None):
         self.told.append(command)
+        if command == "blockdev-add":
+            for status in self.meanwhile:
+                self.status = status
+                self.stops += ["STOP"] * (status == "paused")
         return {"status": self.status, "running": self.status == "running"}
+
+    @contextmanager
+    def subscribe(self, name):
+        assert name == "STOP"
+        yield SimpleNamespace(pending=lambda: list(self.stops))
 
     def in_one_turn(self):
         return nullcontext()
@@ -109,3 +124,13 @@ async def test_a_manager_that_lends_its_monitor_pauses_the_vm_itself():
     await in_it(vm)
     changing = [one for one in vm.told if one != "query-status"]
     assert changing == ["blockdev-add", "suspend", "qom-list", "resume", "blockdev-del"]
+
+
+async def test_what_somebody_pauses_as_it_is_marked_stays_paused():
+    vm = Lent("paused")
+    await in_it(vm)
+    assert vm.told[-3:] == ["query-status", "blockdev-del", "qom-list"]
+    assert vm.status == "paused"
+    vm = Lent("paused", "running")
+    await in_it(vm)
+    assert [one for one in vm.told if one in ("suspend", "resume")] == ["suspend", "resume"]
