@@ -139,6 +139,13 @@ class Two(Managed):
         self.names = {"vda": "/i/d0", "vdb": "/i/d1"}
         self.held = []
         self.forgets = ""
+        self.monitor.in_one_turn = contextlib.nullcontext
+        self.monitor.subscribe = self.stops
+
+    @contextlib.contextmanager
+    def stops(self, name):
+        assert name == "STOP"
+        yield SimpleNamespace(pending=list)
 
     async def files(self):
         return self.names, self.names
@@ -180,7 +187,6 @@ class Two(Managed):
 
 async def test_the_guest_goes_on_when_all_disks_are_over():
     vm = Two()
-    vm.monitor.in_one_turn = contextlib.nullcontext
     await pivot(vm, vm.record(), vm, "vda", "vdb")
     assert vm.sent == ["suspend", "pivot vda", "pivot vdb", "resume"]
     assert vm.marks == [{"pivoted": True}]
@@ -189,7 +195,6 @@ async def test_the_guest_goes_on_when_all_disks_are_over():
 async def test_of_two_one_is_forgotten():
     """That goes back; the other one is over; the guest waits for whoever undoes it."""
     vm = Two()
-    vm.monitor.in_one_turn = contextlib.nullcontext
     vm.forgets = "vdb"
     with pytest.raises(Error, match="forgotten its pivot of vdb"):
         await pivot(vm, vm.record(), vm, "vda", "vdb")
