@@ -81,7 +81,9 @@ _CLUSTER = 64 << 10  # bytes of an overlay
 _RESERVE = 256 << 20  # bytes of the file system that stay free besides
 _LOOK = 0.2  # seconds between looks at the free space
 _NO_END = "use QEMU 10.0 or newer; or copy it by qemu-img when the VM is off"
-_OTHERWISE = "copy the end (--at end), which is as consistent; or use QEMU 10.0 or newer"
+_OTHERWISE = (
+    "copy the end (qmpblock copy --at end), which is as consistent; or use QEMU 10.0 or newer"
+)
 
 
 @dataclass(frozen=True)
@@ -404,6 +406,6 @@ def _check_room(path: str, wanted: int, standing: str | None = None) -> None:
             f"guest's writes need {wanted} there while the copy runs: they go to an overlay, which "
             "then comes home",
             standing=standing,
-            remedy="make room there, or copy the end (--at end), which needs none there; or copy "
-            "when the guest writes less",
+            remedy="make room there, or copy the end (qmpblock copy --at end), which needs none "
+            "there; or copy when the guest writes less",
         )

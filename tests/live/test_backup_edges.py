@@ -20,6 +20,19 @@ disks:
   - images: [{size: 16M, content: [write 0 6M 0xbb]}]
 """
 
+LUKS = "{encrypt.format: luks, encrypt.iter-time: 10}"
+QCOW2_KEY = "encrypt.format=luks,encrypt.key-secret=key"
+ENCRYPTED = {
+    "qcow2": f"""
+about: An encrypted image over a plain one.
+images: [{{size: 2M}}, {{size: 2M, secret: sesame, options: {LUKS}, content: [write 0 1M 0xaa]}}]
+""",
+    "luks": """
+about: An encrypted one.
+images: [{format: luks, size: 2M, secret: sesame, options: {iter-time: 10}}]
+""",
+}
+
 
 @pytest.fixture
 def begin(start_qemu, vm_dir, qemu_binary, invariant):
@@ -114,3 +127,31 @@ async def test_a_uefi_vm(begin, vm_dir):
     ]
     await vm.quit()
     await held(place, point)
+
+
+@pytest.mark.parametrize("fmt", ENCRYPTED)
+async def test_an_encrypted_disk(fmt, begin, vm_dir):
+    """Nothing of it lies in the directory in the clear; an increment is one; its key opens all."""
+    vm, place = await begin(ENCRYPTED[fmt]), vm_dir / "b"
+    made = []
+    for byte in (0xA5, 0x5A):
+        await vm.qemu_io("d0", f"write -P {byte} 1M 300k")
+        point, warnings = await backed_up(vm, place)
+        made += point.disks
+        assert warnings == ()
+    assert [(one.kind, one.encrypted) for one in made] == [("full", True), ("incremental", True)]
+    for file in place.iterdir():
+        data = file.read_bytes()
+        assert not any(bytes([byte]) * 512 in data for byte in (0xAA, 0xA5, 0x5A)), file
+    code, _, err = await cli("restore", place, vm_dir / "restored")
+    assert (code, "is encrypted with the key of its disk" in err) == (2, True)
+    await vm.quit()
+    above, below = (
+        f"driver=qcow2,{QCOW2_KEY},file.filename={place / one.file}" for one in reversed(made)
+    )
+    below = ",".join(f"backing.{option}" for option in below.split(","))
+    options = QCOW2_KEY if fmt == "qcow2" else "key-secret=key"
+    source = f"driver={fmt},{options},file.filename={made[1].source}"
+    key = ("--object", "secret,id=key,data=sesame")
+    code, out = await ran("qemu-img", "compare", *key, "--image-opts", source, f"{above},{below}")
+    assert code == 0, out
