@@ -29,6 +29,7 @@ from qmpblock.migration import arbiter
 from qmpblock.migration.journal import journals
 from qmpblock.migration.states import Phase, Side
 from qmpblock.testing import Tools, build, check_acknowledged, parse_scenario
+from qmpblock.testing.postmortem import examine
 
 DISK = """
 about: A disk.
@@ -118,6 +119,8 @@ class Matrix:
             settled = outcome != "a person decides"
         except BaseException as error:
             error.add_note(f"{struck} struck {moment} command {number} of {self.commands}")
+            for vm in self._started:  # they are gone when the others have been struck
+                error.add_note(examine(vm).summary())
             raise
         finally:
             await self._put_away()
