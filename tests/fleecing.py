@@ -16,14 +16,14 @@ SPEC = StressSpec(blocks=4096, block_size=4096, queue_depth=32, seed=9)
 _DRIVE = {"path": "/machine/peripheral/vd0", "property": "drive"}
 
 
-async def begin_writing(vm, *specs):
-    """Have the guest write to its disks all the time, and wait until it does."""
+async def begin_writing(vm, *specs, first=500):
+    """Have the guest write to its disks all the time, and wait until it has written so much."""
     specs = specs or (SPEC,)
     for spec in specs:
         await vm.guest.stress(spec)
     for spec in specs:
         async with asyncio.timeout(120):
-            while (await vm.guest.progress(spec.disk)).acked < 500:
+            while (await vm.guest.progress(spec.disk)).acked < first:
                 await asyncio.sleep(0.01)
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from fleecing import MIB, ran
+from fleecing import MIB, begin_writing, ran
 
 import qmpblock
 from qmpblock import names
@@ -89,8 +89,7 @@ async def test_increments_hold_the_instant(start_qemu, vm_dir, invariant):
     """Of disks that a guest writes to all the time, each chain read by qemu-img alone."""
     vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
     invariant.expect(STAYS)
-    for spec in SPECS:
-        await vm.guest.stress(spec)
+    await begin_writing(vm, *SPECS, first=1)
     place = vm_dir / "backups"
     made = [await backed_up(vm, place) for _ in range(4)]
     await vm.guest.stop_stress()
@@ -109,8 +108,7 @@ async def test_increments_hold_the_instant(start_qemu, vm_dir, invariant):
 async def test_it_is_tested_and_restored_without_the_vm(start_qemu, vm_dir, invariant):
     vm = await start_qemu(parse_scenario(TWO, "two"), guest=True)
     invariant.expect(STAYS)
-    for spec in SPECS:
-        await vm.guest.stress(spec)
+    await begin_writing(vm, *SPECS, first=1)
     place = vm_dir / "backups"
     made = [(await backed_up(vm, place))[0] for _ in range(3)]
     checked = await check_backups(place)
