@@ -54,6 +54,13 @@ FOLDERS = {
 }
 _APART = ("unshare", "--mount", "--net", "--uts")
 _OVERLAY = '[ "$2" = / ] || mount -t overlay -o "lowerdir=$2/usr:/usr" overlay /usr'
+#: Of a user that its package makes, and no unpacking does, the daemon asks whatever it is told.
+_USER = {"passwd": "libvirt-qemu:x:64055:64055::/:/bin/false", "group": "libvirt-qemu:x:64055:"}
+_HAVE = """\
+getent {list} libvirt-qemu >"$1/{list}" || {{
+  {{ cat /etc/{list} && echo {entry}; }} >"$1/{list}"
+  mount --bind "$1/{list}" /etc/{list}
+}}"""
 _ENTER = "\n".join(
     [
         "mount --make-rprivate /",
@@ -62,6 +69,7 @@ _ENTER = "\n".join(
             for here, there in FOLDERS.items()
         ),
         _OVERLAY,
+        *(_HAVE.format(list=name, entry=entry) for name, entry in _USER.items()),
         "umount -R -l /sys/fs/cgroup || true",
         'hostname "libvirt-$$"',
         'echo && exec sleep "infinity"',
