@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qmpblock.allocation.thin import Allocator
     from qmpblock.backups.decision import Kind
     from qmpblock.backups.job import BackupJob
+    from qmpblock.backups.planned import PlannedBackup
     from qmpblock.chains.jobs import ChainJob
     from qmpblock.chains.snapshot import SnapshotResult
     from qmpblock.changes.step import Step
@@ -317,6 +318,49 @@ class VM(Connection):
         from qmpblock.backups.run import backup
 
         return backup(
+            self,
+            directory,
+            disks,
+            kind,
+            compress=compress,
+            speed=speed,
+            latency=latency,
+            fleece=fleece,
+            fleece_limit=fleece_limit,
+            verify=verify,
+        )
+
+    async def plan_backup(
+        self,
+        directory: str | os.PathLike[str],
+        disks: Sequence[Disk],
+        *,
+        kind: Kind | None = None,
+        compress: bool = False,
+        speed: int = 0,
+        latency: float = 0.0,
+        fleece: str | os.PathLike[str] | None = None,
+        fleece_limit: int | None = None,
+        verify: bool = False,
+    ) -> PlannedBackup:
+        """Say what `backup` would make of these disks, and what it takes; make none.
+
+        Of each disk whether its image would be full or an increment, why and on what, how many
+        bytes there are to copy at the most, and the room; how it is made on this QEMU, what the
+        guest feels, the time at the speed that is asked for. What `backup` would refuse is refused,
+        by the same errors; so is a disk on which a controller that died left something, which
+        `backup` undoes first.
+
+        Nothing is made, neither in the VM nor in the directory, nor is that. The map of a disk of
+        which all would be copied needs an export for a moment, as `Disk.map`; where there can be
+        none the bytes are None, with a warning.
+
+        :param directory: as of `backup`, and so are all options.
+        :raise Error: as of `backup`, before it touches anything.
+        """
+        from qmpblock.backups.dryrun import dry_run
+
+        return await dry_run(
             self,
             directory,
             disks,

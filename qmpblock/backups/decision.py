@@ -14,8 +14,8 @@ Where one is not known, the backup is full. That is never wrong, and says why.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qmpblock.backups.point import DiskBackup, Point
@@ -26,7 +26,7 @@ from qmpblock.names import backup_bitmap, end_bitmap
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
 
-__all__ = ["Decision", "Kind", "SeenDisk", "check_vm", "decide", "parents_wanted"]
+__all__ = ["Decision", "Kind", "SeenDisk", "check_vm", "decide", "fallen_back", "parents_wanted"]
 
 Kind = Literal["full", "incremental"]
 
@@ -62,6 +62,10 @@ class SeenDisk:
             frozenset(one.name for layer in below for one in layer.node.bitmaps),
         )
 
+    def without(self, names: Container[str]) -> SeenDisk:
+        """Return it as it will be once bitmaps of these names are gone."""
+        return replace(self, bitmaps=tuple(one for one in self.bitmaps if one.name not in names))
+
     def bitmap(self, name: str) -> Bitmap | None:
         """Return a bitmap of its active layer; None where there is none of that name."""
         return next((one for one in self.bitmaps if one.name == name), None)
@@ -87,6 +91,14 @@ class Decision:
     def kind(self) -> Kind:
         """What it is to be."""
         return "full" if self.parent is None else "incremental"
+
+    @property
+    def written(self) -> int | None:
+        """Bytes that an increment holds, at most, by what its bitmaps say; None: it is full."""
+        if self.parent is None:
+            return None
+        both = (self.disk.bitmap(self.bitmap), self.disk.bitmap(end_bitmap(self.bitmap)))
+        return min(self.disk.size, sum(one.count for one in both if one is not None))
 
 
 def parents_wanted(points: Sequence[Point], disk: SeenDisk) -> tuple[DiskBackup, ...]:
@@ -130,6 +142,18 @@ def decide(
             remedy="have it be full: leave --incremental out, or say --full",
         )
     return Decision(disk, reason=reason, fell_back=bool(backups))
+
+
+def fallen_back(decisions: Iterable[Decision], verb: str = "is") -> tuple[str, ...]:
+    """Warn of backups that are full where an increment was to be expected.
+
+    :param verb: `is`, or `would be` of one that is not made.
+    """
+    return tuple(
+        f"the backup of {one.disk.disk} {verb} full: {one.reason}"
+        for one in decisions
+        if one.fell_back
+    )
 
 
 def _backups_of(points: Sequence[Point], disk: SeenDisk) -> list[tuple[DiskBackup, str]]:

@@ -16,19 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import posixpath
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qmpblock.backups.maker import check_free, locked, unwritable
 from qmpblock.backups.point import Point, is_image_name
-from qmpblock.errors import UNTOUCHED, BusyError, Error, RecordError, RequestError, printable
+from qmpblock.errors import UNTOUCHED, Error, RecordError, RequestError, printable
 from qmpblock.graph.places import FileId
 from qmpblock.host.ourfiles import Directory
 from qmpblock.names import (
@@ -43,7 +43,7 @@ from qmpblock.peerjson import read_json
 from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
 from qmpblock.versioned import read as read_fields
 
-__all__ = ["Backups", "open_backups", "read_points"]
+__all__ = ["Backups", "foresee_backups", "open_backups", "read_points"]
 
 _LARGEST = 64 << 20  # bytes of a point file
 _KNOWN = (BACKUP_LOCK_FILE, "lost+found")  # what an empty directory may hold
@@ -100,6 +100,11 @@ class Backups:
     def place(self, name: str) -> str:
         """Return the path of a file in it."""
         return posixpath.join(self.path, name)
+
+    @property
+    def home(self) -> str:
+        """The directory in which its files lie; or, where it is still to be made, itself will."""
+        return self.path
 
     def identity(self) -> tuple[int, int]:
         """Return its device and inode."""
@@ -238,9 +243,7 @@ class Backups:
             self.files.rename(part, made[-1], name)
             self.files.sync()
         except OSError as error:
-            raise Error(
-                f"cannot write {printable(self.place(name))}: {error.strerror}",
-            ) from None
+            raise self._cannot_write(name, error.strerror) from None
 
     def _read(self, name: str) -> Any:
         """Return the JSON of a file in it.
@@ -308,57 +311,45 @@ class Backups:
                 remedy="name a directory of backups, an empty one, or one that is to be made",
             )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the only one who makes a backup there, while this lasts.
+    def locked(self) -> AbstractContextManager[None]:
+        """Be the only one who makes a backup there, while this lasts. See `locked`."""
+        return locked(self.path, self.files)
 
-        :raise BusyError: somebody else does.
-        :raise Error: there are no locks there.
+    def check_free(self) -> None:
+        """Refuse what `locked` would refuse; nothing is made. See `check_free`."""
+        check_free(self.path, self.files)
+
+    def check_begin(self, when: str) -> None:
+        """Refuse what `begin` and `sweep` would, as far as that can be told; nothing is made.
+
+        :raise Error: no file could be made there.
+        :raise RecordError: what a backup left that was broken off cannot be read.
         """
-        while (fd := self._locked_file()) is None:  # whoever had it has removed it
-            pass
-        try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-            yield
-            with contextlib.suppress(OSError):
-                os.ftruncate(fd, 0)
-        finally:
-            os.close(fd)
+        if (why := unwritable(self.files)) is not None:
+            raise self._cannot_write(begun_file(when), why)
+        for left in self._every_begun():
+            self._left(left)
 
-    def _locked_file(self) -> int | None:
-        """Return the descriptor of the file that is locked; None where it is another one by now."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            fd = os.open(BACKUP_LOCK_FILE, flags, 0o644, dir_fd=self.files.fd)
-        except OSError as error:
-            raise Error(
-                f"cannot make {printable(self.place(BACKUP_LOCK_FILE))}: {error.strerror}",
-                standing=UNTOUCHED,
-            ) from None
-        locked = False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            there = self.files.status(BACKUP_LOCK_FILE)
-            locked = there is not None and os.path.samestat(there, os.fstat(fd))
-        except BlockingIOError:
-            who = os.pread(fd, 100, 0).decode(errors="replace").strip()
-            raise BusyError(
-                f"a backup is being made in {printable(self.path)}"
-                + (f", by process {printable(who)}" if who else ""),
-                standing=UNTOUCHED,
-                remedy="wait for it, or name another directory",
-            ) from None
-        except OSError as error:
-            raise Error(
-                f"{printable(self.path)} is on a file system that knows no locks: {error.strerror}",
-                standing=UNTOUCHED,
-                remedy="name a directory on another one",
-            ) from None
-        finally:
-            if not locked:
-                os.close(fd)
-        return fd if locked else None
+    def _cannot_write(self, name: str, why: object) -> Error:
+        return Error(f"cannot write {printable(self.place(name))}: {why}")
+
+
+@dataclass
+class _Unmade(Backups):
+    """A directory of backups that is still to be made; `files` is what it will lie in."""
+
+    @property
+    def home(self) -> str:
+        return str(self.files.path)
+
+    def names(self) -> list[str]:
+        return []
+
+    def check_free(self) -> None:
+        pass  # nobody can have it
+
+    def check_begin(self, when: str) -> None:
+        pass  # it will be ours
 
 
 @contextmanager
@@ -378,10 +369,7 @@ def open_backups(path: str | os.PathLike[str], *, make: bool = False) -> Iterato
                 fresh = True
         files = Directory(name)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RequestError(
-            f"cannot open the directory {printable(name)}: {why}", standing=UNTOUCHED
-        ) from None
+        raise _cannot_open(name, getattr(error, "strerror", None) or error) from None
     with files:
         backups = Backups(name, files)
         try:
@@ -394,6 +382,28 @@ def open_backups(path: str | os.PathLike[str], *, make: bool = False) -> Iterato
                     Path(name).rmdir()
 
 
+@contextmanager
+def foresee_backups(path: str | os.PathLike[str]) -> Iterator[Backups]:
+    """Open a directory of backups, while this lasts, as it would be if it were made now.
+
+    :raise RequestError: it is not there, and cannot be made.
+    """
+    name = os.path.normpath(Path.cwd() / os.fspath(path))
+    there = True
+    try:
+        try:
+            os.lstat(name)
+        except FileNotFoundError:
+            there = False
+        files = Directory(name if there else posixpath.dirname(name))
+    except (OSError, ValueError) as error:
+        raise _cannot_open(name, getattr(error, "strerror", None) or error) from None
+    with files:
+        if not there and (why := unwritable(files)) is not None:
+            raise _cannot_open(name, why)
+        yield Backups(name, files) if there else _Unmade(name, files)
+
+
 def read_points(path: str | os.PathLike[str]) -> tuple[Point, ...]:
     """Return the backups that a directory holds, oldest first. Nothing else is read.
 
@@ -404,6 +414,10 @@ def read_points(path: str | os.PathLike[str]) -> tuple[Point, ...]:
         for error in backups.read().values():
             raise error
         return tuple(backups.points)
+
+
+def _cannot_open(path: str, why: object) -> RequestError:
+    return RequestError(f"cannot open the directory {printable(path)}: {why}", standing=UNTOUCHED)
 
 
 def _unreadable(path: str, why: object) -> RecordError:

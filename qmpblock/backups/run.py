@@ -20,56 +20,52 @@ backup that failed costs no full one.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import shlex
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, TypeVar, Unpack
 
 from qmpblock.backups.bitmaps import drawing_nodes, make_bitmaps, others_there, survived, vouched
-from qmpblock.backups.decision import Kind, SeenDisk, check_vm, decide, parents_wanted
+from qmpblock.backups.decision import Kind, fallen_back
 from qmpblock.backups.directory import Backups, open_backups
-from qmpblock.backups.imagefile import digest_of, first_broken
+from qmpblock.backups.imagefile import digest_of
 from qmpblock.backups.job import BackupJob, BackupResult
+from qmpblock.backups.look import (
+    NO_BACKUP,
+    BackupWords,
+    check_copies,
+    check_disks,
+    decided,
+    drafted,
+    say_none,
+    see,
+)
 from qmpblock.backups.point import (
-    BackedUpVM,
     DiskBackup,
     Point,
     image_names,
-    images_of,
-    when_of,
 )
 from qmpblock.cancellation import undisturbed
 from qmpblock.changes.backupnote import BackupNote, delete_bitmaps, undo_dead_backup
-from qmpblock.changes.identity import identify
-from qmpblock.changes.leftovers import make_way
 from qmpblock.copying.copy import copy
-from qmpblock.copying.look import look
 from qmpblock.copying.meter import Meter
-from qmpblock.copying.options import CopyOptions
 from qmpblock.copying.plan import Since
 from qmpblock.errors import (
-    UNTOUCHED,
     DisconnectedError,
     Error,
-    RequestError,
-    UnsupportedError,
     printable,
 )
-from qmpblock.managers import Work
 from qmpblock.names import (
     backup_bitmap,
     backup_lock_name,
     end_bitmap,
-    lock_names,
     new_run,
     point_file,
 )
-from qmpblock.qemu import lock, ownership
+from qmpblock.qemu import lock
 from qmpblock.qemu.lock import Holder
 from qmpblock.qemu.refusals import no_node, tolerate
 from qmpblock.versioned import plain
@@ -79,21 +75,9 @@ if TYPE_CHECKING:
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["BackupWords", "backup"]
+__all__ = ["backup"]
 
 DiskT = TypeVar("DiskT", bound="MappedDisk")
-_NONE = "there is no backup"  # how it stands where one failed
-
-
-class BackupWords(TypedDict, total=False):
-    """The options of a backup that are those of a copy (`qmpblock.copying.options`)."""
-
-    compress: bool
-    speed: int
-    latency: float
-    fleece: str | os.PathLike[str] | None
-    fleece_limit: int | None
-    verify: bool
 
 
 @asynccontextmanager
@@ -147,16 +131,12 @@ class _Run:
         :raise Error: it cannot be made, or has failed; what stands is said.
         """
         started = time.monotonic()
-        if not self.disks:
-            raise RequestError("a backup of no disk is none", standing=UNTOUCHED)
-        paths = [disk.device.qom_path for disk in self.disks]
-        if len(set(paths)) < len(paths):
-            raise RequestError("a disk is named twice", standing=UNTOUCHED)
+        check_disks(self.disks)
         with open_backups(self.directory, make=True) as backups, backups.locked():
             for error in backups.read().values():
                 raise error
             backups.check_one()
-            draft = await self._drafted(backups)
+            draft = await drafted(self.vm, backups, self.disks)
             names = image_names(draft.when, [disk.name for disk in self.disks])
             try:
                 # First, for its id is that of what is done in the VM from here on.
@@ -167,7 +147,7 @@ class _Run:
             except BaseException as error:
                 if not backups.points or backups.points[-1].id != draft.id:
                     backups.end(draft.when)
-                    _say_none(error)
+                    say_none(error)
                 raise
             backups.end(draft.when)
         self.job.result = BackupResult(
@@ -178,21 +158,6 @@ class _Run:
             done.verified,
             self.job.warnings,
         )
-
-    async def _drafted(self, backups: Backups) -> Point:
-        """See that the directory is of this VM; return what is known of the backup by now."""
-        vm = self.vm
-        devices = [disk.device for disk in self.disks]
-        await ownership.ask(vm.monitor, devices)
-        await ownership.ask_for_change(vm, Work("backup", devices[0].chain.active.file))
-        await make_way(vm, lock_names(devices))
-        me = await identify(vm)
-        every = [SeenDisk.of(one) for one in (await vm.graph()).disks()]
-        check_vm(backups.points, me.name, me.uuid, every, backups.path)
-        backups.check_new()
-        when = when_of(datetime.now(UTC), _taken(backups))
-        of, number = BackedUpVM(me.name, me.uuid), backups.next_number
-        return Point(backups.id or new_run(), new_run(), when, "", of, (), number)
 
     @asynccontextmanager
     async def _alone(self, draft: Point) -> AsyncIterator[None]:
@@ -218,16 +183,11 @@ class _Run:
         self, backups: Backups, draft: Point, names: Sequence[str]
     ) -> tuple[Point, CopyResult]:
         job = self.job
-        seen = await self._look()  # anew: what was undone is gone
-        broken = await _broken(backups, seen)
-        job.decisions = tuple(decide(backups.points, disk, broken, self.kind) for disk in seen)
-        job.warnings = tuple(
-            f"the backup of {one.disk.disk} is full: {one.reason}"
-            for one in job.decisions
-            if one.fell_back
-        )
+        seen = await see(self.vm, self.disks)  # anew: what was undone is gone
+        job.decisions = await decided(backups, seen, self.kind)
+        job.warnings = fallen_back(job.decisions)
         targets = {disk: backups.place(name) for disk, name in zip(self.disks, names, strict=True)}
-        await self._check(targets)
+        await check_copies(self.vm, targets, self.words)
         bitmaps = [backup_bitmap(draft.backups, draft.id, n) for n in range(len(self.disks))]
         try:
             await self._say(backups, draft, bitmaps)
@@ -241,34 +201,6 @@ class _Run:
             raise
         await undisturbed(self._end(draft.when))
         return point, done
-
-    async def _look(self) -> list[SeenDisk]:
-        """See how the disks are now."""
-        graph = await self.vm.graph()
-        for disk in self.disks:
-            disk.device = graph.device(disk.device.qom_path)
-        return [SeenDisk.of(disk.device) for disk in self.disks]
-
-    async def _check(self, targets: Mapping[MappedDisk, str]) -> None:
-        """Refuse what no copy can be made of; say of which disks one can.
-
-        None is left out unasked: whoever restores the VM may need it.
-
-        :raise Error: of one it cannot.
-        """
-        options = CopyOptions(format="qcow2", **self.words)
-        try:
-            await look(self.vm, targets, options)
-        except UnsupportedError as error:
-            fit = []
-            for disk, place in targets.items():
-                with contextlib.suppress(UnsupportedError):
-                    await look(self.vm, {disk: place}, options)
-                    fit.append(f"--disk {shlex.quote(printable(disk.name))}")
-            if 0 < len(fit) < len(targets):
-                others = f"back up the others alone: {' '.join(fit)}"
-                error.remedy = f"{error.remedy}; or {others}" if error.remedy else others
-            raise
 
     async def _say(self, backups: Backups, draft: Point, bitmaps: Sequence[str]) -> None:
         """Say what is about to be made in the VM, so that whoever finds it can undo it."""
@@ -343,7 +275,7 @@ class _Run:
                 raise Error(
                     f"{printable(disk.name)} was made smaller while it was backed up, so its dirty "
                     "bitmap does not tell all that was written",
-                    standing=_NONE,
+                    standing=NO_BACKUP,
                     remedy="make the backup again: of that disk it will be full",
                 )
         backed_up = []
@@ -400,37 +332,3 @@ class _Run:
         for node in self.note.nodes:
             await tolerate(no_node, self.vm.monitor.execute("blockdev-del", {"node-name": node}))
         await delete_bitmaps(self.vm, self.note.made)
-
-
-def _say_none(why: BaseException) -> None:
-    """Have an error say that there is no backup."""
-    if isinstance(why, Error) and why.standing not in (UNTOUCHED, _NONE):
-        said = f"{_NONE}, and the next one can be what this one was to be"
-        why.standing = f"{why.standing}; {said}" if why.standing else said
-
-
-async def _broken(backups: Backups, seen: Sequence[SeenDisk]) -> dict[str, str]:
-    """Return what is wrong with the images that increments could lie on, by their files."""
-    broken = {}
-    for disk in seen:
-        for one in parents_wanted(backups.points, disk):
-            try:
-                why = await first_broken(backups, images_of(backups.points, one.file))
-            except RequestError as error:
-                why = error.message
-            if why is not None:
-                broken[one.file] = f"of what it would lie on, {why}"
-    return broken
-
-
-def _taken(backups: Backups) -> list[str]:
-    """Return by what times files there are called."""
-    names = backups.names()
-    return [*(point.when for point in backups.points), *(_begin(name) for name in names)]
-
-
-def _begin(name: str) -> str:
-    """Return the time in a file's name, with its number if it has one."""
-    first, _, rest = name.partition(".")[0].partition("-")
-    number = rest.partition("-")[0]
-    return f"{first}-{number}" if number.isdecimal() else first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Unpack
 
 import click
@@ -11,6 +12,7 @@ from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.backupsoutput import checked_document, list_document, said_checked, said_points
 from qmpblock.cli.copy_command import Latency
+from qmpblock.cli.plannedbackup import said as said_planned
 from qmpblock.cli.progress import reporting
 from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import printable
@@ -19,8 +21,9 @@ from qmpblock.sizes import human_size
 if TYPE_CHECKING:
     from qmpblock.backups.decision import Kind
     from qmpblock.backups.job import BackupResult
+    from qmpblock.backups.look import BackupWords
+    from qmpblock.backups.planned import PlannedBackup
     from qmpblock.backups.point import DiskBackup
-    from qmpblock.backups.run import BackupWords
     from qmpblock.cli.recording import Recorder
     from qmpblock.vm import VM, Disk
 
@@ -60,6 +63,11 @@ __all__ = ["command"]
     is_flag=True,
     help="Compare each image, with what it lies on, with the instant of which it is.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Make none; say what it would be, disk by disk, and why, and what it takes.",
+)
 @metrics_option
 @unmanaged_option
 async def command(
@@ -68,6 +76,7 @@ async def command(
     directory: str,
     names: tuple[str, ...],
     kind: Kind | None,
+    dry_run: bool,
     metrics: str | None,
     unmanaged: bool,
     **words: Unpack[BackupWords],
@@ -83,12 +92,17 @@ async def command(
     ./list.
     """
     if address in ("list", "check"):
-        if names or kind or metrics or unmanaged or any(words.values()):
+        if names or kind or dry_run or metrics or unmanaged or any(words.values()):
             raise click.UsageError(f"backup {address} takes the directory alone")
         return await (_list if address == "list" else _check)(options, directory)
+    if metrics is not None and dry_run:
+        raise click.UsageError("--metrics is of a backup that is made")
     with recording(metrics) as recorder:
         async with options.connect(address, unmanaged=unmanaged) as vm:
             disks = [await vm.disk(name) for name in names] if names else await _written(vm)
+            if dry_run:
+                planned = await vm.plan_backup(directory, disks, kind=kind, **words)
+                return _say_planned(planned, json_wanted=options.json)
             result = await _backed_up(vm, directory, disks, kind, words, recorder, address)
     if options.json:
         emit(json.dumps(_document(result), indent=2) + "\n")
@@ -122,6 +136,17 @@ async def _backed_up(
     assert job.result is not None  # leaving without an error sets it
     warn(job.result.warnings[len(told) :])
     return job.result
+
+
+def _say_planned(planned: PlannedBackup, *, json_wanted: bool) -> int:
+    if json_wanted:
+        emit(json.dumps(asdict(planned), indent=2) + "\n")
+    else:
+        for line in said_planned(planned):
+            click.echo(line)
+        click.echo("no backup was made (--dry-run)")
+    warn(planned.warnings)
+    return WARNED if planned.warnings else 0
 
 
 async def _list(options: Options, directory: str) -> int:

@@ -9,9 +9,9 @@ from qmpblock.errors import printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
-    from qmpblock.copying.planned import PlannedCopy, Room
+    from qmpblock.copying.planned import PlannedCopy, Room, Way
 
-__all__ = ["said", "said_amount"]
+__all__ = ["said", "said_amount", "said_kept", "said_room", "said_time"]
 
 _OF = {
     "start": "as it is when the copy begins",
@@ -33,28 +33,29 @@ def said(planned: PlannedCopy) -> Iterator[str]:
             f"{human_size(one.size)}, {_OF[planned.point]}"
             + ("; then compared with it" if planned.verify else "")
         )
-        yield f"  {said_amount(one.read, one.write)}" + _said_room(one.room)
+        yield f"  {said_amount(one.read, one.write)}" + said_room(one.room)
         if one.kept is not None:
-            kept = _KEPT[planned.way]
-            place, needed = printable(one.kept.path), human_size(one.kept.needed)
-            free = human_size(one.kept.free)
-            yield f"  {kept.format(place=place, needed=needed)}; {free} are free"
+            yield f"  {said_kept(one.kept, planned.way)}"
         if one.relayed:
             yield "  by NBD: whether the server answers, and has room, is not tried beforehand"
     yield f"by {planned.way}: {planned.why}"
     for text in planned.guest:
         yield f"the guest: {text}"
     if planned.seconds is not None:
-        yield (
-            f"{planned.seconds:.0f} s at {human_size(planned.speed)}/s"
-            + (", which counts zeros, too" if _counts_zeros(planned) else "")
-            + ("; to compare it takes about as long again" if planned.verify else "")
-        )
+        yield said_time(planned.seconds, planned.speed, planned.write, verify=planned.verify)
 
 
-def _counts_zeros(planned: PlannedCopy) -> bool:
-    counted = (planned.seconds or 0) * planned.speed
-    return planned.write is not None and counted > planned.write
+def said_time(seconds: float, speed: int, write: int | None, *, verify: bool) -> str:
+    """Say how long it takes.
+
+    :param write: bytes to be written, of all disks; None where that cannot be said.
+    """
+    counts_zeros = write is not None and seconds * speed > write
+    return (
+        f"{seconds:.0f} s at {human_size(speed)}/s"
+        + (", which counts zeros, too" if counts_zeros else "")
+        + ("; to compare it takes about as long again" if verify else "")
+    )
 
 
 def said_amount(read: int | None, write: int | None) -> str:
@@ -64,7 +65,14 @@ def said_amount(read: int | None, write: int | None) -> str:
     return f"{human_size(read)} to read, {human_size(write)} to write"
 
 
-def _said_room(room: Room | None) -> str:
+def said_kept(kept: Room, way: Way) -> str:
+    """Say where goes what the guest writes meanwhile."""
+    place, needed = printable(kept.path), human_size(kept.needed)
+    return f"{_KEPT[way].format(place=place, needed=needed)}; {human_size(kept.free)} are free"
+
+
+def said_room(room: Room | None) -> str:
+    """Say what room a target needs, behind how much is to be moved."""
     if room is None:
         return ""
     needed, free = human_size(room.needed), human_size(room.free)

@@ -27,6 +27,7 @@ from qmpblock.copying.planned import (
     Room,
     Way,
     amounts,
+    amounts_since,
     felt,
     lacking,
     seconds,
@@ -63,11 +64,13 @@ async def dry_run(
     targets: Mapping[DiskT, str | os.PathLike[str]],
     *,
     restarts: bool = False,
+    written: Mapping[DiskT, int] | None = None,
     **words: Unpack[CopyWords],
 ) -> PlannedCopy:
     """Say how disks would be copied. See `VM.plan_copy`.
 
     :param restarts: whether the targets' files that a copy left unfinished go first.
+    :param written: of those of which the copy would be an increment: bytes that it holds at most.
     """
     options = CopyOptions(**words)
     if not targets:
@@ -81,7 +84,8 @@ async def dry_run(
         await check_served(vm, plans, tries=False)
     way = way_of(options.point, misread=freezes_layers(vm, options))
     kept = await _kept(vm, list(targets), plans, way, options)
-    moved, warnings = await _moved(list(targets), plans, options, way, reserved)
+    since = [(written or {}).get(disk) for disk in targets]
+    moved, warnings = await _moved(list(targets), plans, options, way, reserved, since)
     disks = tuple(
         PlannedDisk(
             plan.device.name,
@@ -171,16 +175,22 @@ async def _moved(
     options: CopyOptions,
     way: Way,
     reserved: Sequence[int],
+    since: Sequence[int | None],
 ) -> tuple[list[Amounts | None], list[str]]:
     """Say how much is to be moved, by each disk's map; and of which there is none.
 
+    :param since: bytes that were written, of those of which an increment is made, without a map.
     :raise Error: a copy that is to be proven needs what the map needs, and that cannot be had.
     """
     moved: list[Amounts | None] = []
     warnings = []
-    for disk, plan, least in zip(disks, plans, reserved, strict=True):
+    for disk, plan, least, written in zip(disks, plans, reserved, since, strict=True):
+        if written is not None:
+            moved.append(amounts_since(plan, written))
+            if not options.verify:
+                continue
         try:
-            moved.append(amounts(plan, options, way, await disk.map(), least))
+            seen = await disk.map()
         except (BusyError, NBDError, UnsupportedError) as error:
             if options.verify:
                 raise
@@ -188,6 +198,9 @@ async def _moved(
             warnings.append(
                 f"how much {disk.name} holds cannot be told beforehand: {printable(error.message)}"
             )
+            continue
+        if written is None:
+            moved.append(amounts(plan, options, way, seen, least))
     return moved, warnings
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Room",
     "Way",
     "amounts",
+    "amounts_since",
     "felt",
     "lacking",
     "seconds",
@@ -161,12 +162,25 @@ def amounts(
     return Amounts(data.total, write, paced, max(reserved, _taken(plan, options, write, over)))
 
 
+def amounts_since(plan: CopyPlan, written: int) -> Amounts:
+    """Say what the copy of an increment moves, at the most.
+
+    :param written: bytes that its dirty bitmaps tell of; zeros are among them.
+    """
+    moved = min(plan.size, written)
+    return Amounts(moved, moved, moved, _in_clusters(plan, moved))
+
+
 def _taken(plan: CopyPlan, options: CopyOptions, write: int, over: int) -> int:
     if options.reflink:
         return metadata_of(plan.size, plan.shape.unit)  # the rest is the disk's own
     if plan.format == "raw":
         # A backup job reserves what it knows to be zeros; that is given back when it has ended.
         return over if options.point == "start" else write
+    return _in_clusters(plan, write)
+
+
+def _in_clusters(plan: CopyPlan, write: int) -> int:
     # Where each cluster lies may be in as many tables as would be for all of the disk.
     return plan.shape.room(plan.format, write) + plan.size // plan.shape.unit * 8
 
@@ -191,8 +205,9 @@ def lacking(rooms: Sequence[tuple[int, Room]]) -> Iterator[str]:
     for device, room in dict(rooms).items():
         if needed[device] > room.free:
             yield (
-                f"the file system of {printable(room.path)} has {room.free} bytes free, and the "
-                f"copy takes up to {needed[device]} there: it would fail"
+                f"the file system of {printable(room.path)} has {room.free} bytes free, and up to "
+                f"{needed[device]} are taken there: it would have to wait for room, or be given up "
+                "where the VM's images lie there, too"
             )
 
 

@@ -21,7 +21,14 @@ from qmpblock.host.openfiles import NOWHERE, openers, sees_directory
 from qmpblock.host.processes import describe_process
 from qmpblock.names import partial_file
 
-__all__ = ["absolute", "check_file", "check_name", "check_unopened", "drop_unfinished"]
+__all__ = [
+    "absolute",
+    "check_file",
+    "check_name",
+    "check_seen",
+    "check_unopened",
+    "drop_unfinished",
+]
 
 
 def absolute(file: str | os.PathLike[str]) -> str:
@@ -57,22 +64,33 @@ def check_file(
     :raise UnsupportedError: QEMU does not see that directory.
     """
     folder = posixpath.dirname(file)
-    elsewhere = sees_directory(pid, folder)
-    if elsewhere == NOWHERE:
-        raise RequestError(f"there is no directory {printable(folder)}", standing=UNTOUCHED)
-    if elsewhere is not None:
-        raise UnsupportedError(
-            f"a target is made here and written by the VM, and {printable(folder)} {elsewhere}",
-            standing=UNTOUCHED,
-            remedy="name a target in a directory that the VM has, too, and run qmpblock on its "
-            "host, by a UNIX monitor, as the VM's user or root",
-        )
+    check_seen(pid, folder)
     check_name(folder, partial_file(file))
     for name in {file} if resume else {file, partial_file(file)}:
         if os.path.lexists(name):
             partial = name != file
             goes = (force and not keeps_name) or (restarts and partial)
             _check_replaceable(name, force=goes, partial=partial)
+
+
+def check_seen(pid: int | None, folder: str, *, to_be: str | None = None) -> None:
+    """Refuse a directory that QEMU does not see as it is here.
+
+    :param pid: of QEMU.
+    :param to_be: which one will be made in it, and is meant; None: itself.
+    :raise RequestError: there is no such directory.
+    :raise UnsupportedError: QEMU does not see it.
+    """
+    elsewhere, named = sees_directory(pid, folder), printable(to_be or folder)
+    if elsewhere == NOWHERE:
+        raise RequestError(f"there is no directory {named}", standing=UNTOUCHED)
+    if elsewhere is not None:
+        raise UnsupportedError(
+            f"a target is made here and written by the VM, and {named} {elsewhere}",
+            standing=UNTOUCHED,
+            remedy="name a target in a directory that the VM has, too, and run qmpblock on its "
+            "host, by a UNIX monitor, as the VM's user or root",
+        )
 
 
 def check_name(folder: str, file: str) -> None:

@@ -259,9 +259,7 @@ class Landing:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[socket.socket]:
-        """Have it wait for the guest at the other end of what is yielded.
-
-        That is closed at the end, unless it was taken over (`socket.detach`).
+        """Have it wait for the guest at the other end of what is yielded, which the caller closes.
 
         :raise CommandError: QEMU refused.
         """
@@ -272,11 +270,10 @@ class Landing:
                 ours = await open_socket(where)
             except OSError as error:
                 raise Error(f"cannot connect to {where}: {error.strerror or error}") from None
-            with ours:
-                yield ours
+            yield ours
             return
         ours, theirs = socket.socketpair()
-        with ours:
+        try:
             with theirs:
                 await monitor.pass_fd(name, theirs.fileno())
             try:
@@ -286,6 +283,9 @@ class Landing:
                     await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
                 raise
             yield ours
+        except BaseException:
+            ours.close()
+            raise
 
     async def listen(self) -> Address:
         """Have it wait for the guest at an address: that is returned.

@@ -58,6 +58,7 @@ __all__ = [
     "acquire_all",
     "adopt",
     "holders",
+    "look",
     "names",
     "read",
     "release",
@@ -297,16 +298,35 @@ async def _acquire(
         if isinstance(holder, str) and late:
             raise unreadable(name, holder)
         if holder is not None and late:
-            raise BusyError(
-                f"another controller holds {name} in this VM: {holder}",
-                standing="nothing was changed",
-                remedy=remedy
-                or "wait for it; if it is certainly dead, remove its exports "
-                "(query-block-exports, block-export-del), then its lock: "
-                f'object-del {{"id": "{name}"}}',
-            )
+            raise _held(name, holder, remedy)
         if holder is not None:
             await asyncio.sleep(_POLL)
+
+
+def _held(name: str, holder: Holder | str, remedy: str | None) -> BusyError:
+    return BusyError(
+        f"another controller holds {name} in this VM: {holder}",
+        standing="nothing was changed",
+        remedy=remedy
+        or "wait for it; if it is certainly dead, remove its exports "
+        "(query-block-exports, block-export-del), then its lock: "
+        f'object-del {{"id": "{name}"}}',
+    )
+
+
+async def look(monitor: Monitor, name: str) -> Holder | None:
+    """Refuse where `acquire` would that does not wait; nothing is changed.
+
+    :return: the dead holder whose work would be undone; None: nobody holds the lock.
+    :raise BusyError: a live controller does.
+    :raise RecordError: it cannot be read who does.
+    """
+    holder = await read(monitor, name)
+    if isinstance(holder, str):
+        raise unreadable(name, holder)
+    if holder is None or holder.is_dead():
+        return holder
+    raise _held(name, holder, None)
 
 
 def abandon(run: str) -> None:

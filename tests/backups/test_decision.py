@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from backuppoints import SIZE, bitmap_of, disk, point
 
-from qmpblock.backups.decision import SeenDisk, check_vm, decide, parents_wanted
+from qmpblock.backups.decision import SeenDisk, check_vm, decide, fallen_back, parents_wanted
 from qmpblock.errors import RequestError
 from qmpblock.graph.model import Bitmap
 from qmpblock.names import end_bitmap
@@ -31,6 +31,26 @@ def test_an_increment_of_the_last():
     found = decide(POINTS, seen(BITMAP, END), {})
     assert (found.kind, found.parent, found.bitmap) == ("incremental", LAST.disks[0], BITMAP.name)
     assert (found.reason, found.fell_back) == ("", False)
+
+
+def test_what_an_increment_holds_at_most():
+    """What was written, and the granule that vouches for it, zeros included."""
+    assert decide(POINTS, seen(BITMAP, END), {}).written == 4 * GRAIN
+    assert decide(POINTS, seen(replace(BITMAP, count=SIZE), END), {}).written == SIZE
+    assert decide(POINTS, seen(BITMAP, END), {}, "full").written is None
+
+
+def test_bitmaps_that_will_be_gone_do_not_count():
+    left = seen(*OLDER, BITMAP, END).without({BITMAP.name, END.name})
+    assert left == seen(*OLDER)
+    assert decide(POINTS, left, {}).parent == FIRST.disks[0]
+
+
+def test_the_warnings_are_of_what_was_to_be_expected():
+    first, full = decide([], seen(), {}), decide(POINTS, seen(), {})
+    for verb in ("is", "would be"):
+        said = (f"the backup of vd0 {verb} full: {full.reason}",)
+        assert fallen_back([first, full], verb) == said
 
 
 def test_an_increment_of_one_before():

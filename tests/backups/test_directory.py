@@ -10,7 +10,7 @@ import oldrecords
 import pytest
 from backuppoints import BACKUPS, disk, point
 
-from qmpblock.backups.directory import open_backups, read_points
+from qmpblock.backups.directory import foresee_backups, open_backups, read_points
 from qmpblock.backups.point import find_point
 from qmpblock.errors import BusyError, Error, RecordError, RequestError
 from qmpblock.names import BACKUP_LOCK_FILE
@@ -340,3 +340,48 @@ def test_a_directory_that_is_made(tmp_path):
     with open_backups(tmp_path / "b", make=True) as backups:
         backups.make(POINT)
     assert names(tmp_path / "b") == [f"{WHEN}.json"]
+
+
+def test_a_directory_that_is_foreseen(tmp_path):
+    """As it would be if it were made now; it is not."""
+    with foresee_backups(tmp_path / "b") as backups:
+        backups.check_free()
+        assert (backups.read(), backups.points, backups.id) == ({}, [], "")
+        backups.check_new()  # whatever lies beside it
+        backups.check_begin(WHEN)
+        assert (backups.path, backups.home) == (str(tmp_path / "b"), str(tmp_path))
+        assert backups.place(IMAGE) == str(tmp_path / "b" / IMAGE)
+    assert names(tmp_path) == []
+    with foresee_backups(tmp_path) as backups:
+        assert backups.home == backups.path == str(tmp_path)
+        backups.check_begin(WHEN)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["no/b", "file", "file/b", "link", "x" * 300, "nul\0"])
+def test_what_cannot_be_made_is_foreseen(name, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = names(tmp_path)
+    said = []
+    for opened in (foresee_backups(tmp_path / name), open_backups(tmp_path / name, make=True)):
+        with pytest.raises(RequestError) as refused, opened:
+            pass
+        said.append(str(refused.value))
+        assert names(tmp_path) == before
+    assert said[0] == said[1]
+
+
+def test_what_could_not_be_begun_is_foreseen(tmp_path, monkeypatch):
+    with open_backups(tmp_path) as backups:
+        (tmp_path / f"{WHEN}.begun").write_text("{}")
+        with pytest.raises(RecordError):
+            backups.check_begin("20261130T120500Z")
+        monkeypatch.setattr(os, "access", lambda *_, **__: False)
+        with pytest.raises(Error, match=r"cannot write .*Z\.begun: Permission denied"):
+            backups.check_begin("20261130T120500Z")
+    with (
+        pytest.raises(RequestError, match=r"cannot open the directory .*: Permission denied"),
+        foresee_backups(tmp_path / "b"),
+    ):
+        pass

@@ -12,6 +12,7 @@ from qmpblock.copying.planned import (
     PlannedDisk,
     Room,
     amounts,
+    amounts_since,
     felt,
     lacking,
     seconds,
@@ -88,6 +89,14 @@ def test_large_clusters_are_written_whole():
     assert amounts(large, options, "mirrors", SEEN).write == 4 * M
 
 
+def test_an_increment_holds_what_was_written():
+    """As much is written, zeros or not, never more than the disk has; and its tables."""
+    some = amounts_since(plan(), 3 * M)
+    assert (some.read, some.write, some.paced) == (3 * M, 3 * M, 3 * M)
+    assert 3 * M < some.taken < 5 * M
+    assert amounts_since(plan(), 64 * M).write == 16 * M
+
+
 def test_a_disk_that_holds_nothing():
     found = amounts(plan(), CopyOptions(at="end", speed=M), "mirrors", seen())
     assert (found.read, found.write, found.paced) == (0, 0, 0)
@@ -104,7 +113,7 @@ def test_less_room_than_targets_need_together():
     assert list(lacking([(1, a), (2, c)])) == []
     [said] = lacking([(1, a), (1, b), (2, c)])
     assert "10 bytes free" in said
-    assert "12 there" in said
+    assert "12 are taken there" in said
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from chains import cli
 from jsonschema import Draft202012Validator
+from untouched import OF_A_MAP, changing, every_file
 
 import qmpblock
 from qmpblock.errors import BusyError, NoRoomError, RequestError, UnsupportedError
@@ -17,27 +18,6 @@ pytestmark = pytest.mark.live
 
 MIB = 1 << 20
 SCHEMA = Path(__file__).parents[2] / "docs/schema/copy-plan.schema.json"
-READS = ("query-", "qom-get", "qom-list", "x-debug-query-", "qmp_capabilities")
-#: What a map takes: an export for a moment, and its lock.
-OF_A_MAP = {
-    *("object-add", "getfd", "nbd-server-start", "block-export-add"),
-    *("block-export-del", "closefd", "nbd-server-stop", "object-del"),
-}
-
-
-def every_file(directory):
-    """Return all that is there, and when each was changed, but the folder of temporary files."""
-    found = Path(directory).rglob("*")
-    return {path: path.lstat().st_mtime_ns for path in found if path.name != "t"}
-
-
-def changing(vm):
-    """Return the commands that somebody gave this QEMU, but those that only ask."""
-    lines = [line.split(" ", 3) for line in vm.qmp_log()]
-    asked = [json.loads(text) for _, who, way, text in lines if way == ">" and who != "control"]
-    named = [one.get("execute") for one in asked]
-    assert named  # else nobody was heard
-    return {name for name in named if not name.startswith(READS)}
 
 
 @pytest.mark.parametrize("at", ["start", "end", "pivot"])

@@ -127,6 +127,9 @@ class Site:
             "stream": ("stream", address, "vd0"),
             # Last, for what it leaves ends with a layer that is committed, which is a warning.
             "backup": ("backup", address, images / "backups", "--disk", "vd0"),
+            "backup --dry-run": (
+                *("backup", address, images / "backups", "--disk", "vd0", "--dry-run"),
+            ),
             "backup check": ("backup", "check", images / "made"),
             "restore": ("restore", images / "made", images / "restored"),
             "plan": ("plan", self.policy()),
