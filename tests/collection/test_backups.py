@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 from backuppoints import disk, point
@@ -10,6 +11,7 @@ from collections_of_ansible import EndedError, FakeModule, part
 
 from qmpblock.backups.check import BackupsChecked, PointChecked
 from qmpblock.backups.job import BackupResult
+from qmpblock.backups.planned import PlannedBackup, PlannedDiskBackup
 from qmpblock.cli import app
 from qmpblock.cli.backup_command import _document
 from qmpblock.cli.backupsoutput import checked_document, list_document
@@ -53,7 +55,7 @@ def test_no_option_of_a_backup_is_forgotten():
         for word in backups.words({**every, "disks": ["vd0"], "kind": kind})
         if word.startswith("--")
     ]
-    assert {*said, *shared, "--metrics"} == known
+    assert {*said, *shared, "--metrics", "--dry-run"} == known
 
 
 def test_what_a_report_tells():
@@ -73,34 +75,36 @@ def test_the_age_is_the_newest_ones():
     assert backups.age([], 0) is None
 
 
-DISKS = [
-    {"device": name, "qom_path": f"/machine/peripheral/{name}", "read_only": name == "cd0"}
-    | {"root_node": f"{name}-root", "format_node": None, "layers": []}
-    for name in ("vd0", "vd1", "cd0")
-]
-
-
-@pytest.mark.parametrize(
-    ("params", "points", "kinds"),
-    [
-        ({}, [], {"vd0": "full", "vd1": "full"}),
-        ({}, [LAST], {"vd0": None, "vd1": "full"}),
-        ({"kind": "full"}, [LAST], {"vd0": "full", "vd1": "full"}),
-        (
-            {"disks": ["vd0-root", "cd0", "vdx"]},
-            [LAST],
-            {"vd0-root": None, "cd0": "full", "vdx": None},
-        ),
-    ],
+DISK = PlannedDiskBackup(
+    *("vd0", "/i/d0", "incremental", "", "b.qcow2", "/b/20261130T130500Z-vd0.qcow2", "qcow2"),
+    *(5, 1, 1, None, None),
 )
-def test_what_is_foreseen(params, points, kinds):
-    listed = list_document("/b", points)["points"]
-    found = backups.planned(DISKS, listed, {**NONE, **params})
-    assert {one["disk"]: one["kind"] for one in found} == kinds
-    assert all(bool(one["reason"]) is (one["kind"] == "full") for one in found)
+PLANNED = PlannedBackup("/b", False, "20261130T130500Z", "views", "so", (), (DISK,))
 
 
-def ran(name, answers, place, monkeypatch, *, check_mode=False, **given):
+def planned_document():
+    return json.loads(json.dumps(asdict(PLANNED)))
+
+
+def test_the_difference_that_diff_mode_shows():
+    points = list_document("/b", [FIRST])["points"]
+    made = json.loads(json.dumps(_document(BackupResult("/b", LAST, 1.0, 0.1, False, ()))))
+    found = backups.difference("/b", points, made["point"]["disks"])
+    there = "a.qcow2: vd0, full: it was asked for\nc.qcow2: vd1, full: it was asked for\n"
+    assert found == {
+        "before_header": "/b",
+        "after_header": "/b",
+        "before": there,
+        "after": there + "b.qcow2: vd0, on a.qcow2\n",
+    }
+    found = backups.difference("/b", [], backups.foreseen(planned_document()))
+    assert (found["before"], found["after"]) == (
+        "",
+        "20261130T130500Z-vd0.qcow2: vd0, on b.qcow2\n",
+    )
+
+
+def ran(name, answers, place, monkeypatch, *, check_mode=False, diff=False, **given):
     """Run a module on a command that answers these; return it, and how it ended."""
     module = part(f"modules.{name}")
     made = []
@@ -108,7 +112,7 @@ def ran(name, answers, place, monkeypatch, *, check_mode=False, **given):
     def begin(argument_spec, **_words):
         params = {key: one.get("default") for key, one in argument_spec.items()}
         made.append(FakeModule({**params, **given}, answers, place))
-        made[0].check_mode = check_mode
+        made[0].check_mode, made[0]._diff = check_mode, diff
         return made[0]
 
     with monkeypatch.context() as patched:
@@ -152,14 +156,31 @@ def test_no_directory_that_nobody_has_chosen(name, tmp_path, monkeypatch):
     assert ended.result["msg"] == "directory: no absolute path: b"
 
 
-def test_check_mode_makes_none(tmp_path, monkeypatch):
-    answers = [(0, json.dumps(DISKS), ""), (0, json.dumps(list_document("/b", [LAST])), "")]
-    given = {**GIVEN, "directory": str(tmp_path), "kind": "incremental"}
-    module, ended = ran("backup", answers, tmp_path, monkeypatch, check_mode=True, **given)
-    assert [words[:2] for words in module.asked] == [["disks", "/vm"], ["backup", "list"]]
-    assert ended.failed
-    assert "the backup of vd1 cannot be incremental: there is no" in ended.result["msg"]
-    assert "vd0" not in ended.result["msg"]
+@pytest.mark.parametrize("diff", [True, False])
+def test_check_mode_makes_none(diff, tmp_path, monkeypatch):
+    answers = [(4, json.dumps(planned_document()), "warning: it would be full\n")]
+    if diff:
+        answers.insert(0, (0, json.dumps(list_document("/b", [FIRST])), ""))
+    given = {**GIVEN, "directory": str(tmp_path), "kind": "incremental", "end_running": True}
+    module, ended = ran(
+        "backup", answers, tmp_path, monkeypatch, check_mode=True, diff=diff, **given
+    )
+    words = ["backup", "/vm", str(tmp_path), "--incremental", "--dry-run", "--json"]
+    assert module.asked == [["backup", "list", str(tmp_path), "--json"]] * diff + [words]
+    assert not ended.failed
+    assert ended.result["changed"]
+    assert ended.result["planned"] == planned_document()
+    assert module.warned == ["it would be full"]
+    assert ("diff" in ended.result) is diff
+
+
+def test_diff_mode_of_one_that_is_made(tmp_path, monkeypatch):
+    """Into a directory that is not there, of which there is no list."""
+    given = {**GIVEN, "directory": str(tmp_path / "b")}
+    module, ended = ran("backup", [(0, MADE, "")], tmp_path, monkeypatch, diff=True, **given)
+    assert len(module.asked) == 1
+    assert ended.result["diff"]["before"] == ""
+    assert ended.result["diff"]["after"] == "b.qcow2: vd0, on a.qcow2\n"
 
 
 def test_what_there_is(tmp_path, monkeypatch):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import posixpath
 from datetime import datetime
 
-from ansible_collections.qmpblock.qmpblock.plugins.module_utils.chains import called
-
 #: The options of `backup` that are the command's, with a value and without.
 _VALUES = ("speed", "latency", "fleece", "fleece_limit")
 _FLAGS = ("compress", "verify")
@@ -23,23 +21,35 @@ def words(params):
     return found + ["--" + flag for flag in _FLAGS if params[flag]]
 
 
-def planned(disks, points, params):
-    """Return what the backup of each disk would be, as far as that is known before it is made.
+def foreseen(planned):
+    """Return what a point would say of its disks, as far as `difference` tells of it.
 
-    :param disks: the document of `qmpblock disks`; `points`: of the directory, oldest first.
+    :param planned: the document of `qmpblock backup --dry-run`.
     """
-    there = {disk["path"] for point in points for disk in point["disks"]}
-    names = params["disks"] or [one["device"] for one in disks if not one["read_only"]]
-    return [dict(disk=name, **_foreseen(disks, name, there, params["kind"])) for name in names]
+    return [dict(one, file=posixpath.basename(one["target"])) for one in planned["disks"]]
 
 
-def _foreseen(disks, name, there, wanted):
-    if wanted == "full":
-        return {"kind": "full", "reason": "it was asked for"}
-    paths = {one["qom_path"] for one in called(disks, name)}
-    if paths and not paths & there:
-        return {"kind": "full", "reason": "there is no backup of this disk yet"}
-    return {"kind": None, "reason": ""}
+def difference(directory, points, new):
+    """Return what diff mode shows: the images of a directory, before and after.
+
+    :param points: that it had, oldest first; `new`: the disks of the one that is made.
+    """
+    before = [_line(one) for point in points for one in point["disks"]]
+    return {
+        "before_header": directory,
+        "after_header": directory,
+        "before": _text(before),
+        "after": _text(before + [_line(one) for one in new]),
+    }
+
+
+def _line(disk):
+    how = "full: " + disk["reason"] if disk["parent"] is None else "on " + disk["parent"]
+    return "{}: {}, {}".format(disk["file"], disk["disk"], how)
+
+
+def _text(lines):
+    return "".join(line + "\n" for line in lines)
 
 
 def images(made):

@@ -23,10 +23,10 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    description: Says of each disk what its backup would be, and why, or why there would be none.
+    description: C(qmpblock backup) with C(--dry-run) says what it would be, and what that takes, or why there can be none.
   diff_mode:
-    support: none
-    description: What is made is returned.
+    support: full
+    description: Shows the images of the directory, before and after; in check mode as they would be.
 notes:
   - What takes long is best begun with C(async) and C(poll).
   - A backup that failed, or was ended, is none, leaves nothing, and costs no full one.
@@ -99,24 +99,20 @@ EXAMPLES = r"""
 
 RETURN = r"""
 planned:
-  description: Of each disk what its backup would be.
+  description: What the backup would be, as docs/schema/backup-plan.schema.json has it. Files are called by when it begins.
   returned: in check mode
-  type: list
-  elements: dict
-  sample: [{disk: vd0, kind: full, reason: there is no backup of this disk yet}]
-  contains:
-    disk:
-      description: What the disk is called.
-      returned: success
-      type: str
-    kind:
-      description: V(full); null where it would be incremental if that is right, which is found out when it is made.
-      returned: success
-      type: str
-    reason:
-      description: Why it would be full; empty where it need not be.
-      returned: success
-      type: str
+  type: dict
+  sample:
+    directory: /srv/backups/web
+    new: true
+    when: 20261130T110500Z
+    disks:
+      - disk: vd0
+        kind: full
+        reason: there is no backup of this disk yet
+        parent: null
+        target: /srv/backups/web/20261130T110500Z-vd0.qcow2
+        write: 2097152
 made:
   description: The backup, as docs/schema/backup.schema.json has it.
   returned: not in check mode
@@ -199,24 +195,19 @@ def main():
         module.fail_json(msg=wrong)
     if address in ("list", "check"):  # words of the command's own
         address = "./" + address
-    qmpblock = Command(module)
+    qmpblock, words = Command(module), backups.words(params) + changing_words(params)
+    points = []
+    if module._diff and Path(directory).is_dir():
+        points = qmpblock.run("backup", "list", directory).document["points"]
     if module.check_mode:
-        disks, points = qmpblock.run("disks", address).document, []
-        if Path(directory).is_dir():
-            points = qmpblock.run("backup", "list", directory).document["points"]
-        planned = backups.planned(disks, points, params)
-        needed = [one for one in planned if one["kind"] == "full"]
-        if needed and params["kind"] == "incremental":
-            module.fail_json(
-                msg="\n".join(
-                    "the backup of {disk} cannot be incremental: {reason}".format(**one)
-                    for one in needed
-                )
-            )
-        module.exit_json(changed=True, planned=planned)
-    words = backups.words(params) + changing_words(params)
-    made = qmpblock.run("backup", address, directory, *words).document
-    module.exit_json(changed=True, made=made, images=backups.images(made))
+        planned = qmpblock.run("backup", address, directory, *words, "--dry-run").document
+        result, new = {"planned": planned}, backups.foreseen(planned)
+    else:
+        made = qmpblock.run("backup", address, directory, *words).document
+        result, new = {"made": made, "images": backups.images(made)}, made["point"]["disks"]
+    if module._diff:
+        result["diff"] = backups.difference(directory, points, new)
+    module.exit_json(changed=True, **result)
 
 
 if __name__ == "__main__":
