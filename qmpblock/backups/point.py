@@ -25,6 +25,7 @@ __all__ = [
     "image_names",
     "images_of",
     "is_image_name",
+    "nearest_with",
     "restored_format",
     "restored_names",
     "when_of",
@@ -145,10 +146,15 @@ class Point:
         """The instant of which it is."""
         return datetime.fromisoformat(self.time)
 
-    def disk(self, name: str) -> DiskBackup:
+    def has(self, name: str) -> bool:
+        """Whether it has a disk of that name."""
+        return any(name in (one.disk, one.path) for one in self.disks)
+
+    def disk(self, name: str, remedy: str | None = None) -> DiskBackup:
         """Return one of its disks.
 
-        :raise NotFoundError: it has none of that name.
+        :param remedy: what is to be done where it has none of that name.
+        :raise NotFoundError: it has none.
         """
         for one in self.disks:
             if name in (one.disk, one.path):
@@ -156,6 +162,7 @@ class Point:
         raise NotFoundError(
             f"the backup {self.when} has no disk {printable(name)}; it has:",
             [one.disk for one in self.disks],
+            remedy=remedy,
         )
 
 
@@ -241,6 +248,17 @@ def find_point(points: Sequence[Point], at: str | None) -> Point:
     if not older:
         raise NotFoundError(f"there is no backup as old as {printable(at)}; there are:", listed)
     return max(older, key=lambda point: point.moment)
+
+
+def nearest_with(points: Sequence[Point], point: Point, name: str) -> Point | None:
+    """Return the backup that has a disk which another one has not: before it, else after it. Pure.
+
+    :param points: in their order, the other one among them.
+    :return: None: no backup has it.
+    """
+    at = points.index(point)
+    nearest = [*reversed(points[:at]), *points[at + 1 :]]
+    return next((one for one in nearest if one.has(name)), None)
 
 
 def when_of(moment: datetime, taken: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ from qmpblock.backups.point import (
     find_point,
     image_names,
     images_of,
+    nearest_with,
     restored_names,
     when_of,
 )
@@ -141,6 +142,24 @@ def test_a_backup_of_a_disk():
     with pytest.raises(NotFoundError) as caught:
         ONE.disk("vd1")
     assert caught.value.candidates == ("vd0",)
+
+
+def test_which_backup_has_a_disk_that_another_has_not():
+    """The newest before it, for that is not younger; else the first after it."""
+    points = [
+        point(f"20261130T1{number}0500Z", [disk(name, f"{number}.qcow2") for name in names])
+        for number, names in enumerate([("vd0", "vd1"), ("vd1",), ("vd0",), ("vd2",), ("vd2",)])
+    ]
+
+    def nearest(at, name):
+        found = nearest_with(points, points[at], name)
+        return None if found is None else points.index(found)
+
+    assert nearest(2, "vd1") == 1
+    assert nearest(4, "vd0") == 2
+    assert nearest(1, "/machine/peripheral/vd0") == 0
+    assert nearest(0, "vd2") == 3
+    assert nearest(4, "vd9") is None
 
 
 def test_two_backups_of_one_second():
