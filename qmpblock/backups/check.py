@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock.backups.directory import Backups, open_backups
-from qmpblock.backups.imagefile import why_wrong
+from qmpblock.backups.imagefile import Proven
 from qmpblock.backups.point import Image, Point, images_of
 from qmpblock.copying.meter import Meter
 from qmpblock.copying.partialfile import wrong_header
@@ -115,21 +115,21 @@ async def _fault(
     backups: Backups, image: Image, tell: Callable[[int], None], stall: float
 ) -> str | None:
     """Say what is wrong with one image itself; None: nothing."""
-    why = await why_wrong(backups, image, tell)
-    if why is not None:
-        return why
     backup = image.backup
-    fd = backups.open(image.file)
+    try:
+        fd = await Proven(backups, tell).open(image)
+    except Error as error:
+        return error.message
     try:
         head = os.pread(fd, _HEAD, 0)
+        why = wrong_header(head, backup.size, backup.parent, encrypted=backup.encrypted)
+        if why is None and not backup.encrypted:  # only its key would show
+            place = backups.place(image.file)
+            why = await QemuImgCheck(stall=stall).fault(place, "qcow2", opened={place: fd})
+    except (OSError, RequestError) as error:
+        why = error.message if isinstance(error, Error) else f"cannot be read: {error.strerror}"
     finally:
         os.close(fd)
-    why = wrong_header(head, backup.size, backup.parent, encrypted=backup.encrypted)
-    if why is None and not backup.encrypted:  # only its key would show
-        try:
-            why = await QemuImgCheck(stall=stall).fault(backups.place(image.file), "qcow2")
-        except RequestError as error:
-            why = error.message
     return None if why is None else f"{image.file}: {why}"
 
 

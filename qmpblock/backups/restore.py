@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.backups.directory import Backups, open_backups
-from qmpblock.backups.imagefile import why_wrong
+from qmpblock.backups.imagefile import Proven
 from qmpblock.backups.point import (
     DiskBackup,
     Image,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiskRestored", "Restored", "restore"]
 
+_NONE = "nothing is left of what was being restored"
 _HEADER: dict[str, str | int] = {"compat": "1.1", "lazy_refcounts": "off"}
 
 
@@ -106,10 +107,17 @@ class _Target:
         return posixpath.join(str(self.directory.path), self.name)
 
     async def make(
-        self, backups: Backups, tell: Callable[[float], None], stall: float, *, force: bool
+        self,
+        backups: Backups,
+        proven: Proven,
+        tell: Callable[[float], None],
+        stall: float,
+        *,
+        force: bool,
     ) -> None:
         """Make it, on stable storage, not under its name yet.
 
+        :param proven: what it is made of.
         :raise Error: it cannot be made.
         """
         fmt, size = restored_format(self.backup), self.backup.size
@@ -126,12 +134,21 @@ class _Target:
         except OSError as error:
             raise self._cannot(error) from None
         try:
-            assert self.made is not None  # note() was called
-            files = [backups.place(image.file) for image in self.chain]
-            below = [ImageOfChain(file, "qcow2", size) for file in files[1:]]
-            source = blockdev("qcow2", files[0], below)
             place = posixpath.join(str(self.directory.path), self.partial)
-            await tool.convert(source, place, fmt, self.made, progress=tell)
+            opened = {place: fd}
+            with ExitStack() as stack:
+                with _needed(backups, _NONE):
+                    for image in self.chain:
+                        file = await proven.open(image)
+                        stack.callback(os.close, file)
+                        opened[backups.place(image.file)] = file
+                files = [backups.place(image.file) for image in self.chain]
+                below = [ImageOfChain(file, "qcow2", size) for file in files[1:]]
+                source = blockdev("qcow2", files[0], below)
+                await tool.convert(source, place, fmt, opened=opened, progress=tell)
+                with _needed(backups, _NONE):
+                    for image in self.chain:  # nobody has written to one meanwhile
+                        await proven.check(image, opened[backups.place(image.file)])
             await asyncio.to_thread(os.fsync, fd)
         except OSError as error:
             raise self._cannot(error) from None
@@ -143,40 +160,44 @@ class _Target:
     ) -> int:
         """Make it empty, owned as the backup is; return its descriptor."""
         if force and (left := self.directory.status(self.partial)) is not None:
-            self.directory.remove(self.partial, _file(left))
+            file = FileId.of(left)
+            if file is not None:  # what is no file stays: then this is not made
+                self.directory.remove(self.partial, file)
         like = backups.status(self.backup.file)
         return self.directory.make(self.partial, note, contents.write_to, like=like)
 
     def name_it(self, *, force: bool) -> None:
         """Give it its name.
 
+        :param force: what bears it goes, if it is a plain file that nobody has open.
+        :raise InUseError: somebody has.
         :raise Error: that cannot be.
         """
         assert self.made is not None  # make() went before
-        fd = self.directory.fd
         try:
             if force:
-                os.rename(self.partial, self.name, src_dir_fd=fd, dst_dir_fd=fd)
+                if (there := self.directory.status(self.name)) is not None:
+                    check_unopened(self.path, there, standing=None)
+                self.directory.replace(self.partial, self.made, self.name)
             else:
                 self.directory.rename(self.partial, self.made, self.name)
         except OSError as error:
             raise self._cannot(error) from None
 
-    def remove(self) -> None:
-        """Leave nothing of it that is not whole."""
+    def remove(self, *, named: bool) -> None:
+        """Leave nothing of it.
+
+        :param named: also where it has its name already.
+        """
         if self.made is not None:
             with contextlib.suppress(OSError):
                 self.directory.remove(self.partial, self.made)
+                if named:
+                    self.directory.remove(self.name, self.made)
 
     def _cannot(self, error: OSError) -> Error:
         words = f"cannot make {printable(self.path)}: {error.strerror}"
         return NoRoomError(words) if error.errno == errno.ENOSPC else Error(words)
-
-
-def _file(status: os.stat_result) -> FileId:
-    file = FileId.of(status)
-    assert file is not None  # it is a regular file
-    return file
 
 
 async def restore(
@@ -223,12 +244,12 @@ async def restore(
         targets = [_Target(*one, into) for one in zip(wanted, chains, names, strict=True)]
         for one in targets:
             _check(one, force=force)
-        await _prove(backups, targets, progress)
+        proven = await _prove(backups, targets, progress)
         try:
-            await _restore(backups, targets, progress, stall, force=force)
+            await _restore(backups, targets, proven, progress, stall, force=force)
         except BaseException:
             for one in targets:
-                one.remove()
+                one.remove(named=not force)  # what was replaced is gone: so that stays
             raise
     return Restored(
         backups.path,
@@ -329,8 +350,8 @@ def _check(one: _Target, *, force: bool) -> None:
 
 async def _prove(
     backups: Backups, targets: Sequence[_Target], progress: Callable[[Progress], None] | None
-) -> None:
-    """See that every file that is needed is what it was.
+) -> Proven:
+    """See that every file that is needed is what it was, and return what is known of them then.
 
     :raise Error: one is not.
     """
@@ -343,20 +364,31 @@ async def _prove(
         read += more
         meter.set(read)
 
-    for image in images.values():
-        why = await why_wrong(backups, image, tell)
-        if why is not None:
-            raise Error(
-                f"{printable(backups.path)}: {why}, and it is needed to restore that",
-                standing=UNTOUCHED,
-                remedy="see which backups are whole, and restore one of these: qmpblock backup "
-                f"check {printable(backups.path)}",
-            )
+    proven = Proven(backups, tell)
+    with _needed(backups, UNTOUCHED):
+        for image in images.values():
+            os.close(await proven.open(image))
+    return proven
+
+
+@contextmanager
+def _needed(backups: Backups, standing: str) -> Iterator[None]:
+    """Say of an image that is not what it was why that is a failure, and what to do."""
+    try:
+        yield
+    except Error as error:
+        raise Error(
+            f"{printable(backups.path)}: {error.message}, and it is needed to restore that",
+            standing=standing,
+            remedy="see which backups are whole, and restore one of these: qmpblock backup check "
+            f"{shlex.quote(printable(backups.path))}",
+        ) from None
 
 
 async def _restore(
     backups: Backups,
     targets: Sequence[_Target],
+    proven: Proven,
     progress: Callable[[Progress], None] | None,
     stall: float,
     *,
@@ -371,7 +403,7 @@ async def _restore(
         def tell(share: float, before: int = before, size: int = size) -> None:
             meter.set(before + int(share * size))
 
-        await one.make(backups, tell, stall, force=force)
+        await one.make(backups, proven, tell, stall, force=force)
         done += size
     for one in targets:
         if force and (there := one.directory.status(one.name)) is not None:

@@ -400,14 +400,13 @@ class TargetFile(LocalTarget):
     def _name(self) -> None:
         """Give it its name: instead of what bears that only where this is wanted."""
         name, final = posixpath.basename(self.path), posixpath.basename(self.plan.file)
-        fd = self.directory.fd
+        assert self.made is not None  # make() went before
         if not self.replaces:
-            assert self.made is not None  # make() went before
             self.directory.rename(name, self.made, final)
             return
         if (there := self.directory.status(final)) is not None:
             check_unopened(self.plan.file, there, standing=None)
-        os.rename(name, final, src_dir_fd=fd, dst_dir_fd=fd)
+        self.directory.replace(name, self.made, final)
 
 
 def _give_zeros_back(fd: int, size: int) -> None:

@@ -167,6 +167,9 @@ class HandedFiles(contextlib.ExitStack):
     :param known: device (None: any) and inode of the files that the first one has to be one of,
         and each that is to be written to, or that a header names.
     :param more: by an image's file, which others its header names (`MoreFiles`).
+    :param opened: descriptors of files that are open already, by what they are called. Such a
+        name is for people alone: it leads nowhere here, nor does whose rights the tool has have to
+        come to it by that.
     """
 
     def __init__(
@@ -177,6 +180,7 @@ class HandedFiles(contextlib.ExitStack):
         network: bool = False,
         known: Collection[tuple[int | None, int]] | None = None,
         more: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        opened: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.user, self._open_in_vm = user, None
@@ -187,6 +191,7 @@ class HandedFiles(contextlib.ExitStack):
         self._network = network
         self._known = known
         self._more = more
+        self._opened = opened
         self._questions: list[str] = []
         self._files: list[_File] = []
         self._memory: list[int] = []
@@ -375,9 +380,13 @@ class HandedFiles(contextlib.ExitStack):
         return any(one.st_uid or one.st_mode & 0o022 for one in files)
 
     def _hand(self, name: str, *, writable: bool, said: bool) -> int:
+        held = self._opened.get(name)
         try:
             proven = self._open_in_vm is not None or self._known is not None
-            fd = os.open(name, os.O_PATH | os.O_CLOEXEC) if proven or said else look(name)
+            if held is not None:
+                fd = os.open(f"/proc/self/fd/{held}", os.O_PATH | os.O_CLOEXEC)
+            else:
+                fd = os.open(name, os.O_PATH | os.O_CLOEXEC) if proven or said else look(name)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(f"there is no image {printable(name)}") from None
         except (OSError, ValueError) as error:
@@ -395,7 +404,7 @@ class HandedFiles(contextlib.ExitStack):
             raise UnsupportedError(f"{printable(name)} is no file that the VM has open")
         if writable or not self._files:
             self._check_known(fd, name)
-        self._files.append(_File(fd, name, writable, said))
+        self._files.append(_File(fd, name, writable, said and held is None))
         return fd
 
     def _check_known(self, fd: int, name: str) -> None:

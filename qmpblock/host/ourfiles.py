@@ -209,6 +209,23 @@ class Directory:
         else:
             os.unlink(old, dir_fd=fd)
 
+    def replace(self, name: str, file: FileId, to: str) -> None:
+        """Give a file another name; a plain file that bears that goes.
+
+        :raise FileExistsError: something else bears it: a link, a FIFO, a directory.
+        :raise FileNotFoundError: `name` is not that file any more.
+        :raise OSError: it cannot be renamed.
+        """
+        there = self.status(to)
+        if there is None:
+            self.rename(name, file, to)
+            return
+        if not stat.S_ISREG(there.st_mode):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), to)
+        if not self.holds(name, file):
+            raise _another(self.path / name)
+        os.rename(_entry(name), _entry(to), src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
     def sync(self) -> None:
         """Have what its names are on stable storage.
 

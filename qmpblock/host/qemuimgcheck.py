@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qmpblock import luks
@@ -25,12 +25,13 @@ _CORRUPT, _LEAKS = 2, 3  # exit codes, as its manual has them
 class QemuImgCheck(QemuImg):
     """The qemu-img program, checking."""
 
-    async def fault(self, path: str, fmt: str) -> str | None:
+    async def fault(self, path: str, fmt: str, *, opened: Mapping[str, int]) -> str | None:
         """Say what is wrong with an image's tables; None: nothing. It is not written to.
 
         With the rights of its owner; what lies below it is not opened. Clusters that nothing uses
         are no fault. Cancelling ends the program.
 
+        :param opened: its descriptor, by that name, which leads nowhere.
         :raise UnsupportedError: its owner may not open it.
         :raise InUseError: somebody has it open for writing.
         :raise StalledError: it did nothing for the stall limit.
@@ -42,7 +43,7 @@ class QemuImgCheck(QemuImg):
 
         said: list[str] = []
         try:
-            async for line in self._lines(command):
+            async for line in self._lines(command, opened=opened):
                 said.append(line.strip())
         except ToolError as error:
             if in_use_by_another(error.stderr):

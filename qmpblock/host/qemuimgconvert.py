@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qmpblock.errors import NoRoomError, ToolError, printable
+from qmpblock.errors import NoRoomError, ToolError, UnsupportedError, printable
 from qmpblock.graph.jsonname import as_name
 from qmpblock.host.handed import HandedFiles, MoreFiles
 from qmpblock.host.imagechain import blockdev
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.toolwords import in_use_by_another, lacks_space, progress_in
 from qmpblock.host.writers import in_use
-
-if TYPE_CHECKING:
-    from qmpblock.graph.places import FileId
 
 __all__ = ["QemuImgConvert"]
 
@@ -28,8 +25,8 @@ class QemuImgConvert(QemuImg):
         source: Mapping[str, Any],
         target: str,
         fmt: str,
-        file: FileId,
         *,
+        opened: Mapping[str, int],
         progress: Callable[[float], None] | None = None,
     ) -> None:
         """Copy what a guest would see of a closed image into an empty one; zeros take no space.
@@ -38,29 +35,28 @@ class QemuImgConvert(QemuImg):
 
         :param source: as for blockdev-add, without `node-name`, with all that lies below it.
         :param target: an image of that format, and of that size, which holds nothing.
-        :param file: that the target must be.
+        :param opened: descriptors of all of their files, by these names: no name leads anywhere,
+            and no header is followed to another file.
         :param progress: is told how much is done, from 0 to 1.
-        :raise NotFoundError: there is no such file.
-        :raise UnsupportedError: the owner may not open one of them.
+        :raise UnsupportedError: the owner may not open one of them; or a header names another file.
         :raise InUseError: a running VM has one of them open for writing.
         :raise NoRoomError: there is no space for it.
         :raise ToolError: qemu-img failed.
         :raise StalledError: it did nothing for the stall limit.
         """
-        more: dict[str, Sequence[str]] = {}
-        while True:
-            with HandedFiles(more=more) as files:
-                name = as_name(files.image(source))
-                into = files.image(blockdev(fmt, target), writable=1)
-                descriptor = str(into["file"]["filename"])
-                options = f"driver={fmt},file.driver=file,file.filename={descriptor}"
-                words = ("-n", "--target-is-zero", "--target-image-opts", name, options)
-                try:
-                    await self._convert(files, words, target, progress)
-                except MoreFiles as found:  # nothing was run
-                    more[found.file] = found.names
-                else:
-                    return
+        with HandedFiles(opened=opened) as files:
+            name = as_name(files.image(source))
+            into = files.image(blockdev(fmt, target), writable=1)
+            descriptor = str(into["file"]["filename"])
+            options = f"driver={fmt},file.driver=file,file.filename={descriptor}"
+            words = ("-n", "--target-is-zero", "--target-image-opts", name, options)
+            try:
+                await self._convert(files, words, target, progress)
+            except MoreFiles as found:  # nothing was run
+                raise UnsupportedError(
+                    f"the header of {printable(found.file)} names another file, "
+                    f"{printable(found.names[0])}, which is not opened"
+                ) from None
 
     async def _convert(
         self,

@@ -1,18 +1,244 @@
-"""Restoring: what is refused before anything is made."""
+"""Restoring: what is refused; and while others exchange what lies under the files' names."""
+
+import hashlib
+import json
+import os
+import subprocess
+from dataclasses import replace
 
 import pytest
 from backuppoints import disk, point
 
+from qmpblock.backups.check import check_backups
 from qmpblock.backups.directory import open_backups
 from qmpblock.backups.restore import restore
-from qmpblock.errors import NotFoundError
+from qmpblock.errors import Error, NotFoundError, UnsupportedError
+from qmpblock.host.qemuimgcheck import QemuImgCheck
+from qmpblock.host.qemuimgconvert import QemuImgConvert
+from qmpblock.names import partial_file
+
+SIZE = 4 << 20
+FULL, ABOVE = "20261130T110500Z-vd0.qcow2", "20261130T120500Z-vd0.qcow2"
+
+
+def run(*words):
+    subprocess.run([str(word) for word in words], check=True)
+
+
+def image(path, pattern, start, below=None):
+    """Make an image with a MiB of something in it."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, SIZE)
+    run("qemu-io", "-f", "qcow2", "-c", f"write -q -P {pattern} {start} 1M", path)
+    if below is not None:
+        run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", below, "-F", "qcow2", path)
+
+
+def told(place, name, parent=None):
+    """Return what a backup says of an image that lies there."""
+    data, state = (place / name).read_bytes(), (place / name).stat()
+    return replace(
+        disk("vd0", name, parent=parent, size=SIZE),
+        format="raw",
+        length=len(data),
+        modified=state.st_mtime_ns,
+        digest=hashlib.blake2b(data, digest_size=32).hexdigest(),
+    )
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory of a full backup and an increment."""
+    place = tmp_path / "backups"
+    place.mkdir()
+    image(place / FULL, 1, 0)
+    image(place / ABOVE, 2, "1M", FULL)
+    every = (told(place, FULL), told(place, ABOVE, FULL))
+    for number, one in enumerate(every, 1):
+        made = replace(point(one.file[:16], [one]), number=number)
+        (place / f"{made.when}.json").write_text(json.dumps(made.as_json()))
+    return place
+
+
+WHOLE = b"\1" * (1 << 20) + b"\2" * (1 << 20) + bytes(2 << 20)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Return what has something be done between the look at the images and their conversion."""
+
+    def arrange(what, after=None):
+        convert = QemuImgConvert.convert
+
+        async def convert_then(self, *words, **options):
+            what()
+            await convert(self, *words, **options)
+            if after is not None:
+                after()
+
+        monkeypatch.setattr(QemuImgConvert, "convert", convert_then)
+
+    return arrange
+
+
+def exchange(path, other):
+    """Put another file under a name; what bore it goes on to be there, under none."""
+    os.replace(other, path)
+
+
+async def test_it_is_what_the_backup_is(place, tmp_path):
+    made = await restore(place, tmp_path / "to")
+    assert (tmp_path / "to" / "vd0.raw").read_bytes() == WHOLE
+    assert made.disks[0].images == (ABOVE, FULL)
+
+
+@pytest.mark.parametrize("name", [FULL, ABOVE])
+async def test_another_image_under_the_name_of_one_that_was_proven(
+    place, tmp_path, meanwhile, name
+):
+    image(tmp_path / "other", 3, 0, FULL if name == ABOVE else None)
+    meanwhile(lambda: exchange(place / name, tmp_path / "other"))
+    await restore(place, tmp_path / "to")
+    assert (tmp_path / "to" / "vd0.raw").read_bytes() == WHOLE
+
+
+async def test_a_link_under_the_name_of_one_that_was_proven(place, tmp_path, meanwhile):
+    """And one to another directory, in the place of that of the backups."""
+    image(tmp_path / "other", 3, 0)
+
+    def link():
+        (place / FULL).unlink()
+        (place / FULL).symlink_to(tmp_path / "other")
+        place.rename(tmp_path / "away")
+        place.symlink_to(tmp_path)
+
+    meanwhile(link)
+    await restore(place, tmp_path / "to")
+    assert (tmp_path / "to" / "vd0.raw").read_bytes() == WHOLE
+
+
+@pytest.mark.parametrize("linked", [False, True])
+async def test_another_file_under_the_name_of_what_is_made(place, tmp_path, meanwhile, linked):
+    """Nothing is written to it; and it does not get the disk's name."""
+    other, target = tmp_path / "other", tmp_path / "to"
+    other.write_bytes(b"precious")
+    name = target / partial_file("vd0.raw")
+
+    def put():
+        name.unlink()
+        if linked:
+            name.symlink_to(other)
+        else:
+            os.link(other, name)
+
+    meanwhile(put)
+    with pytest.raises(Error, match="cannot make"):
+        await restore(place, target)
+    assert other.read_bytes() == b"precious"
+    assert [one.name for one in target.iterdir()] == [name.name]
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_a_link_under_the_name_that_it_is_to_have(place, tmp_path, meanwhile, force):
+    """It is neither followed nor replaced, and nothing else is left."""
+    other, target = tmp_path / "other", tmp_path / "to"
+    other.write_bytes(b"precious")
+    meanwhile(lambda: (target / "vd0.raw").symlink_to(other))
+    with pytest.raises(Error, match=r"cannot make .*vd0.raw: File exists"):
+        await restore(place, target, force=force)
+    assert other.read_bytes() == b"precious"
+    assert [one.name for one in target.iterdir()] == ["vd0.raw"]
+    assert (target / "vd0.raw").is_symlink()
+
+
+async def test_a_file_under_the_name_that_it_is_to_have(place, tmp_path, meanwhile):
+    target = tmp_path / "to"
+    meanwhile(lambda: (target / "vd0.raw").write_bytes(b"precious"))
+    with pytest.raises(Error, match=r"cannot make .*vd0.raw: File exists"):
+        await restore(place, target)
+    assert [one.read_bytes() for one in target.iterdir()] == [b"precious"]
+
+
+async def test_an_image_that_is_written_to_meanwhile(place, tmp_path, meanwhile):
+    """It has its length, and the time that it had: its digest tells, and nothing is left."""
+    file = place / FULL
+    data, state = bytearray(file.read_bytes()), file.stat()
+
+    def write():
+        data[-1000] ^= 1
+        file.write_bytes(data)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    meanwhile(lambda: None, write)
+    with pytest.raises(Error, match="holds something else than it did"):
+        await restore(place, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+async def test_an_image_of_which_only_the_rights_change_meanwhile(place, tmp_path, meanwhile):
+    """It is read again, and is what it was."""
+    meanwhile(lambda: None, lambda: (place / FULL).chmod(0o640))
+    await restore(place, tmp_path / "to")
+    assert (tmp_path / "to" / "vd0.raw").read_bytes() == WHOLE
+
+
+async def test_what_has_no_name_is_not_left_where_a_second_disk_gets_none(
+    place, tmp_path, meanwhile
+):
+    """All or none: one that has its name already goes again."""
+    one = told(place, FULL)
+    every = [one, replace(one, disk="vd1", path="/machine/peripheral/vd1")]
+    both = replace(point("20261130T130500Z", every), number=3)
+    (place / f"{both.when}.json").write_text(json.dumps(both.as_json()))
+    target = tmp_path / "to"
+
+    def put():
+        (target / "vd1.raw").unlink(missing_ok=True)
+        (target / "vd1.raw").write_bytes(b"precious")
+
+    meanwhile(put)
+    with pytest.raises(Error, match=r"cannot make .*vd1.raw: File exists"):
+        await restore(place, target)
+    assert [(one.name, one.read_bytes()) for one in target.iterdir()] == [("vd1.raw", b"precious")]
+
+
+async def test_a_header_that_names_a_data_file(place, tmp_path):
+    """Whoever writes the point file can have its digest be right; no such file is opened."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"\7" * SIZE)
+    words = f"data_file={secret},data_file_raw=on"
+    (place / FULL).unlink()
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", words, place / FULL, SIZE)
+    one = told(place, FULL)
+    (place / "20261130T110500Z.json").write_text(
+        json.dumps(replace(point("20261130T110500Z", [one]), number=1).as_json())
+    )
+    with pytest.raises(UnsupportedError, match=r"names another file, .*secret"):
+        await restore(place, tmp_path / "to", at="20261130T110500Z")
+    assert not (tmp_path / "to").exists()
+
+
+async def test_what_is_checked_is_what_was_digested(place, tmp_path, monkeypatch):
+    """A damaged image that takes a name between the two is not seen, nor is a link followed."""
+    fault, seen = QemuImgCheck.fault, []
+
+    async def exchanged(self, path, fmt, **options):
+        seen.append(path)
+        os.unlink(path)
+        os.symlink(tmp_path / "nowhere", path)
+        return await fault(self, path, fmt, **options)
+
+    monkeypatch.setattr(QemuImgCheck, "fault", exchanged)
+    made = await check_backups(place)
+    assert made.points[0].faults == ()
+    assert seen == [str(place / name) for name in (FULL, ABOVE)]
+
 
 FIRST = point("20261130T110500Z", [disk("vd0", "a.qcow2"), disk("vd1", "b.qcow2")])
 LAST = point("20261130T120500Z", [disk("vd0", "c.qcow2")])
 
 
 @pytest.fixture
-def place(tmp_path):
+def web(tmp_path):
     with open_backups(tmp_path / "of web", make=True) as backups:
         for one in (FIRST, LAST):
             backups.make(one)
@@ -26,19 +252,19 @@ def place(tmp_path):
         ({"at": LAST.when}, "the newest backup before it that has that disk is 20261130T110500Z"),
     ],
 )
-async def test_a_disk_that_the_backup_has_not(asked, said, place, tmp_path):
+async def test_a_disk_that_the_backup_has_not(asked, said, web, tmp_path):
     """Which one has it is said, with the command that restores it."""
     with pytest.raises(NotFoundError) as refused:
-        await restore(place, tmp_path / "new", disks=["vd0", "vd1"], **asked)
+        await restore(web, tmp_path / "new", disks=["vd0", "vd1"], **asked)
     lines = str(refused.value).splitlines()
     assert lines[:2] == ["the backup 20261130T120500Z has no disk vd1; it has:", "  vd0"]
-    command = f"qmpblock restore '{place}' {tmp_path}/new --at {FIRST.when} --disk vd1"
+    command = f"qmpblock restore '{web}' {tmp_path}/new --at {FIRST.when} --disk vd1"
     assert lines[-1] == f"Remedy: {said}: {command}"
     assert refused.value.exit_code == 2
     assert not (tmp_path / "new").exists()
 
 
-async def test_a_disk_that_no_backup_has(place, tmp_path):
+async def test_a_disk_that_no_backup_has(web, tmp_path):
     with pytest.raises(NotFoundError) as refused:
-        await restore(place, tmp_path / "new", disks=["vd9"])
+        await restore(web, tmp_path / "new", disks=["vd9"])
     assert refused.value.remedy is None
