@@ -151,7 +151,7 @@ async def fill(
     ):
         await execute("blockdev-add", node)
     await joint.put_on(record.base, item.plan.device)
-    await lay(vm, item.node, view, item.node_options(view))
+    await lay(vm, item.node, view, lambda: item.node_options(view))
     job = Job(vm.monitor, parts.job, "commit")
     try:
         # Never waited for if there is no room: the overlay is to come home, and grows meanwhile.
@@ -162,7 +162,7 @@ async def fill(
         await _copied(vm, job, tell)
     finally:
         job.end()
-    await lay(vm, item.node, record.base, item.node_options(record.base))
+    await lay(vm, item.node, record.base, lambda: item.node_options(record.base))
     for name in (z, window, view, filter_, kept):
         await execute("blockdev-del", {"node-name": name})
     await joint.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.changes.filters import set_child
@@ -44,14 +44,18 @@ def check_copy_on_read(capabilities: Capabilities, into: Layer) -> None:
         )
 
 
-async def lay(vm: Connection, node: str, below: str, options: Mapping[str, Any]) -> None:
+async def lay(
+    vm: Connection, node: str, below: str, options: Callable[[], Mapping[str, Any]]
+) -> None:
     """Have an overlay of ours lie on another node, all else of it as it is.
 
-    :param options: the whole description of its node, then; of use where that is ours.
+    :param options: returns the whole description of its node, then; asked only where that is ours,
+        for nothing need tell it of another: with which key it was opened, say.
+    :raise UnsupportedError: it cannot be told.
     :raise Error: QEMU refused.
     """
     if is_ours(node):
-        await vm.monitor.execute("blockdev-reopen", {"options": [options]})
+        await vm.monitor.execute("blockdev-reopen", {"options": [options()]})
     else:  # its manager opened it, with options that nothing tells
         await set_child(vm, node, "backing", below)
 
@@ -64,11 +68,15 @@ async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> No
     :param node: the overlay's; `below`: the image's.
     """
     top = graph.nodes[node]
-    storage = top.child("file")
-    assert storage is not None  # an overlay of ours has a file
-    try:
+
+    def options() -> Mapping[str, Any]:
+        storage = top.child("file")
+        assert storage is not None  # an overlay of ours has a file
         secret = key_secret(Layer(0, top, None)) if top.encrypted else None
-        await lay(vm, node, below, overlay_options(node, storage, top, secret, below))
+        return overlay_options(node, storage, top, secret, below)
+
+    try:
+        await lay(vm, node, below, options)
     except (CommandError, UnsupportedError) as error:
         _log.warning("%s stays where it is: %s", node, error)
 
