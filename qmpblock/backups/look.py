@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
+import posixpath
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypedDict
@@ -26,7 +26,8 @@ from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.copying.look import look
 from qmpblock.copying.options import CopyOptions
-from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError
+from qmpblock.host.keycommand import shell_words
 from qmpblock.managers import Work
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
@@ -131,9 +132,12 @@ async def check_copies(
         for disk, place in targets.items():
             with contextlib.suppress(UnsupportedError):
                 await look(vm, {disk: place}, options, undo=undo)
-                fit.append(f"--disk {shlex.quote(printable(disk.name))}")
+                fit.append(shell_words([disk.name]))
         if 0 < len(fit) < len(targets):
-            others = f"back up the others alone: {' '.join(fit)}"
+            directory = posixpath.dirname(next(iter(targets.values())))
+            address, place = map(shell_words, ([str(vm.monitor.address)], [directory]))
+            chosen = " --disk ".join(fit)
+            others = f"back up the others alone: qmpblock backup {address} {place} --disk {chosen}"
             error.remedy = f"{error.remedy}; or {others}" if error.remedy else others
         raise
 

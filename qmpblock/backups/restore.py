@@ -15,7 +15,6 @@ import contextlib
 import errno
 import os
 import posixpath
-import shlex
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from qmpblock.graph.places import FileId
 from qmpblock.host.contents import Contents
 from qmpblock.host.imagechain import Image as ImageOfChain
 from qmpblock.host.imagechain import blockdev
+from qmpblock.host.keycommand import keyed, shell_words
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimgconvert import QemuImgConvert
 from qmpblock.names import partial_file
@@ -238,9 +238,13 @@ async def restore(
         point = find_point(backups.points, at)
         chosen = [_disk(backups, point, name, target) for name in disks]
         wanted = tuple(dict.fromkeys(chosen)) or point.disks
-        chains = [_chain(backups, one) for one in wanted]
-        into = stack.enter_context(_opened(target))
         names = restored_names(wanted)
+        folder = os.path.normpath(Path.cwd() / os.fspath(target))
+        chains = [
+            _chain(backups, one, posixpath.join(folder, name))
+            for one, name in zip(wanted, names, strict=True)
+        ]
+        into = stack.enter_context(_opened(folder))
         targets = [_Target(*one, into) for one in zip(wanted, chains, names, strict=True)]
         for one in targets:
             _check(one, force=force)
@@ -277,35 +281,49 @@ def _disk(backups: Backups, point: Point, name: str, target: str | os.PathLike[s
     remedy = None
     if not point.has(name) and (other := nearest_with(backups.points, point, name)) is not None:
         words = ("restore", backups.path, os.fspath(target), "--at", other.when, "--disk", name)
-        command = " ".join(shlex.quote(printable(word)) for word in ("qmpblock", *words))
+        command = shell_words(("qmpblock", *words))
         last = backups.points.index(other) < backups.points.index(point)
         which = "the newest backup before it" if last else "the first backup after it"
         remedy = f"{which} that has that disk is {other.when}: {command}"
     return point.disk(name, remedy)
 
 
-def _chain(backups: Backups, one: DiskBackup) -> tuple[Image, ...]:
+def _chain(backups: Backups, one: DiskBackup, target: str) -> tuple[Image, ...]:
     """Return what a disk is restored from.
 
+    :param target: the path that it is to have.
     :raise Error: it cannot be.
     """
-    if one.encrypted:
+    chain = images_of(backups.points, one.file)
+    if any(image.backup.encrypted for image in chain):
+        check = shell_words(["qmpblock", "backup", "check", backups.path])
         raise UnsupportedError(
             f"{printable(one.file)} is encrypted with the key of its disk, which is not here",
             standing=UNTOUCHED,
-            remedy="have qemu-img convert it, with --object secret,...; or start the VM from a "
-            "copy of it, and of what it lies on",
+            remedy=f"see whether it is whole ({check}), then convert it with the key, into an "
+            f"image that has the same one: {_conversion(backups, chain, target)}",
         )
-    return images_of(backups.points, one.file)
+    return chain
+
+
+def _conversion(backups: Backups, chain: tuple[Image, ...], target: str) -> str:
+    """Return the command that restores an encrypted disk."""
+    places = {backups.place(image.file): image.backup.encrypted for image in chain}
+    files, size = list(places), chain[0].backup.size
+    source = blockdev("qcow2", files[0], [ImageOfChain(file, "qcow2", size) for file in files[1:]])
+    name, keys = keyed(source, lambda options: places[options["file"]["filename"]])
+    made = ["-O", "qcow2", "-o", "encrypt.format=luks,encrypt.key-secret=key"]
+    make = shell_words(["mkdir", "-p", posixpath.dirname(target)])
+    return f"{make} && {shell_words(['qemu-img', 'convert', *keys, *made, name, target])}"
 
 
 @contextmanager
-def _opened(target: str | os.PathLike[str]) -> Iterator[Directory]:
+def _opened(path: str) -> Iterator[Directory]:
     """Open the directory of what is restored, and make it, if it is not there.
 
     :raise RequestError: it is none.
     """
-    path, fresh = os.path.normpath(Path.cwd() / os.fspath(target)), False
+    fresh = False
     try:
         with contextlib.suppress(FileExistsError):
             Path(path).mkdir()
@@ -381,7 +399,7 @@ def _needed(backups: Backups, standing: str) -> Iterator[None]:
             f"{printable(backups.path)}: {error.message}, and it is needed to restore that",
             standing=standing,
             remedy="see which backups are whole, and restore one of these: qmpblock backup check "
-            f"{shlex.quote(printable(backups.path))}",
+            + shell_words([backups.path]),
         ) from None
 
 

@@ -10,10 +10,10 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.operations import StagedCommit
@@ -29,22 +29,21 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.graph.jsonname import from_text
+from qmpblock.graph.jsonname import from_text, innermost
 from qmpblock.graph.opened import is_nested
 from qmpblock.graph.places import FileId
 from qmpblock.host import ourfiles
 from qmpblock.host.imagechain import blockdev
+from qmpblock.host.keycommand import keyed, shell_words
 from qmpblock.host.processes import is_running
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.toolwords import in_use_by_another, lacks_key, lacks_space
 from qmpblock.names import journal_beside, partial_file
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["ImageRecovery", "holds_nothing", "is_about", "recover_images", "recover_journal"]
 
 _log = logging.getLogger(__name__)
+_QCOW2, _CRYPT = b"QFI\xfb", slice(32, 36)  # the field crypt_method
 _INSIDE = re.compile(r"/proc/\d+/root(/.+)", re.DOTALL)
 
 
@@ -264,10 +263,10 @@ async def _commit(
     # The image lies beside its overlay; its data file may lie anywhere.
     homes = {(made[0] if path == base else None, inode) for path, inode in record.written}
     known = {made, *homes} if homes else None  # an older record does not say
-    # An interrupted job may have left another name, or none.
-    await tool.rebase(overlay, fmt, base, record.base_format, known=known)
     hidden = is_nested(how)
     try:
+        # An interrupted job may have left another name, or none.
+        await tool.rebase(overlay, fmt, base, record.base_format, known=known)
         if hidden:  # or the name would count, and what is said besides would contradict it
             await tool.rebase(overlay, fmt, "", "", known=known)
         await tool.commit(overlay, fmt, how, known=known)
@@ -283,9 +282,8 @@ async def _commit(
         if lacks_key(error.stderr):
             error.standing = f"nothing was touched; {kept}"
             error.remedy = (
-                "the images are encrypted, and we have no key. Start the VM from "
-                f"{printable(overlay)}, which lies on {printable(base)}, and commit it there: "
-                "qmpblock commit ADDRESS DISK --base @1"
+                "the images are encrypted, and we have no key. Before the VM is started, bring the "
+                f"overlay home with it: {_with_key(overlay, fmt, base, how)}"
             )
         elif lacks_space(error.stderr):
             error.standing = (
@@ -294,6 +292,43 @@ async def _commit(
             )
             error.remedy = "make room there, and run this again before the VM is started"
         raise
+
+
+def _with_key(overlay: str, fmt: str, base: str, how: dict[str, Any]) -> str:
+    """Return the commands that bring an overlay home that is encrypted as its image is.
+
+    Once it is gone, what is left of the change is taken away without a key.
+    """
+    top = blockdev(fmt, overlay)
+
+    def encrypted(options: Mapping[str, Any]) -> bool:
+        return options["file"] == top["file"] or _is_encrypted(options)
+
+    commands = []
+    if is_nested(how):  # as `_commit` does
+        name, keys = keyed(top, encrypted)
+        commands.append(["qemu-img", "rebase", "-u", "-b", "", *keys, name])
+    name, keys = keyed(top | {"backing": how}, encrypted, sharing=2)
+    commands += [
+        ["qemu-img", "commit", "-d", *keys, name],
+        ["rm", overlay],
+        ["qmpblock", "recover", base],
+    ]
+    return " && ".join(map(shell_words, commands))
+
+
+def _is_encrypted(options: Mapping[str, Any]) -> bool:
+    """Whether an image is encrypted, by its format or its header (docs/interop/qcow2.txt)."""
+    if options["driver"] != "qcow2":
+        return bool(options["driver"] == "luks")
+    head = b""
+    with contextlib.suppress(OSError):
+        fd = ourfiles.open_plain(str(innermost(options).get("filename")))
+        try:
+            head = os.pread(fd, _CRYPT.stop, 0)
+        finally:
+            os.close(fd)
+    return head[:4] == _QCOW2 and any(head[_CRYPT])
 
 
 async def holds_nothing(file: str, fmt: str, made: tuple[int, int]) -> bool:

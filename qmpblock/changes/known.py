@@ -320,8 +320,8 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
             raise StalledError(
                 f"libvirt and QEMU do not name the same image of {printable(name)}",
                 standing="the VM is paused: both images hold the same",
-                remedy=f"compare virsh domblklist with qmpblock disks; virsh blockjob DOMAIN "
-                f"{printable(name)} --abort",
+                remedy="compare virsh domblklist DOMAIN with qmpblock disks ADDRESS; virsh "
+                f"blockjob DOMAIN {printable(name)} --abort",
             )
         await asyncio.sleep(_LOOK)
 

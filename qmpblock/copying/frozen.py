@@ -82,7 +82,8 @@ _RESERVE = 256 << 20  # bytes of the file system that stay free besides
 _LOOK = 0.2  # seconds between looks at the free space
 _NO_END = "use QEMU 10.0 or newer; or copy it by qemu-img when the VM is off"
 _OTHERWISE = (
-    "copy the end (qmpblock copy --at end), which is as consistent; or use QEMU 10.0 or newer"
+    "copy the end, which is as consistent: qmpblock copy ADDRESS DISK=TARGET --at end; or use QEMU "
+    "10.0 or newer"
 )
 
 
@@ -142,6 +143,7 @@ async def check_frozen(vm: Connection, plan: CopyPlan, graph: BlockGraph) -> str
         active = plan.device.chain.active
         file = await home_file(vm, active)
         how = as_text(await opened_as(vm, active, graph))
+        otherwise = ""  # a copy of the end is made in the same way, and with the same key
         await by_qemu_img(vm, _secret(plan), local=True)
     except UnsupportedError as error:
         raise UnsupportedError(
@@ -152,7 +154,7 @@ async def check_frozen(vm: Connection, plan: CopyPlan, graph: BlockGraph) -> str
             )
             + f" only while the guest's writes go to an overlay beside its image. {error.message}",
             standing=UNTOUCHED,
-            remedy="leave --reflink out" if plan.shape.reflink else otherwise,
+            remedy="leave --reflink out" if plan.shape.reflink else otherwise or error.remedy,
         ) from None
     wanted = room_wanted([(active.size, 0)])
     _check_room(posixpath.dirname(file), wanted, UNTOUCHED)
@@ -406,6 +408,6 @@ def _check_room(path: str, wanted: int, standing: str | None = None) -> None:
             f"guest's writes need {wanted} there while the copy runs: they go to an overlay, which "
             "then comes home",
             standing=standing,
-            remedy="make room there, or copy the end (qmpblock copy --at end), which needs none "
-            "there; or copy when the guest writes less",
+            remedy="make room there; or copy when the guest writes less; or copy the end, which "
+            "needs none there: qmpblock copy ADDRESS DISK=TARGET --at end",
         )

@@ -58,7 +58,7 @@ async def check_provable(
             "guest's next write, which would have to wait until all is compared",
             standing=UNTOUCHED,
             remedy="have a copy of the start proven (--at start); or stop the guest for good at "
-            "that moment, and compare the closed images: qmpblock verify",
+            "that moment, and compare the closed images: qmpblock verify IMAGE TARGET",
         )
     for plan in plans:
         if plan.server is not None:

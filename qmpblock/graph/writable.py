@@ -58,6 +58,7 @@ def check_sound(layer: Layer) -> None:
     raise UnsupportedError(
         f"@{layer.depth} {file} must not be written to: {why}",
         standing=UNTOUCHED,
-        remedy="stream what it holds into the layer above instead (qmpblock stream); or end the "
+        remedy="stream what it holds into the layer above instead: qmpblock stream ADDRESS DISK "
+        "--top LAYER; or end the "
         f"VM and repair it: qemu-img check -f {printable(layer.format)} -r all {file}",
     )

@@ -72,7 +72,7 @@ def in_use(name: str, said: str) -> InUseError:
         "from outside is of no moment that there ever was",
         standing=UNTOUCHED,
         remedy="shut that VM down first; or compare an image that it has frozen (qmpblock "
-        "snapshot)",
+        "snapshot ADDRESS DISK=OVERLAY)",
     )
 
 

@@ -48,7 +48,8 @@ class DiskTerms:
             raise RequestError(
                 "images that both VMs have get no host space by a migration (allocation)",
                 standing=UNTOUCHED,
-                remedy="leave one of the two out; or have it allocated (qmpblock allocate)",
+                remedy="leave one of the two out; or have it allocated: qmpblock allocate "
+                "ADDRESS DISK --full",
             )
         if self.allocation == "full" and self.layers == "top":
             raise RequestError(

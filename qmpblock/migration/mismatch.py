@@ -190,7 +190,7 @@ KINDS: Mapping[str, Kind] = {
         _NEVER,
         "where it holds anything else the guest reads that, from its first moment there on",
         "have it lie on the very same files; or see that it lies on a copy of them (qmpblock "
-        "verify), and say so (--same-backing); or copy all layers",
+        "verify IMAGE IMAGE), and say so (--same-backing); or copy all layers",
     ),
     "backing-unnamed": Kind(
         "an image whose header does not say what it lies on",

@@ -15,7 +15,9 @@ from qmpblock.backups.restore import restore
 from qmpblock.errors import Error, NotFoundError, UnsupportedError
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuimgconvert import QemuImgConvert
+from qmpblock.luks import retried
 from qmpblock.names import partial_file
+from qmpblock.testing.images import Tools, find_qemu
 
 SIZE = 4 << 20
 FULL, ABOVE = "20261130T110500Z-vd0.qcow2", "20261130T120500Z-vd0.qcow2"
@@ -231,6 +233,65 @@ async def test_what_is_checked_is_what_was_digested(place, tmp_path, monkeypatch
     made = await check_backups(place)
     assert made.points[0].faults == ()
     assert seen == [str(place / name) for name in (FULL, ABOVE)]
+
+
+LUKS = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10"
+
+
+async def encrypted(place):
+    """Have the directory hold a full backup, and an increment, of an encrypted disk."""
+    secret = ("--object", "secret,id=k,data=sesame")
+    every = []
+    for name, pattern, start, parent in ((FULL, 1, 0, None), (ABOVE, 2, "1M", FULL)):
+        path = place / name
+        path.unlink()
+        make = [
+            "qemu-img",
+            "create",
+            *secret,
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            LUKS,
+            str(path),
+            str(SIZE),
+        ]
+        await retried(lambda make=make: Tools.of(find_qemu()).run(*make))
+        comma = str(path).replace(",", ",,")
+        opened = f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=k,file.filename={comma}"
+        write = f"write -q -P {pattern} {start} 1M"
+        run("qemu-io", *secret, "--image-opts", "-c", write, opened)
+        if parent is not None:
+            again = ("-b", parent, "-F", "qcow2")
+            run("qemu-img", "rebase", "-u", *secret, *again, "--image-opts", opened)
+        every.append(replace(told(place, name, parent), encrypted=True))
+    for number, one in enumerate(every, 1):
+        made = replace(point(one.file[:16], [one]), number=number)
+        (place / f"{made.when}.json").write_text(json.dumps(made.as_json()))
+
+
+async def test_an_encrypted_disk_is_restored_by_the_command_that_is_named(tmp_path, place):
+    """It is whole, but for the file of the key; and nothing is stored in the clear."""
+    place = place.rename(tmp_path / "it's, all")
+    await encrypted(place)
+    (tmp_path / "KEY_FILE").write_text("sesame")
+    target = tmp_path / "to, here"
+    with pytest.raises(UnsupportedError, match="is encrypted") as caught:
+        await restore(place, target)
+    assert not target.exists()
+    assert caught.value.remedy is not None
+    command = caught.value.remedy.partition("the same one: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    [made] = target.iterdir()
+    assert b"\1" * 512 not in made.read_bytes()
+    raw, secret = tmp_path / "raw", "secret,id=k,data=sesame"
+    opened = json.dumps(
+        {"driver": "qcow2", "encrypt": {"format": "luks", "key-secret": "k"}}
+        | {"file": {"driver": "file", "filename": str(made)}}
+    )
+    run("qemu-img", "convert", "--object", secret, "-O", "raw", f"json:{opened}", raw)
+    assert raw.read_bytes() == WHOLE
 
 
 FIRST = point("20261130T110500Z", [disk("vd0", "a.qcow2"), disk("vd1", "b.qcow2")])

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -21,6 +22,8 @@ from qmpblock.changes.survey import journals
 from qmpblock.errors import BusyError, Error, NotFoundError, ToolError, UnsupportedError
 from qmpblock.graph.jsonname import as_text
 from qmpblock.host.processes import boot_id, start_time
+from qmpblock.luks import retried
+from qmpblock.testing.images import Tools, find_qemu
 
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
@@ -562,3 +565,50 @@ def holds_alone(path, pattern):
     done = tool("qemu-io", "-c", f"read -P {pattern} 0 1M", "json:" + json.dumps(image))
     assert "read 1048576" in done
     return "verification failed" not in done
+
+
+KEYED = {"driver": "qcow2", "encrypt": {"format": "luks", "key-secret": "k"}}
+SECRET = ("--object", "secret,id=k,data=sesame")
+
+
+async def make_encrypted(path):
+    options = "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10"
+    path.unlink(missing_ok=True)
+    make = ("qemu-img", "create", *SECRET, "-q", "-f", "qcow2", "-o", options, path, "4M")
+    await retried(lambda: Tools.of(find_qemu()).run(*map(str, make)))
+
+
+def by_key(path, do):
+    opened = json.dumps(
+        KEYED | {"file": {"driver": "file", "filename": str(path)}, "backing": None}
+    )
+    return subprocess.run(
+        ["qemu-io", *SECRET, "-c", do, f"json:{opened}"], check=True, capture_output=True, text=True
+    ).stdout
+
+
+async def test_an_encrypted_overlay_is_brought_home_by_the_command_that_is_named(tmp_path, state):
+    """We have no key; whoever has it runs the command as it is, and nothing of ours is left."""
+    (tmp_path / "it's").mkdir()
+    disk = tmp_path / "it's" / "disk.qcow2"
+    await make_encrypted(disk)
+    by_key(disk, "write -q -P 1 0 1M")
+    staging = Staging(disk, header=False)
+    await make_encrypted(staging.overlay)
+    by_key(staging.overlay, "write -q -P 9 0 64k")
+    made(staging.journal, staging.overlay)
+    for image in (disk, staging.overlay):
+        with pytest.raises(ToolError, match="key-secret") as caught:
+            await recover_images([image])
+        assert "holds the newest data" in caught.value.standing
+    (tmp_path / "KEY_FILE").write_text("sesame")
+    command = caught.value.remedy.partition("with it: ")[2]
+    *commands, again = command.split(" && ")
+    assert shlex.split(again) == ["qmpblock", "recover", str(disk)]
+    subprocess.run(" && ".join(commands), shell=True, check=True, cwd=tmp_path)
+    (found,) = await recover_images([disk])
+    assert found.verdict.start == (str(disk),)
+    assert await recover_images([disk]) == []
+    assert [one.name for one in disk.parent.iterdir()] == ["disk.qcow2"]
+    for pattern, where in ((9, "0 64k"), (1, "64k 960k")):
+        assert "failed" not in by_key(disk, f"read -q -P {pattern} {where}")

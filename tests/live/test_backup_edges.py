@@ -118,7 +118,8 @@ async def test_a_uefi_vm(begin, vm_dir):
         code, _, err = await cli("backup", vm.monitor_path, place)
         assert (code, place.exists()) == (2, False)
         assert "pflash1 is a cfi.pflash01" in err
-        assert "back up the others alone: --disk vd0 --disk vd1" in err
+        others = f"qmpblock backup unix:{vm.monitor_path} {place} --disk vd0 --disk vd1"
+        assert f"back up the others alone: {others}" in err
         return
     await backed_up(vm, place)
     point, _ = await backed_up(vm, place)
