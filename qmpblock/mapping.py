@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
     from qmpblock.ranges import Ranges
 
-__all__ = ["LayerMap", "MappedDisk", "exported", "read_map"]
+__all__ = [
+    "LayerMap",
+    "MappedDisk",
+    "check_active",
+    "exported",
+    "exported_active",
+    "other_active",
+    "read_map",
+]
 
 _CONTEXTS = ("base:allocation", "qemu:allocation-depth")
 _PARTS = 4  # of a range that are read at once
@@ -278,6 +286,44 @@ async def exported(
                     remedy="the disk was resized meanwhile; try again",
                 )
         yield clients
+
+
+@asynccontextmanager
+async def exported_active(
+    disk: MappedDisk, *, in_flight: int = 16, held: bool = False
+) -> AsyncIterator[Client]:
+    """Export the active layer likewise, to have QEMU copy up into it (NBD_CMD_CACHE).
+
+    Into an image that a snapshot made meanwhile has frozen, QEMU would abort (K43); of one that
+    comes once the export is there, that follows it (F6). So it is looked at then.
+
+    :raise GraphError: the active layer is another one than when the disk was last seen.
+    :raise Error: as `exported`.
+    """
+    active = disk.chain.active
+    async with exported(
+        disk, [active], hold_writer=active.data_file is not None, in_flight=in_flight, held=held
+    ) as [client]:
+        await disk.refresh()
+        check_active(disk, active)
+        yield client
+
+
+def check_active(disk: MappedDisk, active: Layer) -> None:
+    """See that a layer is the active one of a disk, as that was last seen.
+
+    :raise GraphError: another one is.
+    """
+    if disk.chain.active.node.name != active.node.name:
+        raise other_active(disk.name)
+
+
+def other_active(disk: str) -> GraphError:
+    """Say that the active layer is not the one that was meant."""
+    return GraphError(
+        f"the active layer of {disk} is another one now: somebody took a snapshot",
+        remedy="look at it, then try again: qmpblock disks ADDRESS",
+    )
 
 
 async def read_map(client: Client, chain: Chain, offset: int, length: int) -> AllocationMap:

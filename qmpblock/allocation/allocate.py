@@ -105,16 +105,18 @@ async def allocate_ranges(
     check_disk(disk.device)
     span = _span(where) if where else (0, 0)
     result = AllocationResult(disk.name, *span, *span)
-    raw = await raw_file(disk) if full else None
     pid = disk.vm.monitor.peer_pid or 0  # it has one, where a file is local
-    if raw is not None:
-        file, begin = raw
-        in_file = [(begin + start, begin + stop) for start, stop in where]
-        check_reservable(file, pid, in_file)
-    elif full:
-        file = await check_staged(disk)
-        if disk.chain.active.data_file is None:
-            check_reservable(file, pid, [(0, where.total)], grows=True)
+    async with disk.vm.unless_gone():
+        raw = await raw_file(disk) if full else None
+        if raw is not None:
+            file, begin = raw
+            in_file = [(begin + start, begin + stop) for start, stop in where]
+            check_reservable(file, pid, in_file)
+        elif full:
+            file = await check_staged(disk)
+            if disk.chain.active.data_file is None:
+                check_reservable(file, pid, [(0, where.total)], grows=True)
+    if full and raw is None:
         await ownership.ask_for_change(disk.vm, Work("reserve", disk.chain.active.file), asked=True)
     if not where:
         return result

@@ -192,7 +192,13 @@ async def find_place(disk: MappedDisk) -> Place:
     """Say where the room of a disk is.
 
     :raise UnsupportedError: it cannot have any, or not from here; nothing was touched.
+    :raise DisconnectedError: QEMU has gone, which is why.
     """
+    async with disk.vm.unless_gone():
+        return await _place(disk)
+
+
+async def _place(disk: MappedDisk) -> Place:
     check_disk(disk.device)
     active, pid = disk.chain.active, disk.vm.monitor.peer_pid or 0  # without one, no file is local
     if active.format in ("raw", "luks"):

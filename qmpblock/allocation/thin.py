@@ -9,12 +9,15 @@ An `Allocator` keeps what that takes, for many ranges one after another::
     entering                                  for each range
     1. the disk's lock, its chain             1. its map, as it is now
     2. the export, connected                  2. requests for what is below, and the map again
-                                              3. is the export still of that layer? (5 times a
-                                                 second, and when the last range is done)
+    3. is it of the active layer?             3. is it still? (5 times a second, and when the
+                                                 last range is done)
 
 The chain may be changed by others meanwhile. A layer that they drop from below is no matter. An
 overlay that they put on top is: the export follows it, silently (F6), and so would the
-requests. They change no content there either, but it is not what was asked.
+requests. They change no content there either, but it is not what was asked. One that came before
+the export was made leaves that on a layer which nobody writes to any more, and QEMU aborts where it
+is to copy something up into one (K43). So it is looked at once the export is there, from when on it
+follows.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from qmpblock.changes.operations import ThinAllocation
 from qmpblock.errors import UNTOUCHED, CommandError, GraphError, NBDError, UnsupportedError
 from qmpblock.graph.writable import check_disk
 from qmpblock.host.imagefiles import image_files
-from qmpblock.mapping import exported, read_map
+from qmpblock.mapping import check_active, exported_active, other_active, read_map
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
 from qmpblock.qemu.job import Progress
@@ -172,7 +175,7 @@ class Allocator:
         :raise GraphError: that is another one: an export follows it silently.
         """
         await self._disk.refresh()
-        self._check_active()
+        check_active(self._disk, self._active)
         self._unseen = False
 
     async def _bring_up(
@@ -266,11 +269,7 @@ class Allocator:
                 export["id"] == self._client.export
                 and export["node-name"] != self._active.node.name
             ):
-                raise _other_layer(self._disk)
-
-    def _check_active(self) -> None:
-        if self._disk.chain.active.node.name != self._active.node.name:
-            raise _other_layer(self._disk)
+                raise other_active(self._disk.name)
 
     @asynccontextmanager
     async def _unless_moved(self) -> AsyncIterator[None]:
@@ -300,7 +299,6 @@ async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
     """Keep what thin allocation of a disk takes, as it was seen last."""
     if len(disk.chain.layers) > 1:
         check_thin(disk)
-    active = disk.chain.active
     record = ThinAllocation(
         run=new_run(),
         vm=await identify(disk.vm),
@@ -318,25 +316,12 @@ async def allocator(disk: MappedDisk) -> AsyncIterator[Allocator]:
             "in the VM"
         )
     ):
-        async with exported(
-            disk,
-            [active],
-            hold_writer=active.data_file is not None,
-            in_flight=_IN_FLIGHT,
-            held=change.held,
-        ) as [client]:
+        async with exported_active(disk, in_flight=_IN_FLIGHT, held=change.held) as client:
             made = Allocator(disk, client)
             yield made
             if made.unseen:
                 await made.verify()
         await undisturbed(change.end())
-
-
-def _other_layer(disk: MappedDisk) -> GraphError:
-    return GraphError(
-        f"the active layer of {disk.name} is another one now: somebody took a snapshot",
-        remedy="look at it, then try again: qmpblock disks ADDRESS",
-    )
 
 
 class Report:

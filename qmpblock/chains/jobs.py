@@ -60,6 +60,7 @@ from qmpblock.errors import (
 )
 from qmpblock.host.openfiles import sees_directory
 from qmpblock.host.processes import command_line
+from qmpblock.mapping import check_active, exported_active
 from qmpblock.names import new_run
 from qmpblock.qemu import ownership
 from qmpblock.qemu.feed import working
@@ -292,14 +293,17 @@ def _refusal(vm: Connection, plan: StreamPlan | CommitPlan, error: CommandError)
 async def make_explicit(disk: MappedDisk, hidden: tuple[Hidden, ...]) -> int:
     """Make what short layers hide explicit zeros in the active layer; return the bytes.
 
-    By NBD_CMD_CACHE of exactly those ranges (K20), and a look at what came of it.
+    By NBD_CMD_CACHE of exactly those ranges (K20), and a look at what came of it. The disk is as it
+    was seen when this was planned.
+
+    :raise GraphError: the active layer is another one: of what is hidden the depth is, too.
     """
-    from qmpblock.export.session import Request, exports
     from qmpblock.ranges import Ranges
 
-    total = 0
+    total, active = 0, disk.chain.active
     for _ in range(_ATTEMPTS):
         seen = await disk.map()
+        check_active(disk, active)
         wanted = Ranges()
         for one in hidden:
             # Past its end a short layer shows as not held, one layer up (design.md, map).
@@ -307,11 +311,7 @@ async def make_explicit(disk: MappedDisk, hidden: tuple[Hidden, ...]) -> int:
             wanted = wanted | (zeros & Ranges([(one.start, one.stop)]))
         if not wanted:
             return total
-        active = disk.chain.active
-        request = Request(active.node.name, hold_writer=active.data_file is not None)
-        async with exports(
-            disk.vm.monitor, disk.device, [request], access=disk.vm.nbd, stall=disk.vm.stall
-        ) as [client]:
+        async with exported_active(disk) as client:
             whole = wanted.align_out(client.block_size.minimum, client.size)
             for start, stop in whole.split(client.max_cache_length):
                 await client.cache(start, stop - start)

@@ -98,7 +98,10 @@ class DiskIO:
         :raise CommandError: the I/O failed.
         :raise StalledError: an `aio_...` command did not end.
         """
-        path = await self.qom_path(disk)
+        return await self.qemu_io_at(await self.qom_path(disk), command)
+
+    async def qemu_io_at(self, path: str, command: str) -> str:
+        """Do I/O likewise, through the backend at a QOM path."""
         async with self._turn:
             # qemu-io prints on QEMU's own stdout, a line at a time; only a wrong PATH is told
             # on the monitor.

@@ -584,6 +584,10 @@ class QemuProcess:
         """Do I/O through the guest device's own backend; see `diskio.DiskIO.qemu_io`."""
         return await self.io.qemu_io(self.disk(disk), command)
 
+    async def qemu_io_at(self, path: str, command: str) -> str:
+        """Do I/O likewise, through the backend at a QOM path: of a disk that no scenario made."""
+        return await self.io.qemu_io_at(path, command)
+
     async def guest_writes(
         self, disk: BuiltDisk | str, operations: Iterable[Operation] | None = None
     ) -> None:

@@ -12,7 +12,7 @@ from allocating import (
 )
 
 import qmpblock
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import DisconnectedError, UnsupportedError
 from qmpblock.ranges import Ranges
 from qmpblock.testing.images import Tools
 
@@ -61,3 +61,24 @@ async def test_every_disk(scenario, name, start_qemu, invariant, vm_dir, qemu_bi
     if expected is None:
         left = await without_space(subject, Tools.of(qemu_binary))
         assert left == Ranges(), "no host space"
+
+
+@pytest.mark.parametrize("verb", ["allocate", "make_room"])
+async def test_where_qemu_has_died_that_is_why(verb, start_qemu, build_images, invariant):
+    """Of a process that has ended nothing can be seen: the file is not what is wrong."""
+    built = await build_images("about: Raw.\nimages: [{format: raw, size: 4M}]\n")
+    vm = await start_qemu(built)
+    invariant.forget(vm)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        real = controller.monitor._execute
+
+        async def execute(*arguments):
+            found = await real(*arguments)
+            if arguments[-2] == "query-block-exports":  # the last thing that is looked at
+                await vm.kill()
+            return found
+
+        controller.monitor._execute = execute
+        with pytest.raises(DisconnectedError):
+            await (disk.allocate(full=True) if verb == "allocate" else disk.make_room(1 << 20))

@@ -104,10 +104,7 @@ def loop_device(file):
 
 async def guest(vm, command, disk="vd0"):
     """Do I/O as the guest would."""
-    path = f"/machine/peripheral/{disk}/virtio-backend"
-    said = await vm.hmp(f'qemu-io -d {path} "{command}"')
-    assert "rror" not in said, said
-    assert "failed" not in said, said
+    await vm.qemu_io_at(f"/machine/peripheral/{disk}/virtio-backend", command)
 
 
 # where QEMU and its images are

@@ -58,7 +58,7 @@ async def effects(vm, file):
     """Return what discard and detect-zeroes do: bytes freed, and bytes that zeros take."""
 
     async def io(command):
-        assert "error" not in await vm.hmp(f'qemu-io -d {PATH} "{command} {AT}"')
+        await vm.qemu_io_at(PATH, f"{command} {AT}")
         return file.stat().st_blocks * 512
 
     full = await io("write -P 7")

@@ -12,7 +12,7 @@ from refused import fitting
 from refused import refused as refused_by_qemu
 
 import qmpblock
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import CommandError, UnsupportedError
 from qmpblock.testing.qemu import QemuProcess
 
 pytestmark = pytest.mark.live
@@ -112,7 +112,7 @@ async def test_an_image_that_was_never_closed_is_not_written(
     extra = ["-blockdev", json.dumps(described), "-device", "virtio-blk-pci,drive=d0,id=vd0"]
     vm = await start_qemu([], extra=extra)
     path = "/machine/peripheral/vd0/virtio-backend"
-    assert "error" not in await vm.hmp(f'qemu-io -d {path} "write -P 0xcc 8M 2M"')
+    await vm.qemu_io_at(path, "write -P 0xcc 8M 2M")
     async with qmpblock.connect(vm.monitor_path) as controller:
         disk = await controller.disk("vd0")
         error = await refused(disk, "commit")
@@ -165,7 +165,8 @@ async def test_an_image_that_qemu_finds_corrupt_meanwhile(start_qemu, build_imag
     vm = await start_qemu(built)
     invariant.forget(vm)
     path = "/machine/peripheral/vd0/virtio-backend"
-    await vm.hmp(f'qemu-io -d {path} "write -P 5 0 64k"')
+    with pytest.raises(CommandError, match="rror"):
+        await vm.qemu_io_at(path, "write -P 5 0 64k")
     error = await refused_by_qemu(vm.execute("query-named-block-nodes", flat=True))
     assert fitting(error) == {"is_ejected"}
     async with qmpblock.connect(vm.monitor_path) as controller:
