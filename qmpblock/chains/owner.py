@@ -35,9 +35,8 @@ __all__ = ["Owner", "check_manager_knows", "is_asked", "manager_names", "owner_o
 class Owner(Protocol):
     """Who changes the chains of a VM."""
 
-    @property
-    def snapshots(self) -> type[Snapshot]:
-        """The record of a snapshot of its."""
+    def record(self, said: Snapshot, items: Sequence[Item]) -> Snapshot:
+        """Return what a snapshot of its says of itself."""
 
     async def check(self, items: Sequence[Item], fmt: str) -> None:
         """Refuse what it cannot; nothing was touched."""
@@ -125,10 +124,11 @@ async def check_manager_knows(vm: Connection) -> None:
 class _QEMU:
     """QEMU itself."""
 
-    snapshots = Snapshot
-
     def __init__(self, vm: Connection) -> None:
         self._vm = vm
+
+    def record(self, said: Snapshot, items: Sequence[Item]) -> Snapshot:
+        return said
 
     async def check(self, items: Sequence[Item], fmt: str) -> None:
         for item in items:
@@ -156,10 +156,16 @@ class _QEMU:
 class _Lender:
     """The manager that lends the monitor."""
 
-    snapshots = ManagersSnapshot
-
     def __init__(self, vm: Connection) -> None:
         self._vm = vm
+
+    def record(self, said: Snapshot, items: Sequence[Item]) -> Snapshot:
+        actives = [item.plan.active for item in items]
+        overlays = tuple(
+            (item.file, active.node.name, storage_of(active).filename, item.backing_name)
+            for item, active in zip(items, actives, strict=True)
+        )
+        return said.to(ManagersSnapshot, overlays=overlays)
 
     async def check(self, items: Sequence[Item], fmt: str) -> None:
         if fmt != "qcow2":
@@ -214,19 +220,20 @@ class _Lender:
             for said in (now, later):
                 if said is not None and said.get(name) != item.file:
                     raise _disagrees(name, said.get(name, ""), item.file)
-        between = [await self._put_between(graph, item) for item in items]
-        if any(between):
-            raise next(filter(None, between))
+        for item in items:
+            self._check_below(graph, item)
 
-    async def _put_between(self, graph: BlockGraph, item: Item) -> GraphError | None:
-        """Have an overlay's header name what it lies on, and say that this is another's.
+    def _check_below(self, graph: BlockGraph, item: Item) -> None:
+        """See that an overlay lies on the image that it was made for.
 
-        libvirt puts it on the active layer, whichever that is by then.
+        libvirt puts it on the active layer, whichever that is by then; its header has been made to
+        name that (`qmpblock.changes.between`).
+
+        :raise GraphError: it is another's.
         """
-        chain = graph.device(item.plan.device.qom_path).chain
-        over, under = chain.layers[:2]
+        over, under = graph.device(item.plan.device.qom_path).chain.layers[:2]
         if under.node.name == item.plan.active.node.name:
-            return None
+            return
         name, file = item.plan.device.name, printable(under.file)
         error = GraphError(
             f"somebody else has taken a snapshot of {name} in the last moment: the guest goes on "
@@ -234,16 +241,12 @@ class _Lender:
             standing="nothing is lost: its header names that image",
             remedy="look at the chain: qmpblock disks ADDRESS",
         )
-        if under.format == over.format:  # which is what QEMU records as the format of that
-            asked = {"device": chain.root.name, "image-node-name": over.node.name}
-            asked["backing-file"] = under.file
-            await self._vm.monitor.execute("change-backing-file", asked)
-        else:
+        if over.node.backing_filename != under.file:
             error.standing = "nothing is lost while this VM runs; started again, it would be "
             error.standing += f"without what was written to {file}"
             error.remedy = "bring the guest back to that before the VM ends: "
             error.remedy += f"qmpblock commit ADDRESS {name} --base @1"
-        return error
+        raise error
 
     def nodes(self, item: Item) -> tuple[str, ...]:
         return ()

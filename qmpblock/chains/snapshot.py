@@ -128,7 +128,7 @@ async def snapshot(
 
 async def _record(vm: Connection, run: str, items: list[Item], owner: Owner) -> Snapshot:
     devices = [item.plan.device for item in items]
-    return owner.snapshots(
+    record = Snapshot(
         run=run,
         vm=await identify(vm),
         devices=tuple(device.qom_path for device in devices),
@@ -139,6 +139,7 @@ async def _record(vm: Connection, run: str, items: list[Item], owner: Owner) -> 
         files=tuple(item.file for item in items),
         images=images_of(vm.monitor.peer_pid, [device.chain for device in devices]),
     )
+    return owner.record(record, items)
 
 
 async def _take(

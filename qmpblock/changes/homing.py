@@ -6,10 +6,12 @@ Of two of them the overlay is ours, and there for a while only: it comes home, w
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from qmpblock.changes.between import name_below
 from qmpblock.changes.record import Record, lies_on_something, pivoted, without_bitmaps
 from qmpblock.changes.settings import check_settings, zeroes_of
 from qmpblock.changes.step import Choice, Step
@@ -205,8 +207,15 @@ class ManagersStaging(StagedCommit):
         return super().way_home(graph, stale=stale)
 
     def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
-        """Close an overlay that the manager opened, and forgot when its daemon was ended."""
+        """Close an overlay that the manager opened, and forgot when its daemon was ended.
+
+        Where somebody has put something below it, it stays: then its header is to name that.
+        """
         yield from super().gives_back(graph, done=done)
+        overlay = graph.nodes.get(self.top)
+        if overlay is not None and overlay.child("backing") not in self.nodes:
+            name = posixpath.basename(self.base_file)
+            yield from name_below(graph, [(self.top_file, self.base, self.base_file, name)])
         if done and self.top in graph.nodes and not graph.users(self.top):
             for node in (self.top, graph.nodes[self.top].child("file")):
                 if node is not None:

@@ -15,11 +15,13 @@ from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.qemuio import qemu_io
 
 if TYPE_CHECKING:
+    from qmpblock.changes.between import Astray
     from qmpblock.qemu.connection import Connection
 
 __all__ = [
     "check_copy_on_read",
     "lay",
+    "name_below",
     "relink",
     "restore_discard",
     "restore_zeroes",
@@ -79,6 +81,29 @@ async def relink(vm: Connection, node: str, below: str, graph: BlockGraph) -> No
         await lay(vm, node, below, options)
     except (CommandError, UnsupportedError) as error:
         _log.warning("%s stays where it is: %s", node, error)
+
+
+async def name_below(vm: Connection, one: Astray) -> None:
+    """Have an overlay's header name what it lies on; idempotent.
+
+    Where QEMU cannot, that is said: the VM is not to end before somebody has done it.
+    """
+    name, file = one.over.node.name, printable(one.under.file)
+    why = f"QEMU records no format but {one.over.format} there"
+    if one.can_be_named:
+        asked = {"device": one.root, "image-node-name": name, "backing-file": one.under.file}
+        try:
+            await vm.monitor.execute("change-backing-file", asked)
+        except CommandError as error:
+            why = printable(error.description)
+        else:
+            return
+    _log.warning(
+        "the header of %s does not name %s, on which it lies (%s): started again, the VM would be "
+        "without what was written there. Before it ends, run: qmpblock commit ADDRESS DISK "
+        "--base @1",
+        *(printable(one.over.file), file, why),
+    )
 
 
 async def set_detect_zeroes(vm: Connection, node: str, value: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+from qmpblock.changes.between import Made, name_below
 from qmpblock.changes.copies import Copy, ManagersMove, Migration, Move
 from qmpblock.changes.homing import FrozenCopy, ManagersStaging, Pivoting, StagedCommit
 from qmpblock.changes.record import Link, Record, lies_on_something, pivoted, without_bitmaps
@@ -74,9 +75,13 @@ class ManagersSnapshot(Snapshot):
 
     Where it has the guest go on is its to say, also at the next start: once it was asked, an
     overlay stays where it is.
+
+    :ivar overlays: what is needed to see that one does not lie on what its header names.
     """
 
     operation: ClassVar[str] = "snapshot by its manager"
+
+    overlays: tuple[Made, ...] = ()
 
     def took_effect(self, graph: BlockGraph) -> bool:
         """Tell by any overlay: all lie on their images, or none does."""
@@ -85,6 +90,10 @@ class ManagersSnapshot(Snapshot):
             node.child("file") in made and lies_on_something(graph, name)
             for name, node in graph.nodes.items()
         )
+
+    def gives_back(self, graph: BlockGraph, *, done: bool | None) -> Iterable[Step]:
+        """Have their headers name what the manager has put them on."""
+        return name_below(graph, self.overlays)
 
     def verdict(
         self, entries: Iterable[Mapping[str, object]], empty: Mapping[str, bool]

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmpblock.changes import known
+from qmpblock.changes.between import Astray
 from qmpblock.changes.bitmaps import delete_bitmap
 from qmpblock.changes.filters import take_out
 from qmpblock.changes.finalize import before_finalize, bring_home, pivot
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.known import agree, give_up
-from qmpblock.changes.nodes import relink, restore_discard, restore_zeroes
+from qmpblock.changes.nodes import name_below, relink, restore_discard, restore_zeroes
 from qmpblock.changes.operations import ManagersStaging
 from qmpblock.changes.record import Record
 from qmpblock.changes.step import Choice, Step
@@ -141,6 +142,11 @@ async def _relink(its: _Settling, step: Step) -> None:
     await relink(its.vm, step.what, str(step.to), its.graph)
 
 
+async def _name_below(its: _Settling, step: Step) -> None:
+    assert isinstance(step.to, Astray)
+    await name_below(its.vm, step.to)
+
+
 async def _restore_zeroes(its: _Settling, step: Step) -> None:
     await restore_zeroes(its.vm, step.what, str(step.to))
 
@@ -234,6 +240,7 @@ async def _delete_file(its: _Settling, step: Step) -> None:
 _PERFORM: Mapping[str, Callable[[_Settling, Step], Awaitable[bool | None]]] = {
     **dict.fromkeys(("cancel", "wait", "pivot", "finalize", "dismiss"), _on_job),
     "relink": _relink,
+    "name-below": _name_below,
     "restore-zeroes": _restore_zeroes,
     "restore-discard": _restore_discard,
     "restore-limits": _restore_limits,

@@ -23,8 +23,9 @@ class Step:
 
     :ivar verb: `follow`, `cancel`, `wait`, `pivot`, `finalize`, `dismiss`, `relink`,
         `restore-zeroes`, `restore-discard`, `bring-home`, `restore-limits`, `resume`,
-        `end-export`, `take-out`, `give-up`, `agree`, `delete-bitmap`, `delete-node`,
-        `delete-file`, `keep-file` or `clear-wire` (`qmpblock.changes.settle` performs them).
+        `end-export`, `take-out`, `give-up`, `agree`, `name-below`, `delete-bitmap`,
+        `delete-node`, `delete-file`, `keep-file` or `clear-wire` (`qmpblock.changes.settle`
+        performs them).
     :ivar what: the job, node (for a bitmap NODE/NAME), export, disk or file.
     :ivar to: what it is to have, or to lie on, where the verb needs that.
     """

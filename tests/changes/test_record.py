@@ -80,6 +80,7 @@ FIELDS = {
     "wires": some(st.tuples(ours, words)),
     "drawn": some(st.tuples(words, words)),
     "noted": some(st.tuples(words, ours)),
+    "overlays": some(st.tuples(words, words, words, words)),
     "sources": some(words),
     "targets": some(words),
     "kept": some(words),
