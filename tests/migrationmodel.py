@@ -137,7 +137,6 @@ class Rules:
     daemon: bool = False  # whether there is a storage daemon
     pause: bool = False  # whether the engine may pause the guest
     marked: bool = True  # whether it says so at the source
-    stays: bool = False  # whether a guest that stood before it was held is `postmigrate` (7.2)
     halts: bool = False  # whether somebody else may stop the guest
     itself: bool = False  # whether it stops itself, then
     says: bool = True  # whether the source says so; the journal; the mark
@@ -424,24 +423,8 @@ class Model:
             for reaches in (BOTH, HERE if name == "with_journal" else THERE):
                 yield f"{name}: begins", become(Recoverer("look", reaches))
         elif one.at == "look":
-            here = self._shown(world) if one.reaches != THERE else UNREACHED
-            there = self._shown_there(world) if one.reaches != HERE else UNREACHED
-            phase = world.phase if name == "with_journal" else ""
-            written = self.rules.writes and not (phase and Phase(phase).before(Phase.SENT))
-            stopped = (
-                self.rules.says and world.says,
-                world.tells,
-                bool(phase) and written and world.says,
-            )
-            said = here, world.arbiter, world.marked, there, world.mark
-            decision = _decide(phase, *said, bool(world.daemon), stopped)
-            seen = (here not in (GONE, UNREACHED), there not in (GONE, UNREACHED), True)
-            stopped = tuple(a and b for a, b in zip(stopped, seen, strict=True))
-            after = _decided(one.reaches, {here, there}, decision)
-            after = after._replace(knows=any(stopped) and decision.move is Move.MARK)
-            if decision.last and decision.owner is Side.SOURCE and world.ran:
-                after = Recoverer("wrong")
-            yield f"{name}: {decision.why}", become(after)
+            for here in self._shown(world) if one.reaches != THERE else (UNREACHED,):
+                yield self._look(world, name, here)
         elif one.at == "do":
             move = Move[one.move]
             after = self.effect(world, move, one.reaches, knows=one.knows)
@@ -452,14 +435,36 @@ class Model:
                 at = "stuck"
             yield f"{name}: {one.move}", become(Recoverer(at, one.reaches), after)
 
-    def _shown(self, world: World) -> str:
-        """Return what the source shows."""
+    def _look(self, world: World, name: str, here: str) -> tuple[str, World]:
+        """Look at both sides, of which the source shows `here`, and decide."""
+        one: Recoverer = getattr(world, name)
+        there = self._shown_there(world) if one.reaches != HERE else UNREACHED
+        phase = world.phase if name == "with_journal" else ""
+        written = self.rules.writes and not (phase and Phase(phase).before(Phase.SENT))
+        stopped = (
+            self.rules.says and world.says,
+            world.tells,
+            bool(phase) and written and world.says,
+        )
+        said = here, world.arbiter, world.marked, there, world.mark
+        decision = _decide(phase, *said, bool(world.daemon), stopped)
+        seen = (here not in (GONE, UNREACHED), there not in (GONE, UNREACHED), True)
+        stopped = tuple(a and b for a, b in zip(stopped, seen, strict=True))
+        after = _decided(one.reaches, {here, there}, decision)
+        after = after._replace(knows=any(stopped) and decision.move is Move.MARK)
+        if decision.last and decision.owner is Side.SOURCE and world.ran:
+            after = Recoverer("wrong")
+        return f"{name}: {decision.why}", world._replace(**{name: after})
+
+    def _shown(self, world: World) -> tuple[str, ...]:
+        """Return what the source may show: a guest that stood is `postmigrate` on 7.2 alone."""
         source = world.source
         if not world.stands or source not in MAY_STAND:
-            return source
-        stays = self.rules.stays and source in ("failed", "cancelled")
+            return (source,)
         stands = "stopped" if self.rules.itself and world.halted else "stands"
-        return f"{source}, {'stays' if stays else stands}"
+        if source in ("failed", "cancelled"):
+            return f"{source}, {stands}", f"{source}, stays"
+        return (f"{source}, {stands}",)
 
     def _shown_there(self, world: World) -> str:
         """Return what the destination shows."""
@@ -515,10 +520,11 @@ def _decided(reaches: str, seen: set[str], decision: Decision) -> Recoverer:
 
 def _without_what_is_over(world: World) -> World:
     """Return the world without what makes no difference any more: many are one then."""
-    if world.source not in ("home", "active", "held", "device") and world.destination != "comes":
+    over = world.source not in ("home", "active", "held", "device")
+    if over and world.destination != "comes" and (world.wire != "ok" or world.sent):
         world = world._replace(wire="ok", sent="")
-    if len(world.slots) > 1:
-        world = world._replace(slots=tuple(sorted(world.slots)))
+    if len(world.slots) > 1 and world.slots[0] > world.slots[1]:
+        world = world._replace(slots=world.slots[::-1])
     return world
 
 
