@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 from chaincases import Case
 from chainwriters import STAMPED, Area, DeviceWriter, StampWriter, quiet_area
+from forking import forked
 
 import qmpblock
 from qmpblock.errors import BusyError
@@ -326,17 +326,7 @@ async def bitmaps(vm: Any, node: str) -> list[dict[str, Any]]:
 
 async def cli(*arguments: str) -> tuple[int, str, str]:
     """Run `qmpblock`; return its exit code, stdout and stderr."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "qmpblock", *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "100"},
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None  # communicate() waited
-    return process.returncode, out.decode(), err.decode()
+    return await forked(*arguments, environment={**os.environ, "COLUMNS": "100"})
 
 
 # -- doing it

@@ -10,6 +10,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+from forking import forked
 from jsonschema import Draft202012Validator
 
 import qmpblock
@@ -27,7 +28,10 @@ def valid(value, name):
     return value
 
 
-async def start(*arguments, **environment):
+SETTINGS = {"COLUMNS": "100", "PYTHONUTF8": "1"}
+
+
+async def start(*arguments):
     return await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -36,15 +40,15 @@ async def start(*arguments, **environment):
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "100", "PYTHONUTF8": "1", **environment},
+        env={**os.environ, **SETTINGS},
     )
 
 
 async def run(*arguments, code=0, **environment):
-    process = await start(*arguments, **environment)
-    out, err = await process.communicate()
-    assert process.returncode == code, err.decode()
-    return out.decode(), err.decode()
+    settings = {**os.environ, **SETTINGS, **environment}
+    done, out, err = await forked(*arguments, environment=settings)
+    assert done == code, err
+    return out, err
 
 
 @CHAIN

@@ -13,6 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from chains import cli
 from disturbed import SPEC, Content, build_chain, nothing_of_ours, undisturbed_guest, until, verify
 from jsonschema import Draft202012Validator
 
@@ -57,16 +58,14 @@ async def finish(process, code=0):
 
 
 async def run(command, vm, *arguments, code=0, second=False):
-    return await finish(await start(command, vm, *arguments, second=second), code)
+    address = vm.second_monitor_path if second else vm.monitor_path
+    return await run_program(command, address, *arguments, code=code)
 
 
 async def run_program(*arguments, code=0):
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmpblock", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    return await finish(process, code)
+    done, out, err = await cli(*arguments)
+    assert done == code, err
+    return out, err
 
 
 async def start_slowly(vm, operation, *more):

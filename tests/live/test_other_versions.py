@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from chains import cli
 from disturbed import locks, nothing_of_ours, until
 
 import qmpblock
@@ -46,16 +47,6 @@ async def data(vm, name):
 
 async def put(vm, name, text):
     await vm.execute("qom-set", path=f"/objects/{name}", property="data", value=text)
-
-
-async def program(*arguments):
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmpblock", *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    return process.returncode, out.decode(), err.decode()
 
 
 def committing(vm, vm_dir):
@@ -107,7 +98,7 @@ async def test_a_dead_controllers_lock(how, start_qemu, scenario, vm_dir, invari
                 await attempt()
             assert caught.value.exit_code == 1
         assert DISK in str(caught.value)
-    code, _, err = await program("recover", "--check", vm.monitor_path)
+    code, _, err = await cli("recover", "--check", vm.monitor_path)
     assert code == 4
     assert why in err
     assert await jobs(vm) == before
@@ -169,11 +160,11 @@ async def test_journals_after_the_death_of_both(start_qemu, scenario, vm_dir):
             change(said)
         path.write_text((json.dumps(said) if change else first[:80]) + "\n" + "".join(rest))
         before = {one: one.read_bytes() for one in (state, beside)}
-        code, out, err = await program("recover", "--check", str(image))
+        code, out, err = await cli("recover", "--check", str(image))
         assert code == 4, out
         assert "safe" not in out
         assert str(path) in err
-        code, _, err = await program("recover", str(image))
+        code, _, err = await cli("recover", str(image))
         assert code == 1
         assert "9.9" in err if change else "damaged" in err
         assert {one: one.read_bytes() for one in (state, beside)} == before
@@ -182,7 +173,7 @@ async def test_journals_after_the_death_of_both(start_qemu, scenario, vm_dir):
     path = beside
     path.write_text(beside.read_text().replace("{", '{"later": 1, ', 1))
     state.write_text(state.read_text().replace("{", '{"later": 1, ', 1))
-    code, out, _ = await program("recover", str(image))
+    code, out, _ = await cli("recover", str(image))
     assert code == 0
     assert f"start the VM from {image}" in out
     assert not beside.exists()
