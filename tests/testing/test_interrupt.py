@@ -70,7 +70,8 @@ def interrupted(where: str, vm_dir: Path) -> str:
     (vm_dir / "test_it.py").write_text(TEST.format(*words))
     (vm_dir / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n")
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "-k", chosen]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    kept = "PYTEST_ADDOPTS"  # all else is of the run that this is
+    environment = {k: v for k, v in os.environ.items() if k == kept or not k.startswith("PYTEST_")}
     with subprocess.Popen(
         command, cwd=vm_dir, env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
