@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +148,30 @@ def test_bytecode_is_kept_where_none_may_lie_beside_its_source(
     assert sorted(os.listdir(tmp_path)) == ["cache", "it.py"]
 
 
+def test_all_is_compiled_before_the_workers_come(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pytest compiles it: with its asserts rewritten."""
+    (project / "test_it.py").write_text("import mine\ndef test_it(): assert mine\n")
+    (project / "mine.py").write_text("")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    run_tests.share_bytecode(str(tmp_path / "cache"))
+    with run_tests.compiling() as process:
+        assert process.wait() == 0
+    found = {path.name for path in (tmp_path / "cache").rglob("*.pyc")}
+    assert any(re.fullmatch(r"test_it\..*-pytest-.*", name) for name in found)
+    assert any(re.fullmatch(r"mine\.[^.]*\.pyc", name) for name in found)
+
+
+def test_what_compiles_does_not_outlive_the_tests(project: Path) -> None:
+    (project / "test_it.py").write_text("import time\ntime.sleep(600)\n")
+    with run_tests.compiling() as process:
+        pass
+    assert process.returncode == -signal.SIGTERM
+
+
 def test_table() -> None:
     results = [
         run_tests.Result("mypy", False, 7.25),
@@ -170,6 +196,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], dict[str
         return run_tests.Result("live", True)
 
     monkeypatch.setattr(run_tests, "run_live", run)
+    monkeypatch.setattr(run_tests, "compiling", contextlib.nullcontext)
     monkeypatch.setattr(run_tests, "fetch_newer", lambda wanted: f"/newer/{wanted}")
     for name in ("run_check", "run_pytest"):
         monkeypatch.setattr(run_tests, name, lambda *_, **__: run_tests.Result("other", True))
@@ -225,6 +252,7 @@ def test_the_sample_follows_from_what_is_committed(
 def test_what_is_tried_by_example_follows_from_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setenv("QMPBLOCK_SEED", "7")
+    monkeypatch.setattr(run_tests, "compiling", contextlib.nullcontext)
     for name in ("run_check", "run_live"):
         monkeypatch.setattr(run_tests, name, lambda *_, **__: run_tests.Result("other", True))
     monkeypatch.setattr(
