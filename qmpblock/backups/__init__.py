@@ -5,7 +5,7 @@ They are made by `VM.backup`; what is here needs no VM.
 
 from __future__ import annotations
 
-from qmpblock.backups.check import BackupsChecked, PointChecked, check_backups
+from qmpblock.backups.check import BackupsChecked, PointChecked, UnderWay, check_backups
 from qmpblock.backups.directory import read_points
 from qmpblock.backups.point import BackedUpVM, DiskBackup, Point
 from qmpblock.backups.restore import DiskRestored, Restored, restore
@@ -18,6 +18,7 @@ __all__ = [
     "Point",
     "PointChecked",
     "Restored",
+    "UnderWay",
     "check_backups",
     "read_points",
     "restore",

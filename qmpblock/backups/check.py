@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qmpblock.backups.directory import Backups, open_backups
 from qmpblock.backups.imagefile import Proven
+from qmpblock.backups.maker import maker
 from qmpblock.backups.point import Image, Point, images_of
 from qmpblock.copying.meter import Meter
 from qmpblock.copying.partialfile import wrong_header
@@ -25,7 +26,7 @@ from qmpblock.names import BACKUP_LOCK_FILE, backup_when, point_file
 if TYPE_CHECKING:
     from qmpblock.qemu.job import Progress
 
-__all__ = ["BackupsChecked", "PointChecked", "check_backups"]
+__all__ = ["BackupsChecked", "PointChecked", "UnderWay", "check_backups"]
 
 _HEAD = 64 << 10  # bytes: the header of our images, with what it names
 
@@ -44,6 +45,20 @@ class PointChecked:
 
 
 @dataclass(frozen=True)
+class UnderWay:
+    """A backup that is being made while others are tested: it is none yet, and nothing is wrong.
+
+    :ivar when: what it is going to be called; empty where that is not said yet.
+    :ivar by: who makes it, for people.
+    :ivar files: what there is of it by now, by their names in the directory.
+    """
+
+    when: str
+    by: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BackupsChecked:
     """What was found of a directory of backups.
 
@@ -51,6 +66,7 @@ class BackupsChecked:
     :ivar unread: why point files cannot be read, where some cannot.
     :ivar others: what lies there and no backup tells of.
     :ivar read: bytes that were read.
+    :ivar underway: the backup that is being made; None: there is none.
     """
 
     directory: str
@@ -59,6 +75,7 @@ class BackupsChecked:
     others: tuple[str, ...]
     read: int
     seconds: float
+    underway: UnderWay | None = None
 
     @property
     def whole(self) -> bool:
@@ -83,6 +100,7 @@ async def check_backups(
     """
     started = time.monotonic()
     with open_backups(directory) as backups:
+        before = _being_made(backups)  # it may be made, or given up, by the end
         unread = tuple(error.message for error in backups.read().values())
         images = {one.file: Image(point, one) for point in backups.points for one in point.disks}
         meter = Meter("digesting", sum(one.backup.length for one in images.values()), progress)
@@ -96,14 +114,39 @@ async def check_backups(
         faults = {name: await _fault(backups, image, tell, stall) for name, image in images.items()}
         points = tuple(_checked(backups.points, point, faults) for point in backups.points)
         known = {point_file(point.when) for point in backups.points} | set(images)
+        # By now what was begun may have been made; or another one, from its beginning to its end.
+        now, names = _being_made(backups), backups.names()
+        backups.read()
+        known |= {one.file for point in backups.points for one in point.disks}
+        known |= {name for seen in (before, now) if seen is not None for name in seen.files}
         others = tuple(
             name
-            for name in backups.names()
+            for name in names
             if name not in known and name != BACKUP_LOCK_FILE and not _is_point(name)
         )
+        if now is not None:
+            now = _still(now, backups.points, names)
         return BackupsChecked(
-            backups.path, points, unread, others, read, time.monotonic() - started
+            backups.path, points, unread, others, read, time.monotonic() - started, now
         )
+
+
+def _still(seen: UnderWay, points: Sequence[Point], names: Sequence[str]) -> UnderWay | None:
+    """Return it with what is there of it; None where it is made, and only has not ended yet."""
+    if any(point.when == seen.when for point in points):
+        return None
+    return replace(seen, files=tuple(name for name in names if name in seen.files))
+
+
+def _being_made(backups: Backups) -> UnderWay | None:
+    """Return the backup that somebody is making there, with all that it may have there."""
+    by = maker(backups.files)
+    if by is None:
+        return None
+    begun = backups.begun()
+    # What others left that died is swept away first, so that the last one is the one.
+    files = tuple(name for names in begun.values() for name in names)
+    return UnderWay(max(begun, default=""), by, files)
 
 
 def _is_point(name: str) -> bool:

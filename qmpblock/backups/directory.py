@@ -190,6 +190,17 @@ class Backups:
             if when != but:
                 self.end(when)
 
+    def begun(self) -> dict[str, tuple[str, ...]]:
+        """Return what backups that were begun, and have not ended, may have there, by their WHENs.
+
+        What cannot be read tells of nothing.
+        """
+        found = {}
+        for when in self._every_begun():
+            with contextlib.suppress(RecordError):
+                found[when] = (begun_file(when), *self._left(when))
+        return found
+
     def _every_begun(self) -> list[str]:
         """Return what the backups are called that were begun, and have not ended.
 

@@ -19,7 +19,7 @@ from qmpblock.errors import UNTOUCHED, BusyError, Error, printable
 from qmpblock.host.ourfiles import Directory
 from qmpblock.names import BACKUP_LOCK_FILE
 
-__all__ = ["check_free", "locked", "unwritable"]
+__all__ = ["check_free", "locked", "maker", "unwritable"]
 
 _FLAGS = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOOKS, _LOOK = 5, 0.01  # others who only look are waited for so often; seconds
@@ -66,6 +66,28 @@ def check_free(path: str, files: Directory) -> None:
         raise _no_locks(path, error.strerror) from None
     finally:
         os.close(fd)
+
+
+def maker(files: Directory) -> str | None:
+    """Return who makes a backup in a directory, in words that follow "by"; None: nobody is seen to.
+
+    As far as can be told: on another host, or by whoever may not read there, perhaps not.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        fd = os.open(BACKUP_LOCK_FILE, flags, dir_fd=files.fd)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = _who(fd)
+        return f"process {who}" if who else "somebody who has not said yet who he is"
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return None
 
 
 def unwritable(files: Directory) -> str | None:

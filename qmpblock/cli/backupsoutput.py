@@ -52,6 +52,9 @@ def said_checked(found: BackupsChecked) -> Iterator[str]:
             yield f"{point.when}: whole"
         for fault in point.faults:
             yield f"{point.when}: {fault}"
+    if found.underway is not None:
+        when = found.underway.when or "a backup"
+        yield f"{when}: being made, by {printable(found.underway.by)}; it is none yet"
     for name in found.others:
         yield f"no backup tells of {printable(name)}"
     whole = sum(not point.faults for point in found.points)

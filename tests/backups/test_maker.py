@@ -67,6 +67,20 @@ def test_it_refuses_as_whoever_would_make_one(tmp_path, files):
         lock.rmdir() if lock.is_dir() else lock.unlink()
 
 
+def test_who_it_is(tmp_path, files):
+    assert maker.maker(files) is None
+    with locked("/b", files):
+        said = f"process {os.getpid()} on {os.uname().nodename}"
+        with unchanged(tmp_path):
+            assert maker.maker(files) == said
+        (tmp_path / BACKUP_LOCK_FILE).write_bytes(b"")
+        assert "not said yet" in maker.maker(files)
+    assert maker.maker(files) is None
+    (tmp_path / BACKUP_LOCK_FILE).unlink()
+    os.mkfifo(tmp_path / BACKUP_LOCK_FILE)
+    assert maker.maker(files) is None  # nor does it wait for the other end
+
+
 def test_where_there_are_no_locks(files, monkeypatch):
     have("/b", files)
 
@@ -77,6 +91,7 @@ def test_where_there_are_no_locks(files, monkeypatch):
     found = said(check_free, "/b", files)
     assert found == said(have, "/b", files)
     assert "knows no locks" in found[1]
+    assert maker.maker(files) is None
 
 
 def test_whoever_looks_is_waited_for(files):

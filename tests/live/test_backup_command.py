@@ -1,6 +1,7 @@
 """`qmpblock backup` and `restore` on a living QEMU, run as a program."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from chains import cli
 from fleecing import MIB
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
+
+import qmpblock
 
 pytestmark = [pytest.mark.live, pytest.mark.scenarios("chain-3.yaml")]
 
@@ -74,3 +77,25 @@ async def test_what_is_told_by_the_exit_code(scenario, start_qemu, vm_dir, invar
         assert (await cli(*words))[0] == 2
     assert (await cli("restore", place, vm_dir / "restored", "--at", "never"))[0] == 2
     assert image.stat().st_size > MIB
+
+
+async def test_the_others_are_tested_while_one_is_made(scenario, start_qemu, vm_dir, invariant):
+    """It is named, with who makes it, and nothing of it is damage."""
+    vm, place = await start_qemu(scenario), vm_dir / "backups"
+    invariant.expect(STAYS)
+    first = await told("backup", "backup", vm.monitor_path, place)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        disks = await controller.disks()
+        async with controller.backup(place, disks, kind="full", speed=MIB) as job:
+            checked = await told("backup-check", "backup", "check", place)
+            code, out, _ = await cli("backup", "check", place)
+            await job.set_speed(0)
+    assert job.result is not None
+    assert checked["underway"]["when"] == job.result.point.when
+    assert f"{os.getpid()} on " in checked["underway"]["by"]
+    assert f"{job.result.point.when}.begun" in checked["underway"]["files"]
+    assert [one["when"] for one in checked["points"]] == [first["point"]["when"]]
+    assert (code, checked["whole"], checked["others"]) == (0, True, [])
+    assert f"{job.result.point.when}: being made, by process {os.getpid()} on " in out
+    checked = await told("backup-check", "backup", "check", place)
+    assert (checked["underway"], len(checked["points"])) == (None, 2)
