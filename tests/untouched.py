@@ -45,7 +45,7 @@ async def state_of(vm):
     asked = [
         await vm.execute("query-jobs"),
         await vm.execute("query-block-exports"),
-        await vm.execute("qom-list", path="/objects"),
+        sorted(one["name"] for one in await vm.execute("qom-list", path="/objects")),
         await vm.execute("query-status"),
     ]
     bitmaps = [(one["node-name"], one.get("dirty-bitmaps")) for one in nodes]

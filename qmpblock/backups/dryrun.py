@@ -80,7 +80,7 @@ async def _planned(
         disk: posixpath.join(backups.home, name) for disk, name in zip(disks, names, strict=True)
     }
     check_seen(vm.monitor.peer_pid, backups.home, to_be=backups.path)
-    await check_copies(vm, targets, words, undo=False)
+    await check_copies(vm, backups.path, targets, words, undo=False)
     written = {
         disk: one.written
         for disk, one in zip(disks, decisions, strict=True)

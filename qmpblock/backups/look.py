@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import posixpath
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypedDict
@@ -115,12 +114,18 @@ async def decided(
 
 
 async def check_copies(
-    vm: Connection, targets: Mapping[MappedDisk, str], words: BackupWords, *, undo: bool = True
+    vm: Connection,
+    directory: str,
+    targets: Mapping[MappedDisk, str],
+    words: BackupWords,
+    *,
+    undo: bool = True,
 ) -> None:
     """Refuse what no copy can be made of; say of which disks one can.
 
     None is left out unasked: whoever restores the VM may need it.
 
+    :param directory: of the backups, for people.
     :param undo: as of `drafted`.
     :raise Error: of one it cannot.
     """
@@ -134,7 +139,6 @@ async def check_copies(
                 await look(vm, {disk: place}, options, undo=undo)
                 fit.append(shell_words([disk.name]))
         if 0 < len(fit) < len(targets):
-            directory = posixpath.dirname(next(iter(targets.values())))
             address, place = map(shell_words, ([str(vm.monitor.address)], [directory]))
             chosen = " --disk ".join(fit)
             others = f"back up the others alone: qmpblock backup {address} {place} --disk {chosen}"

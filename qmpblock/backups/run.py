@@ -187,7 +187,7 @@ class _Run:
         job.decisions = await decided(backups, seen, self.kind)
         job.warnings = fallen_back(job.decisions)
         targets = {disk: backups.place(name) for disk, name in zip(self.disks, names, strict=True)}
-        await check_copies(self.vm, targets, self.words)
+        await check_copies(self.vm, backups.path, targets, self.words)
         bitmaps = [backup_bitmap(draft.backups, draft.id, n) for n in range(len(self.disks))]
         try:
             await self._say(backups, draft, bitmaps)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from chains import cli
+from fake_objects import dead
 from fleecing import MIB
 from jsonschema import Draft202012Validator
 from untouched import OF_A_MAP, changing, every_file, now, state_of
@@ -15,8 +16,14 @@ import qmpblock
 from qmpblock.backups.directory import open_backups, read_points
 from qmpblock.changes.backupnote import BackupNote
 from qmpblock.errors import Error
-from qmpblock.names import BACKUP_LOCK_FILE, backup_lock_name, begun_file, new_run, point_file
-from qmpblock.qemu.lock import Holder
+from qmpblock.names import (
+    BACKUP_LOCK_FILE,
+    backup_lock_name,
+    begun_file,
+    lock_names,
+    new_run,
+    point_file,
+)
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.versioned import plain
@@ -281,14 +288,46 @@ async def test_bitmaps_of_one_that_died_are_seen_as_gone(made, begin, vm_dir):
         (),
         (),
     )
-    me = Holder.me(new_run(), **plain(note))
-    gone = Holder(me.run, me.host, 1 << 30, 1, me.boot, me.pids, me.details)
+    gone = dead(new_run(), **plain(note))
     name = backup_lock_name(first.backups)
     await vm.execute("object-add", **{"qom-type": "secret", "id": name, "data": gone.text()})
     planned = await foreseen(vm, place)
     [one] = planned.disks
     assert one.kind == ("incremental" if made else "full")
     check_made(planned, await backed_up(vm, place))
+
+
+async def test_a_disk_on_which_a_controller_died(begin, vm_dir):
+    """The backup undoes first what it left; until then nobody knows what the disk will be."""
+    vm, place = await begin(ONE), vm_dir / "b"
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [name] = lock_names([disk.device for disk in await controller.disks()])
+    gone = dead(new_run())
+    await vm.execute("object-add", **{"qom-type": "secret", "id": name, "data": gone.text()})
+    state = await state_of(vm)
+    with nothing_made(vm, place):
+        code, out, err = await cli("backup", vm.monitor_path, place, "--dry-run")
+    assert (code, out) == (1, "")
+    assert "a controller that died left this disk in the middle of a change" in err
+    assert "qmpblock recover ADDRESS" in err
+    assert await state_of(vm) == state
+    await backed_up(vm, place)
+
+
+async def test_without_a_map_it_says_so(begin, vm_dir):
+    """Somebody else has the one NBD server: a backup does not need it, a map does."""
+    vm, place = await begin(ONE), vm_dir / "b"
+    where = {"type": "unix", "data": {"path": str(vm_dir / "foreign")}}
+    await vm.execute("nbd-server-start", addr=where)
+    planned = await foreseen(vm, place)
+    [one] = planned.disks
+    assert (one.kind, one.read, one.write, one.room) == ("full", None, None, None)
+    assert "how much vd0 holds cannot be told beforehand" in planned.warnings[0]
+    await refused_alike(vm, place, {"verify": True})
+    await backed_up(vm, place)
+    planned = await foreseen(vm, place)  # of an increment the bitmap tells
+    assert (planned.disks[0].write, planned.warnings) == (65536, ())
+    await vm.execute("nbd-server-stop")
 
 
 async def test_the_command(begin, vm_dir):

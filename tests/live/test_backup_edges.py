@@ -115,8 +115,10 @@ async def test_a_uefi_vm(begin, vm_dir):
     async with qmpblock.connect(vm.monitor_path) as controller:
         holds = not controller.capabilities.jobs_misread_views
     if not holds:
+        foreseen = await cli("backup", vm.monitor_path, place, "--dry-run")
         code, _, err = await cli("backup", vm.monitor_path, place)
         assert (code, place.exists()) == (2, False)
+        assert foreseen == (2, "", err)
         assert "pflash1 is a cfi.pflash01" in err
         others = f"qmpblock backup unix:{vm.monitor_path} {place} --disk vd0 --disk vd1"
         assert f"back up the others alone: {others}" in err
@@ -137,9 +139,14 @@ async def test_an_encrypted_disk(fmt, begin, vm_dir):
     made = []
     for byte in (0xA5, 0x5A):
         await vm.qemu_io("d0", f"write -P {byte} 1M 300k")
+        async with qmpblock.connect(vm.monitor_path) as controller:
+            [planned] = (await controller.plan_backup(place, await controller.disks())).disks
         point, warnings = await backed_up(vm, place)
         made += point.disks
         assert warnings == ()
+        assert (planned.kind, planned.reason) == (made[-1].kind, made[-1].reason)
+        taken = (place / made[-1].file).stat().st_blocks * 512
+        assert taken <= planned.room.needed, planned
     assert [(one.kind, one.encrypted) for one in made] == [("full", True), ("incremental", True)]
     for file in place.iterdir():
         data = file.read_bytes()
