@@ -8,6 +8,7 @@ milliseconds where an interpreter takes half a second, and a kill matrix has tho
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -94,7 +95,7 @@ async def perform(vm, what):
             pass
         return job.result
     disk = await vm.disk(what["disk"])
-    if what["do"] in ("allocate", "map"):
+    if what["do"] in ("allocate", "layers", "map"):
         return await getattr(disk, what["do"])(**arguments)
     async with getattr(disk, what["do"])(**arguments) as job:
         pass
@@ -151,7 +152,8 @@ async def _control(request):
 
     os.environ |= request["environment"]
     trace = deadly(qmpblock.qemu.monitor.Monitor, request["number"], request["moment"], die)
-    await run(request["address"], request["what"])
+    connect = functools.partial(qmpblock.connect, nbd=request["nbd"])
+    await run(request["address"], request["what"], connect)
     _answer(0, trace)
 
 

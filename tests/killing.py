@@ -220,8 +220,11 @@ class Graveyard:
             self._process.kill()
             await self._process.wait()
 
-    async def control(self, vm, what, number=0, moment="before", qemus=()):
-        """Run a controller; return whether it died, and the commands that it sent."""
+    async def control(self, vm, what, number=0, moment="before", qemus=(), nbd=None):
+        """Run a controller; return whether it died, and the commands that it sent.
+
+        :param nbd: where an NBD server of somebody else's listens in the VM.
+        """
         request = {
             "environment": {name: os.environ[name] for name in ("QMPBLOCK_STATE", "TMPDIR")},
             "address": vm.monitor_path,
@@ -229,6 +232,7 @@ class Graveyard:
             "number": number,
             "moment": moment,
             "qemus": list(qemus),
+            "nbd": nbd,
         }
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         answer = json.loads(await self._process.stdout.readline())

@@ -6,6 +6,8 @@ import random
 import sys
 from dataclasses import dataclass
 
+from killing import MOMENTS, Graveyard
+
 import qmpblock
 from qmpblock.names import NBD_LOCK
 from qmpblock.testing.invariant import snapshot
@@ -122,46 +124,7 @@ async def killed_in_the_middle(vm, chance):
         await (await controller.disks())[0].map()
 
 
-# One operation of a controller that dies before or after the Nth command it sends.
-DYING = """
-import asyncio, os, sys
-import qmpblock, qmpblock.qemu.monitor
-address, operation, foreign, number, moment = sys.argv[1:6]
-count = 0
-real = qmpblock.qemu.monitor.Monitor._execute
-async def dying(self, command, arguments):
-    global count
-    count += 1
-    mine = count  # others are sent before its answer is there
-    if mine == int(number) and moment == "before":
-        os._exit(9)
-    try:
-        return await real(self, command, arguments)
-    finally:
-        if mine == int(number) and moment == "after":
-            os._exit(9)
-qmpblock.qemu.monitor.Monitor._execute = dying
-async def main():
-    async with qmpblock.connect(address, nbd=foreign or None) as vm:
-        [disk] = await vm.disks()
-        await (disk.map() if operation == "map" else disk.layers(local=False))
-    print(count)
-asyncio.run(main())
-"""
-OPERATIONS = ("map", "layers")
-MOMENTS = ("before", "after")
-
-
-async def dying(vm, operation, foreign="", number=0, moment="before"):
-    """Run one such controller; return how many commands it sent, or None if it died."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-c", DYING, vm.monitor_path, operation, foreign, str(number), moment),
-        stdout=asyncio.subprocess.PIPE,
-    )
-    out, _ = await process.communicate()
-    assert process.returncode in (0, 9), vm.evidence()
-    return int(out) if process.returncode == 0 else None
+OPERATIONS = {"map": {}, "layers": {"local": False}}
 
 
 def sample(share):
@@ -176,7 +139,7 @@ def slice_of_soak():
     return lambda point: point % slices == number
 
 
-async def kill_matrix(vm, chosen, foreign=""):
+async def kill_matrix(vm, chosen, foreign=None):
     """Kill a controller at the chosen points of each operation; map after each.
 
     :param chosen: tells by a point's number whether it is tried.
@@ -185,23 +148,29 @@ async def kill_matrix(vm, chosen, foreign=""):
     """
     tried = points = 0
     async with qmpblock.connect(vm.monitor_path) as controller:
-        expected = await (await controller.disks())[0].map() if not foreign else None
+        [disk] = await controller.disks()
+        expected = await disk.map() if not foreign else None
     await vm.execute("query-status")
     before = await snapshot(vm.control, vm.pid, vm.image_directories())
-    for operation in OPERATIONS:
-        total = await dying(vm, operation, foreign)
-        for number in range(1, total + 1):
-            for moment in MOMENTS:
-                points += 1
-                if not chosen(points):
-                    continue
-                tried += 1
-                assert await dying(vm, operation, foreign, number, moment) is None
-                assert vm.running, f"{moment} command {number} of {operation}: {vm.evidence()}"
-                async with qmpblock.connect(vm.monitor_path, nbd=foreign or None) as controller:
-                    found = await (await controller.disks())[0].map()
-                assert expected is None or found == expected
-                left = await snapshot(vm.control, vm.pid, vm.image_directories()) - before
-                assert not left, f"{moment} command {number} of {operation}: {left}"
+    async with Graveyard() as graveyard:
+        for operation, more in OPERATIONS.items():
+            what = {"do": operation, "disk": disk.name, **more}
+            died, trace = await graveyard.control(vm, what, nbd=foreign)
+            assert not died
+            for number in range(1, len(trace) + 1):
+                for moment in MOMENTS:
+                    points += 1
+                    if not chosen(points):
+                        continue
+                    tried += 1
+                    died, _ = await graveyard.control(vm, what, number, moment, nbd=foreign)
+                    where = f"{moment} command {number} of {operation}"
+                    assert died, where
+                    assert vm.running, f"{where}: {vm.evidence()}"
+                    async with qmpblock.connect(vm.monitor_path, nbd=foreign) as controller:
+                        found = await (await controller.disks())[0].map()
+                    assert expected is None or found == expected
+                    left = await snapshot(vm.control, vm.pid, vm.image_directories()) - before
+                    assert not left, f"{where}: {left}"
     print(f"kill matrix: {tried} of {points} points")
     return tried, points

@@ -2,8 +2,9 @@
 
 import pytest
 from copyrounds import KINDS, copies_under_stress
+from killing import Graveyard
 from migrationrounds import migrations_under_stress
-from rounds import dying, kill_matrix, maps_under_stress, rounds, sample
+from rounds import kill_matrix, maps_under_stress, rounds, sample
 
 import qmpblock
 from qmpblock.errors import BusyError
@@ -42,14 +43,18 @@ async def test_a_controller_killed_at_any_command_beside_a_foreign_server(
 async def test_a_half_open_connection_needs_its_own_monitor(scenario, start_qemu, invariant):
     """Where stopping the server would hang QEMU, another monitor is sent to the right one."""
     vm = await start_qemu(scenario, guest=True)
-    number = 1
-    while True:  # up to the command after which the export is there, and no handshake yet
-        assert await dying(vm, "map", number=number, moment="after") is None
-        if await vm.execute("query-block-exports"):
-            break
-        async with qmpblock.connect(vm.monitor_path) as controller:
-            await (await controller.disks())[0].map()
-        number += 1
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+    what, number = {"do": "map", "disk": disk.name}, 1
+    async with Graveyard() as graveyard:
+        while True:  # up to the command after which the export is there, and no handshake yet
+            died, _ = await graveyard.control(vm, what, number, "after")
+            assert died
+            if await vm.execute("query-block-exports"):
+                break
+            async with qmpblock.connect(vm.monitor_path) as controller:
+                await (await controller.disks())[0].map()
+            number += 1
     async with qmpblock.connect(vm.second_monitor_path) as controller:
         [disk] = await controller.disks()
         if vm.version < (10, 0, 0):
