@@ -1,6 +1,7 @@
 """The shares of the live tests that a run takes: each is of something that is there."""
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +31,18 @@ def test_what_is_dealt_out_is_there(name):
 
 
 class Item(NamedTuple):
+    """What is asked of a test here.
+
+    :ivar bound: whether it says itself on which QEMUs it runs.
+    """
+
     nodeid: str
     path: Path
+    bound: bool = False
+
+    def iter_markers(self, name: str) -> Iterator[str]:
+        assert name == "needs_qemu"
+        return iter([name] * self.bound)
 
 
 @pytest.mark.parametrize("seed", ["11", "12"])
@@ -64,3 +75,18 @@ def test_two_qemus_together_run_each_function(seed, monkeypatch):
     assert {item for item in items if item.path.stem == "test_joint"} <= one | other
     # Neither has all the work.
     assert all(len(run & {i for i in items if i.path.stem == "test_wheel"}) > 3 for run in runs)
+
+
+def test_what_is_for_some_qemus_alone_is_not_dealt_to_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would be skipped there, and run nowhere."""
+    path = LIVE / "test_wheel.py"
+    items = [Item(f"test_wheel.py::test_{number}", path, number % 2 == 0) for number in range(40)]
+    items += [Item(f"test_wheel.py::test_it[{case}]", path, case % 2 == 0) for case in range(40)]
+    for turn in ("0/2", "1/2"):
+        monkeypatch.setenv("QMPBLOCK_TURN", turn)
+        monkeypatch.setenv("QMPBLOCK_SEED", "11")
+        left = CONFTEST["_not_sampled"](items)
+        assert left
+        assert not any(item.bound for item in left)
