@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection, Mapping
 from contextlib import AsyncExitStack
@@ -28,6 +29,7 @@ from qmpblock.errors import (
     Error,
     JobError,
     UnsupportedError,
+    printable,
 )
 from qmpblock.graph.layeruse import check_bitmaps
 from qmpblock.graph.model import BlockGraph, Device
@@ -51,6 +53,7 @@ __all__ = [
     "until_unused",
 ]
 
+_log = logging.getLogger(__name__)
 _BUSY = 0.1  # seconds between looks whether somebody else's job has ended
 _PATIENCE = 1.0  # seconds of converging before the guest is slowed down, where that is asked
 
@@ -64,6 +67,7 @@ async def drive(
     *,
     throttle_guest: int = 0,
     held: bool = True,
+    crowded: str = "",
 ) -> None:
     """Follow a job to its end, doing what is ours to do on the way.
 
@@ -74,6 +78,7 @@ async def drive(
     :param held: whether QEMU refuses to migrate meanwhile (`qmpblock.changes.nomigration`).
         Where it does not, a migration that begins ends the job: it would write on where the
         images have gone.
+    :param crowded: what is said, once, where the job waits for room and nobody shows that.
     :raise JobError: QEMU's verdict is a failure.
     :raise UnsupportedError: a migration began.
     """
@@ -81,6 +86,9 @@ async def drive(
         driven = _Driven(vm, record, journal, job, device, throttle_guest, held, alone)
         last: Progress | None = None
         async for last in job.follow(converging=vm.stall):
+            if crowded and last.phase == "waiting for room":
+                _log.warning("%s", crowded)
+                crowded = ""
             await driven.tend(last)
     assert last is not None  # follow() yields at least once, or raises
     if last.error is not None:
@@ -171,7 +179,12 @@ async def bring_home(
             arguments = {"device": root, "top-node": record.top, "base-node": record.base}
             await _start_home(vm, job, {**arguments, "on-error": job.on_error("enospc")})
         job.complete()
-        await drive(vm, record, journal, job, None)
+        crowded = (
+            f"what the guest wrote meanwhile is in {printable(record.top_file)}, and cannot come "
+            f"home to {printable(record.home)}: its file system has no room. Make room there, and "
+            "it goes on by itself; until then this waits, whatever interrupts it"
+        )
+        await drive(vm, record, journal, job, None, crowded=crowded)
     finally:
         job.end()
 

@@ -41,6 +41,16 @@ class Pivoting(Record):
         return None
 
 
+def _are_layers(graph: BlockGraph, *nodes: str) -> bool:
+    """Whether a disk of the VM has one of them as a layer."""
+    return any(
+        layer.node.name in nodes
+        for device in graph.devices
+        if device.chain is not None
+        for layer in device.chain.layers
+    )
+
+
 @dataclass(frozen=True)
 class StagedCommit(Pivoting):
     """Host space for ranges of an image that is frozen below an overlay for a moment.
@@ -85,14 +95,14 @@ class StagedCommit(Pivoting):
     def way_home(self, graph: BlockGraph, *, stale: bool | None) -> tuple[Step, ...]:
         """Bring it home without the zeros that were to get there first: there may be no room.
 
-        Where its disk was unplugged, only the journal tells whether the overlay holds the newest
-        data; without one it is left alone.
+        Where its disk was unplugged, or has another medium, only the journal tells whether the
+        overlay holds the newest data; without one it is left alone.
         """
         if self.top not in graph.nodes:
             return ()
-        active = self.active_nodes(graph)
-        out = self.top in active if active else stale is False
-        if not out or not (active or lies_on_something(graph, self.top)):
+        active = self.top in self.active_nodes(graph)
+        apart = not _are_layers(graph, self.top, self.base)
+        if not active and not (apart and stale is False and lies_on_something(graph, self.top)):
             return ()
         return (
             *self._without_others(graph),

@@ -283,7 +283,8 @@ async def _come_home(every: Sequence[Frozen]) -> None:
     for one in every:
         change, record = one.change, one.record
         graph = await settle(change.vm, record, change.journal, Choice.UNDO)
-        if record.active_nodes(graph) not in (set(), {record.base}):
+        home = record.active_nodes(graph) in (set(), {record.base})
+        if not home and record.top in graph.nodes:  # else the disk has another medium
             raise GraphError(
                 f"somebody took a snapshot of {record.names[0]} while an overlay of ours was on "
                 "top",

@@ -462,6 +462,17 @@ def test_an_overlay_that_was_not_put_on_top_goes():
     assert [step.what for step in found] == [T, f"{T}-f"]
 
 
+def test_an_overlay_whose_disk_has_another_medium_comes_home():
+    """As of a disk that was unplugged: by the journal, which knows what it holds."""
+    drawing = staged("d0").image("other", file="/i/other").device("other")
+    found = {
+        stale: verbs(steps(of_staging(), drawing.graph(), UNDO, MADE, stale=stale))
+        for stale in (False, True, None)
+    }
+    assert found[False] == ["bring-home"]
+    assert "bring-home" not in found[True] + found[None]
+
+
 @pytest.mark.parametrize("stale", [None, True, False])
 def test_an_overlay_that_came_home_goes(stale):
     """The guest is on the image, whatever the journal says."""
