@@ -15,6 +15,8 @@ on. Somebody may have taken a snapshot on either side of it.
 
 from __future__ import annotations
 
+import logging
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
 
 __all__ = ["Spot", "put_back", "put_filter", "set_child", "spot_in", "take_out"]
+
+_log = logging.getLogger(__name__)
+_FORMAT = "copy-before-wri"  # of a header that says copy-before-write: there is room for no more
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,38 @@ async def take_out(vm: Connection, node: str, graph: BlockGraph) -> None:
                 f"stays in the way of the guest's writes"
             )
         await set_child(vm, parent, edge, below)
+        if edge == "backing":
+            await _tell_of_header(vm, parent, below, graph)
     for device in graph.disks():
         if device.chain.root.name == node:
             await _set_drive(vm, device.qom_path, below)
+
+
+async def _tell_of_header(vm: Connection, overlay: str, below: str, graph: BlockGraph) -> None:
+    """Say where a snapshot over a filter of ours has recorded that as a format (K45).
+
+    It is somebody's, so it is left as it is; started from it again, no VM would open it.
+
+    :param below: on which the overlay lies now.
+    """
+    for node in await vm.monitor.execute("query-named-block-nodes", {"flat": True}):
+        if node["node-name"] != overlay:
+            continue
+        if not str(node["image"].get("backing-filename-format")).startswith(_FORMAT):
+            return
+        while graph.nodes[below].is_filter and (child := graph.nodes[below].child("file")):
+            below = child
+        top = graph.nodes[overlay]
+        words = ("-f", top.driver, "-F", graph.nodes[below].driver)
+        files = ("-b", top.backing_filename or "IMAGE", top.filename)
+        command = shlex.join(("qemu-img", "rebase", "-u", *words, *files))
+        _log.warning(
+            "somebody took a snapshot while a filter of ours was on top, and QEMU has recorded in "
+            "%s that what it lies on is of the format copy-before-write: no VM can be started from "
+            "it so. Once this one is shut down, before it is started again, run: %s",
+            printable(top.filename),
+            printable(command),
+        )
 
 
 async def put_back(vm: Connection, device: DiskDevice, node: str) -> None:

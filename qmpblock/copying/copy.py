@@ -392,6 +392,8 @@ async def _of_views(
                             f"{full}: give it more, by --fleece and --fleece-limit, or copy when "
                             "the guest writes less"
                         )
+                    elif (changed := plan.changed_in(await vm.graph())) is not None:
+                        error.remedy = f"{changed}: have it done, then run this again"
                     raise
                 await undisturbed(finish(change, files, job))
     except BaseException:

@@ -67,7 +67,7 @@ from qmpblock.qemu.iothread import iothread_of
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
-    from qmpblock.graph.model import DiskDevice
+    from qmpblock.graph.model import BlockGraph, DiskDevice
     from qmpblock.host.contents import Contents
     from qmpblock.mapping import MappedDisk
     from qmpblock.qemu.connection import Connection
@@ -145,6 +145,25 @@ class Plan:
         return (
             f"what the guest overwrote had no room any more in {', '.join(full)}" if full else None
         )
+
+    def changed_in(self, graph: BlockGraph) -> str | None:
+        """Say of which disks somebody has changed the chain meanwhile; None: of none.
+
+        A snapshot takes the place of the filter for whoever reads the view, too.
+        """
+        filters = {
+            device.qom_path: [node.name for node in device.chain.filters]
+            for device in graph.devices
+            if device.chain is not None
+        }
+        changed = [
+            printable(item.device.name)
+            for item in self.items
+            if item.nodes[1] not in filters.get(item.device.qom_path, ())
+        ]
+        if not changed:
+            return None
+        return f"somebody else changed the chain of {', '.join(changed)} meanwhile"
 
     async def record_fields(self, vm: Connection) -> dict[str, Any]:
         """Return what the record of the change says of it, as fields of `Record`.
