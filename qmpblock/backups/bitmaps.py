@@ -8,7 +8,8 @@ Each disk has two of each backup, on its active layer's node, which stay there u
   loses it, and what its bitmaps say of the rest, for good (F43).
 
 Where the image can, it holds both (qcow2), so that they outlive QEMU; else they live in QEMU alone.
-So they do where QEMU does not find the image by its name any more (K42).
+So they do where QEMU does not find the image by its name any more (K42), and where the image has a
+data file of its own: what is put there while the VM is off, an older one say, no bitmap would tell.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from qmpblock.chains.storedbitmaps import may_hold_bitmaps
 from qmpblock.copying.comparing import GRAIN
 from qmpblock.copying.drawn import draw_node
-from qmpblock.errors import CommandError
+from qmpblock.errors import CommandError, printable
 from qmpblock.names import end_bitmap, is_backup_bitmap, left_bitmap, target_node
 from qmpblock.ranges import Ranges
 
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
     from qmpblock.graph.model import BlockGraph, DiskDevice
     from qmpblock.qemu.connection import Connection
 
-__all__ = ["drawing_nodes", "make_bitmaps", "others_there", "survived", "vouched"]
+__all__ = [
+    "drawing_nodes",
+    "goes_back_by_half",
+    "make_bitmaps",
+    "others_there",
+    "survived",
+    "vouched",
+]
 
 _STORING = ("qcow2",)  # formats whose images can hold dirty bitmaps
 
@@ -54,7 +62,8 @@ async def make_bitmaps(
             stored.append(False)  # no bit to set: each backup of it is full
             continue
         # Where QEMU could not open it anew, it could not be written to after a freeze (K42).
-        holds = active.format in _STORING and await may_hold_bitmaps(vm.monitor, active, drawing)
+        can = active.format in _STORING and active.node.child("data-file") is None
+        holds = can and await may_hold_bitmaps(vm.monitor, active, drawing)
         last = Ranges([((size - 1) // GRAIN * GRAIN, size)])
         await draw_node(vm, drawing, size, last)
         node, end = active.node.name, end_bitmap(name)
@@ -82,6 +91,32 @@ async def _add(
             return True
     await vm.monitor.execute("block-dirty-bitmap-add", options)
     return False
+
+
+def goes_back_by_half(graph: BlockGraph, devices: Sequence[DiskDevice]) -> str | None:
+    """Say which disks `loadvm` would put back, and then fail at those with bitmaps (K44). Pure.
+
+    Those that have the same internal snapshot, and no dirty bitmap. None: there are none.
+
+    :param devices: of a backup.
+    """
+    backed_up = {device.qom_path: device for device in devices}
+    tags = {tag for device in devices for tag in device.chain.active.node.snapshots}
+    bare, common = [], set()
+    for device in graph.disks():
+        node = device.chain.active.node
+        if device.qom_path not in backed_up and not node.bitmaps and tags & {*node.snapshots}:
+            bare.append(printable(device.name))
+            common |= tags & {*node.snapshots}
+    if not bare:
+        return None
+    others = ", ".join(printable(device.name) for device in devices)
+    return (
+        f"the internal snapshots {', '.join(map(printable, sorted(common)))} cannot be gone back "
+        f"to any more: loadvm would put {', '.join(bare)} back, then fail at the dirty bitmaps of "
+        f"{others}, and leave the guest between the two. Back all of them up, or go back when "
+        "the VM is off, and without bitmaps"
+    )
 
 
 def survived(graph: BlockGraph, device: DiskDevice, name: str) -> bool:

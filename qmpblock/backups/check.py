@@ -79,8 +79,10 @@ class BackupsChecked:
 
     @property
     def whole(self) -> bool:
-        """Whether every backup there is."""
-        return not self.unread and not any(point.faults for point in self.points)
+        """Whether every backup there is, and there is one."""
+        return (
+            bool(self.points) and not self.unread and not any(point.faults for point in self.points)
+        )
 
 
 async def check_backups(

@@ -40,6 +40,7 @@ class SeenDisk:
     :ivar disk: what people call it; `path`: in QEMU's object tree.
     :ivar bitmaps: of its active layer.
     :ivar below: the names of those of the layers below.
+    :ivar sources: the files of those layers.
     """
 
     disk: str
@@ -48,6 +49,7 @@ class SeenDisk:
     source: str
     bitmaps: tuple[Bitmap, ...]
     below: frozenset[str] = frozenset()
+    sources: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, device: DiskDevice) -> SeenDisk:
@@ -60,6 +62,7 @@ class SeenDisk:
             active.file,
             active.node.bitmaps,
             frozenset(one.name for layer in below for one in layer.node.bitmaps),
+            frozenset(layer.file for layer in below),
         )
 
     def without(self, names: Container[str]) -> SeenDisk:
@@ -211,13 +214,21 @@ def _why_gone(disk: SeenDisk, backup: DiskBackup, name: str) -> str:
     )
 
 
+def _has_bitmap(points: Sequence[Point], disk: SeenDisk) -> bool:
+    """Whether a layer of a disk has the bitmap of one of its backups."""
+    return any(
+        disk.bitmap(name) is not None or name in disk.below for _, name in _backups_of(points, disk)
+    )
+
+
 def check_vm(
     points: Sequence[Point], name: str, uuid: str, disks: Sequence[SeenDisk], directory: str
 ) -> None:
     """Refuse a directory whose backups are of another VM.
 
     By the UUID, where both have one. Where not, a bitmap of one of the backups proves it to be the
-    same, else the name; else one of its images.
+    same, else the name; else one of its images. Both may be in a layer below: somebody has taken a
+    snapshot since.
 
     :param disks: all of this VM, for what was backed up last may have been others.
     :raise RequestError: it is another one, or that cannot be told.
@@ -229,14 +240,14 @@ def check_vm(
     if known:
         same = last.uuid == uuid
         why = f"of the VM with the UUID {printable(last.uuid)}, and this one has {printable(uuid)}"
-    elif any(parents_wanted(points, disk) for disk in disks):
+    elif any(_has_bitmap(points, disk) for disk in disks):
         return
     elif last.name and name:
         same = last.name == name
         why = f"of the VM {printable(last.name)}, and this one is called {printable(name)}"
     else:
         sources = {one.source for point in points for one in point.disks}
-        same = any(disk.source in sources for disk in disks)
+        same = any(sources & {disk.source, *disk.sources} for disk in disks)
         why = "of a VM without UUID and name that had none of this VM's images"
     if not same:
         raise RequestError(

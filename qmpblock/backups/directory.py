@@ -43,7 +43,7 @@ from qmpblock.peerjson import read_json
 from qmpblock.versioned import UnreadableError, plain, stamped, unstamped
 from qmpblock.versioned import read as read_fields
 
-__all__ = ["Backups", "foresee_backups", "open_backups", "read_points"]
+__all__ = ["Backups", "absolute", "foresee_backups", "open_backups", "read_points"]
 
 _LARGEST = 64 << 20  # bytes of a point file
 _KNOWN = (BACKUP_LOCK_FILE, "lost+found")  # what an empty directory may hold
@@ -363,15 +363,55 @@ class _Unmade(Backups):
         pass  # it will be ours
 
 
+def absolute(path: str | os.PathLike[str]) -> str:
+    """Return the absolute path of a directory that somebody named, without resolving links.
+
+    :raise RequestError: nothing is named: an empty word is a variable that was not set, not the
+        directory in which one happens to be.
+    """
+    name = os.fspath(path)
+    if not name:
+        raise RequestError("the directory has no name: it is empty", standing=UNTOUCHED)
+    return os.path.normpath(Path.cwd() / name)
+
+
+def _check_utf8(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeError:
+        raise RequestError(
+            f"the directory {printable(path)} is not UTF-8, and QMP can carry nothing else",
+            standing=UNTOUCHED,
+            remedy="name one whose whole path is",
+        ) from None
+
+
+def _check_ours(backups: Backups) -> None:
+    """Refuse a directory of other things before a file of ours comes to lie there.
+
+    :raise RequestError: it is one.
+    """
+    if backups.read():
+        return  # whose point files cannot be read: which is said later
+    try:
+        backups.check_new()
+    except RequestError:
+        if backups.files.status(BACKUP_LOCK_FILE) is None:  # else somebody has begun meanwhile
+            raise
+
+
 @contextmanager
 def open_backups(path: str | os.PathLike[str], *, make: bool = False) -> Iterator[Backups]:
     """Open a directory of backups, while this lasts.
 
-    :param make: make it, if it is not there; what it lies in is. It goes again where no backup is
-        made in it.
-    :raise RequestError: there is none.
+    :param make: make it, if it is not there; what it lies in is. It goes again, and the file that
+        is locked from any, where no backup is made in it.
+    :raise RequestError: there is none, QEMU cannot be told of it, or it is to be made and holds
+        other things.
     """
-    name = os.path.normpath(Path.cwd() / os.fspath(path))  # without resolving links
+    name = absolute(path)
+    if make:
+        _check_utf8(name)
     fresh = False
     try:
         if make:
@@ -383,23 +423,28 @@ def open_backups(path: str | os.PathLike[str], *, make: bool = False) -> Iterato
         raise _cannot_open(name, getattr(error, "strerror", None) or error) from None
     with files:
         backups = Backups(name, files)
+        bare = make and backups.files.status(BACKUP_LOCK_FILE) is None
         try:
+            if bare:
+                _check_ours(backups)
             yield backups
         finally:
-            if fresh and not backups.points:
+            if bare and not backups.points:
                 # It is not empty; or somebody else has begun one there.
                 with contextlib.suppress(OSError, Error), backups.locked():
                     os.unlink(BACKUP_LOCK_FILE, dir_fd=files.fd)
-                    Path(name).rmdir()
+                    if fresh:
+                        Path(name).rmdir()
 
 
 @contextmanager
 def foresee_backups(path: str | os.PathLike[str]) -> Iterator[Backups]:
     """Open a directory of backups, while this lasts, as it would be if it were made now.
 
-    :raise RequestError: it is not there, and cannot be made.
+    :raise RequestError: it is not there, and cannot be made; or QEMU cannot be told of it.
     """
-    name = os.path.normpath(Path.cwd() / os.fspath(path))
+    name = absolute(path)
+    _check_utf8(name)
     there = True
     try:
         try:

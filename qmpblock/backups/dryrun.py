@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
+from qmpblock.backups.bitmaps import goes_back_by_half
 from qmpblock.backups.directory import foresee_backups
 from qmpblock.backups.look import (
     BackupWords,
@@ -88,7 +90,9 @@ async def _planned(
     }
     copied = await dry_copy(vm, targets, written=written, format="qcow2", **words)
     new = backups.home != backups.path
-    return planned_backup(backups.path, draft.when, decisions, copied, new=new)
+    planned = planned_backup(backups.path, draft.when, decisions, copied, new=new)
+    half = goes_back_by_half(await vm.graph(), [disk.device for disk in disks])
+    return planned if half is None else replace(planned, warnings=(*planned.warnings, half))
 
 
 async def _undone(vm: Connection, draft: Point) -> frozenset[str]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.backups.directory import Backups, open_backups
+from qmpblock.backups.directory import Backups, absolute, open_backups
 from qmpblock.backups.imagefile import Proven
 from qmpblock.backups.point import (
     DiskBackup,
@@ -239,12 +239,13 @@ async def restore(
         chosen = [_disk(backups, point, name, target) for name in disks]
         wanted = tuple(dict.fromkeys(chosen)) or point.disks
         names = restored_names(wanted)
-        folder = os.path.normpath(Path.cwd() / os.fspath(target))
+        folder = absolute(target)
         chains = [
             _chain(backups, one, posixpath.join(folder, name))
             for one, name in zip(wanted, names, strict=True)
         ]
         into = stack.enter_context(_opened(folder))
+        _check_elsewhere(backups, into)
         targets = [_Target(*one, into) for one in zip(wanted, chains, names, strict=True)]
         for one in targets:
             _check(one, force=force)
@@ -342,6 +343,20 @@ def _opened(path: str) -> Iterator[Directory]:
                 with contextlib.suppress(OSError):  # there is something else in it by now
                     Path(path).rmdir()
             raise
+
+
+def _check_elsewhere(backups: Backups, into: Directory) -> None:
+    """Refuse to restore into the directory of the backups: --force could replace one of these.
+
+    :raise RequestError: it is that.
+    """
+    status = os.fstat(into.fd)
+    if (status.st_dev, status.st_ino) == backups.identity():
+        raise RequestError(
+            f"{printable(backups.path)} is the directory of the backups, and holds nothing else",
+            standing=UNTOUCHED,
+            remedy="name another directory to restore into; it is made, if it is not there",
+        )
 
 
 def _check(one: _Target, *, force: bool) -> None:

@@ -28,7 +28,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar, Unpack
 
-from qmpblock.backups.bitmaps import drawing_nodes, make_bitmaps, others_there, survived, vouched
+from qmpblock.backups.bitmaps import (
+    drawing_nodes,
+    goes_back_by_half,
+    make_bitmaps,
+    others_there,
+    survived,
+    vouched,
+)
 from qmpblock.backups.decision import Kind, fallen_back
 from qmpblock.backups.directory import Backups, open_backups
 from qmpblock.backups.imagefile import digest_of
@@ -186,6 +193,9 @@ class _Run:
         seen = await see(self.vm, self.disks)  # anew: what was undone is gone
         job.decisions = await decided(backups, seen, self.kind)
         job.warnings = fallen_back(job.decisions)
+        half = goes_back_by_half(await self.vm.graph(), [disk.device for disk in self.disks])
+        if half is not None:
+            self._warn(half)
         targets = {disk: backups.place(name) for disk, name in zip(self.disks, names, strict=True)}
         await check_copies(self.vm, backups.path, targets, self.words)
         bitmaps = [backup_bitmap(draft.backups, draft.id, n) for n in range(len(self.disks))]

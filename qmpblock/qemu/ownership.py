@@ -102,7 +102,16 @@ def situation(status: str, migration: str, inactive: Iterable[str] = ()) -> Situ
             "at any moment",
             _WAIT,
         )
-    if status in ("save-vm", "restore-vm"):
+    if status == "restore-vm":
+        return Situation(
+            Owner.LEAVING,
+            "QEMU is at work on going back to an internal snapshot of this VM, or stands since a "
+            "loadvm that failed (query-status says restore-vm)",
+            "wait for its end. If it has failed, some disks may be as of the snapshot, and the "
+            "guest's memory is not: loadvm has said of which disk it failed; go back to it once "
+            "that is mended, or reset the guest (system_reset) before cont",
+        )
+    if status == "save-vm":
         return Situation(
             Owner.LEAVING,
             f"QEMU is at work on an internal snapshot of this VM (query-status says {status})",

@@ -113,3 +113,9 @@ async def test_what_cannot_be_read_of_it(place):
         found = await check_backups(place)
     assert found.whole
     assert (found.underway.when, found.underway.files) == ("", ())
+
+
+async def test_of_no_backup_nothing_is_whole(tmp_path):
+    """A directory that was not mounted, say."""
+    found = await check_backups(tmp_path)
+    assert (found.points, found.unread, found.whole) == ((), (), False)

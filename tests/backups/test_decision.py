@@ -23,8 +23,8 @@ OLDER = (
 PATH = "/machine/peripheral/vd0"
 
 
-def seen(*bitmaps, size=SIZE, below=(), source="/i/d0.qcow2", path=PATH):
-    return SeenDisk("vd0", path, size, source, bitmaps, frozenset(below))
+def seen(*bitmaps, size=SIZE, below=(), source="/i/d0.qcow2", sources=(), path=PATH):
+    return SeenDisk("vd0", path, size, source, bitmaps, frozenset(below), frozenset(sources))
 
 
 def test_an_increment_of_the_last():
@@ -143,6 +143,8 @@ NONE = f"{UUID}0"
         ("other", NONE, seen(BITMAP, END), True),
         ("", "unknown", seen(), True),  # by its image
         ("", NONE, seen(source="/i/another"), False),
+        ("", NONE, seen(source="/i/another", sources=["/i/d0.qcow2"]), True),  # a snapshot since
+        ("other", NONE, seen(source="/i/another", below=[BITMAP.name]), True),
     ],
 )
 def test_whose_directory_it_is(name, uuid, disk_, same):

@@ -276,6 +276,27 @@ def test_a_directory_that_was_made_in_vain(tmp_path):
         assert names(place) == [BACKUP_LOCK_FILE]
 
 
+def test_a_refused_directory_holds_nothing_of_ours(tmp_path):
+    """Neither one of other things, nor one that was empty."""
+    with pytest.raises(RequestError, match="no name"), open_backups("", make=True):
+        pass
+    with open_backups(tmp_path, make=True) as backups, suppress(BusyError), backups.locked():
+        raise BusyError("of whatever reason")
+    assert names(tmp_path) == []
+    (tmp_path / "holiday.jpg").touch()
+    refused = pytest.raises(RequestError, match=r"such as holiday\.jpg")
+    with refused as caught, open_backups(tmp_path, make=True):
+        pass
+    assert caught.value.standing == "nothing was touched"
+    assert names(tmp_path) == ["holiday.jpg"]
+    with open_backups(tmp_path) as other, other.locked(), open_backups(tmp_path, make=True):
+        pass  # somebody is at work there, and says what is wrong
+    place = tmp_path / os.fsdecode(b"\xff")
+    with pytest.raises(RequestError, match="not UTF-8"), open_backups(place, make=True):
+        pass
+    assert not place.exists()
+
+
 def test_their_order_is_that_of_their_instants(tmp_path):
     later = replace(point("20261130T110600Z", [disk("vd0", "20261130T110600Z-vd0.qcow2")]))
     with open_backups(tmp_path) as backups:

@@ -12,7 +12,7 @@ from backuppoints import disk, point
 from qmpblock.backups.check import check_backups
 from qmpblock.backups.directory import open_backups
 from qmpblock.backups.restore import restore
-from qmpblock.errors import Error, NotFoundError, UnsupportedError
+from qmpblock.errors import Error, NotFoundError, RequestError, UnsupportedError
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuimgconvert import QemuImgConvert
 from qmpblock.luks import retried
@@ -329,3 +329,15 @@ async def test_a_disk_that_no_backup_has(web, tmp_path):
     with pytest.raises(NotFoundError) as refused:
         await restore(web, tmp_path / "new", disks=["vd9"])
     assert refused.value.remedy is None
+
+
+async def test_where_it_is_not_restored_to(web, tmp_path):
+    """--force would replace a backup of a disk that is called like one of its images."""
+    link = tmp_path / "link"
+    link.symlink_to(web)
+    for target in (web, link):
+        with pytest.raises(RequestError, match="is the directory of the backups") as caught:
+            await restore(web, target, force=True)
+        assert caught.value.standing == "nothing was touched"
+    with pytest.raises(RequestError, match="it is empty"):
+        await restore(web, "")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from fleecing import MIB, ran
 import qmpblock
 from qmpblock.backups import run
 from qmpblock.backups.bitmaps import make_bitmaps
-from qmpblock.errors import BusyError, Error, RequestError, UnsupportedError
+from qmpblock.errors import BusyError, Error, JobError, RequestError, UnsupportedError
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -18,12 +19,17 @@ pytestmark = pytest.mark.live
 
 QCOW2 = "about: A disk.\nimages: [{size: 16M, content: [write 0 6M 0xbb]}]"
 RAW = "about: A raw one.\nimages: [{format: raw, size: 16M, content: [write 0 6M 0xbb]}]"
+DATA_FILE = (
+    "about: d\nimages: [{size: 16M, data_file: d0.data, options: {data_file_raw: on}, "
+    "content: [write 0 6M 0xbb]}]"
+)
 TWO = """\
 about: Two disks.
 disks:
 - images: [{format: raw, size: 1M}]
 - images: [{size: 1M}]
 """
+QCOW2S = TWO.replace("format: raw, ", "")
 #: As a guest writes data, zeros and discards.
 WRITES = ("write -P {} 1M 300k", "write -z 3M 1M", "discard 5M 1M", "write -P {} 15M 1M")
 
@@ -214,6 +220,77 @@ async def test_a_snapshot_between_two(begin, vm_dir):
     await held(vm, place, one)
 
 
+async def test_somebody_elses_snapshot_between_two(begin, vm_dir):
+    """QEMU's own takes no bitmap along, and the VM, which nothing tells, is known by what it had.
+
+    An image that somebody committed while the VM was off has the first one, with all that came.
+    """
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    first, _ = await backed_up(vm, place)
+    overlay = vm_dir / "images" / "new.qcow2"
+    its = {"snapshot_file": str(overlay), "snapshot_node_name": "new"}
+    await vm.execute("blockdev-snapshot-sync", node_name="d0", **its)
+    await write(vm, 7)
+    one, _ = await backed_up(vm, place)
+    assert "a snapshot was taken since the last backup" in one.reason
+    one, _ = await backed_up(vm, place)
+    assert one.kind == "incremental"
+    await vm.quit()
+    code, out = await ran("qemu-img", "commit", "-f", "qcow2", overlay)
+    assert code == 0, out
+    vm = await begin()
+    one, _ = await backed_up(vm, place)
+    assert one.parent == first.file
+    await held(vm, place, one)
+
+
+@pytest.mark.needs_qemu(">= 10.0", reason="before, an overlay of ours would be below it")
+async def test_somebody_elses_snapshot_meanwhile(begin, vm_dir, caplog):
+    """It comes between the view and what that is of: the backup fails, and says by what.
+
+    QEMU records our filter as a format (K45), of which one is told, and how to mend it.
+    """
+    vm, place = await begin(QCOW2), vm_dir / "b"
+    overlay = vm_dir / "images" / "new.qcow2"
+
+    async def disturbed():
+        async with (
+            qmpblock.connect(vm.monitor_path) as controller,
+            controller.backup(place, await controller.disks(), speed=MIB) as job,
+        ):
+            [its] = [one for one in await vm.execute("query-block") if "inserted" in one]
+            node = its["inserted"]["node-name"]
+            names = {"snapshot_file": str(overlay), "snapshot_node_name": "new"}
+            await vm.execute("blockdev-snapshot-sync", node_name=node, **names)
+            await job.set_speed(0)
+
+    with pytest.raises(JobError) as failed:
+        await disturbed()
+    assert "somebody else changed the chain of vd0 meanwhile" in failed.value.remedy
+    [told] = [one.message for one in caplog.records if "copy-before-write" in one.message]
+    one, _ = await backed_up(vm, place)
+    assert one.source == str(overlay)
+    found = await raw_of("qcow2", place / one.file)
+    await vm.quit()
+    code, out = await ran("qemu-img", "check", "-f", "qcow2", overlay)
+    assert (code, "Unknown driver 'copy-before-wri'" in out) == (1, True)
+    code, out = await ran(*shlex.split(told.partition(" run: ")[2]))
+    assert code == 0, out
+    assert found == await raw_of("qcow2", overlay)
+
+
+async def test_what_qemu_records_of_a_filter_by_itself(begin, vm_dir):
+    vm, overlay = await begin(QCOW2), vm_dir / "images" / "new.qcow2"
+    await vm.execute("object-add", qom_type="throttle-group", id="g")
+    group = {"driver": "throttle", "throttle_group": "g", "file": "d0"}
+    await vm.execute("blockdev-add", node_name="filter", **group)
+    names = {"snapshot_file": str(overlay), "snapshot_node_name": "new"}
+    await vm.execute("blockdev-snapshot-sync", node_name="filter", **names)
+    code, out = await ran("qemu-img", "info", "-U", "-f", "qcow2", overlay)
+    assert code == 0, out
+    assert "backing file format: throttle" in out
+
+
 async def test_an_internal_snapshot_is_not_gone_back_to(begin, vm_dir):
     """The bitmap would know nothing of it. QEMU refuses that by itself."""
     vm, place = await begin(QCOW2), vm_dir / "b"
@@ -224,6 +301,32 @@ async def test_an_internal_snapshot_is_not_gone_back_to(begin, vm_dir):
     image = vm_dir / "images" / "d0-0.qcow2"
     code, out = await ran("qemu-img", "snapshot", "-a", "before", image)
     assert (code, "active dirty bitmaps" in out) == (1, True)
+
+
+async def test_an_internal_snapshot_is_gone_back_to_by_half(begin, vm_dir):
+    """Where some disks alone have dirty bitmaps (K44): so that is warned of."""
+    vm, place = await begin(QCOW2S), vm_dir / "b"
+    await vm.hmp("savevm before")
+    for number in (0, 1):
+        await vm.qemu_io(f"d{number}", "write -P 7 0 64k")
+    _, result = await backed_up(vm, place, disk="vd1")
+    [warning] = result.warnings
+    assert "loadvm would put vd0 back, then fail at the dirty bitmaps of vd1" in warning
+    assert "Device has active dirty bitmaps" in await vm.hmp("loadvm before")
+    assert (await vm.execute("query-status"))["status"] == "restore-vm"
+    with pytest.raises(UnsupportedError, match="loadvm that failed") as refused:
+        await backed_up(vm, place, disk="vd1")
+    assert "memory" in refused.value.remedy
+    await vm.quit()
+    data = [await raw_of("qcow2", vm_dir / "images" / f"d{n}-0.qcow2") for n in (0, 1)]
+    assert [one[:4] for one in data] == [b"\0" * 4, b"\7" * 4]
+    vm = await begin()
+    async with (
+        qmpblock.connect(vm.monitor_path) as controller,
+        controller.backup(place, await controller.disks()) as job,
+    ):
+        pass
+    assert job.result.warnings == ()
 
 
 async def test_an_image_that_was_put_back(begin, vm_dir):
@@ -242,6 +345,25 @@ async def test_an_image_that_was_put_back(begin, vm_dir):
     await vm.qemu_io("d0", "write -P 8 9M 64k")
     one, result = await backed_up(vm, place)
     assert (one.parent, result.warnings) == (first.file, ())  # of which it is an increment
+    await held(vm, place, one)
+
+
+async def test_a_data_file_that_was_put_back(begin, vm_dir):
+    """No bitmap, in the image beside, would tell of it: so none outlives QEMU."""
+    vm, place = await begin(DATA_FILE), vm_dir / "b"
+    file = vm_dir / "images" / "d0.data"
+    old = file.read_bytes()
+    await write(vm, 7)
+    one, _ = await backed_up(vm, place)
+    assert (one.kind, one.persistent) == ("full", False)
+    one, _ = await backed_up(vm, place)
+    assert one.kind == "incremental"
+    await vm.quit()
+    file.write_bytes(old)
+    vm = await begin()
+    one, result = await backed_up(vm, place)
+    assert "QEMU was started anew" in one.reason
+    assert len(result.warnings) == 1
     await held(vm, place, one)
 
 
@@ -283,6 +405,7 @@ async def test_a_refusal_touches_nothing(begin, vm_dir):
 
         await refused(place, RequestError, "no backup of this disk yet", kind="incremental")
         await refused(vm_dir / "images", RequestError, "holds no backups, but other things")
+        assert {one.name for one in (vm_dir / "images").iterdir()} == {"d0-0.qcow2"}
         await refused(vm_dir / "no" / "b", RequestError, "cannot open the directory")
         assert not place.exists()
         await vm.execute("blockdev-add", driver="null-co", node_name="n", size=16 * MIB)
