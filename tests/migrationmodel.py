@@ -499,6 +499,9 @@ class Model:
                 if planned.move is Move.MIRROR and self.rules.daemon:
                     sent = sent._replace(daemon="alive")
                 yield f"failure: engine killed, had sent {planned.move.name}", sent
+                if planned.beside:
+                    unsaid = sent._replace(phase=world.phase)
+                    yield f"failure: engine killed, had sent {planned.move.name} alone", unsaid
         for name in ("with_journal", "without"):
             one: Recoverer = getattr(world, name)
             if one.at == "do" and room:

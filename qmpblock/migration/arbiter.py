@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qmpblock.changes.record import VMIdentity
@@ -37,7 +38,7 @@ async def claim(source: Monitor, run: str, side: Side, *, to: VMIdentity | None 
     :raise BusyError: somebody was, and has taken it away again: he is done with it.
     :raise DisconnectedError: whether it was said is unknown.
     """
-    if await _add(source, run, side, {} if to is None else {_TO: plain(to)}):
+    if await _add(source, run, side, {} if to is None else {_TO: plain(_briefly(to))}):
         return side
     said = await decided(source, run)
     if said is None:  # and no word for us: that it is free now says nothing of what was done by it
@@ -48,6 +49,11 @@ async def claim(source: Monitor, run: str, side: Side, *, to: VMIdentity | None 
             remedy="look which one runs: qmpblock recover ADDRESS",
         )
     return said
+
+
+def _briefly(process: VMIdentity) -> VMIdentity:
+    """Say no more than names it: the guest stands, and QEMU takes a monitor's bytes one by one."""
+    return replace(process, name="", monitor="") if process.pid else process
 
 
 async def mark(destination: Monitor, run: str, *, stopped: bool = False) -> None:

@@ -24,6 +24,7 @@ __all__ = ["STANDSTILL", "Outward"]
 STANDSTILL = 10.0
 """Seconds for which the guest may stand; then it goes on at the source."""
 
+_JUST_NOW = 0.05  # seconds since a destination answered in which it is not asked whether it does
 _OF_DISKS = frozenset({Move.MIRROR, Move.AWAIT_READY})  # there is nothing in them without any
 
 
@@ -80,9 +81,14 @@ class Outward:
         copies = bool(self._passage.plan.copied)
         for planned in self._left:
             if copies or planned.move not in _OF_DISKS:
-                if planned.enters is not None:
+                if planned.enters is None:
+                    await self._moves[planned.move]()
+                elif planned.beside:
+                    async with self._passage.entering(planned.enters):
+                        await self._moves[planned.move]()
+                else:
                     await self._passage.enter(planned.enters)
-                await self._moves[planned.move]()
+                    await self._moves[planned.move]()
                 if planned.reaches is not None:
                     await self._passage.enter(planned.reaches)
             if planned.move is last:
@@ -179,7 +185,7 @@ class Outward:
     async def _claim(self) -> None:
         """Have the arbiter say where the guest runs."""
         passage = self._passage
-        if not await passage.landing.answers():
+        if not await passage.landing.answers(within=_JUST_NOW):
             raise Error("the destination had all of the guest, and does not answer any more")
         try:
             said = await arbiter.claim(

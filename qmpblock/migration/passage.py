@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qmpblock.cancellation import undisturbed
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
@@ -244,6 +247,18 @@ class Passage:
         """Say that a phase begins, before what it stands for is done."""
         self.hold.enter(phase, stopped=self.stopped)
         self.job.enter(phase)
+
+    @asynccontextmanager
+    async def entering(self, phase: Phase) -> AsyncIterator[None]:
+        """Say that a phase begins while the body does what it stands for; both are over then."""
+        self.job.enter(phase)
+        saying = asyncio.create_task(
+            asyncio.to_thread(self.hold.enter, phase, stopped=self.stopped)
+        )
+        try:
+            yield
+        finally:
+            await undisturbed(saying)
 
     def _show(self, seen: Progress) -> None:
         self.job.show(replace(seen, status=self.job.phase.value))

@@ -179,11 +179,13 @@ class Planned:
     :ivar enters: the phase that begins with it: the journal says so, on stable storage, before
         the move is made.
     :ivar reaches: the phase that begins once it is made; of that the two sides tell themselves.
+    :ivar beside: whether the journal may be written while the move is made: before the next one.
     """
 
     move: Move
     enters: Phase | None = None
     reaches: Phase | None = None
+    beside: bool = False
 
 
 #: What the engine does when all goes well.
@@ -199,7 +201,7 @@ ORDER: tuple[Planned, ...] = (
     Planned(Move.CONTINUE, enters=Phase.SENT),
     Planned(Move.AWAIT_LANDED, reaches=Phase.LANDED),
     Planned(Move.CLAIM_DESTINATION),
-    Planned(Move.MARK, enters=Phase.HANDED),
+    Planned(Move.MARK, enters=Phase.HANDED, beside=True),  # the guest stands
     Planned(Move.CONT_DESTINATION),
     Planned(Move.FINISH_DESTINATION),
 )
