@@ -38,8 +38,8 @@ options["means"] = qmpblock.MigrationMeans(**options.pop("means", {}))
 stop, by = options.pop("stop", ""), options.pop("by", "")
 enter = Passage.enter
 
-async def die(self, now):
-    await enter(self, now)
+async def die(self, now, **how):
+    await enter(self, now, **how)
     if now.value == stop and by:
         await self.source.monitor.execute("human-monitor-command", {"command-line": by})
     elif now.value == stop:
@@ -204,8 +204,8 @@ def at(monkeypatch, phase, do):
         before = Passage.enter
         todo = [do]
 
-        async def enter(self, now):
-            await before(self, now)
+        async def enter(self, now, **how):
+            await before(self, now, **how)
             if now.value == phase and todo:
                 await todo.pop()()
 

@@ -81,13 +81,15 @@ class Outward:
         copies = bool(self._passage.plan.copied)
         for planned in self._left:
             if copies or planned.move not in _OF_DISKS:
-                if planned.enters is None:
-                    await self._moves[planned.move]()
-                elif planned.beside:
-                    async with self._passage.entering(planned.enters):
+                if planned.enters is not None and planned.beside:
+                    entering = asyncio.create_task(self._passage.enter(planned.enters, beside=True))
+                    try:
                         await self._moves[planned.move]()
+                    finally:
+                        await undisturbed(entering)
                 else:
-                    await self._passage.enter(planned.enters)
+                    if planned.enters is not None:
+                        await self._passage.enter(planned.enters)
                     await self._moves[planned.move]()
                 if planned.reaches is not None:
                     await self._passage.enter(planned.reaches)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qmpblock.cancellation import undisturbed
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
@@ -243,22 +240,16 @@ class Passage:
         await self.change.leave(kept=marks)
         return True
 
-    async def enter(self, phase: Phase) -> None:
-        """Say that a phase begins, before what it stands for is done."""
-        self.hold.enter(phase, stopped=self.stopped)
-        self.job.enter(phase)
+    async def enter(self, phase: Phase, *, beside: bool = False) -> None:
+        """Say that a phase begins, before what it stands for is done.
 
-    @asynccontextmanager
-    async def entering(self, phase: Phase) -> AsyncIterator[None]:
-        """Say that a phase begins while the body does what it stands for; both are over then."""
+        :param beside: or while it is: by a thread, then.
+        """
+        if beside:
+            await asyncio.to_thread(self.hold.enter, phase, stopped=self.stopped)
+        else:
+            self.hold.enter(phase, stopped=self.stopped)
         self.job.enter(phase)
-        saying = asyncio.create_task(
-            asyncio.to_thread(self.hold.enter, phase, stopped=self.stopped)
-        )
-        try:
-            yield
-        finally:
-            await undisturbed(saying)
 
     def _show(self, seen: Progress) -> None:
         self.job.show(replace(seen, status=self.job.phase.value))

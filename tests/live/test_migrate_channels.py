@@ -51,8 +51,8 @@ def seen(monkeypatch):
     found = []
     enter = Passage.enter
 
-    async def look(self, phase):
-        await enter(self, phase)
+    async def look(self, phase, **how):
+        await enter(self, phase, **how)
         if phase.value == "held":
             found.append(len(self.stream._wire._relays))
 

@@ -40,8 +40,8 @@ def killing(monkeypatch, wanted, vm):
     """Have a QEMU killed as soon as a migration of this process enters a phase."""
     enter = Passage.enter
 
-    async def kill(self, phase):
-        await enter(self, phase)
+    async def kill(self, phase, **how):
+        await enter(self, phase, **how)
         if phase is wanted:
             await vm.kill()
 

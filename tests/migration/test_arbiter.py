@@ -1,6 +1,7 @@
 """Who decides where the guest goes on, against a fake QEMU that keeps objects."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from drawing import RUN, chain
@@ -28,6 +29,14 @@ async def test_it_says_where_the_guest_went(tmp_path):
     async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
         to = VMIdentity("new", "unknown", 7, 70, "boot", "/new")
         assert await arbiter.went_to(vm.monitor, RUN) is None
+        await arbiter.claim(vm.monitor, RUN, Side.DESTINATION, to=to)
+        # It names the process, and says no more of it: each byte takes QEMU time.
+        assert await arbiter.went_to(vm.monitor, RUN) == replace(to, name="", monitor="")
+
+
+async def test_where_no_process_is_seen_its_address_names_it(tmp_path):
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        to = VMIdentity("new", "unknown", 0, 0, "", "127.0.0.1:4444")
         await arbiter.claim(vm.monitor, RUN, Side.DESTINATION, to=to)
         assert await arbiter.went_to(vm.monitor, RUN) == to
 

@@ -143,8 +143,8 @@ def entered(monkeypatch, phase):
     come = asyncio.get_running_loop().create_future()
     before = Passage.enter
 
-    async def enter(self, now):
-        await before(self, now)
+    async def enter(self, now, **how):
+        await before(self, now, **how)
         if now is phase and not come.done():
             come.set_result(None)
             await asyncio.sleep(0)
