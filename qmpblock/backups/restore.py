@@ -126,44 +126,38 @@ class _Target:
         if fmt != "raw":
             contents = await tool.create(fmt, size, _HEADER)
 
+        places = [backups.place(image.file) for image in self.chain]
+        opened: dict[str, int] = {}
+        with ExitStack() as stack:
+            with _needed(backups, _NONE):
+                for place, image in zip(places, self.chain, strict=True):
+                    opened[place] = await proven.open(image)
+                    stack.callback(os.close, opened[place])
+            try:
+                fd = self._fresh(contents, os.fstat(opened[places[0]]), force=force)
+                stack.callback(os.close, fd)
+                target = posixpath.join(str(self.directory.path), self.partial)
+                below = [ImageOfChain(place, "qcow2", size) for place in places[1:]]
+                source = blockdev("qcow2", places[0], below)
+                files = opened | {target: fd}
+                await tool.convert(source, target, fmt, opened=files, progress=tell)
+                await asyncio.to_thread(os.fsync, fd)
+            except OSError as error:
+                raise self._cannot(error) from None
+            with _needed(backups, _NONE):
+                for place, image in zip(places, self.chain, strict=True):
+                    await proven.check(image, opened[place])  # nobody has written to one meanwhile
+
+    def _fresh(self, contents: Contents, like: os.stat_result, *, force: bool) -> int:
+        """Make it empty, owned as the backup is; return its descriptor."""
+
         def note(made: FileId) -> None:
             self.made = made
 
-        try:
-            fd = self._fresh(contents, note, backups, force=force)
-        except OSError as error:
-            raise self._cannot(error) from None
-        try:
-            place = posixpath.join(str(self.directory.path), self.partial)
-            opened = {place: fd}
-            with ExitStack() as stack:
-                with _needed(backups, _NONE):
-                    for image in self.chain:
-                        file = await proven.open(image)
-                        stack.callback(os.close, file)
-                        opened[backups.place(image.file)] = file
-                files = [backups.place(image.file) for image in self.chain]
-                below = [ImageOfChain(file, "qcow2", size) for file in files[1:]]
-                source = blockdev("qcow2", files[0], below)
-                await tool.convert(source, place, fmt, opened=opened, progress=tell)
-                with _needed(backups, _NONE):
-                    for image in self.chain:  # nobody has written to one meanwhile
-                        await proven.check(image, opened[backups.place(image.file)])
-            await asyncio.to_thread(os.fsync, fd)
-        except OSError as error:
-            raise self._cannot(error) from None
-        finally:
-            os.close(fd)
-
-    def _fresh(
-        self, contents: Contents, note: Callable[[FileId], None], backups: Backups, *, force: bool
-    ) -> int:
-        """Make it empty, owned as the backup is; return its descriptor."""
         if force and (left := self.directory.status(self.partial)) is not None:
             file = FileId.of(left)
             if file is not None:  # what is no file stays: then this is not made
                 self.directory.remove(self.partial, file)
-        like = backups.status(self.backup.file)
         return self.directory.make(self.partial, note, contents.write_to, like=like)
 
     def name_it(self, *, force: bool) -> None:

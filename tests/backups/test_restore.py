@@ -13,6 +13,7 @@ from qmpblock.backups.check import check_backups
 from qmpblock.backups.directory import open_backups
 from qmpblock.backups.restore import restore
 from qmpblock.errors import Error, NotFoundError, RequestError, UnsupportedError
+from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuimgconvert import QemuImgConvert
 from qmpblock.luks import retried
@@ -116,6 +117,24 @@ async def test_a_link_under_the_name_of_one_that_was_proven(place, tmp_path, mea
     meanwhile(link)
     await restore(place, tmp_path / "to")
     assert (tmp_path / "to" / "vd0.raw").read_bytes() == WHOLE
+
+
+async def test_it_is_owned_as_the_file_that_was_proven(place, tmp_path, monkeypatch):
+    """Not as what bears its name a moment later, which may be anybody's."""
+    (place / FULL).chmod(0o600)
+    image(tmp_path / "other", 3, 0)
+    (tmp_path / "other").chmod(0o666)
+    make = Directory.make
+
+    def exchanged(self, *words, **more):
+        exchange(place / FULL, tmp_path / "other")
+        return make(self, *words, **more)
+
+    monkeypatch.setattr(Directory, "make", exchanged)
+    await restore(place, tmp_path / "to", at=FULL[:16])
+    target = tmp_path / "to" / "vd0.raw"
+    assert target.stat().st_mode & 0o777 == 0o600
+    assert target.read_bytes() == WHOLE[: 1 << 20] + bytes(SIZE - (1 << 20))
 
 
 @pytest.mark.parametrize("linked", [False, True])
