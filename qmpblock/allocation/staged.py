@@ -62,6 +62,7 @@ from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.space import HostSpace
 from qmpblock.managers import Work
+from qmpblock.mapping import check_active, other_active
 from qmpblock.names import (
     create_job,
     lock_names,
@@ -162,8 +163,8 @@ async def reserve_by_staging(
                 "(of a snapshot above it, say), or somebody unplugged the disk"
             ),
             done=lambda: (
-                f"the guest is back on {printable(file)}, with every write; {done} bytes were "
-                "reserved and stay so; nothing of ours is left"
+                f"the guest is {_back(change)}{printable(file)}, with every write; {done} bytes "
+                "were reserved and stay so; nothing of ours is left"
             ),
         ):
             left = await _blank(disk, where)
@@ -184,6 +185,7 @@ async def reserve_by_staging(
                 )
                 done += chosen.total
                 held = max([held, *(change.journal.held if change.journal else ())])
+                check_active(disk, active)
                 if finished:
                     left = Ranges()  # what the live map shows beyond has space already
                 elif chosen:
@@ -191,6 +193,14 @@ async def reserve_by_staging(
                 copied(0)
             await undisturbed(change.end())
     return done, held, reduce(Ranges.union, had)
+
+
+def _back(change: Change[StagedCommit]) -> str:
+    """Say where a guest is that no overlay of ours keeps from its image; what is meant follows."""
+    graph, record = change.settled, change.record
+    if graph is not None and record.base not in record.active_nodes(graph):
+        return "on top of somebody's snapshot of "
+    return "back on "
 
 
 async def _by_its_manager(disk: MappedDisk, record: StagedCommit) -> ManagersStaging:
@@ -310,8 +320,9 @@ async def _slice(
     assert journal is not None  # begin() wrote it
     await disk.refresh()
     active = disk.chain.active
-    changed = as_text(await opened_as(vm, active)) != record.base_opened
-    if active.node.name != record.base or disk.device.jobs or changed:
+    if active.node.name != record.base:
+        raise other_active(disk.name)
+    if disk.device.jobs or as_text(await opened_as(vm, active)) != record.base_opened:
         raise GraphError(f"somebody else is at work on {disk.name}")
     for left in filter(lambda one: directory.status(posixpath.basename(one)), record.files):
         # Were it taken for the next one, a crash would bring old data home.
@@ -351,16 +362,18 @@ async def _slice(
     # The overlay comes home, and goes; all that is left is removed.
     await undisturbed(settle(vm, record, journal, Choice.UNDO))
     await disk.refresh()
-    if disk.chain.active.node.name != record.base:
+    layers = [layer.node.name for layer in disk.chain.layers]
+    if item.node in layers or record.base not in layers:
         raise GraphError(
             f"{disk.name} goes on in an overlay of ours: its manager could not bring it home"
-            if disk.chain.active.node.name == item.node
+            if layers[0] == item.node
             else f"somebody took a snapshot of {disk.name} while an overlay of ours was on top",
             standing=f"{printable(record.top_file)} is a layer of the chain now, and needed there",
             remedy="when the disk is idle, commit that layer into the one below: qmpblock commit "
             "ADDRESS DISK --top LAYER --base LAYER",
         )
-    if record.detect_zeroes and disk.chain.active.node.detect_zeroes != record.detect_zeroes:
+    zeroes = disk.chain.layers[layers.index(record.base)].node.detect_zeroes
+    if record.detect_zeroes not in ("", zeroes):
         raise Error(
             f"QEMU does not give {disk.name} its detect-zeroes={record.detect_zeroes} back",
             remedy="nothing is lost by it, but the guest's zeros take space from now on; "

@@ -283,8 +283,8 @@ class _Run:
         for decision, disk in zip(self.job.decisions, self.disks, strict=True):
             if decision.parent is not None and not vouched(graph, disk.device, decision.bitmap):
                 raise Error(
-                    f"{printable(disk.name)} was made smaller while it was backed up, so its dirty "
-                    "bitmap does not tell all that was written",
+                    f"{printable(disk.name)} was made smaller while it was backed up, or somebody "
+                    "took a snapshot of it, so its dirty bitmap does not tell all that was written",
                     standing=NO_BACKUP,
                     remedy="make the backup again: of that disk it will be full",
                 )

@@ -30,6 +30,7 @@ from qmpblock.chains.look import (
     look,
     record_of_commit,
     record_of_stream,
+    unless_changed,
     with_settings,
 )
 from qmpblock.chains.plan import (
@@ -214,9 +215,14 @@ async def _running(
             explicit = await _prepare(disk, plan, record)
             await ownership.ask(vm.monitor, [plan.device], standing=None)
             try:
-                await job.start(command, {**arguments, "on-error": job.on_error("enospc")})
+                async with unless_changed(vm, [plan.device]):
+                    await job.start(command, {**arguments, "on-error": job.on_error("enospc")})
             except CommandError as error:
                 raise _refusal(disk.vm, plan, error) from None
+            if record.pivot and plan.device.chain.filters:
+                # Below one QEMU takes as a middle layer what is not the active one by now (K46).
+                await disk.refresh()
+                check_active(disk, plan.top)
             driving = drive(
                 vm,
                 record,

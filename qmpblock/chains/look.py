@@ -6,6 +6,8 @@ in `qmpblock.chains.plan`.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from qmpblock.chains.plan import (
     CommitPlan,
     NewBitmap,
     StreamPlan,
+    check_chain,
 )
 from qmpblock.chains.settings import discard_to_restore, lost_by_commit
 from qmpblock.chains.storedbitmaps import check_frozen_ones
@@ -23,12 +26,14 @@ from qmpblock.changes.nodes import check_copy_on_read
 from qmpblock.changes.operations import ActiveCommit, Commit, Stream
 from qmpblock.errors import (
     UNTOUCHED,
+    CommandError,
+    GraphError,
     InUseError,
     UnsupportedError,
     printable,
 )
 from qmpblock.graph.jsonname import as_text
-from qmpblock.graph.model import BlockGraph, Layer, Node
+from qmpblock.graph.model import BlockGraph, DiskDevice, Layer, Node
 from qmpblock.graph.opened import name_suffices, opened
 from qmpblock.graph.places import Place, Places, known
 from qmpblock.graph.sharedfiles import files_of
@@ -59,8 +64,28 @@ __all__ = [
     "opened_as",
     "record_of_commit",
     "record_of_stream",
+    "unless_changed",
     "with_settings",
 ]
+
+
+@asynccontextmanager
+async def unless_changed(vm: Connection, devices: Iterable[DiskDevice]) -> AsyncIterator[None]:
+    """Have what QEMU refuses the body be that somebody has changed a chain, where that is why.
+
+    :param devices: as they were planned for.
+    :raise GraphError: a command was refused, and one has another chain.
+    """
+    try:
+        yield
+    except CommandError as error:
+        graph = await vm.graph()
+        for device in devices:
+            try:
+                check_chain(graph, device)
+            except GraphError as changed:
+                raise changed from error
+        raise
 
 
 async def look(disk: MappedDisk, make: Any, *, lent: bool = False) -> StreamPlan | CommitPlan:

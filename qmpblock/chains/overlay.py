@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from qmpblock import luks
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import CLUSTER, Header, by_qemu_img, make
+from qmpblock.chains.look import unless_changed
 from qmpblock.chains.plan import SnapshotPlan
 from qmpblock.chains.storedbitmaps import check_opened_anew
 from qmpblock.changes.backingproof import check_made, check_name
@@ -294,7 +295,10 @@ def _sync(item: Item, made: FileId) -> None:
 
 
 async def take(vm: Connection, items: list[Item]) -> None:
-    """Have every disk go on in its overlay, at one point, or none."""
+    """Have every disk go on in its overlay, at one point, or none.
+
+    :raise GraphError: somebody else has changed a chain meanwhile.
+    """
     actions: list[dict[str, Any]] = []
     for item in items:
         actions += [
@@ -312,4 +316,5 @@ async def take(vm: Connection, items: list[Item]) -> None:
     for item in items:
         data = {"node": item.plan.active.node.name, "overlay": item.node}
         actions.append({"type": "blockdev-snapshot", "data": data})
-    await vm.monitor.execute("transaction", {"actions": actions})
+    async with unless_changed(vm, [item.plan.device for item in items]):
+        await vm.monitor.execute("transaction", {"actions": actions})

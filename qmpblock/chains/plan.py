@@ -47,6 +47,7 @@ __all__ = [
     "NewBitmap",
     "SnapshotPlan",
     "StreamPlan",
+    "check_chain",
     "check_idle",
     "plan_commit",
     "plan_snapshot",
@@ -330,9 +331,16 @@ def check_unchanged(graph: BlockGraph, before: DiskDevice, beside: Collection[st
     :raise BusyError: one is.
     :raise GraphError: its chain is another one.
     """
-    now = graph.device(before.qom_path)
-    check_idle(now, beside)
-    if now.chain.shape != before.chain.shape:
+    check_idle(graph.device(before.qom_path), beside)
+    check_chain(graph, before)
+
+
+def check_chain(graph: BlockGraph, before: DiskDevice) -> None:
+    """See that a disk has the chain that it was planned for.
+
+    :raise GraphError: it has another one.
+    """
+    if graph.device(before.qom_path).chain.shape != before.chain.shape:
         raise GraphError(
             f"the chain of {before.name} has just been changed by somebody else",
             remedy="look at it, then try again: qmpblock disks ADDRESS",

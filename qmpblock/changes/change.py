@@ -54,6 +54,7 @@ from qmpblock.errors import (
     StalledError,
     printable,
 )
+from qmpblock.graph.model import BlockGraph
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.host.processes import is_running
 from qmpblock.qemu import lock, ownership, polling
@@ -85,6 +86,7 @@ class Change(Generic[RecordT]):
         self.record = record
         self.journal: Journal | None = None
         self.held = False  # whether QEMU refuses to migrate meanwhile
+        self.settled: BlockGraph | None = None  # as it was when all was undone
         self._beside = beside
         self._journaled = journaled
         self._locked: list[str] = []
@@ -238,6 +240,7 @@ class Change(Generic[RecordT]):
         try:
             async with polling.unpolled(self.vm.monitor):
                 graph = await settle(self.vm, self.record, self.journal, Choice.UNDO)
+                self.settled = graph
                 await self.end()
         except DisconnectedError as error:
             await self.after_disconnect(error)

@@ -96,7 +96,13 @@ async def settle(
         for step in todo:
             if tell is not None and step not in again:
                 tell(step)
-            settled = step not in wires and await _PERFORM[step.verb](its, step)
+            try:
+                settled = step not in wires and await _PERFORM[step.verb](its, step)
+            except CommandError:
+                if not await _is_changed(its):
+                    raise
+                wires = []
+                break  # what is due now, what is seen then tells
             if settled or step.verb not in ("wait", "cancel", "bring-home"):
                 done.add(step)
         if wires:
@@ -107,6 +113,20 @@ async def settle(
         f"what was left of {record.describe()} does not come to an end",
         remedy="look at it with: qmpblock disks ADDRESS; qmpblock jobs ADDRESS",
     )
+
+
+async def _is_changed(its: _Settling) -> bool:
+    """Whether a disk of the change has another chain than when it was looked at."""
+    graph = await its.vm.graph()
+    shapes = [
+        {
+            device.qom_path: device.chain.shape
+            for device in seen.disks()
+            if device.qom_path in its.record.devices
+        }
+        for seen in (its.graph, graph)
+    ]
+    return shapes[0] != shapes[1]
 
 
 def _being_mapped(record: Record, graph: BlockGraph) -> bool:

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qmpblock.cancellation import task_group
 from qmpblock.copying.crowded import check_crowded
+from qmpblock.copying.frame import check_top
 from qmpblock.copying.held import draw_held
 from qmpblock.copying.increment import draw_increments
 from qmpblock.copying.job import CopyJob, is_worth
@@ -59,6 +60,7 @@ class Backups:
     held: float = 0.0  # seconds of the guest's I/O
     attempts: int = 1  # at being of one instant
     stays: bool = False
+    of_views: ClassVar[bool] = True  # and not of the very layers
 
     async def work(self) -> None:
         """Copy all that the disks held; of what is resumed, what it has not.
@@ -110,7 +112,12 @@ class Backups:
 
     async def _follow(self, job: Job, target: CopyTarget) -> None:
         name, finalized = target.plan.device.name, False
+        unsure = not target.bitmap and self.sync(target) == "top" and self.of_views
         async for seen in job.follow(converging=self.vm.stall):
+            if unsure and (seen.done or seen.status in ("pending", "concluded")):
+                # It looks over the disk before it copies anything, and never again.
+                unsure = False
+                await check_top(self.vm, [target])
             self.last[name] = seen
             self.job.publish(name, seen)
             target.keeps = target.resumed or (target.plan.kept and is_worth(seen))

@@ -27,13 +27,14 @@ import os
 import posixpath
 import stat
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import undisturbed
 from qmpblock.chains.headers import Header, by_qemu_img, make
+from qmpblock.chains.look import unless_changed
 from qmpblock.chains.plan import check_idle, check_unchanged
 from qmpblock.changes.change import Change
 from qmpblock.changes.filters import Spot, put_filter, spot_in
@@ -461,12 +462,12 @@ def _cannot_make(item: _Item, error: OSError) -> Error:
 async def _have_filters(vm: Connection, plan: Plan, *, told: bool) -> None:
     """Have the filters come into the guest's way, at one instant, then the views over them."""
     items = plan.items
-    if len(items) > 1:
-        async with instant(vm, paused_node(plan.run)):
-            for item in items:
+    async with AsyncExitStack() as stack:
+        if len(items) > 1:
+            await stack.enter_async_context(instant(vm, paused_node(plan.run)))
+        for item in items:
+            async with unless_changed(vm, [item.device]):
                 await put_filter(vm, item.spot, item.nodes[1])
-    else:
-        await put_filter(vm, items[0].spot, items[0].nodes[1])
     for item in items:
         # Only now: before, the guest's right to write was one that it does not share.
         chain = item.device.chain

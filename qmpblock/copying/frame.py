@@ -21,12 +21,16 @@ from qmpblock.copying.resuming import give_up
 from qmpblock.copying.wiretarget import bounded
 from qmpblock.errors import Error, GraphError, printable
 from qmpblock.graph.places import FileId
+from qmpblock.mapping import other_active
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
+    from qmpblock.graph.model import DiskDevice
     from qmpblock.qemu.connection import Connection
 
 __all__ = [
+    "check_actives",
+    "check_top",
     "done",
     "finish",
     "finish_all",
@@ -52,6 +56,30 @@ async def unchanged(vm: Connection, files: Sequence[CopyTarget]) -> None:
     graph = await vm.graph()
     for file in files:
         check_unchanged(graph, file.plan.device)
+
+
+async def check_actives(vm: Connection, devices: Sequence[DiskDevice]) -> None:
+    """See that disks that are still there have the active layers that they had.
+
+    :raise GraphError: one has another.
+    """
+    graph = await vm.graph()
+    active = {one.qom_path: one.chain.active.node.name for one in graph.disks()}
+    for device in devices:
+        meant = device.chain.active.node.name
+        if active.get(device.qom_path, meant) != meant:
+            raise other_active(device.name)
+
+
+async def check_top(vm: Connection, files: Sequence[CopyTarget]) -> None:
+    """See that jobs which copy the uppermost layer alone have begun with the one that was meant.
+
+    QEMU takes for it whichever is it when the job begins (K46), below filters: of an overlay that
+    somebody put there by then the copy would hold nothing else.
+
+    :raise GraphError: another one is the active layer.
+    """
+    await check_actives(vm, [file.plan.device for file in files])
 
 
 async def finish(

@@ -25,7 +25,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.chains.headers import by_qemu_img
@@ -297,7 +297,12 @@ async def _come_home(every: Sequence[Frozen]) -> None:
 
 def _back(every: Sequence[Frozen]) -> str:
     images = ", ".join(printable(one.record.base_file) for one in every)
-    return f"there is no copy; the guest is on {images}, with every write; nothing of ours is left"
+    seen = [(one.record, one.change.settled) for one in every]
+    left = any(graph and record.base not in record.active_nodes(graph) for record, graph in seen)
+    above = "on top of somebody's snapshot of " if left else "on "
+    return (
+        f"there is no copy; the guest is {above}{images}, with every write; nothing of ours is left"
+    )
 
 
 def _away(every: Sequence[Frozen]) -> str:
@@ -335,6 +340,7 @@ def _telling(lost: list[str]) -> Iterator[None]:
 class FrozenBackups(Backups):
     """The backup jobs of frozen layers, and the look-out for the room that the guest needs."""
 
+    of_views: ClassVar[bool] = False
     frozen: Sequence[Frozen] = field(default_factory=tuple)
     _crowded: bool = False
 

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qmpblock.copying.comparing import GRAIN
+from qmpblock.errors import CommandError, GraphError
 from qmpblock.names import left_bitmap
+from qmpblock.qemu.refusals import not_found
 
 if TYPE_CHECKING:
     from qmpblock.copying.copytarget import CopyTarget
@@ -25,7 +27,7 @@ async def draw_increments(vm: Connection, targets: Sequence[CopyTarget]) -> None
 
     The instant has passed: what was written before it is in the bitmaps.
 
-    :raise CommandError: one is not there any more: somebody has changed the disk meanwhile.
+    :raise GraphError: one is not there: somebody has changed the disk since it was looked at.
     """
     for target in targets:
         plan = target.plan
@@ -35,8 +37,17 @@ async def draw_increments(vm: Connection, targets: Sequence[CopyTarget]) -> None
         made = {"name": name, "granularity": GRAIN, "disabled": True}
         await vm.monitor.execute("block-dirty-bitmap-add", {"node": target.source, **made})
         every = [{"node": node, "name": one} for one in plan.since.bitmaps]
-        await vm.monitor.execute(
-            "block-dirty-bitmap-merge",
-            {"node": target.source, "target": name, "bitmaps": every},
-        )
+        try:
+            await vm.monitor.execute(
+                "block-dirty-bitmap-merge",
+                {"node": target.source, "target": name, "bitmaps": every},
+            )
+        except CommandError as error:
+            if not not_found(error):
+                raise
+            raise GraphError(
+                f"the dirty bitmap of what the copy of {plan.device.name} is to lie on is not on "
+                "its active layer any more: somebody took a snapshot, or removed it",
+                remedy="make the backup again: of that disk it will be full",
+            ) from error
         target.bitmap = name

@@ -28,8 +28,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group, undisturbed
+from qmpblock.chains.look import unless_changed
 from qmpblock.copying.catchup import ATTEMPTS, HOLD, CatchUp
 from qmpblock.copying.crowded import check_crowded
+from qmpblock.copying.frame import check_actives, check_top
 from qmpblock.copying.job import CopyJob, is_worth
 from qmpblock.errors import Error, JobError
 from qmpblock.names import copy_job
@@ -131,7 +133,8 @@ class Mirrors:
         async def start(*, resumed: bool) -> None:
             for job, target in every:
                 if target.resumed is resumed:
-                    await job.start("blockdev-mirror", self._arguments(job, target))
+                    async with unless_changed(self.vm, [target.plan.device]):
+                        await job.start("blockdev-mirror", self._arguments(job, target))
 
         left = [target for target in self.targets if target.resumed]
         if left:
@@ -139,6 +142,9 @@ class Mirrors:
             await coming.hand_over(partial(start, resumed=True))
             self.held = max(self.held, coming.held)
         await start(resumed=False)
+        tops = [one for one in self.targets if not one.resumed and one.plan.sync_of_disk == "top"]
+        if tops:
+            await check_top(self.vm, tops)
 
     def _arguments(self, job: Job, target: CopyTarget) -> dict[str, Any]:
         chain = target.plan.device.chain
@@ -175,9 +181,19 @@ class Mirrors:
             if all(one.ready for one in self.last.values()) and len(self.last) == len(self.targets):
                 self._ready.set()
         error = self.last[name].error
+        if error is not None and name in self.over:
+            await undisturbed(self._stayed(name))
         if error is not None and job.id not in self._given_back:
+            if self.pivot:  # a filter that stays above lies on another layer than the one to go
+                await check_actives(self.vm, [target.plan.device])
             raise JobError(job.id, job.type, error)
         await job.dismiss()  # its verdict is known
+
+    async def _stayed(self, name: str) -> None:
+        """Take it back that a disk went over: its job was finalized, and failed in that."""
+        self.over.remove(name)
+        if not self.over:
+            await self.mark(over=False)
 
     async def _meet(self, jobs: Sequence[Job]) -> bool:
         """Bring ready jobs to one instant, once that is wanted; False where it took too long."""

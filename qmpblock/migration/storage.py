@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import task_group
+from qmpblock.copying.frame import check_actives
 from qmpblock.copying.job import joined
 from qmpblock.copying.wire import HOLD, Wire, wire_socket
 from qmpblock.errors import (
@@ -129,6 +130,7 @@ class Storage:
         :param blank: whether a target reads as zeros, all of it: then none is zeroed first (F36).
         :raise Error: it cannot be; what was begun is left to whoever undoes it.
         """
+        tops = []  # QEMU takes for theirs whichever layer is active when their job begins (K46)
         every = zip(self.jobs, self._pairs, targets, blank, self.shields, strict=True)
         for number, (name, pair, target, zeros, shield) in enumerate(every):
             laying = Wire.open(
@@ -148,13 +150,14 @@ class Storage:
             if self._again:
                 await self._go_on(job)
                 continue
+            how = self._sync(pair, blank=zeros)
             await self._vm.monitor.execute(
                 "blockdev-mirror",
                 {
                     "job-id": name,
                     "device": pair.source.chain.root.name,
                     "target": end,
-                    **self._sync(pair, blank=zeros),
+                    **how,
                     "copy-mode": "background",
                     "granularity": _GRANULARITY,
                     "on-source-error": job.on_error("report"),
@@ -163,6 +166,10 @@ class Storage:
                     "auto-dismiss": False,
                 },
             )
+            if how["sync"] == "top":
+                tops.append(pair.source)
+        if tops:
+            await check_actives(self._vm, tops)
 
     async def _shielded(self, shield: str, wire: Wire) -> str:
         """Return the node that a mirror writes to: the wire's, or one above it.
