@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from nbdservers import CutOffError, set_wire, until
+from unpacked import fetched, have_user, laid_over
 
 from qmpblock.host.processes import die_with_parent
 
-SSHD = "/usr/sbin/sshd"
+SSHD = "usr/sbin/sshd"
+_OWN_MOUNTS = ("unshare", "--mount", "--propagation", "slave")
 
 SSHD_CONFIG = """\
 ListenAddress {there}
@@ -72,8 +74,9 @@ class OtherHost:
 
     async def serve_ssh(self):
         """Run an sshd there, and have `ssh` here, of the directory returned, know it."""
-        if not Path(SSHD).exists():
-            raise CutOffError(f"there is no {SSHD} (Debian: openssh-server)")
+        unpacked, why = await asyncio.to_thread(fetched, "sshd", SSHD)
+        if unpacked is None:
+            raise CutOffError(f"no sshd: {why}")
         for name in ("host", "user"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.place / name))
         host_key = (self.place / "host.pub").read_text()
@@ -88,9 +91,15 @@ class OtherHost:
         script.write_text(f'#!/bin/sh\nexec {real} -F {self.place}/ssh_config "$@"\n')
         script.chmod(0o755)
         Path("/run/sshd").mkdir(exist_ok=True)  # as its package's service does
+        starting = [
+            laid_over(str(unpacked)),
+            have_user("sshd", 64056, str(self.place)),
+            f'exec /{SSHD} -D -e -f "{self.place}/sshd_config"',
+        ]
         with (self.place / "sshd.log").open("wb") as log:
             self.sshd = subprocess.Popen(
-                [*self.enter, SSHD, "-D", "-e", "-f", str(self.place / "sshd_config")],
+                # What is mounted later is there, too: it is another host's network alone.
+                [*self.enter, *_OWN_MOUNTS, "sh", "-ec", "\n".join(starting)],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 preexec_fn=die_with_parent(),

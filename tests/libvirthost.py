@@ -5,8 +5,8 @@ the test's, and no bridge, firewall or control group of the host can be seen, so
 meet, nor any of them the libvirt of this host. It is reached through the root of the process that
 holds the namespaces, so it can be killed and started again under the same address.
 
-What is not installed is taken from the packages that tools/fetch_libvirt.py unpacks: laid over
-/usr in that namespace, and loaded into this process from where they lie.
+What is not installed is taken from the packages that tools/fetch_daemon.py unpacks: laid over /usr
+in that namespace (`tests/unpacked.py`), and loaded into this process from where they lie.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import platform
 import re
 import signal
 import subprocess
-import sys
 import sysconfig
 import time
 import uuid
@@ -29,12 +28,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from unpacked import fetched, have_user, laid_over
 
 from qmpblock.host.processes import die_with_parent
 from qmpblock.testing.images import Tools
 from qmpblock.testing.scratch import leave, private_directory
 
-_FETCH = Path(__file__).parents[1] / "tools" / "fetch_libvirt.py"
 _TRIPLET = f"{platform.machine()}-linux-gnu"
 _PACKAGES = "usr/lib/python3/dist-packages"
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -53,14 +52,7 @@ FOLDERS = {
     "etc": "/etc",
 }
 _APART = ("unshare", "--mount", "--net", "--uts")
-_OVERLAY = '[ "$2" = / ] || mount -t overlay -o "lowerdir=$2/usr:/usr" overlay /usr'
-#: Of a user that its package makes, and no unpacking does, the daemon asks whatever it is told.
-_USER = {"passwd": "libvirt-qemu:x:64055:64055::/:/bin/false", "group": "libvirt-qemu:x:64055:"}
-_HAVE = """\
-getent {list} libvirt-qemu >"$1/{list}" || {{
-  {{ cat /etc/{list} && echo {entry}; }} >"$1/{list}"
-  mount --bind "$1/{list}" /etc/{list}
-}}"""
+_OVERLAY = laid_over("$2")
 _ENTER = "\n".join(
     [
         "mount --make-rprivate /",
@@ -69,7 +61,8 @@ _ENTER = "\n".join(
             for here, there in FOLDERS.items()
         ),
         _OVERLAY,
-        *(_HAVE.format(list=name, entry=entry) for name, entry in _USER.items()),
+        # Whatever the daemon is told of users, it looks for the one that its package makes.
+        have_user("libvirt-qemu", 64055, "$1"),
         "umount -R -l /sys/fs/cgroup || true",
         'hostname "libvirt-$$"',
         'echo && exec sleep "infinity"',
@@ -99,7 +92,7 @@ def _required() -> Path:
     """Return where libvirt is; skip the test, with the reason, where there is none to be had."""
     if os.geteuid() != 0:
         pytest.skip("needs root, for namespaces of its own")
-    unpacked, why = _unpacked()
+    unpacked, why = fetched("libvirt", *_PARTS)
     if unpacked is None:
         pytest.skip(f"no libvirt: {why}")
     if not _has_binding() and _binding(unpacked) is None:
@@ -126,17 +119,6 @@ def _why_no_namespaces(unpacked: Path) -> str:
 def _has_binding() -> bool:
     """Whether this Python had the binding before any was brought in for a while."""
     return importlib.util.find_spec("libvirt_qemu") is not None
-
-
-@functools.cache
-def _unpacked() -> tuple[Path | None, str]:
-    """Return under which folder lies what is not installed, or why it cannot be had."""
-    if all((Path("/") / part).exists() for part in _PARTS):
-        return Path("/"), ""
-    done = subprocess.run([sys.executable, _FETCH], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return None, done.stderr.strip()
-    return Path(done.stdout.strip()), ""
 
 
 def _binding(unpacked: Path) -> Path | None:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Have libvirt's daemon for the tests, without installing it: a daemon is nothing to leave behind.
+"""Have a daemon for the tests, libvirt's or sshd, without installing it: nothing to leave behind.
 
 ::
 
-    tools/fetch_libvirt.py
+    tools/fetch_daemon.py libvirt|sshd
 
 Prints the folder under which the packages lie that this machine lacks, unpacked in the cache
 (`$QMPBLOCK_CACHE`, default `~/.cache/qmpblock`): laid over the machine's own /usr, in a mount
-namespace, they are what an installed libvirt would be (tests/libvirthost.py). On a machine that
+namespace, they are what an installed one would be (tests/unpacked.py). On a machine that
 has it all, the folder is empty. What is in the cache is not fetched again, and needs no network.
 
 They are those of the machine's own Debian, by its own apt, which resolves the dependencies and
@@ -23,21 +23,31 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fetch_qemu import FetchError, default_cache, locked, run, unpack
 
-PACKAGES = (
-    "libvirt-daemon",
-    "libvirt-daemon-driver-qemu",
-    "libvirt-clients",
-    "python3-libvirt",
-)
-PROGRAM = "usr/sbin/libvirtd"
+
+@dataclass(frozen=True)
+class Daemon:
+    """What is asked of Debian, and the program that has to come of it."""
+
+    program: str
+    packages: tuple[str, ...]
+
+
+DAEMONS = {
+    "libvirt": Daemon(
+        "usr/sbin/libvirtd",
+        ("libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients", "python3-libvirt"),
+    ),
+    "sshd": Daemon("usr/sbin/sshd", ("openssh-server",)),
+}
 MERGED = ("bin", "lib", "lib64", "sbin")  # links into /usr, which packages may not know
 
 
-def download(folder: Path) -> list[Path]:
+def download(daemon: Daemon, folder: Path) -> list[Path]:
     """Download what is missing here of the packages and of what they depend on.
 
     :raise FetchError: apt cannot have them, by the machine's lists nor by fresh ones.
@@ -46,7 +56,8 @@ def download(folder: Path) -> list[Path]:
     (folder / "lists" / "partial").mkdir(parents=True)
     settings = [f"Dir::Cache={folder}", "Debug::NoLocking=1", "APT::Sandbox::User="]
     options = [word for one in settings for word in ("-o", one)]
-    asked = ("install", "-q", "-y", "--download-only", "--no-install-recommends", *PACKAGES)
+    asked = ("install", "-q", "-y", "--download-only", "--no-install-recommends")
+    asked += daemon.packages
     try:
         run(["apt-get", *options, *asked])
     except FetchError:  # the lists are old, or there are none
@@ -64,11 +75,12 @@ def merge(root: Path) -> None:
             shutil.rmtree(root / name)
 
 
-def check(root: Path) -> None:
+def check(daemon: Daemon, root: Path) -> None:
     """See that the daemon finds all of its libraries; raises FetchError."""
-    program = next((top / PROGRAM for top in (root, Path("/")) if (top / PROGRAM).exists()), None)
+    places_of = (top / daemon.program for top in (root, Path("/")))
+    program = next((path for path in places_of if path.exists()), None)
     if program is None:
-        raise FetchError(f"the packages hold no {PROGRAM}")
+        raise FetchError(f"the packages hold no {daemon.program}")
     places = ":".join(str(path) for path in sorted((root / "usr" / "lib").glob("*-linux-*")))
     listed = run(["ldd", program], LD_LIBRARY_PATH=places)
     lacking = [line.split()[0] for line in listed.splitlines() if line.endswith("not found")]
@@ -76,37 +88,37 @@ def check(root: Path) -> None:
         raise FetchError(f"the packages lack the libraries {', '.join(lacking)}")
 
 
-def place_in(cache: Path) -> Path:
+def place_in(cache: Path, name: str) -> Path:
     """Return where it is in a cache: packages of one Debian are of no use to another."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
         release = {}
-    return cache / "libvirt" / f"{release.get('VERSION_CODENAME', 'unknown')}-{platform.machine()}"
+    return cache / name / f"{release.get('VERSION_CODENAME', 'unknown')}-{platform.machine()}"
 
 
-def fetch(cache: Path) -> Path:
+def fetch(cache: Path, name: str) -> Path:
     """Return the folder in the cache, fetching it first where it is not there.
 
     Atomic: it is unpacked and tried out beside its place, and then renamed.
 
     :raise FetchError: it cannot be had; says why.
     """
-    place = place_in(cache)
+    daemon, place = DAEMONS[name], place_in(cache, name)
     place.parent.mkdir(parents=True, exist_ok=True)
     with (
         locked(place.parent / ".lock"),
-        tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as name,
+        tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as new,
     ):
         if (place / "fetched.json").exists():
             return place / "root"
-        print("fetching libvirt's packages, to unpack and not to install them", file=sys.stderr)
-        made = Path(name) / "made"
-        archives = download(Path(name) / "apt")
+        print(f"fetching the packages of {name}, to unpack and not to install", file=sys.stderr)
+        made = Path(new) / "made"
+        archives = download(daemon, Path(new) / "apt")
         (made / "root").mkdir(parents=True)
         unpack(archives, made / "root")
         merge(made / "root")
-        check(made / "root")
+        check(daemon, made / "root")
         said = {"packages": [archive.name for archive in archives]}
         (made / "fetched.json").write_text(json.dumps(said, indent=1) + "\n")
         made.rename(place)
@@ -115,13 +127,14 @@ def fetch(cache: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Unpack libvirt's packages in a cache folder.")
+    parser = argparse.ArgumentParser(description="Unpack a daemon's packages in a cache folder.")
+    parser.add_argument("name", choices=DAEMONS, metavar="|".join(DAEMONS))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        print(fetch(options.cache))
+        print(fetch(options.cache, options.name))
     except (FetchError, OSError) as error:
-        print(f"cannot have libvirt: {error}", file=sys.stderr)
+        print(f"cannot have {options.name}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,6 +1,7 @@
-"""tools/fetch_libvirt.py: what becomes of packages, and of a fetch that fails.
+"""tools/fetch_daemon.py: what becomes of packages, and of a fetch that fails.
 
-That what it fetches runs is what tests/live/test_libvirt.py shows, wherever it is not installed.
+That what it fetches runs is what tests/live/test_libvirt.py and test_migrate_ssh.py show, wherever
+it is not installed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("fetch_libvirt")
+    return importlib.import_module("fetch_daemon")
 
 
 def test_what_lies_beside_usr_is_put_where_the_links_of_the_machine_lead(tool, tmp_path):
@@ -33,11 +34,11 @@ def test_what_lies_beside_usr_is_put_where_the_links_of_the_machine_lead(tool, t
 
 
 def test_a_failure_leaves_nothing_and_says_why(tool, tmp_path, monkeypatch, capsys):
-    def fail(folder):
+    def fail(daemon, folder):
         raise tool.FetchError("no network")
 
     monkeypatch.setattr(tool, "download", fail)
-    assert tool.main(["--cache", str(tmp_path)]) == 1
+    assert tool.main(["libvirt", "--cache", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert not out
     assert "cannot have libvirt: no network" in err
@@ -45,17 +46,18 @@ def test_a_failure_leaves_nothing_and_says_why(tool, tmp_path, monkeypatch, caps
 
 
 def test_packages_that_lack_the_daemon_do_not_count(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "download", lambda folder: [])
-    monkeypatch.setattr(tool, "PROGRAM", "usr/sbin/no-such-daemon")
+    monkeypatch.setattr(tool, "download", lambda daemon, folder: [])
+    lacking = tool.Daemon("usr/sbin/no-such-daemon", ())
+    monkeypatch.setitem(tool.DAEMONS, "lacking", lacking)
     with pytest.raises(tool.FetchError, match="no-such-daemon"):
-        tool.fetch(tmp_path)
-    assert not tool.place_in(tmp_path).exists()
+        tool.fetch(tmp_path, "lacking")
+    assert not tool.place_in(tmp_path, "lacking").exists()
 
 
 def test_what_is_there_is_not_fetched_again(tool, tmp_path, monkeypatch, capsys):
-    place = tool.place_in(tmp_path)
+    place = tool.place_in(tmp_path, "libvirt")
     place.mkdir(parents=True)
     (place / "fetched.json").write_text("{}")
     monkeypatch.setattr(tool, "download", None)
-    assert tool.main(["--cache", str(tmp_path)]) == 0
+    assert tool.main(["libvirt", "--cache", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{place / 'root'}\n"
