@@ -1,5 +1,6 @@
 """Room ahead of a guest: what is to be reserved, where the threshold lies, what files tell."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -233,7 +234,9 @@ def disk(fmt, *children, path="/nowhere", driver="file", data_file=None):
         chain=chain,
         device=Device("vd0", None, "/machine/peripheral/vd0", False, False, chain),
         size=M,
-        vm=SimpleNamespace(monitor=SimpleNamespace(peer_pid=os.getpid())),
+        vm=SimpleNamespace(
+            monitor=SimpleNamespace(peer_pid=os.getpid()), unless_gone=contextlib.nullcontext
+        ),
     )
 
 
