@@ -131,11 +131,11 @@ class Relay:
     def between(cls, server: socket.socket, qemu: socket.socket) -> Iterator[Relay]:
         """Pass on what goes through two connections, whatever it is; both are taken over.
 
-        Leaving closes both and leaves no thread or descriptor.
+        The caller's sockets are closed from then on, to the caller: a number that somebody else
+        closes may be another file's by the time the thread uses it. Leaving closes both connections
+        and leaves no thread or descriptor.
         """
-        for sock in (server, qemu):
-            sock.setblocking(False)
-        relay = cls(server, qemu)
+        relay = cls(_taken_over(server), _taken_over(qemu))
         relay._thread.start()
         try:
             yield relay
@@ -365,6 +365,12 @@ class _Way:
     def failed(self, source: End, sink: End) -> End:
         """Return which end it is that is no more."""
         return source if self._source_failed else sink
+
+
+def _taken_over(sock: socket.socket) -> socket.socket:
+    taken = socket.socket(fileno=sock.detach())
+    taken.setblocking(False)
+    return taken
 
 
 def _enlarge(sock: socket.socket) -> None:

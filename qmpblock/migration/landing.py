@@ -262,7 +262,9 @@ class Landing:
 
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[socket.socket]:
-        """Have it wait for the guest at the other end of what is yielded, which the caller closes.
+        """Have it wait for the guest at the other end of what is yielded.
+
+        That is closed at the end, unless it was taken over (`socket.detach`).
 
         :raise CommandError: QEMU refused.
         """
@@ -273,10 +275,11 @@ class Landing:
                 ours = await open_socket(where)
             except OSError as error:
                 raise Error(f"cannot connect to {where}: {error.strerror or error}") from None
-            yield ours
+            with ours:
+                yield ours
             return
         ours, theirs = socket.socketpair()
-        try:
+        with ours:
             with theirs:
                 await monitor.pass_fd(name, theirs.fileno())
             try:
@@ -286,9 +289,6 @@ class Landing:
                     await tolerate(not_found, monitor.execute("closefd", {"fdname": name}))
                 raise
             yield ours
-        except BaseException:
-            ours.close()
-            raise
 
     async def listen(self) -> Address:
         """Have it wait for the guest at an address: that is returned.

@@ -267,6 +267,23 @@ async def test_what_a_server_has_not_read_it_owes_an_answer_to(server):
         assert relay.ended is End.STALLED
 
 
+async def test_what_it_took_over_nobody_else_closes():
+    """The number of a socket that was closed beside it is another file's by then."""
+    (server, theirs), (qemu, ours) = socket.socketpair(), socket.socketpair()
+    with theirs, ours, Relay.between(server, qemu) as relay:
+        assert (server.fileno(), qemu.fileno()) == (-1, -1)
+        server.close()
+        qemu.close()
+        with socket.socket(), socket.socket():  # which have these numbers, if they are free
+            ours.sendall(b"there")
+            assert await asyncio.to_thread(theirs.recv, 5) == b"there"
+            theirs.sendall(b"back")
+            assert await asyncio.to_thread(ours.recv, 4) == b"back"
+        assert relay.ended is None
+        relay.cut()
+        assert (relay.ended, ours.recv(1), theirs.recv(1)) == (End.CUT, b"", b"")
+
+
 async def test_another_patience_for_a_while(server):
     async with relaying(server) as (relay, qemu):
         qemu.sendall(b"request")
