@@ -30,6 +30,16 @@ StrictModes no
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 KbdInteractiveAuthentication no
+ForceCommand {place}/session
+"""
+#: Of an sshd that is laid over /usr: what it runs sees what everybody else here sees, and not that;
+#: but its program for files, which lies there alone.
+SESSION = """\
+#!/bin/sh
+case "$SSH_ORIGINAL_COMMAND" in
+  */sftp-server*) exec $SSH_ORIGINAL_COMMAND ;;
+esac
+exec nsenter --mount --target={keeper} --wd="$PWD" -- sh -c "$SSH_ORIGINAL_COMMAND"
 """
 SSH_CONFIG = """\
 IdentityFile {place}/user
@@ -84,6 +94,9 @@ class OtherHost:
         words = {"there": self.there, "port": PORT, "place": self.place}
         (self.place / "sshd_config").write_text(SSHD_CONFIG.format(**words))
         (self.place / "ssh_config").write_text(SSH_CONFIG.format(**words))
+        session = self.place / "session"
+        session.write_text(SESSION.format(keeper=self.keeper.pid))
+        session.chmod(0o755)
         programs = self.place / "bin"
         programs.mkdir()
         script = programs / "ssh"

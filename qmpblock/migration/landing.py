@@ -17,9 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -94,7 +92,6 @@ class Landing:
         self.vm = vm
         self.spoilt = False
         self._ended = False
-        self._had_all = -math.inf  # when it was last seen to
         self._run = run
         self._disks = disks
         self._has_ended = has_ended
@@ -380,7 +377,6 @@ class Landing:
         while True:
             migrates, runs = await self.vm.monitor.read("query-migrate", "query-status")
             if runs["status"] in STANDS and migrates.get("status") == "completed":
-                self._had_all = time.monotonic()
                 return str(runs["status"])
             await asyncio.sleep(_POLL)
 
@@ -406,13 +402,8 @@ class Landing:
         lost = self.vm.monitor.closed and self.vm.monitor.can_pass_fds
         return lost or self._ended or self._has_ended()
 
-    async def answers(self, *, within: float = 0.0) -> bool:
-        """Whether its monitor answers at once.
-
-        :param within: seconds: or did so late enough, as it had all of the guest.
-        """
-        if time.monotonic() - self._had_all < within:
-            return True
+    async def answers(self) -> bool:
+        """Whether its monitor answers at once."""
         try:
             async with asyncio.timeout(_ANSWER):
                 await self.vm.monitor.execute("query-status")

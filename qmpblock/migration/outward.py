@@ -24,7 +24,6 @@ __all__ = ["STANDSTILL", "Outward"]
 STANDSTILL = 10.0
 """Seconds for which the guest may stand; then it goes on at the source."""
 
-_JUST_NOW = 0.05  # seconds since a destination answered in which it is not asked whether it does
 _OF_DISKS = frozenset({Move.MIRROR, Move.AWAIT_READY})  # there is nothing in them without any
 
 
@@ -187,7 +186,7 @@ class Outward:
     async def _claim(self) -> None:
         """Have the arbiter say where the guest runs."""
         passage = self._passage
-        if not await passage.landing.answers(within=_JUST_NOW):
+        if not await passage.landing.answers():
             raise Error("the destination had all of the guest, and does not answer any more")
         try:
             said = await arbiter.claim(

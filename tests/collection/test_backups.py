@@ -185,7 +185,7 @@ def test_diff_mode_of_one_that_is_made(tmp_path, monkeypatch):
 
 def test_what_there_is(tmp_path, monkeypatch):
     listed = list_document("/b", [FIRST, LAST])
-    whole = BackupsChecked("/b", (), (), (), 5, 1.0)
+    whole = BackupsChecked("/b", (PointChecked("1", "t", ("vd0",), ()),), (), (), 5, 1.0)
     answers = [(0, json.dumps(one), "") for one in (listed, checked_document(whole))]
     given = {"directory": "/b", "check": True}
     module, ended = ran("backup_info", answers, tmp_path, monkeypatch, **given)
