@@ -56,8 +56,8 @@ def download(daemon: Daemon, folder: Path) -> list[Path]:
     (folder / "lists" / "partial").mkdir(parents=True)
     settings = [f"Dir::Cache={folder}", "Debug::NoLocking=1", "APT::Sandbox::User="]
     options = [word for one in settings for word in ("-o", one)]
-    asked = ("install", "-q", "-y", "--download-only", "--no-install-recommends")
-    asked += daemon.packages
+    words = ("install", "-q", "-y", "--download-only", "--no-install-recommends")
+    asked = (*words, *daemon.packages)
     try:
         run(["apt-get", *options, *asked])
     except FetchError:  # the lists are old, or there are none
