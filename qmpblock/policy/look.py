@@ -89,6 +89,11 @@ async def look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
 
     :param undo: also undo what a controller that died left; else that is an error.
     """
+    async with disk.vm.unless_gone():
+        return await _look(disk, wanted, undo=undo)
+
+
+async def _look(disk: Disk, wanted: DiskPolicy, *, undo: bool) -> DiskPlan:
     vm = disk.vm
     await ownership.ask(vm.monitor, [disk.device])
     if undo:

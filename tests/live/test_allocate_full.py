@@ -13,7 +13,10 @@ from allocating import (
 
 import qmpblock
 from qmpblock.errors import DisconnectedError, UnsupportedError
+from qmpblock.policy.file import DiskPolicy
+from qmpblock.policy.look import look
 from qmpblock.ranges import Ranges
+from qmpblock.sizes import Amount
 from qmpblock.testing.images import Tools
 
 pytestmark = pytest.mark.live
@@ -82,3 +85,30 @@ async def test_where_qemu_has_died_that_is_why(verb, start_qemu, build_images, i
         controller.monitor._execute = execute
         with pytest.raises(DisconnectedError):
             await (disk.allocate(full=True) if verb == "allocate" else disk.make_room(1 << 20))
+
+
+async def test_where_qemu_has_died_that_is_why_a_policy_cannot_be_planned(
+    start_qemu, build_images, invariant
+):
+    built = await build_images("about: Raw.\nimages: [{format: raw, size: 4M}]\n")
+    vm = await start_qemu(built)
+    invariant.forget(vm)
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+        wanted = DiskPolicy(vm.monitor_path, "vd0", allocation="full", keep_free=Amount(1 << 20))
+        real, sent = controller.monitor._execute, []
+
+        async def execute(*arguments):
+            found = await real(*arguments)
+            sent.append(arguments[-2])
+            if len(sent) == last:
+                await vm.kill()
+            return found
+
+        controller.monitor._execute, last = execute, 0
+        await look(disk, wanted, undo=False)
+        last = len(sent)
+        sent.clear()
+        with pytest.raises(DisconnectedError):
+            await look(disk, wanted, undo=False)
+        assert len(sent) == last  # all was seen by then, but for the file
