@@ -116,8 +116,8 @@ async def allocate_ranges(
             file = await check_staged(disk)
             if disk.chain.active.data_file is None:
                 check_reservable(file, pid, [(0, where.total)], grows=True)
-    if full and raw is None:
-        await ownership.ask_for_change(disk.vm, Work("reserve", disk.chain.active.file), asked=True)
+            work = Work("reserve", disk.chain.active.file)
+            await ownership.ask_for_change(disk.vm, work, asked=True)
     if not where:
         return result
     speed = speed or Speed()

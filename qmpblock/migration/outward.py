@@ -12,7 +12,7 @@ from qmpblock.chains.plan import check_unchanged
 from qmpblock.errors import DisconnectedError, Error, StalledError, printable
 from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.likeness import reserve_alike
-from qmpblock.migration.states import ORDER, Move, Phase, Side
+from qmpblock.migration.states import ORDER, Move, Phase, Planned, Side
 from qmpblock.migration.stream import told_at
 from qmpblock.qemu.runstate import STOPPED_ITSELF
 
@@ -80,20 +80,26 @@ class Outward:
         copies = bool(self._passage.plan.copied)
         for planned in self._left:
             if copies or planned.move not in _OF_DISKS:
-                if planned.enters is not None and planned.beside:
-                    entering = asyncio.create_task(self._passage.enter(planned.enters, beside=True))
-                    try:
-                        await self._moves[planned.move]()
-                    finally:
-                        await undisturbed(entering)
-                else:
-                    if planned.enters is not None:
-                        await self._passage.enter(planned.enters)
-                    await self._moves[planned.move]()
+                await self._make(planned)
                 if planned.reaches is not None:
                     await self._passage.enter(planned.reaches)
             if planned.move is last:
                 return
+
+    async def _make(self, planned: Planned) -> None:
+        """Make a move, and say which phase it enters: before it, or while it is made."""
+        move = self._moves[planned.move]
+        if planned.enters is None:
+            await move()
+        elif planned.beside:
+            entering = asyncio.create_task(self._passage.enter(planned.enters, beside=True))
+            try:
+                await move()
+            finally:
+                await undisturbed(entering)
+        else:
+            await self._passage.enter(planned.enters)
+            await move()
 
     async def _check(self) -> None:
         passage, copied = self._passage, self._passage.plan.copied
