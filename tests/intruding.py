@@ -9,15 +9,13 @@ ours is left, and what we say was done is right.
 import asyncio
 import contextlib
 import json
-import os
 import shutil
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from dying import deadly, run
-from killing import AREA, CHAIN, SHORT, TWO
+from killing import AREA, CHAIN, SHORT, TWO, have_own_places
 from rounds import rounds, slice_of_soak
 
 import qmpblock
@@ -145,10 +143,7 @@ class Crossing:
         self.theirs = None
 
     async def __aenter__(self):
-        for name, directory in (("QMPBLOCK_STATE", "state"), ("TMPDIR", "t")):
-            (self.directory / directory).mkdir(parents=True)
-            os.environ[name] = str(self.directory / directory)
-        tempfile.tempdir = os.environ["TMPDIR"]
+        have_own_places(self.directory)
         made = str(self.matrix.built.directory)
         await self.matrix.tools.run("cp", "-R", "--sparse=always", made, str(self.images))
         self.vm = QemuProcess(

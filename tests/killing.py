@@ -200,6 +200,14 @@ def _operations():
 OPERATIONS = tuple(_operations())
 
 
+def have_own_places(directory):
+    """Have what we keep, and what is there for a while, lie in a point's own directory."""
+    for name, place in (("QMPBLOCK_STATE", "state"), ("TMPDIR", "t")):
+        (directory / place).mkdir(parents=True)
+        os.environ[name] = str(directory / place)
+    tempfile.tempdir = os.environ["TMPDIR"]
+
+
 class Graveyard:
     """The process that forks controllers which die (dying.py). `async with`."""
 
@@ -437,10 +445,7 @@ class _Point:
         self.trace = []
 
     async def __aenter__(self):
-        for name, directory in (("QMPBLOCK_STATE", "state"), ("TMPDIR", "t")):
-            (self.directory / directory).mkdir(parents=True)
-            os.environ[name] = str(self.directory / directory)
-        tempfile.tempdir = os.environ["TMPDIR"]
+        have_own_places(self.directory)
         # shutil copies holes as zeros, which takes longer than all else here.
         await self.matrix.tools.run(
             "cp", "-R", "--sparse=always", str(self.matrix.built.directory), str(self.images)

@@ -14,13 +14,12 @@ import os
 import re
 import shutil
 import signal
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 from allocatekills import Allocation
 from dying import deadly, run
-from killing import AREA, CHAIN, MOMENTS, Graveyard, Operation
+from killing import AREA, CHAIN, MOMENTS, Graveyard, Operation, have_own_places
 from rounds import rounds, slice_of_soak
 
 import qmpblock
@@ -227,10 +226,7 @@ class Point:
         self.started_again = False
 
     async def __aenter__(self):
-        for name, directory in (("QMPBLOCK_STATE", "state"), ("TMPDIR", "t")):
-            (self.directory / directory).mkdir(parents=True)
-            os.environ[name] = str(self.directory / directory)
-        tempfile.tempdir = os.environ["TMPDIR"]
+        have_own_places(self.directory)
         await self.matrix.tools.run(
             "cp", "-R", "--sparse=always", str(self.matrix.built.directory), str(self.images)
         )
