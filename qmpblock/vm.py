@@ -299,7 +299,8 @@ class VM(Connection):
         (WHEN.json) is there, which is after all of it is on stable storage. In each disk's active
         layer dirty bitmaps stay, called qmpblock-backup-..., by which the next backup can be an
         increment. Cancelled or failed, there is no backup, those before count, and the next one
-        can be what this one was to be.
+        can be what this one was to be. Cancelled once it is made, what was left to be done is done,
+        and `job.result` says what was made.
 
         :param directory: of the backups of this VM alone; it is made if it is not there.
         :param disks: which.

@@ -45,7 +45,8 @@ class BackupJob(Feed[Progress]):
     :ivar progress: as yielded last; None at first.
     :ivar decisions: what the backup of each disk is to be, and why.
     :ivar warnings: known by now.
-    :ivar result: what it made; None before the `async with` has ended.
+    :ivar result: what it made; None before the `async with` has ended. Also where that was
+        cancelled once it was made.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,8 @@
     end         the bitmaps of the backup before go, then what said that one was begun
 
 What fails before it is made is taken back, and the bitmaps of the backup before count as ever: so a
-backup that failed costs no full one.
+backup that failed costs no full one. Whoever is cancelled later has a backup, and a result that
+says so; what is left to be done for it is done.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class _Run:
     """One backup while it is made.
 
     :ivar begun: is set once the instant has passed of which it is.
+    :ivar made: what was made; None: nothing yet.
     """
 
     vm: Connection
@@ -131,6 +133,7 @@ class _Run:
     begun: asyncio.Event
     run_id: str = field(default_factory=new_run)
     note: BackupNote | None = None
+    made: tuple[Point, CopyResult] | None = None
 
     async def run(self) -> None:
         """Make it.
@@ -150,21 +153,19 @@ class _Run:
                 backups.begin(draft.when, draft.backups, names)
                 backups.sweep(but=draft.when)
                 async with self._alone(draft):
-                    point, done = await self._make(backups, draft, names)
+                    await self._make(backups, draft, names)
             except BaseException as error:
-                if not backups.points or backups.points[-1].id != draft.id:
-                    backups.end(draft.when)
+                if self.made is None:
                     say_none(error)
                 raise
-            backups.end(draft.when)
-        self.job.result = BackupResult(
-            backups.path,
-            point,
-            time.monotonic() - started,
-            done.held,
-            done.verified,
-            self.job.warnings,
-        )
+            finally:
+                if self.made is not None:
+                    point, done = self.made
+                    seconds = time.monotonic() - started
+                    self.job.result = BackupResult(
+                        backups.path, point, seconds, done.held, done.verified, self.job.warnings
+                    )
+                backups.end(draft.when)
 
     @asynccontextmanager
     async def _alone(self, draft: Point) -> AsyncIterator[None]:
@@ -186,9 +187,7 @@ class _Run:
         except DisconnectedError:
             lock.abandon(self.run_id)  # whoever comes next undoes what is there
 
-    async def _make(
-        self, backups: Backups, draft: Point, names: Sequence[str]
-    ) -> tuple[Point, CopyResult]:
+    async def _make(self, backups: Backups, draft: Point, names: Sequence[str]) -> None:
         job = self.job
         seen = await see(self.vm, self.disks)  # anew: what was undone is gone
         job.decisions = await decided(backups, seen, self.kind)
@@ -209,8 +208,8 @@ class _Run:
         except BaseException as error:
             await undisturbed(self._take_back(error))
             raise
+        self.made = point, done
         await undisturbed(self._end(draft.when))
-        return point, done
 
     async def _say(self, backups: Backups, draft: Point, bitmaps: Sequence[str]) -> None:
         """Say what is about to be made in the VM, so that whoever finds it can undo it."""

@@ -70,6 +70,7 @@ _COMMANDS = {
     "vms": "List the VMs of this host, whoever runs them, and how each can be worked on.",
 }
 _READERS = frozenset({"disks", "doctor", "jobs", "map", "metrics", "plan", "verify", "vms"})
+_WITHOUT_VM = frozenset({"restore", "verify"})
 WARNED = 4
 INTERRUPTED = 130
 _LONGEST = 10_000  # characters of a line of a message
@@ -130,7 +131,8 @@ def run(arguments: Sequence[str]) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted; nothing of ours is left in the VM")
+        vm = "" if arguments and arguments[0] in _WITHOUT_VM else " in the VM"
+        _complain(f"interrupted; nothing of ours is left{vm}")
         return INTERRUPTED
     except Exception as error:
         return _last_resort(error)
@@ -319,8 +321,9 @@ def command(
         import asyncio
 
         options = Options(json, stall, nbd, tls_creds, insecure)
+        of_vm = click.get_current_context().info_name not in _WITHOUT_VM
         try:
-            return asyncio.run(_interruptible(work(options, **parameters)))
+            return asyncio.run(_interruptible(work(options, **parameters), of_vm=of_vm))
         except asyncio.CancelledError:  # by SIGTERM or SIGHUP
             raise click.Abort from None
 
@@ -330,8 +333,13 @@ def command(
     return click.command(name=name, cls=cls or click.Command)(call)
 
 
-async def _interruptible(work: Coroutine[Any, Any, int | None]) -> int | None:
-    """Have signals cancel and undo, once: a second one must not break the undoing off."""
+async def _interruptible(
+    work: Coroutine[Any, Any, int | None], *, of_vm: bool = True
+) -> int | None:
+    """Have signals cancel and undo, once: a second one must not break the undoing off.
+
+    :param of_vm: whether it is a VM in which there is something to undo.
+    """
     import asyncio
 
     task = asyncio.current_task()
@@ -345,8 +353,13 @@ async def _interruptible(work: Coroutine[Any, Any, int | None]) -> int | None:
             task.cancel()
         else:
             _complain(
-                "still undoing what was begun; QEMU has not answered yet. After kill -9, this "
-                "undoes it: qmpblock recover ADDRESS"
+                "still undoing what was begun"
+                + (
+                    "; QEMU has not answered yet. After kill -9, this undoes it: qmpblock recover "
+                    "ADDRESS"
+                    if of_vm
+                    else ""
+                )
             )
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

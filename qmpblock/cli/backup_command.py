@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Unpack
@@ -125,14 +126,20 @@ async def _backed_up(
     recorder: Recorder,
     address: str,
 ) -> BackupResult:
-    what = f"backup of {', '.join(disk.name for disk in disks)}"
-    async with vm.backup(directory, disks, kind=kind, **words) as job:
-        told = job.warnings
-        warn(told)
-        with reporting(what) as shown:
-            show = recorder.also(shown, address, what)
-            async for seen in job:
-                show(seen)
+    what, job = f"backup of {', '.join(disk.name for disk in disks)}", None
+    told: tuple[str, ...] = ()
+    try:
+        async with vm.backup(directory, disks, kind=kind, **words) as job:
+            told = job.warnings
+            warn(told)
+            with reporting(what) as shown:
+                show = recorder.also(shown, address, what)
+                async for seen in job:
+                    show(seen)
+    except asyncio.CancelledError:
+        if job is None or job.result is None:
+            raise
+        click.echo("too late to give it up: the backup is made", err=True)
     assert job.result is not None  # leaving without an error sets it
     warn(job.result.warnings[len(told) :])
     return job.result
