@@ -64,6 +64,8 @@ makes one, or looks into one. RUN is 8 random hex digits, new for each use; N co
                                                      backup POINT on
                           qmpblock-backup-SET-POINT-N-end
                                                      stays: tells whether that is all of it
+                          qmpblock-backup-SET-POINT-N-open
+                                                     stays while QEMU has the image open
 
     on a host, files      IMAGE.qmpblock-RUN         temporary overlay of an allocation
                           OVERLAY-z, OVERLAY-k       beside it: zeros; what the filter keeps
@@ -184,6 +186,7 @@ __all__ = [
     "migration_job",
     "new_run",
     "null_node",
+    "open_bitmap",
     "overlay_file",
     "overlay_node",
     "partial_file",
@@ -239,6 +242,7 @@ _MIGRATION = ".migration"
 _POINT = ".json"
 _BEGUN = ".begun"
 _END = "-end"
+_OPEN = "-open"
 _WHEN = re.compile(r"[0-9]{8}T[0-9]{6}Z(-[0-9]+)?")
 
 _RUN = re.compile(r"[0-9a-f]{8}")
@@ -640,13 +644,18 @@ def end_bitmap(bitmap: str) -> str:
     return f"{bitmap}{_END}"
 
 
+def open_bitmap(bitmap: str) -> str:
+    """Return the dirty bitmap that is there as long as QEMU has the image of that one open."""
+    return f"{bitmap}{_OPEN}"
+
+
 def backups_of(lock: str) -> str:
     """Return the id of the directory of backups that a lock is of (`backup_lock_name`)."""
     return lock.removeprefix(_BACKUPS)
 
 
 def is_backup_bitmap(name: str, backups: str) -> bool:
-    """Whether a dirty bitmap is of a backup in that directory, or vouches for one."""
+    """Whether a dirty bitmap is of a backup in that directory, or vouches for something of one."""
     return name.startswith(f"{_BACKUPS}{backups}-")
 
 

@@ -179,7 +179,8 @@ async def _content(place, one):
 
 def _bitmaps(point, count):
     every = [names.backup_bitmap(point.backups, point.id, number) for number in range(count)]
-    return [(f"d{n}", one) for n in range(count) for one in (every[n], names.end_bitmap(every[n]))]
+    kinds = (str, names.end_bitmap, names.open_bitmap)
+    return [(f"d{n}", kind(every[n])) for n in range(count) for kind in kinds]
 
 
 def _operations():

@@ -36,6 +36,10 @@ TABLE = [
         names.end_bitmap(names.backup_bitmap(RUN, "89efcdab", 0)),
         "qmpblock-backup-0123abcd-89efcdab-0-end",
     ),
+    (
+        names.open_bitmap(names.backup_bitmap(RUN, "89efcdab", 0)),
+        "qmpblock-backup-0123abcd-89efcdab-0-open",
+    ),
     (names.point_file("20261130T110500Z"), "20261130T110500Z.json"),
     (names.begun_file("20261130T110500Z"), "20261130T110500Z.begun"),
     (names.BACKUP_LOCK_FILE, ".qmpblock-backup.lock"),
@@ -256,7 +260,7 @@ def test_locks_and_turns_are_told_apart(device, run, dead):
 @given(runs, runs, runs)
 def test_the_bitmaps_of_a_directory_of_backups(backups, point, other):
     bitmap = names.backup_bitmap(backups, point, 0)
-    for name in (bitmap, names.end_bitmap(bitmap)):
+    for name in (bitmap, names.end_bitmap(bitmap), names.open_bitmap(bitmap)):
         assert names.is_ours(name)
         assert names.run_of(name) == ""  # no run's: it stays
         assert names.is_backup_bitmap(name, backups)

@@ -1,15 +1,19 @@
 """The dirty bitmaps of a backup in the VM: what is written from it on, and what vouches for that.
 
-Each disk has two of each backup, on its active layer's node, which stay there until the next one:
+Each disk has these of each backup, on its active layer's node, which stay there until the next one:
 
 - one that records, from before the backup's instant on. It is never cleared: the next backup has
   one of its own, and what this has from between the two is copied as it is then;
 - one of the last of the disk's granules alone, which records nothing. A disk that is made smaller
-  loses it, and what its bitmaps say of the rest, for good (F43).
+  loses it, and what its bitmaps say of the rest, for good (F43);
+- where the image holds these two, one that it does not hold, which records nothing. It ends when
+  QEMU closes the image, and goes along where the VM migrates: while it is there nobody but QEMU
+  can have had the disk lie on something else (`qmpblock.backups.lower`).
 
-Where the image can, it holds both (qcow2), so that they outlive QEMU; else they live in QEMU alone.
-So they do where QEMU does not find the image by its name any more (K42), and where the image has a
-data file of its own: what is put there while the VM is off, an older one say, no bitmap would tell.
+Where the image can, it holds the first two (qcow2), so that they outlive QEMU; else they live in
+QEMU alone. So they do where QEMU does not find the image by its name any more (K42), and where the
+image has a data file of its own: what is put there while the VM is off, an older one say, no bitmap
+would tell.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from qmpblock.chains.storedbitmaps import may_hold_bitmaps
 from qmpblock.copying.comparing import GRAIN
 from qmpblock.copying.drawn import draw_node
 from qmpblock.errors import CommandError, printable
-from qmpblock.names import end_bitmap, is_backup_bitmap, left_bitmap, target_node
+from qmpblock.names import end_bitmap, is_backup_bitmap, left_bitmap, open_bitmap, target_node
 from qmpblock.ranges import Ranges
 
 if TYPE_CHECKING:
@@ -73,7 +77,10 @@ async def make_bitmaps(
             {"node": node, "target": end, "bitmaps": [{"node": drawing, "name": drawing}]},
         )
         await vm.monitor.execute("blockdev-del", {"node-name": drawing})
-        stored.append(await _add(vm, node, name, stores=keeps) and keeps)
+        keeps = await _add(vm, node, name, stores=keeps) and keeps
+        if keeps:
+            await _add(vm, node, open_bitmap(name), stores=False, disabled=True)
+        stored.append(keeps)
     return stored
 
 
@@ -149,7 +156,7 @@ def others_there(
 
     :param backups: the id of the directory; `names`: of those that are to stay.
     """
-    stay = {*names, *map(end_bitmap, names)}
+    stay = {*names, *map(end_bitmap, names), *map(open_bitmap, names)}
     return tuple(
         (layer.node.name, one.name)
         for device in devices

@@ -1,12 +1,14 @@
 """What a backup of a disk is to be: an increment, and of what; or full, and why. Pure.
 
-An increment is right where three things are known, each by what proves it:
+An increment is right where four things are known, each by what proves it:
 
 - what was written to the disk since a backup: the bitmap of that backup is on the active layer,
   consistent, and records;
 - that this is all of it: the bitmap of the disk's end, which vouches for it, still holds that. A
   disk that was made smaller has lost it, and whatever else lay there, though it may be as large
   as before (F43); so has a bitmap that records on in an overlay, where it began empty;
+- that what the active layer lies on holds what it did (`qmpblock.backups.lower`): what is changed
+  there while the VM is off no bitmap tells;
 - that what it is to lie on is what it was (`broken`).
 
 Where one is not known, the backup is full. That is never wrong, and says why.
@@ -18,10 +20,11 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from qmpblock.backups.point import DiskBackup, Point
+from qmpblock.backups.lower import why_changed
+from qmpblock.backups.point import DiskBackup, LowerFile, Point
 from qmpblock.errors import UNTOUCHED, RequestError, printable
 from qmpblock.graph.model import Bitmap
-from qmpblock.names import backup_bitmap, end_bitmap
+from qmpblock.names import backup_bitmap, end_bitmap, open_bitmap
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice
@@ -41,6 +44,7 @@ class SeenDisk:
     :ivar bitmaps: of its active layer.
     :ivar below: the names of those of the layers below.
     :ivar sources: the files of those layers.
+    :ivar lower: all that the active layer lies on; None: nobody looked.
     """
 
     disk: str
@@ -50,9 +54,10 @@ class SeenDisk:
     bitmaps: tuple[Bitmap, ...]
     below: frozenset[str] = frozenset()
     sources: frozenset[str] = frozenset()
+    lower: tuple[LowerFile, ...] | None = None
 
     @classmethod
-    def of(cls, device: DiskDevice) -> SeenDisk:
+    def of(cls, device: DiskDevice, lower: tuple[LowerFile, ...] | None = None) -> SeenDisk:
         """Return what is seen of a disk."""
         active, *below = device.chain.layers
         return cls(
@@ -63,6 +68,7 @@ class SeenDisk:
             active.node.bitmaps,
             frozenset(one.name for layer in below for one in layer.node.bitmaps),
             frozenset(layer.file for layer in below),
+            lower,
         )
 
     def without(self, names: Container[str]) -> SeenDisk:
@@ -191,7 +197,8 @@ def _why_not(disk: SeenDisk, backup: DiskBackup, name: str) -> str | None:
             f"the dirty bitmap {printable(name)} does not tell all that was written since the last "
             "backup: the disk was made smaller meanwhile, or another image lies below it since"
         )
-    return None
+    stayed_open = not found.persistent or disk.bitmap(open_bitmap(name)) is not None
+    return why_changed(backup.lower, disk.lower, stayed_open=stayed_open)
 
 
 def _why_gone(disk: SeenDisk, backup: DiskBackup, name: str) -> str:

@@ -20,6 +20,7 @@ from qmpblock.backups.decision import (
     parents_wanted,
 )
 from qmpblock.backups.imagefile import first_broken
+from qmpblock.backups.lowerfiles import lower_files
 from qmpblock.backups.point import BackedUpVM, Point, images_of, when_of
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import check_way, make_way
@@ -27,6 +28,7 @@ from qmpblock.copying.look import look
 from qmpblock.copying.options import CopyOptions
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError
 from qmpblock.host.keycommand import shell_words
+from qmpblock.host.openfiles import OpenFiles
 from qmpblock.managers import Work
 from qmpblock.names import lock_names, new_run
 from qmpblock.qemu import ownership
@@ -95,11 +97,12 @@ async def drafted(
 
 
 async def see(vm: Connection, disks: Sequence[MappedDisk]) -> list[SeenDisk]:
-    """See how disks are now."""
+    """See how disks are now, and what they lie on."""
     graph = await vm.graph()
+    files = OpenFiles(vm.monitor.peer_pid)
     for disk in disks:
         disk.device = graph.device(disk.device.qom_path)
-    return [SeenDisk.of(disk.device) for disk in disks]
+    return [SeenDisk.of(one, lower_files(graph, one, files)) for one in (d.device for d in disks)]
 
 
 async def decided(

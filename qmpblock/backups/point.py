@@ -20,6 +20,7 @@ __all__ = [
     "BackedUpVM",
     "DiskBackup",
     "Image",
+    "LowerFile",
     "Point",
     "find_point",
     "image_names",
@@ -52,6 +53,31 @@ class BackedUpVM:
 
 
 @dataclass(frozen=True)
+class LowerFile:
+    """A file that the active layer of a disk lies on, as it was when a backup was begun.
+
+    :ivar file: as QEMU calls it.
+    :ivar format: of the layer that it is of; `size`: of that, in bytes, as what lies on it sees it;
+        `offset`: at which the layer begins in it, where it is a part of it.
+    :ivar told: `seen`; `unseen`: it is on no file system of this host, say, so nothing tells
+        whether it is changed; `elsewhere`: it was replaced, renamed or removed since QEMU opened
+        it.
+    :ivar length: bytes of it; `modified`: when it was written to last, in nanoseconds since 1970;
+        `inode`: its number on its file system. Zeros where it is not seen.
+    """
+
+    file: str
+    format: str
+    size: int
+    offset: int
+    told: str
+    length: int = 0
+    modified: int = 0
+    inode: int = 0
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
 class DiskBackup:
     """One disk in a backup.
 
@@ -67,6 +93,7 @@ class DiskBackup:
     :ivar encrypted: whether the image is, with the disk's key.
     :ivar bitmap: the dirty bitmap, in the VM, by which the next one can be an increment; empty
         where there is none; `persistent`: whether it outlives QEMU.
+    :ivar lower: the files that the active layer lies on, from above; None: nobody noted it.
     """
 
     disk: str
@@ -84,6 +111,7 @@ class DiskBackup:
     encrypted: bool
     bitmap: str
     persistent: bool
+    lower: tuple[LowerFile, ...] | None = None
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -114,7 +142,7 @@ class Point:
     def as_json(self) -> dict[str, Any]:
         """Return the document of docs/schema/backup-point.schema.json."""
         return stamped(
-            plain(self) | {"vm": plain(self.vm), "disks": [plain(d) for d in self.disks]}
+            plain(self) | {"vm": plain(self.vm), "disks": [_plain(one) for one in self.disks]}
         )
 
     @classmethod
@@ -180,6 +208,11 @@ class Image:
     def file(self) -> str:
         """Its name in the directory."""
         return self.backup.file
+
+
+def _plain(one: DiskBackup) -> dict[str, Any]:
+    lower = None if one.lower is None else [plain(file) for file in one.lower]
+    return plain(one) | {"lower": lower}
 
 
 def _check(one: DiskBackup) -> None:

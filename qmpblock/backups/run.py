@@ -71,6 +71,7 @@ from qmpblock.names import (
     backup_lock_name,
     end_bitmap,
     new_run,
+    open_bitmap,
     point_file,
 )
 from qmpblock.qemu import lock
@@ -223,7 +224,7 @@ class _Run:
             made=tuple(
                 (one.chain.active.node.name, name)
                 for one, bitmap in zip(devices, bitmaps, strict=True)
-                for name in (bitmap, end_bitmap(bitmap))
+                for name in (bitmap, end_bitmap(bitmap), open_bitmap(bitmap))
             ),
             before=others_there(devices, draft.backups, bitmaps),
             nodes=drawing_nodes(self.run_id, len(devices)),
@@ -318,6 +319,7 @@ class _Run:
                     encrypted=any(one.node.encrypted for one in disk.device.chain.layers),
                     bitmap=bitmap if there else "",
                     persistent=there and keeps,
+                    lower=decision.disk.lower,
                 )
             )
         return replace(draft, disks=tuple(backed_up))

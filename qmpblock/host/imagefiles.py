@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmpblock.graph.places import FileId, Missing, Place
+from qmpblock.graph.places import Missing, Place
 from qmpblock.host.openfiles import OpenFiles
 
 if TYPE_CHECKING:
@@ -78,16 +78,7 @@ def why_not_local(pid: int | None, layer: Layer) -> str:
 def status_of(pid: int | None, layer: Layer) -> os.stat_result | None:
     """Return stat(2) of the very file that the layer is stored in; None where it is not here."""
     place = _place(pid, layer)
-    if isinstance(place, Missing):
-        return None
-    for fd in OpenFiles(pid).descriptors(place.file):
-        try:
-            status = Path(f"/proc/{pid}/fd/{fd}").stat()
-        except OSError:
-            continue
-        if FileId.of(status) == place.file:
-            return status
-    return None
+    return OpenFiles(pid).status(place.file) if isinstance(place, Place) else None
 
 
 def _place(pid: int | None, layer: Layer) -> Place | Missing:

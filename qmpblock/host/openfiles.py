@@ -56,6 +56,7 @@ class _Open:
     name: str
     file: FileId
     deleted: bool
+    status: os.stat_result
 
 
 class OpenFiles:
@@ -92,6 +93,10 @@ class OpenFiles:
     def descriptors(self, file: FileId) -> list[int]:
         """Return the process's descriptors of a file."""
         return [one.fd for one in self._open if one.file == file]
+
+    def status(self, file: FileId) -> os.stat_result | None:
+        """Return stat(2) of an open file, as it was when these were looked at; None: it is not."""
+        return next((one.status for one in self._open if one.file == file), None)
 
     def places(self, nodes: Iterable[Node]) -> dict[str, Place | Missing]:
         """Say of protocol nodes where their files are, by the nodes' names."""
@@ -285,9 +290,8 @@ def _descriptors(pid: int) -> Iterator[_Open]:
         file = FileId.of(status)
         if file is not None:
             deleted = status.st_nlink == 0
-            yield _Open(
-                int(entry.name), name.removesuffix(_DELETED) if deleted else name, file, deleted
-            )
+            name = name.removesuffix(_DELETED) if deleted else name
+            yield _Open(int(entry.name), name, file, deleted, status)
 
 
 def _starts(pid: int | None) -> list[str]:

@@ -6,9 +6,11 @@ import pytest
 from backuppoints import SIZE, bitmap_of, disk, point
 
 from qmpblock.backups.decision import SeenDisk, check_vm, decide, fallen_back, parents_wanted
+from qmpblock.backups.lower import SEEN
+from qmpblock.backups.point import LowerFile
 from qmpblock.errors import RequestError
 from qmpblock.graph.model import Bitmap
-from qmpblock.names import end_bitmap
+from qmpblock.names import end_bitmap, open_bitmap
 
 GRAIN = 64 << 10
 FIRST = point("20261130T110500Z", [disk("vd0", "a.qcow2")], number=1)
@@ -85,6 +87,23 @@ def test_what_is_not_known(disk_, said):
     with pytest.raises(RequestError, match="cannot be incremental") as caught:
         decide(POINTS, disk_, {}, "incremental")
     assert said in caught.value.message
+
+
+BASE = LowerFile("/i/base", "raw", SIZE, 0, SEEN, SIZE, 1, 1)
+OPENED = replace(END, name=open_bitmap(bitmap_of(LAST)), persistent=False)
+
+
+def test_what_the_disk_lies_on_is_not_what_it_was():
+    """Nor is an older backup taken, of which it is; but what QEMU did while it had it open is."""
+    points = [FIRST, replace(LAST, disks=(replace(LAST.disks[0], lower=(BASE,)),))]
+    found = decide(points, replace(seen(BITMAP, END), lower=(replace(BASE, modified=2),)), {})
+    assert (found.kind, found.fell_back) == ("full", True)
+    assert found.reason == "the backing image /i/base was changed since the last backup"
+    bare = replace(seen(BITMAP, END), lower=())
+    assert decide(points, bare, {}).kind == "full"
+    assert decide(points, replace(bare, bitmaps=(BITMAP, END, OPENED)), {}).kind == "incremental"
+    living = tuple(replace(one, persistent=False) for one in (BITMAP, END))
+    assert decide(points, replace(bare, bitmaps=living), {}).kind == "incremental"
 
 
 def test_what_it_would_lie_on_is_not_what_it_was():

@@ -8,8 +8,10 @@ import pytest
 from backuppoints import disk, point
 from hypothesis import given
 from hypothesis import strategies as st
+from oldrecords import BACKUP_POINT
 
 from qmpblock.backups.point import (
+    LowerFile,
     Point,
     find_point,
     image_names,
@@ -39,9 +41,22 @@ def test_what_was_written_is_read():
     assert Point.from_json(document, TWO.when) == TWO
 
 
+def test_what_the_disk_lay_on_is_read():
+    lower = LowerFile("/i/base", "raw", 512, 0, "seen", length=512, modified=-1, inode=1 << 63)
+    one = replace(ONE, disks=(replace(ONE.disks[0], lower=(lower,)),))
+    assert Point.from_json(through_a_file(one), one.when) == one
+
+
+def test_what_an_older_version_wrote_says_nothing_of_that():
+    assert Point.from_json(json.loads(BACKUP_POINT), ONE.when).disks[0].lower is None
+
+
 def test_what_a_newer_version_adds_is_kept():
-    document = through_a_file(ONE) | {"later": 1}
+    lower = LowerFile("/i/base", "raw", 512, 0, "seen")
+    one = replace(ONE, disks=(replace(ONE.disks[0], lower=(lower,)),))
+    document = through_a_file(one) | {"later": 1}
     document["disks"][0]["later"] = {"deep": 2}
+    document["disks"][0]["lower"][0]["later"] = 3
     read = Point.from_json(document, ONE.when)
     assert through_a_file(read) == document
 

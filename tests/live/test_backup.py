@@ -33,7 +33,7 @@ SPECS = tuple(
 
 
 #: What the invariant finds, and the pages promise.
-STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}-\d(-end)? of d\d, .*"
+STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}-\d(-end|-open)? of d\d, .*"
 
 
 async def backed_up(vm, directory, **options):
@@ -80,7 +80,8 @@ async def check_left(vm, result):
     """See that what stays in the VM is what the result documents, and nothing else of backups."""
     point = result.point
     every = [names.backup_bitmap(point.backups, point.id, number) for number in (0, 1)]
-    wanted = [(f"d{n}", one) for n in (0, 1) for one in (every[n], f"{every[n]}-end")]
+    kinds = ("", "-end", "-open")
+    wanted = [(f"d{n}", every[n] + kind) for n in (0, 1) for kind in kinds]
     assert await bitmaps_of(vm) == wanted
     assert [one.bitmap for one in point.disks] == every
 

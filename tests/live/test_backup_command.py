@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.live, pytest.mark.scenarios("chain-3.yaml")]
 SCHEMAS = Path(__file__).parents[2] / "docs/schema"
 POINT = json.loads((SCHEMAS / "backup-point.schema.json").read_text())
 REGISTRY = Registry().with_resource("backup-point.schema.json", Resource.from_contents(POINT))
-STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}-\d(-end)? of d0, .*"
+STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}-\d(-end|-open)? of d0, .*"
 
 
 async def told(name, *words, code=0):

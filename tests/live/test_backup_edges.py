@@ -86,6 +86,29 @@ async def test_a_vm_that_has_migrated_goes_on(begin, start_destination, vm_dir, 
     await held(place, point)
 
 
+CHAIN = """
+about: A disk over a base.
+images: [{size: 64M, content: [write 0 6M 0xaa]}, {content: [write 1M 1M 0xbb]}]
+"""
+
+
+async def test_a_chain_that_has_migrated_into_one_image(begin, start_destination, vm_dir):
+    """It lies on nothing now; and nobody but QEMU can have done that."""
+    source, place = await stressed(await begin(CHAIN, guest=True), 100), vm_dir / "b"
+    first, _ = await backed_up(source, place)
+    assert len(first.disks[0].lower) == 1
+    destination = await start_destination(source)
+    await migrated(source, destination)
+    guest = await destination.attach_guest()
+    await guest.stop_stress(0)
+    point, warnings = await backed_up(destination, place)
+    assert warnings == ()
+    assert [one.parent for one in point.disks] == [one.file for one in first.disks]
+    assert point.disks[0].lower == ()
+    await destination.quit()
+    await held(place, point)
+
+
 async def test_images_that_changed_places(begin, vm_dir):
     """Each has a bitmap of the last backup, and what it tells is of the other disk."""
     vm, place = await begin(TWO), vm_dir / "b"
