@@ -197,7 +197,9 @@ def _why_not(disk: SeenDisk, backup: DiskBackup, name: str) -> str | None:
             f"the dirty bitmap {printable(name)} does not tell all that was written since the last "
             "backup: the disk was made smaller meanwhile, or another image lies below it since"
         )
-    stayed_open = not found.persistent or disk.bitmap(open_bitmap(name)) is not None
+    opened = disk.bitmap(open_bitmap(name))
+    # Somebody may have made that persistent on its way to another QEMU: then it proves nothing.
+    stayed_open = not found.persistent or (opened is not None and not opened.persistent)
     return why_changed(backup.lower, disk.lower, stayed_open=stayed_open)
 
 

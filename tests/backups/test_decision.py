@@ -102,6 +102,8 @@ def test_what_the_disk_lies_on_is_not_what_it_was():
     bare = replace(seen(BITMAP, END), lower=())
     assert decide(points, bare, {}).kind == "full"
     assert decide(points, replace(bare, bitmaps=(BITMAP, END, OPENED)), {}).kind == "incremental"
+    stored = replace(OPENED, persistent=True)  # as by a migration with `transform`
+    assert decide(points, replace(bare, bitmaps=(BITMAP, END, stored)), {}).kind == "full"
     living = tuple(replace(one, persistent=False) for one in (BITMAP, END))
     assert decide(points, replace(bare, bitmaps=living), {}).kind == "incremental"
 

@@ -12,6 +12,7 @@ import os
 import pytest
 from chains import cli
 from fleecing import MIB, ran
+from loopdevices import loop
 
 import qmpblock
 from qmpblock.errors import CommandError, RequestError
@@ -52,17 +53,19 @@ class Images:
         await self.make("middle.qcow2", on=(f"base.{base}", base))
         return await self.make("top.qcow2", on=("middle.qcow2", "qcow2"))
 
-    async def begin(self, top="top.qcow2", *more):
-        """Start the VM on an image, or anew."""
+    async def begin(self, top="top.qcow2", **below):
+        """Start the VM on an image, or anew; `below`: how its backing image is opened."""
         if self.vm is not None:
             await self.vm.quit()
         self.top = self.directory / top
         file = {"driver": "file", "filename": str(self.top)}
-        disk = json.dumps({"driver": "qcow2", "node-name": "d0", "file": file})
+        disk = {"driver": "qcow2", "node-name": "d0", "file": file}
+        nodes = [disk | {"backing": "below"}] if below else [disk]
+        if below:
+            nodes.insert(0, {"driver": "qcow2", "node-name": "below", **below})
+        given = [word for node in nodes for word in ("-blockdev", json.dumps(node))]
         device = {"driver": "virtio-blk-pci", "drive": "d0", "id": "vd0"}
-        self.vm = await self.start(
-            [], extra=[*more, "-blockdev", disk, "-device", json.dumps(device)]
-        )
+        self.vm = await self.start([], extra=[*given, "-device", json.dumps(device)])
         return self.vm
 
     async def backup(self, **options):
@@ -401,3 +404,41 @@ async def _closed(vm):
         await vm.execute("blockdev-del", node_name="d0")
         return True
     return False
+
+
+@pytest.mark.parametrize("bitmap", [False, True], ids=["bare", "with-a-bitmap"])
+async def test_a_base_that_is_opened_for_writing(bitmap, images):
+    """QEMU writes to it by itself where it has bitmaps: nobody can tell that from a change."""
+    base = await images.make("base.qcow2", fill=1)
+    if bitmap:
+        await images.img("bitmap", "--add", base, "its")
+    await images.make("top.qcow2", on=("base.qcow2", "qcow2"))
+    below = {"file": {"driver": "file", "filename": str(base)}}
+    await images.begin(**below)
+    await images.backup()
+    await images.begin(**below)
+    await images.other(3)
+    one = await images.backup()
+    assert one.kind == ("full" if bitmap else "incremental")
+    assert ("base.qcow2 was changed" in one.reason) is bitmap
+    for byte in (4, 5):
+        await images.begin(**below, **{"read-only": True})
+        await images.other(byte)
+        one = await images.backup()
+    assert one.kind == "incremental"
+    await images.check(one)
+
+
+async def test_a_base_on_a_device(images):
+    """Nothing tells whether it is written to; that it is another one is not seen, either."""
+    await images.make("base.raw", fmt="raw", fill=1)
+    with loop(images.directory / "base.raw") as device:
+        await images.make("top.qcow2", on=(device, "raw"))
+        await images.begin()
+        one = await images.backup()
+        assert [file.told for file in one.lower] == ["unseen"]
+        await images.begin()
+        await images.other(3)
+        one = await images.backup()
+        assert one.kind == "incremental"
+        await images.check(one)
