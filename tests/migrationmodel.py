@@ -377,6 +377,8 @@ class Model:
             last = world.pc + 1 == len(self.rules.order)
             after = after._replace(pc=-1 if last else world.pc + 1, finished=last)
             yield f"engine: {planned.move.name}", after
+        elif planned.beside and self._is_due(world, planned.move) and entered != world:
+            yield f"engine: says {planned.enters}, and fails", entered
         if self._may_pause(world):
             if self.rules.marked and not world.marked:
                 yield "engine: says that it pauses", world._replace(marked=True)
@@ -391,6 +393,10 @@ class Model:
         moves = [one.move for one in self.rules.order]
         begun = moves.index(Move.MIRROR) < world.pc <= moves.index(Move.AWAIT_HELD)
         return self.rules.pause and begun and not world.stands and world.source in MAY_STAND
+
+    def _is_due(self, world: World, move: Move) -> bool:
+        """Whether the engine begins a move of which it cannot be known whether it can be made."""
+        return move is not Move.MARK or world.arbiter == THERE
 
     def _may(self, world: World, move: Move) -> bool:
         """Whether what a move waits for, or relies on, is there."""

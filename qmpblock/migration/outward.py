@@ -177,17 +177,28 @@ class Outward:
         await passage.bitmaps.count()
 
     async def _await_landed(self) -> None:
+        passage = self._passage
+        with contextlib.suppress(DisconnectedError):  # which is heard again, below
+            await passage.stream.until_told()
+        # The guest stands: both are asked at once. But what went wrong the source knows.
+        arriving = asyncio.ensure_future(passage.landing.until_it_has_all())
+        try:
+            await self._until_completed()
+            passage.shows = await arriving
+        finally:
+            arriving.cancel()
+            await asyncio.gather(arriving, return_exceptions=True)
+        # It stopped itself after the last look at it: only what was sent tells of that.
+        passage.stopped = passage.stopped or passage.shows in STOPPED_ITSELF
+        await passage.bitmaps.check()
+
+    async def _until_completed(self) -> None:
         try:
             await self._passage.stream.until_completed()
         except DisconnectedError:
             # Without a last word; whether it had sent all the destination knows.
             if not await self._passage.source_has_ended_standing():
                 raise
-        passage = self._passage
-        passage.shows = await passage.landing.until_it_has_all()
-        # It stopped itself after the last look at it: only what was sent tells of that.
-        passage.stopped = passage.stopped or passage.shows in STOPPED_ITSELF
-        await passage.bitmaps.check()
 
     async def _claim(self) -> None:
         """Have the arbiter say where the guest runs."""

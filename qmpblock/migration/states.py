@@ -197,11 +197,11 @@ ORDER: tuple[Planned, ...] = (
     Planned(Move.AWAIT_HELD, reaches=Phase.HELD),
     Planned(Move.SAY_STOPPED),
     Planned(Move.END_MIRRORS, reaches=Phase.ENDED),
-    Planned(Move.UNEXPORT),
-    Planned(Move.CONTINUE, enters=Phase.SENT),
+    Planned(Move.UNEXPORT, enters=Phase.SENT, beside=True),  # the guest stands
+    Planned(Move.CONTINUE),
     Planned(Move.AWAIT_LANDED, reaches=Phase.LANDED),
     Planned(Move.CLAIM_DESTINATION),
-    Planned(Move.MARK, enters=Phase.HANDED, beside=True),  # the guest stands
+    Planned(Move.MARK, enters=Phase.HANDED, beside=True),  # likewise
     Planned(Move.CONT_DESTINATION),
     Planned(Move.FINISH_DESTINATION),
 )

@@ -257,12 +257,10 @@ class Stream:
         await self._vm.monitor.execute("migrate-continue", {"state": "pre-switchover"})
 
     async def until_completed(self) -> None:
-        """Wait until the source says that the destination has all of it.
+        """Wait until the source shows that the destination has all of it. After `until_told`.
 
         :raise Error: it has not: the guest goes on at the source by itself.
         """
-        # Not before it says so: what QEMU is asked it answers between the parts that it sends.
-        await self._until_told()
         while True:
             # In this order: 11.1 says `completed` a moment before it leaves finish-migrate.
             migration, status = await self._vm.monitor.read("query-migrate", "query-status")
@@ -273,10 +271,13 @@ class Stream:
                     return
                 await self._nap(_AT_ONCE)
             else:
-                await self._until_told()
+                await self.until_told()
 
-    async def _until_told(self) -> None:
-        """Wait until QEMU says that it has ended, however; or for no news."""
+    async def until_told(self) -> None:
+        """Wait until QEMU says that it has ended, however; or for no news.
+
+        Not asked meanwhile, for it answers between the parts that it sends.
+        """
         limit = _BY_TURNS if self._vm.monitor.by_turns else _SOON
         with contextlib.suppress(StalledError):
             while True:
