@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence, Set
+from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group
 from qmpblock.copying.frame import check_actives
@@ -282,35 +282,61 @@ class Storage:
         self._may_stay = False
         monitor, left = self._vm.monitor, set(self.jobs)
         asked = (("block-job-cancel", {"device": name}) for name in self.jobs)  # not by force
-        with monitor.subscribe("JOB_STATUS_CHANGE", "BLOCK_JOB_ERROR") as changes:
+        with monitor.subscribe(
+            "BLOCK_JOB_COMPLETED", "BLOCK_JOB_ERROR", "JOB_STATUS_CHANGE"
+        ) as changes:
             for said in await monitor.each(*asked):
                 if isinstance(said, CommandError):
                     raise said
-            while left:
-                await self._until_told(left, changes)
+            self._end_told(left, await self._until_told(left, changes))
+            while left:  # of whatever it has not said, or not how
                 for one in await monitor.execute("query-block-jobs"):  # of all at once
                     name = one["device"]
                     if name in left and one.get("io-status", "ok") != "ok":  # it would never end
                         raise JobError(name, "mirror", "the destination failed a request")
                     if name in left and one.get("status") == "concluded":
                         left.remove(name)
-                        if "error" in one:
-                            raise JobError(name, "mirror", str(one["error"]))
-                        self._note(name, replace(self._seen[name], done=one["offset"]))
+                        self._ended(name, one)
+                if left:
+                    await self._until_told(left, changes)
 
-    async def _until_told(self, left: Set[str], changes: Subscription) -> None:
+    def _end_told(self, left: set[str], told: Mapping[str, Mapping[str, object]]) -> None:
+        """Note those that are said to have ended, and how."""
+        for name in left & told.keys():
+            left.remove(name)
+            self._ended(name, told[name])
+
+    def _ended(self, name: str, how: Mapping[str, Any]) -> None:
+        """Note that one has.
+
+        :param how: QEMU's word of it: a BLOCK_JOB_COMPLETED, or what query-block-jobs says.
+        :raise JobError: it has failed.
+        """
+        if "error" in how:
+            raise JobError(name, "mirror", str(how["error"]))
+        self._note(name, replace(self._seen[name], done=int(how["offset"])))
+
+    async def _until_told(
+        self, left: Set[str], changes: Subscription
+    ) -> dict[str, Mapping[str, Any]]:
         """Wait until all of these are said to have ended, or one to have failed; or for no news.
 
-        To look at every change would take QEMU longer than to end them, and the guest stands.
+        Return what was said of how those ended that have: BLOCK_JOB_COMPLETED comes first. To look
+        at every change would take QEMU longer than to end them, and the guest stands.
         """
+        how: dict[str, Mapping[str, Any]] = {}
         told: set[str] = set()
         with contextlib.suppress(StalledError):
             while not left <= told:
                 said = await changes.get(_LOOK)
+                data = said["data"]
                 if said["event"] == "BLOCK_JOB_ERROR":
-                    return
-                if said["data"].get("status") == "concluded":
-                    told.add(said["data"]["id"])
+                    break
+                if said["event"] == "BLOCK_JOB_COMPLETED":
+                    how[str(data.get("device"))] = data
+                elif data.get("status") == "concluded":
+                    told.add(data["id"])
+        return {name: how[name] for name in told & how.keys()}
 
     async def take_away(self) -> None:
         """Take away the mirrors, which have ended, and all that they lay on, at once.

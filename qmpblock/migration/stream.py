@@ -105,6 +105,7 @@ class Stream:
         self._wire: Relay | Channels | None = None
         self._stopped: float | None = None
         self._stands = False
+        self._said = ""  # by the last event of the migration
         self._moving = Moving()
         self._limit: asyncio.Timeout | None = None
         self._longest = 0.0
@@ -231,6 +232,8 @@ class Stream:
             if not self.stands:
                 self.stands = True  # as long as it says nothing
                 self._count_from_now()
+            if await self._is_held():
+                return
             migration, run = await self._vm.monitor.read("query-migrate", "query-status")
             self._note(migration)
             if run["status"] in STANDS:
@@ -251,6 +254,13 @@ class Stream:
             if moving.hopeless(stall):
                 raise moving.diverging(stall)
             await self._nap(_LOOK)
+
+    async def _is_held(self) -> bool:
+        """Whether QEMU has said so, and shows it; what else there is to know takes it as long."""
+        if self._said != "pre-switchover":
+            return False
+        shown = await self._vm.monitor.execute("query-status")
+        return bool(shown["status"] == "finish-migrate")
 
     async def go_on(self) -> None:
         """Have QEMU send the rest, while the guest stands."""
@@ -330,7 +340,9 @@ class Stream:
     def _hears(self, event: Mapping[str, Any]) -> bool:
         """Take down what comes, as it comes: for a while after STOP QEMU answers to nothing."""
         now = time.monotonic()
-        if event["event"] == "STOP":
+        if event["event"] == "MIGRATION":
+            self._said = str(event.get("data", {}).get("status"))
+        elif event["event"] == "STOP":
             self._stopped = told_at(event)
             self._course.stops(now)
             self.went_on = False
