@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qmpblock.backups.directory import Backups, open_backups
 from qmpblock.backups.imagefile import Proven
 from qmpblock.backups.maker import maker
-from qmpblock.backups.point import Image, Point, images_of
+from qmpblock.backups.point import Image, Point, every_image, images_of
 from qmpblock.copying.meter import Meter
 from qmpblock.copying.partialfile import wrong_header
 from qmpblock.errors import Error, RequestError, printable
@@ -104,7 +104,7 @@ async def check_backups(
     with open_backups(directory) as backups:
         before = _being_made(backups)  # it may be made, or given up, by the end
         unread = tuple(error.message for error in backups.read().values())
-        images = {one.file: Image(point, one) for point in backups.points for one in point.disks}
+        images = every_image(backups.points)
         meter = Meter("digesting", sum(one.backup.length for one in images.values()), progress)
         read = 0
 
@@ -114,7 +114,7 @@ async def check_backups(
             meter.set(read)
 
         faults = {name: await _fault(backups, image, tell, stall) for name, image in images.items()}
-        points = tuple(_checked(backups.points, point, faults) for point in backups.points)
+        points = tuple(_checked(images, point, faults) for point in backups.points)
         known = {point_file(point.when) for point in backups.points} | set(images)
         # By now what was begun may have been made; or another one, from its beginning to its end.
         now, names = _being_made(backups), backups.names()
@@ -178,11 +178,13 @@ async def _fault(
     return None if why is None else f"{image.file}: {why}"
 
 
-def _checked(points: list[Point], point: Point, faults: dict[str, str | None]) -> PointChecked:
+def _checked(
+    images: Mapping[str, Image], point: Point, faults: Mapping[str, str | None]
+) -> PointChecked:
     found: list[str] = []
     for one in point.disks:
         try:
-            chain = images_of(points, one.file)
+            chain = images_of(images, one.file)
         except Error as error:
             found.append(f"{printable(one.disk)}: {error.message}")
             continue

@@ -21,7 +21,7 @@ from qmpblock.backups.decision import (
 )
 from qmpblock.backups.imagefile import first_broken
 from qmpblock.backups.lowerfiles import lower_files
-from qmpblock.backups.point import BackedUpVM, Point, images_of, when_of
+from qmpblock.backups.point import BackedUpVM, Point, every_image, images_of, when_of
 from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.copying.look import look
@@ -158,11 +158,11 @@ def say_none(why: BaseException) -> None:
 
 async def _broken(backups: Backups, seen: Sequence[SeenDisk]) -> dict[str, str]:
     """Return what is wrong with the images that increments could lie on, by their files."""
-    broken = {}
+    broken, every = {}, every_image(backups.points)
     for disk in seen:
         for one in parents_wanted(backups.points, disk):
             try:
-                why = await first_broken(backups, images_of(backups.points, one.file))
+                why = await first_broken(backups, images_of(every, one.file))
             except RequestError as error:
                 why = error.message
             if why is not None:

@@ -22,6 +22,7 @@ __all__ = [
     "Image",
     "LowerFile",
     "Point",
+    "every_image",
     "find_point",
     "image_names",
     "images_of",
@@ -229,27 +230,33 @@ def _check(one: DiskBackup) -> None:
         raise UnreadableError(f"what it says of {one.file} is not possible")
 
 
-def images_of(points: Iterable[Point], file: str) -> tuple[Image, ...]:
+def every_image(points: Iterable[Point]) -> dict[str, Image]:
+    """Return all images of which backups tell, by their names in the directory. Pure."""
+    return {one.file: Image(point, one) for point in points for one in point.disks}
+
+
+def images_of(every: Mapping[str, Image], file: str) -> tuple[Image, ...]:
     """Return an image and those that it lies on, itself first. Pure.
 
-    :param points: all of the directory.
+    :param every: image of the directory (`every_image`).
     :raise RequestError: no backup tells of one of them, or they lie on each other.
     """
-    known = {one.file: Image(point, one) for point in points for one in point.disks}
-    chain: list[Image] = []
-    name: str | None = file
-    while name is not None:
-        if name not in known:
+    chain: dict[str, Image] = {}  # there may be thousands
+    above, name = "", file
+    while True:
+        if name not in every:
             raise RequestError(
                 f"no backup tells of {printable(name)}"
-                + (f", on which {printable(chain[-1].file)} lies" if chain else ""),
+                + (f", on which {printable(above)} lies" if above else ""),
                 remedy="its point file (WHEN.json) is gone: bring it back, or take an older backup",
             )
-        if known[name] in chain:
+        if name in chain:
             raise RequestError(f"{printable(name)} is said to lie on itself")
-        chain.append(known[name])
-        name = known[name].backup.parent
-    return tuple(chain)
+        chain[name] = every[name]
+        parent = every[name].backup.parent
+        if parent is None:
+            return tuple(chain.values())
+        above, name = name, parent
 
 
 def find_point(points: Sequence[Point], at: str | None) -> Point:

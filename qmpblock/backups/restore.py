@@ -15,9 +15,10 @@ import contextlib
 import errno
 import os
 import posixpath
+import resource
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from qmpblock.backups.point import (
     DiskBackup,
     Image,
     Point,
+    every_image,
     find_point,
     images_of,
     nearest_with,
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 __all__ = ["DiskRestored", "Restored", "restore"]
 
 _NONE = "nothing is left of what was being restored"
+_AT_ONCE = 200  # images of a chain; of 400 qemu-img takes half a minute before it copies anything
+_FDS_EACH, _OTHER_FDS = 4, 64  # descriptors: of an image, here and in qemu-img; and of all else
 _HEADER: dict[str, str | int] = {"compat": "1.1", "lazy_refcounts": "off"}
 
 
@@ -126,26 +130,67 @@ class _Target:
         if fmt != "raw":
             contents = await tool.create(fmt, size, _HEADER)
 
-        places = [backups.place(image.file) for image in self.chain]
-        opened: dict[str, int] = {}
+        lengths, done = sum(image.backup.length for image in self.chain), 0
         with ExitStack() as stack:
             with _needed(backups, _NONE):
-                for place, image in zip(places, self.chain, strict=True):
-                    opened[place] = await proven.open(image)
-                    stack.callback(os.close, opened[place])
+                stack.callback(os.close, top := await proven.open(self.chain[0]))
             try:
-                fd = self._fresh(contents, os.fstat(opened[places[0]]), force=force)
+                fd = self._fresh(contents, os.fstat(top), force=force)
                 stack.callback(os.close, fd)
-                target = posixpath.join(str(self.directory.path), self.partial)
-                below = [ImageOfChain(place, "qcow2", size) for place in places[1:]]
-                source = blockdev("qcow2", places[0], below)
-                files = opened | {target: fd}
-                await tool.convert(source, target, fmt, opened=files, progress=tell)
+                for number, part in enumerate(_parts(self.chain)):
+                    length = sum(image.backup.length for image in part)
+
+                    def told(share: float, before: int = done, length: int = length) -> None:
+                        tell((before + share * length) / max(1, lengths))
+
+                    held = {self.chain[0].file: top}
+                    await self._take(
+                        *(tool, fmt, part, held, fd, backups, proven, told),
+                        onto=size if number else None,
+                    )
+                    done += length
                 await asyncio.to_thread(os.fsync, fd)
             except OSError as error:
                 raise self._cannot(error) from None
+
+    async def _take(
+        self,
+        tool: QemuImgConvert,
+        fmt: str,
+        part: Sequence[Image],
+        held: Mapping[str, int],
+        fd: int,
+        backups: Backups,
+        proven: Proven,
+        tell: Callable[[float], None],
+        *,
+        onto: int | None,
+    ) -> None:
+        """Have images that lie on each other be in it, the newest first.
+
+        :param held: descriptors of images that are open, by their files.
+        :param fd: of its file.
+        :param onto: as of `QemuImgConvert.convert`.
+        :raise Error: that cannot be.
+        """
+        size = self.backup.size
+        places = [backups.place(image.file) for image in part]
+        opened: dict[str, int] = {}
+        with ExitStack() as stack:
             with _needed(backups, _NONE):
-                for place, image in zip(places, self.chain, strict=True):
+                for place, image in zip(places, part, strict=True):
+                    if (open_now := held.get(image.file)) is None:
+                        opened[place] = await proven.open(image)
+                        stack.callback(os.close, opened[place])
+                    else:
+                        opened[place] = open_now
+            target = posixpath.join(str(self.directory.path), self.partial)
+            below = [ImageOfChain(place, "qcow2", size) for place in places[1:]]
+            source = blockdev("qcow2", places[0], below)
+            files = opened | {target: fd}
+            await tool.convert(source, target, fmt, opened=files, progress=tell, onto=onto)
+            with _needed(backups, _NONE):
+                for place, image in zip(places, part, strict=True):
                     await proven.check(image, opened[place])  # nobody has written to one meanwhile
 
     def _fresh(self, contents: Contents, like: os.stat_result, *, force: bool) -> int:
@@ -192,6 +237,24 @@ class _Target:
     def _cannot(self, error: OSError) -> Error:
         words = f"cannot make {printable(self.path)}: {error.strerror}"
         return NoRoomError(words) if error.errno == errno.ENOSPC else Error(words)
+
+
+def _parts(chain: Sequence[Image]) -> Iterator[Sequence[Image]]:
+    """Return what of a chain is taken at once, the oldest first.
+
+    To open images that lie on each other takes qemu-img a time that grows by their number's square,
+    and descriptors, of which there may be few. So above so many each is taken by itself.
+
+    :param chain: the newest first.
+    """
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY:
+        most = max(1, (most - _OTHER_FDS) // _FDS_EACH)
+    at_once = _AT_ONCE if most == resource.RLIM_INFINITY else min(_AT_ONCE, most)
+    above, lowest = chain[:-at_once], chain[-at_once:]
+    yield lowest
+    for image in reversed(above):
+        yield (image,)
 
 
 async def restore(
@@ -289,7 +352,7 @@ def _chain(backups: Backups, one: DiskBackup, target: str) -> tuple[Image, ...]:
     :param target: the path that it is to have.
     :raise Error: it cannot be.
     """
-    chain = images_of(backups.points, one.file)
+    chain = images_of(every_image(backups.points), one.file)
     if any(image.backup.encrypted for image in chain):
         check = shell_words(["qmpblock", "backup", "check", backups.path])
         raise UnsupportedError(

@@ -1,6 +1,7 @@
 """What a point file says, read back; which backup somebody means; what files are called."""
 
 import json
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -13,6 +14,7 @@ from oldrecords import BACKUP_POINT
 from qmpblock.backups.point import (
     LowerFile,
     Point,
+    every_image,
     find_point,
     image_names,
     images_of,
@@ -102,13 +104,24 @@ def test_what_no_backup_says_of_a_disk(changed):
 
 
 def test_the_chain_of_an_image():
-    files = [one.file for one in images_of([ONE, TWO], "20261130T120500Z-vd0.qcow2")]
+    files = [one.file for one in images_of(every_image([ONE, TWO]), "20261130T120500Z-vd0.qcow2")]
     assert files == ["20261130T120500Z-vd0.qcow2", "20261130T110500Z-vd0.qcow2"]
+
+
+def test_a_chain_of_thousands():
+    """Hourly increments of half a year: nobody compares each image with all others."""
+    names = [f"{number}.qcow2" for number in range(5000)]
+    parents = [None, *names[:-1]]
+    both = zip(names, parents, strict=True)
+    points = [point(name, [disk("a", name, parent=parent)]) for name, parent in both]
+    every, began = every_image(points), time.process_time()
+    assert [one.file for one in images_of(every, names[-1])] == names[::-1]
+    assert time.process_time() - began < 2
 
 
 def test_a_chain_whose_end_nobody_tells_of():
     with pytest.raises(RequestError, match="no backup tells of 20261130T110500Z-vd0"):
-        images_of([TWO], "20261130T120500Z-vd0.qcow2")
+        images_of(every_image([TWO]), "20261130T120500Z-vd0.qcow2")
 
 
 def test_a_chain_without_an_end():
@@ -116,7 +129,7 @@ def test_a_chain_without_an_end():
         "x", [disk("a", "a.qcow2", parent="b.qcow2"), disk("b", "b.qcow2", parent="a.qcow2")]
     )
     with pytest.raises(RequestError, match="lie on itself"):
-        images_of([loop], "a.qcow2")
+        images_of(every_image([loop]), "a.qcow2")
 
 
 @pytest.mark.parametrize(

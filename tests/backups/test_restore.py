@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import resource
 import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -92,6 +94,39 @@ async def test_it_is_what_the_backup_is(place, tmp_path):
     made = await restore(place, tmp_path / "to")
     assert (tmp_path / "to" / "vd0.raw").read_bytes() == WHOLE
     assert made.disks[0].images == (ABOVE, FULL)
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+@pytest.mark.parametrize("few", ["images", "descriptors"])
+async def test_a_chain_that_is_not_taken_at_once(few, fmt, tmp_path, monkeypatch):
+    """Data, zeros and what nobody wrote, of each image over all that lie below it."""
+    place, names = (
+        tmp_path / "backups",
+        [f"20261130T0{number}0000Z-vd0.qcow2" for number in range(9)],
+    )
+    place.mkdir()
+    for number, name in enumerate(names):
+        below = names[number - 1] if number else None
+        image(place / name, number + 1, f"{300 * number}k", below)
+        zeros = f"write -q -z {300 * number - 128}k 128k" if number % 3 else "discard -q 3M 64k"
+        run("qemu-io", "-f", "qcow2", "-c", f"write -q -P {number + 1} 3M 64k", place / name)
+        run("qemu-io", "-f", "qcow2", "-c", zeros, place / name)
+        one = replace(told(place, name, below), format=fmt)
+        made = replace(point(name[:16], [one]), number=number + 1)
+        (place / f"{made.when}.json").write_text(json.dumps(made.as_json()))
+    whole = tmp_path / "whole.raw"
+    run("qemu-img", "convert", "-f", "qcow2", "-O", "raw", place / names[-1], whole)
+    if few == "images":
+        monkeypatch.setattr(sys.modules[restore.__module__], "_AT_ONCE", 3)
+    else:
+        low = (64 + 4 * 2 + 3, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        monkeypatch.setattr(resource, "getrlimit", lambda _: low)
+    seen = []
+    await restore(place, tmp_path / "restored", progress=seen.append)
+    target = tmp_path / "restored" / f"vd0.{fmt}"
+    run("qemu-img", "compare", "-f", fmt, "-F", "raw", target, whole)
+    done = [one.done for one in seen if one.phase == "restoring"]
+    assert (done, done[-1]) == (sorted(done), SIZE)
 
 
 @pytest.mark.parametrize("name", [FULL, ABOVE])

@@ -23,7 +23,13 @@ import numpy as np
 from fuzz.source import Source, disturbed, words_of
 from qmpblock.backups.directory import open_backups
 from qmpblock.backups.imagefile import why_changed
-from qmpblock.backups.point import find_point, image_names, images_of, restored_names
+from qmpblock.backups.point import (
+    every_image,
+    find_point,
+    image_names,
+    images_of,
+    restored_names,
+)
 from qmpblock.changes.journal import Journal
 from qmpblock.changes.journalfile import JournalFile
 from qmpblock.changes.operations import read_record
@@ -319,7 +325,7 @@ def backup_point(data: bytes) -> None:
                 find_point(backups.points, "2026-11-30T12:00Z")
                 for one in point.disks:
                     point.disk(one.disk)
-                    for image in images_of(backups.points, one.file):
+                    for image in images_of(every_image(backups.points), one.file):
                         why_changed(backups, image)
         assert [path.name for path in place.iterdir()] == [f"{_WHEN}.json"]
 
