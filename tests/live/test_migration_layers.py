@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from chains import cli
-from disturbed import nothing_of_ours
+from disturbed import nothing_of_ours, writes_on
 from jsonschema import Draft202012Validator
 from migrating import MIB, arrived, migrated, stays, stressed
 
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import GraphError, UnsupportedError
+from qmpblock.qemu.monitor import Monitor
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -24,7 +25,7 @@ SCHEMAS = {
 CHAIN = (
     "about: A chain.\ndisks:\n  - {name: d0, images: [{size: 48M, content: [write 0 12M 0xaa]}, "
     "{size: 64M, content: [zero 8M 2M, write 10M 1M 0xbb, zero 48M 1M]}], "
-    "attach: {device: DEVICE, iothread: THREAD}}\n"
+    "attach: {device: DEVICE, iothread: THREAD, filters: [FILTERS]}}\n"
 )
 
 
@@ -32,8 +33,9 @@ CHAIN = (
 def begin(start_qemu, vm_dir, qemu_binary):
     """Give what starts a source whose guest writes to its disk, a chain of two images."""
 
-    async def start(device="virtio-blk", iothread="none", **options):
+    async def start(device="virtio-blk", iothread="none", filters="", **options):
         text = CHAIN.replace("DEVICE", device).replace("THREAD", iothread)
+        text = text.replace("FILTERS", filters)
         tools = Tools.of(qemu_binary)
         built = await build(parse_scenario(text, "source"), vm_dir / "source", tools)
         return await stressed(await start_qemu(built, guest=True, **options), 100)
@@ -164,3 +166,44 @@ async def test_an_image_of_the_source_is_not_copied_to(begin, start_qemu, invari
     with pytest.raises(UnsupportedError, match="which a disk of the source is in"):
         await migrated(source, destination)
     await stays(source, invariant)
+
+
+async def snapshot(vm, directory):
+    """Have somebody take a snapshot of the disk."""
+    tools, below = Tools.of(vm.command[0]), vm.disks[0].active
+    path = directory / "theirs.qcow2"
+    form = ["-b", str(below.path), "-F", below.spec.format]
+    await tools.run(tools.img, "create", "-q", "-f", "qcow2", *form, str(path))
+    file = {"driver": "file", "filename": str(path)}
+    node = {"driver": "qcow2", "node-name": "theirs", "file": file, "backing": None}
+    await vm.execute("blockdev-add", **node)
+    await vm.execute("blockdev-snapshot", node="d0", overlay="theirs")
+
+
+async def test_the_active_layer_is_the_one_that_was_meant(
+    begin, land, invariant, vm_dir, monkeypatch
+):
+    """Of a snapshot in the last moment, below a filter, QEMU copies that alone: no error (K46)."""
+    source = await begin(filters="throttle")
+    invariant.forget(source)  # it has another active layer in the end
+    destination = await land(source)
+    destination.expect_exit()
+    execute, struck = Monitor.execute, []
+
+    async def strike(self, command, *arguments):
+        if command == "blockdev-mirror":
+            struck.append(await snapshot(source, vm_dir))
+        return await execute(self, command, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "execute", strike)
+        with pytest.raises(GraphError, match="somebody took a snapshot"):
+            await migrated(source, destination, layers="top")
+    assert len(struck) == 1
+    assert (await source.execute("query-status"))["status"] == "running"
+    await writes_on(source.guest)
+    await nothing_of_ours(source)
+    assert await source.execute("query-jobs") == []
+    end = await source.guest.stop_stress()
+    assert (end.bad, end.errors) == (0, 0)
+    assert await source.guest.check() > 0
