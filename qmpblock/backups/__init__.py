@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qmpblock.backups.check import BackupsChecked, PointChecked, UnderWay, check_backups
 from qmpblock.backups.directory import read_points
-from qmpblock.backups.point import BackedUpVM, DiskBackup, Point
+from qmpblock.backups.point import BackedUpVM, DiskBackup, LowerFile, Point
 from qmpblock.backups.restore import DiskRestored, Restored, restore
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "BackupsChecked",
     "DiskBackup",
     "DiskRestored",
+    "LowerFile",
     "Point",
     "PointChecked",
     "Restored",

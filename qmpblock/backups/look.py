@@ -99,10 +99,11 @@ async def drafted(
 async def see(vm: Connection, disks: Sequence[MappedDisk]) -> list[SeenDisk]:
     """See how disks are now, and what they lie on."""
     graph = await vm.graph()
-    files = OpenFiles(vm.monitor.peer_pid)
     for disk in disks:
         disk.device = graph.device(disk.device.qom_path)
-    return [SeenDisk.of(one, lower_files(graph, one, files)) for one in (d.device for d in disks)]
+    devices = [disk.device for disk in disks]
+    lower = lower_files(graph, devices, OpenFiles(vm.monitor.peer_pid))
+    return [SeenDisk.of(device, files) for device, files in zip(devices, lower, strict=True)]
 
 
 async def decided(

@@ -12,7 +12,7 @@ the place of one. So a backup notes what lies below, and the next one compares:
   (a stream, a commit of lower layers, a migration), and the guest saw nothing of it.
 
 What can be seen nowhere, as an image on another host, or of which nothing tells whether it is
-written to, as a block device, is taken for what it was.
+written to, as a block device, is taken for what it was as long as it is opened as the same.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _why(was: LowerFile, now: LowerFile) -> str | None:
             "the last backup was made, and the VM has opened it anew since"
         )
     if was.told == UNSEEN:
-        return None
+        return _otherwise(was, now)
     if now.told == UNSEEN:
         return (
             f"whether the backing image {name} was changed since the last backup cannot be seen "
@@ -91,12 +91,17 @@ def _why(was: LowerFile, now: LowerFile) -> str | None:
                 f"the disk lies on {name} now, and lay on {printable(was.file)} at the last backup"
             )
         return f"the backing image {name} is another file than it was at the last backup"
-    if _opened(was) != _opened(now):
-        return (
-            f"the backing image {name} is opened as {_shape(now)} now, and was as {_shape(was)} at "
-            "the last backup"
-        )
-    return _changed(now) if _written(was, now) else None
+    return _otherwise(was, now) or (_changed(now) if _written(was, now) else None)
+
+
+def _otherwise(was: LowerFile, now: LowerFile) -> str | None:
+    """Say how the layer is opened that a file is of, where that is not as it was."""
+    if _opened(was) == _opened(now):
+        return None
+    return (
+        f"the backing image {printable(now.file)} is opened as {_shape(now)} now, and was as "
+        f"{_shape(was)} at the last backup"
+    )
 
 
 def _changed(one: LowerFile) -> str:

@@ -26,7 +26,7 @@ OPEN = (False, True)
         ([replace(one, file=f"/elsewhere/{one.file}") for one in WAS], WAS),  # a name is none
         ((HIDDEN,), (HIDDEN,)),
         ((HIDDEN,), (replace(HIDDEN, file="nbd+unix:///?socket=x"),)),
-        ((HIDDEN,), (BASE,)),  # nobody could see what it was
+        ((HIDDEN,), (replace(BASE, size=HIDDEN.size),)),  # nobody could see what it was
     ],
 )
 def test_what_it_was(was, now, stayed_open):
@@ -57,6 +57,12 @@ def test_a_file_that_was_written_to(change, stayed_open):
         (WAS, (MIDDLE, replace(BASE, format="qcow2")), "is opened as qcow2 of 1048576 bytes now"),
         (WAS, (MIDDLE, replace(BASE, offset=512)), "of 1048576 bytes, from byte 512 now, and"),
         (WAS, (MIDDLE, replace(BASE, size=512)), "is opened as raw of 512 bytes now"),
+        (
+            (HIDDEN,),
+            (replace(HIDDEN, size=512),),
+            "opened as raw of 512 bytes now, and was as raw",
+        ),
+        ((HIDDEN,), (replace(BASE, format="qcow2"),), "is opened as qcow2 of 1048576 bytes now"),
         (WAS, (MIDDLE, HIDDEN), "whether the backing image nbd://host/base was changed since"),
         (WAS, (MIDDLE, GONE), "the name of the backing image /i/base.raw leads to no file that"),
         ((MIDDLE, GONE), WAS, "/i/base.raw had been replaced, renamed or removed when the last"),

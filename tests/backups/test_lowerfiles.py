@@ -9,16 +9,21 @@ from qmpblock.graph.places import FileId, Missing, Place
 
 
 class Files:
-    """What a VM has open, by the names of nodes."""
+    """What a VM has open, by the names of nodes; `count`: descriptors of each."""
 
-    def __init__(self, paths, missing=()):
-        self.paths, self.missing = paths, dict(missing)
+    def __init__(self, paths, missing=(), count=1):
+        self.paths, self.missing, self.count = paths, dict(missing), count
 
-    def place(self, node):
-        if node.name in self.missing:
-            return self.missing[node.name]
-        path = str(self.paths[node.name])
-        return Place(FileId.of(os.stat(path)), path, path, path)
+    def places(self, nodes):
+        found = dict(self.missing)
+        for one in nodes:
+            if one.name in self.paths:
+                path = str(self.paths[one.name])
+                found[one.name] = Place(FileId.of(os.stat(path)), path, path, path)
+        return found
+
+    def descriptors(self, file):
+        return list(range(self.count))
 
     def status(self, file):
         every = [os.stat(path) for path in self.paths.values()]
@@ -53,7 +58,7 @@ def test_all_that_a_layer_is_in(tmp_path):
     for one in storage:
         (tmp_path / one.name).write_bytes(b"x")
     paths = {one.name: tmp_path / one.name for one in storage}
-    found = lower_files(graph, disk, Files(paths))
+    [found] = lower_files(graph, [disk], Files(paths))
     assert [one.file for one in found] == ["/i/d1", "/i/s1", "/i/e0", "/i/e1", "/i/s2"]
     assert [one.format for one in found] == ["qcow2", "qcow2", "vmdk", "vmdk", "vmdk"]
     status = paths["d1"].stat()
@@ -67,7 +72,7 @@ def test_a_part_of_a_file(tmp_path):
     base = Node("base", "raw", part, 4096, True, children=(Edge("file", "s"),))
     graph, disk = device(node("top", "qcow2"), base, storage=[node("s")])
     (tmp_path / "s").write_bytes(b"x")
-    [one] = lower_files(graph, disk, Files({"s": tmp_path / "s"}))
+    [[one]] = lower_files(graph, [disk], Files({"s": tmp_path / "s"}))
     assert (one.offset, one.file) == (512, "/i/s")
 
 
@@ -83,6 +88,21 @@ def test_what_cannot_be_seen():
         "device": Place(FileId(7, None), "/dev/x", "/dev/x", "/dev/x"),
         "nbd": Missing("is no file of this host (its driver is nbd)"),
     }
-    found = lower_files(graph, disk, Files({}, missing))
+    [found] = lower_files(graph, [disk], Files({}, missing))
     assert [one.told for one in found] == [UNSEEN, ELSEWHERE, UNSEEN, UNSEEN]
     assert {(one.length, one.modified, one.inode) for one in found} == {(0, 0, 0)}
+
+
+def test_a_file_to_which_another_name_leads_now(tmp_path):
+    """By two nodes, of which QEMU opened one for it: which, nobody can tell."""
+    graph, disk = device(
+        node("top", "qcow2"),
+        node("middle", "raw", [("file", "s0")]),
+        node("base", "raw", [("file", "s1")]),
+        storage=[node("s0"), node("s1")],
+    )
+    (tmp_path / "s").write_bytes(b"x")
+    paths = dict.fromkeys(("s0", "s1"), tmp_path / "s")
+    for count, told in ((1, ELSEWHERE), (2, SEEN)):
+        [found] = lower_files(graph, [disk], Files(paths, count=count))
+        assert [one.told for one in found] == [told, told]

@@ -28,6 +28,7 @@ class Images:
     def __init__(self, start, directory, place):
         self.start, self.directory, self.place = start, directory, place
         self.vm = None
+        self.extra = ["-name", "web"]
 
     async def img(self, *words):
         code, out = await ran("qemu-img", *words)
@@ -65,13 +66,13 @@ class Images:
             nodes.insert(0, {"driver": "qcow2", "node-name": "below", **below})
         given = [word for node in nodes for word in ("-blockdev", json.dumps(node))]
         device = {"driver": "virtio-blk-pci", "drive": "d0", "id": "vd0"}
-        self.vm = await self.start([], extra=[*given, "-device", json.dumps(device)])
+        self.vm = await self.start([], extra=[*given, "-device", json.dumps(device), *self.extra])
         return self.vm
 
     async def backup(self, **options):
         """Back it up, as a look before says; return what the point file says of it."""
         async with qmpblock.connect(self.vm.monitor_path) as controller:
-            disks = await controller.disks()
+            disks = [await controller.disk("vd0")]
             [planned] = (await controller.plan_backup(self.place, disks, **options)).disks
             async with controller.backup(self.place, disks, **options) as job:
                 pass
@@ -442,3 +443,73 @@ async def test_a_base_on_a_device(images):
         one = await images.backup()
         assert one.kind == "incremental"
         await images.check(one)
+
+
+async def test_a_link_that_leads_to_what_another_disk_lies_on(images):
+    """While the VM is on, and has both open: the name leads to a file that it has open, too."""
+    for number in (1, 2):
+        await images.make(f"v{number}.qcow2", fill=number)
+    link = images.directory / "golden.qcow2"
+    link.symlink_to("v1.qcow2")
+    await images.make("top.qcow2", on=("golden.qcow2", "qcow2"))
+    other = await images.make("other.qcow2", on=("v2.qcow2", "qcow2"))
+    file = {"driver": "file", "filename": str(other)}
+    second = {"driver": "virtio-blk-pci", "drive": "d1", "id": "vd1"}
+    node = {"driver": "qcow2", "node-name": "d1", "file": file}
+    images.extra = ["-blockdev", json.dumps(node), "-device", json.dumps(second)]
+    await images.begin()
+    await images.backup()
+    link.unlink()
+    link.symlink_to("v2.qcow2")
+    one = await images.backup()
+    assert (one.kind, [file.told for file in one.lower]) == ("incremental", ["elsewhere"])
+    await images.begin()
+    one = await images.backup()
+    assert "golden.qcow2 had been replaced" in one.reason
+    await images.check(one)
+
+
+async def test_a_disk_that_has_gone_over_to_a_copy(images):
+    """Over the same backing image: what was noted of the old chain is of no use, nor used."""
+    await images.chain()
+    vm = await images.begin()
+    await images.backup()
+    copied = images.directory / "copy.qcow2"
+    code, _, err = await cli("copy", vm.monitor_path, "vd0", copied, "--pivot", "--layers", "top")
+    assert (code, "stays with" in err) == (4, True)
+    await images.other(3)
+    assert (await images.backup()).kind == "full"
+    await images.other(4)
+    assert (await images.backup()).kind == "incremental"
+    await images.begin(copied.name)
+    await images.other(5)
+    one = await images.backup()
+    assert (one.kind, [file.told for file in one.lower]) == ("incremental", ["seen", "seen"])
+    await images.check(one)
+
+
+@pytest.mark.parametrize("name", ["file", "./a:b/base.qcow2", "json"])
+async def test_names_of_a_base(name, images):
+    """However a header names it, it is the file that QEMU has open."""
+    base = await images.make("base.qcow2", fill=1)
+    if name.startswith("./"):
+        (images.directory / "a:b").mkdir()
+        base = base.rename(images.directory / name)
+    if name == "file":
+        name = f"file:{base}"
+    if name == "json":
+        file = {"driver": "file", "filename": str(base), "locking": "off"}
+        name = "json:" + json.dumps({"driver": "qcow2", "file": file})
+    await images.make("top.qcow2", on=(name, "qcow2"))
+    await images.begin()
+    one = await images.backup()
+    assert [file.told for file in one.lower] == ["seen"]
+    await images.begin()
+    assert (await images.backup()).kind == "incremental"
+    await images.vm.quit()
+    images.vm = None
+    await images.write(base, 5)
+    await images.begin()
+    one = await images.backup()
+    assert "base.qcow2 was changed since the last backup" in one.reason
+    await images.check(one)
