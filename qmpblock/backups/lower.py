@@ -53,8 +53,10 @@ def why_changed(
 
 
 def _same_file(was: LowerFile, now: LowerFile) -> bool:
-    """Whether both are known to be one file, opened as the same."""
-    return was.told == now.told == SEEN and was.inode == now.inode and _opened(was) == _opened(now)
+    """Whether both are one file, or neither can be seen, and are opened as the same."""
+    if was.told != now.told or now.told == ELSEWHERE:
+        return False
+    return was.inode == now.inode and _opened(was) == _opened(now)
 
 
 def _opened(one: LowerFile) -> tuple[str, int, int]:
@@ -70,8 +72,8 @@ def _why(was: LowerFile, now: LowerFile) -> str | None:
     name = printable(now.file)
     if now.told == ELSEWHERE:
         return (
-            f"the name of the backing image {name} leads to no file that the VM has open, so "
-            "nobody can tell whether it is what it was at the last backup"
+            f"the backing image {name} was replaced, renamed or removed since the VM opened it, so "
+            "nobody can tell whether that is what it was at the last backup"
         )
     if was.told == ELSEWHERE:
         return (

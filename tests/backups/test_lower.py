@@ -41,6 +41,13 @@ def test_a_file_that_was_written_to(change, stayed_open):
     assert why == "the backing image /i/base.raw was changed since the last backup"
 
 
+@pytest.mark.parametrize("stayed_open", OPEN)
+def test_a_file_that_was_written_to_over_one_that_cannot_be_seen(stayed_open):
+    now = (replace(MIDDLE, modified=6), HIDDEN)
+    why = why_changed((MIDDLE, HIDDEN), now, stayed_open=stayed_open)
+    assert why == "the backing image /i/middle.qcow2 was changed since the last backup"
+
+
 @pytest.mark.parametrize(
     ("was", "now", "said"),
     [
@@ -64,9 +71,17 @@ def test_a_file_that_was_written_to(change, stayed_open):
         ),
         ((HIDDEN,), (replace(BASE, format="qcow2"),), "is opened as qcow2 of 1048576 bytes now"),
         (WAS, (MIDDLE, HIDDEN), "whether the backing image nbd://host/base was changed since"),
-        (WAS, (MIDDLE, GONE), "the name of the backing image /i/base.raw leads to no file that"),
+        (
+            WAS,
+            (MIDDLE, GONE),
+            "the backing image /i/base.raw was replaced, renamed or removed since",
+        ),
         ((MIDDLE, GONE), WAS, "/i/base.raw had been replaced, renamed or removed when the last"),
-        ((GONE,), (GONE,), "the name of the backing image"),
+        (
+            (GONE,),
+            (GONE,),
+            "was replaced, renamed or removed since the VM opened it, so",
+        ),
         (WAS, (replace(BASE, format="luks"), MIDDLE), "the disk lies on /i/base.raw now"),
     ],
 )

@@ -46,6 +46,7 @@ SHARES = {
     "test_backup_decisions": 0.34,
     "test_backup_edges::test_an_encrypted_disk": 0.5,
     "test_backup_kills": 0.34,
+    "test_backup_lower": 0.34,
     "test_between": 0.2,
     "test_chains": 0.03,
     "test_commands::test_a_closed_image_maps_as_qemu_img_says": 0.13,
