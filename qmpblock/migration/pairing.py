@@ -10,6 +10,7 @@ from qmpblock.errors import UNTOUCHED, UnsupportedError
 from qmpblock.migration.compare import compare, pairs
 from qmpblock.migration.describe import describe, machine_types
 from qmpblock.migration.diskterms import DiskTerms
+from qmpblock.migration.room import find_room
 from qmpblock.names import blocker_name, is_of_run
 
 if TYPE_CHECKING:
@@ -43,14 +44,21 @@ async def check_pairing(
 ) -> Pairing:
     """Refuse a migration of which something would come to light only later; nothing is touched.
 
+    Of a pair that fits otherwise the source's disks are mapped, where the destination could be
+    short of room.
+
     :param terms: what is done with the disks; None: they are copied, with all their layers.
     :param graphs: the block graphs of both, where they have just been read.
     :param resumed: the run of an attempt before that is gone on with: what it left is none's harm.
     :raise UnsupportedError: the two ends do not fit; says all that does not.
     """
+    terms = DiskTerms() if terms is None else terms
     here, there = await describe_both(source, destination, graphs)
     found = compare(_without(here, resumed) if resumed else here, there, terms)
+    written = written_disks(here, there)
     refused = [one for one in found if one.refused]
+    if terms.copies and not refused:
+        refused = list(await find_room(source, written, terms, graphs[0]))
     if refused:
         raise UnsupportedError(
             "the destination does not fit the source:\n"
@@ -59,7 +67,7 @@ async def check_pairing(
             remedy="; ".join(dict.fromkeys(one.kind.remedy for one in refused)),
         )
     return Pairing(
-        tuple((one.path, other.path) for one, other in written_disks(here, there)),
+        tuple((one.path, other.path) for one, other in written),
         tuple(f"{one.what}: {one.kind.otherwise}" for one in found),
     )
 

@@ -7,13 +7,10 @@ first, and costs nobody a second; only a pair that fits is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qmpblock.errors import BusyError, Error, NBDError, UnsupportedError, printable
-from qmpblock.host.space import HostSpace
-from qmpblock.mapping import MappedDisk
+from qmpblock.errors import Error, printable
 from qmpblock.migration.compare import Finding, compare
 from qmpblock.migration.diskterms import Allocation, DiskTerms, Layers
 from qmpblock.migration.likeness import check_likeness, reserved_zeros
@@ -24,11 +21,10 @@ from qmpblock.migration.predict import (
     HAND_OVER,
     Load,
     Prediction,
-    Room,
     WireSpeed,
-    lacking,
     predict,
 )
+from qmpblock.migration.room import data_of, without_room
 from qmpblock.migration.settings import (
     THERE,
     Preset,
@@ -41,7 +37,6 @@ from qmpblock.migration.way import check_seen, way_over
 from qmpblock.migration.wirespeed import measure_wire
 
 if TYPE_CHECKING:
-    from qmpblock.graph.model import DiskDevice
     from qmpblock.migration.machine import GuestDisk
     from qmpblock.migration.over import Over
     from qmpblock.qemu.connection import Connection
@@ -178,7 +173,7 @@ async def plan_migration(
             zeros = await reserved_zeros(source, devices[one.name], top=one.name in top)
             check_likeness(destination, arriving[other.name], zeros)
     data = {
-        one.name: await _data(source, devices[one.name], top=one.name in top) for one, _ in wanted
+        one.name: await data_of(source, devices[one.name], top=one.name in top) for one, _ in wanted
     }
     full = terms.allocation == "full"
     room = {one.name: one.size if full else data[one.name] for one, _ in wanted}
@@ -187,7 +182,7 @@ async def plan_migration(
         plan,
         wire=wire,
         unmeasured=why,
-        findings=(*(Finding("room", text) for text in lacking(list(_rooms(wanted, room)))), *found),
+        findings=(*without_room(wanted, room), *found),
         disks=tuple(
             replace(
                 _disk(one, other, data[one.name], load),
@@ -234,31 +229,7 @@ async def _wire(
         return None, printable(error)
 
 
-async def _data(source: Connection, device: DiskDevice, *, top: bool) -> int | None:
-    """Return how much of a disk is data; `top`: of its active layer alone."""
-    try:
-        seen = await MappedDisk(source, device).map()
-        return seen.where(present=True, zero=False, depth=0 if top else None).total
-    except (BusyError, NBDError, UnsupportedError):
-        return None
-
-
 def _disk(here: GuestDisk, there: GuestDisk, data: int | None, load: Load) -> PlannedDisk:
     assert here.size is not None  # `pairs` leaves empty drives out
     written = load.disks.get(here.name, 0.0)
     return PlannedDisk(here.name, here.file, there.file, here.size, data, written)
-
-
-def _rooms(
-    wanted: Iterable[tuple[GuestDisk, GuestDisk]], data: dict[str, int | None]
-) -> Iterable[Room]:
-    """Say what the images at the destination need, where these are on this host.
-
-    :param data: bytes that are to have host space; None: all.
-    """
-    for here, there in wanted:
-        if there.here:
-            space = HostSpace.of(there.here)
-            needed = data[here.name]
-            needed = (here.size or 0) if needed is None else needed
-            yield Room(there.file, space.device, needed, space.free)
