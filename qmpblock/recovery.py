@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import undisturbed
@@ -22,6 +23,7 @@ from qmpblock.qemu.lock import Holder
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.job import Progress
 
 __all__ = ["Recovery", "recover"]
 
@@ -32,9 +34,10 @@ async def recover(
     *,
     dry_run: bool = False,
     tell: Callable[[str, Step], None] | None = None,
+    progress: Callable[[str, Progress], None] | None = None,
 ) -> list[Recovery]:
     """Undo, or carry on, what controllers that died left in a VM. See `VM.recover`."""
-    continued = _carry_on if choice is Choice.CONTINUE else None
+    continued = partial(_carry_on, progress=progress) if choice is Choice.CONTINUE else None
     recoveries = await clear(vm, dry_run=dry_run, tell=tell, carry_on=continued)
     recoveries += await recover_stranded(vm, dry_run=dry_run, tell=tell)
     await check_manager_knows(vm)
@@ -42,7 +45,12 @@ async def recover(
 
 
 async def _carry_on(
-    vm: Connection, holder: Holder, record: Record, note: Callable[[Step], None]
+    vm: Connection,
+    holder: Holder,
+    record: Record,
+    note: Callable[[Step], None],
+    *,
+    progress: Callable[[str, Progress], None] | None,
 ) -> bool:
     """Take a dead controller's change over, and bring it to its end."""
     journal = find(record, await identify(vm))
@@ -53,7 +61,8 @@ async def _carry_on(
         return False
     if record.job:
         note(Step("follow", record.job, "it is carried on to its end"))
-        await carry_on(vm, change)
+        what = record.describe()
+        await carry_on(vm, change, None if progress is None else partial(progress, what))
     else:
         await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE, note))
         await undisturbed(change.end())

@@ -380,6 +380,7 @@ class VM(Connection):
         carry_on: bool = False,
         dry_run: bool = False,
         tell: Callable[[str, Step], None] | None = None,
+        progress: Callable[[str, Progress], None] | None = None,
     ) -> list[Recovery]:
         """Undo, or carry on, what controllers that died left in this VM. Idempotent.
 
@@ -389,6 +390,7 @@ class VM(Connection):
         :param carry_on: follow jobs to their end instead of cancelling them.
         :param dry_run: only say what is to be done.
         :param tell: is called before each step, with what it belongs to.
+        :param progress: is told how far each job is that is carried on, with what it is.
         :raise BusyError: of some controller it cannot be told whether it lives; all else is
             recovered.
         :raise GraphError: the manager that lends the monitor takes another image for the active one
@@ -398,7 +400,7 @@ class VM(Connection):
         from qmpblock.recovery import recover
 
         choice = Choice.CONTINUE if carry_on else Choice.UNDO
-        return await recover(self, choice, dry_run=dry_run, tell=tell)
+        return await recover(self, choice, dry_run=dry_run, tell=tell, progress=progress)
 
 
 class Disk(MappedDisk):

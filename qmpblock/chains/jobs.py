@@ -18,7 +18,7 @@ Both are one `Change` around one QEMU job that waits for us before its end::
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -367,9 +367,14 @@ def _or_undo(change: Change[Record]) -> AbstractAsyncContextManager[None]:
     )
 
 
-async def carry_on(vm: Connection, change: Change[Record]) -> Progress | None:
+async def carry_on(
+    vm: Connection,
+    change: Change[Record],
+    progress: Callable[[Progress], None] | None = None,
+) -> Progress | None:
     """Carry a dead controller's stream or commit on to its end; the change is ended then.
 
+    :param progress: is told what is seen of the job.
     :return: how the job was last seen; None where its end had come already.
     :raise JobError: QEMU's verdict is a failure; the change was undone.
     """
@@ -382,7 +387,9 @@ async def carry_on(vm: Connection, change: Change[Record]) -> Progress | None:
             if known is not None and known.status != "concluded":
                 job.complete()
                 device = device_of(record, graph)
-                await drive(vm, record, change.journal, job, device, held=change.held)
+                await drive(
+                    vm, record, change.journal, job, device, held=change.held, progress=progress
+                )
             elif known is not None and known.error is not None:
                 raise JobError(job.id, job.type, known.error)
             await undisturbed(settle(vm, record, change.journal, Choice.CONTINUE))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -68,6 +68,7 @@ async def drive(
     throttle_guest: int = 0,
     held: bool = True,
     crowded: str = "",
+    progress: Callable[[Progress], None] | None = None,
 ) -> None:
     """Follow a job to its end, doing what is ours to do on the way.
 
@@ -79,6 +80,7 @@ async def drive(
         Where it does not, a migration that begins ends the job: it would write on where the
         images have gone.
     :param crowded: what is said, once, where the job waits for room and nobody shows that.
+    :param progress: is told what is seen of it.
     :raise JobError: QEMU's verdict is a failure.
     :raise UnsupportedError: a migration began.
     """
@@ -86,6 +88,8 @@ async def drive(
         driven = _Driven(vm, record, journal, job, device, throttle_guest, held, alone)
         last: Progress | None = None
         async for last in job.follow(converging=vm.stall):
+            if progress is not None:
+                progress(last)
             if crowded and last.phase == "waiting for room":
                 _log.warning("%s", crowded)
                 crowded = ""

@@ -93,9 +93,14 @@ async def command(
     ./list.
     """
     if address in ("list", "check"):
-        if names or kind or dry_run or metrics or unmanaged or any(words.values()):
+        if names or kind or dry_run or unmanaged or any(words.values()):
             raise click.UsageError(f"backup {address} takes the directory alone")
-        return await (_list if address == "list" else _check)(options, directory)
+        if address == "list":
+            if metrics is not None:
+                raise click.UsageError("backup list takes the directory alone: it is no long work")
+            return await _list(options, directory)
+        with recording(metrics) as recorder:
+            return await _check(options, directory, recorder)
     if metrics is not None and dry_run:
         raise click.UsageError("--metrics is of a backup that is made")
     with recording(metrics) as recorder:
@@ -168,10 +173,12 @@ async def _list(options: Options, directory: str) -> int:
     return 0
 
 
-async def _check(options: Options, directory: str) -> int:
+async def _check(options: Options, directory: str, recorder: Recorder) -> int:
     from qmpblock.backups import check_backups
 
-    with reporting(f"check of {directory}") as show:
+    what = f"check of {directory}"
+    with reporting(what) as show:
+        show = recorder.also(show, "", what)
         found = await check_backups(directory, progress=show, stall=options.stall)
     if options.json:
         emit(json.dumps(checked_document(found), indent=2) + "\n")

@@ -211,51 +211,53 @@ async def command(
     place = str(Path(directory).absolute())
     how: dict[str, Any] = {"qemu": qemu, "format": fmt, "layers": terms.layers}
     how["preallocated"] = terms.allocation == "full"
-    async with options.connect(source) as here:
-        if form == "spawn":
-            from qmpblock.migration.spawn import spawn
+    with recording(metrics) as recorder:
+        async with options.connect(source) as here:
+            if form == "spawn":
+                from qmpblock.migration.spawn import spawn
 
-            started = await spawn(here, place, **how)
-            warn(started.notes)
-            emit(
-                json.dumps(asdict(started), indent=2) + "\n"
-                if options.json
-                else f"{printable(started.monitor)}\n"
-            )
-            return 0
-        if form == "command-line":
-            from qmpblock.migration.launch import launch
-            from qmpblock.migration.origin import read_origin
+                started = await spawn(here, place, **how)
+                warn(started.notes)
+                emit(
+                    json.dumps(asdict(started), indent=2) + "\n"
+                    if options.json
+                    else f"{printable(started.monitor)}\n"
+                )
+                return 0
+            if form == "command-line":
+                from qmpblock.migration.launch import launch
+                from qmpblock.migration.origin import read_origin
 
-            origin = await read_origin(here)
-            plan = launch(origin, directory=place, sockets=place, **how)
-            emit(json.dumps(asdict(plan), indent=2) + "\n" if options.json else _written(plan))
-            warn((*(f"to be added: {one}" for one in plan.missing), *plan.notes))
-            return WARNED if plan.missing or plan.notes else 0
-        from qmpblock.migration.managed import ask_manager
-        from qmpblock.migration.rehearsal import plan_migration
+                origin = await read_origin(here)
+                plan = launch(origin, directory=place, sockets=place, **how)
+                emit(json.dumps(asdict(plan), indent=2) + "\n" if options.json else _written(plan))
+                warn((*(f"to be added: {one}" for one in plan.missing), *plan.notes))
+                return WARNED if plan.missing or plan.notes else 0
+            from qmpblock.migration.managed import ask_manager
+            from qmpblock.migration.rehearsal import plan_migration
 
-        assert destination is not None  # see above
-        if form is None:  # nobody has to have made a destination to be told that it is of no use
-            tls = over is not None and over.startswith("nbds:")
-            await ask_manager(here, terms, tls=tls)
-        async with options.connect(destination) as there:
-            if form is None:
-                how = {
-                    "memory_only": memory_only,
-                    "storage_daemon": storage_daemon,
-                    "quit_source": quit_source,
-                    "layers": terms.layers,
-                    "same_backing": same_backing,
-                    "allocation": terms.allocation,
-                }
-                how |= {"speed": speed, "means": means, "over": over}
-                with recording(metrics) as recorder:
+            assert destination is not None  # see above
+            if (
+                form is None
+            ):  # nobody has to have made a destination to be told that it is of no use
+                tls = over is not None and over.startswith("nbds:")
+                await ask_manager(here, terms, tls=tls)
+            async with options.connect(destination) as there:
+                if form is None:
+                    how = {
+                        "memory_only": memory_only,
+                        "storage_daemon": storage_daemon,
+                        "quit_source": quit_source,
+                        "layers": terms.layers,
+                        "same_backing": same_backing,
+                        "allocation": terms.allocation,
+                    }
+                    how |= {"speed": speed, "means": means, "over": over}
                     show = functools.partial(recorder.also, vm=source, what=WHAT)
                     return await migrated(options, here, there, also=show, svg=svg, **how)
-            planned = await plan_migration(
-                here, there, terms=terms, speed=speed, means=means, over=over
-            )
+                planned = await plan_migration(
+                    here, there, terms=terms, speed=speed, means=means, over=over
+                )
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")
     else:

@@ -51,15 +51,27 @@ class Recorder:
         if self._path is None:
             return show
 
+        began = time.monotonic()
+
         def both(seen: Progress) -> None:
-            from qmpblock.metrics.text import job_figures
+            from qmpblock.metrics.text import job_figures, work_figure
 
             kind = what.partition(" ")[0]
-            figures = job_figures(vm, what, kind, seen.done, seen.total, seen.idle)
-            self._set((vm, what), list(figures), ended=seen.phase == "ended")
+            figures = [
+                *job_figures(vm, what, kind, seen.done, seen.total, seen.idle),
+                work_figure(vm, what, kind, time.monotonic() - began),
+            ]
+            self._set((vm, what), figures, ended=seen.phase == "ended")
             show(seen)
 
         return both
+
+    def lasting(self, vm: str, what: str, seconds: float) -> None:
+        """Have work be in the file of which no more is known than for how long it is done."""
+        if self._path is not None:
+            from qmpblock.metrics.text import work_figure
+
+            self._set((vm, what), [work_figure(vm, what, what.partition(" ")[0], seconds)])
 
     def room(self, vm: str, disk: str, last: RoomResult) -> None:
         """Have what there is of a disk's room be in the file."""

@@ -14,6 +14,7 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.app import command as make_command
+from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import (
     UNTOUCHED,
     ConnectError,
@@ -28,6 +29,9 @@ from qmpblock.errors import (
 if TYPE_CHECKING:
     from qmpblock.changes.imagerecovery import ImageRecovery
     from qmpblock.changes.step import Step
+    from qmpblock.cli.progress import Reporter
+    from qmpblock.cli.recording import Recorder
+    from qmpblock.qemu.job import Progress
     from qmpblock.recovery import Recovery
     from qmpblock.vm import VM
 
@@ -61,6 +65,7 @@ _NO_MIGRATION = (
     help="With IMAGE: act upon a journal beside it, too, that is not proven to be ours. Only where "
     "nobody who is not trusted can write to that directory.",
 )
+@metrics_option
 async def command(
     options: Options,
     targets: tuple[str, ...],
@@ -70,6 +75,7 @@ async def command(
     check: bool,
     force: Literal["source", "destination"] | None,
     believe_journal: bool,
+    metrics: str | None,
 ) -> int:
     """Undo, or carry on, what a qmpblock that died left behind.
 
@@ -87,6 +93,10 @@ async def command(
         (images and (undo or carry_on), "--undo and --continue go with ADDRESS: the QEMU is gone"),
         (images and force, "--force goes with ADDRESS"),
         (believe_journal and not images, "--believe-journal goes with IMAGE"),
+        (
+            metrics and (not carry_on or dry_run or check),
+            "--metrics goes with --continue: the rest takes no time",
+        ),
         (len(targets) > 2 and not images, "give one ADDRESS, or the two of a migration"),
     ):
         if wrong:
@@ -95,6 +105,29 @@ async def command(
         return await _recover_images(
             options, images, dry_run=dry_run, check=check, believe=believe_journal
         )
+    with recording(metrics) as recorder:
+        return await _recover_running(
+            options,
+            targets,
+            recorder,
+            carry_on=carry_on,
+            dry_run=dry_run,
+            check=check,
+            force=force,
+        )
+
+
+async def _recover_running(
+    options: Options,
+    targets: tuple[str, ...],
+    recorder: Recorder,
+    *,
+    carry_on: bool,
+    dry_run: bool,
+    check: bool,
+    force: Literal["source", "destination"] | None,
+) -> int:
+    """Recover what was left in VMs that live."""
     planned = dry_run or check
     try:
         migration = await _recover_migration(
@@ -111,7 +144,9 @@ async def command(
             _NO_MIGRATION,
             remedy="to recover what else was left in one VM: qmpblock recover ADDRESS",
         )
-    return await _recover_vm(options, targets[0], carry_on=carry_on, dry_run=dry_run, check=check)
+    return await _recover_vm(
+        options, targets[0], recorder, carry_on=carry_on, dry_run=dry_run, check=check
+    )
 
 
 def _is_image(target: str) -> bool:
@@ -172,13 +207,29 @@ async def _recover_migration(
 
 
 async def _recover_vm(
-    options: Options, address: str, *, carry_on: bool, dry_run: bool, check: bool
+    options: Options,
+    address: str,
+    recorder: Recorder,
+    *,
+    carry_on: bool,
+    dry_run: bool,
+    check: bool,
 ) -> int:
     planned = dry_run or check
+    shown: dict[str, Reporter] = {}
+
+    def follow(what: str, seen: Progress) -> None:
+        if what not in shown:
+            shown[what] = recorder.also(lambda _: None, address, what)
+        shown[what](seen)
+
     async with _connected(options, address) as vm:
         try:
             recoveries = await vm.recover(
-                carry_on=carry_on, dry_run=planned, tell=None if planned else _tell
+                carry_on=carry_on,
+                dry_run=planned,
+                tell=None if planned else _tell,
+                progress=follow,
             )
         except RecordError as error:
             return _unread(options, error, check=check)

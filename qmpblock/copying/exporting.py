@@ -149,6 +149,11 @@ class Export:
         self.result: ExportResult | None = None
         self.broken: Error | None = None
 
+    @property
+    def sent(self) -> int:
+        """Bytes that were written to its standard input by now; 0 where it is not given one."""
+        return self._source.sent
+
     def pass_on(self, number: int) -> None:
         """Send it a signal that we got. See `qmpblock.host.usercommand`."""
         self._command.pass_on(number)

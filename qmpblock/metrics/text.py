@@ -15,7 +15,16 @@ from qmpblock.errors import UNTOUCHED, RequestError, printable
 if TYPE_CHECKING:
     from qmpblock.metrics.figures import DiskFigures, VMFigures
 
-__all__ = ["METRICS", "Figure", "Metric", "figures_of", "job_figures", "rendered", "room_figures"]
+__all__ = [
+    "METRICS",
+    "Figure",
+    "Metric",
+    "figures_of",
+    "job_figures",
+    "rendered",
+    "room_figures",
+    "work_figure",
+]
 
 _PREFIX = "qmpblock_"
 
@@ -54,6 +63,7 @@ METRICS: Mapping[str, Metric] = {
     "job_done_bytes": Metric("How far a job is.", _JOB),
     "job_total_bytes": Metric("How far it has to go; this may grow.", _JOB),
     "job_seconds_since_progress": Metric("For how long it has not moved while it should.", _JOB),
+    "job_seconds": Metric("For how long it has been at work.", _JOB),
 }
 
 
@@ -110,6 +120,11 @@ def job_figures(
     yield Figure("job_total_bytes", name, total)
     if idle is not None:
         yield Figure("job_seconds_since_progress", name, idle)
+
+
+def work_figure(address: str, job: str, kind: str, seconds: float) -> Figure:
+    """Return for how long a command of ours has been at something."""
+    return Figure("job_seconds", (address, job, kind), seconds)
 
 
 def room_figures(

@@ -1,6 +1,7 @@
 """`qmpblock metrics`, and `--metrics`, of VMs that live, hang, are held, or need a recovery."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 
 import qmpblock
+from qmpblock.cli.app import run
+from qmpblock.cli.recording import Recorder
 from qmpblock.metrics.figures import examine, gather
 from qmpblock.testing.scenario import parse_scenario
 
@@ -123,6 +126,114 @@ async def test_whether_a_recovery_is_needed(start_qemu, vm_dir, invariant):
     assert (await cli("recover", vm.monitor_path))[0] == 0
     code, text, _ = await cli("metrics", vm.monitor_path, "--no-map")
     assert samples(text)["qmpblock_recovery_needed",] == 0
+    await nothing_of_ours(vm)
+
+
+@contextlib.asynccontextmanager
+async def at_work(file, *words, after=()):
+    """Run a command with `--metrics FILE`; yields it, and what is in the file whenever asked."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "qmpblock", *map(str, words), "--metrics", str(file), *after),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+    def told():
+        assert process.returncode is None, "it has ended"
+        return samples(file.read_text()) if file.exists() else {}
+
+    try:
+        yield process, told
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+@pytest.mark.parametrize("stdin", [True, False])
+async def test_an_export_tells_of_its_command(stdin, start_qemu, vm_dir, invariant):
+    """How much of the disk it has taken; where it reads by NBD nobody knows, and none is told."""
+    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
+    file, go = vm_dir / "f.prom", vm_dir / "go"
+    waits = f"until [ -e {go} ]; do sleep 0.05; done"
+    command = f"head -c 1048576 >/dev/null; {waits}; cat >/dev/null" if stdin else waits
+    words = ("export", vm.monitor_path, "vd0", *(["--stdin"] if stdin else []))
+    labels = ("export", "export of vd0")
+    async with at_work(file, *words, after=("--", "sh", "-c", command)) as (process, told):
+        await until(lambda: told().get(("qmpblock_job_seconds", *labels), 0) > 1, "its time")
+        found = told()
+        assert found.pop(("qmpblock_job_seconds", *labels)) > 1
+        if stdin:
+            assert found["qmpblock_job_total_bytes", *labels] == 8 * MIB
+            assert MIB <= found["qmpblock_job_done_bytes", *labels] < 8 * MIB
+            assert ("qmpblock_job_seconds_since_progress", *labels) in found
+        else:
+            assert found == {}
+        go.touch()
+        _, err = await process.communicate()
+    assert process.returncode == 0, err
+    assert not file.exists()
+    await nothing_of_ours(vm)
+
+
+async def test_a_job_that_is_carried_on_tells_how_far_it_is(start_qemu, vm_dir, invariant):
+    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
+    file = vm_dir / "f.prom"
+
+    async def work(told):
+        """Return what the stream is called in the file, as soon as it is there."""
+
+        def called():
+            return [key[2] for key in told() if key[:2] == ("qmpblock_job_total_bytes", "stream")]
+
+        await until(called, "the stream")
+        return called()[0]
+
+    words = ("stream", vm.monitor_path, "vd0", "--speed", "2M")
+    async with at_work(file, *words) as (process, told):
+        assert await work(told) == "stream of vd0"
+        process.kill()
+        await process.communicate()
+    file.unlink()  # who is killed leaves it
+    async with at_work(file, "recover", vm.monitor_path, "--continue") as (process, told):
+        assert (await work(told)).startswith("stream of vd0 (run ")
+        _, err = await process.communicate()
+    assert process.returncode == 0, err
+    assert not file.exists()
+    await nothing_of_ours(vm)
+    invariant.forget(vm)  # its chain is of one layer now
+
+
+async def test_a_check_of_backups_tells_how_far_it_is(start_qemu, vm_dir, invariant, monkeypatch):
+    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
+    place, file, seen = vm_dir / "backups", vm_dir / "f.prom", []
+    assert (await cli("backup", vm.monitor_path, place))[0] == 0
+    monkeypatch.setattr(Recorder, "write", lambda self: seen.append(dict(self._figures)))
+    code = await asyncio.to_thread(run, ["backup", "check", str(place), "--metrics", str(file)])
+    assert code == 0
+    invariant.forget(vm)  # the bitmap of its backup
+    (figures,) = seen[-1].values()
+    done, total = figures[:2]
+    assert (done.metric, done.labels[1:]) == ("job_done_bytes", (f"check of {place}", "check"))
+    assert 0 <= done.value <= total.value > 0
+
+
+async def test_a_watch_tells_the_room_that_it_keeps(start_qemu, vm_dir, invariant):
+    vm = await start_qemu(parse_scenario(CHAIN, "chain"))
+    invariant.forget(vm)  # the room
+    file, policy = vm_dir / "f.prom", vm_dir / "policy.yaml"
+    disks = "[{disk: vd0, ahead: 2M}]"
+    policy.write_text(f"vms: [{{address: {vm.monitor_path}, disks: {disks}}}]\n")
+    async with at_work(file, "apply", policy, "--watch") as (process, told):
+        await until(lambda: ("qmpblock_room_wanted_bytes", "vd0") in told(), "the room")
+        found = told()
+        assert found["qmpblock_room_wanted_bytes", "vd0"] == 2 * MIB
+        assert found["qmpblock_room_bytes", "vd0"] >= 2 * MIB
+        assert found["qmpblock_host_free_bytes", "vd0"] > 0
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+    assert process.returncode == 130, err
+    assert not file.exists()
     await nothing_of_ours(vm)
 
 
