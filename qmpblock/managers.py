@@ -190,24 +190,28 @@ def _libvirt(traits: Traits) -> Manager | None:
 def _libvirts_way(vm: str, work: Work) -> str:
     domain, disk = _word(vm, "DOMAIN"), _word(work.file, "DISK")
     top, base = _option("top", work.top), _option("base", work.base)
+    # Such a job ends with QEMU, and libvirt begins it on no persistent domain unless that is said.
+    blockcopy = f"virsh blockcopy {domain} {disk} TARGET --transient-job --wait"
     ways = {
         "snapshot": f"virsh snapshot-create-as {domain} --disk-only --atomic",
         "pivot": f"virsh blockcommit {domain} {disk}{base} --active --pivot",
-        "commit": f"virsh blockcommit {domain} {disk}{top}{base} --wait",
+        # Without a top it would be the active layer.
+        "commit": f"virsh blockcommit {domain} {disk}{top or ' --top TOP'}{base} --wait",
         "stream": f"virsh blockpull {domain} {disk}{base} --wait",
         "independent": f"virsh blockpull {domain} {disk} --wait",
-        "point": f"virsh backup-begin {domain}, with mode='pull' in its XML",
-        "copy": f"virsh blockcopy {domain} {disk} TARGET --wait --finish",
-        "freeze": f"virsh backup-begin {domain}, with mode='push' in its XML",
+        "point": f"virsh backup-begin {domain} PULL.xml, with mode='pull' in that; it serves the "
+        f"disks until virsh domjobabort {domain}",
+        "copy": f"{blockcopy} --finish",
+        "freeze": f"virsh backup-begin {domain}, which makes images of all its disks, beside them",
         "backup": f"virsh backup-begin {domain} BACKUP.xml CHECKPOINT.xml",
-        "move": f"virsh blockcopy {domain} {disk} TARGET --wait --pivot",
+        "move": f"{blockcopy} --pivot",
         "migrate": "virsh migrate --live --persistent --undefinesource --copy-storage-all "
         f"{domain} DESTURI",
     }
     if work.verb == "stream" and work.top:
         return (
-            f"libvirt has no way to stream into {printable(work.top)}; virsh blockcommit {domain} "
-            f"{disk} --top TOP --base BASE shortens a chain from above"
+            f"libvirt has no way to stream into {printable(work.top)}; what shortens a chain from "
+            f"above is virsh blockcommit {domain} {disk} --top TOP --base BASE --wait"
         )
     if work.verb not in ways:
         return (

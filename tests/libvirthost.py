@@ -71,16 +71,19 @@ _ENTER = "\n".join(
 _WIRE = ("10.231.0.1", "10.231.0.2")
 _START = 60.0  # seconds for the daemon; a loaded machine needs some
 _DOMAIN = """\
-<domain type='qemu'>
+<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{name}</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>{threads}
   <os><type arch='x86_64'>hvm</type></os><features><acpi/></features>
   <devices>
     <emulator>{emulator}</emulator>
     {disks}
     <controller type='usb' model='none'/><memballoon model='none'/>
-  </devices>
+  </devices>{options}
 </domain>
 """
+_MONITOR = """<qemu:commandline>
+    <qemu:arg value='-qmp'/><qemu:arg value='unix:{path},server=on,wait=off'/>
+  </qemu:commandline>"""
 _DISK = """<disk type='file' device='disk'>
       <driver name='qemu' type='{kind}'{more}/><source file='{image}'/>
       <target dev='vd{letter}' bus='virtio'/>
@@ -246,11 +249,19 @@ class LibvirtHost:
         )
 
     def domain(
-        self, name: str, image: Path, kind: str, emulator: str, *more: Path, iothread: bool = False
+        self,
+        name: str,
+        image: Path,
+        kind: str,
+        emulator: str,
+        *more: Path,
+        iothread: bool = False,
+        monitor: Path | None = None,
     ) -> int:
         """Define and start a domain with the disk vda, and one for each of `more`.
 
         :param iothread: whether one serves vda.
+        :param monitor: where QEMU is to have a second one, of which libvirt does not know.
         :return: QEMU's pid.
         """
         disks = "".join(
@@ -264,7 +275,12 @@ class LibvirtHost:
         )
         threads = "<iothreads>1</iothreads>" if iothread else ""
         xml = self._folder / f"{name}.xml"
-        xml.write_text(_DOMAIN.format(name=name, disks=disks, threads=threads, emulator=emulator))
+        options = "" if monitor is None else _MONITOR.format(path=monitor)
+        xml.write_text(
+            _DOMAIN.format(
+                name=name, disks=disks, threads=threads, emulator=emulator, options=options
+            )
+        )
         self.virsh("define", str(xml))
         self.virsh("start", name)
         return self.pid(name)

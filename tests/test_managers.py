@@ -114,6 +114,11 @@ def test_each_has_a_word_for_every_verb(case, verb):
         ),
         (Work("stream", "/i/a", base="/i/b"), "virsh blockpull web /i/a --base /i/b --wait"),
         (Work("independent", "/i/a"), "virsh blockpull web /i/a --wait"),
+        (Work("commit", ""), "virsh blockcommit web DISK --top TOP --wait"),
+        (
+            Work("copy", "/i/a"),
+            "virsh blockcopy web /i/a TARGET --transient-job --wait --finish",
+        ),
     ],
 )
 def test_libvirts_own_ways(work, way):

@@ -411,6 +411,7 @@ SIGNS = (
 ALLOWED = {
     "managers.py": ("-pivot", "-create-"),  # options and commands of virsh
     "cli/copy_command.py": ("-pivot",),  # an option
+    "copying/managed.py": ("-pivot",),  # one of virsh
     "testing/report.py": ("qmpblock-",),  # options of pytest
 }
 

@@ -71,7 +71,7 @@ async def check_asked(vm: Connection, plan: CopyPlan, options: CopyOptions) -> N
     """
     [name] = await manager_names(vm, [plan.device])
     await _files_of(vm, [name])
-    by_itself = f"virsh blockcopy DOMAIN {name}, with the target in its XML"
+    by_itself = f"virsh blockcopy DOMAIN {name} --xml TARGET.xml --transient-job --wait --pivot"
     chain = plan.device.chain
     what = ""
     if options.resume:

@@ -6,13 +6,16 @@ The judge is libvirt: what it says of the domain, and what its own commands do a
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 from chains import cli
+from libvirtdomain import Domain
 from libvirthost import make_chain, run, start
+from libvirtpoints import HELD, make_four
 
 import qmpblock
 from qmpblock.address import LibvirtAddress
@@ -24,6 +27,7 @@ from qmpblock.testing.images import Tools
 pytestmark = pytest.mark.live
 
 MIB = 1 << 20
+DISK = "virtio-disk0"  # as QEMU calls it, by whatever monitor
 
 
 @pytest.fixture
@@ -107,6 +111,121 @@ async def test_what_libvirt_would_not_know_is_refused_with_its_own_command(
     assert shown() == before
     assert not (chain.parent / "overlay.qcow2").exists()
     libvirt.virsh("destroy", "kept")
+
+
+class Said:
+    """A domain of four layers, with a monitor that is not libvirt's, and what is said of it there.
+
+    :ivar words: what stands for the placeholders of what is said.
+    """
+
+    def __init__(self, domain, monitor, folder, **words):
+        self.domain, self.monitor, self.folder, self.words = domain, str(monitor), folder, words
+        self.tools = Tools.of(domain.qemu)
+
+    async def by(self, verb, *words):
+        """Have a command be refused; return the commands that it says instead."""
+        code, _, err = await cli(verb, self.monitor, *map(str, words))
+        assert code == 2, err
+        lines = re.findall("virsh [^;,]+", err.partition("Remedy: ")[2])
+        assert lines, err
+        return lines
+
+    async def do(self, line):
+        """Run one as it was said, but for what only who runs it can know."""
+        for word, value in self.words.items():
+            line = re.sub(rf"(?<= ){word}(?= |$)", str(value), line)
+        return await asyncio.to_thread(run, *self.domain.host.inside, "sh", "-ec", line)
+
+    async def done(self, verb, *words):
+        for line in await self.by(verb, *words):
+            await self.do(line)
+
+    async def ended(self):
+        """Wait until a backup of libvirt's has ended."""
+        while "None" not in self.domain.virsh("domjobinfo"):
+            await asyncio.sleep(0.05)
+
+    def image(self, disk="vda"):
+        return Path(self.domain.file(disk))
+
+    def holds(self, image, *options):
+        """See that an image has all that the guest wrote."""
+        for (_, where), pattern in self.domain.written.items():
+            words = f"read -P {pattern} {where}k 64k"
+            run(self.tools.io, "-r", "-c", words, *(options or ("-f", "qcow2")), image)
+
+
+@pytest.fixture
+def said(libvirt, vm_dir, qemu_binary):
+    monitor, socket = vm_dir / "qmp", f"<server transport='unix' socket='{vm_dir}/nbd'/>"
+    words = {"TARGET": vm_dir / "copy"}
+    for name, text in (
+        ("PULL", f"<domainbackup mode='pull'>{socket}</domainbackup>"),
+        ("BACKUP", "<domainbackup/>"),
+        ("CHECKPOINT", "<domaincheckpoint/>"),
+    ):
+        words[f"{name}.xml"] = vm_dir / f"{name}.xml"
+        words[f"{name}.xml"].write_text(text)
+    domain = Domain(libvirt, "said", qemu_binary, make_four(vm_dir, qemu_binary), monitor=monitor)
+    domain.written |= HELD
+    domain.write(5, 2048)
+    yield Said(domain, monitor, vm_dir, **words)
+    domain.end()
+    domain.virsh("undefine", "--snapshots-metadata", "--checkpoints-metadata")
+
+
+async def test_what_is_said_to_copy_a_disk_does(said):
+    before, now = said.domain.chains(), said.image()
+    copy, socket = said.folder / "copy", said.folder / "nbd"
+    await said.done("copy", DISK, said.folder / "mine", "--at", "end")
+    said.holds(copy)
+    assert said.domain.chains() == before
+    for verb, *words in (
+        ("copy", DISK, said.folder / "mine"),  # before QEMU 10.0 of frozen layers
+        ("backup", said.folder / "backups"),
+        ("export", DISK, "--", "true"),
+    ):
+        copy.unlink(missing_ok=True)
+        begin, *end = await said.by(verb, *words)
+        await said.do(begin)
+        if "PULL" in begin:
+            said.holds(f"nbd+unix:///vda?socket={socket}", "-f", "raw")
+            [end] = end
+            await said.do(end)
+        elif "backup-begin" in begin:
+            await said.ended()
+            [made] = said.folder.glob(f"{now.name}.*")
+            said.holds(made)
+            made.unlink()
+        else:
+            said.holds(copy)
+        assert said.domain.chains() == before
+    assert said.domain.virsh("checkpoint-list", "--name").strip()  # of the backup
+    await said.done("copy", DISK, said.folder / "mine", "--pivot")
+    assert said.domain.chains() == (["copy"], "copy")
+
+
+async def test_what_is_said_to_change_a_chain_does(said):
+    """From a snapshot down to one layer; no command drops any but what it was said for."""
+    await said.done("snapshot", f"{DISK}={said.folder / 'mine'}")
+    active = said.image().name
+    assert said.domain.chains()[0] == [active, "now.qcow2", "mid.qcow2", "top.qcow2", "base.qcow2"]
+    said.domain.write(6, 2112)
+    await said.done("commit", DISK, "--top", "@1", "--base", "@2")
+    assert said.domain.chains() == ([active, "mid.qcow2", "top.qcow2", "base.qcow2"], active)
+    await said.done("stream", DISK, "--base", "@2")
+    assert said.domain.chains() == ([active, "top.qcow2", "base.qcow2"], active)
+    said.words |= {"TOP": said.folder / "top.qcow2", "BASE": said.folder / "base.qcow2"}
+    await said.done("stream", DISK, "--top", "@1")
+    assert said.domain.chains() == ([active, "base.qcow2"], active)
+    await said.done("commit", DISK)
+    assert said.domain.chains() == (["base.qcow2"], "base.qcow2")
+    await said.done("snapshot", f"{DISK}={said.folder / 'mine'}")
+    active = said.image().name
+    said.domain.write(7, 2176)
+    await said.done("allocate", DISK, "--independent")
+    assert said.domain.chains() == ([active], active)
 
 
 async def test_a_raw_image_gets_its_host_space(libvirt, vm_dir, qemu_binary):
