@@ -3,6 +3,7 @@
 import pytest
 from copyrounds import KINDS, copies_under_stress
 from killing import Graveyard
+from migrationattempts import broken_off_then_made
 from migrationrounds import migrations_under_stress
 from rounds import kill_matrix, maps_under_stress, rounds, sample
 
@@ -83,3 +84,10 @@ async def test_migrations_while_the_guest_writes(
     count, chance = 2, rounds(2)[1]
     where = (start_qemu, start_destination, vm_dir, qemu_binary, qemu_version)
     print(await migrations_under_stress(*where, chance, count))
+
+
+async def test_a_migration_is_broken_off_at_any_moment_then_made(
+    begin, start_destination, monkeypatch
+):
+    _, chance = rounds(5)
+    print(await broken_off_then_made(begin, start_destination, monkeypatch, chance, 5))

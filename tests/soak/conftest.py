@@ -3,6 +3,7 @@
 import pytest
 from hosts import ssh_host  # noqa: F401  # a fixture
 from libvirthost import libvirt  # noqa: F401  # a fixture
+from migrating import begin  # noqa: F401  # a fixture
 
 
 @pytest.fixture(autouse=True)
