@@ -1,12 +1,14 @@
-"""A daemon that is not installed, as if it were: for a process with a mount namespace of its own.
+"""A daemon or tool that is not installed, as if it were.
 
-`tools/fetch_daemon.py` unpacks its packages; laid over /usr, with the user that installing it would
-make, they are there for whoever is in that namespace, and for nobody else.
+`tools/fetch_daemon.py` unpacks its packages. A daemon's, laid over /usr in a mount namespace, with
+the user that installing it would make, are there for whoever is in that namespace, and for nobody
+else. A tool is started from where it lies (`started`).
 """
 
 from __future__ import annotations
 
 import functools
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,22 @@ def fetched(name: str, *parts: str) -> tuple[Path | None, str]:
     if done.returncode:
         return None, done.stderr.strip()
     return Path(done.stdout.strip()), ""
+
+
+def started(name: str, program: str) -> tuple[str | None, str]:
+    """Return a script of sh that is a tool, wherever it lies; or None, and why it is not to be had.
+
+    :param program: its path from the root.
+    """
+    folder, why = fetched(name, program)
+    if folder is None:
+        return None, why
+    words = [str(folder / program)]
+    if folder != Path("/"):
+        libraries = ":".join(map(str, sorted((folder / "usr/lib").glob("*-linux-*"))))
+        modules = folder / "usr/lib/python3/dist-packages"
+        words = ["env", f"LD_LIBRARY_PATH={libraries}", f"PYTHONPATH={modules}", *words]
+    return f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', ""
 
 
 def laid_over(folder: str) -> str:

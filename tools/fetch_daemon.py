@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Have a daemon for the tests, libvirt's or sshd, without installing it: nothing to leave behind.
+"""Have a daemon or a tool for the tests without installing it: nothing to leave behind.
 
 ::
 
-    tools/fetch_daemon.py libvirt|sshd
+    tools/fetch_daemon.py libvirt|sshd|restic|borg|promtool
 
 Prints the folder under which the packages lie that this machine lacks, unpacked in the cache
 (`$QMPBLOCK_CACHE`, default `~/.cache/qmpblock`): laid over the machine's own /usr, in a mount
@@ -31,10 +31,17 @@ from fetch_qemu import FetchError, default_cache, locked, run, unpack
 
 @dataclass(frozen=True)
 class Daemon:
-    """What is asked of Debian, and the program that has to come of it."""
+    """What is asked of Debian, and the program that has to come of it.
+
+    :ivar tried: words with which it is tried out; none: that its libraries are there has to do.
+    :ivar alone: whether it needs nothing but itself: all else of its package is left out, and
+        what that depends on is not fetched.
+    """
 
     program: str
     packages: tuple[str, ...]
+    tried: tuple[str, ...] = ()
+    alone: bool = False
 
 
 DAEMONS = {
@@ -43,6 +50,9 @@ DAEMONS = {
         ("libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients", "python3-libvirt"),
     ),
     "sshd": Daemon("usr/sbin/sshd", ("openssh-server",)),
+    "restic": Daemon("usr/bin/restic", ("restic",), ("version",)),
+    "borg": Daemon("usr/bin/borg", ("borgbackup",), ("--version",)),
+    "promtool": Daemon("usr/bin/promtool", ("prometheus",), ("--version",), alone=True),
 }
 MERGED = ("bin", "lib", "lib64", "sbin")  # links into /usr, which packages may not know
 
@@ -57,14 +67,26 @@ def download(daemon: Daemon, folder: Path) -> list[Path]:
     settings = [f"Dir::Cache={folder}", "Debug::NoLocking=1", "APT::Sandbox::User="]
     options = [word for one in settings for word in ("-o", one)]
     words = ("install", "-q", "-y", "--download-only", "--no-install-recommends")
-    asked = (*words, *daemon.packages)
+    archives = folder / "archives"
+    asked = (*(("download", "-q") if daemon.alone else words), *daemon.packages)
+    apt = ("env", "-C", archives, "apt-get")  # it downloads to where it is
     try:
-        run(["apt-get", *options, *asked])
+        run([*apt, *options, *asked])
     except FetchError:  # the lists are old, or there are none
         options += ["-o", f"Dir::State::lists={folder / 'lists'}"]
         run(["apt-get", *options, "update", "-q", "-o", "APT::Update::Error-Mode=any"])
-        run(["apt-get", *options, *asked])
-    return sorted((folder / "archives").glob("*.deb"))
+        run([*apt, *options, *asked])
+    return sorted(archives.glob("*.deb"))
+
+
+def take_out(program: str, archives: Sequence[Path], folder: Path) -> None:
+    """Unpack one file of a package: of some it is a small part.
+
+    :raise FetchError: it is in none of them.
+    """
+    taking = 'dpkg-deb --fsys-tarfile "$1" | tar -x -C "$2" "./$3"'
+    for archive in archives:
+        run(["sh", "-c", taking, "sh", archive, folder, program])
 
 
 def merge(root: Path) -> None:
@@ -75,14 +97,25 @@ def merge(root: Path) -> None:
             shutil.rmtree(root / name)
 
 
+def environment(root: Path) -> dict[str, str]:
+    """Return the variables with which a program finds what is unpacked with it."""
+    libraries = sorted((root / "usr" / "lib").glob("*-linux-*"))
+    return {
+        "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
+        "PYTHONPATH": str(root / "usr" / "lib" / "python3" / "dist-packages"),
+    }
+
+
 def check(daemon: Daemon, root: Path) -> None:
-    """See that the daemon finds all of its libraries; raises FetchError."""
+    """See that the daemon finds all of its libraries, or that it runs; raises FetchError."""
     places_of = (top / daemon.program for top in (root, Path("/")))
     program = next((path for path in places_of if path.exists()), None)
     if program is None:
         raise FetchError(f"the packages hold no {daemon.program}")
-    places = ":".join(str(path) for path in sorted((root / "usr" / "lib").glob("*-linux-*")))
-    listed = run(["ldd", program], LD_LIBRARY_PATH=places)
+    if daemon.tried:
+        run([program, *daemon.tried], **environment(root))
+        return
+    listed = run(["ldd", program], **environment(root))
     lacking = [line.split()[0] for line in listed.splitlines() if line.endswith("not found")]
     if lacking:
         raise FetchError(f"the packages lack the libraries {', '.join(lacking)}")
@@ -116,7 +149,10 @@ def fetch(cache: Path, name: str) -> Path:
         made = Path(new) / "made"
         archives = download(daemon, Path(new) / "apt")
         (made / "root").mkdir(parents=True)
-        unpack(archives, made / "root")
+        if daemon.alone:
+            take_out(daemon.program, archives, made / "root")
+        else:
+            unpack(archives, made / "root")
         merge(made / "root")
         check(daemon, made / "root")
         said = {"packages": [archive.name for archive in archives]}
@@ -127,7 +163,7 @@ def fetch(cache: Path, name: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Unpack a daemon's packages in a cache folder.")
+    parser = argparse.ArgumentParser(description="Unpack packages of Debian in a cache folder.")
     parser.add_argument("name", choices=DAEMONS, metavar="|".join(DAEMONS))
     parser.add_argument("--cache", type=Path, default=default_cache(), help="default: %(default)s")
     options = parser.parse_args(arguments)

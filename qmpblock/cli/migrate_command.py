@@ -237,9 +237,7 @@ async def command(
             from qmpblock.migration.rehearsal import plan_migration
 
             assert destination is not None  # see above
-            if (
-                form is None
-            ):  # nobody has to have made a destination to be told that it is of no use
+            if form is None:  # before the destination, which has not to be there to hear this
                 tls = over is not None and over.startswith("nbds:")
                 await ask_manager(here, terms, tls=tls)
             async with options.connect(destination) as there:

@@ -3,13 +3,13 @@
 import asyncio
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from fleecing import MIB, SPEC, begin_writing
 from pointing import DISKS, SHOWN, at_ease
+from unpacked import started
 
 from qmpblock.testing.scenario import parse_scenario
 from qmpblock.testing.stamps import check_point_in_time
@@ -17,7 +17,7 @@ from qmpblock.testing.stamps import check_point_in_time
 pytestmark = pytest.mark.live
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"restic": "restic", "borg": "borgbackup"}
+TOOLS = ("restic", "borg")
 
 
 def example(tool):
@@ -25,18 +25,21 @@ def example(tool):
     return text.partition(f"\n```sh run={tool}\n")[2].partition("\n```\n")[0]
 
 
-@pytest.mark.parametrize("tool", PACKAGES)
+@pytest.mark.parametrize("tool", TOOLS)
 async def test_a_backup_tool(tool, start_qemu, vm_dir, invariant, in_memory):
-    if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not here (Debian: {PACKAGES[tool]})")
+    script, why = started(tool, f"usr/bin/{tool}")
+    if script is None:
+        pytest.skip(why)
     vm = await start_qemu(parse_scenario(DISKS["chain"], "disk"), guest=True)
     await begin_writing(vm)
     site = vm_dir / "site"
     site.mkdir()
     (site / "vm.qmp").symlink_to(vm.monitor_path)
-    program = site / "qmpblock"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m qmpblock "$@"\n')
-    program.chmod(0o755)
+    ours = f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m qmpblock "$@"\n'
+    for name, text in (("qmpblock", ours), (tool, script)):
+        program = site / name
+        program.write_text(text)
+        program.chmod(0o755)
     own = {"HOME": str(site), "XDG_CACHE_HOME": str(site), "BORG_BASE_DIR": str(site)}
     paths = {"PATH": f"{site}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     async with vm.guest.bounds(0) as bounds:

@@ -1,7 +1,7 @@
 """tools/fetch_daemon.py: what becomes of packages, and of a fetch that fails.
 
-That what it fetches runs is what tests/live/test_libvirt.py and test_migrate_ssh.py show, wherever
-it is not installed.
+That what it fetches runs is what tests/live/test_libvirt.py, test_migrate_ssh.py, test_export_tools
+and tests/metrics show, wherever it is not installed.
 """
 
 from __future__ import annotations
@@ -61,3 +61,28 @@ def test_what_is_there_is_not_fetched_again(tool, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(tool, "download", None)
     assert tool.main(["libvirt", "--cache", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{place / 'root'}\n"
+
+
+def test_of_a_large_package_one_program_is_taken(tool, tmp_path):
+    made = tmp_path / "made"
+    for name in ("usr/bin/wanted", "usr/bin/large", "DEBIAN/control"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text(name)
+    (made / "DEBIAN/control").write_text(
+        "Package: a\nVersion: 1\nArchitecture: all\nMaintainer: b\nDescription: c\n"
+    )
+    tool.run(["dpkg-deb", "--build", made, tmp_path / "a.deb"])
+    (tmp_path / "out").mkdir()
+    tool.take_out("usr/bin/wanted", [tmp_path / "a.deb"], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["wanted"]
+    with pytest.raises(tool.FetchError, match="usr/bin/other"):
+        tool.take_out("usr/bin/other", [tmp_path / "a.deb"], tmp_path / "out")
+
+
+def test_one_that_does_not_run_does_not_count(tool, tmp_path):
+    program = tmp_path / "usr/bin/broken"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho it is broken >&2; exit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(tool.FetchError, match="it is broken"):
+        tool.check(tool.Daemon("usr/bin/broken", (), ("--version",)), tmp_path)
