@@ -158,7 +158,13 @@ class _Run:
             except BaseException as error:
                 if self.made is None:
                     say_none(error)
+                left = self._left(backups, draft.when)
+                if left and isinstance(error, Error):
+                    error.standing = f"{error.standing}; {left}" if error.standing else left
                 raise
+            else:
+                if left := self._left(backups, draft.when):
+                    self._warn(left)
             finally:
                 if self.made is not None:
                     point, done = self.made
@@ -166,7 +172,14 @@ class _Run:
                     self.job.result = BackupResult(
                         backups.path, point, seconds, done.held, done.verified, self.job.warnings
                     )
-                backups.end(draft.when)
+
+    def _left(self, backups: Backups, when: str) -> str:
+        """Have nothing of it be left in the directory but what was made; say what is, and why."""
+        try:
+            backups.end(when)
+        except Error as error:
+            return f"{error.message}: the next backup does"
+        return ""
 
     @asynccontextmanager
     async def _alone(self, draft: Point) -> AsyncIterator[None]:

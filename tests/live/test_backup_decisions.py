@@ -1,5 +1,6 @@
 """What happens to a disk between two backups, and what the next one is then: right in any case."""
 
+import errno
 import json
 import os
 import shlex
@@ -12,6 +13,7 @@ import qmpblock
 from qmpblock.backups import run
 from qmpblock.backups.bitmaps import make_bitmaps
 from qmpblock.errors import BusyError, Error, JobError, RequestError, UnsupportedError
+from qmpblock.host.ourfiles import Directory
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
 
@@ -178,6 +180,43 @@ async def test_a_disk_that_was_smaller_while_it_is_backed_up(begin, vm_dir, monk
     one, _ = await backed_up(vm, place)
     assert "was made smaller meanwhile" in one.reason
     await held(vm, place, one)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_directory_in_which_nothing_can_be_removed(fails, begin, vm_dir, monkeypatch):
+    """It has become read-only, say: how the backup ended is said even so."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+
+    remove = Directory.remove
+
+    def refused(self, name, file):
+        if str(self.path) == str(place):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
+        return remove(self, name, file)
+
+    async def dead(*_):
+        raise Error("the storage is dead")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, "remove", refused)
+        if fails:
+            patch.setattr(run, "digest_of", dead)
+            with pytest.raises(Error, match="the storage is dead") as failed:
+                await backed_up(vm, place)
+            assert "there is no backup" in failed.value.standing
+            assert left(place) in failed.value.standing
+        else:
+            _, result = await backed_up(vm, place)
+            assert result.warnings == (left(place),)
+    one, result = await backed_up(vm, place)
+    assert (one.kind, result.warnings) == ("full" if fails else "incremental", ())
+    assert not list(place.glob("*.begun"))
+    await held(vm, place, one)
+
+
+def left(place):
+    why = os.strerror(errno.EROFS)
+    return f"cannot remove what a backup left in {place}: {why}: the next backup does"
 
 
 async def test_disks_in_turn_of_a_vm_that_nothing_tells(begin, vm_dir):
