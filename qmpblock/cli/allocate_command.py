@@ -12,6 +12,7 @@ from qmpblock.cli.app import WARNED, Options, Rate, Size, emit, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.progress import reporting
 from qmpblock.cli.recording import metrics_option, recording
+from qmpblock.cli.toolate import saying_where
 from qmpblock.errors import printable
 
 if TYPE_CHECKING:
@@ -56,16 +57,17 @@ async def command(
         async with options.connect(address, unmanaged=unmanaged) as vm:
             selected = await vm.disk(disk)
             what = f"allocation on {selected.name}"
-            with reporting(what) as show:
-                result = await selected.allocate(
-                    offset,
-                    length,
-                    full=full,
-                    independent=independent,
-                    speed=speed,
-                    progress=recorder.also(show, address, what),
-                    warn=lambda text: warn((text,)),
-                )
+            async with saying_where(what, [selected] if independent else []):
+                with reporting(what) as show:
+                    result = await selected.allocate(
+                        offset,
+                        length,
+                        full=full,
+                        independent=independent,
+                        speed=speed,
+                        progress=recorder.also(show, address, what),
+                        warn=lambda text: warn((text,)),
+                    )
     if options.json:
         emit(json.dumps(asdict(result), indent=2) + "\n")
     else:

@@ -8,6 +8,7 @@ from qmpblock.cli.app import Options, Rate, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import run_job
 from qmpblock.cli.recording import metrics_option, recording
+from qmpblock.cli.toolate import saying_where
 
 __all__ = ["command"]
 
@@ -53,4 +54,5 @@ async def command(
             running = selected.commit(
                 top=top, base=base, speed=speed, throttle_guest=throttle_guest
             )
-            return await run_job(options, address, selected, running, recorder)
+            async with saying_where("commit", [selected]):
+                return await run_job(options, address, selected, running, recorder)

@@ -16,7 +16,8 @@ from qmpblock.cli.app import command as make_command
 from qmpblock.cli.plannedcopy import said
 from qmpblock.cli.progress import reporting
 from qmpblock.cli.recording import metrics_option, recording
-from qmpblock.errors import printable
+from qmpblock.cli.toolate import saying_where
+from qmpblock.errors import Error, printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ async def copied(
         if dry_run:
             return _say_planned(await vm.plan_copy(wanted, **words), json_wanted=options.json)
         with telling_kept() as note:
-            async with vm.copy(wanted, **words) as job:
+            async with saying_where("copy", list(wanted)), vm.copy(wanted, **words) as job:
                 note(job)
                 said = job.warnings  # more come while it goes
                 warn(said)
@@ -204,12 +205,19 @@ def telling_kept() -> Iterator[Callable[[CopyJob], None]]:
     """Have a copy that is interrupted say what it leaves; an error says it itself.
 
     Yields what is to be called with its job.
+
+    :raise Error: it was interrupted too late: it is made.
     """
     jobs: list[CopyJob] = []
     try:
         yield jobs.append
     except asyncio.CancelledError:
         for job in jobs:
+            if job.whole:
+                raise Error(
+                    "interrupted too late: the copy is made",
+                    standing="it is whole, on stable storage, under its name",
+                ) from None
             if job.kept:
                 click.echo(job.kept_words, err=True)
         raise

@@ -12,7 +12,7 @@ import click
 from qmpblock.cli.app import WARNED, Options, emit, warn
 from qmpblock.cli.picture import write_svg
 from qmpblock.cli.progress import reporting
-from qmpblock.errors import RequestError, printable
+from qmpblock.errors import Error, RequestError, printable
 from qmpblock.sizes import human_size
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ async def migrated(
                     show(seen)
     except asyncio.CancelledError:
         if job is not None and job.result is not None:
-            click.echo("too late: the guest had gone over to the destination", err=True)
+            raise Error(
+                "interrupted too late: the guest had gone over to the destination",
+                standing=said_of_guest(job.result),
+            ) from None
         raise
     result = job.result
     assert result is not None  # leaving without an error sets it

@@ -10,6 +10,7 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit, pair, unmanaged_option, warn
 from qmpblock.cli.app import command as make_command
+from qmpblock.cli.toolate import saying_where
 from qmpblock.errors import printable
 
 __all__ = ["command"]
@@ -46,7 +47,8 @@ async def command(
         wanted = {await vm.disk(disk): file for disk, file in pairs}
         if len(wanted) < len(pairs):
             raise click.UsageError("a disk is named twice")
-        result = await vm.snapshot(wanted, format=fmt, backing_name=backing_name)
+        async with saying_where("snapshot", list(wanted)):
+            result = await vm.snapshot(wanted, format=fmt, backing_name=backing_name)
     warn(result.warnings)
     if options.json:
         emit(json.dumps(asdict(result), indent=2) + "\n")

@@ -8,6 +8,7 @@ from qmpblock.cli.app import Options, Rate, unmanaged_option
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.joboutput import run_job
 from qmpblock.cli.recording import metrics_option, recording
+from qmpblock.cli.toolate import saying_where
 
 __all__ = ["command"]
 
@@ -41,4 +42,5 @@ async def command(
         async with options.connect(address, unmanaged=unmanaged) as vm:
             selected = await vm.disk(disk)
             running = selected.stream(top=top, base=base, speed=speed)
-            return await run_job(options, address, selected, running, recorder)
+            async with saying_where("stream", [selected]):
+                return await run_job(options, address, selected, running, recorder)

@@ -44,7 +44,7 @@ async def test_what_is_to_be_warned_of_is_said_once_whenever_it_is_known(capfd, 
     @asynccontextmanager
     async def connect(options, address, *, unmanaged=False):
         async def disk(name):
-            return MappedDisk(None, SimpleNamespace(name=name))
+            return MappedDisk(None, SimpleNamespace(name=name, chain=SimpleNamespace(layers=())))
 
         yield SimpleNamespace(disk=disk, copy=copying)
 

@@ -1,58 +1,18 @@
 """Signals to `qmpblock backup` and `restore`, at steps of theirs: what is said of them is so."""
 
-import asyncio
 import os
 import shutil
-import signal
-import sys
 
 import pytest
 from chains import cli
+from signalled import SIGNALS, signalled
 
 from qmpblock.backups import read_points
 from qmpblock.names import BACKUP_LOCK_FILE, point_file
 
 pytestmark = [pytest.mark.live, pytest.mark.scenarios("chain-3.yaml")]
 
-STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}-\d(-end)? of d0, .*"
-#: The command, to which a signal is sent once a function has returned.
-SIGNALLED = """
-import asyncio, functools, importlib, os, sys
-module, names, number, times, *words = sys.argv[1:]
-*owners, name = names.split(".")
-owner = functools.reduce(getattr, owners, importlib.import_module(module))
-real = getattr(owner, name)
-
-def strike(ended):
-    for _ in range(int(times)):
-        os.kill(os.getpid(), int(number))
-    return ended
-
-async def awaited(*given, **named):
-    return strike(await real(*given, **named))
-
-def called(*given, **named):
-    return strike(real(*given, **named))
-
-setattr(owner, name, awaited if asyncio.iscoroutinefunction(real) else called)
-from qmpblock.cli.app import run
-sys.exit(run(words))
-"""
-SIGNALS = [(signal.SIGTERM, 1), (signal.SIGHUP, 1), (signal.SIGINT, 1), (signal.SIGINT, 2)]
-
-
-async def signalled(after, number, times, *words):
-    """Run a command that is sent a signal after a step; return how it ended, and what it said."""
-    module, _, name = after.partition(":")
-    program = (sys.executable, "-c", SIGNALLED, module, name, str(int(number)), str(times))
-    process = await asyncio.create_subprocess_exec(
-        *program,
-        *map(str, words),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    return process.returncode, out.decode(), err.decode()
+STAYS = r"appeared: bitmap: qmpblock-backup-[0-9a-f]{8}-[0-9a-f]{8}-\d(-end|-open)? of d0, .*"
 
 
 def tidy(place):
