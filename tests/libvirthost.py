@@ -1,9 +1,9 @@
-"""libvirt's daemon for the tests: its own mount and network namespace, nothing of the host's.
+"""libvirtd and virtlogd for the tests: own mount and network namespaces, nothing of the host's.
 
-What it would write to /run/libvirt, /var/lib/libvirt, /etc/libvirt and so on lies in a directory of
-the test's, and no bridge, firewall or control group of the host can be seen, so two runs never
-meet, nor any of them the libvirt of this host. It is reached through the root of the process that
-holds the namespaces, so it can be killed and started again under the same address.
+What they would write to /run/libvirt, /var/lib/libvirt, /etc/libvirt and so on lies in a directory
+of the test's, and no bridge, firewall or control group of the host can be seen, so two runs never
+meet, nor any of them the libvirt of this host. libvirtd is reached through the root of the process
+that holds the namespaces, so it can be killed and started again under the same address.
 
 What is not installed is taken from the packages that tools/fetch_daemon.py unpacks: laid over /usr
 in that namespace (`tests/unpacked.py`), and loaded into this process from where they lie.
@@ -43,7 +43,12 @@ _MODULES = (
     "libvirt.py",
     "libvirt_qemu.py",
 )
-_PARTS = ("usr/sbin/libvirtd", f"usr/lib/{_TRIPLET}/libvirt/connection-driver", "usr/bin/virsh")
+_PARTS = (
+    "usr/sbin/libvirtd",
+    "usr/sbin/virtlogd",
+    f"usr/lib/{_TRIPLET}/libvirt/connection-driver",
+    "usr/bin/virsh",
+)
 FOLDERS = {
     "run": "/run",
     "lib": "/var/lib",
@@ -163,7 +168,7 @@ def _load(libraries: list[Path]) -> None:
 
 
 class LibvirtHost:
-    """A libvirtd of its own; see `libvirt_host`.
+    """A libvirtd of its own, and the virtlogd through which its QEMUs log; see `libvirt_host`.
 
     :ivar uri: for virsh and qmpblock.
     :ivar inside: what a command is preceded by that is to run there.
@@ -172,10 +177,11 @@ class LibvirtHost:
     def __init__(self, folder: Path, unpacked: Path, reached_at: str = "") -> None:
         self._folder = folder
         self._daemon: subprocess.Popen[bytes] | None = None
+        self._logger: subprocess.Popen[bytes] | None = None
         for name in FOLDERS:
             (folder / name).mkdir(parents=True)
         (folder / "etc" / "qemu.conf").write_text(
-            'security_driver = "none"\nuser = "root"\ngroup = "root"\nstdio_handler = "file"\n'
+            'security_driver = "none"\nuser = "root"\ngroup = "root"\nstdio_handler = "logd"\n'
             + (f'migration_host = "{reached_at}"\n' if reached_at else "")
         )
         (folder / "etc" / "libvirtd.conf").write_text(
@@ -197,21 +203,34 @@ class LibvirtHost:
         return f"libvirt:{self.uri}?{domain}"
 
     def start(self) -> None:
-        """Start the daemon, and wait until it answers. In the main thread: it dies with that."""
-        log = (self._folder / "daemon.log").open("ab")
-        self._daemon = subprocess.Popen(
-            # Its pid file would be in /run itself, where all would meet.
-            [*self.inside, "libvirtd", "--pid-file", "/run/libvirt/libvirtd.pid"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            preexec_fn=die_with_parent(),
-        )
-        log.close()
+        """Start the daemon, and wait until it answers. In the main thread: it dies with that.
+
+        What its QEMUs say is virtlogd's, which is started with the first and goes on without it.
+        """
+        if self._logger is None:
+            self._logger = self._begin("virtlogd")
+            self._wait("virtlogd", self._logger, self.socket.with_name("virtlogd-sock").exists)
+        self._daemon = self._begin("libvirtd")
+        self._wait("libvirtd", self._daemon, lambda: not self._virsh("list").returncode)
+
+    def _begin(self, name: str) -> subprocess.Popen[bytes]:
+        with (self._folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                # Its pid file would be in /run itself, where all would meet.
+                [*self.inside, name, "--pid-file", f"/run/libvirt/{name}.pid"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent(),
+            )
+
+    def _wait(
+        self, name: str, process: subprocess.Popen[bytes], answers: Callable[[], bool]
+    ) -> None:
         late = time.monotonic() + _START
-        while self._virsh("list").returncode:
-            assert self._daemon.poll() is None, (self._folder / "daemon.log").read_text()
-            assert time.monotonic() < late, "libvirtd does not answer"
+        while not answers():
+            assert process.poll() is None, (self._folder / f"{name}.log").read_text()
+            assert time.monotonic() < late, f"{name} does not answer"
             time.sleep(0.05)
 
     def signal(self, number: signal.Signals) -> None:
@@ -234,6 +253,16 @@ class LibvirtHost:
         """The daemon's pid: `nsenter` becomes it."""
         assert self._daemon is not None
         return self._daemon.pid
+
+    @property
+    def logger(self) -> int:
+        """The pid of virtlogd."""
+        assert self._logger is not None
+        return self._logger.pid
+
+    def log(self, name: str) -> Path:
+        """Return where it writes what a domain's QEMU says."""
+        return self._folder / "log" / "qemu" / f"{name}.log"
 
     def virsh(self, *words: str) -> str:
         done = self._virsh(*words)
@@ -298,7 +327,7 @@ class LibvirtHost:
             for file in (self._folder / "run" / "qemu").glob("*.pid"):
                 if file.stem != "driver":
                     _kill(int(file.read_text()))
-            for process in (self._daemon, self._holder):
+            for process in (self._daemon, self._logger, self._holder):
                 if process is not None:
                     process.kill()
                     process.wait()

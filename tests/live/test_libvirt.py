@@ -74,6 +74,19 @@ async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(libvirt, c
     assert run("qemu-io", "-r", "-f", "qcow2", "-c", "read -P 2 512k 1M", chain)
 
 
+async def test_what_qemu_says_goes_through_virtlogd(libvirt, chain, qemu_binary):
+    """Both of libvirt's daemons run, as on a host where it is installed."""
+    pid = libvirt.domain("heard", chain, "qcow2", qemu_binary)
+    ends = {link.readlink() for link in Path(f"/proc/{libvirt.logger}/fd").iterdir()}
+    assert Path(f"/proc/{pid}/fd/2").readlink() in ends
+    libvirt.kill()
+    libvirt.start()
+    os.kill(pid, signal.SIGTERM)  # of which QEMU tells
+    async with asyncio.timeout(60):
+        while "terminating on signal 15" not in libvirt.log("heard").read_text():
+            await asyncio.sleep(0.05)
+
+
 async def test_its_domains_are_among_the_vms_of_this_host(libvirt, chain, qemu_binary, monkeypatch):
     """The daemon is in a namespace of the tests', so the address is made to lead there."""
     pid = libvirt.domain("listed", chain, "qcow2", qemu_binary)
