@@ -397,13 +397,30 @@ class Point:
         return later
 
     async def libvirt_goes_on(self):
-        """Have libvirt take a snapshot of its own, and take it back."""
+        """Have libvirt take a snapshot of its own, and take it back; back the disk up; and pull."""
         before = await self.domain.chains()
         await self.domain.virsh("snapshot-create-as", "--disk-only", "--no-metadata", "later")
         await self.domain.virsh("blockcommit", "vda", "--shallow", "--active", "--pivot")
         assert await self.domain.chains() == before, self.label
         before[1].with_suffix(".later").unlink()
         await self.guest_moves()
+        await self._backs_up(before[1])
+        if before[0][1:]:
+            await self.domain.virsh("blockpull", "vda", "--wait")
+            assert await self.domain.chains() == (before[0][:1], before[1]), self.label
+            await self.guest_moves()
+
+    async def _backs_up(self, image):
+        """See that a backup by libvirt has whatever the guest was told of before."""
+        told = await self.domain.guest.progress()
+        await self.domain.virsh("backup-begin")
+        async with asyncio.timeout(_STALL):
+            while "None" not in await self.domain.virsh("domjobinfo"):
+                await asyncio.sleep(0.05)
+        later = await self.domain.guest.progress()
+        [backup] = self.images.glob(f"{image.name}.*")
+        await self._holds(backup, told.acked, later.issued)
+        backup.unlink()
 
     async def images_hold(self, image, acked, issued):
         """See that a domain that was ended has all in the image that libvirt starts it from."""

@@ -28,6 +28,7 @@ async def test_a_commit_is_libvirts_own(libvirt, chain, qemu_binary):
     assert "no longer in the chain" in out
     assert domain.chains() == (["now.qcow2", "top.qcow2", "base.qcow2"], "now.qcow2")
     assert await domain.layers() == ["now.qcow2", "top.qcow2", "base.qcow2"]
+    domain.backs_up()
     (chain.parent / "mid.qcow2").unlink()
     domain.write(6, 8256)
     code, out, err = await cli("commit", domain.address, "vda", "--base", "@1")
@@ -51,6 +52,7 @@ async def test_a_commit_is_libvirts_own(libvirt, chain, qemu_binary):
     code, _, err = await cli("commit", domain.address, "vda")
     assert code == 0, err
     assert domain.chains() == (["base.qcow2"], "base.qcow2")
+    domain.goes_on()
     domain.end()
 
 

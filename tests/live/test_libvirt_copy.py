@@ -61,6 +61,7 @@ async def test_the_guest_goes_over_and_libvirt_knows(libvirt, chain, second, qem
     assert await domain.layers() == ["one.qcow2"]
     assert await domain.layers("vdb") == ["two.qcow2"]
     assert "running" in domain.virsh("domstate")
+    domain.backs_up()
     chain.unlink()
     domain.write(7, 8320)
     domain.virsh("snapshot-create-as", "--disk-only", "--no-metadata", "later")
@@ -82,4 +83,5 @@ async def test_the_guest_goes_over_and_libvirt_knows(libvirt, chain, second, qem
     assert domain.chains() == (["raw.raw"], "raw.raw")
     assert "type='raw'" in domain.virsh("dumpxml", "--inactive")
     domain.write(9, 8448)
+    domain.goes_on()
     domain.end()

@@ -63,6 +63,7 @@ async def test_an_image_gets_its_host_space(libvirt, chain, qemu_binary):
         domain.virsh("save", str(folder / "saved"))
         libvirt.virsh("restore", str(folder / "saved"))
     assert domain.chains() == (["now.qcow2"], "now.qcow2")
+    domain.goes_on()
     domain.end()
 
 
