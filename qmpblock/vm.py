@@ -103,11 +103,12 @@ class VM(Connection):
         try:
             return Disk(self, graph.device(name))
         except NotFoundError:
-            called = await self.monitor.device_called(name)
-            if called is not None:
-                return Disk(self, graph.device(called))
-            await check_served_here(self.monitor, name)
-            raise
+            called = await self.monitor.disks_called()
+            if name not in called:
+                await check_served_here(self.monitor, name)
+            if not called:
+                raise
+        return Disk(self, graph.device(name, called))
 
     async def jobs(self) -> tuple[JobInfo, ...]:
         """Return every background job, of whomever; `job.ours` says whose it is."""

@@ -376,20 +376,31 @@ class BlockGraph:
         """Return the devices that hold a disk, in their order."""
         return tuple(one for one in self.devices if isinstance(one, DiskDevice))
 
-    def device(self, text: str) -> DiskDevice:
+    def device(self, text: str, called: Mapping[str, str] | None = None) -> DiskDevice:
         """Find the one device that DISK names (design.md, contracts).
 
+        :param called: the ids of disks by a manager's names of them, which name them, too.
         :raise NotFoundError: none matches; lists those that there are.
         :raise AmbiguousError: several match; lists them.
         :raise RequestError: it matches a device with an empty tray.
         """
-        matching: Sequence[Device] = [one for one in self.devices if text in one.names()]
+        called = called or {}
+        names = {text, called.get(text) or text}
+        matching: Sequence[Device] = [
+            one for one in self.devices if not names.isdisjoint(one.names())
+        ]
         if not matching:
             matching = [
                 device for device in self.disks() if _same_file(text, device.chain.active.file)
             ]
         if not matching:
-            every = [device.describe() for device in self.devices]
+            by_id = {id_: name for name, id_ in called.items()}
+            every = [
+                f"{printable(by_id[device.id])}: {device.describe()}"
+                if device.id in by_id
+                else device.describe()
+                for device in self.devices
+            ]
             raise NotFoundError(
                 f"this VM has no disk called {printable(text)}"
                 + ("; it has:" if every else ", nor any other"),

@@ -158,11 +158,11 @@ class LibvirtMonitor:
     def keep_unlogged(self, unlogged: bool) -> None:
         """Nothing: this process logs none of it."""
 
-    async def device_called(self, name: str) -> str | None:
-        """Return the id of the device that libvirt calls so (`vda`); None: none."""
+    async def disks_called(self) -> Mapping[str, str]:
+        """Return the ids of the disks by libvirt's names of them (`vda`)."""
         domain = await self.there()
         try:
-            return disk_targets(await domain.xml()).get(name)
+            return disk_targets(await domain.xml())
         except (GoneError, NotRunningError, FailedError, ValueError) as error:
             raise LostError(printable(error)) from None
 

@@ -338,13 +338,13 @@ class Monitor:
         except LostError as error:
             raise self._lost(command, why=error.why) from error
 
-    async def device_called(self, name: str) -> str | None:
-        """Return the id of the disk that a manager, whose monitor this is, calls so; None: none.
+    async def disks_called(self) -> Mapping[str, str]:
+        """Return the ids of the disks by a manager's names of them, whose monitor this is.
 
         :raise DisconnectedError: the connection was lost.
         """
         try:
-            return await self._transport.device_called(name)
+            return await self._transport.disks_called()
         except LostError as error:
             raise self._lost(None, why=error.why) from error
 

@@ -300,8 +300,9 @@ class QMPSocket:
     lender = None
     by_turns = False
 
-    async def device_called(self, name: str) -> None:
+    async def disks_called(self) -> Mapping[str, str]:
         """Nothing: QEMU's own names are all that there are."""
+        return {}
 
     def keep_turn(self, kept: bool) -> None:
         """Nothing: nobody else has this connection."""

@@ -98,8 +98,8 @@ class Transport(Protocol):
         :raise LostError: the way is lost.
         """
 
-    async def device_called(self, name: str) -> str | None:
-        """Return the id of the guest's disk that whoever lends the monitor calls so; None: none.
+    async def disks_called(self) -> Mapping[str, str]:
+        """Return the ids of the guest's disks by the names of whoever lends the monitor, if any.
 
         :raise LostError: the way is lost.
         """

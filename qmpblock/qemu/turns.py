@@ -189,8 +189,9 @@ class Turns:
         self._drop_fd()
         self._fd = os.dup(fd)
 
-    async def device_called(self, name: str) -> None:
+    async def disks_called(self) -> Mapping[str, str]:
         """Nothing: QEMU's own names are all that there are."""
+        return {}
 
     def keep_turn(self, kept: bool) -> None:
         """Have what is run from now on be one turn, or no longer."""

@@ -111,6 +111,16 @@ def test_unknown_disk_lists_those_that_there_are(version):
     assert "cdx (empty)" in caught.value.candidates
 
 
+def test_a_managers_names_are_names_and_listed(version):
+    graph, called = recorded(version, "quiet"), {"vda": "vd0", "vdz": "gone"}
+    assert graph.device("vda", called).name == "vd0"
+    for name in ("vdb", "vdz"):
+        with pytest.raises(NotFoundError, match=f"no disk called {name}") as caught:
+            graph.device(name, called)
+        assert any(line.startswith("vda: vd0 (node d0") for line in caught.value.candidates)
+        assert "cdx (empty)" in caught.value.candidates
+
+
 def test_a_backing_file_is_not_a_disks_name(version):
     """Two disks may share it: writing to the one it happens to name would be a mistake."""
     with pytest.raises(NotFoundError):

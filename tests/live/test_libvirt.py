@@ -57,7 +57,7 @@ async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(libvirt, c
         assert vm.monitor.peer_pid == libvirt.pid("web")
         disk = await vm.disk("vda")
         assert disk.name == (await vm.disk("virtio-disk0")).name
-        with pytest.raises(NotFoundError, match="no disk called vdb"):
+        with pytest.raises(NotFoundError, match=r"no disk called vdb.*\n  vda: virtio-disk0 \("):
             await vm.disk("vdb")
         assert [layer.layer.depth for layer in await disk.layers()] == [0, 1]
         result = await disk.allocate()
