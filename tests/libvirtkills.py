@@ -404,21 +404,21 @@ class Point:
         assert await self.domain.chains() == before, self.label
         before[1].with_suffix(".later").unlink()
         await self.guest_moves()
-        await self._backs_up(before[1])
+        await self._backs_up()
         if before[0][1:]:
             await self.domain.virsh("blockpull", "vda", "--wait")
             assert await self.domain.chains() == (before[0][:1], before[1]), self.label
             await self.guest_moves()
 
-    async def _backs_up(self, image):
+    async def _backs_up(self):
         """See that a backup by libvirt has whatever the guest was told of before."""
-        told = await self.domain.guest.progress()
+        told, before = await self.domain.guest.progress(), set(self.images.iterdir())
         await self.domain.virsh("backup-begin")
         async with asyncio.timeout(_STALL):
             while "None" not in await self.domain.virsh("domjobinfo"):
                 await asyncio.sleep(0.05)
         later = await self.domain.guest.progress()
-        [backup] = self.images.glob(f"{image.name}.*")
+        [backup] = set(self.images.iterdir()) - before
         await self._holds(backup, told.acked, later.issued)
         backup.unlink()
 
