@@ -209,6 +209,7 @@ EITHER = (
     "test_killing",
     "test_libvirt",
     "test_libvirt_chains",
+    "test_libvirt_commands",
     "test_libvirt_commit",
     "test_libvirt_copy",
     "test_libvirt_full",
