@@ -5,6 +5,9 @@ from typing import get_args
 
 import pytest
 
+from qmpblock.cli.vms_command import _show
+from qmpblock.graph.model import Chain, Device, Layer, Node
+from qmpblock.inventory.listing import RunningVM, _managed
 from qmpblock.managers import Manager, Verb, Work, refused
 
 PAGE = Path(__file__).parents[1] / "docs" / "managers.md"
@@ -26,6 +29,41 @@ def table():
         ways = (_way(manager, verb) for manager in (LIBVIRT, PROXMOX, INCUS))
         rows.append(f"| {Work(verb, '').called} | {lent} | {' | '.join(ways)} |\n")
     return head + "|---|---|---|---|---|\n" + "".join(rows)
+
+
+def _listed(name, pid, user, manager=None, size=0, fmt="", file="", layers=0, **more):
+    """Return a VM as `qmpblock vms` finds it."""
+    devices = None
+    if size:
+        node = Node("d", fmt, file, size, read_only=False)
+        each = tuple(Layer(depth, node, None) for depth in range(layers))
+        chain = Chain((), each, (0,) * layers, (size,) * layers)
+        disk = "virtio-disk0" if manager else "vd0"
+        devices = (Device(disk, None, "/machine/peripheral/d", False, False, chain),)
+    vm = RunningVM(name, pid, user, devices=devices, status="running" if size else None, **more)
+    return _managed(vm, manager)
+
+
+def test_the_list_of_vms_that_it_shows_is_what_the_command_prints(capsys):
+    _show(
+        [
+            _listed(
+                *("web", 4711, "libvirt-qemu", LIBVIRT, 20 << 30, "qcow2", "/srv/web.qcow2", 3),
+                address="libvirt:web",
+            ),
+            _listed(
+                *("build", 4722, "ci", None, 8 << 30, "raw", "/srv/ci/build.raw", 1),
+                address="unix:/run/ci/build.qmp",
+            ),
+            _listed(
+                *("old", 4733, "ci"),
+                trouble="it has no QMP monitor that listens",
+                remedy="start it with -qmp unix:/run/qmpblock/VM.qmp,server=on,wait=off",
+            ),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert f"\n```\n{printed}```\n" in PAGE.read_text(encoding="utf-8"), printed
 
 
 def test_the_page_has_what_the_code_has():
