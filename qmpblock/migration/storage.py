@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.cancellation import task_group
+from qmpblock.chains.look import unless_changed
 from qmpblock.copying.frame import check_actives
 from qmpblock.copying.job import joined
 from qmpblock.copying.wire import HOLD, Wire, wire_socket
@@ -128,6 +129,7 @@ class Storage:
         Laid all at once they cost the copy of eight disks a twelfth of its time.
 
         :param blank: whether a target reads as zeros, all of it: then none is zeroed first (F36).
+        :raise GraphError: somebody has changed a disk's chain, or taken a snapshot of it.
         :raise Error: it cannot be; what was begun is left to whoever undoes it.
         """
         tops = []  # QEMU takes for theirs whichever layer is active when their job begins (K46)
@@ -151,21 +153,20 @@ class Storage:
                 await self._go_on(job)
                 continue
             how = self._sync(pair, blank=zeros)
-            await self._vm.monitor.execute(
-                "blockdev-mirror",
-                {
-                    "job-id": name,
-                    "device": pair.source.chain.root.name,
-                    "target": end,
-                    **how,
-                    "copy-mode": "background",
-                    "granularity": _GRANULARITY,
-                    "on-source-error": job.on_error("report"),
-                    "on-target-error": "stop",  # or it would end when QEMU must not (K34)
-                    "speed": self._share,
-                    "auto-dismiss": False,
-                },
-            )
+            arguments = {
+                "job-id": name,
+                "device": pair.source.chain.root.name,
+                "target": end,
+                **how,
+                "copy-mode": "background",
+                "granularity": _GRANULARITY,
+                "on-source-error": job.on_error("report"),
+                "on-target-error": "stop",  # or it would end when QEMU must not (K34)
+                "speed": self._share,
+                "auto-dismiss": False,
+            }
+            async with unless_changed(self._vm, [pair.source]):
+                await self._vm.monitor.execute("blockdev-mirror", arguments)
             if how["sync"] == "top":
                 tops.append(pair.source)
         if tops:
