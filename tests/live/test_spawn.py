@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from chains import cli
 from disturbed import until
 from jsonschema import Draft202012Validator
+from test_docs import ROOT, blocks, console, same
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
@@ -26,6 +28,7 @@ from qmpblock.migration.origin import read_origin
 from qmpblock.migration.spawn import spawn
 from qmpblock.qemu.connection import Connection, NBDAccess
 from qmpblock.testing.images import Tools, build
+from qmpblock.testing.scenario import parse_scenario
 
 SCHEMAS = Path(__file__).parents[2] / "docs/schema"
 
@@ -318,3 +321,39 @@ async def test_disks_without_names_are_not_exchanged(
         pass
     for addr in (4, 5):
         assert set((vm_dir / f"destination-{addr}").read_bytes()) == {addr}
+
+
+async def test_the_worked_example_on_one_host(
+    start_qemu, invariant, vm_dir, folder, ending, qemu_binary
+):
+    """The commands of docs/migration.md, and what they print, as they stand there but for names."""
+    page = ROOT / "docs/migration.md"
+    section = page.read_text().partition("\n## On one host\n")[2].partition("\n## ")[0]
+    walk = [one.body for one in blocks(page) if one.words[:1] == ("console",)]
+    commands = list(console("".join(body for body in walk if body in section)))
+    assert len(commands) == 5
+    disk = "about: One.\nimages:\n  - {size: 1G, content: [write 0 64M 0xaa]}\n"
+    built = await build(parse_scenario(disk, "source"), vm_dir / "images", Tools.of(qemu_binary))
+    source = await start_qemu(built, extra=["-m", "64"])
+    source.expect_exit()
+    invariant.forget(source)
+    meant = {"/run/vm/vm.qmp": source.monitor_path, "/images/new": str(folder)}
+    spawned = "/tmp/qmpblock-vm-x7k2m9qd/qmp"
+    for command, wanted in commands:
+        for word, name in meant.items():
+            command, wanted = command.replace(word, name), wanted.replace(word, name)
+        code, out, err = await cli(*shlex.split(command)[1:])
+        if "--spawn" in command:
+            meant[spawned] = out.strip()
+            wanted = wanted.replace(spawned, out.strip())
+            async with connected(out.strip()) as destination:
+                ending(destination.monitor.peer_pid, f"{Path(out.strip()).parent}/log")
+        assert code == 0, err
+        assert same(wanted, out), out
+    async with connected(meant[spawned]) as destination:
+        assert (await destination.monitor.execute("query-status"))["running"]
+        await destination.monitor.execute("quit")
+    tools = Tools.of(qemu_binary)
+    await source.wait()
+    await until(lambda: not os.path.exists(meant[spawned]), "its end")
+    await tools.run(tools.img, "compare", str(built.disks[0].active.path), f"{folder}/vd0.qcow2")
