@@ -51,7 +51,7 @@ async def dry_run(
     **words: Unpack[BackupWords],
 ) -> PlannedBackup:
     """Say what a backup of running disks would be. See `VM.plan_backup`."""
-    check_disks(disks)
+    check_disks(vm, directory, disks)
     with foresee_backups(directory) as backups:
         backups.check_free()
         for error in backups.read().values():

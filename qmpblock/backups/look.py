@@ -26,6 +26,7 @@ from qmpblock.changes.identity import identify
 from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.copying.look import look
 from qmpblock.copying.options import CopyOptions
+from qmpblock.copying.targetname import check_host
 from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError
 from qmpblock.host.keycommand import shell_words
 from qmpblock.host.openfiles import OpenFiles
@@ -63,11 +64,15 @@ class BackupWords(TypedDict, total=False):
     verify: bool
 
 
-def check_disks(disks: Sequence[MappedDisk]) -> None:
-    """Refuse what is no list of disks.
+def check_disks(
+    vm: Connection, directory: str | os.PathLike[str], disks: Sequence[MappedDisk]
+) -> None:
+    """Refuse what is no list of disks, and those of another host, before anything is made here.
 
     :raise RequestError: it has none, or one twice.
+    :raise UnsupportedError: they are another host's.
     """
+    check_host(vm.monitor.address, "backup", [os.fspath(directory)])
     if not disks:
         raise RequestError("a backup of no disk is none", standing=UNTOUCHED)
     paths = [disk.device.qom_path for disk in disks]

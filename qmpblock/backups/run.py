@@ -142,7 +142,7 @@ class _Run:
         :raise Error: it cannot be made, or has failed; what stands is said.
         """
         started = time.monotonic()
-        check_disks(self.disks)
+        check_disks(self.vm, self.directory, self.disks)
         with open_backups(self.directory, make=True) as backups, backups.locked():
             for error in backups.read().values():
                 raise error

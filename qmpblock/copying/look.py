@@ -20,7 +20,7 @@ from qmpblock.copying.managed import check_asked
 from qmpblock.copying.options import CopyOptions
 from qmpblock.copying.plan import CopyPlan, plan_copy
 from qmpblock.copying.resuming import check_target
-from qmpblock.copying.targetname import check_file
+from qmpblock.copying.targetname import check_file, check_host
 from qmpblock.copying.targets import place_of
 from qmpblock.errors import UNTOUCHED, RequestError, UnsupportedError, printable
 from qmpblock.graph.backingname import name_of_frozen
@@ -88,6 +88,7 @@ async def look(
         if block:
             await check_unused(vm.monitor.peer_pid, plan.file)
         elif plan.server is None:
+            check_host(vm.monitor.address, "copy", [disk.name, str(file)])
             check_file(
                 *(vm.monitor.peer_pid, plan.file),
                 force=force,

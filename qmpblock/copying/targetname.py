@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
+from qmpblock.address import MonitorAddress, SSHAddress
 from qmpblock.errors import (
     UNTOUCHED,
     Error,
@@ -17,6 +19,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.places import FileId
 from qmpblock.host.filelocks import is_used
+from qmpblock.host.keycommand import shell_words
 from qmpblock.host.openfiles import NOWHERE, openers, sees_directory
 from qmpblock.host.processes import describe_process
 from qmpblock.names import partial_file
@@ -24,6 +27,7 @@ from qmpblock.names import partial_file
 __all__ = [
     "absolute",
     "check_file",
+    "check_host",
     "check_name",
     "check_seen",
     "check_unopened",
@@ -71,6 +75,24 @@ def check_file(
             partial = name != file
             goes = (force and not keeps_name) or (restarts and partial)
             _check_replaceable(name, force=goes, partial=partial)
+
+
+def check_host(address: MonitorAddress, verb: str, words: Sequence[str]) -> None:
+    """Refuse to write files for a VM on another host: they are made on its own.
+
+    :param words: that follow the address on the command's line.
+    :raise UnsupportedError: it is on another one.
+    """
+    if not isinstance(address, SSHAddress):
+        return
+    there = address.host if address.user is None else f"{address.user}@{address.host}"
+    port = [] if address.port is None else ["-p", str(address.port)]
+    command = shell_words(["qmpblock", verb, address.path, *words])
+    raise UnsupportedError(
+        f"its files are made by QEMU, on its own host, and that is {printable(address.host)}",
+        standing=UNTOUCHED,
+        remedy=f"run it there: {shell_words(['ssh', *port, there, command])}",
+    )
 
 
 def check_seen(pid: int | None, folder: str, *, to_be: str | None = None) -> None:
