@@ -253,7 +253,7 @@ class ManagersMove(Record):
         return [
             one.files[1]
             for one in self._passages.values()
-            if one.device not in there or one.is_over(graph)
+            if one.device not in there or not one.stays(graph)
         ]
 
     def verdict(

@@ -252,7 +252,15 @@ async def _pivot(vm: Connection, record: Record, journal: Journal | None, name: 
     except Error:  # or its daemon went away over it, and it has been done
         if await vm.monitor.through(lambda lender: lender.job(name)) is not None:
             raise
-    if not await agree(vm, record, journal, name):
+    over = await agree(vm, record, journal, name)
+    if over is None:
+        raise GraphError(
+            f"somebody else has changed the images of {printable(name)} at the same time",
+            standing="the guest goes on in the image that QEMU and libvirt both name; nothing is "
+            "lost",
+            remedy="look at it: qmpblock disks ADDRESS; virsh domblklist DOMAIN",
+        )
+    if not over:
         raise Error(
             f"libvirt has forgotten its pivot of {name}: its daemon was ended in the middle",
             standing="the guest goes on in the image that libvirt names; nothing is lost",
@@ -281,10 +289,11 @@ async def give_up(vm: Connection, record: Record, name: str) -> None:
         await asyncio.sleep(_LOOK)
 
 
-async def agree(vm: Connection, record: Record, journal: Journal | None, name: str) -> bool:
+async def agree(vm: Connection, record: Record, journal: Journal | None, name: str) -> bool | None:
     """Wait until the manager names the image that QEMU has, or have QEMU use the one that it names.
 
-    The VM is paused. Returns whether the guest has gone over.
+    The VM is paused. Returns whether the guest has gone over; None where it is on neither image,
+    for somebody has changed the chain since, by the manager.
 
     :param name: what the manager calls the disk.
     :raise StalledError: its job does not come to its end.
@@ -316,6 +325,9 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
                 await set_writable(vm, here[not moved])
                 await put_back(vm, device, here[not moved])
                 continue
+            active = device.chain.active.file
+            if said and all(_same(file, active) for file in said):
+                return moved or None
         if clock() > deadline:
             raise StalledError(
                 f"libvirt and QEMU do not name the same image of {printable(name)}",

@@ -98,9 +98,17 @@ class Passage:
             return False
         before, after = self.nodes
         layers = [layer.node.name for layer in disk.chain.layers]
+        if before in layers:
+            return False
         if after:
-            return before not in layers and after in layers
-        return layers[0] != before and is_in(graph, layers[0], self.files[1])
+            return after in layers
+        # Somebody may have taken a snapshot of it since.
+        return any(is_in(graph, layer, self.files[1]) for layer in layers)
+
+    def stays(self, graph: BlockGraph) -> bool:
+        """Whether the guest is on the image that it was on before."""
+        disk = graph.disk_at(self.device)
+        return disk is not None and disk.chain.active.node.name == self.nodes[0]
 
 
 @dataclass(frozen=True)
