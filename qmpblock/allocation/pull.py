@@ -26,7 +26,7 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chains import jobs
 from qmpblock.chains.asking import Asking
 from qmpblock.chains.jobs import ChainJob, Outcome, changed
-from qmpblock.chains.look import look
+from qmpblock.chains.look import look, work_of
 from qmpblock.chains.owner import is_asked, manager_names
 from qmpblock.chains.plan import StreamPlan, check_unchanged, plan_stream
 from qmpblock.changes.change import Change
@@ -93,7 +93,10 @@ class _Pulling:
         self._plan = plan
         self._name = name
         self._asking = Asking(
-            disk, name, standing="what was copied stays; the chain is as it was", verb="blockpull"
+            disk,
+            name,
+            standing="what was copied stays; the chain is as it was",
+            work=work_of(disk, plan),
         )
         self._speed = speed
         self._began = time.monotonic()

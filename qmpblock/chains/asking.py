@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from qmpblock.changes import known
 from qmpblock.changes.known import NEAR
 from qmpblock.errors import Error, GraphError, printable
+from qmpblock.managers import Manager, Work
 from qmpblock.qemu.job import Job, Progress
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ class Asking:
     :ivar name: what the manager calls it.
     :ivar near: bytes by which the guest may be ahead when it is paused for the rest.
     :param standing: what stands where it cannot.
-    :param verb: of virsh, that would do it, too.
+    :param work: what for, and so how it would be asked by its own command.
     """
 
-    def __init__(self, disk: MappedDisk, name: str, *, standing: str, verb: str) -> None:
+    def __init__(self, disk: MappedDisk, name: str, *, standing: str, work: Work) -> None:
         self._disk = disk
         self._vm = disk.vm
         self._standing = standing
-        self._verb = verb
+        self._work = work
         self.name = name
         self.near = NEAR
 
@@ -103,7 +104,7 @@ class Asking:
             raise GraphError(
                 f"libvirt does not say by what name it knows {printable(file)}",
                 standing=self._standing,
-                remedy=f"virsh {self._verb} DOMAIN {self.name} --base {printable(file)}",
+                remedy=Manager("libvirt", "", "").way(self._work),
             )
         return name
 

@@ -66,6 +66,7 @@ __all__ = [
     "record_of_stream",
     "unless_changed",
     "with_settings",
+    "work_of",
 ]
 
 
@@ -114,7 +115,7 @@ async def look(disk: MappedDisk, make: Any, *, lent: bool = False) -> StreamPlan
         )
         await check_frozen_ones(disk.vm.monitor, plan.base)
     if plan.leaving:
-        await ownership.ask_for_change(disk.vm, _work(disk, plan), graph, asked=lent)
+        await ownership.ask_for_change(disk.vm, work_of(disk, plan), graph, asked=lent)
     return _named(plan, files, places)
 
 
@@ -133,7 +134,7 @@ def _named(
     return replace(plan, names=names, warnings=(*plan.warnings, *lost))
 
 
-def _work(disk: MappedDisk, plan: StreamPlan | CommitPlan) -> Work:
+def work_of(disk: MappedDisk, plan: StreamPlan | CommitPlan) -> Work:
     """Say what is to be done, for a manager that does it by itself."""
     base = plan.base.file if plan.base is not None and plan.base.depth else ""
     lowest = plan.base is not None and plan.base.depth == len(disk.chain.layers) - 1

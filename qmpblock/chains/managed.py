@@ -28,7 +28,7 @@ from qmpblock.cancellation import undisturbed
 from qmpblock.chains import jobs
 from qmpblock.chains.asking import Asking
 from qmpblock.chains.jobs import ChainJob, Outcome, changed, make_explicit
-from qmpblock.chains.look import look, record_of_commit, with_settings
+from qmpblock.chains.look import look, record_of_commit, with_settings, work_of
 from qmpblock.chains.owner import is_asked, manager_names
 from qmpblock.chains.plan import CommitPlan, check_unchanged, plan_commit
 from qmpblock.changes.backingproof import check_record
@@ -130,7 +130,8 @@ class _Committing:
         self._name = name
         self._speed = speed
         self._run = new_run()
-        self._asking = Asking(disk, name, standing="the chain is as it was", verb="blockcommit")
+        work = work_of(disk, plan)
+        self._asking = Asking(disk, name, standing="the chain is as it was", work=work)
         self._layers: tuple[str, ...] = ()  # what the manager calls them
         self._files: tuple[str, ...] = ()
         self._began = time.monotonic()

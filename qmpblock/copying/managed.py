@@ -46,6 +46,7 @@ from qmpblock.errors import (
 )
 from qmpblock.host.imagefiles import images_of
 from qmpblock.host.openfiles import OpenFiles
+from qmpblock.managers import Work
 from qmpblock.names import lock_names, paused_node
 from qmpblock.qemu.job import Job, Progress
 from qmpblock.speed import RateMeter
@@ -304,7 +305,8 @@ class _ManagersJob(Job):
     def __init__(self, disk: MappedDisk, name: str, job: CopyJob) -> None:
         # What libvirt calls its job, so that it can be paused.
         super().__init__(disk.vm.monitor, f"copy-{name}-{disk.chain.active.node.name}", "mirror")
-        self.manager = Asking(disk, name, standing="the guest is where it was", verb="blockcopy")
+        work = Work("move", disk.chain.active.file)
+        self.manager = Asking(disk, name, standing="the guest is where it was", work=work)
         self._disk = disk
         self._copy = job
         self._meter = RateMeter()

@@ -6,8 +6,10 @@ import pytest
 
 from qmpblock.chains.asking import Asking
 from qmpblock.errors import GraphError
+from qmpblock.managers import Work
 
 WHOLE, SHORT = [("/i/d0", "vda[1]"), ("/i/d1", "vda[2]")], [("/i/d0", "vda[1]")]
+WORK = Work("commit", "/i/d0", "/i/d1", "/i/d2")
 
 
 def asking(*says, stall=60.0):
@@ -26,7 +28,14 @@ def asking(*says, stall=60.0):
         vm=SimpleNamespace(monitor=monitor, stall=stall),
         chain=SimpleNamespace(layers=(SimpleNamespace(),)),
     )
-    return Asking(disk, "vda", standing="as it was", verb="blockpull")
+    return Asking(disk, "vda", standing="as it was", work=WORK)
+
+
+async def test_a_layer_without_a_name_is_named_by_its_file():
+    with pytest.raises(GraphError, match="by what name it knows /i/d1") as caught:
+        asking(SHORT).named(("/i/d1", ""))
+    way = "virsh blockcommit DOMAIN /i/d0 --top /i/d1 --base /i/d2 --wait"
+    assert caught.value.remedy == way
 
 
 async def test_before_anything_it_has_to_agree_at_once():
