@@ -292,6 +292,10 @@ def test_where_nothing_is_both_are_named(image, more, capsys):
                 "goes on by itself"
             ),
         ),
+        (
+            Progress("memory", "moving the memory", MIB, 2 * MIB, eta=1.6, downtime=0.0234),
+            "x: moving the memory, 1M of 2M, 2 s to go, the guest will stand for about 0.023 s",
+        ),
         (Progress("concluded", "ended", 2 * MIB, 2 * MIB), "x: ended"),
     ],
 )

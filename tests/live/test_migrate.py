@@ -10,12 +10,27 @@ from types import SimpleNamespace
 import pytest
 from chains import cli
 from jsonschema import Draft202012Validator
-from migrating import arrived, machine, migrated, to_newer
+from migrating import arrived, machine, migrated, stays, to_newer
 
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
 
+STRUCK = """
+import os, signal, sys
+from qmpblock.cli import main
+from qmpblock.migration.passage import Passage
+
+phase, enter = sys.argv.pop(1), Passage.enter
+
+async def strike(self, now, **how):
+    await enter(self, now, **how)
+    if now.value == phase:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Passage.enter = strike
+main()
+"""
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs/schema/migrate.schema.json").read_text())
 
 
@@ -102,6 +117,36 @@ async def test_the_command_is_interrupted(begin, start_destination):
     assert "never continue it" in out
     code, _, err = await cli(*words)
     assert code == 2, err
+
+
+@pytest.mark.parametrize("phase", ["memory", "held", "ended", "sent", "landed", "handed"])
+async def test_the_command_is_interrupted_as_the_guest_goes(
+    phase, begin, start_destination, invariant
+):
+    """By Ctrl-C when a phase has just begun: all is undone, or finished, for that was too late."""
+    source = await begin()
+    destination = await start_destination(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+    words = ("migrate", source.monitor_path, destination.monitor_path)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", STRUCK, phase, *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, said = await process.communicate()
+    err, code = said.decode(), process.returncode
+    late = {"handed": True, "landed": code == 1}.get(phase, False)  # there nobody has decided yet
+    assert (code, out) == (1 if late else 130, b""), err
+    assert ("interrupted too late: the guest had gone over" in err) is late, err
+    if late:
+        invariant.forget(source)
+        assert "the guest runs at the destination; it stood for" in err
+        gone = SimpleNamespace(seconds=0.0, downtime=0.0, phases=[], warnings=())
+        await arrived(source, destination, gone)
+    else:
+        assert "interrupted; nothing of ours is left in the VM" in err
+        await stays(source, invariant)
 
 
 async def test_a_wrong_pair_is_refused(begin, start_qemu, vm_dir, qemu_binary, invariant):
