@@ -75,6 +75,12 @@ class Bitmaps:
         if every:
             await self._tell(every)
 
+    @property
+    def disks(self) -> tuple[DiskDevice, ...]:
+        """The source's disks of which some go along."""
+        sources = (pair.source for pair in self._pairs)
+        return tuple(one for one in sources if self._names.get(one.chain.active.node.name))
+
     async def _tell(self, every: set[str]) -> None:
         """Say which are which, where QEMU would not find it by itself, or was told another thing.
 

@@ -74,6 +74,7 @@ class Plan:
     :ivar disks: every disk of the source; `pairs`: those that are written to, with what they are
         there; `copied`: those of them that are copied.
     :ivar arriving: every disk of the destination.
+    :ivar terms: what is done with the disks.
     :ivar kept: what an attempt before left of them, that is gone on with.
     """
 
@@ -82,7 +83,13 @@ class Plan:
     pairs: tuple[Pair, ...]
     copied: tuple[Pair, ...]
     warnings: tuple[str, ...]
+    terms: DiskTerms
     kept: Kept | None = None
+
+    @property
+    def paths(self) -> tuple[tuple[str, str], ...]:
+        """The pairs by their paths in QEMU's object tree."""
+        return tuple((pair.source.qom_path, pair.destination.qom_path) for pair in self.pairs)
 
 
 async def look(
@@ -127,7 +134,7 @@ async def look(
     if terms.allocation == "same":
         pairs = tuple([await _alike(source, destination, pair) for pair in pairs])
     copied = pairs if terms.copies else ()
-    return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings, kept)
+    return Plan(disks, arriving.disks(), pairs, copied, pairing.warnings, terms, kept)
 
 
 async def _alike(source: Connection, destination: Connection, pair: Pair) -> Pair:

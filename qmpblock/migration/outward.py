@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from qmpblock.cancellation import task_group, undisturbed
 from qmpblock.chains.plan import check_unchanged
-from qmpblock.errors import DisconnectedError, Error, StalledError, printable
+from qmpblock.errors import BusyError, DisconnectedError, Error, StalledError, printable
 from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.likeness import reserve_alike
+from qmpblock.migration.pairing import check_pairing
 from qmpblock.migration.states import ORDER, Move, Phase, Planned, Side
 from qmpblock.migration.stream import told_at
 from qmpblock.qemu.runstate import STOPPED_ITSELF
@@ -150,6 +151,7 @@ class Outward:
         passage = self._passage
         for notice in passage.means.notices():
             passage.job.say(notice)
+        await self._check_pairing()
         async with task_group() as group:
             group.create_task(passage.landing.store())
             group.create_task(self._prepare())
@@ -157,13 +159,25 @@ class Outward:
         await passage.change.allow_migration()
         await passage.stream.start(passage.landing)
 
+    async def _check_pairing(self) -> None:
+        """See that both still fit: to copy the disks may have taken hours."""
+        passage, plan = self._passage, self._passage.plan
+        there, run = passage.landing.vm, passage.record.run
+        pairing = await check_pairing(passage.source, there, plan.terms, resumed=run)
+        if pairing.disks != plan.paths:
+            raise BusyError("a disk was plugged in or out meanwhile", remedy="try again")
+
     async def _prepare(self) -> None:
         """Tell QEMU how to migrate."""
-        await self._passage.bitmaps.prepare()
-        await self._passage.stream.prepare()
+        passage = self._passage
+        await passage.bitmaps.prepare()
+        shared = () if passage.plan.copied else passage.plan.pairs
+        await passage.actives.note([one.source for one in shared] or passage.bitmaps.disks)
+        await passage.stream.prepare()
 
     async def _say_stopped(self) -> None:
         passage = self._passage
+        await passage.actives.check()
         passage.stopped = passage.stream.stood_before and not passage.pause.stands
         if passage.stopped:
             await wayback.mark_stopped(passage.source, passage.record.run)

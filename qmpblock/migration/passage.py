@@ -13,6 +13,7 @@ from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
 from qmpblock.errors import UNTOUCHED, BusyError, DisconnectedError, Error, StalledError
 from qmpblock.host.imagefiles import images_of
+from qmpblock.migration.actives import Actives
 from qmpblock.migration.bitmaps import Bitmaps
 from qmpblock.migration.hold import Hold
 from qmpblock.migration.imageserver import ImageServer, image_server
@@ -112,6 +113,7 @@ class Passage:
         )
         self.pause = Pause(source, record.run, means, job)
         self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
+        self.actives = Actives(source)
         self.downtime = 0.0
         self.warnings = list(job.warnings)
 
