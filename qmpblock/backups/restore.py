@@ -99,6 +99,7 @@ class _Target:
     name: str
     directory: Directory
     made: FileId | None = field(default=None)
+    named: bool = field(default=False)
 
     @property
     def partial(self) -> str:
@@ -222,6 +223,7 @@ class _Target:
                 self.directory.rename(self.partial, self.made, self.name)
         except OSError as error:
             raise self._cannot(error) from None
+        self.named = True
 
     def remove(self, *, named: bool) -> None:
         """Leave nothing of it.
@@ -309,9 +311,12 @@ async def restore(
         proven = await _prove(backups, targets, progress)
         try:
             await _restore(backups, targets, proven, progress, stall, force=force)
-        except BaseException:
+        except BaseException as error:
             for one in targets:
                 one.remove(named=not force)  # what was replaced is gone: so that stays
+            if isinstance(error, Error) and error.standing is None:
+                stays = [printable(one.path) for one in targets if force and one.named]
+                error.standing = f"restored, and left: {', '.join(stays)}" if stays else _NONE
             raise
     return Restored(
         backups.path,

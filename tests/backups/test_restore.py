@@ -1,5 +1,6 @@
 """Restoring: what is refused; and while others exchange what lies under the files' names."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,13 @@ from backuppoints import disk, point
 from qmpblock.backups.check import check_backups
 from qmpblock.backups.directory import open_backups
 from qmpblock.backups.restore import restore
-from qmpblock.errors import Error, NotFoundError, RequestError, UnsupportedError
+from qmpblock.errors import (
+    Error,
+    NoRoomError,
+    NotFoundError,
+    RequestError,
+    UnsupportedError,
+)
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimgcheck import QemuImgCheck
 from qmpblock.host.qemuimgconvert import QemuImgConvert
@@ -170,6 +177,44 @@ async def test_it_is_owned_as_the_file_that_was_proven(place, tmp_path, monkeypa
     target = tmp_path / "to" / "vd0.raw"
     assert target.stat().st_mode & 0o777 == 0o600
     assert target.read_bytes() == WHOLE[: 1 << 20] + bytes(SIZE - (1 << 20))
+
+
+@pytest.mark.parametrize("force", [False, True])
+async def test_without_room_it_is_said_what_is_left(force, place, tmp_path, monkeypatch):
+    async def full(*_, **__):
+        raise NoRoomError("there is no room")
+
+    monkeypatch.setattr(QemuImgConvert, "convert", full)
+    with pytest.raises(NoRoomError) as failed:
+        await restore(place, tmp_path / "to", force=force)
+    assert failed.value.standing == "nothing is left of what was being restored"
+    assert not (tmp_path / "to").exists()
+
+
+async def test_what_was_replaced_is_named_where_the_next_one_fails(place, tmp_path, monkeypatch):
+    """The disk before it is restored, and nothing brings back what it took the place of."""
+    name = "20261130T130500Z-{}.qcow2"
+    every = []
+    for one in ("vd0", "vd1"):
+        image(place / name.format(one), 7, 0)
+        every.append(replace(told(place, name.format(one)), disk=one, path=f"/{one}"))
+    made = replace(point("20261130T130500Z", every), number=3)
+    (place / f"{made.when}.json").write_text(json.dumps(made.as_json()))
+    target = tmp_path / "to"
+    target.mkdir()
+    (target / "vd0.raw").write_bytes(b"before")
+    replaced = Directory.replace
+
+    def once(self, *words):
+        if "vd1.raw" in words:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return replaced(self, *words)
+
+    monkeypatch.setattr(Directory, "replace", once)
+    with pytest.raises(Error) as failed:
+        await restore(place, target, force=True)
+    assert failed.value.standing == f"restored, and left: {target / 'vd0.raw'}"
+    assert [path.name for path in target.iterdir()] == ["vd0.raw"]
 
 
 @pytest.mark.parametrize("linked", [False, True])
