@@ -57,7 +57,8 @@ class PlannedDisk:
     :ivar source: the file of its active layer there; `target`: at the destination.
     :ivar size: of the disk, in bytes.
     :ivar layers: all, or the active one alone; `allocation`: what has host space there.
-    :ivar data: bytes of it that are to be copied; None where no map can be had: the size counts.
+    :ivar data: bytes of it that are to be copied; None where no map can be had: the size counts,
+        but for room.
     :ivar written: bytes a second that the guest writes to it.
     """
 

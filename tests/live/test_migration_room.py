@@ -5,8 +5,9 @@ import os
 
 import pytest
 from chains import cli
-from migrating import MIB, arrived, migrated, stays
+from migrating import MIB, arrived, at, both, migrated, stays
 
+import qmpblock
 from qmpblock.errors import UnsupportedError
 from qmpblock.host.fallocate import keep_size
 from qmpblock.testing.faults import fill_up, small_file_system
@@ -70,3 +71,29 @@ async def test_what_the_image_takes_already_is_not_asked_for_again(begin, start_
     result = await migrated(source, destination)
     filler.unlink()
     await arrived(source, destination, result)
+
+
+async def test_another_attempt_goes_on_where_the_first_took_nearly_all(
+    begin, start_qemu, start_destination, small, monkeypatch, invariant
+):
+    """Its mirrors are there, paused; what they copied is not asked for again."""
+    source = await begin()
+    destination = await start_destination(source)
+    destination.expect_exit()
+    with (
+        at(monkeypatch, "ready", destination.kill),
+        pytest.raises(qmpblock.Error, match="stay, paused"),
+    ):
+        await migrated(source, destination, storage_daemon=True)
+    filler = fill_up(small, leave=5 * MIB)
+    waiting = {"incoming": "defer", "extra": ["-S"], "guest": True, "machine": source.machine}
+    again = await start_qemu(destination.disks, **waiting)
+    invariant.forget(again)
+    async with both(source, again) as vms, qmpblock.migrate(*vms, storage_daemon=True) as job:
+        async for _ in job:
+            pass
+    assert [one.text for one in job.result.notices] == [
+        "the disks' mirrors of an attempt before are gone on with"
+    ]
+    filler.unlink()
+    await arrived(source, again, job.result)
