@@ -162,8 +162,8 @@ class Outward:
     async def _check_pairing(self) -> None:
         """See that both still fit: to copy the disks may have taken hours."""
         passage, plan = self._passage, self._passage.plan
-        there, run = passage.landing.vm, passage.record.run
-        pairing = await check_pairing(passage.source, there, plan.terms, resumed=run)
+        both, run = (passage.source, passage.landing.vm), passage.record.run
+        pairing = await check_pairing(*both, plan.terms, resumed=run, copied=True)
         if pairing.disks != plan.paths:
             raise BusyError("a disk was plugged in or out meanwhile", remedy="try again")
 

@@ -41,6 +41,7 @@ async def check_pairing(
     *,
     graphs: tuple[BlockGraph | None, BlockGraph | None] = (None, None),
     resumed: str = "",
+    copied: bool = False,
 ) -> Pairing:
     """Refuse a migration of which something would come to light only later; nothing is touched.
 
@@ -49,7 +50,9 @@ async def check_pairing(
 
     :param terms: what is done with the disks; None: they are copied, with all their layers.
     :param graphs: the block graphs of both, where they have just been read.
-    :param resumed: the run of an attempt before that is gone on with: what it left is none's harm.
+    :param resumed: the run that is under way, or of an attempt before that is gone on with: what it
+        has made is none's harm.
+    :param copied: whether the disks are copied by now: they had room.
     :raise UnsupportedError: the two ends do not fit; says all that does not.
     """
     terms = DiskTerms() if terms is None else terms
@@ -57,7 +60,7 @@ async def check_pairing(
     found = compare(_without(here, resumed) if resumed else here, there, terms)
     written = written_disks(here, there)
     refused = [one for one in found if one.refused]
-    if terms.copies and not refused:
+    if terms.copies and not copied and not refused:
         refused = list(await find_room(source, written, terms, graphs[0]))
     if refused:
         raise UnsupportedError(
