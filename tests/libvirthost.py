@@ -285,11 +285,13 @@ class LibvirtHost:
         emulator: str,
         *more: Path,
         iothread: bool = False,
+        driver: str = "",
         monitor: Path | None = None,
     ) -> int:
         """Define and start a domain with the disk vda, and one for each of `more`.
 
         :param iothread: whether one serves vda.
+        :param driver: what else is said of the disks' drivers.
         :param monitor: where QEMU is to have a second one, of which libvirt does not know.
         :return: QEMU's pid.
         """
@@ -298,7 +300,7 @@ class LibvirtHost:
                 kind=kind,
                 image=one,
                 letter="abcd"[number],
-                more=" iothread='1'" if iothread and not number else "",
+                more=driver + (" iothread='1'" if iothread and not number else ""),
             )
             for number, one in enumerate((image, *more))
         )

@@ -184,7 +184,8 @@ class _Lender:
                 raise UnsupportedError(
                     f"{item.plan.active.describe()} {what}",
                     standing=UNTOUCHED,
-                    remedy="virsh snapshot-create, with the overlay in its XML",
+                    remedy="virsh snapshot-create DOMAIN SNAPSHOT.xml --disk-only --atomic, "
+                    "with the overlay in that",
                 )
             await by_qemu_img(self._vm, None, local=True)
         await manager_names(self._vm, [item.plan.device for item in items])

@@ -219,6 +219,21 @@ async def test_what_is_said_to_copy_a_disk_does(said):
     assert said.domain.chains() == (["copy"], "copy")
 
 
+async def test_what_is_said_to_copy_a_disk_below_a_filter_does(libvirt, chain, qemu_binary):
+    """The filter is gone then, and so is what it read from: the copy lies on nothing."""
+    folder, driver = chain.parent, " copy_on_read='on'"
+    domain = Domain(libvirt, "filtered", qemu_binary, chain, driver=driver)
+    domain.written |= {(0, 0): 1, (0, 1024): 2}
+    target, copy = folder / "TARGET.xml", folder / "copy.qcow2"
+    target.write_text(f"<disk type='file'><driver type='qcow2'/><source file='{copy}'/></disk>")
+    said = Said(domain, domain.address, folder, **{"DOMAIN": domain.name, target.name: target})
+    await said.done("copy", "vda", folder / "mine", "--pivot")
+    assert domain.chains() == ([copy.name], copy.name)
+    assert await domain.layers() == [copy.name]
+    domain.write(5, 2048)
+    domain.end()
+
+
 async def test_what_is_said_to_change_a_chain_does(said):
     """From a snapshot down to one layer; no command drops any but what it was said for."""
     await said.done("snapshot", f"{DISK}={said.folder / 'mine'}")
