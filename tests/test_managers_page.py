@@ -1,9 +1,14 @@
-"""The table of docs/managers.md, verb by manager, made of the code that refuses."""
+"""The tables of docs/managers.md, verb by manager: made of tests, and of the code that refuses."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
+import reaching
+from reaching import DIRECTLY, PVE, REFUSED, ROWS
 
 from qmpblock.cli.vms_command import _show
 from qmpblock.graph.model import Chain, Device, Layer, Node
@@ -13,6 +18,7 @@ from qmpblock.managers import Manager, Verb, Work, refused
 PAGE = Path(__file__).parents[1] / "docs" / "managers.md"
 #: Those whose ways are shown; LXD's and Ganeti's follow from a sentence.
 SHOWN = ("libvirt", "Proxmox VE", "Incus")
+LIBVIRT_WAY = reaching.LIBVIRT
 LIBVIRT, PROXMOX, INCUS = (Manager(name, "", "") for name in SHOWN)
 
 
@@ -69,6 +75,49 @@ def test_the_list_of_vms_that_it_shows_is_what_the_command_prints(capsys):
 def test_the_page_has_what_the_code_has():
     """Prints what belongs into the page where it does not stand there."""
     assert table() in PAGE.read_text(encoding="utf-8"), "\n" + table()
+
+
+def test_the_page_has_what_the_tests_show():
+    """Prints what belongs into the page where it does not stand there."""
+    assert reaching.table() in PAGE.read_text(encoding="utf-8"), "\n" + reaching.table()
+
+
+def test_each_cell_is_of_a_test_that_is_collected():
+    tests = {cell.test for row in ROWS for cell in row.cells.values()}
+    files = sorted({test.partition("::")[0] for test in tests})
+    folder = Path(__file__).parent
+    listing = (sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
+    listed = subprocess.run(
+        [*listing, *files],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder.parent), "QMPBLOCK_WHOLE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = set()
+    for line in listed.stdout.splitlines():
+        name = line.removeprefix("tests/")
+        found |= {name, name.partition("[")[0]}
+    assert tests - found == set(), listed.stdout[-500:] + listed.stderr[-500:]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_tables_agree_with_the_code_that_refuses(row):
+    """What changes no chain refuses the code nowhere; else as a cell says."""
+    for way, manager in ((LIBVIRT_WAY, LIBVIRT), (PVE, PROXMOX), (reaching.INCUS, INCUS)):
+        cell = row.cells[way]
+        if row.verb:
+            refuses = row.verb in refused(manager, lent=way == LIBVIRT_WAY)
+            assert (cell.done == REFUSED) is refuses
+        assert bool(cell.why) is (cell.done == REFUSED)
+    assert row.cells[reaching.PLAIN].done == DIRECTLY
+
+
+def test_no_verb_is_left_out():
+    """Those that are parts of others, in the code's words, have no row of their own."""
+    parts = {"commit", "independent", "freeze"}
+    assert {row.verb for row in ROWS} - {""} == set(get_args(Verb)) - parts
 
 
 @pytest.mark.parametrize("verb", get_args(Verb))
