@@ -162,9 +162,10 @@ class Backups:
             raise
         self.points.append(point)
 
-    def end(self, when: str) -> None:
+    def end(self, when: str, *, keeps_id: bool = False) -> None:
         """Remove what says that a backup was begun; and, where it is not made, its images.
 
+        :param keeps_id: leave the former, for the id of the directory, if nothing else has that.
         :raise Error: they cannot be removed.
         """
         name = begun_file(when)
@@ -173,7 +174,8 @@ class Backups:
                 for left in self._left(when):
                     self._remove(left)
             for done in (partial_file(point_file(when)), name, partial_file(name)):
-                self._remove(done)
+                if done != name or self.points or not keeps_id:
+                    self._remove(done)
             self.files.sync()
         except OSError as error:
             raise Error(

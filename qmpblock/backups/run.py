@@ -158,7 +158,9 @@ class _Run:
             except BaseException as error:
                 if self.made is None:
                     say_none(error)
-                left = self._left(backups, draft.when)
+                # An image may have bitmaps of a QEMU that ended, which are called by the id.
+                gone = isinstance(error, DisconnectedError)
+                left = self._left(backups, draft.when, keeps_id=gone)
                 if left and isinstance(error, Error):
                     error.standing = f"{error.standing}; {left}" if error.standing else left
                 raise
@@ -173,10 +175,13 @@ class _Run:
                         backups.path, point, seconds, done.held, done.verified, self.job.warnings
                     )
 
-    def _left(self, backups: Backups, when: str) -> str:
-        """Have nothing of it be left in the directory but what was made; say what is, and why."""
+    def _left(self, backups: Backups, when: str, *, keeps_id: bool = False) -> str:
+        """Have nothing of it be left in the directory but what was made; say what is, and why.
+
+        :param keeps_id: as of `Backups.end`.
+        """
         try:
-            backups.end(when)
+            backups.end(when, keeps_id=keeps_id)
         except Error as error:
             return f"{error.message}: the next backup does"
         return ""

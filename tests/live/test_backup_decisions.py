@@ -12,7 +12,14 @@ from fleecing import MIB, ran
 import qmpblock
 from qmpblock.backups import run
 from qmpblock.backups.bitmaps import make_bitmaps
-from qmpblock.errors import BusyError, Error, JobError, RequestError, UnsupportedError
+from qmpblock.errors import (
+    BusyError,
+    DisconnectedError,
+    Error,
+    JobError,
+    RequestError,
+    UnsupportedError,
+)
 from qmpblock.host.ourfiles import Directory
 from qmpblock.testing.images import Tools, build
 from qmpblock.testing.scenario import parse_scenario
@@ -179,6 +186,29 @@ async def test_a_disk_that_was_smaller_while_it_is_backed_up(begin, vm_dir, monk
     assert refused.value.standing == "there is no backup"
     one, _ = await backed_up(vm, place)
     assert "was made smaller meanwhile" in one.reason
+    await held(vm, place, one)
+
+
+async def test_qemu_dies_in_the_first_one(begin, vm_dir, monkeypatch):
+    """The image may have its bitmaps, which the next one removes: it knows the directory's id."""
+    vm, place = await begin(QCOW2), vm_dir / "b"
+
+    async def dies(*_):
+        await vm.kill()
+        raise DisconnectedError("QEMU has ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "digest_of", dies)
+        with pytest.raises(DisconnectedError):
+            await backed_up(vm, place)
+    assert [path.suffix for path in place.iterdir()] == [".begun"]
+    vm = await begin()
+    one, result = await backed_up(vm, place)
+    assert (one.kind, result.warnings) == ("full", ())
+    nodes = await vm.execute("query-named-block-nodes", flat=True)
+    names = {bitmap["name"] for node in nodes for bitmap in node.get("dirty-bitmaps", ())}
+    assert all(name.startswith(one.bitmap) for name in names), names
+    assert not list(place.glob("*.begun"))
     await held(vm, place, one)
 
 
