@@ -1,4 +1,4 @@
-"""Many VMs of one host through one process: what `vms` and `metrics` take.
+"""Many VMs of one host: what `vms` and `metrics` take, in one process, and `map` of each in turn.
 
 python -m bench.fleet [--vms N ...] [--rounds N]
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from qmpblock.host.processes import die_with_parent
 from qmpblock.testing.images import Tools, find_qemu
@@ -35,13 +36,15 @@ def fleet(folder: Path, tools: Tools, vms: int, rounds: int) -> None:
         print(f"\n{vms} VMs, {rounds} rounds in turn:")
         measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ways}
         _run([*QMPBLOCK, *ways["metrics"]], vms)  # until all of them have come up
+        measured["map --totals of each"] = []
         for _ in range(rounds):
             for name, words in ways.items():
                 measured[name].append(_run([*QMPBLOCK, *words], vms))
+            measured["map --totals of each"].append(_map_each(addresses))
         for name, times in measured.items():
             wall, cpu, memory = (statistics.median(column) for column in zip(*times, strict=True))
             print(
-                f"  {name:<18} {wall:>6.2f} s   processor {cpu:>6.2f} s   "
+                f"  {name:<20} {wall:>6.2f} s   processor {cpu:>6.2f} s   "
                 f"{1000 * wall / vms:>5.1f} ms a VM   {memory:>4.0f} MiB"
             )
 
@@ -84,8 +87,30 @@ def _make(folder: Path, tools: Tools, vms: int) -> None:
         subprocess.run(["cp", "--sparse=always", first, folder / f"{number}.qcow2"], check=True)
 
 
+def _map_each(addresses: list[str]) -> tuple[float, float, float]:
+    """Map one after the other, by a command of its own; return as `_run` does, of all of them."""
+    every = []
+    for address in addresses:
+        words = ("map", address, "vd0", "--totals", "--json")
+        said, *used = _used([*QMPBLOCK, *words])
+        assert len(said["totals"]) == 2, said  # each is of two layers
+        every.append(used)
+    wall, cpu, memory = zip(*every, strict=True)
+    return sum(wall), sum(cpu), max(memory)
+
+
 def _run(command: list[str], vms: int) -> tuple[float, float, float]:
     """Return seconds, those of the processor, and MiB; see that it told of all of them."""
+    said, *used = _used(command)
+    seen = said["vms"] if isinstance(said, dict) else said
+    known = [one for one in seen if one.get("up") or one.get("status")]
+    assert len(known) >= vms, len(known)
+    wall, cpu, memory = used
+    return wall, cpu, memory
+
+
+def _used(command: list[str]) -> tuple[Any, float, float, float]:
+    """Run one; return its document, seconds, those of the processor, and MiB."""
     with tempfile.TemporaryFile() as out:
         began = time.monotonic()
         process = subprocess.Popen(command, stdout=out)
@@ -94,11 +119,8 @@ def _run(command: list[str], vms: int) -> tuple[float, float, float]:
         wall = time.monotonic() - began
         out.seek(0)
         said = json.load(out)
-    seen = said["vms"] if isinstance(said, dict) else said
-    known = [one for one in seen if one.get("up") or one.get("status")]
     assert process.returncode == 0, process.returncode
-    assert len(known) >= vms, len(known)
-    return wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+    return said, wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
 def main() -> None:
