@@ -240,6 +240,18 @@ async def stays(source, invariant):
     await invariant.verify(source)
 
 
+async def snapshot(vm, directory):
+    """Have somebody take a snapshot of the disk."""
+    tools, below = Tools.of(vm.command[0]), vm.disks[0].active
+    path = directory / "theirs.qcow2"
+    form = ["-b", str(below.path), "-F", below.spec.format]
+    await tools.run(tools.img, "create", "-q", "-f", "qcow2", *form, str(path))
+    file = {"driver": "file", "filename": str(path)}
+    node = {"driver": "qcow2", "node-name": "theirs", "file": file, "backing": None}
+    await vm.execute("blockdev-add", **node)
+    await vm.execute("blockdev-snapshot", node="d0", overlay="theirs")
+
+
 def storage_daemons(directory):
     """Return the processes of those that serve images in that directory."""
     found = []

@@ -2,7 +2,7 @@
 
 import pytest
 from disturbed import nothing_of_ours, writes_on
-from migrating import arrived, at, machine, migrated, stressed
+from migrating import arrived, at, machine, migrated, snapshot, stressed
 
 from qmpblock.errors import GraphError, UnsupportedError
 from qmpblock.testing import Tools, build, parse_scenario
@@ -25,18 +25,6 @@ def begin(start_qemu, vm_dir, qemu_binary):
         return await stressed(await start_qemu(built, guest=True, **options), 100)
 
     return start
-
-
-async def snapshot(vm, directory):
-    """Have somebody take a snapshot of the disk."""
-    tools, below = Tools.of(vm.command[0]), vm.disks[0].active
-    path = directory / "theirs.qcow2"
-    form = ["-b", str(below.path), "-F", below.spec.format]
-    await tools.run(tools.img, "create", "-q", "-f", "qcow2", *form, str(path))
-    file = {"driver": "file", "filename": str(path)}
-    node = {"driver": "qcow2", "node-name": "theirs", "file": file, "backing": None}
-    await vm.execute("blockdev-add", **node)
-    await vm.execute("blockdev-snapshot", node="d0", overlay="theirs")
 
 
 async def goes_on(source):

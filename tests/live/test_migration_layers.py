@@ -9,7 +9,7 @@ import pytest
 from chains import cli
 from disturbed import nothing_of_ours, writes_on
 from jsonschema import Draft202012Validator
-from migrating import MIB, arrived, migrated, stays, stressed
+from migrating import MIB, arrived, migrated, snapshot, stays, stressed
 
 from qmpblock.errors import GraphError, UnsupportedError
 from qmpblock.qemu.monitor import Monitor
@@ -166,18 +166,6 @@ async def test_an_image_of_the_source_is_not_copied_to(begin, start_qemu, invari
     with pytest.raises(UnsupportedError, match="which a disk of the source is in"):
         await migrated(source, destination)
     await stays(source, invariant)
-
-
-async def snapshot(vm, directory):
-    """Have somebody take a snapshot of the disk."""
-    tools, below = Tools.of(vm.command[0]), vm.disks[0].active
-    path = directory / "theirs.qcow2"
-    form = ["-b", str(below.path), "-F", below.spec.format]
-    await tools.run(tools.img, "create", "-q", "-f", "qcow2", *form, str(path))
-    file = {"driver": "file", "filename": str(path)}
-    node = {"driver": "qcow2", "node-name": "theirs", "file": file, "backing": None}
-    await vm.execute("blockdev-add", **node)
-    await vm.execute("blockdev-snapshot", node="d0", overlay="theirs")
 
 
 @pytest.mark.parametrize(
