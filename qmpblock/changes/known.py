@@ -151,7 +151,10 @@ async def move_up(vm: Connection, record: Record, journal: Journal | None, name:
             raise
         except Error as error:
             refused = error
-        if await agree(vm, record, None, name):
+        back = await agree(vm, record, None, name)
+        if back is None:
+            raise refused or _changed(name)
+        if back:
             raise refused or Error(
                 f"libvirt has forgotten its snapshot of {printable(name)}: its daemon was ended "
                 "in the middle"
@@ -254,12 +257,7 @@ async def _pivot(vm: Connection, record: Record, journal: Journal | None, name: 
             raise
     over = await agree(vm, record, journal, name)
     if over is None:
-        raise GraphError(
-            f"somebody else has changed the images of {printable(name)} at the same time",
-            standing="the guest goes on in the image that QEMU and libvirt both name; nothing is "
-            "lost",
-            remedy="look at it: qmpblock disks ADDRESS; virsh domblklist DOMAIN",
-        )
+        raise _changed(name)
     if not over:
         raise Error(
             f"libvirt has forgotten its pivot of {name}: its daemon was ended in the middle",
@@ -267,6 +265,14 @@ async def _pivot(vm: Connection, record: Record, journal: Journal | None, name: 
             remedy="until the VM is started again libvirt takes this disk for busy, and "
             "changes its chain no more: virsh shutdown, virsh start",
         )
+
+
+def _changed(name: str) -> GraphError:
+    return GraphError(
+        f"somebody else has changed the images of {printable(name)} at the same time",
+        standing="the guest goes on in the image that QEMU and libvirt both name; nothing is lost",
+        remedy="look at it: qmpblock disks ADDRESS; virsh domblklist DOMAIN",
+    )
 
 
 async def give_up(vm: Connection, record: Record, name: str) -> None:
@@ -314,10 +320,12 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
             # One that was plugged into the running VM alone is not there at the next start.
             said = {one[name] for one in (now, later) if one is not None and name in one}
             moved = passage.is_over(graph)
-            if all(_same(file, there[moved]) for file in said):
-                if journal is not None and record.took_effect(graph) is True:
-                    journal.mark(**{PIVOTED: True})
-                return moved
+            # Somebody may have changed the chain since, by the manager: then they agree on that.
+            for image in (there[moved], device.chain.active.file):
+                if all(_same(file, image) for file in said):
+                    if journal is not None and record.took_effect(graph) is True:
+                        journal.mark(**{PIVOTED: True})
+                    return moved if moved or passage.stays(graph) else None
             if (
                 all(_same(file, there[not moved]) for file in said)
                 and here[not moved] in graph.nodes
@@ -325,9 +333,6 @@ async def agree(vm: Connection, record: Record, journal: Journal | None, name: s
                 await set_writable(vm, here[not moved])
                 await put_back(vm, device, here[not moved])
                 continue
-            active = device.chain.active.file
-            if said and all(_same(file, active) for file in said):
-                return moved or None
         if clock() > deadline:
             raise StalledError(
                 f"libvirt and QEMU do not name the same image of {printable(name)}",

@@ -92,23 +92,22 @@ class Passage:
     files: tuple[str, str]
 
     def is_over(self, graph: BlockGraph) -> bool:
-        """Whether the guest has gone over."""
-        disk = graph.disk_at(self.device)
-        if disk is None:
-            return False
+        """Whether the guest has gone over; to a snapshot of that image, say."""
         before, after = self.nodes
-        layers = [layer.node.name for layer in disk.chain.layers]
+        layers = self._layers(graph)
         if before in layers:
             return False
         if after:
             return after in layers
-        # Somebody may have taken a snapshot of it since.
         return any(is_in(graph, layer, self.files[1]) for layer in layers)
 
     def stays(self, graph: BlockGraph) -> bool:
-        """Whether the guest is on the image that it was on before."""
+        """Whether the guest is on the image that it was on before, or on a snapshot of that."""
+        return self.nodes[0] in self._layers(graph)
+
+    def _layers(self, graph: BlockGraph) -> tuple[str, ...]:
         disk = graph.disk_at(self.device)
-        return disk is not None and disk.chain.active.node.name == self.nodes[0]
+        return () if disk is None else tuple(layer.node.name for layer in disk.chain.layers)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,8 @@ async def copied(
         if dry_run:
             return _say_planned(await vm.plan_copy(wanted, **words), json_wanted=options.json)
         with telling_kept() as note:
-            async with saying_where("copy", list(wanted)), vm.copy(wanted, **words) as job:
+            moved = list(wanted) if words.get("pivot") else []
+            async with saying_where("copy", moved), vm.copy(wanted, **words) as job:
                 note(job)
                 said = job.warnings  # more come while it goes
                 warn(said)

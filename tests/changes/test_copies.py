@@ -233,6 +233,10 @@ class TestManagersMove:
         assert its.may_start(self.drawn((0, 1)).graph(), []) == ()
         assert its.may_start(self.drawn().graph(), asked) == []
         assert its.may_start(self.drawn((1,)).graph(), asked) == ["/i/t1"]
+        over_the_old = self.drawn().image("theirs", backing="d0").device("theirs", "vd0")
+        assert its.may_start(over_the_old.graph(), asked) == []
+        elsewhere = self.drawn().image("base").device("base", "vd0")
+        assert its.may_start(elsewhere.graph(), asked) == ["/i/t0"]
         unplugged = self.drawn()
         del unplugged.devices["vd0"]
         assert its.may_start(unplugged.graph(), asked) == ["/i/t0"]

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from drawing import RUN, chain, record
 
-from qmpblock.changes.known import agree, bring_home, give_up, pivot
+from qmpblock.changes.known import agree, bring_home, give_up, move_up, pivot
 from qmpblock.changes.step import Choice
 from qmpblock.changes.unfinished import steps
-from qmpblock.errors import BusyError, Error, StalledError, UnsupportedError
+from qmpblock.errors import BusyError, Error, GraphError, StalledError, UnsupportedError
 
 COMMIT = "commit-vda-d0"  # as libvirt calls its job
 PAUSED = f"qmpblock-{RUN}-paused"
@@ -122,6 +122,27 @@ async def test_they_do_not_come_to_agree(said):
     assert vm.sent == []
 
 
+async def test_a_snapshot_of_the_base_since_is_agreed_on():
+    """The guest was back there: the top is stale, which is noted likewise."""
+    drawn = chain("theirs", "d1")
+    vm = Managed(drawn.image("d0").device("theirs"), "/i/theirs", "/i/theirs")
+    assert await agree(vm, of_pivot(), vm, "vda") is True
+    assert (vm.sent, vm.marks) == ([], [{"pivoted": True}])
+
+
+async def test_a_snapshot_of_the_top_since_is_agreed_on():
+    vm = Managed(chain("theirs", "d0", "d1"), "/i/theirs", "/i/theirs")
+    assert await agree(vm, of_pivot(), vm, "vda") is False
+    assert (vm.sent, vm.marks) == ([], [])
+
+
+async def test_that_the_guest_is_on_neither_image_is_said():
+    """Somebody has had it committed to what lies below both."""
+    vm = Managed(chain("d0", "d1").image("below").device("below"), "/i/below", "/i/below")
+    assert await agree(vm, of_pivot(), vm, "vda") is None
+    assert (vm.sent, vm.marks) == ([], [])
+
+
 async def test_a_disk_that_was_unplugged_is_nowhere():
     drawn = moved()
     drawn.devices.clear()
@@ -202,6 +223,39 @@ async def test_of_two_one_is_forgotten():
     assert vm.marks == []
     its = vm.record()
     assert [its.passage(name).is_over(vm.drawn.graph()) for name in ("vda", "vdb")] == [True, False]
+
+
+def goes_elsewhere(vm):
+    vm.drawn.image("below").device("below", "vd0")
+    vm.names = vm.names | {"vda": "/i/below"}
+
+
+async def test_that_somebody_has_changed_the_disk_as_it_pivoted_is_said():
+    vm = Two()
+
+    async def pivots(name):
+        goes_elsewhere(vm)
+
+    vm.pivot = pivots
+    with pytest.raises(GraphError, match="somebody else has changed the images of vda"):
+        await pivot(vm, vm.record(), vm, "vda")
+    assert vm.marks == []
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+async def test_that_somebody_has_changed_the_disk_as_it_was_to_move_up_is_said(refuses):
+    vm = Two()
+
+    async def snapshot(files):
+        goes_elsewhere(vm)
+        if refuses:
+            raise Error("no snapshot was taken")
+
+    vm.snapshot = snapshot
+    said = "no snapshot was taken" if refuses else "somebody else has changed the images of vda"
+    its = of_pivot(top="over", top_file="/i/over", base="d0", base_file="/i/d0")
+    with pytest.raises(Error, match=said):
+        await move_up(vm, its, None, "vda")
 
 
 async def test_its_job_is_given_up():

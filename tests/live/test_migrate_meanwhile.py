@@ -4,7 +4,7 @@ import pytest
 from disturbed import nothing_of_ours, writes_on
 from migrating import arrived, at, machine, migrated, snapshot, stressed
 
-from qmpblock.errors import GraphError, UnsupportedError
+from qmpblock.errors import CommandError, GraphError, UnsupportedError
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -124,3 +124,20 @@ async def test_a_device_that_is_plugged_in_while_the_disks_are_copied(
     ):
         await migrated(source, destination)
     await goes_on(source)
+
+
+async def test_a_source_that_sends_its_memory_plugs_in_nothing(
+    begin, start_destination, monkeypatch
+):
+    source = await begin()
+    destination = await start_destination(source)
+    refused = []
+
+    async def plug():
+        with pytest.raises(CommandError, match="not allowed while migrating") as error:
+            await source.execute("device_add", **PLUGGED)
+        refused.append(error.value)
+
+    with at(monkeypatch, "active", plug):
+        await arrived(source, destination, await migrated(source, destination))
+    assert len(refused) == 1
