@@ -8,8 +8,10 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -205,12 +207,18 @@ async def test_a_target(target, control, vms, invariant):
     assert "DEPRECATION" not in control.warned
 
 
+def copied(place):
+    """Copy the collection to where ansible-test takes it for one; return that directory."""
+    home = place / "t" / "ansible_collections" / "qmpblock" / "qmpblock"
+    shutil.copytree(HOME, home, ignore=shutil.ignore_patterns("__pycache__", "output"))
+    return home
+
+
 @pytest.mark.soak
 async def test_by_ansibles_own_runner(control, vms, invariant):
     """As whoever changes the collection runs the targets: from a copy of it, host by host."""
     invariant.expect(BACKUPS)
-    home = control.place / "t" / "ansible_collections" / "qmpblock" / "qmpblock"
-    shutil.copytree(HOME, home, ignore=shutil.ignore_patterns("__pycache__", "output"))
+    home = copied(control.place)
     for name, host in control.hosts.items():
         settings = {key: value for key, value in vms[name].items() if key.startswith("qmpblock_")}
         (home / "tests/integration/integration_config.yml").write_text(yaml.safe_dump(settings))
@@ -228,6 +236,59 @@ async def test_by_ansibles_own_runner(control, vms, invariant):
         out, _ = await process.communicate()
         assert process.returncode == 0, out.decode()
         assert out.decode().count("failed=0") == 2
+
+
+#: In place of the one that ansible-test would download: the pip that Python brings along.
+PIP = "import ensurepip\n\nensurepip.bootstrap(upgrade=True, default_pip=True)\n"
+
+
+def runs(python):
+    """Whether it is one: a shim of pyenv's is in the path, and may lead to none."""
+    return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
+
+
+def only_what_runs(path):
+    """Leave out the directories of a PATH in which a Python is that does not run."""
+    return ":".join(
+        place
+        for place in path.split(":")
+        if all(map(runs, Path(place).glob("python3.[0-9]*[0-9]")))
+    )
+
+
+@pytest.mark.soak
+def test_by_ansibles_own_checks(vm_dir):
+    """All of ansible-test's sanity, by each Python here; its tools are those that pip finds."""
+    from ansible_test._internal.python_requirements import get_venv_packages
+
+    place = vm_dir / "p"
+    place.mkdir()
+    home = copied(place)
+    cache = place / ".ansible" / "test" / "cache"
+    cache.mkdir(parents=True)
+    version = get_venv_packages(SimpleNamespace(version="3.11"))["pip"]
+    (cache / f"get_pip_{version.replace('.', '_')}.py").write_text(PIP)
+    programs = Path(sys.executable).parent
+    done = subprocess.run(
+        [programs / "ansible-test", "sanity", "--color", "no"],
+        cwd=home,
+        env={
+            **Control(place, []).environment,
+            "PATH": f"{programs}:{only_what_runs(os.environ['PATH'])}",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)  # what it skipped, and why
+    missing = re.search(r"^ERROR: (No matching distribution found.*)$", done.stdout, re.MULTILINE)
+    if missing is not None:
+        pytest.skip(f"a tool of ansible-test's is not to be had: {missing[1]}")
+    assert done.returncode == 0, done.stdout
+    ran = set(re.findall(r'^Running sanity test "(.*?)"', done.stdout, re.MULTILINE))
+    assert {"ansible-doc", "changelog", "import", "pep8", "pylint", "validate-modules"} <= ran
 
 
 @pytest.mark.soak
