@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from qmpblock.address import IncusAddress
 from qmpblock.errors import printable
+from qmpblock.graph.model import Device
 
-__all__ = ["Manager", "Traits", "Verb", "Work", "recognise", "refused"]
+__all__ = ["Manager", "Traits", "Verb", "Work", "disks_called", "recognise", "refused"]
 
 Verb = Literal[
     "snapshot",
@@ -173,6 +174,20 @@ def recognise(traits: Traits) -> Manager | None:
     return None
 
 
+def disks_called(devices: Iterable[Device]) -> dict[str, str]:
+    """Return disks by what their manager calls them, where that is none of QEMU's names.
+
+    As Incus lists its devices (`root`), and as Proxmox VE's configuration has a disk that is no
+    device with an id (`efidisk0`).
+    """
+    found = {}
+    for device in devices:
+        called = _incuss_disk(device) or _proxmoxs_disk(device)
+        if called and called != device.name:
+            found[called] = device.name
+    return found
+
+
 # -- libvirt, and all that stands on it: oVirt, OpenStack, KubeVirt, CloudStack, virt-manager
 
 _LIBVIRT_NODE = re.compile(r"libvirt-\d+-\w+")
@@ -223,7 +238,7 @@ def _libvirts_way(vm: str, work: Work) -> str:
 
 # -- Proxmox VE
 
-_PVE_DRIVE = re.compile(r"drive-(?:ide|sata|scsi|virtio|efidisk|tpmstate)\d+")
+_PVE_DRIVE = re.compile(r"drive-((?:ide|sata|scsi|virtio|efidisk|tpmstate)\d+)")
 _PVE_SOCKET = re.compile(r"/qemu-server/(\d+)\.(?:qmp|qga|vnc|serial\d*)")
 
 
@@ -254,6 +269,13 @@ def _proxmox(traits: Traits) -> Manager | None:
     return Manager("Proxmox VE", vmid, told)
 
 
+def _proxmoxs_disk(device: Device) -> str:
+    """Return its name in the configuration: what it is for the firmware, pflash, has no id."""
+    root = "" if device.chain is None else device.chain.root.name
+    match = _PVE_DRIVE.fullmatch(device.drive or root)
+    return match[1] if match else ""
+
+
 def _proxmoxs_way(vm: str, work: Work) -> str:
     vmid = _word(vm, "VMID")
     move = f"qm disk move {vmid} DISK STORAGE"
@@ -276,6 +298,7 @@ def _proxmoxs_way(vm: str, work: Work) -> str:
 # -- Incus, and LXD, of which it is a fork
 
 _INCUS = re.compile(r"(?:dev-)?(incus|lxd)_.+")
+_INCUS_DISK = re.compile(r"dev-(?:incus|lxd)_(.+)", re.DOTALL)
 _INCUS_SOCKET = re.compile(r"/(incus|lxd)/(?:[^,]*/)?([^/,]+)/qemu\.(?:monitor|qmp|pid|conf)")
 
 
@@ -292,6 +315,12 @@ def _incus(traits: Traits) -> Manager | None:
     named = socket is not None and socket[2].endswith(f"_{traits.name}")
     vm = socket[2] if socket is not None and named else traits.name
     return Manager(kind, vm, f"{where} {match[0].lstrip('/')}")
+
+
+def _incuss_disk(device: Device) -> str:
+    """Return its name among an instance's devices: in ids `/` is written as `-`, that twice."""
+    match = _INCUS_DISK.fullmatch(device.id or "")
+    return "-".join(part.replace("-", "/") for part in match[1].split("--")) if match else ""
 
 
 def _incuss_way(command: str, vm: str, work: Work) -> str:

@@ -93,7 +93,8 @@ class VM(Connection):
     async def disk(self, name: str) -> Disk:
         """Find a disk by qdev id, QOM path, drive id, node name or active image file.
 
-        Where libvirt lends the monitor, by its own name of it, too (`vda`).
+        By its manager's name of it, too: `vda` where libvirt lends the monitor, `root` of Incus,
+        `efidisk0` of Proxmox VE.
 
         :raise NotFoundError: there is none; the error lists those that there are.
         :raise UnsupportedError: another process serves it (vhost-user).
@@ -103,7 +104,7 @@ class VM(Connection):
         try:
             return Disk(self, graph.device(name))
         except NotFoundError:
-            called = await self.monitor.disks_called()
+            called = await self.disks_called(graph)
             if name not in called:
                 await check_served_here(self.monitor, name)
             if not called:

@@ -4,7 +4,8 @@ from typing import get_args
 
 import pytest
 
-from qmpblock.managers import Manager, Traits, Verb, Work, recognise, refused
+from qmpblock.graph.model import Device
+from qmpblock.managers import Manager, Traits, Verb, Work, disks_called, recognise, refused
 
 OURS = Traits(
     nodes={"disk0": "qcow2", "#block123": "file", "libvirt": "raw", "drive-scsi0": "qcow2"},
@@ -134,6 +135,24 @@ def test_what_libvirt_cannot_do_is_said():
 def test_proxmoxs_and_incuss_own_ways():
     assert recognise(PROXMOX).way(Work("snapshot", "/i/a")) == "qm snapshot 104 NAME"
     assert recognise(INCUS).way(Work("snapshot", "")) == "incus snapshot create web"
+
+
+@pytest.mark.parametrize(
+    ("id_", "drive", "called"),
+    [
+        ("dev-incus_root", None, {"root": "dev-incus_root"}),
+        ("dev-lxd_my--disk", None, {"my-disk": "dev-lxd_my--disk"}),
+        ("dev-incus_a-b--c---d", None, {"a/b-c-/d": "dev-incus_a-b--c---d"}),
+        ("dev-incus_", None, {}),
+        ("scsi0", "drive-scsi0", {}),  # it is the device's own
+        (None, "drive-efidisk0", {"efidisk0": "drive-efidisk0"}),
+        (None, "drive-efidisk0-backup", {}),
+        ("vd0", None, {}),
+    ],
+)
+def test_what_a_disk_is_called_by_its_manager(id_, drive, called):
+    device = Device(id_, drive, "/machine/x", removable=False, read_only=False, chain=None)
+    assert disks_called([device]) == called
 
 
 def test_names_from_a_peer_are_quoted():

@@ -102,7 +102,7 @@ def _group() -> None:
     ADDRESS is a QMP monitor: a UNIX socket path, unix:PATH, HOST:PORT or tcp:HOST:PORT, or, on
     another host, ssh://[USER@]HOST[:PORT]/PATH, or libvirt:DOMAIN, incus:INSTANCE, pve:VMID.
     DISK is a qdev id, QOM path, drive id, node name, the active image's file name, or
-    libvirt's name of it.
+    its manager's name of it.
 
     Exit codes: 0 done, 1 failed, 2 wrong request and nothing touched, 3 no monitor,
     4 done with a warning, 130 interrupted and undone.

@@ -379,7 +379,7 @@ class BlockGraph:
     def device(self, text: str, called: Mapping[str, str] | None = None) -> DiskDevice:
         """Find the one device that DISK names (design.md, contracts).
 
-        :param called: the ids of disks by a manager's names of them, which name them, too.
+        :param called: the names of disks by a manager's of them, which name them, too.
         :raise NotFoundError: none matches; lists those that there are.
         :raise AmbiguousError: several match; lists them.
         :raise RequestError: it matches a device with an empty tray.
@@ -394,10 +394,10 @@ class BlockGraph:
                 device for device in self.disks() if _same_file(text, device.chain.active.file)
             ]
         if not matching:
-            by_id = {id_: name for name, id_ in called.items()}
+            by_name = {name: called_so for called_so, name in called.items()}
             every = [
-                f"{printable(by_id[device.id])}: {device.describe()}"
-                if device.id in by_id
+                f"{printable(by_name[device.name])}: {device.describe()}"
+                if device.name in by_name
                 else device.describe()
                 for device in self.devices
             ]

@@ -20,6 +20,7 @@ from qmpblock.errors import (
 )
 from qmpblock.graph.builder import Replies, build
 from qmpblock.graph.model import BlockGraph
+from qmpblock.managers import disks_called
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.monitor import Monitor
 from qmpblock.qemu.refusals import is_ejected, no_command
@@ -125,6 +126,13 @@ class Connection:
                 if attempt + 1 == _ATTEMPTS:
                     raise
         raise AssertionError("unreachable")
+
+    async def disks_called(self, graph: BlockGraph) -> Mapping[str, str]:
+        """Return disks by what their manager calls them: libvirt's own words, if it lends the way.
+
+        :raise DisconnectedError: the connection was lost.
+        """
+        return {**disks_called(graph.devices), **await self.monitor.disks_called()}
 
     async def _replies(self) -> Replies:
         if self.capabilities.concluded_streams_kill:

@@ -8,6 +8,7 @@ import json
 
 import pytest
 from chains import cli
+from proxmox import arguments, monitor
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
@@ -146,6 +147,87 @@ async def test_who_knows_better(managed, vm_dir, invariant):
         disk = await controller.disk(device)
         assert [layer.file for layer in disk.chain.layers] == [str(built.disks[0].active.path)]
     invariant.forget(vm)
+
+
+#: Of Incus: one disk for each bus. The node's name is a hash where it were longer than QEMU's are.
+LONG = "shared/data-of-all-of-us"
+INCUS = {
+    "root": ("incus_root", "dev-incus_root"),
+    "my-data": ("incus_my--data", "dev-incus_my--data"),
+    LONG: ("incus_AbcdefghijkLmnopqrstuvwxY", "dev-incus_shared-data--of--all--of--us"),
+}
+
+
+def incuss_disks(file):
+    """Return the options that Incus gives its disks: one for each kind of bus that they have."""
+    buses = iter(
+        (
+            "scsi-hd,device_id=incus_root,serial=incus_root,bus=qemu_scsi.0,channel=0,lun=1",
+            "virtio-blk-pci",
+            "nvme,serial=incus_x",
+        )
+    )
+    yield from ("-device", "virtio-scsi-pci,id=qemu_scsi")
+    for name, (node, device) in INCUS.items():
+        image = {"driver": "file", "filename": file(name), "node-name": node, "locking": "off"}
+        cache = {"direct": False, "no-flush": False}
+        yield from ("-blockdev", json.dumps({**image, "discard": "unmap", "cache": cache}))
+        yield from ("-device", f"{next(buses)},id={device},drive={node}")
+
+
+def proxmoxs_disks(file):
+    """Return the options that Proxmox VE gives its: guest disks, a CD, and the firmware's."""
+    yield from ("-device", "virtio-scsi-pci,id=scsihw0", "-device", "ahci,id=ahci0")
+    places = {
+        "scsi1": "scsi-hd,bus=scsihw0.0,channel=0,scsi-id=0,lun=1,device_id=drive-scsi1",
+        "virtio0": "virtio-blk-pci",
+        "sata2": "ide-hd,bus=ahci0.2",
+        "ide2": "ide-cd,bus=ide.1,unit=0",
+        "efidisk0": "",
+    }
+    for number, (name, device) in enumerate(places.items()):
+        yield from ("-object", f"throttle-group,id=throttle-drive-{name}")
+        yield "-blockdev"
+        image = {"driver": "file", "filename": file(name), "node-name": f"e0{number}"}
+        node = {"driver": "raw", "node-name": f"f0{number}", "file": image}
+        top = {"driver": "throttle", "node-name": f"drive-{name}", "file": node}
+        yield json.dumps({**top, "throttle-group": f"throttle-drive-{name}"})
+        if device:
+            yield from ("-device", f"{device},drive=drive-{name},id={name}")
+    firmware = {"driver": "file", "filename": file("firmware")}
+    firmware = {"driver": "raw", "node-name": "pflash0", "read-only": True, "file": firmware}
+    yield from ("-blockdev", json.dumps(firmware))
+    yield from ("-machine", "pflash0=pflash0,pflash1=drive-efidisk0")
+
+
+NAMES = {
+    "incus": (incuss_disks, list(INCUS)),
+    "proxmox": (proxmoxs_disks, ["scsi1", "virtio0", "sata2", "ide2", "efidisk0"]),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_disk_goes_by_its_managers_name(name, start_qemu, vm_dir):
+    """Each leads to its own image, which is as big as no other."""
+    disks, names = NAMES[name]
+    sizes = {each: (number + 1) * 64 << 10 for number, each in enumerate([*names, "firmware"])}
+
+    def file(disk):
+        path = vm_dir / f"{disk.replace('/', '_')}.raw"
+        with path.open("wb") as made:
+            made.truncate(sizes[disk])
+        return str(path)
+
+    extra = [*(arguments(vm_dir) if name == "proxmox" else ("-name", "web")), *disks(file)]
+    vm = await start_qemu([], extra=extra)
+    address = monitor(vm_dir) if name == "proxmox" else vm.monitor_path
+    for disk in names:
+        code, out, err = await cli("map", address, disk, "--totals", "--json")
+        assert code == 0, err
+        assert json.loads(out)["size"] == sizes[disk]
+    code, _, err = await cli("map", address, "nosuch")
+    assert code == 2
+    assert f"\n    {names[-1]}: " in err
 
 
 @pytest.mark.parametrize(
