@@ -1,6 +1,7 @@
 """Another host for tests: a network of its own, a wire to it, and an sshd there, by root alone.
 
-What runs there has this host's files and processes, but no way here except that wire.
+What runs there has this host's files and processes, but no way here except that wire. A host that
+is to have processes of its own sees no others, as any host does.
 """
 
 import asyncio
@@ -53,20 +54,27 @@ PORT = 2222
 
 
 class OtherHost:
-    """A network of its own. `here` and `there` are the addresses of the wire's two ends."""
+    """A network of its own. `here` and `there` are the addresses of the wire's two ends.
 
-    def __init__(self, number, place, which):
+    :ivar own_processes: whether it has processes of its own, too.
+    """
+
+    def __init__(self, number, place, which, own_processes=False):
         network = f"10.{232 + which}.{number}"
         self.here, self.there = f"{network}.1", f"{network}.2"
         self.wire = f"qmpbhost{number}" + (f"-{which}" if which else "")
         self.place = place
+        self.own_processes = own_processes
         self.keeper = None
         self.sshd = None
 
     @property
     def enter(self):
         """What a command is preceded by that is to run there."""
-        return ("nsenter", f"--target={self.keeper.pid}", "--net", "--")
+        pid = self.keeper.pid
+        # It is the parent of the first process there, so it is not there itself.
+        processes = ("--mount", f"--pid=/proc/{pid}/ns/pid_for_children")
+        return ("nsenter", f"--target={pid}", "--net", *processes * self.own_processes, "--")
 
     def address(self, vm):
         """Return that of a VM's monitor there, by ssh."""
@@ -95,7 +103,8 @@ class OtherHost:
         (self.place / "sshd_config").write_text(SSHD_CONFIG.format(**words))
         (self.place / "ssh_config").write_text(SSH_CONFIG.format(**words))
         session = self.place / "session"
-        session.write_text(SESSION.format(keeper=self.keeper.pid))
+        keeper = 1 if self.own_processes else self.keeper.pid  # as it is called there
+        session.write_text(SESSION.format(keeper=keeper))
         session.chmod(0o755)
         programs = self.place / "bin"
         programs.mkdir()
@@ -137,18 +146,20 @@ def run(*command):
 
 
 @contextlib.asynccontextmanager
-async def another_host(place, which=0):
+async def another_host(place, which=0, *, own_processes=False):
     """Make one; `place` is a directory for its keys.
 
     :param which: of several that one test has.
+    :param own_processes: whether what runs elsewhere is not seen there, in a /proc of its own.
     :raise CutOffError: this user may not, or something is missing here.
     """
     if os.geteuid():
         raise CutOffError("only root can make a network of its own")
     place.mkdir(mode=0o700)
-    host = OtherHost(os.getpid() % 250, place, which)
+    host = OtherHost(os.getpid() % 250, place, which, own_processes)
+    options = ("--pid", "--fork", "--kill-child", "--propagation=slave", "--mount-proc")
     host.keeper = subprocess.Popen(
-        ["unshare", "--net", "sleep", "infinity"],
+        ["unshare", "--net", *options * own_processes, "sleep", "infinity"],
         stderr=subprocess.DEVNULL,
         preexec_fn=die_with_parent(),
     )
@@ -156,8 +167,11 @@ async def another_host(place, which=0):
     def apart():
         if host.keeper.poll() is not None:
             raise CutOffError("unshare --net: not permitted")
-        there = os.readlink(f"/proc/{host.keeper.pid}/ns/net")
-        return there != os.readlink("/proc/self/ns/net")
+        there = Path(f"/proc/{host.keeper.pid}")
+        if there.joinpath("ns/net").readlink() == Path("/proc/self/ns/net").readlink():
+            return False
+        # Of this host the first process is another one.
+        return not own_processes or there.joinpath("root/proc/1/comm").read_text() == "sleep\n"
 
     try:
         await until(apart, "a network of its own")

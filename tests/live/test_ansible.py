@@ -146,15 +146,18 @@ class Control:
 
 
 @pytest.fixture
-async def control(vm_dir):
-    """Give where playbooks are run, with three hosts."""
+async def control(request, vm_dir):
+    """Give where playbooks are run, with three hosts; by its parameter with processes of theirs."""
+    own = getattr(request, "param", False)
     place = vm_dir / "p"
     place.mkdir(mode=0o700)
     async with contextlib.AsyncExitStack() as stack:
         hosts = []
         for which in range(3):
             try:
-                host = await stack.enter_async_context(another_host(vm_dir / f"h{which}", which))
+                host = await stack.enter_async_context(
+                    another_host(vm_dir / f"h{which}", which, own_processes=own)
+                )
                 await host.serve_ssh()
             except CutOffError as error:
                 pytest.skip(str(error))
@@ -170,10 +173,11 @@ async def control(vm_dir):
 async def vms(control, start_qemu, vm_dir, qemu_binary):
     """Give a VM for each host, as Ansible's inventory has it."""
     found = {}
-    for name in control.hosts:
+    for name, host in control.hosts.items():
         images = vm_dir / f"images-{name}"
         built = await build(parse_scenario(CHAIN, "text"), images, Tools.of(qemu_binary))
-        vm = control.vms[name] = await start_qemu(built)
+        program = host.program(qemu_binary) if host.own_processes else qemu_binary
+        vm = control.vms[name] = await start_qemu(built, qemu=program)
         (device,) = [one["qdev"] for one in await vm.execute("query-block") if one.get("qdev")]
         found[name] = {
             "qmpblock_address": vm.monitor_path,
@@ -373,8 +377,9 @@ async def test_every_night(control, vms, vm_dir, invariant):
     assert (directory / "restored" / f"{vms['host0']['qmpblock_disk']}.qcow2").is_file()
 
 
+@pytest.mark.parametrize("control", [True], indirect=True)
 async def test_the_inventory(control, vms):
-    """What three hosts tell, and a fourth does not; here each of them sees the VMs of all."""
+    """What three hosts tell, each of them of its own VM alone, and a fourth does not."""
     source = {
         "plugin": "qmpblock.qmpblock.vms",
         "hosts": [*control.hosts, "nowhere.invalid"],
@@ -385,15 +390,17 @@ async def test_the_inventory(control, vms):
     }
     path = control.written("vms.qmpblock.yml", source)
     told = await control.inventory(path)
-    ours = {f"unix:{one['qmpblock_address']}" for one in vms.values()}
     hostvars = told["_meta"]["hostvars"]
-    for host in control.hosts:
-        assert host in told[f"on_{host}"]["hosts"][0]
-        found = {hostvars[name]["qmpblock_address"] for name in told[f"on_{host}"]["hosts"]}
-        assert ours <= found
-    chained = {hostvars[name]["qmpblock_address"] for name in told["chained"]["hosts"]}
-    assert ours <= chained
-    assert {one["ansible_host"] for one in hostvars.values()} == set(control.hosts)
+    for host, one in vms.items():
+        [name] = told[f"on_{host}"]["hosts"]
+        assert name.endswith(f"@{host}")
+        assert hostvars[name]["qmpblock_address"] == f"unix:{one['qmpblock_address']}"
+        assert hostvars[name]["ansible_host"] == host
+    assert (
+        sorted(told["chained"]["hosts"])
+        == sorted(told["qmpblock_vms"]["hosts"])
+        == sorted(hostvars)
+    )
 
 
 async def test_a_host_that_cannot_be_asked(vm_dir):
