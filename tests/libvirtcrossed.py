@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from allocatekills import DECISIVE
 from dying import ASKED, deadly, run
-from libvirtkills import OPERATIONS, Matrix, Point
+from libvirtkills import COMMITS, MOVES, OPERATIONS, Matrix, Point
 from rounds import rounds, slice_of_soak
 
 import qmpblock
@@ -61,7 +61,7 @@ def _theirs():
 
 THEIRS = tuple(_theirs())
 #: A kind of each: the iothread is no other to libvirt. Of `full`, which takes long, tests/soak.
-OURS = tuple(one for one in OPERATIONS if "iothread" not in one.extra and one.name != "full")
+EVERY = tuple(one for one in (*OPERATIONS, *COMMITS, *MOVES) if "iothread" not in one.extra)
 
 
 class Crossing(Point):

@@ -70,7 +70,7 @@ _COMMANDS = {
     "vms": "List the VMs of this host, whoever runs them, and how each can be worked on.",
 }
 _READERS = frozenset({"disks", "doctor", "jobs", "map", "metrics", "plan", "verify", "vms"})
-_WITHOUT_VM = frozenset({"restore", "verify"})
+_WITHOUT_VM = frozenset({"restore", "verify", "backup check", "backup list"})
 WARNED = 4
 INTERRUPTED = 130
 _LONGEST = 10_000  # characters of a line of a message
@@ -130,8 +130,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        vm = "" if arguments and arguments[0] in _WITHOUT_VM else " in the VM"
+    except (KeyboardInterrupt, click.Abort) as error:
+        vm = "" if isinstance(error, _WithoutVM) else " in the VM"
         _complain(f"interrupted; nothing of ours is left{vm}")
         return INTERRUPTED
     except Exception as error:
@@ -179,6 +179,10 @@ def _last_resort(error: Exception) -> int:
         "Remedy: run it again with QMPBLOCK_DEBUG=1, and report what it says then"
     )
     return 1
+
+
+class _WithoutVM(click.Abort):
+    """Interrupted, and no VM had a part in it."""
 
 
 class _OneLine(logging.Formatter):
@@ -321,11 +325,12 @@ def command(
         import asyncio
 
         options = Options(json, stall, nbd, tls_creds, insecure)
-        of_vm = click.get_current_context().info_name not in _WITHOUT_VM
+        command = click.get_current_context().info_name
+        of_vm = _WITHOUT_VM.isdisjoint({command, f"{command} {parameters.get('address')}"})
         try:
             return asyncio.run(_interruptible(work(options, **parameters), of_vm=of_vm))
-        except asyncio.CancelledError:  # by SIGTERM or SIGHUP
-            raise click.Abort from None
+        except asyncio.CancelledError:  # by a signal
+            raise (click.Abort if of_vm else _WithoutVM) from None
 
     for option in reversed(_SHARED):
         call = option(call)

@@ -14,6 +14,7 @@ import click
 
 from qmpblock.cli.app import WARNED, Options, emit
 from qmpblock.cli.app import command as make_command
+from qmpblock.cli.progress import reporting_many
 from qmpblock.cli.recording import metrics_option, recording
 from qmpblock.errors import (
     UNTOUCHED,
@@ -220,19 +221,20 @@ async def _recover_vm(
 
     def follow(what: str, seen: Progress) -> None:
         if what not in shown:
-            shown[what] = recorder.also(lambda _: None, address, what)
+            shown[what] = recorder.also(begin(what), address, what)
         shown[what](seen)
 
-    async with _connected(options, address) as vm:
-        try:
-            recoveries = await vm.recover(
-                carry_on=carry_on,
-                dry_run=planned,
-                tell=None if planned else _tell,
-                progress=follow,
-            )
-        except RecordError as error:
-            return _unread(options, error, check=check)
+    with reporting_many() as begin:
+        async with _connected(options, address) as vm:
+            try:
+                recoveries = await vm.recover(
+                    carry_on=carry_on,
+                    dry_run=planned,
+                    tell=None if planned else _tell,
+                    progress=follow,
+                )
+            except RecordError as error:
+                return _unread(options, error, check=check)
     return _show(options, recoveries, planned=planned, check=check)
 
 

@@ -73,3 +73,15 @@ async def test_a_file_is_replaced_or_it_is_not(
         assert [path.name for path in target.iterdir()] == ["vd0.qcow2"]
         assert "VM" not in err  # there is none
         shutil.rmtree(target)
+
+
+async def test_of_a_check_no_vm_is_spoken(scenario, start_qemu, vm_dir, invariant):
+    vm, place = await start_qemu(scenario), vm_dir / "backups"
+    invariant.expect(STAYS)
+    assert (await cli("backup", vm.monitor_path, place))[0] == 0
+    after = "qmpblock.backups.check:_being_made"
+    for number, times in SIGNALS:
+        code, out, err = await signalled(after, number, times, "backup", "check", place)
+        assert (code, out) == (130, ""), err
+        assert "interrupted; nothing of ours is left" in err
+        assert "VM" not in err

@@ -5,14 +5,15 @@ One of the two a run, at one point.
 
 import pytest
 from dying import ASKED
-from libvirtcrossed import OURS, THEIRS, Crossings, cross_some
-from libvirtkills import MOVES, OPERATIONS, kill_some
+from libvirtcrossed import EVERY, THEIRS, Crossings, cross_some
+from libvirtkills import COMMITS, MOVES, OPERATIONS, kill_some
 
 pytestmark = pytest.mark.live
 
 
 @pytest.mark.parametrize(
-    ("some", "operations"), [(kill_some, OPERATIONS + MOVES), (cross_some, OURS)]
+    ("some", "operations"),
+    [(kill_some, (*OPERATIONS, *COMMITS, *MOVES)), (cross_some, EVERY)],
 )
 async def test_at_any_command(some, operations, libvirt, vm_dir, qemu_binary):
     assert await some(libvirt, operations, 1, vm_dir, qemu_binary) > 0

@@ -196,9 +196,11 @@ async def test_a_job_that_is_carried_on_tells_how_far_it_is(start_qemu, vm_dir, 
         await process.communicate()
     file.unlink()  # who is killed leaves it
     async with at_work(file, "recover", vm.monitor_path, "--continue") as (process, told):
-        assert (await work(told)).startswith("stream of vd0 (run ")
+        name = await work(told)
+        assert name.startswith("stream of vd0 (run ")
         _, err = await process.communicate()
     assert process.returncode == 0, err
+    assert f"{name}: copying, " in err.decode()
     assert not file.exists()
     await nothing_of_ours(vm)
     invariant.forget(vm)  # its chain is of one layer now

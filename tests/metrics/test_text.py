@@ -143,6 +143,11 @@ def test_every_metric_of_the_dashboard_exists():
     )
 
 
+def test_every_metric_is_in_the_dashboard_or_in_an_alert():
+    shown = named((DOCS / "qmpblock-dashboard.json").read_text()) | named(ALERTS.read_text())
+    assert set(METRICS) <= shown, set(METRICS) - shown
+
+
 SERIES = {
     "QmpblockVMSilent": ('qmpblock_up{vm="a"}', "0x60", "1x60"),
     "QmpblockRecoveryNeeded": ('qmpblock_recovery_needed{vm="a"}', "1x60", "0x60"),
