@@ -34,7 +34,7 @@ from qmpblock.host.processes import die_with_parent
 from qmpblock.testing.images import Tools
 from qmpblock.testing.scratch import leave, private_directory
 
-_TRIPLET = f"{platform.machine()}-linux-gnu"
+TRIPLET = f"{platform.machine()}-linux-gnu"
 _PACKAGES = "usr/lib/python3/dist-packages"
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 _MODULES = (
@@ -46,7 +46,7 @@ _MODULES = (
 _PARTS = (
     "usr/sbin/libvirtd",
     "usr/sbin/virtlogd",
-    f"usr/lib/{_TRIPLET}/libvirt/connection-driver",
+    f"usr/lib/{TRIPLET}/libvirt/connection-driver",
     "usr/bin/virsh",
 )
 FOLDERS = {
@@ -147,7 +147,7 @@ def _bring_in(unpacked: Path, folder: Path, patched: pytest.MonkeyPatch) -> None
     folder.mkdir()
     for name in _MODULES:
         (folder / name).symlink_to(binding / name)
-    libraries = unpacked / "usr" / "lib" / _TRIPLET
+    libraries = unpacked / "usr" / "lib" / TRIPLET
     if unpacked != Path("/"):
         _load(sorted(libraries.glob("*.so.*")))
         patched.setenv("LD_LIBRARY_PATH", str(libraries), prepend=os.pathsep)

@@ -47,7 +47,7 @@ class Installed:
 
 def install(folder: Path) -> Installed:
     """Build the wheel of this clone and install it; no network, and the clone is not written to."""
-    wheel = _build(folder)
+    wheel = build(folder)
     environment, elsewhere = folder / "environment", folder / "elsewhere"
     elsewhere.mkdir()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
@@ -70,7 +70,8 @@ def install(folder: Path) -> Installed:
     return Installed(wheel, environment / "bin", packages, elsewhere)
 
 
-def _build(folder: Path) -> Path:
+def build(folder: Path) -> Path:
+    """Build the wheel of this clone, which is not written to."""
     source, built = folder / "source", folder / "built"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -3,7 +3,7 @@
 
 ::
 
-    tools/fetch_daemon.py libvirt|sshd|restic|borg|promtool
+    tools/fetch_daemon.py libvirt|libvirt-dev|sshd|restic|borg|promtool
 
 Prints the folder under which the packages lie that this machine lacks, unpacked in the cache
 (`$QMPBLOCK_CACHE`, default `~/.cache/qmpblock`): laid over the machine's own /usr, in a mount
@@ -49,6 +49,7 @@ DAEMONS = {
         "usr/sbin/libvirtd",
         ("libvirt-daemon", "libvirt-daemon-driver-qemu", "libvirt-clients", "python3-libvirt"),
     ),
+    "libvirt-dev": Daemon(f"usr/lib/{platform.machine()}-linux-gnu/libvirt.so", ("libvirt-dev",)),
     "sshd": Daemon("usr/sbin/sshd", ("openssh-server",)),
     "restic": Daemon("usr/bin/restic", ("restic",), ("version",)),
     "borg": Daemon("usr/bin/borg", ("borgbackup",), ("--version",)),

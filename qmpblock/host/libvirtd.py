@@ -35,7 +35,8 @@ __all__ = [
 _T = TypeVar("_T")
 _KEEPALIVE = (5, 3)  # seconds between signs of life, and how many may be missed
 _BINDING = (
-    "install libvirt's Python binding: Debian's python3-libvirt, or pip install qmpblock[libvirt]"
+    "install libvirt's Python binding: Debian's python3-libvirt, or pip install "
+    "'qmpblock[libvirt]', which builds it with libvirt-dev, pkg-config and a compiler"
 )
 
 
