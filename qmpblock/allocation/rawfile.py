@@ -123,6 +123,7 @@ async def reserve_ranges(
     :param grows: whether the file grows at its end, so that they may lie beyond it.
     :raise RequestError: that much cannot be (`qmpblock.host.space`); nothing was reserved.
     :raise UnsupportedError: the file system cannot, or that process does not have it open so.
+    :raise DisconnectedError: that process has ended.
     :raise Error: there is no room, say; what was reserved by then stays.
     """
     wanted = list(ranges)

@@ -14,13 +14,14 @@ import errno
 import fcntl
 import os
 import re
+import select
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qmpblock.errors import UNTOUCHED, UnsupportedError, printable
+from qmpblock.errors import UNTOUCHED, DisconnectedError, UnsupportedError, printable
 from qmpblock.graph.places import FileId
 
 __all__ = ["in_the_name_of", "open_as_it_has"]
@@ -39,6 +40,7 @@ def open_as_it_has(pid: int, path: str) -> int:
     What is opened is that file, whatever `path` leads to a moment later.
 
     :raise UnsupportedError: the process does not have it open so, or that cannot be told.
+    :raise DisconnectedError: the process has ended.
     :raise OSError: the file cannot be opened.
     """
     named = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -46,13 +48,23 @@ def open_as_it_has(pid: int, path: str) -> int:
         wanted = FileId.of(os.fstat(named))
     finally:
         os.close(named)
-    with _handle(pid) as handle:
-        for number in _numbers(pid):
-            with suppress(FileNotFoundError), _taken(pid, handle, number) as fd:
-                mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-                if wanted is not None and FileId.of(os.fstat(fd)) == wanted and mode in _WRITING:
-                    # Anew: what QEMU holds on its own is its alone, its locks for example.
-                    return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        with _handle(pid) as handle:
+            for number in _numbers(pid):
+                with suppress(FileNotFoundError), _taken(pid, handle, number) as fd:
+                    mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+                    if (
+                        wanted is not None
+                        and FileId.of(os.fstat(fd)) == wanted
+                        and mode in _WRITING
+                    ):
+                        # Anew: what QEMU holds on its own is its alone, its locks for example.
+                        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+            _check_lives(handle)
+    except ProcessLookupError:
+        raise DisconnectedError(
+            f"the VM's process {pid} has ended", standing="contents are as they were"
+        ) from None
     raise UnsupportedError(
         f"{printable(path)} is not open for writing in the VM's process {pid}: nothing is "
         "reserved in a file that it may only read",
@@ -69,9 +81,17 @@ def _handle(pid: int) -> Iterator[int]:
         os.close(fd)
 
 
+def _check_lives(handle: int) -> None:
+    """See that a process is not one that has ended, and was not waited for (pidfd_open(2))."""
+    if select.select([handle], [], [], 0)[0]:
+        raise ProcessLookupError
+
+
 def _numbers(pid: int) -> list[int]:
     try:
         return [int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    except FileNotFoundError:
+        raise ProcessLookupError from None
     except PermissionError:
         raise UnsupportedError(
             f"what the VM's process {pid} has open only its user and root may see",

@@ -32,7 +32,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qmpblock.errors import NotFoundError, ToolError, UnsupportedError, printable
+from qmpblock.errors import (
+    DisconnectedError,
+    NotFoundError,
+    ToolError,
+    UnsupportedError,
+    printable,
+)
 from qmpblock.graph.jsonname import as_bytes, innermost
 from qmpblock.graph.places import FileId
 from qmpblock.host import confined
@@ -87,12 +93,13 @@ class User:
     def of_process(cls, pid: int) -> User:
         """Tell who a process runs as.
 
-        :raise UnsupportedError: there is no such process any more; or it has the rights of several.
+        :raise DisconnectedError: there is no such process any more.
+        :raise UnsupportedError: it has the rights of several.
         """
         try:
             lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
         except OSError:
-            raise UnsupportedError(f"the VM's process {pid} has ended") from None
+            raise DisconnectedError(f"the VM's process {pid} has ended") from None
         words = {line.partition(":")[0]: line.split()[1:] for line in lines.splitlines()}
         if len(set(words["Uid"][:3])) > 1:
             raise UnsupportedError(

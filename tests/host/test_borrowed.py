@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qmpblock.errors import UnsupportedError
+from qmpblock.errors import DisconnectedError, UnsupportedError
 from qmpblock.host.borrowed import in_the_name_of, open_as_it_has
 from qmpblock.host.fallocate import keep_size
 
@@ -81,11 +81,14 @@ def test_a_fifo_in_its_place_blocks_nobody(image, hold):
         open_as_it_has(pid, str(image))
 
 
-def test_a_process_that_is_gone(image):
+@pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
+def test_a_process_that_has_ended(image, reaped):
     process = subprocess.Popen(["true"])
-    process.wait()
-    with pytest.raises(OSError, match="No such process"):
+    options = os.WEXITED if reaped else os.WEXITED | os.WNOWAIT
+    os.waitid(os.P_PID, process.pid, options)
+    with pytest.raises(DisconnectedError, match=f"the VM's process {process.pid} has ended"):
         open_as_it_has(process.pid, str(image))
+    process.wait()
 
 
 @as_root

@@ -31,7 +31,14 @@ from headers_of_eve import (
     with_data_file,
 )
 
-from qmpblock.errors import Error, NotFoundError, StalledError, ToolError, UnsupportedError
+from qmpblock.errors import (
+    DisconnectedError,
+    Error,
+    NotFoundError,
+    StalledError,
+    ToolError,
+    UnsupportedError,
+)
 from qmpblock.host.handed import User
 from qmpblock.host.imagechain import blockdev, format_of
 from qmpblock.host.qemuimg import QemuImg
@@ -282,3 +289,7 @@ async def test_it_runs_as_the_owner_and_has_nothing(place):
 
 def test_whose_a_process_is():
     assert User.of_process(os.getpid()).uid == os.geteuid()
+    process = subprocess.Popen(["true"])
+    process.wait()
+    with pytest.raises(DisconnectedError, match=f"the VM's process {process.pid} has ended"):
+        User.of_process(process.pid)
