@@ -12,7 +12,7 @@ import pytest
 from migrating import storage_daemons
 from migrationoutcomes import WIRE_CUT
 
-from qmpblock.migration import hold, imageserver, landing, outward, storage, wayback
+from qmpblock.migration import hold, imageserver, landing, outward, sights, storage, wayback
 
 #: Seconds that the controller waits for QEMU: of a guest that stands, of an answer.
 STALL = 1.0
@@ -24,6 +24,7 @@ _LIMITS = (
     (landing, "_ANSWER", 0.3),
     (hold, "_ANSWER", 0.3),
     (imageserver, "_ENDING", 0.3),
+    (sights, "_ANSWER", 0.3),
 )
 
 

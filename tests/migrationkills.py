@@ -21,6 +21,7 @@ from killing import MOMENTS, Graveyard
 from migrating import arrived, spec, stressed
 from migrationblows import STALL, blow, impatient
 from migrationoutcomes import INTERRUPTED, allowed
+from migrationsights import Sights
 from rounds import slice_of_soak
 
 import qmpblock
@@ -74,8 +75,10 @@ class Matrix:
         self._graveyard = Graveyard()
         self._count = 0
         self._started = []
+        self._struck = ""
         self.commands = self._first = 0
         self.outcomes = Counter()
+        self.sights = Sights(daemon=options.get("storage_daemon", False))
 
     async def __aenter__(self):
         await self._graveyard.__aenter__()
@@ -108,7 +111,7 @@ class Matrix:
         return died
 
     async def _strike(self, struck, number, moment):
-        how, settled = self._besides, False
+        how, settled, self._struck = self._besides, False, struck
         if struck in ("source", "destination"):
             how = self._under
         elif struck in INTERRUPTED:
@@ -157,21 +160,26 @@ class Matrix:
 
         That is called with the phase in which it then is.
         """
-        job = None
+        job, looks = None, []
 
         async def fall():
             await die(Phase.CHECKED if job is None else job.phase)
+            looking = self.sights.look(self._struck, source, destination)
+            looks.append(asyncio.create_task(looking))  # beside what the controller does of it
 
         here, there = self._addresses(source, destination)
         trace = list(_CONNECTING)
-        async with (
-            qmpblock.connect(here, stall=stall) as one,
-            qmpblock.connect(there, stall=stall) as other,
-        ):
-            for vm in (one, other):
-                deadly(vm.monitor, number, moment, fall, trace)
-            async with qmpblock.migrate(one, other, **self._options) as job:
-                yield job
+        try:
+            async with (
+                qmpblock.connect(here, stall=stall) as one,
+                qmpblock.connect(there, stall=stall) as other,
+            ):
+                for vm in (one, other):
+                    deadly(vm.monitor, number, moment, fall, trace)
+                async with qmpblock.migrate(one, other, **self._options) as job:
+                    yield job
+        finally:
+            await asyncio.gather(*looks)
 
     async def _put_away(self):
         for vm in self._started:
@@ -211,7 +219,8 @@ class Matrix:
         if "two" in struck:
             await _recover_twice(*addresses)
         try:
-            recovered = await qmpblock.recover_migration(*addresses, stall=10)
+            with self.sights.of_recovery(struck):
+                recovered = await qmpblock.recover_migration(*addresses, stall=10)
             said = "no migration" if recovered is None else str(recovered.done)
         except UndecidedError as error:
             assert error.remedy
@@ -266,7 +275,8 @@ class Matrix:
             await self._goes_on(other, source, destination, kept=_kept(failed))
             return True, "destination" if other is destination else "source"
         try:
-            await qmpblock.recover_migration(source.monitor_path, destination.monitor_path)
+            with self.sights.of_recovery(struck, living=True):
+                await qmpblock.recover_migration(source.monitor_path, destination.monitor_path)
         except UndecidedError:
             return True, "a person decides"
         except qmpblock.Error:
@@ -303,7 +313,8 @@ class Matrix:
         if not stayed:
             # All that has to do with it answers now, so that nobody is asked.
             addresses = self._addresses(source, destination)
-            recovered = await qmpblock.recover_migration(*addresses, stall=10)
+            with self.sights.of_recovery(struck, living=True):
+                recovered = await qmpblock.recover_migration(*addresses, stall=10)
             if failed is not None and stroke.struck:
                 assert f"qmpblock recover unix:{source.monitor_path}" in str(failed)
             if recovered is None and failed is not None:  # but of it a disk's lock, say
@@ -383,6 +394,7 @@ async def kill_matrix(struck, *where, **options):
                 except Exception as error:
                     reds.append(error)
     print(f"kill matrix: {tried} of {total} points, {struck}: {dict(matrix.outcomes)}")
+    print(matrix.sights)
     if reds:
         raise ExceptionGroup(f"{struck}: {len(reds)} points failed", reds)
 

@@ -361,6 +361,8 @@ class Model:
             return world._replace(destination="runs", ran=True)
         if move is Move.QUIT_DESTINATION:
             return world._replace(destination=GONE)
+        if move is Move.FINISH_DESTINATION:
+            return world._replace(mark=False)
         return world
 
     # -- the engine
@@ -368,6 +370,12 @@ class Model:
     def _engine(self, world: World) -> Iterator[tuple[str, World]]:
         planned = self.rules.order[world.pc]
         entered = world._replace(phase=planned.enters.value if planned.enters else world.phase)
+        if planned.enters and not planned.beside and entered != world:
+            yield f"engine: says {planned.enters}", entered
+        if planned.move is Move.MIGRATE and (world.source, world.destination) == ("home", "waits"):
+            yield "engine: tells the destination alone", entered._replace(destination="comes")
+        if planned.move is Move.FINISH_DESTINATION and world.mark:
+            yield "engine: takes the mark away", world._replace(mark=False)
         if self._may(world, planned.move):
             # It knows of one that was stopped, and leaves it.
             leaves = planned.move is Move.CONT_DESTINATION and world.says
@@ -485,7 +493,10 @@ class Model:
             yield "failure: source dies", world._replace(source=GONE)
         if world.destination != GONE:
             yield "failure: destination dies", world._replace(destination=GONE)
-        if world.wire == "ok" and world.source in ("active", "held", "device"):
+        migrates = world.source in ("active", "held", "device") or (
+            (world.source, world.destination) == ("home", "comes")
+        )
+        if world.wire == "ok" and migrates:
             lost = "" if world.sent == "answer" else world.sent
             yield "failure: cut", world._replace(wire="cut", sent=lost)
             yield "failure: cut, and the rest lost", world._replace(wire="cut", sent="")

@@ -98,6 +98,8 @@ _HOME = _shows("running/none", "running/failed", "running/cancelled", "running/c
 _STANDS = _shows("paused/none", "paused/failed", "paused/cancelled", "paused/completed")
 _WAITS = _shows("inmigrate/none", "inmigrate/setup")
 _GOES = _shows("running/setup", "running/active", "paused/setup", "paused/active")
+#: The wires end with their controller: so does what was on its way.
+_FAILS = _shows("running/failed", "paused/failed", "postmigrate/failed")
 _COMES = _shows("inmigrate/active")
 _HELD = _shows("finish-migrate/pre-switchover")
 _AWAY = _shows("postmigrate/completed")
@@ -114,14 +116,13 @@ STATES: tuple[State, ...] = (
     State(Phase.CHECKED, Side.SOURCE, _HOME, _WAITS, "there is nothing to be undone"),
     State(Phase.MIRRORING, Side.SOURCE, _HOME | _STANDS, _WAITS, _MIRRORS_BACK),
     State(Phase.READY, Side.SOURCE, _HOME | _STANDS, _WAITS, _MIRRORS_BACK),
-    State(Phase.MEMORY, Side.SOURCE, _GOES, _COMES, _CANCEL),
+    State(Phase.MEMORY, Side.SOURCE, _GOES | _FAILS, _COMES, _CANCEL),
     State(Phase.HELD, Side.SOURCE, _HELD, _COMES, f"{_CANCEL}. The guest stands until then"),
     State(Phase.ENDED, Side.SOURCE, _HELD, _COMES, "the same; the images of both are equal now"),
     State(
         Phase.SENT,
         Side.SOURCE,
-        _shows("finish-migrate/device", "running/failed", "paused/failed", "postmigrate/failed")
-        | _AWAY,
+        _shows("finish-migrate/device") | _FAILS | _AWAY,
         _COMES | _THERE,
         "the source itself decides: it completes, or fails and goes on. Where it does neither "
         "within the stall limit the migration's connection is cut, and then it does",

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import migrationoutcomes
 import pytest
+from migrationmodel import DESTINATION, SOURCE
+from migrationmodel import GONE as ENDED
+from migrationsights import Sights, in_states, possible
 
 from qmpblock.changes.step import Choice
 from qmpblock.migration.decision import decide
@@ -53,6 +56,33 @@ def test_the_journal_is_ahead_of_what_cannot_be_taken_back():
 def test_the_order_comes_to_every_phase_in_turn():
     begin = [phase for one in ORDER for phase in (one.enters, one.reaches) if phase is not None]
     assert [Phase.CHECKED, *begin] == list(Phase)
+
+
+def test_what_the_model_comes_to_is_what_the_table_says():
+    """When a controller dies, or anybody with it, and before anybody has seen it."""
+    for struck in ("controller", "controller, source", "controller, destination", "all"):
+        for one in possible(struck, recovered=False):
+            here, there = (
+                GONE if what == ENDED else seen(shows[what])
+                for shows, what in ((SOURCE, one.source), (DESTINATION, one.destination))
+            )
+            assert in_states(Phase(one.phase), here, there), one
+
+
+@pytest.mark.parametrize(
+    ("phase", "here", "there", "words"),
+    [
+        (Phase.MEMORY, "running/none", "paused/completed", "STATES"),
+        (Phase.MEMORY, "running/active", "inmigrate/none", "no world"),
+        (Phase.MIRRORING, "running/none", "inmigrate/active", "STATES"),
+        (Phase.HANDED, "postmigrate/completed", "running/completed", "no world"),  # no arbiter
+    ],
+    ids=str,
+)
+def test_what_the_sides_of_a_kill_matrix_must_not_show(phase, here, there, words):
+    sides = [seen(tuple(one.split("/"))) for one in (here, there)]
+    with pytest.raises(AssertionError, match=words):
+        Sights().hold("controller", {phase}, *sides, begun=False)
 
 
 @pytest.mark.parametrize("choice", Choice)
