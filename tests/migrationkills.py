@@ -14,7 +14,9 @@ import os
 import signal
 import sys
 from collections import Counter
+from dataclasses import dataclass
 
+from chains import convert
 from disturbed import locks, nothing_of_ours
 from dying import deadly
 from killing import MOMENTS, Graveyard
@@ -37,6 +39,47 @@ about: A disk.
 disks:
   - {name: d0, images: [{size: 20M, content: [write 0 8M 0xaa]}], attach: {id: vd0}}
 """  # which ends where the guest's writes do: thousands of points look into all of it
+_IMAGE = "images: [{{format: {}, {}size: 20M, content: [write 0 8M 0xaa, write 16M 4M 0x00]}}]"
+# Of an encrypted image what was never written reads as noise: there are zeros for the guest's area.
+_TWO = """
+about: Two disks.
+disks:
+  - {{name: d0, {one}, attach: {{{attach}, id: vd0}}}}
+  - {{name: d1, {other}, attach: {{{attach}, id: vd1}}}}
+"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What VMs are struck, and how their migration is.
+
+    :ivar daemon: whether a storage daemon may have the destination's images without being asked.
+    """
+
+    scenario: str = DISK
+    shared: bool = False
+    daemon: bool = False
+
+
+#: Other shapes than that of one disk which is copied.
+SHAPES = {
+    "shared": Shape(shared=True),
+    "two scsi": Shape(
+        _TWO.format(
+            one=_IMAGE.format("qcow2", ""),
+            other=_IMAGE.format("qcow2", ""),
+            attach="device: virtio-scsi, iothread: one",
+        ),
+        daemon=True,  # before QEMU 8.0
+    ),
+    "raw and luks": Shape(
+        _TWO.format(
+            one=_IMAGE.format("raw", ""),
+            other=_IMAGE.format("luks", "secret: geheim, "),
+            attach="device: virtio-blk",
+        )
+    ),
+}
 #: What is struck. A controller that dies is followed by a recovery; `hangs`: the QEMU is stopped.
 STRUCK = (
     "controller",
@@ -62,12 +105,18 @@ class Matrix:
 
     :param start_qemu: the fixtures: `start_destination`, `directory`, `qemu` likewise.
     :param host: on which destinations are started, if that is another one.
+    :param shape: of the VMs; None: one disk, which is copied.
     :param options: of the migration.
     """
 
-    def __init__(self, start_qemu, start_destination, directory, qemu, host=None, **options):
+    def __init__(
+        self, start_qemu, start_destination, directory, qemu, host=None, shape=None, **options
+    ):
+        self._shape = shape or Shape()
         self._start = start_qemu, start_destination
         self._there = {} if host is None else {"qemu": host.program(qemu)}
+        if self._shape.shared:
+            self._there["shared"] = options["memory_only"] = True
         self._directory = directory
         self._host = host
         self._tools = Tools.of(qemu)
@@ -78,7 +127,7 @@ class Matrix:
         self._struck = ""
         self.commands = self._first = 0
         self.outcomes = Counter()
-        self.sights = Sights(daemon=options.get("storage_daemon", False))
+        self.sights = Sights(daemon=self._shape.daemon or options.get("storage_daemon", False))
 
     async def __aenter__(self):
         await self._graveyard.__aenter__()
@@ -136,14 +185,14 @@ class Matrix:
         start_qemu, _ = self._start
         self._count += 1
         room = self._directory / f"pair{self._count}"
-        built = await build(parse_scenario(DISK, "source"), room, self._tools)
+        built = await build(parse_scenario(self._shape.scenario, "source"), room, self._tools)
         source = await start_qemu(built, guest=True)
         self._started.append(source)
         await stressed(source)
         destination = await self._destination(source)
         for vm in (source, destination):
             vm.expect_exit()
-        self._before = await source.guest.progress(0)
+        self._before = [await source.guest.progress(n) for n, _ in enumerate(source.disks)]
         return source, destination
 
     async def _destination(self, source):
@@ -353,7 +402,8 @@ class Matrix:
         if owner is destination:
             await _whole(destination)
             return
-        assert (await source.guest.progress(0)).bad == 0
+        for number, _ in enumerate(source.disks):
+            assert (await source.guest.progress(number)).bad == 0
         if not kept:
             await nothing_of_ours(source)
         assert await source.execute("query-block-exports") == []
@@ -367,16 +417,15 @@ class Matrix:
 
     async def _holds(self, vm):
         """See that the images of a VM that has ended lack nothing."""
-        image, raw = vm.disks[0].active, self._directory / "content"
-        await self._tools.run(
-            self._tools.img, "convert", "-f", "qcow2", "-O", "raw", str(image.path), str(raw)
-        )
-        data, its = raw.read_bytes(), spec(0)
-        raw.unlink()
-        assert data[: 8 << 20] == b"\xaa" * (8 << 20)
-        area = data[its.offset : its.offset + its.length]
-        verdict = check_acknowledged(area, its, self._before.flushed, _MOST)
-        assert verdict.ok, verdict
+        raw = self._directory / "content"
+        for number, disk in enumerate(vm.disks):
+            await convert(self._tools, disk.active, disk.active.describe(), raw)
+            data, its = raw.read_bytes(), spec(number)
+            raw.unlink()
+            assert data[: 8 << 20] == b"\xaa" * (8 << 20)
+            area = data[its.offset : its.offset + its.length]
+            verdict = check_acknowledged(area, its, self._before[number].flushed, _MOST)
+            assert verdict.ok, verdict
 
 
 async def kill_matrix(struck, *where, **options):
@@ -403,13 +452,14 @@ async def _whole(vm):
     """See that the guest that has come runs on, and reads back all that it wrote."""
     await nothing_of_ours(vm)
     guest = await vm.attach_guest()
-    before = (await guest.progress(0)).acked
-    async with asyncio.timeout(_WAIT):
-        while (await guest.progress(0)).acked <= before:
-            await asyncio.sleep(0.01)
-    end = await guest.stop_stress(0)
-    assert (end.bad, end.errors) == (0, 0), end
-    assert await guest.check(0) > 0
+    for number, _ in enumerate(vm.disks):
+        before = (await guest.progress(number)).acked
+        async with asyncio.timeout(_WAIT):
+            while (await guest.progress(number)).acked <= before:
+                await asyncio.sleep(0.01)
+        end = await guest.stop_stress(number)
+        assert (end.bad, end.errors) == (0, 0), end
+        assert await guest.check(number) > 0
 
 
 def _kept(failed):

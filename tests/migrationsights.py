@@ -182,9 +182,10 @@ class Sights:
             seen = await look_at_both(before[0].record, *sides)
         except StalledError:
             return
-        after = [one.phase for one in journals()]
-        if len(after) == 1:  # else it is over
-            self.hold(struck, {before[0].phase, *after}, *seen, begun=True)
+        first = before[0].phase
+        after = [one.phase for one in journals()] or WRITTEN  # it is over, in whichever
+        phases = {first, *(one for one in after if first.before(one))}
+        self.hold(struck, phases, *seen, begun=True)
 
     def hold(self, struck, phases, source, destination, *, begun):
         """See that what was seen may be.

@@ -6,7 +6,7 @@ import pytest
 from migrating import ALIKE, to_newer
 from migratinglinux import log_goes_over
 from migrationattempts import broken_off_then_made
-from migrationkills import STRUCK, kill_matrix
+from migrationkills import SHAPES, STRUCK, kill_matrix
 from migrationoutcomes import INTERRUPTED, WIRE_CUT
 from migrationrounds import migrations_under_stress
 from rounds import rounds
@@ -72,6 +72,25 @@ async def test_struck_at_every_command(
 ):
     where = (start_qemu, start_destination, vm_dir, qemu_binary)
     await kill_matrix(struck, *where, storage_daemon=way == "daemon")
+
+
+TELLING = (
+    "controller",
+    "source",
+    "destination",
+    "all",
+    "controller; destination hangs",
+    "controller; two recover",
+)
+
+
+@pytest.mark.parametrize("struck", TELLING)
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_another_shape_struck_at_every_command(
+    shape, struck, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    await kill_matrix(struck, *where, shape=SHAPES[shape])
 
 
 async def test_the_wire_cut_at_every_command(
