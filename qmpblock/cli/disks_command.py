@@ -13,6 +13,8 @@ from qmpblock.errors import printable
 from qmpblock.qemu.elsewhere import disks_served_elsewhere
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.text import Text
 
     from qmpblock.graph.model import Device
@@ -30,20 +32,27 @@ async def command(options: Options, address: str) -> None:
     size, the filters on top, the jobs that run on it, and its exports.
     """
     async with options.connect(address) as vm:
-        devices = (await vm.graph()).devices
+        graph = await vm.graph()
+        devices = graph.devices
+        called = {disk: name for name, disk in (await vm.disks_called(graph)).items()}
         served = await disks_served_elsewhere(vm.monitor)
     if options.json:
-        documents = [document(one) for one in devices] + [served_document(one) for one in served]
+        documents = [document(one, called.get(one.name)) for one in devices]
+        documents += [served_document(one) for one in served]
         emit(json.dumps(documents, indent=2) + "\n")
     else:
-        _show(devices, served)
+        _show(devices, called, served)
 
 
-def document(device: Device) -> dict[str, Any]:
-    """Return one record of docs/schema/disks.schema.json."""
+def document(device: Device, called: str | None = None) -> dict[str, Any]:
+    """Return one record of docs/schema/disks.schema.json.
+
+    :param called: what its manager calls it, where that is another name.
+    """
     chain = device.chain
     return {
         "device": device.name,
+        **({"called": called} if called else {}),
         "qom_path": device.qom_path,
         "root_node": chain.root.name if chain else None,
         "format_node": chain.active.node.name if chain else None,
@@ -93,7 +102,9 @@ def served_document(disk: ServedDisk) -> dict[str, Any]:
     }
 
 
-def _show(devices: tuple[Device, ...], served: tuple[ServedDisk, ...]) -> None:
+def _show(
+    devices: tuple[Device, ...], called: Mapping[str, str], served: tuple[ServedDisk, ...]
+) -> None:
     from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
@@ -102,7 +113,7 @@ def _show(devices: tuple[Device, ...], served: tuple[ServedDisk, ...]) -> None:
     if not devices and not served:
         console.print("This VM has no disks.")
     for device in devices:
-        tree = Tree(_title(device), guide_style="dim")
+        tree = Tree(_title(device, called.get(device.name)), guide_style="dim")
         if device.chain is not None:
             for node in device.chain.filters:
                 tree.add(_line(f"filter  {node.driver}", node.name))
@@ -125,11 +136,13 @@ def _show(devices: tuple[Device, ...], served: tuple[ServedDisk, ...]) -> None:
         console.print(Text(f"{printable(disk.driver)}: {disk.where()} has its images"))
 
 
-def _title(device: Device) -> Text:
+def _title(device: Device, called: str | None) -> Text:
     from rich.text import Text
 
     title = Text()
     title.append(printable(device.name), style="bold")
+    if called:
+        title.append(f" ({printable(called)})")
     if device.chain is None:
         title.append("  (empty)", style="dim")
     else:

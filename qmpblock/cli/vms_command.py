@@ -53,15 +53,17 @@ def document(vm: RunningVM) -> dict[str, Any]:
         "trouble": vm.trouble,
         "remedy": vm.remedy,
         "status": vm.status,
-        "disks": None if vm.devices is None else [_disk(device) for device in vm.devices],
+        "disks": None if vm.devices is None else [_disk(vm, device) for device in vm.devices],
         "refused": dict(vm.refused),
     }
 
 
-def _disk(device: Device) -> dict[str, Any]:
+def _disk(vm: RunningVM, device: Device) -> dict[str, Any]:
     active = device.chain.active if device.chain else None
+    called = vm.called.get(device.name)
     return {
         "device": device.name,
+        **({"called": called} if called else {}),
         "read_only": device.read_only,
         "size": active.size if active else None,
         "format": active.format if active else None,
@@ -81,7 +83,7 @@ def _show(found: Sequence[RunningVM]) -> None:
         if vm.remedy:
             emit(f"  remedy   {printable(vm.remedy, 1000)}\n")
         for device in vm.devices or ():
-            emit(f"  disk     {_line(_disk(device))}\n")
+            emit(f"  disk     {_line(_disk(vm, device))}\n")
         if vm.refused:
             emit(f"  refused  {', '.join(vm.refused)}\n")
 
@@ -89,9 +91,12 @@ def _show(found: Sequence[RunningVM]) -> None:
 def _line(disk: dict[str, Any]) -> str:
     from qmpblock.sizes import human_size
 
+    name = printable(disk["device"])
+    if called := disk.get("called"):
+        name += f" ({printable(called)})"
     if disk["size"] is None:
-        return f"{printable(disk['device'])}  (empty)"
-    words = [printable(disk["device"]), human_size(disk["size"]), printable(disk["format"])]
+        return f"{name}  (empty)"
+    words = [name, human_size(disk["size"]), printable(disk["format"])]
     words.append(printable(disk["file"]))
     if disk["layers"] > 1:
         words.append(f"{disk['layers']} layers")

@@ -54,6 +54,7 @@ class RunningVM:
     :ivar remedy: what to do then.
     :ivar status: as QEMU says it (`running`); None where it was not asked, or did not answer.
     :ivar devices: the guest's drives, empty ones, too; None likewise.
+    :ivar called: what the manager calls them, by their own names, where that is another.
     :ivar refused: what is not done there because of the manager, and the manager's own way to it.
     """
 
@@ -66,6 +67,7 @@ class RunningVM:
     remedy: str = ""
     status: str | None = None
     devices: tuple[Device, ...] | None = None
+    called: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -223,10 +225,12 @@ async def _inside(vm: RunningVM, connection: Connection) -> RunningVM:
     vm = _managed(vm, vm.manager or await ownership.manager_of(connection, graph))
     status = await monitor.execute("query-status")
     owned = await ownership.look(monitor, graph.devices)
+    names = await connection.disks_called(graph)
     return replace(
         vm,
         status=str(status["status"]),
         devices=graph.devices,
+        called={disk: name for name, disk in names.items()},
         trouble=owned.why,
         remedy=owned.remedy,
     )

@@ -46,10 +46,10 @@ async def test_what_is_read_and_allocated_is_right_and_leaves_nothing(libvirt, c
     assert code == 0
     assert json.loads(out) == [{key: one[key] for key in keys} for one in expected]
     code, out, _ = await cli("disks", address, "--json")
-    assert [Path(one["file"]).name for one in json.loads(out)[0]["layers"]] == [
-        "top.qcow2",
-        "base.qcow2",
-    ]
+    [said] = json.loads(out)
+    assert (said["device"], said["called"]) == (DISK, "vda")
+    assert [Path(one["file"]).name for one in said["layers"]] == ["top.qcow2", "base.qcow2"]
+    assert (await cli("disks", address))[1].startswith(f"{DISK} (vda)  ")
     code, out, _ = await cli("doctor", address)
     assert f"{libvirt.pid('web')}, of root" in out
     assert await cli("jobs", address) == (0, "This VM has no jobs.\n", "")
@@ -95,6 +95,7 @@ async def test_its_domains_are_among_the_vms_of_this_host(libvirt, chain, qemu_b
         patched.setattr(listing, "qemus", lambda: [one for one in every() if one.pid == pid])
         patched.setattr(listing, "_by_libvirt", lambda *_: asyncio.sleep(0, Found(address)))
         [one] = await qmpblock.vms()
+        assert one.called == {DISK: "vda"}
     assert (one.name, one.manager.name, one.manager.vm) == ("listed", "libvirt", "listed")
     assert (one.address, one.trouble) == (str(address), "")
     assert [device.chain.active.file for device in one.devices] == [str(chain)]
