@@ -84,7 +84,7 @@ _REFUSED = 2
 @click.option(
     "--storage-daemon",
     is_flag=True,
-    help="Have a qemu-storage-daemon on this host hold the destination's images meanwhile.",
+    help="Have a qemu-storage-daemon beside it hold the destination's images meanwhile.",
 )
 @click.option("--quit-source", is_flag=True, help="End the source's QEMU once the guest is gone.")
 @click.option(

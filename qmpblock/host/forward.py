@@ -14,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,11 +140,20 @@ class Forward:
     # -- its life
 
     def _words_to_start(self) -> list[str]:
-        words = ["ssh", "-N", "-T"]
-        for option in _OPTIONS:
-            words += ["-o", option]
+        words = ["-N"]
         for folder, there in zip(self._folders, self._there, strict=True):
             words += ["-L", f"{folder.socket}:{there}"]
+        return self._ssh(words)
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """Return what runs a command there: by an ssh of its own, as the same user."""
+        return [*self._ssh(["-o", "ClearAllForwardings=yes"]), shlex.join(words)]
+
+    def _ssh(self, more: Sequence[str]) -> list[str]:
+        words = ["ssh", "-T"]
+        for option in _OPTIONS:
+            words += ["-o", option]
+        words += more
         if self._address.user is not None:
             words += ["-l", self._address.user]
         if self._address.port is not None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qmpblock.host.qemuimg import Key
     from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["ImageNodes", "mark"]
+__all__ = ["ImageNodes", "mark", "refuse"]
 
 
 class ImageNodes:
@@ -39,7 +39,7 @@ class ImageNodes:
         self.keys: list[Key] = []
         self._monitor = monitor
         self._files = OpenFiles(pid)
-        self._options = command_line(pid)
+        self._options: Sequence[str] = command_line(pid)
         self._names: dict[str, str] = {}
 
     async def chain(self, layers: Sequence[Layer]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class ImageNodes:
         elif image.format == "raw" and {"offset", "size"} & set(said_by(image.node.filename)):
             why = "is a part of a file"
         if why:
-            _refuse(image, why)
+            refuse(image, why)
         assert image.storage is not None  # see above
         opened: dict[str, Any] = {
             "discard": discard_of(self._options, image.node) or "unmap",
@@ -88,7 +88,7 @@ class ImageNodes:
     def _leaf(self, image: Layer, node: Node) -> dict[str, Any]:
         place = self._files.place(node)
         if not isinstance(place, Place):
-            _refuse(image, place.reason)
+            refuse(image, place.reason)
         driver = "host_device" if place.file.is_device else "file"
         return {"driver": driver, "filename": place.here}
 
@@ -100,7 +100,7 @@ class ImageNodes:
                 self.keys += await read_keys(self._monitor, secret)
                 self._names[secret] = f"key{len(self.keys) - 1}"
         except UnsupportedError as error:
-            _refuse(image, f"is encrypted: {error.message}")
+            refuse(image, f"is encrypted: {error.message}")
         return self._names[secret]
 
 
@@ -116,7 +116,11 @@ def mark(path: str) -> str:
     return ":".join(map(str, told))
 
 
-def _refuse(image: Layer, why: str) -> NoReturn:
+def refuse(image: Layer, why: str) -> NoReturn:
+    """Say that an image cannot be served so.
+
+    :raise UnsupportedError: always.
+    """
     raise UnsupportedError(
         f"a storage daemon cannot have the destination's image {printable(image.file)}: it {why}",
         standing=UNTOUCHED,

@@ -46,6 +46,7 @@ from qmpblock.host.qemuimg import handed_keys
 from qmpblock.host.socketfolder import SocketFolder, remove_socket
 from qmpblock.migration.imagenodes import ImageNodes, mark
 from qmpblock.migration.options import program
+from qmpblock.migration.serverthere import ServerThere
 from qmpblock.names import export_name, socket_folder
 from qmpblock.nbd.client import Client
 from qmpblock.qemu.capabilities import Capabilities
@@ -110,13 +111,20 @@ class ImageServer:
         :raise UnsupportedError: they cannot be: says why.
         """
         pid = vm.monitor.peer_pid
-        if pid is None or vm.monitor.forward is not None:
-            where = "is on another host" if vm.monitor.forward else "cannot be seen from here"
+        if vm.monitor.forward is not None:
             raise UnsupportedError(
-                f"the destination's process {where}, and a storage daemon, which would be on this "
-                "one, cannot have its images",
+                "with --storage-daemon a process of its own has the images there, and outlives "
+                "that",
                 standing=UNTOUCHED,
-                remedy="do without the storage daemon",
+            )
+        if pid is None:
+            raise UnsupportedError(
+                "the destination's process cannot be seen from here (its monitor is reached by "
+                "TCP, say), and a storage daemon, which would be on this host, cannot have its "
+                "images",
+                standing=UNTOUCHED,
+                remedy="do without the storage daemon, or reach the destination by ssh, where that "
+                "starts one on its host",
             )
         words, opened, nodes = _program(command_line(pid)), [], ImageNodes(pid, vm.monitor)
         for number, disk in enumerate(disks):
@@ -260,7 +268,7 @@ class ImageServer:
 
 async def image_server(
     vm: Connection, run: str, disks: Sequence[DiskDevice], *, wanted: bool
-) -> tuple[ImageServer | None, str]:
+) -> tuple[ImageServer | ServerThere | None, str]:
     """Return what serves a destination's disks; None: it does so itself. Changes nothing.
 
     Also where it is not wanted: a destination that would die of its own exports (K1) has one, if
@@ -270,6 +278,9 @@ async def image_server(
     :raise UnsupportedError: it is wanted, and cannot be.
     """
     if wanted and disks:
+        forward = vm.monitor.forward
+        if forward is not None:
+            return await ServerThere.of(vm, forward, run, disks), ""
         return await ImageServer.of(vm, run, disks), ""
     if not await _dies_of_exports(vm, disks):
         return None, ""

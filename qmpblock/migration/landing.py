@@ -36,6 +36,7 @@ from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.migration import wayback
 from qmpblock.migration.contents import ALLOCATION, DEPTH, make_ready
 from qmpblock.migration.imageserver import ImageServer
+from qmpblock.migration.serverthere import ServerThere
 from qmpblock.names import (
     NBD_LOCK,
     arrival_wire,
@@ -85,7 +86,7 @@ class Landing:
         run: str,
         disks: Sequence[DiskDevice],
         has_ended: Callable[[], bool],
-        images: ImageServer | None = None,
+        images: ImageServer | ServerThere | None = None,
         over: Over | None = None,
         preset: Preset | None = None,
     ) -> None:

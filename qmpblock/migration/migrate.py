@@ -79,10 +79,10 @@ async def migrate(
         with an object that says so (`qmpblock-RUN-handover`).
     :param means: what may be done to a busy guest for it to end; None: nothing. Each is said in
         `job.notices` before it takes effect.
-    :param storage_daemon: have a `qemu-storage-daemon` on this host hold the destination's images
-        while they are mirrored, not the destination itself. Where it fails then, before the mirrors
-        are ended, they stay at the source, paused: the next migration to a destination with the
-        same images goes on with them.
+    :param storage_daemon: have a `qemu-storage-daemon` on the destination's host, this one or one
+        that ssh reaches, hold its images while they are mirrored, not the destination itself. Where
+        it fails then on this host, before the mirrors are ended, they stay at the source, paused:
+        the next migration to a destination with the same images goes on with them.
     :param over: how disks and memory go: `nbds://HOST[:PORT]` by TCP with TLS, to where the
         destination's QEMU is to listen, each VM with the `tls_creds` that it was connected with;
         `nbd://` without TLS, where both are `insecure`. None: as the monitors do.

@@ -20,6 +20,7 @@ from qmpblock.migration.imageserver import ImageServer, image_server
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing
 from qmpblock.migration.pause import Pause
+from qmpblock.migration.serverthere import ServerThere
 from qmpblock.migration.settings import (
     THERE,
     Preset,
@@ -83,7 +84,7 @@ class Passage:
         means: MigrationMeans,
         preset: Preset,
         arriving: Preset | None,
-        images: ImageServer | None,
+        images: ImageServer | ServerThere | None,
         over: Over | None,
     ) -> None:
         self.source = source
@@ -222,7 +223,7 @@ class Passage:
         """Whether what is copied may be kept: by a storage daemon, and that is well."""
         copied = self.plan.copied
         plain = all(not pair.top and pair.allocation == "thin" for pair in copied)
-        return self.images is not None and plain and self.storage.well
+        return isinstance(self.images, ImageServer) and plain and self.storage.well
 
     async def keep(self) -> bool:
         """Leave the mirrors for another attempt, if that can be; return whether they are left.

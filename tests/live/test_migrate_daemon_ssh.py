@@ -1,0 +1,166 @@
+"""Migrations by ssh in which a storage daemon over there has the destination's images."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from chains import cli
+from disturbed import until
+from hosts import CutOffError
+from migrating import arrived, at, machine, stays, storage_daemons
+
+import qmpblock
+from qmpblock.errors import UnsupportedError
+from qmpblock.host.processes import command_line
+
+pytestmark = pytest.mark.live
+
+
+@pytest.fixture
+async def host(host, monkeypatch):
+    """Give another host, which `ssh` reaches."""
+    try:
+        programs = await host.serve_ssh()
+    except CutOffError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return host
+
+
+async def migrated(host, source, destination, *, stall=60.0, **options):
+    async with (
+        qmpblock.connect(source.monitor_path, stall=stall) as one,
+        qmpblock.connect(host.address(destination), stall=stall) as other,
+        qmpblock.migrate(one, other, storage_daemon=True, **options) as job,
+    ):
+        async for _ in job:
+            pass
+    return job.result
+
+
+def ours_beside(vm):
+    return [path.name for path in vm.directory.iterdir() if path.name.endswith("-nbd")]
+
+
+def runs(vm_dir):
+    """Return the daemons themselves, not what started them."""
+    pids = storage_daemons(vm_dir)
+    return [pid for pid in pids if "qemu-storage-daemon" in command_line(pid)[0]]
+
+
+async def gone(vm_dir, destination):
+    await until(lambda: not storage_daemons(vm_dir), "the end of the daemon")
+    assert ours_beside(destination) == []
+
+
+@pytest.mark.parametrize("image", ["qcow2", "raw"])
+async def test_it_serves_there(image, host, begin, land, vm_dir, monkeypatch):
+    source = await begin(machine(2, image=image))
+    destination = await land(source)
+    seen = []
+
+    async def look():
+        seen.extend(runs(vm_dir))
+
+    with at(monkeypatch, "ready", look):
+        result = await migrated(host, source, destination)
+    assert len(seen) == 1
+    await arrived(source, destination, result)
+    await gone(vm_dir, destination)
+
+
+@pytest.mark.parametrize("phase", ["copying", "ready", "held"])
+@pytest.mark.parametrize("who", ["daemon", "destination", "ssh", "wire"])
+async def test_one_dies(who, phase, host, begin, land, invariant, vm_dir, monkeypatch):
+    source = await begin(machine(2))
+    destination = await land(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+
+    async def strike():
+        if who == "wire":
+            host.set_wire(up=False)
+        elif who == "destination":
+            await destination.kill()
+        elif who == "daemon":
+            for pid in runs(vm_dir):
+                os.kill(pid, signal.SIGKILL)
+        else:
+            [ssh] = [one for one in _children() if "ClearAllForwardings=yes" in command_line(one)]
+            os.kill(ssh, signal.SIGKILL)
+
+    with at(monkeypatch, phase, strike), pytest.raises(qmpblock.Error) as failed:
+        await migrated(host, source, destination, stall=4)
+    print(failed.value)
+    assert "the guest runs at the source" in str(failed.value)
+    if phase == "copying":  # it ends by itself, though sshd has noticed nothing yet
+        await gone(vm_dir, destination)
+    host.set_wire(up=True)
+    await gone(vm_dir, destination)
+    await stays(source, invariant)
+    if destination.running:
+        await destination.kill()
+    destination = await land(source)
+    await arrived(source, destination, await migrated(host, source, destination))
+    await gone(vm_dir, destination)
+
+
+def _children():
+    pid = os.getpid()
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_the_controller_dies(host, begin, land, invariant, vm_dir):
+    source = await begin(machine(2))
+    destination = await land(source)
+    destination.expect_exit()
+    await invariant.begin(source)
+    sides = (source.monitor_path, host.address(destination))
+    words = ("-m", "qmpblock", "migrate", *sides, "--storage-daemon", "--speed", "1M")
+    process = await asyncio.create_subprocess_exec(sys.executable, *words)
+
+    async def mirrors():
+        return len(await source.execute("query-jobs")) == 2
+
+    await until(mirrors, "mirrors")
+    process.kill()
+    await process.wait()
+    await gone(vm_dir, destination)
+    code, out, err = await cli("recover", *sides)
+    assert code == 0, (out, err)
+    await until(lambda: not destination.running, "the end of the destination")
+    await stays(source, invariant)
+    destination = await land(source)
+    await arrived(source, destination, await migrated(host, source, destination))
+
+
+async def test_what_is_not_seen_there_to_be_the_destinations_is_refused(
+    host, begin, land, invariant, vm_dir
+):
+    """Another file by the image's name would be written over, and the guest find nothing there."""
+    source = await begin()
+    destination = await land(source)
+    await invariant.begin(source)
+    image = destination.disks[0].active.path
+    moved = image.rename(image.with_name("moved"))
+    image.write_bytes(b"another")
+    with pytest.raises(UnsupportedError, match=r"no QEMU that waits there is seen to have .* open"):
+        await migrated(host, source, destination)
+    assert image.read_bytes() == b"another"
+    moved.rename(image)
+    await gone(vm_dir, destination)
+    await stays(source, invariant)
+
+
+async def test_no_key_is_handed_on(host, begin, land, invariant, vm_dir):
+    image = "{size: 64M, format: luks, secret: geheim, content: [write 0 20M 0xaa]}"
+    source = await begin(f"about: A disk.\ndisks: [{{name: d0, images: [{image}]}}]\n")
+    destination = await land(source)
+    await invariant.begin(source)
+    with pytest.raises(UnsupportedError, match="is encrypted, and by ssh no key is handed on"):
+        await migrated(host, source, destination)
+    await gone(vm_dir, destination)
+    await stays(source, invariant)
