@@ -325,7 +325,7 @@ async def test_somebody_elses_snapshot_meanwhile(begin, vm_dir, caplog):
     async def disturbed():
         async with (
             qmpblock.connect(vm.monitor_path) as controller,
-            controller.backup(place, await controller.disks(), speed=MIB) as job,
+            controller.backup(place, await controller.disks(), speed=MIB // 16) as job,
         ):
             [its] = [one for one in await vm.execute("query-block") if "inserted" in one]
             node = its["inserted"]["node-name"]

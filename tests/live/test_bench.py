@@ -90,3 +90,19 @@ async def test_copies_that_share_blocks(vm_dir):
         pytest.skip("no XFS could be had")
     for fmt in ("raw", "qcow2"):
         assert set(told["seconds"]["reflink"][fmt]) == {"copy --reflink", "cp --reflink"}
+
+
+async def test_a_fleet_is_measured():
+    """Of two VMs, by each way; that all of them are told of the measurement itself sees."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bench.fleet", "--vms", "2", "--rounds", "1"),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, err
+    ways = [
+        line.split(" s ")[0].rsplit(maxsplit=1)[0].strip() for line in out.decode().splitlines()[3:]
+    ]
+    assert ways == ["vms", "metrics --no-map", "metrics", "maps of all", "map of each"]

@@ -70,6 +70,21 @@ async def test_one_of_three_fails_and_is_made_up_for(pairs, start_destination, v
     assert [await status(vm) for vm in (made[0][1], another, made[2][1])] == ["running"] * 3
 
 
+async def test_all_together_keep_to_the_limit_of_the_list(pairs, vm_dir):
+    _made, lines = await pairs(2)
+    file, speed = vm_dir / "list.yaml", 4 << 20
+    file.write_text(f"parallel: 2\nspeed: {speed}\nvms:\n" + "".join(lines))
+    code, out, err = await cli("migrate", "--list", str(file), "--json")
+    assert code == 0, err
+    rate = 0.0
+    for one in json.loads(out)["migrations"]:
+        [mirroring] = [at for at in one["result"]["phases"] if at["phase"] == "mirroring"]
+        assert mirroring["bytes"] > 7 << 20  # its disk holds so much
+        rate += mirroring["rate"]
+    print(f"{rate / speed:.2f} of the limit")
+    assert rate < 1.3 * speed
+
+
 async def test_a_guest_that_went_elsewhere_is_not_said_to_be_there(pairs, vm_dir):
     made, lines = await pairs(2)
     file = vm_dir / "list.yaml"
