@@ -56,6 +56,7 @@ def test_the_list_of_vms_that_it_shows_is_what_the_command_prints(capsys):
             _listed(
                 *("web", 4711, "libvirt-qemu", LIBVIRT, 20 << 30, "qcow2", "/srv/web.qcow2", 3),
                 address="libvirt:web",
+                called={"virtio-disk0": "vda"},
             ),
             _listed(
                 *("build", 4722, "ci", None, 8 << 30, "raw", "/srv/ci/build.raw", 1),
