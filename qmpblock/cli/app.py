@@ -325,11 +325,11 @@ def command(
         import asyncio
 
         options = Options(json, stall, nbd, tls_creds, insecure)
-        command = click.get_current_context().info_name
-        of_vm = _WITHOUT_VM.isdisjoint({command, f"{command} {parameters.get('address')}"})
+        called = click.get_current_context().info_name
+        of_vm = _WITHOUT_VM.isdisjoint({called, f"{called} {parameters.get('address')}"})
         try:
             return asyncio.run(_interruptible(work(options, **parameters), of_vm=of_vm))
-        except asyncio.CancelledError:  # by a signal
+        except (asyncio.CancelledError, KeyboardInterrupt):  # by a signal
             raise (click.Abort if of_vm else _WithoutVM) from None
 
     for option in reversed(_SHARED):

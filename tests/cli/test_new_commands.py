@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from qmpblock.chains.jobs import Outcome
 from qmpblock.changes.journal import Journal
-from qmpblock.cli import joboutput, progress
+from qmpblock.cli import app, joboutput, progress
 from qmpblock.cli.app import run
 from qmpblock.cli.jobs_command import document
 from qmpblock.cli.recording import Recorder
@@ -411,6 +411,17 @@ async def test_one_json_document_on_stdout_and_nothing_else(capsys):
     captured = capsys.readouterr()
     assert json.loads(captured.out)["left"] == ["/i/\x1b"]
     assert "\x1b" not in captured.out
+
+
+@pytest.mark.parametrize("words", [("verify", "/a", "/b"), ("backup", "check", "/a")], ids=" ".join)
+def test_interrupted_before_signals_are_taken_no_vm_is_spoken_of(words, monkeypatch, capsys):
+    async def struck(work, *, of_vm):
+        work.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "_interruptible", struck)
+    assert run(words) == 130
+    assert capsys.readouterr().err.strip() == "qmpblock: interrupted; nothing of ours is left"
 
 
 def test_interrupted_is_130(monkeypatch, capsys):
