@@ -134,6 +134,18 @@ async def migrated(source, destination, stall=60, **options):
     return job.result
 
 
+async def migrated_to(host, source, destination, *, stall=60.0, **options):
+    """As `migrated`, to another host (hosts.py), by ssh."""
+    async with (
+        qmpblock.connect(source.monitor_path, stall=stall) as one,
+        qmpblock.connect(host.address(destination), stall=stall) as other,
+        qmpblock.migrate(one, other, **options) as job,
+    ):
+        async for _ in job:
+            pass
+    return job.result
+
+
 async def arrived(source, destination, result):
     """See that the guest goes on there, and finds all that it wrote; return how much that was."""
     print(
@@ -250,6 +262,10 @@ async def snapshot(vm, directory):
     node = {"driver": "qcow2", "node-name": "theirs", "file": file, "backing": None}
     await vm.execute("blockdev-add", **node)
     await vm.execute("blockdev-snapshot", node="d0", overlay="theirs")
+
+
+def children_of(pid):
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def storage_daemons(directory):

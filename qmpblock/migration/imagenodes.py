@@ -1,13 +1,15 @@
 """Image nodes: what a storage daemon is to be told of a destination's images.
 
-Each is described as the destination has it open: the same files, by the descriptors that QEMU
-shows, the same options, and the keys that its own secret objects hold. A key is no word of a
-command line: it is handed on in memory (`qmpblock.host.qemuimg.handed_keys`).
+Each is described as the destination has it open: the same files, the same options. On this host the
+files are found by the descriptors that QEMU shows, and the keys are those that its own secret
+objects hold. A key is no word of a command line: it is handed on in memory
+(`qmpblock.host.qemuimg.handed_keys`).
 """
 
 from __future__ import annotations
 
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,22 +27,17 @@ if TYPE_CHECKING:
     from qmpblock.host.qemuimg import Key
     from qmpblock.qemu.monitor import Monitor
 
-__all__ = ["ImageNodes", "mark", "refuse"]
+__all__ = ["ImageNodes", "NodesHere", "mark", "refuse"]
 
 
-class ImageNodes:
-    """The nodes of a destination's images, for another process on this host. `chain`.
+class ImageNodes(ABC):
+    """The nodes of a destination's images, for another process on its host. `chain`.
 
-    :param pid: of the destination's QEMU; `monitor`: its own.
-    :ivar keys: that they need, as `handed_keys` takes them.
+    :param options: of the destination's QEMU, its command line; empty where that is not seen.
     """
 
-    def __init__(self, pid: int, monitor: Monitor) -> None:
-        self.keys: list[Key] = []
-        self._monitor = monitor
-        self._files = OpenFiles(pid)
-        self._options: Sequence[str] = command_line(pid)
-        self._names: dict[str, str] = {}
+    def __init__(self, options: Sequence[str]) -> None:
+        self._options = options
 
     async def chain(self, layers: Sequence[Layer]) -> dict[str, Any]:
         """Return the node of a chain, the active layer's; what that lies on is only read.
@@ -85,6 +82,29 @@ class ImageNodes:
             made["encrypt"] = {"format": "luks", "key-secret": await self._key(image)}
         return made
 
+    @abstractmethod
+    def _leaf(self, image: Layer, node: Node) -> dict[str, Any]:
+        """Return the node of a file of an image."""
+
+    @abstractmethod
+    async def _key(self, image: Layer) -> str:
+        """Return by which name the daemon has the key of an image."""
+
+
+class NodesHere(ImageNodes):
+    """Those of a destination on this host.
+
+    :param pid: of the destination's QEMU; `monitor`: its own.
+    :ivar keys: that they need, as `handed_keys` takes them.
+    """
+
+    def __init__(self, pid: int, monitor: Monitor) -> None:
+        super().__init__(command_line(pid))
+        self.keys: list[Key] = []
+        self._monitor = monitor
+        self._files = OpenFiles(pid)
+        self._names: dict[str, str] = {}
+
     def _leaf(self, image: Layer, node: Node) -> dict[str, Any]:
         place = self._files.place(node)
         if not isinstance(place, Place):
@@ -93,7 +113,6 @@ class ImageNodes:
         return {"driver": driver, "filename": place.here}
 
     async def _key(self, image: Layer) -> str:
-        """Return by which name the daemon has the key of an image."""
         try:
             secret = key_secret(image)
             if secret not in self._names:

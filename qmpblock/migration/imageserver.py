@@ -29,13 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.address import UnixAddress
-from qmpblock.copying.target import NBDTarget
 from qmpblock.errors import (
     UNTOUCHED,
     Error,
-    NBDError,
     StalledError,
-    ToolError,
     UnsupportedError,
     printable,
 )
@@ -44,11 +41,11 @@ from qmpblock.host.handed import HandedFiles, User
 from qmpblock.host.processes import command_line, describe_process
 from qmpblock.host.qemuimg import handed_keys
 from qmpblock.host.socketfolder import SocketFolder, remove_socket
-from qmpblock.migration.imagenodes import ImageNodes, mark
+from qmpblock.migration.imagedaemon import NAME, ImageDaemon, described
+from qmpblock.migration.imagenodes import NodesHere, mark
 from qmpblock.migration.options import program
 from qmpblock.migration.serverthere import ServerThere
 from qmpblock.names import export_name, socket_folder
-from qmpblock.nbd.client import Client
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.qemu.iothread import iothread_of
 
@@ -59,10 +56,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ImageServer", "end_image_server", "image_server", "image_server_left"]
 
-_NAME = "qemu-storage-daemon"
 _QEMU = re.compile(r"qemu-(?:system-[\w-]+|kvm)$")
 _MISSING = (
-    f"{_NAME} is not here, neither beside the destination's QEMU nor in the path: install it "
+    f"{NAME} is not here, neither beside the destination's QEMU nor in the path: install it "
     "(Debian: qemu-system-common)"
 )
 _ENDING = 2.0  # seconds for it to end by itself; then for the kernel to end it
@@ -71,14 +67,14 @@ _POLL = 0.005
 _left: list[subprocess.Popen[bytes]] = []
 
 
-class ImageServer:
-    """The storage daemon of one migration: `start`, then `end`. Made by `of`.
+class ImageServer(ImageDaemon):
+    """One on this host. Made by `of`.
 
     :param files: of each image, by names that lead to them here.
     :param keys: of those that are encrypted, which the words name.
-    :ivar targets: where each image is found, once it serves.
-    :ivar whole: whether it has ended by itself, told to: all that it ever took in is in the images.
     """
+
+    keeps = True
 
     def __init__(
         self,
@@ -89,18 +85,12 @@ class ImageServer:
         user: User | None,
         stall: float,
     ) -> None:
-        self.whole = False
+        self._folder = SocketFolder(socket_folder(run))
+        super().__init__(run, UnixAddress(self._folder.socket), len(files), stall)
         self._words = list(words)
         self._files = files
         self._keys = keys
         self._user = user
-        self._stall = stall
-        self._folder = SocketFolder(socket_folder(run))
-        where = UnixAddress(self._folder.socket)
-        self.targets = [
-            NBDTarget(where, export_name(run, number))
-            for number in range(sum(word == "--export" for word in words))
-        ]
         self._process: subprocess.Popen[bytes] | None = None
         self._log = -1
 
@@ -111,12 +101,6 @@ class ImageServer:
         :raise UnsupportedError: they cannot be: says why.
         """
         pid = vm.monitor.peer_pid
-        if vm.monitor.forward is not None:
-            raise UnsupportedError(
-                "with --storage-daemon a process of its own has the images there, and outlives "
-                "that",
-                standing=UNTOUCHED,
-            )
         if pid is None:
             raise UnsupportedError(
                 "the destination's process cannot be seen from here (its monitor is reached by "
@@ -126,18 +110,15 @@ class ImageServer:
                 remedy="do without the storage daemon, or reach the destination by ssh, where that "
                 "starts one on its host",
             )
-        words, opened, nodes = _program(command_line(pid)), [], ImageNodes(pid, vm.monitor)
-        for number, disk in enumerate(disks):
-            name = export_name(run, number)
-            node = await nodes.chain(disk.chain.layers)
-            leaves = [node[edge] for edge in ("file", "data-file") if edge in node]
-            opened.append([str(leaf["filename"]) for leaf in leaves])
-            words += ["--blockdev", json.dumps({**node, "node-name": name})]
-            export = {"type": "nbd", "id": name, "name": name, "node-name": name, "writable": True}
-            export["allocation-depth"] = True
-            words += ["--export", json.dumps(export)]
+        program, nodes = _program(command_line(pid)), NodesHere(pid, vm.monitor)
+        words, made = await described(nodes, run, disks)
+        opened = [
+            [str(node[edge]["filename"]) for edge in ("file", "data-file") if edge in node]
+            for node in made
+        ]
         user = User.of_process(pid)
         theirs = os.geteuid() == 0 and user.uid != 0
+        words = [*program, *words]
         return cls(run, words, opened, nodes.keys, user if theirs else None, vm.stall)
 
     def marks(self) -> tuple[str, ...]:
@@ -152,12 +133,7 @@ class ImageServer:
             return ()
 
     async def start(self) -> None:
-        """Start it, and wait until it serves. Not to be cancelled half-way.
-
-        :raise ToolError: it did not start: its words. Nothing is left.
-        :raise StalledError: it says nothing; NBDError: likewise. Nothing is left.
-        :raise Error: there is no directory for its socket.
-        """
+        """See `ImageDaemon`."""
         try:
             self._folder.make()
         except OSError as error:
@@ -171,7 +147,7 @@ class ImageServer:
                 listener.bind(self._folder.socket)
                 listener.listen()
                 self._start(listener.fileno())
-            await self._until_it_serves()
+            await self._until_it_serves(self._words[0])
         except BaseException:
             await self.end()
             raise
@@ -188,7 +164,7 @@ class ImageServer:
                 "group": self._user.gid,
                 "extra_groups": self._user.groups,
             }
-        self._log = os.memfd_create(_NAME)
+        self._log = os.memfd_create(NAME)
         with HandedFiles() as files:
             first += handed_keys(files, self._keys)
             self._process = subprocess.Popen(
@@ -203,50 +179,18 @@ class ImageServer:
             )
         _left.append(self._process)
 
-    async def _until_it_serves(self) -> None:
-        """Wait until its last export is there: it greets before that (11.1)."""
+    def _ended(self) -> int | None:
         assert self._process is not None  # it was started
-        loop, last = asyncio.get_running_loop(), self.targets[-1]
-        deadline = loop.time() + self._stall
-        while self._process.poll() is None:
-            try:
-                client = await Client.connect(last.server, export=last.export, stall=self._stall)
-            except NBDError:
-                if loop.time() > deadline:
-                    raise
-                await asyncio.sleep(_POLL)
-            else:
-                await client.close()
-                return
-        raise ToolError(self._words[:1], self._process.returncode, self.said())
-
-    async def flush(self) -> None:
-        """Have it write all that it took in: that this failed as it ends nobody would hear.
-
-        :raise NBDError: it could not.
-        """
-        for target in self.targets:
-            client = await Client.connect(target.server, export=target.export, stall=self._stall)
-            try:
-                await client.flush()
-            finally:
-                await client.close()
+        return self._process.poll()
 
     def said(self) -> str:
-        """Return what it has printed."""
+        """See `ImageDaemon`."""
         if self._log < 0:
             return ""
         return os.pread(self._log, 1 << 16, 0).decode(errors="replace").strip()
 
     async def end(self) -> str:
-        """Have it write all that it holds, and end: its images are nobody's then. Idempotent.
-
-        One that does not is killed: what a mirror that has ended wrote was on stable storage
-        by then.
-
-        :return: how it had ended, for people; empty where it did as it was told to.
-        :raise StalledError: it is not even ended by that.
-        """
+        """See `ImageDaemon`."""
         process, fate = self._process, ""
         if process is not None:
             killed = await _end(process.pid)
@@ -268,7 +212,7 @@ class ImageServer:
 
 async def image_server(
     vm: Connection, run: str, disks: Sequence[DiskDevice], *, wanted: bool
-) -> tuple[ImageServer | ServerThere | None, str]:
+) -> tuple[ImageDaemon | None, str]:
     """Return what serves a destination's disks; None: it does so itself. Changes nothing.
 
     Also where it is not wanted: a destination that would die of its own exports (K1) has one, if
@@ -277,20 +221,23 @@ async def image_server(
     :return: also what is to be warned of; empty where nothing is.
     :raise UnsupportedError: it is wanted, and cannot be.
     """
+    forward = vm.monitor.forward
     if wanted and disks:
-        forward = vm.monitor.forward
         if forward is not None:
             return await ServerThere.of(vm, forward, run, disks), ""
         return await ImageServer.of(vm, run, disks), ""
     if not await _dies_of_exports(vm, disks):
         return None, ""
-    try:
-        return await ImageServer.of(vm, run, disks), ""
-    except UnsupportedError as error:
-        return None, (
-            f"the destination's QEMU {Capabilities(vm.monitor.version)} aborts where its "
-            f"connection to the source breaks, for a disk is in an iothread; {error.message}"
-        )
+    instead = "with --storage-daemon a process of its own has the images there, and outlives that"
+    if forward is None:
+        try:
+            return await ImageServer.of(vm, run, disks), ""
+        except UnsupportedError as error:
+            instead = error.message
+    return None, (
+        f"the destination's QEMU {Capabilities(vm.monitor.version)} aborts where its connection "
+        f"to the source breaks, for a disk is in an iothread; {instead}"
+    )
 
 
 async def _dies_of_exports(vm: Connection, disks: Sequence[DiskDevice]) -> bool:
@@ -309,10 +256,10 @@ def _program(options: Sequence[str]) -> list[str]:
     :raise UnsupportedError: it is not here.
     """
     started, _ = program(options)
-    beside = [_QEMU.sub(_NAME, word) for word in started]
+    beside = [_QEMU.sub(NAME, word) for word in started]
     if beside and beside[-1] != started[-1] and os.access(beside[-1], os.X_OK):
         return beside
-    found = shutil.which(_NAME)
+    found = shutil.which(NAME)
     if found is None:
         raise UnsupportedError(_MISSING, standing=UNTOUCHED, remedy="install it, or do without it")
     return [found]

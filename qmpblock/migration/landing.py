@@ -35,8 +35,7 @@ from qmpblock.export.server import delete_exports, delete_object, monitor_name, 
 from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.migration import wayback
 from qmpblock.migration.contents import ALLOCATION, DEPTH, make_ready
-from qmpblock.migration.imageserver import ImageServer
-from qmpblock.migration.serverthere import ServerThere
+from qmpblock.migration.imagedaemon import ImageDaemon
 from qmpblock.names import (
     NBD_LOCK,
     arrival_wire,
@@ -86,7 +85,7 @@ class Landing:
         run: str,
         disks: Sequence[DiskDevice],
         has_ended: Callable[[], bool],
-        images: ImageServer | ServerThere | None = None,
+        images: ImageDaemon | None = None,
         over: Over | None = None,
         preset: Preset | None = None,
     ) -> None:

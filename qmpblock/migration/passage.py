@@ -16,11 +16,11 @@ from qmpblock.host.imagefiles import images_of
 from qmpblock.migration.actives import Actives
 from qmpblock.migration.bitmaps import Bitmaps
 from qmpblock.migration.hold import Hold
-from qmpblock.migration.imageserver import ImageServer, image_server
+from qmpblock.migration.imagedaemon import ImageDaemon
+from qmpblock.migration.imageserver import image_server
 from qmpblock.migration.job import MigratedDisk, MigrationJob, MigrationResult
 from qmpblock.migration.landing import Landing
 from qmpblock.migration.pause import Pause
-from qmpblock.migration.serverthere import ServerThere
 from qmpblock.migration.settings import (
     THERE,
     Preset,
@@ -84,7 +84,7 @@ class Passage:
         means: MigrationMeans,
         preset: Preset,
         arriving: Preset | None,
-        images: ImageServer | ServerThere | None,
+        images: ImageDaemon | None,
         over: Over | None,
     ) -> None:
         self.source = source
@@ -223,7 +223,7 @@ class Passage:
         """Whether what is copied may be kept: by a storage daemon, and that is well."""
         copied = self.plan.copied
         plain = all(not pair.top and pair.allocation == "thin" for pair in copied)
-        return isinstance(self.images, ImageServer) and plain and self.storage.well
+        return self.images is not None and self.images.keeps and plain and self.storage.well
 
     async def keep(self) -> bool:
         """Leave the mirrors for another attempt, if that can be; return whether they are left.

@@ -20,19 +20,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qmpblock.copying.target import NBDTarget
 from qmpblock.errors import (
     UNTOUCHED,
-    NBDError,
     StalledError,
-    ToolError,
     UnsupportedError,
     printable,
 )
 from qmpblock.host.processes import die_with_parent
+from qmpblock.migration.imagedaemon import NAME, ImageDaemon, described
 from qmpblock.migration.imagenodes import ImageNodes, refuse
-from qmpblock.names import export_name
-from qmpblock.nbd.client import Client
 
 if TYPE_CHECKING:
     from qmpblock.graph.model import DiskDevice, Layer, Node
@@ -41,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ServerThere"]
 
-_NAME = "qemu-storage-daemon"
-_POLL = 0.02
 _LOGIN = 30.0  # seconds for the script to say what it has found
 _END = 5.0  # seconds to hear of its end: two until SIGKILL, and the way there and back
 _NOTICE = 10  # seconds beyond the stall limit in which the script hears nothing, and ends it
@@ -98,11 +92,11 @@ echo "ended $code"
 
 
 class _NodesThere(ImageNodes):
-    """Those of a destination on another host: by the names that its QEMU shows."""
+    """Those of a destination on another host: by the names that its QEMU shows, `names`."""
 
     def __init__(self) -> None:
+        super().__init__(())  # its command line is not seen
         self.names: list[str] = []
-        self._options = ()
 
     def _leaf(self, image: Layer, node: Node) -> dict[str, Any]:
         if node.driver not in ("file", "host_device"):
@@ -116,11 +110,13 @@ class _NodesThere(ImageNodes):
         refuse(image, "is encrypted, and by ssh no key is handed on")
 
 
-class ServerThere:
-    """As `qmpblock.migration.imageserver.ImageServer` is, on another host. Made by `of`.
+class ServerThere(ImageDaemon):
+    """One on another host. Made by `of`.
 
     What it wrote is not believed by another attempt: nothing is kept.
     """
+
+    _poll = 0.02
 
     def __init__(
         self,
@@ -131,8 +127,7 @@ class ServerThere:
         number: int,
         stall: float,
     ) -> None:
-        self.whole = False
-        self.targets = [NBDTarget(forward.nbd.here, export_name(run, one)) for one in range(number)]
+        super().__init__(run, forward.nbd.here, number, stall)
         address = {"addr": {"type": "unix", "path": forward.nbd.there}}
         # No sooner than we would give up: a wire that comes back within that is none that died.
         self._silent = int(stall) + _NOTICE
@@ -141,7 +136,6 @@ class ServerThere:
         self._serve = self._script(
             forward, ["serve", *at, "--nbd-server", json.dumps(address), *words]
         )
-        self._stall = stall
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._told = b""  # by the script
@@ -160,13 +154,8 @@ class ServerThere:
 
         :raise UnsupportedError: they cannot be: says why.
         """
-        nodes, words = _NodesThere(), []
-        for number, disk in enumerate(disks):
-            name = export_name(run, number)
-            node = await nodes.chain(disk.chain.layers)
-            words += ["--blockdev", json.dumps({**node, "node-name": name})]
-            export = {"type": "nbd", "id": name, "name": name, "node-name": name, "writable": True}
-            words += ["--export", json.dumps({**export, "allocation-depth": True})]
+        nodes = _NodesThere()
+        words, _ = await described(nodes, run, disks)
         made = cls(forward, run, words, nodes.names, len(disks), vm.stall)
         try:
             await made._run(made._look)
@@ -175,20 +164,12 @@ class ServerThere:
             await made._close()
         return made
 
-    def marks(self) -> tuple[str, ...]:
-        """Return nothing: of files on another host nothing tells who wrote to them."""
-        return ()
-
     async def start(self) -> None:
-        """Start it, and wait until it serves. Not to be cancelled half-way.
-
-        :raise ToolError: it did not start: its words. UnsupportedError: it cannot.
-        :raise StalledError: it says nothing; NBDError: likewise.
-        """
+        """See `ImageDaemon`."""
         try:
             await self._run(self._serve)
             await self._until_found()
-            await self._until_it_serves()
+            await self._until_it_serves(NAME)
         except BaseException:
             with contextlib.suppress(StalledError):  # nothing went there, and its input is closed
                 await self.end()
@@ -242,7 +223,7 @@ class ServerThere:
                 raise _cannot(why, "see that ssh may run commands there")
             if loop.time() > deadline:
                 raise _cannot(f"ssh did not start it there within {_LOGIN:g} s", "try again")
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(self._poll)
         line = self._lines()[0]
         if line.startswith("unseen "):
             why = f"no QEMU that waits there is seen to have {printable(line[7:])} open"
@@ -252,51 +233,24 @@ class ServerThere:
                 "of any container of QEMU's",
             )
         if line != "found":
-            why = f"{_NAME} is neither beside the destination's QEMU nor in the path there"
+            why = f"{NAME} is neither beside the destination's QEMU nor in the path there"
             raise _cannot(why, "install it there (Debian: qemu-system-common)")
 
-    async def _until_it_serves(self) -> None:
-        loop, last = asyncio.get_running_loop(), self.targets[-1]
-        deadline = loop.time() + self._stall
-        while self._code() is None and not self._tasks[0].done():
-            try:
-                client = await Client.connect(last.server, export=last.export, stall=self._stall)
-            except NBDError:
-                if loop.time() > deadline:
-                    raise
-                await asyncio.sleep(_POLL)
-            else:
-                await client.close()
-                return
-        raise ToolError([_NAME], self._code() or 255, self.said())
+    def _ended(self) -> int | None:
+        code = self._code()
+        return 255 if code is None and self._tasks[0].done() else code  # as ssh does, cut off
 
     def _code(self) -> int | None:
         """Return how it has ended, as the script's last word says; None: that is not known."""
         last = re.fullmatch(r"ended (\d+)", (self._lines() or [""])[-1])
         return int(last[1]) if last else None
 
-    async def flush(self) -> None:
-        """Have it write all that it took in.
-
-        :raise NBDError: it could not.
-        """
-        for target in self.targets:
-            client = await Client.connect(target.server, export=target.export, stall=self._stall)
-            try:
-                await client.flush()
-            finally:
-                await client.close()
-
     def said(self) -> str:
         """Return what it, or ssh, has printed last."""
         return self._said.decode(errors="replace").strip()
 
     async def end(self) -> str:
-        """Have it write all that it holds, and end: its images are nobody's then. Idempotent.
-
-        :return: how it had ended, for people; empty where it did as it was told to.
-        :raise StalledError: whether it has ended is not known; said once.
-        """
+        """Likewise; that it may not have ended is said once."""
         process = self._process
         if process is None:
             return ""

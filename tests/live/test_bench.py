@@ -31,15 +31,20 @@ MIGRATIONS = {
 }
 
 
-async def measured(module, vm_dir, *words):
+async def said(module, *words):
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, *words, "--folder", str(vm_dir), "--json"),
+        *(sys.executable, "-m", module, *words),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     out, err = await process.communicate()
     assert process.returncode == 0, err
+    return out.decode()
+
+
+async def measured(module, vm_dir, *words):
+    out = await said(module, *words, "--folder", str(vm_dir), "--json")
     assert not list(vm_dir.glob("bench-*"))
     return json.loads(out)
 
@@ -94,15 +99,6 @@ async def test_copies_that_share_blocks(vm_dir):
 
 async def test_a_fleet_is_measured():
     """Of two VMs, by each way; that all of them are told of the measurement itself sees."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.fleet", "--vms", "2", "--rounds", "1"),
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    assert process.returncode == 0, err
-    ways = [
-        line.split(" s ")[0].rsplit(maxsplit=1)[0].strip() for line in out.decode().splitlines()[3:]
-    ]
+    lines = (await said("bench.fleet", "--vms", "2", "--rounds", "1")).splitlines()[3:]
+    ways = [line.split(" s ")[0].rsplit(maxsplit=1)[0].strip() for line in lines]
     assert ways == ["vms", "metrics --no-map", "metrics", "maps of all", "map of each"]

@@ -228,7 +228,7 @@ async def test_what_a_daemon_cannot_have_is_refused(
 async def test_one_that_is_not_here_is_named(begin, start_destination, monkeypatch, daemons):
     source = await begin()
     destination = await start_destination(source)
-    monkeypatch.setattr(imageserver, "_NAME", "qemu-storage-daemon-that-is-not-here")
+    monkeypatch.setattr(imageserver, "NAME", "qemu-storage-daemon-that-is-not-here")
     with pytest.raises(UnsupportedError, match="Debian: qemu-system-common"):
         await migrated(source, destination, storage_daemon=True)
     await nothing_of_ours(destination)

@@ -4,13 +4,12 @@ import asyncio
 import os
 import signal
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 from chains import cli
 from disturbed import until
-from hosts import CutOffError
-from migrating import arrived, at, machine, stays, storage_daemons
+from migrating import arrived, at, children_of, machine, migrated_to, stays, storage_daemons
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
@@ -20,25 +19,12 @@ pytestmark = pytest.mark.live
 
 
 @pytest.fixture
-async def host(host, monkeypatch):
-    """Give another host, which `ssh` reaches."""
-    try:
-        programs = await host.serve_ssh()
-    except CutOffError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    return host
+async def host(ssh_host):
+    """Have destinations be started on one that `ssh` reaches."""
+    return ssh_host
 
 
-async def migrated(host, source, destination, *, stall=60.0, **options):
-    async with (
-        qmpblock.connect(source.monitor_path, stall=stall) as one,
-        qmpblock.connect(host.address(destination), stall=stall) as other,
-        qmpblock.migrate(one, other, storage_daemon=True, **options) as job,
-    ):
-        async for _ in job:
-            pass
-    return job.result
+migrated = partial(migrated_to, storage_daemon=True)
 
 
 def ours_beside(vm):
@@ -89,7 +75,11 @@ async def test_one_dies(who, phase, host, begin, land, invariant, vm_dir, monkey
             for pid in runs(vm_dir):
                 os.kill(pid, signal.SIGKILL)
         else:
-            [ssh] = [one for one in _children() if "ClearAllForwardings=yes" in command_line(one)]
+            [ssh] = [
+                one
+                for one in children_of(os.getpid())
+                if "ClearAllForwardings=yes" in command_line(one)
+            ]
             os.kill(ssh, signal.SIGKILL)
 
     with at(monkeypatch, phase, strike), pytest.raises(qmpblock.Error) as failed:
@@ -106,11 +96,6 @@ async def test_one_dies(who, phase, host, begin, land, invariant, vm_dir, monkey
     destination = await land(source)
     await arrived(source, destination, await migrated(host, source, destination))
     await gone(vm_dir, destination)
-
-
-def _children():
-    pid = os.getpid()
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 async def test_the_controller_dies(host, begin, land, invariant, vm_dir):

@@ -16,8 +16,8 @@ import peers
 import pytest
 from chains import cli
 from disturbed import locks, nothing_of_ours, until
-from hosts import PORT, CutOffError
-from migrating import arrived, at, dies_in, machine, stays
+from hosts import PORT
+from migrating import arrived, at, children_of, dies_in, machine, migrated_to, stays
 from test_docs import ROOT, blocks, console, same
 
 import qmpblock
@@ -36,36 +36,20 @@ PHASES = ("mirroring", "ready", "memory", "active", "held", "ended", "sent", "la
 
 
 @pytest.fixture
-async def host(host, monkeypatch):
-    """Give another host, which `ssh` reaches."""
-    try:
-        programs = await host.serve_ssh()
-    except CutOffError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    return host
+async def host(ssh_host):
+    """Have destinations be started on one that `ssh` reaches."""
+    return ssh_host
 
 
 def no_socket_beside(vm):
     return [path.name for path in vm.directory.iterdir() if path.name.startswith("qmpblock")] == []
 
 
-async def migrated(host, source, destination, *, stall=60.0, **options):
-    async with (
-        qmpblock.connect(source.monitor_path, stall=stall) as one,
-        qmpblock.connect(host.address(destination), stall=stall) as other,
-        qmpblock.migrate(one, other, **options) as job,
-    ):
-        async for _ in job:
-            pass
-    return job.result
-
-
 @pytest.mark.parametrize("device", ["virtio-blk", "virtio-scsi"])
 async def test_two_disks_and_the_memory(device, host, begin, land):
     source = await begin(machine(2, device=device))
     destination = await land(source)
-    result = await migrated(host, source, destination)
+    result = await migrated_to(host, source, destination)
     assert no_socket_beside(destination)
     await arrived(source, destination, result)
 
@@ -88,16 +72,12 @@ def children():
     return children_of(os.getpid())
 
 
-def children_of(pid):
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 async def broken_off(host, phase, breaking, source, destination, monkeypatch):
     monkeypatch.setattr(outward, "STANDSTILL", 3.0)
     monkeypatch.setattr(wire_module, "HOLD", 2.0)
     with source.control.subscribe("STOP", "RESUME") as events:
         with at(monkeypatch, phase, breaking), pytest.raises(qmpblock.Error) as failed:
-            await migrated(host, source, destination, stall=4)
+            await migrated_to(host, source, destination, stall=4)
         assert stood(events.pending()) < 30
     said = str(failed.value)
     print(said)
@@ -142,7 +122,7 @@ async def test_ssh_is_killed(phase, host, begin, land, invariant, monkeypatch):
     await stays(source, invariant)
     await destination.kill()
     destination = await land(source)
-    await arrived(source, destination, await migrated(host, source, destination))
+    await arrived(source, destination, await migrated_to(host, source, destination))
 
 
 async def test_ssh_is_killed_as_it_is_handed_over(host, begin, land, monkeypatch):
@@ -151,7 +131,7 @@ async def test_ssh_is_killed_as_it_is_handed_over(host, begin, land, monkeypatch
     destination = await land(source)
     source.expect_exit()
     with at(monkeypatch, "handed", kill_ssh), pytest.raises(DisconnectedError) as failed:
-        await migrated(host, source, destination)
+        await migrated_to(host, source, destination)
     print(failed.value)
     assert "never continue the source" in failed.value.standing
     assert "run: qmpblock recover" in failed.value.remedy
@@ -183,7 +163,7 @@ async def test_the_wire_is_cut(phase, host, begin, land, invariant, monkeypatch)
     await destination.kill()
     host.set_wire(up=True)
     destination = await land(source)
-    await arrived(source, destination, await migrated(host, source, destination))
+    await arrived(source, destination, await migrated_to(host, source, destination))
 
 
 @pytest.mark.parametrize("said", ["both", "source", "destination"])
@@ -207,7 +187,7 @@ async def test_the_controller_dies_and_is_recovered(said, host, begin, land, inv
     await until(lambda: not destination.running, "the end of the destination")
     await stays(source, invariant)
     destination = await land(source)
-    await arrived(source, destination, await migrated(host, source, destination))
+    await arrived(source, destination, await migrated_to(host, source, destination))
 
 
 @pytest.mark.parametrize("phase", migrationoutcomes.PHASES, ids=lambda phase: phase.value)
