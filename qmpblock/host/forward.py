@@ -21,7 +21,7 @@ from pathlib import Path
 
 from qmpblock.address import LONGEST_PATH, SSHAddress, UnixAddress
 from qmpblock.errors import UNTOUCHED, ConnectError, RequestError, printable
-from qmpblock.host.processes import die_with_parent
+from qmpblock.host.processes import die_with_parent, kill_group
 from qmpblock.host.socketfolder import SocketFolder
 from qmpblock.names import forward_folder, forwarded_socket, new_run
 
@@ -207,17 +207,12 @@ class Forward:
 
     async def close(self) -> None:
         """End it: what went through it is cut. Idempotent."""
-        process = self._process
-        if process is not None and process.returncode is None:
+        if self._process is not None and self._listening is not None:
             with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            try:
-                async with asyncio.timeout(_END):
-                    await process.wait()
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-        if self._listening is not None:
+                self._process.terminate()
+            await asyncio.wait([self._listening], timeout=_END)
+            if not self._listening.done():  # it hangs, or its own way there does (ProxyJump)
+                kill_group(self._process)
             await self._listening
         for folder in self._folders:
             folder.remove()

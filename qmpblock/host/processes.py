@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import re
@@ -24,6 +25,7 @@ __all__ = [
     "end_child",
     "family_of",
     "is_running",
+    "kill_group",
     "pid_namespace",
     "processor_time",
     "shown_words",
@@ -51,6 +53,15 @@ async def end_child(process: asyncio.subprocess.Process) -> None:
             while stream is not None and await stream.read(1 << 20):
                 pass
     await process.wait()
+
+
+def kill_group(process: asyncio.subprocess.Process) -> None:
+    """Kill a program that leads a session, and what it started: an ssh's own way to its host, say.
+
+    To be called while somebody of it holds one of its pipes: its number is nobody else's by then.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def die_with_parent() -> Callable[[], None]:

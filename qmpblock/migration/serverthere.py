@@ -26,7 +26,7 @@ from qmpblock.errors import (
     UnsupportedError,
     printable,
 )
-from qmpblock.host.processes import die_with_parent
+from qmpblock.host.processes import die_with_parent, kill_group
 from qmpblock.migration.imagedaemon import NAME, ImageDaemon, described
 from qmpblock.migration.imagenodes import ImageNodes, refuse
 
@@ -280,13 +280,12 @@ class ServerThere(ImageDaemon):
         return ""
 
     async def _close(self) -> None:
-        """End the ssh, if it has not."""
+        """End the ssh, if it has not, and its own way there (ProxyJump), which has its stderr."""
         process = self._process
         if process is None:
             return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+        if not all(hearing.done() for hearing in self._tasks[:2]):
+            kill_group(process)
         self._tasks[2].cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await process.wait()

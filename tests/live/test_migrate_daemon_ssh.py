@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from functools import partial
@@ -96,6 +97,29 @@ async def test_one_dies(who, phase, host, begin, land, invariant, vm_dir, monkey
     destination = await land(source)
     await arrived(source, destination, await migrated(host, source, destination))
     await gone(vm_dir, destination)
+
+
+#: Starts what holds its stderr, as a ProxyJump of its own does that waits for a dead wire.
+LINGERING = """#!/bin/sh
+sleep {} </dev/null >/dev/null &
+exec {} "$@"
+"""
+
+
+async def test_an_ssh_whose_own_way_lingers_holds_nobody_up(host, begin, land, vm_dir, monkeypatch):
+    """Neither a guest that stands, nor the end; and it is ended with its ssh."""
+    ssh, seconds = vm_dir / "bin" / "ssh", f"{60 + os.getpid() % 97}.{os.getpid()}"
+    ssh.parent.mkdir()
+    ssh.write_text(LINGERING.format(seconds, shutil.which("ssh")))
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ssh.parent}:{os.environ['PATH']}")
+    source = await begin()
+    destination = await land(source)
+    result = await asyncio.wait_for(migrated(host, source, destination), 40)
+    assert result.downtime < 10
+    await arrived(source, destination, result)
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    assert [pid for pid in pids if command_line(pid) == ("sleep", seconds)] == []
 
 
 async def test_the_controller_dies(host, begin, land, invariant, vm_dir):
