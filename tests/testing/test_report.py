@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qmpblock.errors import ConnectError
 from qmpblock.qemu.monitor import Monitor
 
 pytest_plugins = ["pytester"]
@@ -114,8 +115,7 @@ async def test_what_is_kept_starts_again(
     assert SECRET not in script.read_text()
     with subprocess.Popen([script, "-name", "by-hand"]) as process:
         try:
-            await _answers(process, kept / "vm0" / "qmp")
-            async with await Monitor.connect(str(kept / "vm0" / "qmp")) as monitor:
+            async with await _connect(process, kept / "vm0" / "qmp") as monitor:
                 assert await monitor.execute("query-name") == {"name": "by-hand"}
                 path = "/machine/peripheral/vd0/virtio-backend"
                 for read in ("read -P 0x22 1M 64k", "read -P 0x11 0 64k"):
@@ -130,12 +130,16 @@ async def test_what_is_kept_starts_again(
     assert script.exists(), "a kept directory stays"
 
 
-async def _answers(process: subprocess.Popen[bytes], path: Path) -> None:
+async def _connect(process: subprocess.Popen[bytes], path: Path) -> Monitor:
+    """Connect once it listens: its socket has a name a moment before it does."""
     deadline = time.monotonic() + 60
-    while not path.is_socket():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+    while True:
+        try:
+            return await Monitor.connect(str(path))
+        except ConnectError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
 
 
 async def _says_hello(path: Path) -> bool:
