@@ -53,6 +53,9 @@ execute = Monitor.execute
 async def pause(self, command, *args):
     if phase == "marked" and command == "stop" and str(self.address).endswith(source):
         os.kill(os.getpid(), signal.SIGKILL)
+    if phase == "finishing" and command == "quit" and str(self.address).endswith(source):
+        await asyncio.sleep(0.5)  # the destination is cleared at the same time
+        os.kill(os.getpid(), signal.SIGKILL)
     said = await execute(self, command, *args)
     if phase == "paused" and command == "stop" and str(self.address).endswith(source):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -318,7 +321,8 @@ async def slow_wire(monkeypatch, rate, delay=0.0):
 async def dies_in(phase, source, destination, *, address=None, **options):
     """Have a controller migrate, and be killed as soon as a phase has begun.
 
-    `marked`: about to pause the guest; `paused`: it has.
+    `marked`: about to pause the guest; `paused`: it has. `finishing`: all that was its own is gone,
+    and the source is about to be ended.
 
     `address`: of the destination, where that is not its monitor's path; `means`: fields of
     `MigrationMeans`; `stop`: a phase in which somebody else stops the guest; `by`: what its human

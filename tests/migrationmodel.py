@@ -62,6 +62,8 @@ UNREACHED = "unreached"
 RUNNING = frozenset({"home", "active", "failed", "cancelled", "reclaimed"})
 MAY_STAND = frozenset({"home", "active", "failed", "cancelled"})
 MOST_SLOTS = 2
+#: What says, of a guest that somebody else stopped, that it is to stay so.
+TELLING = (Move.CLAIM_DESTINATION, Move.MARK)
 
 BOTH, HERE, THERE = "both", "source", "destination"  # what a recovery can reach
 Came = dict["World", "tuple[World, str] | None"]
@@ -91,12 +93,13 @@ class World(NamedTuple):
     :ivar daemon: the storage daemon, while there is one: `alive`, or `stuck`: it does not end.
     :ivar marked: whether it says at the source that the migration pauses the guest; `stands`:
         whether it has.
-    :ivar halted: whether somebody else has stopped it; `says`: whether the source says that.
+    :ivar halted: whether somebody else has stopped it; `says`: whether that was said at the source,
+        and is known to the engine and its journal; `cleared`: whether the source has it no more.
     :ivar sent: whether the rest of the guest is on its way to the destination, or the answer back.
     :ivar whole: whether the mirrors have ended. `loaded`: whether the destination ever had the
         guest; `ran`: whether it ever ran there.
     :ivar arbiter: which side it says, if any. `mark`: whether there is one; `tells`: whether that
-        says that somebody else stopped the guest.
+        says that somebody else stopped the guest; `rules`: whether the arbiter does.
     :ivar phase: what the journal says.
     :ivar pc: the engine's next move; -1 where it is dead, or done.
     :ivar slots: what somebody sent who does not wait for it any more.
@@ -110,6 +113,7 @@ class World(NamedTuple):
     stands: bool = False
     halted: bool = False
     says: bool = False
+    cleared: bool = False
     sent: str = ""
     whole: bool = False
     loaded: bool = False
@@ -117,6 +121,7 @@ class World(NamedTuple):
     arbiter: str = ""
     mark: bool = False
     tells: bool = False
+    rules: bool = False
     phase: str = Phase.CHECKED.value
     pc: int = 0
     finished: bool = False
@@ -139,9 +144,10 @@ class Rules:
     marked: bool = True  # whether it says so at the source
     halts: bool = False  # whether somebody else may stop the guest
     itself: bool = False  # whether it stops itself, then
-    says: bool = True  # whether the source says so; the journal; the mark
+    says: bool = True  # whether the source says so; the journal; the mark; the arbiter
     writes: bool = True
     marks: bool = True
+    claims: bool = True
 
 
 class Found(Exception):  # noqa: N818 - no error: what the exploration is for
@@ -308,9 +314,11 @@ class Model:
         :param knows: whether who makes it knows that somebody else stopped the guest; None: it
             does if that is so.
         """
+        knows = world.says if knows is None else knows
         if move is Move.MARK and not world.mark and world.destination != GONE:
-            knows = world.says if knows is None else knows
             world = world._replace(tells=knows and self.rules.marks)
+        if move is Move.CLAIM_DESTINATION and not world.arbiter and world.source != GONE:
+            world = world._replace(rules=knows and self.rules.claims)
         if move in (Move.UNEXPORT, Move.END_IMAGES) and world.daemon == "alive":
             return world._replace(daemon="")
         if reaches != THERE and world.source != GONE:
@@ -362,7 +370,7 @@ class Model:
         if move is Move.QUIT_DESTINATION:
             return world._replace(destination=GONE)
         if move is Move.FINISH_DESTINATION:
-            return world._replace(mark=False)
+            return world._replace(mark=False, tells=False)
         return world
 
     # -- the engine
@@ -375,7 +383,9 @@ class Model:
         if planned.move is Move.MIGRATE and (world.source, world.destination) == ("home", "waits"):
             yield "engine: tells the destination alone", entered._replace(destination="comes")
         if planned.move is Move.FINISH_DESTINATION and world.mark:
-            yield "engine: takes the mark away", world._replace(mark=False)
+            yield "engine: takes the mark away", world._replace(mark=False, tells=False)
+        if planned.move is Move.FINISH_DESTINATION and world.says and not world.cleared:
+            yield "engine: clears the source", world._replace(cleared=True)
         if self._may(world, planned.move):
             # It knows of one that was stopped, and leaves it.
             leaves = planned.move is Move.CONT_DESTINATION and world.says
@@ -456,7 +466,7 @@ class Model:
         phase = world.phase if name == "with_journal" else ""
         written = self.rules.writes and not (phase and Phase(phase).before(Phase.SENT))
         stopped = (
-            self.rules.says and world.says,
+            (self.rules.says and world.says and not world.cleared) or world.rules,
             world.tells,
             bool(phase) and written and world.says,
         )
@@ -465,7 +475,7 @@ class Model:
         seen = (here not in (GONE, UNREACHED), there not in (GONE, UNREACHED), True)
         stopped = tuple(a and b for a, b in zip(stopped, seen, strict=True))
         after = _decided(one.reaches, {here, there}, decision)
-        after = after._replace(knows=any(stopped) and decision.move is Move.MARK)
+        after = after._replace(knows=any(stopped) and decision.move in TELLING)
         if decision.last and decision.owner is Side.SOURCE and world.ran:
             after = Recoverer("wrong")
         return f"{name}: {decision.why}", world._replace(**{name: after})

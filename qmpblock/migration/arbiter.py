@@ -4,7 +4,8 @@ When QEMU's migration is complete both sides are paused, and either could go on.
 have one go on adds this object to the source first, and says in it which side that is; `object-add`
 of a name that is there fails: so of all who try, at either side, one wins. It stays for as long as
 that QEMU. The mark is at the destination, by the same name, and says the same, so that it can be
-told where the source is gone.
+told where the source is gone. Both say it of a guest that is to stay stopped: the mark goes as the
+migration is finished, and so does all else of ours at the source.
 """
 
 from __future__ import annotations
@@ -29,16 +30,25 @@ __all__ = ["claim", "decided", "is_stopped", "mark", "went_to", "withdraw"]
 _SIDE, _TO, _STOPPED = "side", "to", "stopped"
 
 
-async def claim(source: Monitor, run: str, side: Side, *, to: VMIdentity | None = None) -> Side:
+async def claim(
+    source: Monitor,
+    run: str,
+    side: Side,
+    *,
+    to: VMIdentity | None = None,
+    stopped: bool = False,
+) -> Side:
     """Have the arbiter say where the guest goes on; return what it says.
 
     :param side: what it is to say, if nobody was faster.
     :param to: the destination, for who asks later where the guest has gone.
+    :param stopped: whether the guest is to stay stopped there, as somebody had it.
     :raise RecordError: somebody was, and what he said cannot be read.
     :raise BusyError: somebody was, and has taken it away again: he is done with it.
     :raise DisconnectedError: whether it was said is unknown.
     """
-    if await _add(source, run, side, {} if to is None else {_TO: plain(_briefly(to))}):
+    more = ({} if to is None else {_TO: plain(_briefly(to))}) | _stays(stopped)
+    if await _add(source, run, side, more):
         return side
     said = await decided(source, run)
     if said is None:  # and no word for us: that it is free now says nothing of what was done by it
@@ -61,7 +71,11 @@ async def mark(destination: Monitor, run: str, *, stopped: bool = False) -> None
 
     :param stopped: whether the guest is to stay stopped, as somebody had it.
     """
-    await _add(destination, run, Side.DESTINATION, {_STOPPED: True} if stopped else {})
+    await _add(destination, run, Side.DESTINATION, _stays(stopped))
+
+
+def _stays(stopped: bool) -> dict[str, Any]:
+    return {_STOPPED: True} if stopped else {}
 
 
 async def decided(monitor: Monitor, run: str) -> Side | None:
@@ -97,7 +111,10 @@ async def went_to(source: Monitor, run: str) -> VMIdentity | None:
 
 
 async def is_stopped(monitor: Monitor, run: str) -> bool:
-    """Whether the mark says that the guest is to stay stopped. To be asked where there is one."""
+    """Whether the arbiter, or the mark, says that the guest is to stay stopped.
+
+    To be asked where there is one.
+    """
     return bool((await _said(monitor, run)).get(_STOPPED))
 
 
@@ -110,10 +127,8 @@ async def withdraw(monitor: Monitor, run: str) -> None:
     await delete_object(monitor, handover_name(run))
 
 
-async def _add(
-    monitor: Monitor, run: str, side: Side, more: Mapping[str, Any] | None = None
-) -> bool:
+async def _add(monitor: Monitor, run: str, side: Side, more: Mapping[str, Any]) -> bool:
     """Add it; False if it is there."""
-    data = json.dumps(stamped({_SIDE: side.value, **(more or {})}), separators=(",", ":"))
+    data = json.dumps(stamped({_SIDE: side.value, **more}), separators=(",", ":"))
     arguments = {"qom-type": "secret", "id": handover_name(run), "data": data}
     return await tolerate(duplicate_object, monitor.execute("object-add", arguments))

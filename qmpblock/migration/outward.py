@@ -225,6 +225,7 @@ class Outward:
                 passage.record.run,
                 Side.DESTINATION,
                 to=passage.hold.record.destination,
+                stopped=passage.stopped,
             )
         except DisconnectedError:
             if not await passage.source_has_ended_standing():

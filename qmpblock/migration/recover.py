@@ -396,7 +396,11 @@ class _Recovering:
             Move.SETTLE: lambda: wayback.settle(source, run),
             Move.CLAIM_SOURCE: lambda: arbiter.claim(source.monitor, run, Side.SOURCE),
             Move.CLAIM_DESTINATION: lambda: arbiter.claim(
-                source.monitor, run, Side.DESTINATION, to=self._record.destination
+                source.monitor,
+                run,
+                Side.DESTINATION,
+                to=self._record.destination,
+                stopped=self._stopped,
             ),
             Move.CONT_SOURCE: lambda: wayback.cont(source),
         }

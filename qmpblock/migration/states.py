@@ -17,7 +17,7 @@ What makes it one owner, whatever dies::
                                             can be told when the source is gone
 
 A guest that somebody else stops on the way, or that stops itself, stays so, wherever it ends: a
-node at the source says it before the rest is sent, then the journal, and the mark.
+node at the source says it before the rest is sent, then the journal, the arbiter, and the mark.
 """
 
 from __future__ import annotations

@@ -131,3 +131,22 @@ async def test_after_kill_9(phase, carry_on, begin, start_destination, invariant
     assert await qmpblock.recover_migration(left.monitor_path) is None
     await left.execute("cont")
     await writes_on(left.guest or await left.attach_guest())
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["journal", "no-journal"])
+async def test_a_controller_is_killed_as_it_finishes(written, begin, start_destination, invariant):
+    """The arbiter says it then, which stays at the source: the rest has been taken away."""
+    source = await begin()
+    destination = await start_destination(source)
+    invariant.forget(source)
+    source.expect_exit()
+    await dies_in("finishing", source, destination, stop="memory", quit_source=True)
+    for journal in journals():
+        if not written:  # as on another host
+            journal.remove()
+    recovered = await qmpblock.recover_migration(source.monitor_path, destination.monitor_path)
+    assert recovered.done
+    await asyncio.wait_for(source.wait(), 20)
+    await stands(destination, "paused")
+    await destination.execute("cont")
+    await writes_on(destination.guest or await destination.attach_guest())

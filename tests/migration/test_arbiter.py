@@ -50,6 +50,13 @@ async def test_the_mark_says_whether_the_guest_is_to_stay_stopped(tmp_path, stop
         assert await arbiter.is_stopped(vm.monitor, RUN) is stopped
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_the_arbiter_says_it_too(tmp_path, stopped):
+    async with fake_vm(tmp_path / "q", chain("d0")) as (vm, _):
+        await arbiter.claim(vm.monitor, RUN, Side.DESTINATION, stopped=stopped)
+        assert await arbiter.is_stopped(vm.monitor, RUN) is stopped
+
+
 async def test_what_was_decided_and_taken_away_again_is_not_free(tmp_path):
     async with fake_vm(tmp_path / "q", chain("d0")) as (vm, qemu):
         await arbiter.claim(vm.monitor, RUN, Side.SOURCE)

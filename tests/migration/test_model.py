@@ -85,6 +85,7 @@ def test_without_a_failure_no_person_is_asked_who_reaches_both_sides():
         ({"halts": True, "says": False}, 1, "somebody had stopped"),
         ({"halts": True, "writes": False}, 2, "somebody had stopped"),
         ({"halts": True, "marks": False}, 2, "somebody had stopped"),
+        ({"halts": True, "claims": False}, 1, "somebody had stopped"),
         ({"halts": True, "itself": True, "says": False}, 0, "asked what can be told"),
     ],
     ids=str,
