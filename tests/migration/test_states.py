@@ -1,11 +1,12 @@
 """The table of a migration's states holds together, and every state that it tells is decided."""
 
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import migrationoutcomes
 import pytest
-from migrationmodel import DESTINATION, SOURCE
+from migrationmodel import DESTINATION, SOURCE, Model, Rules, World
 from migrationmodel import GONE as ENDED
 from migrationsights import Sights, in_states, possible
 
@@ -58,7 +59,84 @@ def test_the_order_comes_to_every_phase_in_turn():
     assert [Phase.CHECKED, *begin] == list(Phase)
 
 
-def test_what_the_model_comes_to_is_what_the_table_says():
+def begun(pc):
+    """Return the phase that has begun by then; at the last move all is over."""
+    done = ORDER if pc < 0 else ORDER[:pc]
+    phases = [phase for one in done for phase in (one.enters, one.reaches) if phase is not None]
+    return phases[-1] if phases else Phase.CHECKED
+
+
+def explored():
+    """Yield each world that an engine comes to, until it dies and after, with its phase.
+
+    Nothing else fails but what comes with its death, and nobody recovers it.
+    """
+    model = Model(Rules(pause=True), 0)
+    moves = [one.move.name for one in ORDER]
+    seen = {(World(), Phase.CHECKED)}
+    todo = list(seen)
+    while todo:
+        world, phase = todo.pop()
+        yield model, world, phase
+        came = []
+        for what, after in model.steps(world):
+            kind, _, move = what.partition(": ")
+            if kind == "late":
+                then = begun(moves.index(move) + 1)
+                came.append((after, then if phase.before(then) else phase))
+            elif kind == "engine" and not after.finished:
+                came.append((after, begun(after.pc) if after.pc != world.pc else phase))
+            elif kind in ("lost", what) and not what.startswith(("with", "engine gives up")):
+                came.append((after, phase))
+        for what, after in model.failing(world):
+            if "engine killed" in what or ("cut" in what and world.pc < 0):
+                came.append((after, phase))
+        todo += set(came) - seen
+        seen.update(came)
+
+
+#: What a phase begins with, of what the source shows: it is so before the engine hears of it, or
+#: once what it says by then has been done.
+BEGINS = {(Phase.MEMORY, "held"): Phase.HELD, (Phase.SENT, "held"): Phase.ENDED}
+
+
+#: What a side shows for a moment, or of an earlier migration: the model has no word of its own.
+ALSO = {
+    "home": {("running", how) for how in ("failed", "cancelled", "completed")},
+    "home, stands": {("paused", how) for how in ("failed", "cancelled", "completed")},
+    "active": {("running", "setup")},
+    "active, stands": {("paused", "setup")},
+    "waits": {("inmigrate", "setup")},
+}
+
+
+def reached():
+    """Return what the two sides show in each phase, by the model."""
+    found = defaultdict(set)
+    for model, world, phase in explored():
+        state = BEGINS.get((phase, world.source), phase)
+        there = world.destination
+        if there == "comes" and world.source == "home":  # it was told to, and is sent nothing
+            there = "waits"
+        for side, shows, shown in (
+            (Side.SOURCE, SOURCE, model._shown(world)),
+            (Side.DESTINATION, DESTINATION, (there,)),
+        ):
+            for one in shown:
+                if one != ENDED:
+                    found[state, side] |= {shows[one], *ALSO.get(one, ())}
+    return found
+
+
+@pytest.mark.parametrize("side", Side)
+def test_the_table_says_what_the_model_comes_to_and_no_more(side):
+    """As an engine goes on, and stays where it dies: phase by phase."""
+    found = reached()
+    for state in STATES:
+        assert found[state.phase, side] == getattr(state, side.value), state.phase
+
+
+def test_what_the_model_comes_to_a_kill_matrix_may_see():
     """When a controller dies, or anybody with it, and before anybody has seen it."""
     for struck in ("controller", "controller, source", "controller, destination", "all"):
         for one in possible(struck, recovered=False):
