@@ -39,12 +39,13 @@ PASSING_THERE = {
     "inmigrate/completed": {"comes", "there"},
     "inmigrate/failed": {"comes", GONE},
 }
-#: What of the model's failures comes with what is struck; the wires end with their controller.
+#: What of the model's failures comes with what is struck; the wires end with their controller. Who
+#: loses patience with a side that hangs leaves it what he had sent, as one does who is killed.
 _FAILURES = {
     "controller": ("engine killed", "cut"),
     "source": ("source dies",),
     "destination": ("destination dies",),
-    "hangs": ("silent", "cut"),
+    "hangs": ("silent", "cut", "had sent"),
     "all": ("engine killed", "cut", "source dies", "destination dies"),
     "daemon": ("daemon",),
     "wire": ("cut", "silent"),

@@ -163,6 +163,7 @@ class Outward:
         """See that both still fit: to copy the disks may have taken hours."""
         passage, plan = self._passage, self._passage.plan
         both, run = (passage.source, passage.landing.vm), passage.record.run
+        await passage.unchanged.note()  # first: what is compared then is what stays
         pairing = await check_pairing(*both, plan.terms, resumed=run, copied=True)
         if pairing.disks != plan.paths:
             raise BusyError("a disk was plugged in or out meanwhile", remedy="try again")
@@ -217,8 +218,7 @@ class Outward:
     async def _claim(self) -> None:
         """Have the arbiter say where the guest runs."""
         passage = self._passage
-        if not await passage.landing.answers():
-            raise Error("the destination had all of the guest, and does not answer any more")
+        await passage.unchanged.check()  # and that the destination answers
         try:
             said = await arbiter.claim(
                 passage.source.monitor,

@@ -32,6 +32,7 @@ from qmpblock.migration.sights import has_ended
 from qmpblock.migration.states import Phase
 from qmpblock.migration.storage import Storage, check_can_block
 from qmpblock.migration.stream import Stream
+from qmpblock.migration.unchanged import Unchanged
 from qmpblock.names import (
     lock_names,
     new_run,
@@ -115,6 +116,7 @@ class Passage:
         self.pause = Pause(source, record.run, means, job)
         self.bitmaps = Bitmaps(source, destination, record.run, plan.pairs)
         self.actives = Actives(source)
+        self.unchanged = Unchanged(source, destination)
         self.downtime = 0.0
         self.warnings = list(job.warnings)
 

@@ -112,6 +112,7 @@ SHARES = {
     "test_migrate_itself::test_after_kill_9": 0.17,
     "test_migrate_itself::test_it_stays_so_at_the_source": 0.67,
     "test_migrate_itself::test_one_that_powers_off_ends_it": 0.5,
+    "test_migrate_meanwhile::test_a_medium_that_is_exchanged_while_the_memory_is_sent": 0.34,
     "test_migrate_pause::test_after_kill_9": 0.4,
     "test_migrate_pause::test_by_every_way": 0.34,
     "test_migrate_pause::test_it_goes_on_at_the_source": 0.4,

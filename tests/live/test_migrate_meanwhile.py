@@ -4,7 +4,7 @@ import pytest
 from disturbed import nothing_of_ours, writes_on
 from migrating import arrived, at, machine, migrated, snapshot, stressed
 
-from qmpblock.errors import CommandError, GraphError, UnsupportedError
+from qmpblock.errors import BusyError, CommandError, GraphError, UnsupportedError
 from qmpblock.testing import Tools, build, parse_scenario
 
 pytestmark = pytest.mark.live
@@ -106,6 +106,79 @@ async def test_a_medium_that_is_taken_out_while_the_disks_are_copied(
     with (
         at(monkeypatch, "copying", eject),
         pytest.raises(UnsupportedError, match="medium"),
+    ):
+        await migrated(source, destination)
+    await goes_on(source)
+
+
+@pytest.fixture
+def begin_with_drive(begin, vm_dir, qemu_binary):
+    """Give what starts a source with a medium in a drive; returns it, and what a destination has.
+
+    It has a drive, too, of which QEMU knows by an old -drive, and one that is empty.
+    """
+
+    async def start():
+        tools, medium = Tools.of(qemu_binary), vm_dir / "cd.raw"
+        await tools.run(tools.img, "create", "-q", "-f", "raw", str(medium), "1M")
+        extra = ["-blockdev", f"{CD}{medium}", "-device", "ide-cd,id=cd0,drive=cd,bus=ide.0,unit=0"]
+        extra += ["-drive", f"if=none,id=old,format=raw,readonly=on,file={medium}"]
+        extra += ["-device", "ide-cd,drive=old,bus=ide.0,unit=1"]
+        extra += ["-device", "ide-cd,id=none,bus=ide.1,unit=0"]
+        return await begin(extra=extra), extra
+
+    return start
+
+
+@pytest.mark.parametrize("drive", ["cd0", "old", "none"])
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_medium_that_is_exchanged_while_the_memory_is_sent(
+    side, drive, begin_with_drive, start_destination, vm_dir, monkeypatch
+):
+    source, extra = await begin_with_drive()
+    destination = await start_destination(source, extra=extra)
+    destination.expect_exit()
+    vm = source if side == "source" else destination
+
+    async def exchange():
+        if drive == "none":
+            await vm.execute("blockdev-change-medium", id="none", filename=str(vm_dir / "cd.raw"))
+        else:
+            drawer = {"id": "cd0"} if drive == "cd0" else {"device": "old"}
+            await vm.execute("eject", force=True, **drawer)
+
+    with (
+        at(monkeypatch, "active", exchange),
+        pytest.raises(BusyError, match=f"changed the {side}: the medium of .* was") as failed,
+    ):
+        await migrated(source, destination)
+    assert "the guest runs at the source" in failed.value.standing
+    await goes_on(source)
+
+
+async def test_a_tray_that_is_opened_is_the_guests(
+    begin_with_drive, start_destination, monkeypatch
+):
+    source, extra = await begin_with_drive()
+    destination = await start_destination(source, extra=extra)
+
+    async def open_it():
+        await source.execute("blockdev-open-tray", id="cd0", force=True)
+
+    with at(monkeypatch, "active", open_it):
+        result = await migrated(source, destination)
+    await arrived(source, destination, result)
+
+
+async def test_a_device_that_is_plugged_in_at_the_destination_while_the_memory_is_sent(
+    begin, start_destination, monkeypatch
+):
+    source = await begin()
+    destination = await start_destination(source)
+    destination.expect_exit()
+    with (
+        at(monkeypatch, "active", lambda: destination.execute("device_add", **PLUGGED)),
+        pytest.raises(BusyError, match="virtio-rng-pci rng7 was plugged in"),
     ):
         await migrated(source, destination)
     await goes_on(source)

@@ -147,6 +147,13 @@ def test_what_the_model_comes_to_a_kill_matrix_may_see():
             assert in_states(Phase(one.phase), here, there), one
 
 
+def test_what_a_side_that_hangs_was_sent_may_be_done_late():
+    """The mark, say, of which the journal tells: whoever comes next may look before."""
+    away = seen(("postmigrate", "completed"), Side.DESTINATION)
+    there = seen(("paused", "completed"))
+    Sights().hold("destination hangs", {Phase.HANDED}, away, there, begun=True)
+
+
 @pytest.mark.parametrize(
     ("phase", "here", "there", "words"),
     [
