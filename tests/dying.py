@@ -47,8 +47,13 @@ async def run(address, what, connect=qmpblock.connect):
             if result.error is not None:
                 raise result.error
     else:
-        async with connect(address) as vm:
+        async with connect(address, **_credentials(what, 0)) as vm:
             await perform(vm, what)
+
+
+def _credentials(what, side):
+    """Return how to connect to one of two, where the request has credentials for both."""
+    return {"tls_creds": what["credentials"][side]} if "credentials" in what else {}
 
 
 def policy_of(address, what):
@@ -90,7 +95,8 @@ async def perform(vm, what):
         return job.result
     if what["do"] == "migrate":
         del arguments["destination"]
-        there = qmpblock.connect(what["destination"])
+        arguments.pop("credentials", None)
+        there = qmpblock.connect(what["destination"], **_credentials(what, 1))
         async with there as other, qmpblock.migrate(vm, other, **arguments) as job:
             pass
         return job.result

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,32 @@ async def migrated(source, destination, stall=60, **options):
         async for _ in job:
             pass
     return job.result
+
+
+async def overlying(
+    start_qemu, source, directory, tools, *, backing=None, content="", named=True, **options
+):
+    """Start a destination whose images lie on the source's own backing images.
+
+    :param backing: on which they lie instead; `named`: whether their headers say so.
+    :param content: a command of qemu-io that writes to each of them.
+    """
+    made = []
+    directory.mkdir(exist_ok=True)
+    for disk in source.disks:
+        below = backing or disk.active.backing
+        path = directory / f"{disk.spec.name}-over"
+        form = ["-b", str(below.path), "-F", below.spec.format] if named else []
+        size = str(disk.active.spec.size)
+        await tools.run(tools.img, "create", "-q", "-f", "qcow2", *form, str(path), size)
+        if content:
+            await tools.run(tools.io, "-f", "qcow2", "-c", content, str(path))
+        image = replace(disk.active.spec, file=path.name, content=())
+        over = replace(disk.active, spec=image, path=path, backing=below)
+        attach = replace(disk.spec.attach, discard="unmap")
+        made.append(replace(disk, spec=replace(disk.spec, attach=attach), active=over))
+    options = {"machine": source.machine, "incoming": "defer", **options}
+    return await start_qemu(tuple(made), extra=["-S"], **options)
 
 
 async def migrated_to(host, source, destination, *, stall=60.0, **options):

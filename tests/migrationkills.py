@@ -20,10 +20,12 @@ from chains import convert
 from disturbed import locks, nothing_of_ours
 from dying import deadly
 from killing import MOMENTS, Graveyard
-from migrating import arrived, spec, stressed
+from migrating import arrived, overlying, spec, stressed
 from migrationblows import STALL, blow, impatient
 from migrationoutcomes import INTERRUPTED, allowed
 from migrationsights import Sights
+from nbdservers import HOST, make_credentials_of
+from ports import free_ports
 from rounds import slice_of_soak
 
 import qmpblock
@@ -49,15 +51,22 @@ disks:
 """
 
 
+_CHAIN = DISK.replace("0xaa]}", "0xaa]}, {size: 20M}")
+
+
 @dataclass(frozen=True)
 class Shape:
     """What VMs are struck, and how their migration is.
 
+    :ivar top: whether the active layer alone goes over, onto the source's own backing image.
+    :ivar tls: the kind of credentials with which it goes by TCP; empty: not so.
     :ivar daemon: whether a storage daemon may have the destination's images without being asked.
     """
 
     scenario: str = DISK
     shared: bool = False
+    top: bool = False
+    tls: str = ""
     daemon: bool = False
 
 
@@ -79,6 +88,9 @@ SHAPES = {
             attach="device: virtio-blk",
         )
     ),
+    "top": Shape(_CHAIN, top=True),
+    "x509": Shape(tls="x509"),
+    "psk": Shape(tls="psk"),
 }
 #: What is struck. A controller that dies is followed by a recovery; `hangs`: the QEMU is stopped.
 STRUCK = (
@@ -89,6 +101,15 @@ STRUCK = (
     "controller; destination hangs",
     "source",
     "destination",
+    "controller; two recover",
+)
+#: Those of the rows that tell of another shape what that changes.
+TELLING = (
+    "controller",
+    "source",
+    "destination",
+    "all",
+    "controller; destination hangs",
     "controller; two recover",
 )
 #: What connecting to both sends, before a monitor can be struck.
@@ -117,6 +138,9 @@ class Matrix:
         self._there = {} if host is None else {"qemu": host.program(qemu)}
         if self._shape.shared:
             self._there["shared"] = options["memory_only"] = True
+        if self._shape.top:
+            options["layers"] = "top"
+        self._credentials = ()
         self._directory = directory
         self._host = host
         self._tools = Tools.of(qemu)
@@ -130,6 +154,9 @@ class Matrix:
         self.sights = Sights(daemon=self._shape.daemon or options.get("storage_daemon", False))
 
     async def __aenter__(self):
+        if self._shape.tls:
+            folder = make_credentials_of(self._shape.tls, self._directory / "tls")
+            self._credentials = str(folder / "client"), str(folder / "server")
         await self._graveyard.__aenter__()
         source, destination = await self._pair()
         died, trace = await self._control(source, destination, 0, "before", [])
@@ -185,6 +212,9 @@ class Matrix:
         start_qemu, _ = self._start
         self._count += 1
         room = self._directory / f"pair{self._count}"
+        if self._credentials:
+            port = free_ports(2)  # of the disks, and of the memory
+            self._options["over"] = f"nbds://127.0.0.1:{port}/?tls-hostname={HOST}"
         built = await build(parse_scenario(self._shape.scenario, "source"), room, self._tools)
         source = await start_qemu(built, guest=True)
         self._started.append(source)
@@ -196,8 +226,13 @@ class Matrix:
         return source, destination
 
     async def _destination(self, source):
-        self._started.append(await self._start[1](source, **self._there))
-        return self._started[-1]
+        if self._shape.top:
+            room = self._directory / f"pair{self._count}/{len(self._started)}"
+            vm = await overlying(self._start[0], source, room, self._tools, guest=True)
+        else:
+            vm = await self._start[1](source, **self._there)
+        self._started.append(vm)
+        return vm
 
     def _addresses(self, source, destination):
         there = destination.monitor_path if self._host is None else self._host.address(destination)
@@ -218,10 +253,11 @@ class Matrix:
 
         here, there = self._addresses(source, destination)
         trace = list(_CONNECTING)
+        ours, theirs = self._credentials or (None, None)
         try:
             async with (
-                qmpblock.connect(here, stall=stall) as one,
-                qmpblock.connect(there, stall=stall) as other,
+                qmpblock.connect(here, stall=stall, tls_creds=ours) as one,
+                qmpblock.connect(there, stall=stall, tls_creds=theirs) as other,
             ):
                 for vm in (one, other):
                     deadly(vm.monitor, number, moment, fall, trace)
@@ -237,6 +273,8 @@ class Matrix:
     async def _control(self, source, destination, number, moment, victims):
         _, there = self._addresses(source, destination)
         what = {"do": "migrate", "destination": there, **self._options}
+        if self._credentials:
+            what["credentials"] = self._credentials
         pids = [vm.pid for vm in victims]
         return await self._graveyard.control(source, what, number, moment, pids)
 

@@ -10,10 +10,8 @@ deals all cases out among its slices (QMPBLOCK_SLICE), and QMPBLOCK_WHOLE=1 runs
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
-import socket
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
@@ -26,6 +24,7 @@ from libvirthost import libvirt  # noqa: F401  # a fixture
 from migrating import begin  # noqa: F401  # a fixture
 from otherusers import eve  # noqa: F401  # a fixture
 from pointing import in_memory  # noqa: F401  # a fixture
+from ports import free_ports
 
 from qmpblock.chains import headers
 from qmpblock.testing.images import BuiltScenario, Tools, build
@@ -130,6 +129,7 @@ SHARES = {
     "test_migrate_ssh::test_the_wire_is_cut": 0.13,
     "test_migration_again::test_what_was_mirrored_is_not_mirrored_again": 0.25,
     "test_migration_again::test_where_a_lock_cannot_be_written_none_is_kept": 0.5,
+    "test_migration_kills::test_another_shape_struck_at_some_command": 0.34,
     "test_migration_kills::test_who_has_the_guest": 0.1,
     "test_migrate_stopped::test_after_kill_9": 0.17,
     "test_migrate_stopped::test_it_stays_stopped_at_the_destination": 0.34,
@@ -312,12 +312,7 @@ def build_images(
 @pytest.fixture
 def free_port() -> int:
     """Return a TCP port of this host that nobody has, and the kernel gives to nobody."""
-    limits = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
-    while True:
-        port = random.SystemRandom().randrange(10_000, max(20_000, int(limits[0])))
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
+    return free_ports()
 
 
 def seed() -> int:

@@ -8,7 +8,7 @@ import signal
 import pytest
 from disturbed import nothing_of_ours, writes_on
 from migrating import dies_in, machine, migrated, storage_daemons, stressed
-from migrationkills import Matrix
+from migrationkills import SHAPES, TELLING, Matrix
 from migrationoutcomes import (
     ASKED,
     DESTINATION,
@@ -204,6 +204,20 @@ async def test_struck_at_some_command(
         number, moment = chance.choice(list(matrix.points()))
         await matrix.strike(struck, number, moment)
     print(f"{moment} command {number}: {dict(matrix.outcomes)}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_another_shape_struck_at_some_command(
+    shape, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    """Likewise."""
+    _, chance = rounds(1)
+    struck = chance.choice(TELLING)
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    async with Matrix(*where, shape=SHAPES[shape]) as matrix:
+        number, moment = chance.choice(list(matrix.points()))
+        await matrix.strike(struck, number, moment)
+    print(f"{struck} {moment} command {number}: {dict(matrix.outcomes)}")
 
 
 @pytest.mark.parametrize(("struck", "phase"), CELLS, ids=str)

@@ -9,7 +9,7 @@ import pytest
 from chains import cli
 from disturbed import nothing_of_ours, writes_on
 from jsonschema import Draft202012Validator
-from migrating import MIB, arrived, migrated, snapshot, stays, stressed
+from migrating import MIB, arrived, migrated, overlying, snapshot, stays, stressed
 
 from qmpblock.errors import GraphError, UnsupportedError
 from qmpblock.qemu.monitor import Monitor
@@ -48,22 +48,8 @@ def land(start_qemu, vm_dir, qemu_binary, invariant):
     """Give what starts a destination whose image lies on the source's own backing image."""
 
     async def start(source, *, backing=None, content="", named=True, **options):
-        tools = Tools.of(qemu_binary)
-        made = []
-        for disk in source.disks:
-            below = backing or disk.active.backing
-            path = vm_dir / f"{disk.spec.name}-over"
-            form = ["-b", str(below.path), "-F", below.spec.format] if named else []
-            size = str(disk.active.spec.size)
-            await tools.run(tools.img, "create", "-q", "-f", "qcow2", *form, str(path), size)
-            if content:
-                await tools.run(tools.io, "-f", "qcow2", "-c", content, str(path))
-            image = replace(disk.active.spec, file=path.name, content=())
-            over = replace(disk.active, spec=image, path=path, backing=below)
-            attach = replace(disk.spec.attach, discard="unmap")
-            made.append(replace(disk, spec=replace(disk.spec, attach=attach), active=over))
-        options = {"machine": source.machine, "incoming": "defer", "guest": True, **options}
-        vm = await start_qemu(tuple(made), extra=["-S"], **options)
+        options = {"guest": True, "backing": backing, "content": content, "named": named, **options}
+        vm = await overlying(start_qemu, source, vm_dir, Tools.of(qemu_binary), **options)
         invariant.forget(source)
         invariant.forget(vm)
         return vm

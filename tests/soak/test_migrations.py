@@ -6,7 +6,7 @@ import pytest
 from migrating import ALIKE, to_newer
 from migratinglinux import log_goes_over
 from migrationattempts import broken_off_then_made
-from migrationkills import SHAPES, STRUCK, kill_matrix
+from migrationkills import SHAPES, STRUCK, TELLING, kill_matrix
 from migrationoutcomes import INTERRUPTED, WIRE_CUT
 from migrationrounds import migrations_under_stress
 from rounds import rounds
@@ -72,16 +72,6 @@ async def test_struck_at_every_command(
 ):
     where = (start_qemu, start_destination, vm_dir, qemu_binary)
     await kill_matrix(struck, *where, storage_daemon=way == "daemon")
-
-
-TELLING = (
-    "controller",
-    "source",
-    "destination",
-    "all",
-    "controller; destination hangs",
-    "controller; two recover",
-)
 
 
 @pytest.mark.parametrize("struck", TELLING)
