@@ -302,7 +302,7 @@ class Matrix:
 
     async def _recovered(self, struck, source, destination):
         """Recover, and see who has the guest; return who, for people."""
-        addresses = source.monitor_path, destination.monitor_path
+        addresses = self._addresses(source, destination)
         if "two" in struck:
             await _recover_twice(*addresses)
         try:
@@ -363,7 +363,7 @@ class Matrix:
             return True, "destination" if other is destination else "source"
         try:
             with self.sights.of_recovery(struck, living=True):
-                await qmpblock.recover_migration(source.monitor_path, destination.monitor_path)
+                await qmpblock.recover_migration(*self._addresses(source, destination))
         except UndecidedError:
             return True, "a person decides"
         except qmpblock.Error:

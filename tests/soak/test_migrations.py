@@ -90,6 +90,18 @@ async def test_the_wire_cut_at_every_command(
     await kill_matrix(WIRE_CUT, *where, host=ssh_host)
 
 
+BY_SSH = ("controller", "destination", "all", "storage daemon", "destination hangs", WIRE_CUT)
+
+
+@pytest.mark.parametrize("struck", BY_SSH)
+async def test_with_a_daemon_there_struck_at_every_command(
+    struck, ssh_host, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    """A storage daemon by ssh has the destination's images."""
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    await kill_matrix(struck, *where, host=ssh_host, storage_daemon=True)
+
+
 MOST = 16 << 20  # bytes that QEMU may have come to hold, of all the attempts together
 
 
