@@ -18,7 +18,7 @@ import signal
 import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ from qmpblock._version import __version__
 from qmpblock.errors import Error, printable
 
 if TYPE_CHECKING:
+    import asyncio
+
     from qmpblock.vm import VM
 
 __all__ = [
@@ -215,19 +217,32 @@ class Options:
     async def connect(self, address: str, *, unmanaged: bool = False) -> AsyncIterator[VM]:
         """Connect to a VM with these options.
 
+        A command that disconnects has done what it was to do, and says so, also where it is
+        interrupted then; if it goes on to another VM after all, it is interrupted there.
+
         :param unmanaged: the option of that name (`unmanaged_option`).
         """
+        import asyncio
+
         from qmpblock.vm import connect
 
-        async with connect(
-            address,
-            nbd=self.nbd,
-            tls_creds=self.tls_creds,
-            insecure=self.insecure,
-            unmanaged=unmanaged,
-            stall=self.stall,
-        ) as vm:
+        if _late:
+            raise asyncio.CancelledError
+        async with AsyncExitStack() as stack:
+            vm = await stack.enter_async_context(
+                connect(
+                    address,
+                    nbd=self.nbd,
+                    tls_creds=self.tls_creds,
+                    insecure=self.insecure,
+                    unmanaged=unmanaged,
+                    stall=self.stall,
+                )
+            )
             yield vm
+            if asyncio.current_task() in _working:  # not one of several at work at once
+                with signals_go_to(_late.append):
+                    await stack.aclose()
 
 
 def pair(word: str, what: str) -> tuple[str, str]:
@@ -371,10 +386,17 @@ async def _interruptible(
         # Not the main thread: an embedder's business.
         with contextlib.suppress(RuntimeError, ValueError):
             loop.add_signal_handler(number, interrupt, number)
-    return await work
+    _late.clear()
+    _working.add(task)
+    try:
+        return await work
+    finally:
+        _working.remove(task)
 
 
 _takers: list[Callable[[int], None]] = []
+_working: set[asyncio.Task[object]] = set()
+_late: list[int] = []  # signals that came as a command disconnected
 
 
 @contextlib.contextmanager

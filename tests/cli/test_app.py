@@ -1,8 +1,11 @@
 """The command line without a VM: exit codes, sizes, start-up."""
 
+import asyncio
+import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -207,3 +210,36 @@ def test_log_records_are_lines_that_are_safe_to_show():
     except ValueError:
         record = logging.LogRecord("n", logging.ERROR, "p", 1, "a %s\nb", ("\x1b",), sys.exc_info())
     assert app._OneLine("q: %(message)s").format(record) == "q: a \\x1b\n  b"
+
+
+@pytest.mark.parametrize(("at_once", "code", "told"), [(1, 130, ["a"]), (2, 130, []), (0, 0, "ab")])
+def test_interrupted_between_two_vms_it_does_not_go_on(at_once, code, told, monkeypatch):
+    """Of one alone all is done then (tests/live/test_interrupted_late.py); of several it is not.
+
+    :param at_once: how many VMs it is at work on when it is interrupted; 0: it is not.
+    """
+    done = []
+
+    @contextlib.asynccontextmanager
+    async def connect(address, **_):
+        yield address
+        if at_once:
+            os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+
+    async def one(options, address):
+        async with options.connect(address) as vm:
+            pass
+        done.append(vm)
+
+    async def work(options):
+        if at_once < 2:
+            for address in "ab":
+                await one(options, address)
+        else:
+            await asyncio.gather(*(one(options, address) for address in "ab"))
+
+    monkeypatch.setattr("qmpblock.vm.connect", connect)
+    monkeypatch.setattr(app._Lazy, "get_command", lambda *_: app.command(work))
+    assert run(["jobs"]) == code
+    assert done == list(told)

@@ -82,6 +82,7 @@ SHARES = {
     "test_identity::test_an_image_that_is_on_this_host_is_found": 0.5,
     "test_identity::test_two_disks_over_one_file_that_is_open_twice": 0.2,
     "test_intruding::test_what_is_meant_is_the_active_layer": 0.4,
+    "test_interrupted_late::test_what_is_done_is_told_as_done": 0.3,
     "test_job_commands": 0.2,
     "test_job_control": 0.13,
     "test_job_faults": 0.2,

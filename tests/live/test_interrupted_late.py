@@ -1,5 +1,7 @@
 """Interrupted when it has taken effect: no verb says then that it was undone."""
 
+import json
+
 import pytest
 from signalled import SIGNALS, signalled
 
@@ -44,6 +46,33 @@ async def test_it_is_said_where_the_guest_is(
         assert f"the active layer of vd0 is now {now[0]}: start the VM from it" in err
         stale = f"never from {files[0]}, which is stale"
         assert (now[0] != files[0], stale in err) == (True, verb != "snapshot")
+
+
+#: What is done by the time at which a command disconnects.
+DONE = {
+    "snapshot": ["vd0={0}/t.qcow2"],
+    "commit": ["vd0"],
+    "allocate": ["vd0"],
+    "stream": ["vd0"],
+    "copy": ["vd0={0}/t.qcow2"],
+    "backup": ["{0}/backups"],
+    "disks": [],
+}
+
+
+@pytest.mark.parametrize(("number", "times"), SIGNALS[-2:])
+@pytest.mark.parametrize("verb", DONE)
+async def test_what_is_done_is_told_as_done(
+    verb, number, times, scenario, start_qemu, vm_dir, invariant
+):
+    """An interrupt that comes as the command disconnects finds nothing to be undone."""
+    vm = await start_qemu(scenario)
+    invariant.forget(vm)
+    words = [verb, vm.monitor_path, *(word.format(vm_dir) for word in DONE[verb]), "--json"]
+    leaves = "qemu.qmp.protocol:AsyncProtocol._schedule_disconnect"
+    code, out, err = await signalled(leaves, number, times, *words)
+    assert (code, "interrupted" in err) == (0, False), err
+    assert json.loads(out)
 
 
 async def test_in_time_it_is_undone(scenario, start_qemu, vm_dir, invariant):
