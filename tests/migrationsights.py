@@ -31,6 +31,7 @@ PASSING = {
     "finish-migrate/failing": {"failed"},
     "finish-migrate/cancelling": {"cancelled"},
     "finish-migrate/cancelled": {"cancelled"},
+    "running/device": {"device", "failed"},  # it goes on, and says a moment later that it failed
     "running/failing": {"failed"},
     "running/cancelling": {"cancelled"},
 }

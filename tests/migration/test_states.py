@@ -154,6 +154,12 @@ def test_what_a_side_that_hangs_was_sent_may_be_done_late():
     Sights().hold("destination hangs", {Phase.HANDED}, away, there, begun=True)
 
 
+def test_a_source_may_go_on_before_it_says_that_it_failed():
+    going = seen(("running", "device"))
+    Sights().hold("destination", {Phase.SENT}, going, GONE, begun=True)
+    assert decide(Phase.SENT, going, GONE).move is Move.SETTLE
+
+
 @pytest.mark.parametrize(
     ("phase", "here", "there", "words"),
     [
