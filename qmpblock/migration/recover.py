@@ -226,6 +226,7 @@ class _Recovering:
         self._record = migration.record
         self._run = new_run()
         self._seen = Seen(Reach.UNREACHABLE), Seen(Reach.UNREACHABLE)
+        self._quit = False  # whether the destination has obeyed that
         self._steps: list[Step] = []
         self._more: list[Recovery] = []
 
@@ -289,7 +290,10 @@ class _Recovering:
         :raise UndecidedError: a person has to.
         """
         migration = self._migration
-        self._seen = await look_at_both(self._record, migration.source, migration.destination)
+        here, there = await look_at_both(self._record, migration.source, migration.destination)
+        if self._quit and not there.answers:  # by ssh its process is not seen to end
+            there = Seen(Reach.GONE)
+        self._seen = here, there
         left = image_server_left(self._record.run)
         decision = decide(
             self._phase,
@@ -374,7 +378,7 @@ class _Recovering:
             await self._finish_destination()
         elif move is Move.QUIT_DESTINATION:
             assert destination is not None
-            await wayback.quit_vm(destination, self._destination_has_ended)
+            self._quit = await wayback.quit_vm(destination, self._destination_has_ended)
             if source is None or source.monitor.closed:
                 self._leave_no_trace()
         elif move in (Move.MARK, Move.CONT_DESTINATION):

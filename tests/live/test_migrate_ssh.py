@@ -190,6 +190,21 @@ async def test_the_controller_dies_and_is_recovered(said, host, begin, land, inv
     await arrived(source, destination, await migrated_to(host, source, destination))
 
 
+async def test_a_destination_that_was_ended_keeps_no_arbiter_at_the_source(host, begin, land):
+    """It had all of the guest; that its process has ended is not seen, but it has obeyed."""
+    source = await begin()
+    destination = await land(source)
+    for vm in (source, destination):
+        vm.expect_exit()
+    sides = source.monitor_path, host.address(destination)
+    await dies_in("landed", source, destination, address=sides[1])
+    recovered = await qmpblock.recover_migration(*sides)
+    assert recovered.done is False
+    await nothing_of_ours(source)
+    await until(lambda: not destination.running, "the end of the destination")
+    assert (await source.execute("query-status"))["status"] == "running"
+
+
 @pytest.mark.parametrize("phase", migrationoutcomes.PHASES, ids=lambda phase: phase.value)
 async def test_the_controller_dies_and_the_wire_is_cut(phase, host, begin, land):
     """What the table in docs/migration.md says of it; and what comes of it with a wire again."""
