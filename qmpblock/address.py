@@ -240,8 +240,13 @@ def parse_monitor(text: str) -> MonitorAddress:
 
 
 def _libvirt(text: str, rest: str) -> LibvirtAddress:
-    uri, _, domain = rest.rpartition("?")
-    uri = uri or _SYSTEM
+    uri, domain = _SYSTEM, rest  # a domain's name may have a ? in it, and a URI has one
+    if "://" in rest:
+        local = _LOCAL_QEMU.match(rest)
+        if local is not None and rest[local.end() :].startswith("?"):
+            uri, domain = local[0], rest[local.end() + 1 :]
+        else:
+            uri, _, domain = rest.rpartition("?")
     if not domain or "/" in domain or "\0" in text:
         raise RequestError(
             f"the address {printable(text)!r} is not libvirt:DOMAIN or libvirt:URI?DOMAIN",

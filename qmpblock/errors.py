@@ -37,6 +37,7 @@ happened, `remedy` what to do.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -70,6 +71,7 @@ __all__ = [
     "UndecidedError",
     "UnsupportedError",
     "printable",
+    "shell_words",
 ]
 
 UNTOUCHED = "nothing was touched"  #: what stands where a request was refused
@@ -92,6 +94,11 @@ def printable(text: object, limit: int = 300) -> str:
         for c in said[: limit + 1]  # of a text of megabytes no more is looked at
     )
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def shell_words(words: Iterable[object]) -> str:
+    """Return a command for people to paste into a shell: quoted where that would take it apart."""
+    return " ".join(shlex.quote(printable(word, 1 << 20)) for word in words)
 
 
 class Error(Exception):

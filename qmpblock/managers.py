@@ -12,13 +12,12 @@ A manager is known by what it names inside QEMU, so over whatever socket we came
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from qmpblock.address import IncusAddress
-from qmpblock.errors import printable
+from qmpblock.errors import printable, shell_words
 from qmpblock.graph.model import Device
 
 __all__ = ["Manager", "Traits", "Verb", "Work", "disks_called", "recognise", "refused"]
@@ -407,8 +406,8 @@ def _after(option: str, arguments: tuple[str, ...]) -> str:
 
 
 def _word(text: str, placeholder: str) -> str:
-    return shlex.quote(printable(text)) if text else placeholder
+    return shell_words([text]) if text else placeholder
 
 
 def _option(name: str, text: str) -> str:
-    return f" --{name} {shlex.quote(printable(text))}" if text else ""
+    return f" --{name} {shell_words([text])}" if text else ""

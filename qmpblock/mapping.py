@@ -18,6 +18,7 @@ from qmpblock.errors import (
     RangeError,
     RequestError,
     ToolError,
+    shell_words,
 )
 from qmpblock.graph.model import Chain, DiskDevice, Layer
 from qmpblock.graph.openings import in_part
@@ -179,7 +180,7 @@ class MappedDisk:
                     "does not tell which of them supplies what",
                     standing=UNTOUCHED,
                     remedy="wait for whoever put it there; if that was qmpblock, and it died: "
-                    f"qmpblock recover {self.vm.monitor.address}",
+                    f"qmpblock recover {shell_words([self.vm.monitor.address])}",
                 )
             await asyncio.sleep(_LOOK)
             await self.refresh()

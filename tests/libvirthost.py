@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 from unpacked import fetched, have_user, laid_over
@@ -309,7 +310,7 @@ class LibvirtHost:
         options = "" if monitor is None else _MONITOR.format(path=monitor)
         xml.write_text(
             _DOMAIN.format(
-                name=name, disks=disks, threads=threads, emulator=emulator, options=options
+                name=escape(name), disks=disks, threads=threads, emulator=emulator, options=options
             )
         )
         self.virsh("define", str(xml))
@@ -317,13 +318,15 @@ class LibvirtHost:
         return self.pid(name)
 
     def pid(self, name: str) -> int:
-        return int((self._folder / "run" / "qemu" / f"{name}.pid").read_text())
+        folder, entities = self._folder / "run" / "qemu", {"'": "&apos;"}
+        # libvirt 9 writes this name as it would in XML.
+        return int((folder / f"{escape(name, entities)}.pid").read_text())
 
     def end(self) -> None:
         try:
             if self._daemon is not None and self._daemon.poll() is None:
                 self.signal(signal.SIGCONT)
-                for name in self.virsh("list", "--name").split():
+                for name in filter(None, self.virsh("list", "--name").splitlines()):
                     self.virsh("destroy", name)
         finally:
             for file in (self._folder / "run" / "qemu").glob("*.pid"):

@@ -359,6 +359,8 @@ class Matrix:
             return False, ""
         other = destination if victim is source else source
         if await _runs(other):
+            if other is source and self._host is not None:  # by ssh its end is not seen
+                await self._end_silent(source, destination, failed)
             await self._goes_on(other, source, destination, kept=_kept(failed))
             return True, "destination" if other is destination else "source"
         try:

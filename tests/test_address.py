@@ -73,6 +73,12 @@ def test_text_form_reads_back(address):
         ("unix:/x/qemu-server/999999999.qmp", ProxmoxAddress("/x/qemu-server/999999999.qmp")),
         ("/run/qemu-server/104.qga", UnixAddress("/run/qemu-server/104.qga")),
         ("libvirt:4444", LibvirtAddress("4444")),  # never TCP
+        ("libvirt:what? now? é", LibvirtAddress("what? now? é")),
+        ("libvirt:qemu:///session?a?b", LibvirtAddress("a?b", "qemu:///session")),
+        (
+            "libvirt:qemu:///system?socket=/run/s?a=b?",
+            LibvirtAddress("a=b?", "qemu:///system?socket=/run/s"),
+        ),
         ("libvirt:qemu:///session?web:1", LibvirtAddress("web:1", "qemu:///session")),
         (
             "libvirt:qemu+unix:///system?socket=/run/x/libvirt-sock?web",

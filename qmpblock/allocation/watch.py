@@ -40,6 +40,7 @@ from qmpblock.errors import (
     StalledError,
     UnsupportedError,
     printable,
+    shell_words,
 )
 from qmpblock.graph.model import BlockGraph, DiskDevice
 from qmpblock.host import imagefiles
@@ -144,7 +145,7 @@ class _Watcher:
                     return
                 lock.abandon(self._run)
                 error.standing = f"left in the VM: the lock {self._lock} and a write threshold"
-                error.remedy = f"run: qmpblock recover {monitor.address}"
+                error.remedy = f"run: qmpblock recover {shell_words([monitor.address])}"
                 raise
 
     def _is_ours(self, event: Event) -> bool:

@@ -27,8 +27,7 @@ from qmpblock.changes.leftovers import check_way, make_way
 from qmpblock.copying.look import look
 from qmpblock.copying.options import CopyOptions
 from qmpblock.copying.targetname import check_host
-from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError
-from qmpblock.host.keycommand import shell_words
+from qmpblock.errors import UNTOUCHED, Error, RequestError, UnsupportedError, shell_words
 from qmpblock.host.openfiles import OpenFiles
 from qmpblock.managers import Work
 from qmpblock.names import lock_names, new_run

@@ -39,12 +39,20 @@ from qmpblock.backups.point import (
 )
 from qmpblock.copying.meter import Meter
 from qmpblock.copying.targetname import check_name, check_unopened
-from qmpblock.errors import UNTOUCHED, Error, NoRoomError, RequestError, UnsupportedError, printable
+from qmpblock.errors import (
+    UNTOUCHED,
+    Error,
+    NoRoomError,
+    RequestError,
+    UnsupportedError,
+    printable,
+    shell_words,
+)
 from qmpblock.graph.places import FileId
 from qmpblock.host.contents import Contents
 from qmpblock.host.imagechain import Image as ImageOfChain
 from qmpblock.host.imagechain import blockdev
-from qmpblock.host.keycommand import keyed, shell_words
+from qmpblock.host.keycommand import keyed
 from qmpblock.host.ourfiles import Directory
 from qmpblock.host.qemuimgconvert import QemuImgConvert
 from qmpblock.names import partial_file

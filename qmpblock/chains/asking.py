@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qmpblock.changes import known
 from qmpblock.changes.known import NEAR
-from qmpblock.errors import Error, GraphError, printable
+from qmpblock.errors import Error, GraphError, printable, shell_words
 from qmpblock.managers import Manager, Work
 from qmpblock.qemu.job import Job, Progress
 
@@ -51,7 +51,7 @@ class Asking:
         layers = await self._vm.monitor.through(lambda lender: lender.layers(self.name))
         if len(layers) != len(self._disk.chain.layers):
             files = ", ".join(printable(file) for file, _ in layers)
-            address = printable(str(self._vm.monitor.address))
+            address = shell_words([self._vm.monitor.address])
             raise GraphError(
                 f"libvirt takes {files} for the chain of {self.name}, and QEMU has another one",
                 standing=self._standing,

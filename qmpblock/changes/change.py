@@ -52,7 +52,7 @@ from qmpblock.errors import (
     Error,
     NoRoomError,
     StalledError,
-    printable,
+    shell_words,
 )
 from qmpblock.graph.model import BlockGraph
 from qmpblock.host.openfiles import OpenFiles
@@ -279,7 +279,7 @@ class Change(Generic[RecordT]):
         error.standing = (
             f"left in the VM: the lock {', '.join(self.record.locks)} and what it is for"
         )
-        error.remedy = f"run: qmpblock recover {self.vm.monitor.address}"
+        error.remedy = f"run: qmpblock recover {shell_words([self.vm.monitor.address])}"
 
     async def _undo_dead(self, dead: Holder) -> None:
         await undo_dead_change(self.vm, dead)
@@ -305,7 +305,7 @@ class Change(Generic[RecordT]):
             await asyncio.sleep(0.05)
         if gone:
             error.standing = "QEMU has ended"
-            error.remedy = f"run: qmpblock recover {printable(' '.join(record.images[:1]))}"
+            error.remedy = f"run: qmpblock recover {shell_words(record.images[:1])}"
             if not self._journaled:
                 error.standing = "QEMU has ended, and all that was ours with it"
                 error.remedy = None

@@ -16,7 +16,7 @@ from qmpblock.changes.record import Record, lies_on_something, pivoted, without_
 from qmpblock.changes.settings import check_settings, zeroes_of
 from qmpblock.changes.step import Choice, Step
 from qmpblock.changes.verdict import ImageVerdict
-from qmpblock.errors import printable
+from qmpblock.errors import printable, shell_words
 from qmpblock.graph.model import BlockGraph, JobInfo
 from qmpblock.names import is_ours, paused_node
 from qmpblock.qemu.jobstate import ACTIVE
@@ -254,7 +254,7 @@ class ManagersStaging(StagedCommit):
             tuple(file for file in empty if file != self.top_file),
             f"{printable(self.top_file)} {held} what the guest wrote last, and the manager starts "
             "the VM from what it knows (virsh domblklist DOMAIN, virsh start DOMAIN). While that "
-            f"runs, qmpblock recover {printable(self.vm.monitor)} brings it home",
+            f"runs, qmpblock recover {shell_words([self.vm.monitor])} brings it home",
             waits=True,
         )
 

@@ -28,13 +28,14 @@ from qmpblock.errors import (
     ToolError,
     UnsupportedError,
     printable,
+    shell_words,
 )
 from qmpblock.graph.jsonname import from_text, innermost
 from qmpblock.graph.opened import is_nested
 from qmpblock.graph.places import FileId
 from qmpblock.host import ourfiles
 from qmpblock.host.imagechain import blockdev
-from qmpblock.host.keycommand import keyed, shell_words
+from qmpblock.host.keycommand import keyed
 from qmpblock.host.processes import is_running
 from qmpblock.host.qemuimg import QemuImg
 from qmpblock.host.toolwords import in_use_by_another, lacks_key, lacks_space
@@ -126,7 +127,7 @@ async def recover_images(
                 f"the VM still runs (process {record.vm.pid}) in which {record.describe()} was "
                 "not finished",
                 standing=UNTOUCHED,
-                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
+                remedy=f"run: qmpblock recover {shell_words([record.vm.monitor])}",
             )
         if not record.vm.pid:  # a TCP monitor: the locks on the images tell
             await _check_unused(record)
@@ -166,7 +167,7 @@ async def _check_unused(record: Record) -> None:
                 f"{printable(file)} is in use: the VM in which {record.describe()} was not "
                 "finished still runs, or another has been started",
                 standing=UNTOUCHED,
-                remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
+                remedy=f"run: qmpblock recover {shell_words([record.vm.monitor])}",
             )
 
 

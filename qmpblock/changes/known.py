@@ -38,6 +38,7 @@ from qmpblock.errors import (
     StalledError,
     UnsupportedError,
     printable,
+    shell_words,
 )
 from qmpblock.graph.model import BlockGraph
 from qmpblock.names import paused_node
@@ -288,7 +289,7 @@ async def give_up(vm: Connection, record: Record, name: str) -> None:
         if asyncio.get_running_loop().time() > deadline:
             raise StalledError(
                 f"libvirt does not give up its job on {printable(name)}",
-                remedy=f"virsh blockjob DOMAIN {printable(name)} --abort",
+                remedy=f"virsh blockjob DOMAIN {shell_words([name])} --abort",
             )
         with contextlib.suppress(Error):  # it is about to end, or another one was faster
             await vm.monitor.through(lambda lender: lender.abort(name))
@@ -352,7 +353,7 @@ def _check_lent(vm: Connection, record: Record) -> None:
         raise UnsupportedError(
             f"{record.describe()} can only be undone by the manager itself",
             standing="nothing was touched",
-            remedy=f"run: qmpblock recover {printable(record.vm.monitor)}",
+            remedy=f"run: qmpblock recover {shell_words([record.vm.monitor])}",
         )
 
 

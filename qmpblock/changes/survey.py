@@ -13,7 +13,7 @@ from pathlib import Path
 from qmpblock.changes.journal import Journal, home_path
 from qmpblock.changes.journalfile import DistrustedError, JournalFile
 from qmpblock.changes.record import Record, VMIdentity
-from qmpblock.errors import UNTOUCHED, RecordError, printable
+from qmpblock.errors import UNTOUCHED, RecordError, printable, shell_words
 from qmpblock.host.statedirectory import OpenDirectory, StateDirectory, state_directory
 from qmpblock.names import is_beside, is_elsewhere, is_of_vm, run_of_journal
 
@@ -202,7 +202,7 @@ class _Look:
                 f"{printable(path)} says that it lies on the host where it was begun, or in "
                 "another QMPBLOCK_STATE, because there was no room beside the image",
                 standing=UNTOUCHED,
-                remedy=f"run there: qmpblock recover {printable(image)}. If that host is lost: "
+                remedy=f"run there: qmpblock recover {shell_words([image])}. If that host is lost: "
                 "find out which of the images is the newest before any of them is used, then "
                 "remove that file",
                 path=path,
@@ -261,7 +261,7 @@ def _begun_elsewhere(journal: Journal) -> RecordError:
         f"{journal.record.describe()} was begun by the monitor {monitor}; whether that is of this "
         "VM cannot be proven, so that its journal is not touched",
         standing=UNTOUCHED,
-        remedy=f"run: qmpblock recover {monitor}",
+        remedy=f"run: qmpblock recover {shell_words([journal.record.vm.monitor])}",
         path=journal.paths[0],
         run=journal.record.run,
     )

@@ -16,10 +16,10 @@ from qmpblock.errors import (
     RequestError,
     UnsupportedError,
     printable,
+    shell_words,
 )
 from qmpblock.graph.places import FileId
 from qmpblock.host.filelocks import is_used
-from qmpblock.host.keycommand import shell_words
 from qmpblock.host.openfiles import NOWHERE, openers, sees_directory
 from qmpblock.host.processes import describe_process
 from qmpblock.names import partial_file

@@ -5,14 +5,12 @@ Such a command is whole: it does what is said once KEY_FILE is a file that holds
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from qmpblock.errors import printable
 from qmpblock.graph.jsonname import as_name
 
-__all__ = ["keyed", "shell_words"]
+__all__ = ["keyed"]
 
 
 def keyed(
@@ -50,8 +48,3 @@ def keyed(
     return name, [
         word for key, file in files.items() for word in ("--object", f"secret,id={key},file={file}")
     ]
-
-
-def shell_words(words: Sequence[str]) -> str:
-    """Return a command for a shell, and for people to see."""
-    return " ".join(shlex.quote(printable(word, 1 << 20)) for word in words)

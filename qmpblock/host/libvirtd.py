@@ -13,13 +13,13 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from qmpblock.address import LibvirtAddress
-from qmpblock.errors import BusyError, ConnectError, printable
+from qmpblock.errors import BusyError, ConnectError, printable, shell_words
 from qmpblock.host.libvirtxml import copy_xml, disk_files, snapshot_xml
 from qmpblock.host.processes import Peer, command_line, start_time, users_of
 
@@ -348,7 +348,7 @@ class Domain:
                     f"libvirt is at work on {printable(self.name)} and lends its monitor to "
                     f"nobody: {_words(error)}",
                     standing="this command was not sent",
-                    remedy=f"see what it does: virsh domjobinfo {printable(self.name)}",
+                    remedy=f"see what it does: virsh domjobinfo {shell_words([self.name])}",
                 ) from None
             if error.get_error_domain() == libvirt.VIR_FROM_RPC or not self._connection.isAlive():
                 raise GoneError(_words(error)) from None
@@ -362,9 +362,13 @@ class Domain:
         The number is believed where only root, or this very user, can have written it, and the
         process was started for this domain.
         """
-        folder = _state_directory(self._address)
-        for path in (folder / "qemu", folder / "qemu" / "run"):
-            file = path / f"{self.name}.pid"
+        state = _state_directory(self._address)
+        folders = (state / "qemu", state / "qemu" / "run")
+        for file in chain(
+            (folder / f"{self.name}.pid" for folder in folders),
+            # libvirt 9 escapes what XML would in the name of that file, such as `&`.
+            *(folder.glob("*.pid") for folder in folders),
+        ):
             try:
                 if not _is_trusted(file):
                     continue

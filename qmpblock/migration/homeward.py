@@ -23,7 +23,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.copying.wire import hold_of
-from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError
+from qmpblock.errors import CommandError, DisconnectedError, Error, StalledError, shell_words
 from qmpblock.migration import arbiter, wayback
 from qmpblock.migration.passage import HANDED
 from qmpblock.migration.states import Phase, Side
@@ -83,7 +83,7 @@ class Homeward:
         )
         failed.remedy = (
             "have the source's QEMU answer (is its process stopped? does its storage hang?), then "
-            f"run: qmpblock recover {self._passage.source.monitor.address}"
+            f"run: qmpblock recover {shell_words([self._passage.source.monitor.address])}"
         )
 
     async def _go(self, error: BaseException) -> None:

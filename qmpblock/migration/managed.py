@@ -7,13 +7,12 @@ disks, and those by which it is seen what came of it.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmpblock.chains.owner import is_asked
-from qmpblock.errors import Error, UnsupportedError, printable
+from qmpblock.errors import Error, UnsupportedError, shell_words
 from qmpblock.managers import Work
 from qmpblock.migration.diskterms import DiskTerms
 from qmpblock.qemu import ownership
@@ -158,4 +157,4 @@ def _verify(file: str, fmt: str) -> str:
 
 
 def _line(*words: str) -> str:
-    return " ".join(shlex.quote(printable(word, _LONGEST)) for word in words)
+    return shell_words(words)

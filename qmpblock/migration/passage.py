@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 from qmpblock.changes.change import Change
 from qmpblock.changes.copies import Migration
 from qmpblock.changes.identity import identify
-from qmpblock.errors import UNTOUCHED, BusyError, DisconnectedError, Error, StalledError
+from qmpblock.errors import (
+    UNTOUCHED,
+    BusyError,
+    DisconnectedError,
+    Error,
+    StalledError,
+    shell_words,
+)
 from qmpblock.host.imagefiles import images_of
 from qmpblock.migration.actives import Actives
 from qmpblock.migration.bitmaps import Bitmaps
@@ -319,7 +326,7 @@ class Passage:
         if error.standing is not None and not isinstance(error, DisconnectedError | StalledError):
             return  # of those nothing is said but that an outcome is unknown
         error.standing = HANDED
-        both = f"{self.source.monitor.address} {self.landing.vm.monitor.address}"
+        both = shell_words([self.source.monitor.address, self.landing.vm.monitor.address])
         error.remedy = (
             "look whether it runs, else continue it (cont); if its QEMU has ended, start the guest "
             "from its images"

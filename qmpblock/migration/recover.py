@@ -25,6 +25,7 @@ from qmpblock.errors import (
     RequestError,
     StalledError,
     UndecidedError,
+    shell_words,
 )
 from qmpblock.migration import arbiter, bitmaps, wayback
 from qmpblock.migration.channels import clear_channels
@@ -306,7 +307,8 @@ class _Recovering:
         if decision.move is not None:
             return decision
         record = self._record
-        command = f"qmpblock recover {record.source.monitor} {record.destination.monitor}"
+        sides = record.source.monitor, record.destination.monitor
+        command = shell_words(["qmpblock", "recover", *sides])
         raise UndecidedError(
             f"the {record.describe()} was broken off, and a person has to decide: {decision.why}",
             standing=self._standing(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from qmpblock.errors import Error, printable
+from qmpblock.errors import Error, printable, shell_words
 from qmpblock.host.libvirtd import (
     Domain,
     FailedError,
@@ -119,8 +119,8 @@ class LibvirtLender:
                 raise ended from None
             raise Error(
                 f"libvirt did not {what}: {error}",
-                remedy=f"see what it is at work on: virsh domjobinfo {printable(domain.name)}; "
-                f"virsh blockjob {printable(domain.name)} DISK",
+                remedy=f"see what it is at work on: virsh domjobinfo {shell_words([domain.name])}; "
+                f"virsh blockjob {shell_words([domain.name])} DISK",
             ) from None
         except NotRunningError as error:
             raise self._monitor.lost(error) from None

@@ -257,20 +257,22 @@ async def test_what_is_said_to_change_a_chain_does(said):
     assert said.domain.chains() == ([active], active)
 
 
-async def test_a_raw_image_gets_its_host_space(libvirt, vm_dir, qemu_binary):
+@pytest.mark.parametrize("name", ["raw", "raw? & 'öd'"])
+async def test_a_raw_image_gets_its_host_space(name, libvirt, vm_dir, qemu_binary):
+    """By QEMU's process, which is found whatever the domain is called."""
     image = vm_dir / "disk.raw"
     run("qemu-img", "create", "-q", "-f", "raw", image, "8M")
-    shown = start(libvirt, "raw", image, qemu_binary, "raw")
-    before = shown()
-    assert (await cli("allocate", libvirt.address("raw"), "vda", "--full"))[0] == 0
-    assert image.stat().st_blocks * 512 >= 8 * MIB
+    shown = start(libvirt, name, image, qemu_binary, "raw")
+    before, address = shown(), libvirt.address(name)
+    code, _, err = await cli("allocate", address, "vda", "--full")
+    assert (code, image.stat().st_blocks * 512 >= 8 * MIB) == (0, True), err
     policy = vm_dir / "policy.yaml"
     disk = "{disk: vda, allocation: full}"
-    policy.write_text(f"vms: [{{address: '{libvirt.address('raw')}', disks: [{disk}]}}]")
+    policy.write_text(f"vms: [{{address: {json.dumps(address)}, disks: [{disk}]}}]")
     code, out, err = await cli("plan", str(policy))
     assert (code, "nothing to do" in out) == (0, True), out + err
     assert shown() == before
-    libvirt.virsh("destroy", "raw")
+    libvirt.virsh("destroy", name)
 
 
 async def test_the_daemon_is_killed_and_comes_back(libvirt, chain, qemu_binary):
