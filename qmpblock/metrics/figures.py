@@ -55,6 +55,7 @@ class DiskFigures:
     :ivar host_free: what is free where the active image grows.
     :ivar map_seconds: how long the map took that the layers are of.
     :ivar error: why there is no map.
+    :ivar called: what the VM's manager calls it; None: as it is.
     """
 
     disk: str
@@ -65,6 +66,7 @@ class DiskFigures:
     host_free: int | None
     map_seconds: float | None
     error: str | None
+    called: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ async def examine(vm: VM, address: str, *, maps: float) -> VMFigures:
     began = time.monotonic()
     needed = await _recovery_needed(vm)
     until = asyncio.get_running_loop().time() + maps if maps else None
-    disks = tuple([await _disk(disk, until) for disk in await vm.disks()])
+    called = {disk: name for name, disk in (await vm.disks_called(await vm.graph())).items()}
+    disks = tuple([await _disk(disk, until, called.get(disk.name)) for disk in await vm.disks()])
     jobs = await vm.jobs()
     seconds = time.monotonic() - began
     return VMFigures(address, True, False, None, seconds, needed, disks, jobs)
@@ -165,10 +168,11 @@ async def _recovery_needed(vm: VM) -> bool | None:
     return any(step.verb != "leave" for one in left for step in one.steps)
 
 
-async def _disk(disk: Disk, until: float | None) -> DiskFigures:
+async def _disk(disk: Disk, until: float | None, called: str | None) -> DiskFigures:
     """Look at one disk.
 
     :param until: by the event loop's clock, when its map has to be there; None: none is taken.
+    :param called: what its manager calls it.
     """
     seen: AllocationMap | None = None
     seconds, why = None, None
@@ -199,6 +203,7 @@ async def _disk(disk: Disk, until: float | None) -> DiskFigures:
         host_free=None if path is None else free_beside(path),
         map_seconds=seconds,
         error=why,
+        called=called,
     )
 
 

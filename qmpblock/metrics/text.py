@@ -48,6 +48,10 @@ METRICS: Mapping[str, Metric] = {
     "held": Metric("Whether another client holds the VM's monitor, so that it is not up.", _VM),
     "look_seconds": Metric("How long it took to look at the VM.", _VM),
     "recovery_needed": Metric("Whether a controller that died left something in the VM.", _VM),
+    "disk_info": Metric(
+        "1 for each disk; called: what the VM's manager calls it, or else its name.",
+        (*_DISK, "called"),
+    ),
     "disk_size_bytes": Metric("The size that the guest sees.", _DISK),
     "disk_layer_bytes": Metric(
         "What of the disk a layer supplies; depth 0 is the active one. Kind: data; zero, which "
@@ -91,6 +95,7 @@ def figures_of(vm: VMFigures) -> Iterator[Figure]:
 
 def _disk_figures(address: str, disk: DiskFigures) -> Iterator[Figure]:
     name = (address, disk.disk)
+    yield Figure("disk_info", (*name, disk.called or disk.disk), 1)
     yield Figure("disk_size_bytes", name, disk.size)
     for layer in disk.layers or ():
         for kind in ("data", "zero", "reserved"):

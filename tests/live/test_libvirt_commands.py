@@ -52,10 +52,12 @@ async def test_metrics_are_what_a_map_says(domain):
     before = domain.virsh("dumpxml")
     code, text, err = await cli("metrics", domain.address)
     assert (code, err) == (0, "")
+    samples = [one for fam in text_string_to_metric_families(text) for one in fam.samples]
+    [info] = [one.labels for one in samples if one.name == "qmpblock_disk_info"]
+    assert (info["disk"], info["called"]) == ("virtio-disk0", "vda")
     found = {
         (one.labels["depth"], one.labels["kind"]): one.value
-        for family in text_string_to_metric_families(text)
-        for one in family.samples
+        for one in samples
         if one.name == "qmpblock_disk_layer_bytes"
     }
     code, printed, _ = await cli("map", domain.address, "vda", "--totals", "--json")

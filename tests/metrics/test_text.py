@@ -17,7 +17,7 @@ from qmpblock.metrics.text import METRICS, figures_of, job_figures, rendered, ro
 DOCS = Path(__file__).parents[2] / "docs"
 ALERTS = DOCS / "qmpblock-alerts.yml"
 LAYERS = (LayerFigures(0, 3 << 20, 65536, 4096), LayerFigures(1, 1 << 50, 0, 0))
-DISK = DiskFigures("vd0", 1 << 51, LAYERS, 1 << 50, 7, 1 << 40, 0.25, None)
+DISK = DiskFigures("vd0", 1 << 51, LAYERS, 1 << 50, 7, 1 << 40, 0.25, None, "vda")
 BARE = DiskFigures('v"d\n\\1', 0, None, None, None, None, None, None)
 UNMAPPED = DiskFigures("vd2", 512, None, None, None, None, None, "somebody has the server")
 
@@ -54,6 +54,9 @@ def test_all_that_there_is_of_a_vm():
         ("qmpblock_look_seconds", a): 1.5,
         ("qmpblock_look_seconds", "vm=b.qmp"): 5,
         ("qmpblock_recovery_needed", a): 1,
+        ("qmpblock_disk_info", "called=vda", vd0, a): 1,
+        ("qmpblock_disk_info", f"called={strange.removeprefix('disk=')}", strange, a): 1,
+        ("qmpblock_disk_info", "called=vd2", "disk=vd2", a): 1,
         ("qmpblock_disk_size_bytes", vd0, a): 1 << 51,
         ("qmpblock_disk_size_bytes", strange, a): 0,
         ("qmpblock_disk_size_bytes", "disk=vd2", a): 512,
