@@ -92,9 +92,7 @@ class OtherHost:
 
     async def serve_ssh(self):
         """Run an sshd there, and have `ssh` here, of the directory returned, know it."""
-        unpacked, why = await asyncio.to_thread(fetched, "sshd", SSHD)
-        if unpacked is None:
-            raise CutOffError(f"no sshd: {why}")
+        starting = await self.having_sshd(f"/{SSHD}", "-D", "-e", "-f", f"{self.place}/sshd_config")
         for name in ("host", "user"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.place / name))
         host_key = (self.place / "host.pub").read_text()
@@ -112,22 +110,29 @@ class OtherHost:
         real = shutil.which("ssh")
         script.write_text(f'#!/bin/sh\nexec {real} -F {self.place}/ssh_config "$@"\n')
         script.chmod(0o755)
-        Path("/run/sshd").mkdir(exist_ok=True)  # as its package's service does
-        starting = [
-            laid_over(str(unpacked)),
-            have_user("sshd", 64056, str(self.place)),
-            f'exec /{SSHD} -D -e -f "{self.place}/sshd_config"',
-        ]
         with (self.place / "sshd.log").open("wb") as log:
             self.sshd = subprocess.Popen(
-                # What is mounted later is there, too: it is another host's network alone.
-                [*self.enter, *_OWN_MOUNTS, "sh", "-ec", "\n".join(starting)],
+                starting,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 preexec_fn=die_with_parent(),
             )
         await until(self._listens, "an sshd")
         return programs
+
+    async def having_sshd(self, *command):
+        """Return what runs a command there that finds an sshd: it is laid over for it alone."""
+        unpacked, why = await asyncio.to_thread(fetched, "sshd", SSHD)
+        if unpacked is None:
+            raise CutOffError(f"no sshd: {why}")
+        Path("/run/sshd").mkdir(exist_ok=True)  # as its package's service does
+        lines = [
+            laid_over(str(unpacked)),
+            have_user("sshd", 64056, str(self.place)),
+            'exec "$0" "$@"',
+        ]
+        # What is mounted later is there, too: it is another host's network alone.
+        return [*self.enter, *_OWN_MOUNTS, "sh", "-ec", "\n".join(lines), *command]
 
     def _listens(self):
         assert self.sshd.poll() is None, (self.place / "sshd.log").read_text()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbdservers import CutOffError
 
 pytestmark = pytest.mark.live
 
@@ -31,9 +32,9 @@ MIGRATIONS = {
 }
 
 
-async def said(module, *words):
+async def said(module, *words, within=()):
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, *words),
+        *(*within, sys.executable, "-m", module, *words),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -102,3 +103,16 @@ async def test_a_fleet_is_measured():
     lines = (await said("bench.fleet", "--vms", "2", "--rounds", "1")).splitlines()[3:]
     ways = [line.split(" s ")[0].rsplit(maxsplit=1)[0].strip() for line in lines]
     assert ways == ["vms", "metrics --no-map", "metrics", "maps of all", "map of each"]
+
+
+async def test_what_ansible_costs_is_measured(host):
+    """Of two hosts, which are one sshd of its own."""
+    try:
+        within = await host.having_sshd()
+    except CutOffError as error:
+        pytest.skip(str(error))
+    words = ("--hosts", "2", "--forks", "2", "--rounds", "1")
+    _, _, *lines = (await said("bench.playbooks", *words, within=within)).splitlines()
+    ways = [line.rsplit(maxsplit=3) for line in lines]
+    assert [way for way, *_ in ways] == ["true", "disk_info", "disk, check mode"]
+    assert all(0 < float(each) < float(every) for _, every, each, _ in ways)
