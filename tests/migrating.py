@@ -26,6 +26,7 @@ NEWER = Path("~/.cache/qmpblock/qemu/11.1.2/bin/qemu-system-x86_64").expanduser(
 OLD_MACHINE = "pc-i440fx-7.2"
 SPEED = 16 * MIB  # what a guest that is busy writes to its memory without end is more
 ROOM = ["-m", "64"]
+KEPT = "the disks' mirrors stay, paused, for another attempt"
 ALIKE = ("-smp", "1,maxcpus=2,sockets=2,cores=1")  # of several cores 11.1 says more by CPUID
 CONTROLLER = """\
 import asyncio, json, os, signal, sys
@@ -292,6 +293,18 @@ async def snapshot(vm, directory):
     node = {"driver": "qcow2", "node-name": "theirs", "file": file, "backing": None}
     await vm.execute("blockdev-add", **node)
     await vm.execute("blockdev-snapshot", node="d0", overlay="theirs")
+
+
+def carried(monkeypatch):
+    """Return what tells the bytes that went over the wires of the disks, once all is over."""
+    before, sent = Storage.close, []
+
+    async def close(self):
+        sent.extend(wire.relay.sent for wire in self._laid)
+        await before(self)
+
+    monkeypatch.setattr(Storage, "close", close)
+    return sent
 
 
 def children_of(pid):

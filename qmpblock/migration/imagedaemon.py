@@ -32,12 +32,10 @@ class ImageDaemon(ABC):
     """The storage daemon of one migration: `start`, then `end`.
 
     :param server: where it serves; `number`: how many images.
-    :ivar keeps: whether what it took in is believed by another attempt, as `marks` tell.
     :ivar targets: where each image is found, once it serves.
     :ivar whole: whether it has ended by itself, told to: all that it ever took in is in the images.
     """
 
-    keeps: ClassVar = False
     _poll: ClassVar = 0.005
 
     def __init__(self, run: str, server: UnixAddress, number: int, stall: float) -> None:
@@ -45,12 +43,12 @@ class ImageDaemon(ABC):
         self.targets = [NBDTarget(server, export_name(run, one)) for one in range(number)]
         self._stall = stall
 
+    @abstractmethod
     def marks(self) -> tuple[str, ...]:
         """Return what tells later that nobody has written to an image since, of each; or nothing.
 
-        Nothing does of files on another host.
+        By what the kernel takes down of a file at each write.
         """
-        return ()
 
     @abstractmethod
     async def start(self) -> None:

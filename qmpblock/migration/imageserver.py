@@ -74,8 +74,6 @@ class ImageServer(ImageDaemon):
     :param keys: of those that are encrypted, which the words name.
     """
 
-    keeps = True
-
     def __init__(
         self,
         run: str,
@@ -122,11 +120,7 @@ class ImageServer(ImageDaemon):
         return cls(run, words, opened, nodes.keys, user if theirs else None, vm.stall)
 
     def marks(self) -> tuple[str, ...]:
-        """Return what tells later that nobody has written to an image since; of each.
-
-        By what the kernel takes down of a file at each write. Nothing, where one is a device, or
-        not there any more: of that nothing tells it.
-        """
+        """See `ImageDaemon`. Nothing, where one is a device, or not there any more."""
         try:
             return tuple(" ".join(map(mark, files)) for files in self._files)
         except (OSError, UnsupportedError):

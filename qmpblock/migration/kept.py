@@ -20,7 +20,9 @@ from qmpblock.changes.copies import Migration
 from qmpblock.changes.leftovers import record_of
 from qmpblock.copying.wire import wire_socket
 from qmpblock.errors import UnsupportedError
+from qmpblock.migration.imagedaemon import ImageDaemon
 from qmpblock.migration.imageserver import ImageServer
+from qmpblock.migration.serverthere import ServerThere
 from qmpblock.names import lock_names, wire_node
 from qmpblock.qemu import lock
 from qmpblock.qemu.lock import Holder
@@ -51,8 +53,13 @@ class Kept:
         wires = tuple((wire_node(record.run, n), wire_socket(record.run, n)) for n in numbers)
         if wires != record.wires[: len(wires)] or len(disks) != len(record.kept):
             return False  # of another TMPDIR, say
+        forward = destination.monitor.forward
         try:
-            server = await ImageServer.of(destination, record.run, disks)
+            server: ImageDaemon = (
+                await ImageServer.of(destination, record.run, disks)
+                if forward is None
+                else await ServerThere.of(destination, forward, record.run, disks)
+            )
         except UnsupportedError:
             return False
         return server.marks() == record.kept

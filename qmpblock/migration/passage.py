@@ -232,7 +232,7 @@ class Passage:
         """Whether what is copied may be kept: by a storage daemon, and that is well."""
         copied = self.plan.copied
         plain = all(not pair.top and pair.allocation == "thin" for pair in copied)
-        return self.images is not None and self.images.keeps and plain and self.storage.well
+        return self.images is not None and plain and self.storage.well
 
     async def keep(self) -> bool:
         """Leave the mirrors for another attempt, if that can be; return whether they are left.

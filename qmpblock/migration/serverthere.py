@@ -8,7 +8,9 @@ hours, it gets SIGTERM then, and SIGKILL if it does not end. So nobody has to lo
 afterwards.
 
 That it has ended is known by the script's last word alone. Where that does not come, the guest must
-not go over: one that is cut off may write to the images yet.
+not go over: one that is cut off may write to the images yet. Before it the script tells the marks
+of the files, by which another attempt knows that nobody has written to them since: where `stat`
+there tells times to the nanosecond, as that of GNU does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from qmpblock.errors import (
@@ -41,17 +44,24 @@ _LOGIN = 30.0  # seconds for the script to say what it has found
 _END = 5.0  # seconds to hear of its end: two until SIGKILL, and the way there and back
 _NOTICE = 10  # seconds beyond the stall limit in which the script hears nothing, and ends it
 _BEAT = 2.0  # seconds between two signs of life
-_LONGEST = 4096  # bytes of its last words that are kept
+_LONGEST = 1 << 16  # bytes of its last words that are kept
+_MARK = re.compile(r"mark (\d+:\d+:\d+:\d+\.\d{9}:\d+\.\d{9})")
 #: Sees that the images are those that a QEMU has open which waits for a guest: a name may lead the
 #: ssh's user to another file. Finds the program, and runs it.
 # $1: look, or serve; $2: for how many seconds nothing may come; $3: the socket; $4: of how many
 # images the names follow; then its words. (No shell's own `read` has a time limit everywhere.)
 _SCRIPT = r"""
 umask 077
+export LC_ALL=C
 trap '' HUP PIPE
+marks() {
+  for one in "$@"; do
+    [ -f "$one" ] && stat -L -c 'mark %d:%i:%s:%.9Y:%.9Z' -- "$one" 2>/dev/null || echo mark
+  done
+}
 what=$1 silent=$2 socket=$3 count=$4
 shift 4
-beside=
+beside= names=
 while [ "$count" -gt 0 ]; do
   found=
   for one in /proc/[0-9]*/fd/*; do
@@ -65,6 +75,7 @@ while [ "$count" -gt 0 ]; do
     fi
   done
   if [ -z "$found" ]; then echo "unseen $1"; exit 0; fi
+  names="$names '$(printf '%s' "$1" | sed "s/'/'\\\\''/g")'"
   shift
   count=$((count - 1))
 done
@@ -72,7 +83,7 @@ program=$beside
 "$program" --version </dev/null >/dev/null 2>&1 || program=$(command -v qemu-storage-daemon)
 if [ -z "$program" ]; then echo missing; exit 0; fi
 echo found
-if [ "$what" = look ]; then exit 0; fi
+if [ "$what" = look ]; then eval "marks $names"; exit 0; fi
 exec 3<&0
 "$program" "$@" </dev/null >&2 3<&- &
 daemon=$!
@@ -87,23 +98,22 @@ wait $daemon
 code=$?
 kill $watch 2>/dev/null
 rm -f "$socket"
+eval "marks $names"
 echo "ended $code"
 """
 
 
 class _NodesThere(ImageNodes):
-    """Those of a destination on another host: by the names that its QEMU shows, `names`."""
+    """Those of a destination on another host: by the names that its QEMU shows."""
 
     def __init__(self) -> None:
         super().__init__(())  # its command line is not seen
-        self.names: list[str] = []
 
     def _leaf(self, image: Layer, node: Node) -> dict[str, Any]:
         if node.driver not in ("file", "host_device"):
             refuse(image, f"is no file there (its driver is {node.driver})")
         if not node.filename.startswith("/") or node.filename.startswith("/dev/fd"):
             refuse(image, "has no absolute path there, by which alone it is found")
-        self.names.append(node.filename)
         return {"driver": node.driver, "filename": node.filename}
 
     async def _key(self, image: Layer) -> str:
@@ -113,7 +123,7 @@ class _NodesThere(ImageNodes):
 class ServerThere(ImageDaemon):
     """One on another host. Made by `of`.
 
-    What it wrote is not believed by another attempt: nothing is kept.
+    :param files: the names of each image's files there, with what it lies on.
     """
 
     _poll = 0.02
@@ -123,11 +133,12 @@ class ServerThere(ImageDaemon):
         forward: Forward,
         run: str,
         words: Sequence[str],
-        names: Sequence[str],
-        number: int,
+        files: Sequence[Sequence[str]],
         stall: float,
     ) -> None:
-        super().__init__(run, forward.nbd.here, number, stall)
+        super().__init__(run, forward.nbd.here, len(files), stall)
+        self._files = files
+        names = [name for each in files for name in each]
         address = {"addr": {"type": "unix", "path": forward.nbd.there}}
         # No sooner than we would give up: a wire that comes back within that is none that died.
         self._silent = int(stall) + _NOTICE
@@ -155,14 +166,24 @@ class ServerThere(ImageDaemon):
         :raise UnsupportedError: they cannot be: says why.
         """
         nodes = _NodesThere()
-        words, _ = await described(nodes, run, disks)
-        made = cls(forward, run, words, nodes.names, len(disks), vm.stall)
+        words, opened = await described(nodes, run, disks)
+        files = [[*_files(node)] for node in opened]
+        made = cls(forward, run, words, files, vm.stall)
         try:
             await made._run(made._look)
             await made._until_found()
+            await asyncio.wait(made._tasks[:1], timeout=_LOGIN)  # it tells the marks, and ends
         finally:
             await made._close()
         return made
+
+    def marks(self) -> tuple[str, ...]:
+        """See `ImageDaemon`: as the script told them last."""
+        told = [_MARK.fullmatch(line) for line in self._lines() if line.startswith("mark")]
+        marks = iter([one[1] for one in told if one])
+        if len(told) != sum(map(len, self._files)) or None in told:
+            return ()
+        return tuple(" ".join(islice(marks, len(each))) for each in self._files)
 
     async def start(self) -> None:
         """See `ImageDaemon`."""
@@ -289,6 +310,15 @@ class ServerThere(ImageDaemon):
         self._tasks[2].cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await process.wait()
+
+
+def _files(node: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the files of an image, and of what it lies on."""
+    if "filename" in node:
+        yield node["filename"]
+    for edge in ("file", "data-file", "backing"):
+        if node.get(edge):
+            yield from _files(node[edge])
 
 
 def _cannot(why: str, remedy: str) -> UnsupportedError:

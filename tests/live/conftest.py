@@ -124,6 +124,7 @@ SHARES = {
     "test_migrate_daemon_ssh::test_no_key_is_handed_on": 0.5,
     "test_migrate_daemon_ssh::test_one_dies": 0.09,
     "test_migrate_daemon_ssh::test_the_controller_dies": 0.5,
+    "test_migrate_daemon_ssh::test_what_was_mirrored_is_not_mirrored_again": 0.25,
     "test_migrate_ssh::test_ssh_is_killed": 0.13,
     "test_migrate_ssh::test_the_controller_dies_and_is_recovered": 0.34,
     "test_migrate_ssh::test_the_controller_dies_and_the_wire_is_cut": 0.13,

@@ -10,7 +10,18 @@ from functools import partial
 import pytest
 from chains import cli
 from disturbed import until
-from migrating import arrived, at, children_of, machine, migrated_to, stays, storage_daemons
+from migrating import (
+    KEPT,
+    MIB,
+    arrived,
+    at,
+    carried,
+    children_of,
+    machine,
+    migrated_to,
+    stays,
+    storage_daemons,
+)
 
 import qmpblock
 from qmpblock.errors import UnsupportedError
@@ -87,16 +98,78 @@ async def test_one_dies(who, phase, host, begin, land, invariant, vm_dir, monkey
         await migrated(host, source, destination, stall=4)
     print(failed.value)
     assert "the guest runs at the source" in str(failed.value)
+    # Whoever wants them has the very images that they were of; here there are new ones.
+    assert (KEPT in str(failed.value)) == (who == "destination")
     if phase == "copying":  # it ends by itself, though sshd has noticed nothing yet
         await gone(vm_dir, destination)
     host.set_wire(up=True)
     await gone(vm_dir, destination)
-    await stays(source, invariant)
+    if who != "destination":
+        await stays(source, invariant)
     if destination.running:
         await destination.kill()
     destination = await land(source)
     await arrived(source, destination, await migrated(host, source, destination))
     await gone(vm_dir, destination)
+
+
+@pytest.fixture
+def again(start_qemu, invariant, host, qemu_binary):
+    """Give what starts a destination anew there, with the images of one that has ended."""
+
+    async def start(source, destination):
+        waiting = {"incoming": "defer", "extra": ["-S"], "guest": True, "machine": source.machine}
+        qemu = host.program(qemu_binary)
+        vm = await start_qemu(destination.disks, qemu=qemu, **waiting)
+        invariant.forget(vm)
+        return vm
+
+    return start
+
+
+@pytest.mark.parametrize("phase", ["ready", "memory", "active", "held"])
+async def test_what_was_mirrored_is_not_mirrored_again(
+    phase, host, begin, land, again, invariant, vm_dir, monkeypatch
+):
+    """The disks hold 8 MiB each, which the guest does not write to; it does elsewhere."""
+    source = await begin(machine(2), rate=100)
+    destination = await land(source)
+    destination.expect_exit()
+    invariant.forget(source)
+    with at(monkeypatch, phase, destination.kill), pytest.raises(qmpblock.Error, match=KEPT):
+        await migrated(host, source, destination)
+    await gone(vm_dir, destination)
+    before = [(await source.guest.progress(number)).issued for number in range(2)]
+    destination = await again(source, destination)
+    sent = carried(monkeypatch)
+    result = await migrated_to(host, source, destination)  # without being asked for one
+    assert [one.text for one in result.notices] == [
+        "the disks' mirrors of an attempt before are gone on with"
+    ]
+    ends = await arrived(source, destination, result)
+    written = [(end.issued - had) * 4096 for end, had in zip(ends, before, strict=True)]
+    print(f"written since: {written}; over the wires: {sent}")
+    for number, bound in enumerate(written):
+        assert result.disks[number].copied <= bound + MIB // 2
+        assert sent[number] <= bound * 1.02 + MIB
+
+
+async def test_an_image_that_was_written_to_since_is_copied_anew(
+    host, begin, land, again, invariant, monkeypatch
+):
+    source = await begin(machine(2), rate=100)
+    destination = await land(source)
+    destination.expect_exit()
+    invariant.forget(source)
+    with at(monkeypatch, "memory", destination.kill), pytest.raises(qmpblock.Error, match=KEPT):
+        await migrated(host, source, destination)
+    with destination.disks[0].active.path.open("r+b") as image:
+        image.write(b"Q")  # as was there: of QFI\xfb
+    destination = await again(source, destination)
+    result = await migrated(host, source, destination)
+    assert result.notices == ()
+    assert min(disk.copied for disk in result.disks) >= 8 * MIB
+    await arrived(source, destination, result)
 
 
 #: Starts what holds its stderr, as a ProxyJump of its own does that waits for a dead wire.

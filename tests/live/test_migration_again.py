@@ -4,14 +4,12 @@ import tempfile
 
 import pytest
 from chains import cli
-from migrating import MIB, arrived, at, machine, migrated, stays, storage_daemons
+from migrating import KEPT, MIB, arrived, at, carried, machine, migrated, stays, storage_daemons
 
 import qmpblock
 from qmpblock.changes.change import Change
-from qmpblock.migration.storage import Storage
 
 pytestmark = pytest.mark.live
-KEPT = "the disks' mirrors stay, paused, for another attempt"
 
 
 @pytest.fixture
@@ -42,18 +40,6 @@ def failed(begin, start_destination, invariant, monkeypatch):
         return source, destination, str(error.value)
 
     return fail
-
-
-def carried(monkeypatch):
-    """Return what tells the bytes that went over the wires of the disks, once all is over."""
-    before, sent = Storage.close, []
-
-    async def close(self):
-        sent.extend(wire.relay.sent for wire in self._laid)
-        await before(self)
-
-    monkeypatch.setattr(Storage, "close", close)
-    return sent
 
 
 async def jobs(vm):
