@@ -200,8 +200,8 @@ async def command(
             "SOURCE DESTINATION [--dry-run], SOURCE --storage-only DISK=FILE..., SOURCE "
             "--command-line, SOURCE --spawn or --list FILE"
         )
-    if storage_daemon and (form is not None or memory_only):
-        raise click.UsageError("--storage-daemon is of a migration that is made, with its disks")
+    if storage_daemon and (form not in (None, "dry-run") or memory_only):
+        raise click.UsageError("--storage-daemon is of a migration with its disks")
     if over is not None and (form not in (None, "dry-run") or storage_daemon):
         raise click.UsageError("--over is of a migration, without --storage-daemon")
     if svg is not None:
@@ -254,15 +254,22 @@ async def command(
                     show = functools.partial(recorder.also, vm=source, what=WHAT)
                     return await migrated(options, here, there, also=show, svg=svg, **how)
                 planned = await plan_migration(
-                    here, there, terms=terms, speed=speed, means=means, over=over
+                    here,
+                    there,
+                    terms=terms,
+                    speed=speed,
+                    means=means,
+                    over=over,
+                    storage_daemon=storage_daemon,
                 )
     if options.json:
         emit(json.dumps(document(planned), indent=2) + "\n")
     else:
         _say(planned)
+    warn(planned.warnings)
     if planned.refused:
         return _REFUSED
-    return WARNED if planned.findings else 0
+    return WARNED if planned.findings or planned.warnings else 0
 
 
 def _written(plan: Launch) -> str:

@@ -34,6 +34,8 @@ def said(planned: PlannedMigration) -> Iterator[str]:
         )
     for one in planned.bitmaps:
         yield f"{printable(one.disk)}: its dirty bitmap {printable(one.name)} would go along"
+    if planned.storage_daemon:
+        yield "a storage daemon would have the destination's images until they are copied"
     expected = planned.prediction
     if expected is None:
         return

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from qmpblock.errors import Error, printable
 from qmpblock.migration.compare import Finding, compare
 from qmpblock.migration.diskterms import Allocation, DiskTerms, Layers
+from qmpblock.migration.imageserver import image_server
 from qmpblock.migration.likeness import check_likeness, reserved_zeros
 from qmpblock.migration.means import MigrationMeans
 from qmpblock.migration.measure import measure
@@ -35,6 +36,7 @@ from qmpblock.migration.settings import (
 from qmpblock.migration.storage import check_can_block
 from qmpblock.migration.way import check_seen, way_over
 from qmpblock.migration.wirespeed import measure_wire
+from qmpblock.names import new_run
 
 if TYPE_CHECKING:
     from qmpblock.migration.machine import GuestDisk
@@ -101,6 +103,8 @@ class PlannedMigration:
     :ivar notices: what would be done on request, as its memory begins to go, for it to end.
     :ivar pause: seconds for which the guest would be paused for all of its memory, where that is
         asked for; None where it is not, or cannot be told.
+    :ivar storage_daemon: whether one would have the destination's images.
+    :ivar warnings: what else is worth acting on.
     """
 
     findings: tuple[Finding, ...]
@@ -115,6 +119,8 @@ class PlannedMigration:
     prediction: Prediction | None = None
     notices: tuple[str, ...] = ()
     pause: float | None = None
+    storage_daemon: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def refused(self) -> bool:
@@ -130,6 +136,7 @@ async def plan_migration(
     speed: int = 0,
     means: MigrationMeans | None = None,
     over: str | None = None,
+    storage_daemon: bool = False,
 ) -> PlannedMigration:
     """Say what a migration would be: what speaks against it, what it takes, whether it would end.
 
@@ -141,9 +148,12 @@ async def plan_migration(
     :param means: what it may do to come to its end.
     :param over: by which network disks and memory would go (`nbds://HOST[:PORT]`), as of
         `migrate`; None: as the monitors.
+    :param storage_daemon: whether one is to have the destination's images; without, one has them
+        where QEMU would not outlive it otherwise.
     :raise RequestError: `means`, `terms` or `over` cannot be.
     :raise Error: nothing goes `over` there: a migration would fail before anything is copied.
-    :raise UnsupportedError: one of both cannot do what `means` say.
+    :raise UnsupportedError: one of both cannot do what `means` say; or a storage daemon that is
+        asked for cannot have the images.
     """
     means = MigrationMeans() if means is None else means
     means.check()
@@ -165,11 +175,16 @@ async def plan_migration(
     if plan.refused:
         return plan
     devices = {device.name: device for device in (await source.graph()).disks()}
-    load = await measure(source, devices.values())
     wanted = written_disks(here, there) if terms.copies else []
+    arriving = {device.name: device for device in (await destination.graph()).disks()}
+    images, why = None, ""
+    if way is None:
+        targets = [arriving[other.name] for _, other in wanted]
+        images, why = await image_server(destination, new_run(), targets, wanted=storage_daemon)
+    plan = replace(plan, storage_daemon=images is not None, warnings=tuple(filter(None, [why])))
+    load = await measure(source, devices.values())
     top = {one.name for one, _ in wanted if one.below and terms.layers == "top"}
     if terms.allocation == "same":
-        arriving = {device.name: device for device in (await destination.graph()).disks()}
         for one, other in wanted:
             zeros = await reserved_zeros(source, devices[one.name], top=one.name in top)
             check_likeness(destination, arriving[other.name], zeros)

@@ -15,6 +15,7 @@ from qmpblock.copying import wire as wire_module
 from qmpblock.errors import ToolError, UnsupportedError
 from qmpblock.host.processes import users_of
 from qmpblock.migration import imageserver
+from qmpblock.migration.rehearsal import plan_migration
 from qmpblock.names import new_run
 from qmpblock.qemu.capabilities import Capabilities
 from qmpblock.testing import Tools, build, parse_scenario, read_area
@@ -46,6 +47,19 @@ def daemons(vm_dir):
 
     yield find
     assert find() == []
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["unasked", "asked-for"])
+async def test_a_dry_run_says_whether_there_would_be_one(
+    wanted, begin, start_destination, daemons, qemu_version
+):
+    source = await begin(machine(iothread="one"))
+    destination = await start_destination(source)
+    async with both(source, destination) as vms:
+        plan = await plan_migration(*vms, storage_daemon=wanted)
+    dies = Capabilities(qemu_version).nbd_clients_endanger_iothreads  # of its own exports
+    assert (plan.storage_daemon, plan.warnings) == (wanted or dies, ())
+    await again(source, start_destination)
 
 
 @pytest.mark.parametrize("image", ["qcow2", "raw"])

@@ -1,15 +1,18 @@
 """Migrations by ssh in which a storage daemon over there has the destination's images."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from chains import cli
 from disturbed import until
+from jsonschema import Draft202012Validator
 from migrating import (
     KEPT,
     MIB,
@@ -28,6 +31,9 @@ from qmpblock.errors import UnsupportedError
 from qmpblock.host.processes import command_line
 
 pytestmark = pytest.mark.live
+
+SCHEMA = Path(__file__).parents[2] / "docs/schema/migration-plan.schema.json"
+PLAN = json.loads(SCHEMA.read_text())
 
 
 @pytest.fixture
@@ -172,6 +178,25 @@ async def test_an_image_that_was_written_to_since_is_copied_anew(
     await arrived(source, destination, result)
 
 
+def foreseen(host, source, destination):
+    sides = source.monitor_path, host.address(destination)
+    return ("migrate", *sides, "--dry-run", "--storage-daemon", "--json")
+
+
+async def test_a_dry_run_starts_none(host, begin, land, invariant, vm_dir):
+    source = await begin()
+    destination = await land(source)
+    await invariant.begin(source)
+    code, out, err = await cli(*foreseen(host, source, destination))
+    assert code == 0, err
+    plan = json.loads(out)
+    Draft202012Validator(PLAN).validate(plan)
+    assert (plan["storage_daemon"], plan["warnings"]) == (True, [])
+    await gone(vm_dir, destination)
+    assert (await destination.execute("query-status"))["status"] == "inmigrate"
+    await stays(source, invariant)
+
+
 #: Starts what holds its stderr, as a ProxyJump of its own does that waits for a dead wire.
 LINGERING = """#!/bin/sh
 sleep {} </dev/null >/dev/null &
@@ -231,6 +256,8 @@ async def test_what_is_not_seen_there_to_be_the_destinations_is_refused(
     image.write_bytes(b"another")
     with pytest.raises(UnsupportedError, match=r"no QEMU that waits there is seen to have .* open"):
         await migrated(host, source, destination)
+    code, _, err = await cli(*foreseen(host, source, destination))
+    assert (code, "is seen to have" in err) == (2, True), err
     assert image.read_bytes() == b"another"
     moved.rename(image)
     await gone(vm_dir, destination)
