@@ -17,10 +17,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from chains import convert
-from disturbed import locks, nothing_of_ours
+from disturbed import locks, nothing_of_ours, writes_on
 from dying import deadly
 from killing import MOMENTS, Graveyard
-from migrating import arrived, overlying, spec, stressed
+from migrating import arrived, overlying, snapshot, spec, stressed
 from migrationblows import STALL, blow, impatient
 from migrationoutcomes import INTERRUPTED, allowed
 from migrationsights import Sights
@@ -29,7 +29,7 @@ from ports import free_ports
 from rounds import slice_of_soak
 
 import qmpblock
-from qmpblock.errors import DisconnectedError, UndecidedError
+from qmpblock.errors import CommandError, DisconnectedError, UndecidedError
 from qmpblock.migration import arbiter
 from qmpblock.migration.journal import journals
 from qmpblock.migration.states import Phase, Side
@@ -103,6 +103,38 @@ STRUCK = (
     "destination",
     "controller; two recover",
 )
+
+
+async def _snapshot(source, _):
+    await snapshot(source, source.directory)
+
+
+async def _bitmap(source, _):
+    await source.execute("block-dirty-bitmap-add", node="d0", name="theirs")
+
+
+async def _plug(_, destination):
+    await destination.execute("device_add", driver="virtio-rng-pci", id="theirs", addr="1c")
+
+
+async def _unplug(_, destination):
+    await destination.execute("device_del", id="vd0")
+
+
+async def _pause(source, _):
+    if await _status(source) == "running":  # who holds its guest does not let it go on
+        await source.execute("stop")
+        await source.execute("cont")
+
+
+#: What somebody else does at a command, to source and destination.
+THEIRS = {
+    "a snapshot": _snapshot,
+    "a bitmap": _bitmap,
+    "a device plugged in there": _plug,
+    "a disk unplugged there": _unplug,
+    "stopped and continued": _pause,
+}
 #: Those of the rows that tell of another shape what that changes.
 TELLING = (
     "controller",
@@ -192,6 +224,8 @@ class Matrix:
             how = self._under
         elif struck in INTERRUPTED:
             how = self._interrupted
+        elif struck in THEIRS:
+            how = self._disturbed
         self._started.clear()
         try:
             died, outcome = await how(struck, number, moment, *await self._pair())
@@ -432,12 +466,47 @@ class Matrix:
                 await destination.kill()
                 await source.execute("object-del", id=left)
 
+    # -- somebody else who does something to either side meanwhile
+
+    async def _disturbed(self, struck, number, moment, source, destination):
+        came, failed = [], None
+
+        async def strike(_):
+            try:
+                await THEIRS[struck](source, destination)
+                came.append("done")
+            except CommandError:
+                came.append("refused")
+
+        try:
+            async with self._migrating(source, destination, number, moment, strike) as job:
+                pass
+        except qmpblock.Error as error:
+            failed = error
+        running = [vm for vm in (source, destination) if await _runs(vm)]
+        owner = destination if failed is None else source
+        assert running == [owner], f"{failed}"
+        if failed is None:
+            assert not job.result.warnings
+            assert await _status(source) == "postmigrate"
+        else:
+            assert came == ["done"], failed
+            assert "the guest runs at the source" in str(failed), failed
+        # Where images are on both sides, a destination would have to be started with theirs, too.
+        both_have = self._shape.shared or self._shape.top
+        fits = not (both_have and struck == "a snapshot")
+        await self._goes_on(owner, source, destination, kept=_kept(failed), again=fits)
+        if not came:
+            return False, ""
+        return True, f"{came[0]}, {'gone over' if failed is None else 'given up'}"
+
     # -- the verdict
 
-    async def _goes_on(self, owner, source, destination, *, kept=False):
+    async def _goes_on(self, owner, source, destination, *, kept=False, again=True):
         """See that the guest is whole, and where it stayed that the next attempt succeeds.
 
         :param kept: whether mirrors stay at the source, as the error said.
+        :param again: whether there is to be one.
         """
         if owner is destination:
             await _whole(destination)
@@ -450,10 +519,13 @@ class Matrix:
         assert list(journals()) == []
         if destination.running:
             await destination.kill()
-        again = await self._destination(source)
-        async with self._migrating(source, again) as job:
+        if not again:
+            await writes_on(source.guest)
+            return
+        destination = await self._destination(source)
+        async with self._migrating(source, destination) as job:
             pass
-        await arrived(source, again, job.result)
+        await arrived(source, destination, job.result)
 
     async def _holds(self, vm):
         """See that the images of a VM that has ended lack nothing."""
@@ -505,6 +577,10 @@ async def _whole(vm):
 def _kept(failed):
     """Whether an error says that mirrors stay."""
     return failed is not None and "mirrors stay, paused" in str(failed)
+
+
+async def _status(vm):
+    return (await vm.execute("query-status"))["status"]
 
 
 async def _runs(vm):

@@ -132,6 +132,7 @@ SHARES = {
     "test_migration_again::test_what_was_mirrored_is_not_mirrored_again": 0.25,
     "test_migration_again::test_where_a_lock_cannot_be_written_none_is_kept": 0.5,
     "test_migration_kills::test_another_shape_struck_at_some_command": 0.34,
+    "test_migration_kills::test_somebody_else_at_some_command": 0.5,
     "test_migration_kills::test_who_has_the_guest": 0.1,
     "test_migrate_stopped::test_after_kill_9": 0.17,
     "test_migrate_stopped::test_it_stays_stopped_at_the_destination": 0.34,

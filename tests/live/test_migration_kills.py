@@ -8,7 +8,7 @@ import signal
 import pytest
 from disturbed import nothing_of_ours, writes_on
 from migrating import dies_in, machine, migrated, storage_daemons, stressed
-from migrationkills import SHAPES, TELLING, Matrix
+from migrationkills import SHAPES, TELLING, THEIRS, Matrix
 from migrationoutcomes import (
     ASKED,
     DESTINATION,
@@ -218,6 +218,20 @@ async def test_another_shape_struck_at_some_command(
         number, moment = chance.choice(list(matrix.points()))
         await matrix.strike(struck, number, moment)
     print(f"{struck} {moment} command {number}: {dict(matrix.outcomes)}")
+
+
+@pytest.mark.parametrize("shape", [None, "shared"])
+async def test_somebody_else_at_some_command(
+    shape, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    """Somebody takes a snapshot, say, before or after a command of ours: gone over, or not."""
+    _, chance = rounds(1)
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    async with Matrix(*where, shape=SHAPES.get(shape)) as matrix:
+        theirs = chance.choice(list(THEIRS))
+        number, moment = chance.choice(list(matrix.points()))
+        await matrix.strike(theirs, number, moment)
+    print(f"{theirs} {moment} command {number}: {dict(matrix.outcomes)}")
 
 
 @pytest.mark.parametrize(("struck", "phase"), CELLS, ids=str)

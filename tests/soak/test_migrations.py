@@ -6,7 +6,7 @@ import pytest
 from migrating import ALIKE, to_newer
 from migratinglinux import log_goes_over
 from migrationattempts import broken_off_then_made
-from migrationkills import SHAPES, STRUCK, TELLING, kill_matrix
+from migrationkills import SHAPES, STRUCK, TELLING, THEIRS, kill_matrix
 from migrationoutcomes import INTERRUPTED, WIRE_CUT
 from migrationrounds import migrations_under_stress
 from rounds import rounds
@@ -81,6 +81,15 @@ async def test_another_shape_struck_at_every_command(
 ):
     where = (start_qemu, start_destination, vm_dir, qemu_binary)
     await kill_matrix(struck, *where, shape=SHAPES[shape])
+
+
+@pytest.mark.parametrize("shape", [None, "shared", "two scsi", "top"])
+@pytest.mark.parametrize("theirs", THEIRS)
+async def test_somebody_else_at_every_command(
+    theirs, shape, start_qemu, start_destination, vm_dir, qemu_binary
+):
+    where = (start_qemu, start_destination, vm_dir, qemu_binary)
+    await kill_matrix(theirs, *where, shape=SHAPES.get(shape))
 
 
 async def test_the_wire_cut_at_every_command(
