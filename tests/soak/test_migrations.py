@@ -1,9 +1,13 @@
 """Migrations of disks drawn by chance, and broken off again and again: `make soak`."""
 
+import asyncio
+import json
+import time
 from dataclasses import replace
 
 import pytest
-from migrating import ALIKE, to_newer
+from chains import cli
+from migrating import ALIKE, machine, to_newer
 from migratinglinux import log_goes_over
 from migrationattempts import broken_off_then_made
 from migrationkills import SHAPES, STRUCK, TELLING, THEIRS, kill_matrix
@@ -11,6 +15,7 @@ from migrationoutcomes import INTERRUPTED, WIRE_CUT
 from migrationrounds import migrations_under_stress
 from rounds import rounds
 
+from qmpblock.testing import Tools, build, parse_scenario
 from qmpblock.testing.linux import LinuxImage
 
 pytestmark = [pytest.mark.live, pytest.mark.soak]
@@ -109,6 +114,63 @@ async def test_with_a_daemon_there_struck_at_every_command(
     """A storage daemon by ssh has the destination's images."""
     where = (start_qemu, start_destination, vm_dir, qemu_binary)
     await kill_matrix(struck, *where, host=ssh_host, storage_daemon=True)
+
+
+LIMIT = 8 << 20  # bytes a second, of a list
+AT_ONCE = 16 << 20  # bytes that QEMU's mirror sends before it rests
+HELD = "content: [write 0 8M 0xaa, write 24M 30M 0xbb]"
+
+
+async def test_a_list_keeps_to_its_limit_as_its_images_grow(
+    start_qemu, start_destination, vm_dir, qemu_binary
+):
+    """Five VMs, two at a time, of which one fails on the way: what files say, not we."""
+    pairs, lines = [], []
+    text = machine().replace("content: [write 0 8M 0xaa]", HELD)
+    for number in range(5):
+        place = vm_dir / f"source{number}"
+        built = await build(parse_scenario(text, "source"), place, Tools.of(qemu_binary))
+        source = await start_qemu(built, guest=True)  # which writes nothing
+        destination = await start_destination(source)
+        pairs.append((source, destination))
+        lines.append(
+            f"  - {{source: {source.monitor_path}, destination: {destination.monitor_path}}}\n"
+        )
+    file = vm_dir / "list.yaml"
+    file.write_text(f"parallel: 2\nspeed: {LIMIT}\nvms:\n" + "".join(lines))
+    images = [vm.disks[0].active.path for _, vm in pairs]
+
+    def held():
+        return [image.stat().st_blocks * 512 for image in images]
+
+    failing, first = pairs[1][1], held()
+    failing.expect_exit()
+    running = asyncio.create_task(cli("migrate", "--list", str(file), "--json"))
+    seen = [(time.monotonic(), first)]
+    while not running.done():
+        await asyncio.sleep(0.1)
+        seen.append((time.monotonic(), held()))
+        if failing.running and seen[-1][1][1] - first[1] > 12 << 20:
+            await failing.kill()
+    code, out, err = await running
+    assert code == 1, err
+    states = [one["state"] for one in json.loads(out)["migrations"]]
+    assert states == ["done", "failed", "done", "done", "done"]
+    grown = [(at, sum(now) - sum(first)) for at, now in seen]
+    pace = max(
+        (much - had - 2 * AT_ONCE) / (later - at)
+        for at, had in grown
+        for later, much in grown
+        if later - at >= 4
+    )
+    begun = next(at for at, much in grown if much)
+    ended, whole = next((at, much) for at, much in grown if much == grown[-1][1])
+    print(f"at most {pace / LIMIT:.2f} of the limit in any four seconds, but for a burst of each")
+    print(
+        f"{whole >> 20} MiB in {ended - begun:.1f} s: {whole / (ended - begun) / LIMIT:.2f} of it"
+    )
+    assert pace < 1.05 * LIMIT
+    assert whole / (ended - begun) < 1.2 * LIMIT  # with the first burst, for which none is waited
 
 
 MOST = 16 << 20  # bytes that QEMU may have come to hold, of all the attempts together
