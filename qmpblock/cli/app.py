@@ -31,6 +31,8 @@ from qmpblock.errors import Error, printable
 if TYPE_CHECKING:
     import asyncio
 
+    from rich.console import RenderableType
+
     from qmpblock.vm import VM
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "pair",
     "run",
     "signals_go_to",
+    "uncut",
     "unmanaged_option",
     "warn",
 ]
@@ -407,6 +410,16 @@ def signals_go_to(take: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         _takers.remove(take)
+
+
+def uncut(shown: RenderableType) -> None:
+    """Print a table or tree whose lines a terminal may wrap: names in them are there to be copied.
+
+    Left to itself, rich cuts them at the width of the terminal, and at 80 columns in a pipe.
+    """
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True, width=_LONGEST).print(shown)
 
 
 def emit(text: str) -> None:

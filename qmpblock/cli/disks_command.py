@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpblock.cli.app import Options, emit
+from qmpblock.cli.app import Options, emit, uncut
 from qmpblock.cli.app import command as make_command
 from qmpblock.errors import printable
 from qmpblock.qemu.elsewhere import disks_served_elsewhere
@@ -105,13 +105,11 @@ def served_document(disk: ServedDisk) -> dict[str, Any]:
 def _show(
     devices: tuple[Device, ...], called: Mapping[str, str], served: tuple[ServedDisk, ...]
 ) -> None:
-    from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree
 
-    console = Console(highlight=False, soft_wrap=True)
     if not devices and not served:
-        console.print("This VM has no disks.")
+        emit("This VM has no disks.\n")
     for device in devices:
         tree = Tree(_title(device, called.get(device.name)), guide_style="dim")
         if device.chain is not None:
@@ -130,10 +128,12 @@ def _show(
             tree.add(_line(f"job     {job.type}", job.id, job.status))
         for export in device.exports:
             tree.add(_line("export", export))
-        console.print(tree)
+        uncut(tree)
     for disk in served:
-        console.print(Text(printable(disk.name), style="bold"), end="  ")
-        console.print(Text(f"{printable(disk.driver)}: {disk.where()} has its images"))
+        line = Text()
+        line.append(printable(disk.name), style="bold")
+        line.append(f"  {printable(disk.driver)}: {disk.where()} has its images")
+        uncut(line)
 
 
 def _title(device: Device, called: str | None) -> Text:

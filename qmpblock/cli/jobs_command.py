@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qmpblock.cli.app import Options, emit
+from qmpblock.cli.app import Options, emit, uncut
 from qmpblock.cli.app import command as make_command
 from qmpblock.errors import printable
 from qmpblock.graph.model import BlockGraph, JobInfo
@@ -50,7 +50,6 @@ def document(job: JobInfo, graph: BlockGraph) -> dict[str, Any]:
 
 
 def _show(documents: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -72,4 +71,4 @@ def _show(documents: list[dict[str, Any]]) -> None:
             "ours" if one["ours"] else "foreign",
         )
         table.add_row(*(Text(word) for word in words))
-    Console(highlight=False, soft_wrap=True).print(table)
+    uncut(table)

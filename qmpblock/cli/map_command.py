@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qmpblock.cli.app import Options, Size, emit
+from qmpblock.cli.app import Options, Size, emit, uncut
 from qmpblock.cli.app import command as make_command
 from qmpblock.cli.picture import svg_option, write_svg
 from qmpblock.errors import printable
@@ -232,8 +232,8 @@ def _print_layers(view: _View) -> None:
 
 
 def _print_totals(view: _View) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from qmpblock.sizes import human_size
 
@@ -243,9 +243,9 @@ def _print_totals(view: _View) -> None:
         table.add_column(name, justify="left" if name == "layer" else "right")
     for row in totals.layers:
         name = f"@{row.depth}  {printable(view.files[row.depth])}"
-        table.add_row(name, *(human_size(n) for n in (row.data, row.zero, row.reserved)))
+        table.add_row(Text(name), *(human_size(n) for n in (row.data, row.zero, row.reserved)))
     table.add_row("in no layer", "", human_size(totals.absent), "")
-    Console(highlight=False, soft_wrap=True).print(table)
+    uncut(table)
 
 
 def _print_extents(maps: Sequence[tuple[str, AllocationMap]], *, limit: int | None) -> None:

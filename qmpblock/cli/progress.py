@@ -108,10 +108,10 @@ def _bars() -> Iterator[Callable[[str], Reporter]]:
     from qmpblock.sizes import human_size
 
     bars = Bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TextColumn("{task.percentage:3.0f}%"),
-        TextColumn("{task.fields[said]}"),
+        TextColumn("{task.fields[said]}", markup=False),
         console=Console(stderr=True, highlight=False),
         transient=True,
     )

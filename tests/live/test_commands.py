@@ -14,7 +14,7 @@ from forking import forked
 from jsonschema import Draft202012Validator
 
 import qmpblock
-from qmpblock.testing.images import build
+from qmpblock.testing.images import Tools, build
 
 pytestmark = pytest.mark.live
 
@@ -63,6 +63,41 @@ async def test_disks_command(scenario, start_qemu):
     assert disk["device"] in out
     assert "(empty)" in out
     assert out.count("qcow2") >= 2
+
+
+@CHAIN
+async def test_names_are_whole_however_narrow_the_terminal(
+    scenario, start_qemu, vm_dir, qemu_binary
+):
+    """Nor are they taken for markup; in a pipe the width is 80, whatever the names are."""
+    vm = await start_qemu(scenario)
+    theirs = "theirs-" + "x" * 60
+    image = vm_dir / f"[bold] [/] :smile: {'y' * 60}.qcow2"
+    await vm.execute("blockdev-add", driver="null-co", node_name="n", size=4096)
+    await vm.execute("blockdev-add", driver="null-co", node_name="m", size=4096)
+    await vm.execute(
+        "blockdev-mirror", job_id=theirs, device="n", target="m", sync="full", auto_dismiss=False
+    )
+    tools = Tools.of(qemu_binary)
+    image.parent.mkdir()
+    await tools.run(str(tools.img), "create", "-q", "-f", "qcow2", str(image), "1M")
+    async with qmpblock.connect(vm.monitor_path) as controller:
+        [disk] = await controller.disks()
+    files = [one.file for one in disk.chain.layers]
+    for words, names in {
+        ("disks", vm.monitor_path): [disk.device.qom_path, *files],
+        ("map", vm.monitor_path, disk.name, "--totals"): files,
+        ("map", str(image), "--totals"): [str(image)],
+        ("jobs", vm.monitor_path): [theirs],
+    }.items():
+        out, _ = await run(*words, COLUMNS="30")
+        assert [name for name in names if name not in out] == [], out
+    await vm.execute("block-job-cancel", device=theirs)
+    while not [one for one in await vm.execute("query-jobs") if one["status"] == "concluded"]:
+        await asyncio.sleep(0.01)
+    await vm.execute("job-dismiss", id=theirs)
+    for node in "nm":
+        await vm.execute("blockdev-del", node_name=node)
 
 
 @CHAIN
