@@ -180,6 +180,11 @@ def rules_test(promtool, directory, alert, values, *, fires, more=()):
         series.append({"series": BESIDE[alert], "values": "100x60"})
     query = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}})'
     wanted = [{"labels": "{}", "value": 1}] if fires else []
+    return evaluated(promtool, directory, series, {query: wanted})
+
+
+def evaluated(promtool, directory, series, queries):
+    """Have promtool evaluate queries after 50 minutes; return what it says, '' if as wanted."""
     test = {
         "rule_files": [str(ALERTS)],
         "evaluation_interval": "1m",
@@ -187,7 +192,10 @@ def rules_test(promtool, directory, alert, values, *, fires, more=()):
             {
                 "interval": "1m",
                 "input_series": series,
-                "promql_expr_test": [{"expr": query, "eval_time": "50m", "exp_samples": wanted}],
+                "promql_expr_test": [
+                    {"expr": query, "eval_time": "50m", "exp_samples": wanted}
+                    for query, wanted in queries.items()
+                ],
             }
         ],
     }
@@ -227,6 +235,44 @@ def test_a_monitor_that_is_held_is_no_silent_vm(promtool, tmp_path):
     assert (
         rules_test(promtool, tmp_path, "QmpblockVMSilent", "0x60", fires=False, more=[held]) == ""
     )
+
+
+def test_a_vm_of_the_same_name_is_another_one_on_another_host(promtool, tmp_path):
+    """Both are in the figures of Prometheus, which has `instance` from each host's exporter."""
+    up = [{"series": f'qmpblock_up{{vm="a",instance="{host}"}}', "values": "0x60"} for host in "xy"]
+    held = {"series": 'qmpblock_held{vm="a",instance="x"}', "values": "1x60"}
+    silent = 'ALERTS{alertname="QmpblockVMSilent",alertstate="firing"}'
+    found = {f"count by (instance) ({silent})": [{"labels": '{instance="y"}', "value": 1}]}
+    assert evaluated(promtool, tmp_path, [*up, held], found) == ""
+
+    series = []
+    for number, host in enumerate("xy", 1):
+        disk = f'vm="a",disk="d",instance="{host}"'
+        for name, labels, value in (
+            ("disk_layer_bytes", ',kind="data",depth="0"', 10 * number),
+            ("disk_layer_bytes", ',kind="data",depth="1"', 20 * number),
+            ("disk_layer_bytes", ',kind="zero",depth="1"', 40),
+            ("disk_size_bytes", "", 60),
+            ("disk_info", f',called="vd{host}"', 1),
+            ("disk_mapped", "", number - 1),
+        ):
+            series.append({"series": f"qmpblock_{name}{{{disk}{labels}}}", "values": f"{value}x60"})
+    dashboard = json.loads((DOCS / "qmpblock-dashboard.json").read_text())
+    queries = [one["expr"] for panel in dashboard["panels"] for one in panel["targets"]]
+    [data] = [one for one in queries if "disk_info" in one]
+    [unmapped] = [one for one in queries if "disk_mapped" in one]
+    found = {
+        data: [
+            {"labels": '{vm="a",disk="d",instance="x",called="vdx"}', "value": 0.5},
+            {"labels": '{vm="a",disk="d",instance="y",called="vdy"}', "value": 1},
+        ],
+        unmapped: [
+            {"labels": '{vm="a",instance="x"}', "value": 1},
+            {"labels": '{vm="a",instance="y"}', "value": 0},
+        ],
+    }
+    shown = {re.sub(r"\$(vm|disk)", ".*", query): wanted for query, wanted in found.items()}
+    assert evaluated(promtool, tmp_path, series, shown) == ""
 
 
 def test_promtool_takes_what_is_written(promtool):
