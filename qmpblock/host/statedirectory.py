@@ -104,10 +104,12 @@ class StateDirectory(OpenDirectory):
         path = state_directory()
         try:
             fd = open_proven(path, make=make)
-        except (FileNotFoundError, NotADirectoryError):
-            if make:
-                raise
-            return None
+        except OSError as error:
+            if not make and isinstance(error, FileNotFoundError | NotADirectoryError):
+                return None
+            if not Path(str(error.filename)).is_absolute():  # it is opened part by part
+                error.filename = str(path)
+            raise
         return cls(path, fd)
 
     def __init__(self, path: Path, fd: int) -> None:

@@ -82,9 +82,11 @@ def test_nothing_of_one_that_was_removed_stays_open(state, image):
         journal.add(pivoted=True)
 
 
-def test_a_directory_that_cannot_be_made(state):
+@pytest.mark.parametrize("below", ["", "one/other"])
+def test_a_directory_that_cannot_be_made(below, state, monkeypatch):
     state.write_text("a file")
-    with pytest.raises(Error, match="cannot write the journal") as caught:
+    monkeypatch.setenv("QMPBLOCK_STATE", str(state / below))
+    with pytest.raises(Error, match=f"journal {state / below}: Not a dir") as caught:
         Journal.create(record())
     assert caught.value.standing == "nothing was changed"
     assert "QMPBLOCK_STATE" in caught.value.remedy
