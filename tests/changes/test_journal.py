@@ -82,11 +82,12 @@ def test_nothing_of_one_that_was_removed_stays_open(state, image):
         journal.add(pivoted=True)
 
 
-@pytest.mark.parametrize("below", ["", "one/other"])
-def test_a_directory_that_cannot_be_made(below, state, monkeypatch):
+@pytest.mark.parametrize("place", ["{}", "{}/one/other", "/proc/nothing/state"])
+def test_a_directory_that_cannot_be_made(place, state, monkeypatch):
     state.write_text("a file")
-    monkeypatch.setenv("QMPBLOCK_STATE", str(state / below))
-    with pytest.raises(Error, match=f"journal {state / below}: Not a dir") as caught:
+    where = place.format(state)
+    monkeypatch.setenv("QMPBLOCK_STATE", where)
+    with pytest.raises(Error, match=f"cannot write the journal {where}: No") as caught:
         Journal.create(record())
     assert caught.value.standing == "nothing was changed"
     assert "QMPBLOCK_STATE" in caught.value.remedy
