@@ -338,6 +338,7 @@ class Passage:
     async def close(self) -> None:
         """Let go of all that this process holds; what is left to be recovered stays so."""
         self.stream.close()
+        self.unchanged.close()
         try:
             await self.storage.close()
         except Error as error:

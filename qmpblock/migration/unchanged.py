@@ -16,6 +16,7 @@ from qmpblock.errors import BusyError, Error, printable
 
 if TYPE_CHECKING:
     from qmpblock.qemu.connection import Connection
+    from qmpblock.qemu.transport import Event
 
 __all__ = ["Unchanged"]
 
@@ -38,16 +39,24 @@ class _Has:
 
 
 class Unchanged:
-    """What a migration's two sides have. `note` before they are compared, `check` at last."""
+    """What a migration's two sides have. `note` before they are compared, `check` at last; `close`.
+
+    Of the source's devices its events tell what goes, so that it has not to be asked.
+    """
 
     def __init__(self, source: Connection, destination: Connection) -> None:
-        self._sides = {"source": source, "destination": destination}
-        self._had: dict[str, _Has] = {}
+        self._source = source
+        self._destination = destination
+        self._had = _Has(), _Has()
+        self._gone = source.monitor.subscribe("DEVICE_DELETED", match=_is_whole)
 
     async def note(self) -> None:
         """Note what they have."""
-        had = await asyncio.gather(*(_look(vm, drives=True) for vm in self._sides.values()))
-        self._had = dict(zip(self._sides, had, strict=True))
+        self._gone.pending()
+        self._had = await asyncio.gather(
+            _look(self._source, devices=False, drives=True),
+            _look(self._destination, devices=True, drives=True),
+        )
 
     async def check(self) -> None:
         """See that they have it still, now that the guest stands: so it has to be quick.
@@ -58,39 +67,61 @@ class Unchanged:
         :raise BusyError: one has something else.
         :raise Error: the destination does not answer.
         """
-        now = await asyncio.gather(
-            *(self._look_again(side) for side in self._sides), return_exceptions=True
+        here, there = await asyncio.gather(
+            self._look_again(self._source, self._had[0], devices=False),
+            self._look_again(self._destination, self._had[1], devices=True),
+            return_exceptions=True,
         )
-        for side, has in zip(self._sides, now, strict=True):
-            if isinstance(has, TimeoutError | Error):
-                if side == "destination":
-                    raise Error(
-                        "the destination had all of the guest, and does not answer any more"
-                    ) from None
-            elif isinstance(has, BaseException):
+        if isinstance(there, TimeoutError | Error):
+            raise Error("the destination had all of the guest, and does not answer any more")
+        if isinstance(here, TimeoutError | Error):
+            here = self._had[0]
+        for side, had, has in zip(("source", "destination"), self._had, (here, there), strict=True):
+            if isinstance(has, BaseException):
                 raise has
-            elif wrong := _differs(self._had[side], has):
+            wrong = _differs(had, has)
+            if side == "source":
+                wrong += [f"{_called(event)} was taken out" for event in self._gone.pending()]
+            if wrong:
                 raise BusyError(
                     f"while the guest's memory was sent, somebody changed the {side}: "
                     + "; ".join(wrong),
                     remedy="have both alike again, and leave them so until the guest has gone over",
                 )
 
-    async def _look_again(self, side: str) -> _Has:
-        async with asyncio.timeout(_ANSWER):  # a drive that is new is a device that is new
-            return await _look(self._sides[side], drives=bool(self._had[side].media))
+    async def _look_again(self, vm: Connection, had: _Has, *, devices: bool) -> _Has:
+        drives = bool(had.media)  # one that is new is a device that is new
+        if not devices and not drives:
+            return had
+        async with asyncio.timeout(_ANSWER):
+            return await _look(vm, devices=devices, drives=drives)
+
+    def close(self) -> None:
+        """Hear no more of the source. Idempotent."""
+        self._gone.close()
 
 
-async def _look(vm: Connection, *, drives: bool) -> _Has:
-    """Read what a side has; `drives`: and their media."""
-    lists = [("qom-list", {"path": path}) for path in _CONTAINERS]
-    named, unnamed, *blocks = await vm.monitor.read(*lists, *(["query-block"] if drives else []))
-    devices = {
+def _is_whole(event: Event) -> bool:
+    """Whether a device has gone that somebody had asked for; not a part of one."""
+    path = str(event["data"].get("path"))
+    return path.rpartition("/")[0] in _CONTAINERS
+
+
+def _called(event: Event) -> str:
+    return printable(event["data"].get("device") or event["data"]["path"])
+
+
+async def _look(vm: Connection, *, devices: bool, drives: bool) -> _Has:
+    """Read what a side has: its devices, the media of its drives."""
+    lists = [("qom-list", {"path": path}) for path in _CONTAINERS if devices]
+    found = await vm.monitor.read(*lists, *(["query-block"] if drives else []))
+    children = {
         str(one["name"]): str(one["type"]).removeprefix(_CHILD).removesuffix(">")
-        for one in (*named, *unnamed)
+        for listed in found[: len(lists)]
+        for one in listed
         if str(one["type"]).startswith(_CHILD)
     }
-    return _Has(devices, dict(map(_medium, filter(_is_drive, *blocks))) if drives else {})
+    return _Has(children, dict(map(_medium, filter(_is_drive, found[-1]))) if drives else {})
 
 
 def _is_drive(block: Mapping[str, Any]) -> bool:
